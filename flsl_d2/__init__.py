@@ -1,0 +1,19 @@
+"""FLSL for Detectron2: ``import flsl_d2`` registers ``FLSLViT`` and its feature pyramid.
+
+A YAML project adds ``flsl_d2.add_flsl_config(cfg)``; a LazyConfig project uses the classes of
+``flsl_d2.modeling``.
+"""
+
+try:
+    import detectron2  # noqa: F401
+except ImportError as error:
+    raise ImportError(
+        "flsl_d2 extends Detectron2, which is not installed in this Python environment; run "
+        "`python tools/install_detectron2.py` from a checkout of flsl-d2, or follow "
+        "https://detectron2.readthedocs.io/en/latest/tutorials/install.html."
+    ) from error
+
+from flsl_d2.modeling import FLSLViT, SimpleFeaturePyramid, add_flsl_config
+
+__version__ = "0.1.0"
+__all__ = ["FLSLViT", "SimpleFeaturePyramid", "add_flsl_config"]

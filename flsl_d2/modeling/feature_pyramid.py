@@ -1,0 +1,136 @@
+"""The simple feature pyramid of ViTDet (arXiv 2203.16527, Sec. 3), for patch 16 and patch 8."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from detectron2.config import CfgNode
+from detectron2.layers import Conv2d, ShapeSpec, get_norm
+from detectron2.modeling import BACKBONE_REGISTRY, Backbone
+from detectron2.modeling.backbone.fpn import LastLevelMaxPool
+from torch import Tensor, nn
+
+from flsl_d2.errors import InputError
+from flsl_d2.modeling.vit import FLSLViT
+
+__all__ = ["SimpleFeaturePyramid", "build_flsl_vit_sfp_backbone"]
+
+
+class SimpleFeaturePyramid(Backbone):
+    """Maps of several strides from the one map of a plain backbone.
+
+    Parameter names are those of Detectron2's class of the same name, so its weights load. It
+    differs in two things: a stride-8 map has its levels too (each scale is any power of two), and
+    images are really padded to the coarsest stride (Detectron2 misspells the key of that
+    constraint, so its padding is skipped unless ``square_pad`` is set).
+
+    Args:
+        net: backbone that makes the map.
+        in_feature: name of that map in the output of ``net``.
+        out_channels: channels of every level.
+        scale_factors: size of each level over the size of the map, falling; None for strides
+            4, 8, 16 and 32 whatever the stride of ``net`` is.
+        top_block: further levels from the last (p6 by max-pooling); has ``num_levels`` and
+            ``in_feature``.
+        norm: normalisation of the convolutions, a name that ``get_norm`` knows.
+        square_pad: pad images to squares of this side in pixels; 0 pads to the coarsest stride.
+
+    Raises:
+        InputError: a scale that is not a power of two.
+    """
+
+    def __init__(
+        self,
+        net: Backbone,
+        in_feature: str = "last_feat",
+        out_channels: int = 256,
+        scale_factors: Sequence[float] | None = None,
+        top_block: nn.Module | None = None,
+        norm: str = "LN",
+        square_pad: int = 0,
+    ) -> None:
+        super().__init__()
+        shape = net.output_shape()[in_feature]
+        if scale_factors is None:
+            scale_factors = [shape.stride / stride for stride in (4, 8, 16, 32)]
+        strides = [int(shape.stride / scale) for scale in scale_factors]
+        if any(stride < 1 or stride.bit_count() != 1 for stride in strides):
+            raise InputError(
+                f"scale_factors {list(scale_factors)} on a map of stride {shape.stride} give "
+                f"strides {strides}; use powers of two that leave whole strides."
+            )
+        self.stages: list[nn.Module] = []
+        self._out_feature_strides = {}
+        for scale, stride in zip(scale_factors, strides, strict=True):
+            level = stride.bit_length() - 1
+            stage = _level(shape.channels, out_channels, scale, norm)
+            self.add_module(f"simfp_{level}", stage)
+            self.stages.append(stage)
+            self._out_feature_strides[f"p{level}"] = stride
+        self.net = net
+        self.in_feature = in_feature
+        self.top_block = top_block
+        if top_block is not None:
+            for extra in range(1, top_block.num_levels + 1):
+                self._out_feature_strides[f"p{level + extra}"] = strides[-1] * 2**extra
+        self._out_features = list(self._out_feature_strides)
+        self._out_feature_channels = dict.fromkeys(self._out_features, out_channels)
+        self._padding = {"size_divisibility": strides[-1], "square_size": square_pad}
+
+    @property
+    def size_divisibility(self) -> int:
+        return self._padding["size_divisibility"]
+
+    @property
+    def padding_constraints(self) -> dict[str, int]:
+        """What Detectron2's ``ImageList`` must pad images to, with the keys that it reads."""
+        return self._padding
+
+    def forward(self, images: Tensor) -> dict[str, Tensor]:
+        """Images (B, 3, H, W) to ``{"p2": (B, C, H / 4, W / 4), "p3": ..., ...}``."""
+        bottom_up = self.net(images)
+        features = [stage(bottom_up[self.in_feature]) for stage in self.stages]
+        out = dict(zip(self._out_features, features, strict=False))
+        if self.top_block is not None:
+            source = self.top_block.in_feature
+            tops = self.top_block(bottom_up.get(source, out.get(source)))
+            out.update(zip(self._out_features[len(features) :], tops, strict=True))
+        return out
+
+
+def _level(in_channels: int, out_channels: int, scale: float, norm: str) -> nn.Sequential:
+    """Resample by ``scale`` (a power of two), then a 1 x 1 and a 3 x 3 convolution."""
+    layers: list[nn.Module] = []
+    channels = in_channels
+    doublings = max(round(scale).bit_length() - 1, 0)
+    for step in range(doublings):
+        layers.append(nn.ConvTranspose2d(channels, channels // 2, kernel_size=2, stride=2))
+        channels //= 2
+        if step < doublings - 1:
+            layers += [get_norm(norm, channels), nn.GELU()]
+    if scale < 1:
+        layers.append(nn.MaxPool2d(kernel_size=round(1 / scale), stride=round(1 / scale)))
+    bias = norm == ""
+    return nn.Sequential(
+        *layers,
+        Conv2d(channels, out_channels, 1, bias=bias, norm=get_norm(norm, out_channels)),
+        Conv2d(
+            out_channels, out_channels, 3, padding=1, bias=bias, norm=get_norm(norm, out_channels)
+        ),
+    )
+
+
+@BACKBONE_REGISTRY.register()
+def build_flsl_vit_sfp_backbone(cfg: CfgNode, input_shape: ShapeSpec) -> SimpleFeaturePyramid:
+    """FLSLViT under a simple feature pyramid with p2 to p6, for R-CNN configs.
+
+    Reads ``cfg.MODEL.FLSL_VIT`` and ``cfg.MODEL.FLSL_SFP``.
+    """
+    node = cfg.MODEL.FLSL_SFP
+    return SimpleFeaturePyramid(
+        FLSLViT(cfg, input_shape),
+        out_channels=node.OUT_CHANNELS,
+        norm=node.NORM,
+        square_pad=node.SQUARE_PAD,
+        top_block=LastLevelMaxPool(),
+    )

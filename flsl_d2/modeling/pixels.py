@@ -1,0 +1,54 @@
+"""From the pixels that a Detectron2 model feeds to those that the encoder was trained on."""
+
+from __future__ import annotations
+
+import torch
+from detectron2.config import CfgNode
+from torch import Tensor, nn
+
+__all__ = ["IMAGENET_MEAN", "IMAGENET_STD", "PixelAdapter"]
+
+# Red, green, blue, on the scale of 0 to 255, as torchvision and every listed pre-training use them.
+IMAGENET_MEAN = (123.675, 116.28, 103.53)
+IMAGENET_STD = (58.395, 57.12, 57.375)
+
+
+class PixelAdapter(nn.Module):
+    """Exact change from one channel order and normalisation to RGB with ImageNet's statistics.
+
+    Detectron2's YAML defaults are BGR with a standard deviation of 1, made for its ResNets. An
+    encoder pre-trained on normalised RGB sees noise there, and nothing fails. With this adapter a
+    project keeps its ``INPUT.FORMAT`` and ``MODEL.PIXEL_MEAN/STD`` and the encoder gets its own.
+
+    Args:
+        mean: the model's pixel mean, in its channel order.
+        std: the model's pixel standard deviation, likewise.
+        flip_channels: the model's order is BGR.
+    """
+
+    def __init__(self, mean: list[float], std: list[float], flip_channels: bool) -> None:
+        super().__init__()
+        self.flip_channels = flip_channels
+        order = slice(None, None, -1) if flip_channels else slice(None)
+        fed_mean, fed_std = torch.tensor(mean[order]), torch.tensor(std[order])
+        gain = fed_std / torch.tensor(IMAGENET_STD)
+        shift = (fed_mean - torch.tensor(IMAGENET_MEAN)) / torch.tensor(IMAGENET_STD)
+        self.register_buffer("gain", gain.view(3, 1, 1), persistent=False)
+        self.register_buffer("shift", shift.view(3, 1, 1), persistent=False)
+
+    @classmethod
+    def from_config(cls, cfg: CfgNode) -> PixelAdapter | None:
+        """The adapter that a YAML config needs; None where it feeds what the encoder expects."""
+        mean, std = list(cfg.MODEL.PIXEL_MEAN), list(cfg.MODEL.PIXEL_STD)
+        if len(mean) != 3 or cfg.INPUT.FORMAT not in ("RGB", "BGR"):
+            return None
+        flip = cfg.INPUT.FORMAT == "BGR"
+        adapter = cls(mean, std, flip)
+        same = not flip and torch.allclose(adapter.gain, torch.ones(3, 1, 1))
+        return None if same and torch.allclose(adapter.shift, torch.zeros(3, 1, 1)) else adapter
+
+    def forward(self, images: Tensor) -> Tensor:
+        """(B, 3, H, W) to (B, 3, H, W)."""
+        if self.flip_channels:
+            images = images.flip(1)
+        return images * self.gain + self.shift

@@ -1,0 +1,78 @@
+"""Fixed sine-cosine positions, and position tables for other grids than they were made for."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from flsl_d2.errors import InputError
+
+__all__ = ["grid_of_table", "resample_positions", "sincos_positions"]
+
+
+def sincos_positions(embed_dim: int, grid_size: int) -> Tensor:
+    """Two-dimensional sine-cosine positions (arXiv 2104.02057, Sec. "position embedding").
+
+    The first half of the channels encodes the column, the second half the row; each half holds
+    the sines, then the cosines, of the coordinate times ``10000 ** (-2i / (embed_dim / 2))``.
+
+    Args:
+        embed_dim: width, a multiple of 4.
+        grid_size: tokens along each side.
+
+    Returns:
+        (1, grid_size * grid_size, embed_dim), row-major.
+    """
+    if embed_dim % 4:
+        raise InputError(
+            f"embed_dim is {embed_dim}; sine-cosine positions in 2-D need a multiple of 4."
+        )
+    quarter = embed_dim // 4
+    frequency = 10000.0 ** -(torch.arange(quarter, dtype=torch.float64) / quarter)
+    angle = torch.arange(grid_size, dtype=torch.float64)[:, None] * frequency  # (G, D/4)
+    line = torch.cat([angle.sin(), angle.cos()], dim=1)  # (G, D/2)
+    by_column = line[None, :, :].expand(grid_size, -1, -1)
+    by_row = line[:, None, :].expand(-1, grid_size, -1)
+    table = torch.cat([by_column, by_row], dim=-1)  # (G, G, D)
+    return table.reshape(1, grid_size * grid_size, embed_dim).float()
+
+
+def grid_of_table(num_positions: int) -> int:
+    """Side of the square grid that a position table of ``num_positions`` tokens stands for."""
+    side = math.isqrt(num_positions)
+    if side * side != num_positions:
+        raise InputError(
+            f"a position table of {num_positions} tokens is not a square grid; "
+            "drop class or register positions before loading it."
+        )
+    return side
+
+
+def resample_positions(table: Tensor, grid: tuple[int, int], offset: float = 0.1) -> Tensor:
+    """Bicubically resample a position table to another grid.
+
+    Args:
+        table: (1, G * G, D), row-major.
+        grid: rows and columns wanted.
+        offset: with 0 the new grid covers the table exactly, as Detectron2's ViT does it. With
+            0.1 the step between samples is ``G / (n + 0.1)``, as in DINO and the published FLSL
+            code, whose weights were trained with it.
+
+    Returns:
+        (1, rows, columns, D); the table itself where the grid is its own.
+    """
+    side = grid_of_table(table.shape[1])
+    square = table.reshape(1, side, side, -1)
+    if grid == (side, side):
+        return square
+    square = square.permute(0, 3, 1, 2)
+    if offset == 0:
+        out = F.interpolate(square, size=grid, mode="bicubic", align_corners=False)
+    else:
+        factors = tuple((n + offset) / side for n in grid)
+        out = F.interpolate(square, scale_factor=factors, mode="bicubic", align_corners=False)
+        out = out[:, :, : grid[0], : grid[1]]
+    return out.permute(0, 2, 3, 1).to(table.dtype)
