@@ -1,0 +1,11 @@
+"""Data sets: registration, checks of annotation files, and the demo's own scenes.
+
+Importing this package registers `pennfudan_train/val` and `flsl_scenes_train/val` under
+$DETECTRON2_DATASETS.
+"""
+
+from flsl_d2.data.datasets import register_builtin, register_coco_format, register_scenes
+
+register_builtin()
+
+__all__ = ["register_builtin", "register_coco_format", "register_scenes"]

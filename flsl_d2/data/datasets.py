@@ -1,0 +1,89 @@
+"""Data sets in COCO format under Detectron2's names."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+from detectron2.data import DatasetCatalog, MetadataCatalog
+from detectron2.data.datasets import register_coco_instances
+
+from flsl_d2.errors import InputError
+
+# name: (annotation file, image folder), below the folder of all data sets
+_BUILTIN = {
+    "pennfudan_train": ("pennfudan/annotations/instances_train.json", "pennfudan/images"),
+    "pennfudan_val": ("pennfudan/annotations/instances_val.json", "pennfudan/images"),
+    "flsl_scenes_train": ("flsl_scenes/annotations/instances_train.json", "flsl_scenes/train"),
+    "flsl_scenes_val": ("flsl_scenes/annotations/instances_val.json", "flsl_scenes/val"),
+}
+
+
+def datasets_root() -> str:
+    """The folder of all data sets, as Detectron2 has it: $DETECTRON2_DATASETS or `datasets`."""
+    return os.path.expanduser(os.getenv("DETECTRON2_DATASETS", "datasets"))
+
+
+def _registered_files(name: str) -> tuple[str | None, str | None]:
+    metadata = MetadataCatalog.get(name)
+    return metadata.get("json_file"), metadata.get("image_root")
+
+
+def register_coco_format(
+    name: str,
+    json_file: str | os.PathLike[str],
+    image_root: str | os.PathLike[str],
+    replace: bool = False,
+) -> None:
+    """Give a data set in COCO format a name that `DATASETS.TRAIN` or a dataloader can use.
+
+    Nothing is read: the files need not exist before the data set is used. Registering the same
+    files again changes nothing.
+
+    Args:
+        name: the new name.
+        json_file: COCO instances annotations.
+        image_root: the folder that the annotations' file names start from.
+        replace: whether a data set of the same name with other files is forgotten.
+
+    Raises:
+        InputError: the name belongs to other files and `replace` is False.
+    """
+    json_file, image_root = os.fspath(json_file), os.fspath(image_root)
+    if name in DatasetCatalog:
+        if _registered_files(name) == (json_file, image_root):
+            return
+        if not replace:
+            raise InputError(
+                f"the data set name {name!r} is already registered with "
+                f"{_registered_files(name)[0] or 'a loader of its own'}: choose another name for "
+                f"{json_file}."
+            )
+        DatasetCatalog.remove(name)
+    # Metadata may stay behind from a name that was removed, and it refuses other values.
+    if name in MetadataCatalog:
+        MetadataCatalog.remove(name)
+    register_coco_instances(name, {}, json_file, image_root)
+
+
+def register_scenes(root: str | os.PathLike[str], name: str = "flsl_scenes") -> None:
+    """Register what `make_scenes(root)` made, or will make, as `{name}_train` and `{name}_val`.
+
+    These names are free to move: another root replaces an earlier one.
+    """
+    root = Path(root).expanduser()
+    for split in ("train", "val"):
+        annotations = root / "annotations" / f"instances_{split}.json"
+        register_coco_format(f"{name}_{split}", annotations, root / split, replace=True)
+
+
+def register_builtin(root: str | os.PathLike[str] | None = None) -> None:
+    """Register the data sets this package knows; names already taken are left as they are.
+
+    Args:
+        root: the folder of all data sets; `datasets_root()` by default.
+    """
+    root = datasets_root() if root is None else os.fspath(root)
+    for name, (json_file, images) in _BUILTIN.items():
+        if name not in DatasetCatalog:
+            register_coco_format(name, os.path.join(root, json_file), os.path.join(root, images))
