@@ -1,0 +1,232 @@
+"""Student and teacher, and one step of FLSL from views to losses.
+
+Shape suffixes: B images, N tokens, D width, Q queries, K centroids.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+from itertools import groupby
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from flsl_d2.errors import InputError
+from flsl_d2.mean_shift import mean_shift
+from flsl_d2.modeling import FLSLViT
+from flsl_d2.modeling.pixels import IMAGENET_MEAN, IMAGENET_STD
+from pretrain.objective import FLSLLoss, gather_queries
+from pretrain.schedules import StepValues
+
+__all__ = ["FLSL", "Encoder", "FLSLHead", "WeightNormLinear"]
+
+
+class WeightNormLinear(nn.Module):
+    """Linear layer without bias whose rows have a norm of their own, ``w = g * v / |v|``.
+
+    Its rows are the centroids: with inputs of norm 1 and ``g`` fixed at 1, the output is the
+    cosine to each of them.
+
+    Args:
+        in_features: width of the input.
+        out_features: number of centroids K.
+        learn_scale: train ``g``; otherwise it stays at 1.
+    """
+
+    def __init__(self, in_features: int, out_features: int, learn_scale: bool = False) -> None:
+        super().__init__()
+        self.weight_g = nn.Parameter(torch.empty(out_features, 1), requires_grad=learn_scale)
+        self.weight_v = nn.Parameter(torch.empty(out_features, in_features))
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Directions uniform as of ``nn.Linear``, norms 1."""
+        nn.init.ones_(self.weight_g)
+        nn.init.kaiming_uniform_(self.weight_v, a=math.sqrt(5))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(..., in_features) to (..., K)."""
+        weight = self.weight_v / self.weight_v.norm(dim=1, keepdim=True)
+        return F.linear(x, self.weight_g * weight)
+
+
+class FLSLHead(nn.Module):
+    """Projection g: MLP D -> hidden -> hidden -> bottleneck with GELU, L2 norm, K centroids.
+
+    Args:
+        in_dim: D.
+        num_centroids: K.
+        hidden_dim: width of the hidden layers.
+        bottleneck_dim: width of the space in which the centroids live.
+        learn_scale: see :class:`WeightNormLinear`.
+    """
+
+    def __init__(
+        self,
+        in_dim: int,
+        num_centroids: int = 4096,
+        hidden_dim: int = 2048,
+        bottleneck_dim: int = 256,
+        learn_scale: bool = False,
+    ) -> None:
+        super().__init__()
+        self.mlp = nn.Sequential(
+            nn.Linear(in_dim, hidden_dim),
+            nn.GELU(),
+            nn.Linear(hidden_dim, hidden_dim),
+            nn.GELU(),
+            nn.Linear(hidden_dim, bottleneck_dim),
+        )
+        self.last_layer = WeightNormLinear(bottleneck_dim, num_centroids, learn_scale)
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Truncated normal (0.02) layers with zero bias."""
+        for layer in self.mlp:
+            if isinstance(layer, nn.Linear):
+                nn.init.trunc_normal_(layer.weight, std=0.02)
+                nn.init.zeros_(layer.bias)
+        self.last_layer.reset_parameters()
+
+    def forward(self, modes: Tensor) -> Tensor:
+        """Modes (..., D) to logits (..., K)."""
+        return self.last_layer(F.normalize(self.mlp(modes), dim=-1))
+
+
+class Encoder(nn.Module):
+    """An FLSLViT with its head, as student or teacher.
+
+    Args:
+        backbone: the vision transformer.
+        head: maps modes to centroids.
+        norm_modes: apply the final LayerNorm to modes instead of tokens.
+    """
+
+    def __init__(self, backbone: FLSLViT, head: FLSLHead, norm_modes: bool = False) -> None:
+        super().__init__()
+        self.backbone, self.head, self.norm_modes = backbone, head, norm_modes
+
+    def tokens(self, images: Tensor) -> Tensor:
+        """Images (B, 3, H, W) to tokens (B, N, D)."""
+        depth = self.backbone.depth if self.norm_modes else None
+        return self.backbone.forward_tokens(images, num_blocks=depth)
+
+    def logits(self, modes: Tensor) -> Tensor:
+        """Modes (..., D) to logits (..., K)."""
+        return self.head(self.backbone.final_norm(modes) if self.norm_modes else modes)
+
+
+class FLSL(nn.Module):
+    """One image, several views: the student's modes are pulled to the teacher's.
+
+    Args:
+        backbone: encoder of the student; the teacher is a copy without stochastic depth.
+        head: head of the student.
+        loss: the objective.
+        norm_modes: see :class:`Encoder`.
+
+    Raises:
+        InputError: head and loss disagree about the number of centroids.
+    """
+
+    def __init__(
+        self, backbone: FLSLViT, head: FLSLHead, loss: FLSLLoss, norm_modes: bool = False
+    ) -> None:
+        super().__init__()
+        num_centroids = len(head.last_layer.weight_v)
+        if len(loss.log_prior) != num_centroids:
+            raise InputError(
+                f"the head has {num_centroids} centroids and the loss {len(loss.log_prior)}; "
+                "set both to the same number."
+            )
+        self.student = Encoder(backbone, head, norm_modes)
+        self.teacher = copy.deepcopy(self.student)
+        self.teacher.requires_grad_(False).eval()
+        self.loss = loss
+        self.register_buffer("pixel_mean", torch.tensor(IMAGENET_MEAN).view(3, 1, 1), False)
+        self.register_buffer("pixel_std", torch.tensor(IMAGENET_STD).view(3, 1, 1), False)
+
+    def train(self, mode: bool = True) -> FLSL:
+        """As of ``nn.Module``, but the teacher stays in evaluation: no stochastic depth."""
+        super().train(mode)
+        self.teacher.eval()
+        return self
+
+    def forward(
+        self, views: list[Tensor], masks: list[Tensor], values: StepValues
+    ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        """One step's losses.
+
+        Args:
+            views: uint8 images (B, 3, S, S), the teacher's view first. Student views of the same
+                size that follow each other are encoded together.
+            masks: for every student view, its queries: (B, N) bool, True = query.
+            values: the scheduled values of this step.
+
+        Returns:
+            Losses of :class:`FLSLLoss`, and monitored tensors: ``assigned`` (K,) how many queries
+            the teacher gives to each centroid, ``mean_assignment`` (K,), and ``feature_std``.
+        """
+        scale = self.student.backbone.embed_dim**-0.5
+        teacher_view, *student_views = [self._normalised(view) for view in views]
+        with torch.no_grad():
+            teacher_tokens = self.teacher.tokens(teacher_view)  # (B, N, D)
+        parts = []
+        for pairs in _groups_of_one_size(student_views, masks):
+            images, query_masks = (torch.cat(list(part)) for part in zip(*pairs, strict=True))
+            tokens = self.student.tokens(images)  # (V * B, N, D), V views of this size
+            queries = gather_queries(tokens, query_masks)  # (V * B, Q, D)
+            modes = mean_shift(queries, tokens, values.self_scale * scale)
+            with torch.no_grad():
+                keys = teacher_tokens.repeat(len(pairs), 1, 1)
+                cross_modes = mean_shift(queries, keys, values.cross_scale * scale)
+            parts.append([x.flatten(0, 1) for x in (queries, modes, cross_modes)])
+        queries, modes, cross_modes = (torch.cat(part) for part in zip(*parts, strict=True))
+        with torch.no_grad():
+            teacher_logits = self.teacher.logits(cross_modes)
+        losses, targets = self.loss(
+            queries,
+            modes,
+            self.student.logits(modes),
+            teacher_logits,
+            intra_weight=values.intra_weight,
+            teacher_temp=values.teacher_temp,
+        )
+        return losses, _monitored(targets, teacher_tokens)
+
+    @torch.no_grad()
+    def update_teacher(self, momentum: float) -> None:
+        """Exponential moving average: ``teacher = momentum * teacher + (1 - momentum) * student``.
+
+        Frozen parameters (fixed positions) are averaged, too, and stay what they are.
+        """
+        torch._foreach_lerp_(
+            list(self.teacher.parameters()), list(self.student.parameters()), 1 - momentum
+        )
+
+    def _normalised(self, images: Tensor) -> Tensor:
+        return (images.float() - self.pixel_mean) / self.pixel_std
+
+
+def _groups_of_one_size(
+    views: list[Tensor], masks: list[Tensor]
+) -> list[list[tuple[Tensor, Tensor]]]:
+    pairs = zip(views, masks, strict=True)
+    return [list(group) for _, group in groupby(pairs, key=lambda pair: pair[0].shape[-1])]
+
+
+@torch.no_grad()
+def _monitored(targets: Tensor, teacher_tokens: Tensor) -> dict[str, Tensor]:
+    """Collapse shows as few centroids that are assigned, and as features that do not vary.
+
+    ``feature_std`` is the standard deviation over tokens of the L2-normalised features, times
+    sqrt(D): about 1 for features that fill the space, 0 when all are the same.
+    """
+    unit = F.normalize(teacher_tokens.float().flatten(0, 1), dim=-1)
+    return {
+        "assigned": targets.argmax(dim=-1).bincount(minlength=targets.shape[-1]),
+        "mean_assignment": targets.mean(dim=0),
+        "feature_std": unit.std(dim=0).mean() * unit.shape[-1] ** 0.5,
+    }

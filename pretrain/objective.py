@@ -1,0 +1,196 @@
+"""The FLSL objective (arXiv 2306.06203): tensor functions that know nothing of files or processes.
+
+Shape suffixes: B images, N tokens, D width, Q queries (of all student views together), K centroids.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from flsl_d2.errors import InputError
+
+__all__ = [
+    "FLSLLoss",
+    "gather_queries",
+    "inter_view_loss",
+    "intra_view_loss",
+    "mean_over_ranks",
+    "volume_loss",
+]
+
+
+def gather_queries(tokens: Tensor, mask: Tensor) -> Tensor:
+    """Tokens that are queries.
+
+    Args:
+        tokens: (B, N, D).
+        mask: (B, N) bool, True = query; every image has the same number of them.
+
+    Returns:
+        (B, Q, D), in the order of the tokens.
+    """
+    return tokens[mask].view(len(tokens), -1, tokens.shape[-1])
+
+
+def intra_view_loss(queries: Tensor, modes: Tensor) -> Tensor:
+    """Tokens move to their modes (Eq. 8): ``mean_i (2 - 2 cos(z_i, m_i))``, gradient through both.
+
+    Args:
+        queries: (Q, D).
+        modes: (Q, D), the modes of those queries in the same view.
+    """
+    return 2 - 2 * F.cosine_similarity(queries.float(), modes.float(), dim=-1, eps=1e-12).mean()
+
+
+def inter_view_loss(log_probs: Tensor, targets: Tensor) -> Tensor:
+    """k-means across views (Eq. 11): cross-entropy ``mean_i -sum_k p+_ik log p_ik``.
+
+    Args:
+        log_probs: (Q, K) log-probabilities of the student's modes over the centroids.
+        targets: (Q, K) probabilities of the teacher's modes, without gradient.
+    """
+    return -(targets * log_probs).sum(dim=-1).mean()
+
+
+def volume_loss(mean_probs: Tensor, log_prior: Tensor) -> Tensor:
+    """Keeps clusters non-empty: ``KL(mean p || prior) = sum_k p_k (log p_k - log prior_k)``.
+
+    Args:
+        mean_probs: (K,) mean assignment over all queries of all ranks.
+        log_prior: (K,) logarithm of the prior; uniform is ``-log K``.
+    """
+    # p log p is 0 at p = 0, but its logarithm is not finite there and would make it NaN.
+    log_mean = mean_probs.clamp_min(torch.finfo(mean_probs.dtype).tiny).log()
+    return (mean_probs * (log_mean - log_prior)).sum()
+
+
+def mean_over_ranks(values: Tensor) -> Tensor:
+    """Mean of a tensor over all processes, differentiable.
+
+    The gradient reaches each rank's own values undivided: DistributedDataParallel then averages
+    the parameters' gradients over ranks, which supplies the ``1 / world_size`` of the mean.
+    """
+    if not (dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1):
+        return values
+    total = values.detach().clone()
+    dist.all_reduce(total)
+    return values + (total / dist.get_world_size() - values.detach())
+
+
+class FLSLLoss(nn.Module):
+    """``v * intra-view + eta * inter-view + gamma * volume``.
+
+    As nested loops, over the queries of all student views (m_i the mode of query z_i in its own
+    view, m+_i in the teacher's view; g_s, g_t the heads)::
+
+        for i in range(Q):
+            intra += (2 - 2 * cos(z[i], m[i])) / Q
+            for k in range(K):
+                p[i, k] = exp(g_s(m[i])[k] / tau_s) / sum_l exp(g_s(m[i])[l] / tau_s)
+                p_plus[i, k] = exp(g_t(m_plus[i])[k] / tau_t) / sum_l exp(g_t(m_plus[i])[l] / tau_t)
+                inter -= p_plus[i, k] * log(p[i, k]) / Q
+                mean[k] += p[i, k] / Q          # mean over ranks, too
+        for k in range(K):
+            volume += mean[k] * (log(mean[k]) - log(prior[k]))
+
+    Args:
+        num_centroids: K.
+        inter_weight: eta.
+        volume_weight: gamma; 0 leaves the volume term out.
+        student_temp: tau_s.
+        prior: K shares that sum to 1; None for uniform.
+        centering: subtract a running mean from the teacher's logits, as DINO does (arXiv
+            2104.14294, Eq. 4), usually with ``volume_weight`` 0.
+        center_momentum: of that running mean.
+
+    Raises:
+        InputError: a prior of another length, with a share that is not positive, or whose sum is
+            not 1.
+    """
+
+    def __init__(
+        self,
+        num_centroids: int = 4096,
+        inter_weight: float = 1.0,
+        volume_weight: float = 5.0,
+        student_temp: float = 0.1,
+        prior: list[float] | None = None,
+        centering: bool = False,
+        center_momentum: float = 0.9,
+    ) -> None:
+        super().__init__()
+        self.inter_weight, self.volume_weight = inter_weight, volume_weight
+        self.student_temp = student_temp
+        self.center_momentum = center_momentum
+        self.register_buffer("log_prior", _log_prior(prior, num_centroids), persistent=False)
+        self.register_buffer("center", torch.zeros(num_centroids) if centering else None)
+
+    def forward(
+        self,
+        queries: Tensor,
+        modes: Tensor,
+        student_logits: Tensor,
+        teacher_logits: Tensor,
+        intra_weight: float,
+        teacher_temp: float,
+    ) -> tuple[dict[str, Tensor], Tensor]:
+        """The three weighted terms, whose sum is the objective.
+
+        Args:
+            queries: (Q, D) student tokens.
+            modes: (Q, D) their modes within the view.
+            student_logits: (Q, K) ``g_s(m)``.
+            teacher_logits: (Q, K) ``g_t(m+)``, without gradient.
+            intra_weight: v, scheduled.
+            teacher_temp: tau_t, scheduled.
+
+        Returns:
+            ``{"loss_intra", "loss_inter", "loss_volume"}``, each *unweighted*, the weighted sum
+            as ``"loss"``, and the teacher's assignment (Q, K) for monitoring.
+        """
+        student_logits, teacher_logits = student_logits.float(), teacher_logits.detach().float()
+        if self.center is not None:
+            teacher_logits = self._centered(teacher_logits)
+        targets = (teacher_logits / teacher_temp).softmax(dim=-1)
+        log_probs = (student_logits / self.student_temp).log_softmax(dim=-1)
+        intra = intra_view_loss(queries, modes)
+        inter = inter_view_loss(log_probs, targets)
+        volume = intra.new_zeros(())
+        if self.volume_weight:
+            volume = volume_loss(mean_over_ranks(log_probs.exp().mean(dim=0)), self.log_prior)
+        total = intra_weight * intra + self.inter_weight * inter + self.volume_weight * volume
+        losses = {
+            "loss": total,
+            "loss_intra": intra,
+            "loss_inter": inter,
+            "loss_volume": volume,
+        }
+        return losses, targets
+
+    @torch.no_grad()
+    def _centered(self, teacher_logits: Tensor) -> Tensor:
+        centered = teacher_logits - self.center
+        if self.training:
+            self.center.lerp_(mean_over_ranks(teacher_logits.mean(dim=0)), 1 - self.center_momentum)
+        return centered
+
+
+def _log_prior(prior: list[float] | None, num_centroids: int) -> Tensor:
+    if prior is None:
+        return torch.full((num_centroids,), -math.log(num_centroids))
+    shares = torch.as_tensor(list(prior), dtype=torch.float64)
+    if len(shares) != num_centroids:
+        raise InputError(
+            f"the prior has {len(shares)} shares for {num_centroids} centroids; give one for each."
+        )
+    if not bool((shares > 0).all()) or abs(shares.sum().item() - 1) > 1e-6:
+        raise InputError(
+            f"the prior's smallest share is {shares.min().item():g} and its sum is "
+            f"{shares.sum().item():g}; shares must be positive and sum to 1."
+        )
+    return shares.log().float()

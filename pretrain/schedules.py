@@ -1,0 +1,109 @@
+"""What changes from step to step: learning rate, weight decay, temperatures, scales, momentum."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from fvcore.common.param_scheduler import CosineParamScheduler
+
+from flsl_d2.errors import InputError
+
+__all__ = ["Schedules", "StepValues"]
+
+
+@dataclass(frozen=True)
+class StepValues:
+    """The scheduled values of one step."""
+
+    lr: float
+    weight_decay: float
+    teacher_momentum: float
+    teacher_temp: float
+    intra_weight: float
+    self_scale: float
+    cross_scale: float
+    last_layer_frozen: bool
+
+
+class Schedules:
+    """Values of every step of a run of ``total_iters`` steps.
+
+    A pair ``(start, end)`` moves from start to end by half a cosine over the whole run. Defaults
+    are those of the published ViT-S/16 run.
+
+    Args:
+        base_lr: learning rate for 256 images a step; scaled linearly with the batch.
+        final_lr: learning rate at the end.
+        warmup_fraction: share of the run over which the learning rate rises linearly from 0.
+        weight_decay: start and end.
+        teacher_momentum: of the moving average, start and end.
+        teacher_temp: tau_t, linear from start to end over ``teacher_temp_epochs``.
+        teacher_temp_epochs: length of that rise.
+        intra_weight: v, start and end.
+        self_scale: s_sa times sqrt(D), start and end.
+        cross_scale: s_ca times sqrt(D), start and end; below ``self_scale`` training collapses.
+        frozen_last_layer_epochs: how long the centroids stay where they started.
+        total_batch_size: images a step, of all processes.
+        iters_per_epoch: steps an epoch; may be fractional.
+        total_iters: steps of the run.
+
+    Raises:
+        InputError: a length that is not positive.
+    """
+
+    def __init__(
+        self,
+        total_batch_size: int,
+        iters_per_epoch: float,
+        total_iters: int,
+        base_lr: float = 5e-4,
+        final_lr: float = 1e-6,
+        warmup_fraction: float = 0.1,
+        weight_decay: tuple[float, float] = (0.04, 0.4),
+        teacher_momentum: tuple[float, float] = (0.996, 1.0),
+        teacher_temp: tuple[float, float] = (0.04, 0.07),
+        teacher_temp_epochs: float = 30,
+        intra_weight: tuple[float, float] = (0.03, 0.03),
+        self_scale: tuple[float, float] = (0.1, 0.1),
+        cross_scale: tuple[float, float] = (0.2, 0.2),
+        frozen_last_layer_epochs: float = 1,
+    ) -> None:
+        if total_iters < 1:
+            raise InputError(
+                f"the run has {total_iters} steps; set train.epochs or train.max_iter."
+            )
+        self.peak_lr = base_lr * total_batch_size / 256
+        self.final_lr = final_lr
+        self.total_iters = total_iters
+        self.warmup_iters = round(warmup_fraction * total_iters)
+        self.temp_iters = teacher_temp_epochs * iters_per_epoch
+        self.frozen_iters = frozen_last_layer_epochs * iters_per_epoch
+        self.teacher_temp = teacher_temp
+        self._cosines = {
+            "weight_decay": CosineParamScheduler(*weight_decay),
+            "teacher_momentum": CosineParamScheduler(*teacher_momentum),
+            "intra_weight": CosineParamScheduler(*intra_weight),
+            "self_scale": CosineParamScheduler(*self_scale),
+            "cross_scale": CosineParamScheduler(*cross_scale),
+        }
+
+    def __call__(self, iteration: int) -> StepValues:
+        """The values of step ``iteration``, counted from 0."""
+        where = min(iteration / self.total_iters, 1.0)
+        cosines = {name: schedule(where) for name, schedule in self._cosines.items()}
+        return StepValues(
+            lr=self._lr(iteration),
+            teacher_temp=self._teacher_temp(iteration),
+            last_layer_frozen=iteration < self.frozen_iters,
+            **cosines,
+        )
+
+    def _lr(self, iteration: int) -> float:
+        if iteration < self.warmup_iters:
+            return self.peak_lr * (iteration + 1) / self.warmup_iters
+        after = (iteration - self.warmup_iters) / max(self.total_iters - self.warmup_iters, 1)
+        return CosineParamScheduler(self.peak_lr, self.final_lr)(min(after, 1.0))
+
+    def _teacher_temp(self, iteration: int) -> float:
+        start, end = self.teacher_temp
+        return start + (end - start) * min(iteration / max(self.temp_iters, 1), 1.0)

@@ -1,0 +1,26 @@
+"""Where tests find data, and what they say when there is none."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+import torch
+
+GOLDEN = Path(os.environ.get("FLSL_GOLDEN", "../shared/golden"))
+GOLDEN_FILES = sorted(GOLDEN.glob("*.npz")) if GOLDEN.is_dir() else []
+
+
+@pytest.fixture(scope="session")
+def datasets_root() -> Path:
+    """The folder of real data sets that DETECTRON2_DATASETS names."""
+    root = os.environ.get("DETECTRON2_DATASETS")
+    if not root or not Path(root).is_dir():
+        pytest.skip("DETECTRON2_DATASETS names no folder of data sets")
+    return Path(root).resolve()
+
+
+@pytest.fixture(autouse=True)
+def _seeded() -> None:
+    torch.manual_seed(0)

@@ -1,0 +1,134 @@
+"""Every number of one training step against the published implementation.
+
+Reads each ``*.npz`` in the folder that FLSL_GOLDEN names. Sizes come from the file.
+"""
+
+from __future__ import annotations
+
+import ast
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from conftest import GOLDEN, GOLDEN_FILES
+
+from flsl_d2.mean_shift import attention, mean_shift, mix_attention, sharpened_prior
+from flsl_d2.modeling import FLSLViT
+from pretrain.model import FLSL, FLSLHead
+from pretrain.objective import FLSLLoss, gather_queries
+from pretrain.schedules import StepValues
+
+TOLERANCE = 1e-4
+# The prior's parameters are the reference run's, stated beside the files.
+PRIOR_SHARPNESS, PRIOR_SCALE, MIXTURE = 1e3, 0.2, 0.3
+
+pytestmark = pytest.mark.skipif(
+    not GOLDEN_FILES, reason=f"no *.npz in {GOLDEN}; set FLSL_GOLDEN to the reference values"
+)
+
+
+class Golden:
+    """One reference step: its sizes, its arrays, and our model with its weights."""
+
+    def __init__(self, path: Path) -> None:
+        arrays = np.load(path)
+        self.meta = ast.literal_eval(str(arrays["__meta__"]))
+        self.tensors = {k: torch.from_numpy(arrays[k]) for k in arrays.files if k != "__meta__"}
+        meta = self.meta
+        _, inter, volume = meta["coefficients"]
+        self.model = FLSL(
+            FLSLViT(
+                img_size=meta["img"],
+                patch_size=meta["p"],
+                embed_dim=meta["d"],
+                depth=meta["depth"],
+                num_heads=meta["h"],
+            ),
+            FLSLHead(meta["d"], meta["K"], meta["hid"], meta["bot"]),
+            FLSLLoss(meta["K"], inter, volume, meta["student_temp"]),
+        )
+        for name in ("student", "teacher"):
+            weights = {
+                k.removeprefix(f"{name}."): v
+                for k, v in self.tensors.items()
+                if k.startswith(f"{name}.") and "cls_token" not in k
+            }
+            getattr(self.model, name).load_state_dict(weights)
+        # The reference views are normalised floats already.
+        self.model.pixel_mean.zero_()
+        self.model.pixel_std.fill_(1)
+
+    def values(self) -> StepValues:
+        root = self.meta["d"] ** 0.5
+        return StepValues(
+            lr=0,
+            weight_decay=0,
+            teacher_momentum=1,
+            teacher_temp=self.meta["teacher_temp"],
+            intra_weight=self.meta["coefficients"][0],
+            self_scale=self.meta["sa"] * root,
+            cross_scale=self.meta["ca"] * root,
+            last_layer_frozen=False,
+        )
+
+    def group(self, index: int) -> tuple[torch.Tensor, torch.Tensor]:
+        views = [["view1"], ["view2", "view3"]][index]
+        images = torch.cat([self[v] for v in views])
+        return images, torch.cat([self[v.replace("view", "mask")] for v in views])
+
+    def __getitem__(self, key: str) -> torch.Tensor:
+        return self.tensors[key]
+
+
+@pytest.fixture(params=GOLDEN_FILES, ids=lambda path: path.stem)
+def golden(request: pytest.FixtureRequest) -> Golden:
+    return Golden(request.param)
+
+
+def assert_equal(ours: torch.Tensor, reference: torch.Tensor, what: str) -> None:
+    assert ours.shape == reference.shape, f"{what}: {ours.shape} against {reference.shape}"
+    error = (ours - reference).norm() / reference.norm().clamp_min(1e-12)
+    assert error < TOLERANCE, f"{what}: relative error {error:.2e}"
+
+
+def test_encodings(golden: Golden) -> None:
+    assert_equal(golden.model.teacher.tokens(golden["view0"]), golden["teacher_tokens"], "teacher")
+    for index in range(2):
+        tokens = golden.model.student.tokens(golden.group(index)[0])
+        assert_equal(tokens, golden[f"group{index}.enc_s"], f"student group {index}")
+
+
+def test_modes_and_prior(golden: Golden) -> None:
+    meta = golden.meta
+    for index in range(2):
+        tokens, mask = golden[f"group{index}.enc_s"], golden.group(index)[1]
+        queries = gather_queries(tokens, mask)
+        keys = golden["teacher_tokens"].repeat(len(tokens) // meta["B"], 1, 1)
+        name = f"group{index}."
+        assert_equal(mean_shift(queries, tokens, meta["sa"]), golden[name + "mode_s"], "self modes")
+        assert_equal(mean_shift(queries, keys, meta["ca"]), golden[name + "mode_t"], "cross modes")
+        prior = sharpened_prior(
+            attention(queries, keys, PRIOR_SCALE / meta["d"] ** 0.5), PRIOR_SHARPNESS
+        )
+        assert_equal(prior, golden[name + "prior_attention"], "prior attention")
+        mixed = mix_attention(attention(queries, keys, meta["ca"]), prior, MIXTURE) @ keys
+        assert_equal(mixed, golden[name + f"mode_t_mixture{MIXTURE}"], "mixture")
+
+
+def test_losses_and_gradients(golden: Golden) -> None:
+    views = [golden[f"view{i}"] for i in range(4)]
+    masks = [golden[f"mask{i}"] for i in range(1, 4)]
+    losses, _ = golden.model(views, masks, golden.values())
+    names = {"loss_intra": "intra_view", "loss_inter": "inter_view", "loss_volume": "volume"}
+    for ours, theirs in (*names.items(), ("loss", "total")):
+        assert_equal(losses[ours], golden[f"loss.{theirs}"], ours)
+    losses["loss"].backward()
+    expected = {k.removeprefix("grad.") for k in golden.tensors if k.startswith("grad.")}
+    renamed = {f"backbone.norm.{k}": f"backbone.final_norm.{k}" for k in ("weight", "bias")}
+    parameters = dict(golden.model.student.named_parameters())
+    for name in expected:
+        gradient = parameters[renamed.get(name, name)].grad
+        assert_equal(gradient, golden[f"grad.{name}"], f"gradient of {name}")
+    trained = {name for name, p in parameters.items() if p.grad is not None}
+    assert trained == {renamed.get(name, name) for name in expected}
