@@ -4,8 +4,15 @@ Importing this package registers `pennfudan_train/val` and `flsl_scenes_train/va
 $DETECTRON2_DATASETS.
 """
 
+from flsl_d2.data.annotations import check_coco_files, check_registered_dataset
 from flsl_d2.data.datasets import register_builtin, register_coco_format, register_scenes
 
 register_builtin()
 
-__all__ = ["register_builtin", "register_coco_format", "register_scenes"]
+__all__ = [
+    "check_coco_files",
+    "check_registered_dataset",
+    "register_builtin",
+    "register_coco_format",
+    "register_scenes",
+]

@@ -1,0 +1,289 @@
+"""Checks of COCO files: every fault is named, right files pass."""
+
+from __future__ import annotations
+
+import copy
+import json
+import logging
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from detectron2.data import DatasetCatalog
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from flsl_d2.data import check_coco_files, check_registered_dataset
+from flsl_d2.data.scenes import make_scenes
+from flsl_d2.errors import InputError
+
+Coco = dict[str, Any]
+
+
+@pytest.fixture(scope="module")
+def scenes(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    root = tmp_path_factory.mktemp("data") / "scenes"
+    make_scenes(root, num_train=40, num_val=1, image_size=(64, 64))
+    return root
+
+
+@pytest.fixture
+def coco(scenes: Path) -> Coco:
+    return json.loads((scenes / "annotations/instances_train.json").read_text())
+
+
+def check(content: Any, scenes: Path, tmp_path: Path, **arguments: Any) -> None:
+    path = tmp_path / "annotations.json"
+    path.write_text(content if isinstance(content, str) else json.dumps(content))
+    check_coco_files(path, scenes / "train", **arguments)
+
+
+def image(change: Callable[[dict], Any]) -> Callable[[Coco], Any]:
+    return lambda coco: change(coco["images"][1])
+
+
+def annotation(change: Callable[[dict], Any]) -> Callable[[Coco], Any]:
+    return lambda coco: change(coco["annotations"][1])
+
+
+RLE = {"size": [64, 64], "counts": [10, 30, 64 * 64 - 40]}
+FAULTS: dict[str, tuple[Callable[[Coco], Any], str]] = {
+    "no images key": (lambda c: c.pop("images"), "lacks the list images"),
+    "no keys at all": (lambda c: c.clear(), "lacks the lists images, annotations, categories"),
+    "images no list": (lambda c: c.update(images={"1": {}}), "lacks the list images"),
+    "no image": (lambda c: c.update(images=[]), "empty list: images"),
+    "no annotation": (lambda c: c.update(annotations=[]), "empty list: annotations"),
+    "no category": (lambda c: c.update(categories=[]), "empty list: categories"),
+    "image no object": (lambda c: c["images"].append(5), r"no JSON object: images\[40\]"),
+    "image without id": (image(lambda i: i.pop("id")), r"images without id: images\[1\]"),
+    "image without size": (
+        image(lambda i: (i.pop("height"), i.pop("width"))), "images without height, width"),
+    "image with null": (image(lambda i: i.update(file_name=None)), "images without file_name"),
+    "image id list": (image(lambda i: i.update(id=[1])), "images whose id is no number"),
+    "image id twice": (image(lambda i: i.update(id=1)), "images with an id that another has: 1"),
+    "image of size 0": (image(lambda i: i.update(width=0)), "height or width is no positive"),
+    "image size text": (image(lambda i: i.update(width="64")), "height or width is no positive"),
+    "file name number": (image(lambda i: i.update(file_name=3)), "file_name is no text"),
+    "absolute": (image(lambda i: i.update(file_name="/etc/passwd")), "absolute.*: /etc/passwd"),
+    "outside": (image(lambda i: i.update(file_name="a/../../x.jpg")), "leaves the image folder"),
+    "missing file": (image(lambda i: i.update(file_name="no.jpg")), "without their file.*: no.jpg"),
+    "missing folder": (image(lambda i: i.update(file_name="d/0.jpg")), "without their file"),
+    "category twice": (lambda c: c["categories"].append(c["categories"][0]), "id that another has"),
+    "category unnamed": (lambda c: c["categories"][0].pop("name"), "categories without id or name"),
+    "annotation no object": (lambda c: c["annotations"].append("x"), "no JSON object"),
+    "annotation id twice": (annotation(lambda a: a.update(id=1)), "annotations with an id that"),
+    "annotation id float": (annotation(lambda a: a.update(id=1.5)), "annotations whose id"),
+    "unknown image": (annotation(lambda a: a.update(image_id=999)), "not in images: id 2"),
+    "image id a list": (annotation(lambda a: a.update(image_id=[1])), "not in images: id 2"),
+    "unknown category": (annotation(lambda a: a.update(category_id=77)), "with category 77"),
+    "category id a dict": (annotation(lambda a: a.update(category_id={})), "not in categories"),
+    "no box": (annotation(lambda a: a.pop("bbox")), "annotations without bbox"),
+    "no area": (annotation(lambda a: a.pop("area")), "annotations without area"),
+    "no iscrowd": (annotation(lambda a: a.pop("iscrowd")), "annotations without iscrowd"),
+    "three numbers": (annotation(lambda a: a.update(bbox=[1, 2, 3])), "not four numbers"),
+    "box of text": (annotation(lambda a: a.update(bbox=list("abcd"))), "not four numbers"),
+    "box no list": (annotation(lambda a: a.update(bbox=7)), "not four numbers"),
+    "ignore": (annotation(lambda a: a.update(ignore=1)), "`ignore`"),
+    "polygon text": (
+        annotation(lambda a: a.update(segmentation=[list("abcdef")])), "not a list of numbers"),
+    "polygon nan": (
+        annotation(lambda a: a.update(segmentation=[[float("nan")] * 6])), "not a list of numbers"),
+    "flat polygon": (
+        annotation(lambda a: a.update(segmentation=[1, 2, 3, 4, 5, 6])), "not a list of numbers"),
+    "mask of other size": (
+        annotation(lambda a: a.update(segmentation={**RLE, "size": [32, 64]})), "another size"),
+    "mask too short": (
+        annotation(lambda a: a.update(segmentation={**RLE, "counts": [5]})), "does not fill"),
+    "mask without counts": (
+        annotation(lambda a: a.update(segmentation={"size": [64, 64]})), "lacks size or counts"),
+    "segmentation text": (
+        annotation(lambda a: a.update(segmentation="x")), "neither list nor mask"),
+}  # fmt: skip
+DEGENERATE: dict[str, tuple[dict[str, Any], str]] = {
+    "flat box": ({"bbox": [1, 1, 5, 0]}, "box has no area"),
+    "negative box": ({"bbox": [9, 9, -5, 4]}, "box has no area"),
+    "endless box": ({"bbox": [1, 1, float("inf"), 4]}, "box has no area"),
+    "nan box": ({"bbox": [float("nan"), 1, 3, 4]}, "box has no area"),
+    "box outside": ({"bbox": [64, 1, 5, 5]}, "outside its image"),
+    "box above": ({"bbox": [3, -8, 5, 5]}, "outside its image"),
+    "no polygon": ({"segmentation": []}, "empty segmentation"),
+    "two points": ({"segmentation": [[1, 1, 2, 2]]}, "under 3 points"),
+    "odd polygon": ({"segmentation": [[1, 1, 2, 2, 3, 3, 4]]}, "odd length"),
+}
+
+
+def test_valid_file_passes_silently(
+    coco: Coco, scenes: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    check(coco, scenes, tmp_path)
+    assert caplog.records == []
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_each_fault_is_reported(fault: str, coco: Coco, scenes: Path, tmp_path: Path) -> None:
+    change, expected = FAULTS[fault]
+    change(coco)
+    with pytest.raises(InputError, match=expected) as caught:
+        check(coco, scenes, tmp_path)
+    assert "annotations.json" in str(caught.value)
+
+
+@pytest.mark.parametrize("fault", DEGENERATE)
+def test_one_degenerate_annotation_warns_many_are_a_fault(
+    fault: str, coco: Coco, scenes: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    change, expected = DEGENERATE[fault]
+    coco["annotations"][1].update(change)
+    with caplog.at_level(logging.WARNING):
+        check(coco, scenes, tmp_path)
+    assert expected in caplog.text
+    for entry in coco["annotations"][:5]:
+        entry.update(change)
+    with pytest.raises(InputError, match=f"5 x .*{expected}"):
+        check(coco, scenes, tmp_path)
+
+
+combinable = sorted(
+    f for f in FAULTS if f.startswith(("image without", "unknown", "missing", "no box", "three"))
+)
+
+
+@settings(
+    max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
+@given(faults=st.lists(st.sampled_from(combinable), min_size=2, max_size=4, unique=True))
+def test_all_faults_are_reported_together(faults: list[str], scenes: Path, tmp_path: Path) -> None:
+    text = (scenes / "annotations/instances_train.json").read_text()
+    coco = json.loads(text)
+    for number, fault in enumerate(faults):
+        # Each fault hits entries of its own, or one would hide the other.
+        part = {key: value[5 * number :] for key, value in coco.items() if isinstance(value, list)}
+        part["categories"] = coco["categories"]
+        FAULTS[fault][0](part)
+    with pytest.raises(InputError) as caught:
+        check(coco, scenes, tmp_path)
+    for fault in faults:
+        expected = FAULTS[fault][1].split(": ")[0].split(".*")[0]
+        assert expected in str(caught.value), f"{fault} is missing from {caught.value}"
+
+
+def test_examples_are_counted_and_cut(coco: Coco, scenes: Path, tmp_path: Path) -> None:
+    for number, entry in enumerate(coco["images"]):
+        entry["file_name"] = f"gone_{number:02d}.jpg"
+    with pytest.raises(InputError) as caught:
+        check(coco, scenes, tmp_path, max_report=3)
+    message = str(caught.value)
+    assert "40 x images of 40 without their file" in message
+    assert str(scenes / "train") in message
+    assert "gone_00.jpg, gone_01.jpg, gone_02.jpg and 37 more" in message
+    assert "DETECTRON2_DATASETS" in message
+
+
+@pytest.mark.parametrize(
+    ("content", "expected"),
+    [("", "is not JSON"), ("{", "is not JSON"), ("[1]", "holds a list"), ("null", "NoneType")],
+)
+def test_not_coco(content: str, expected: str, scenes: Path, tmp_path: Path) -> None:
+    with pytest.raises(InputError, match=expected):
+        check(content, scenes, tmp_path)
+
+
+def test_not_text(scenes: Path, tmp_path: Path) -> None:
+    (tmp_path / "x.json").write_bytes(b"\xff\xfe\x00\x80")
+    with pytest.raises(InputError, match="is not JSON"):
+        check_coco_files(tmp_path / "x.json", scenes)
+
+
+def test_missing_paths(scenes: Path, tmp_path: Path) -> None:
+    with pytest.raises(InputError, match=r"nowhere\.json does not exist"):
+        check_coco_files(tmp_path / "nowhere.json", scenes / "train")
+    with pytest.raises(InputError, match="cannot be read"):
+        check_coco_files(tmp_path, scenes / "train")
+    with pytest.raises(InputError, match=r"image folder does not exist.*nowhere"):
+        check_coco_files(scenes / "annotations/instances_train.json", tmp_path / "nowhere")
+
+
+def test_images_in_folders_of_their_own(coco: Coco, scenes: Path, tmp_path: Path) -> None:
+    for entry in coco["images"]:
+        entry["file_name"] = f"train/{entry['file_name']}"
+    (tmp_path / "a.json").write_text(json.dumps(coco))
+    check_coco_files(tmp_path / "a.json", scenes)
+
+
+def test_image_lists_without_annotations(coco: Coco, scenes: Path, tmp_path: Path) -> None:
+    del coco["annotations"]
+    check(coco, scenes, tmp_path, need_annotations=False)
+    with pytest.raises(InputError, match="lacks the list annotations"):
+        check(coco, scenes, tmp_path)
+
+
+def test_run_length_masks_of_objects_are_remarked_on(
+    coco: Coco, scenes: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    coco["annotations"][0]["segmentation"] = copy.deepcopy(RLE)
+    coco["annotations"][1].update(segmentation=copy.deepcopy(RLE), iscrowd=1)
+    with caplog.at_level(logging.WARNING):
+        check(coco, scenes, tmp_path)
+    assert "1 x annotations with a run-length mask" in caplog.text
+    assert "bitmask" in caplog.text
+
+
+def test_unknown_name_lists_near_ones() -> None:
+    with pytest.raises(InputError) as caught:
+        check_registered_dataset("coco_2017_trian")
+    assert "coco_2017_train" in str(caught.value)
+    assert "register_coco_format('coco_2017_trian'" in str(caught.value)
+    with pytest.raises(InputError, match="is not registered"):
+        check_registered_dataset("")
+
+
+def test_other_formats_are_left_to_their_loaders() -> None:
+    DatasetCatalog.register("test_own_loader", list)
+    try:
+        check_registered_dataset("test_own_loader")
+    finally:
+        DatasetCatalog.remove("test_own_loader")
+
+
+def test_fifty_thousand_annotations_take_no_time(tmp_path: Path) -> None:
+    box, polygon = [10.0, 20.0, 30.0, 40.0], [[float(i) for i in range(50)]]
+    image_entries = [
+        {"id": i, "file_name": f"{i}.jpg", "height": 480, "width": 640} for i in range(5000)
+    ]
+    entries = [
+        {"id": i, "image_id": i % 5000, "category_id": 1, "bbox": box, "area": 1.0, "iscrowd": 0,
+         "segmentation": polygon} for i in range(50000)
+    ]  # fmt: skip
+    content = {
+        "images": image_entries, "annotations": entries, "categories": [{"id": 1, "name": "x"}]
+    }  # fmt: skip
+    (tmp_path / "a.json").write_text(json.dumps(content))
+    (tmp_path / "images").mkdir()
+    for i in range(5000):
+        (tmp_path / "images" / f"{i}.jpg").touch()
+    start = time.process_time()
+    check_coco_files(tmp_path / "a.json", tmp_path / "images")
+    assert time.process_time() - start < 5
+
+
+@pytest.mark.parametrize(
+    ("json_file", "image_root"),
+    [
+        ("coco/annotations/instances_train2017.json", "coco/train2017"),
+        ("coco/annotations/instances_val2017.json", "coco/val2017"),
+        ("pennfudan/annotations/instances_train.json", "pennfudan/images"),
+        ("pennfudan/annotations/instances_val.json", "pennfudan/images"),
+    ],
+)
+def test_real_files_pass(
+    json_file: str, image_root: str, datasets_root: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    root = datasets_root
+    if not (root / json_file).is_file():
+        pytest.skip(f"no {root / json_file}")
+    check_coco_files(root / json_file, root / image_root)
+    assert caplog.records == []
+    with pytest.raises(InputError, match="without their file"):
+        check_coco_files(root / json_file, root)
