@@ -65,7 +65,7 @@ def fit_encoder_state(
     errors.append(
         f"the checkpoint covers {len(good)} of the encoder's {len(own)} tensors under "
         f"{prefix or 'the top level'!r}; unmatched: {', '.join(unmatched)}. Use weights of the "
-        "same architecture (width, depth, patch size, final_norm, use_rel_pos), or convert the file."
+        "same architecture: width, depth, patch size, final_norm and use_rel_pos."
     )
 
 

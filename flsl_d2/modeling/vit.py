@@ -227,6 +227,24 @@ class FLSLViT(Backbone):
         self.pos_embed.copy_(sincos_positions(self.embed_dim, side))
 
     @property
+    def architecture(self) -> dict[str, int | float | bool]:
+        """Constructor arguments that fix the shapes of the weights and what they compute."""
+        first = self.blocks[0]
+        return {
+            "img_size": round(self.pos_embed.shape[1] ** 0.5) * self.patch_size,
+            "patch_size": self.patch_size,
+            "in_chans": self.patch_embed.proj.in_channels,
+            "embed_dim": self.embed_dim,
+            "depth": self.depth,
+            "num_heads": first.attn.num_heads,
+            "mlp_ratio": first.mlp.fc1.out_features / self.embed_dim,
+            "qkv_bias": first.attn.qkv.bias is not None,
+            "use_rel_pos": first.attn.use_rel_pos,
+            "final_norm": isinstance(self.final_norm, nn.LayerNorm),
+            "position_offset": self.position_offset,
+        }
+
+    @property
     def padding_constraints(self) -> dict[str, int]:
         """What Detectron2's ``ImageList`` must pad images to."""
         return {"size_divisibility": self.patch_size}

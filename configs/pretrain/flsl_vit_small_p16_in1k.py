@@ -1,0 +1,116 @@
+"""FLSL pre-training of ViT-S/16 on ImageNet-1k (arXiv 2306.06203).
+
+    tools/pretrain_net.py --config-file configs/pretrain/flsl_vit_small_p16_in1k.py --num-gpus 8
+
+ImageNet lies in $DETECTRON2_DATASETS/imagenet/train; any other tree of images:
+``dataset.root=FOLDER``; a data set registered in Detectron2, without its labels:
+``dataset.name=coco_2017_train``. On a CPU: ``train.device=cpu``.
+
+Hardware and time: the paper's run took 8 GPUs for 3.5 days. Mask R-CNN fine-tuned from its weights
+reaches 44.9 box and 40.8 mask AP on COCO (1x). Both are the paper's figures, not ours.
+"""
+
+import os
+
+from detectron2.config import LazyCall as L
+
+from flsl_d2.modeling import FLSLViT
+from pretrain.model import FLSL, FLSLHead
+from pretrain.objective import FLSLLoss
+from pretrain.schedules import Schedules
+from pretrain.views import NestedViews
+
+dataset = dict(
+    # Folder below which every image is used; ImageNet's layout or any other.
+    root=os.path.join(os.getenv("DETECTRON2_DATASETS", "datasets"), "imagenet", "train"),
+    # Data set registered in Detectron2; where given, it is used and root is not.
+    name="",
+    # A file that cannot be read: "skip" counts, names and replaces it, "raise" stops.
+    on_error="skip",
+)
+
+views = L(NestedViews)(
+    patch_size="${model.backbone.patch_size}",
+    global_size=224,
+    local_size=96,
+    num_local=2,
+    teacher_scale=(0.8, 1.0),
+    global_scale=(0.5, 1.0),
+    local_scale=(0.05, 0.4),
+    global_window=3,
+    local_window=2,
+    random_pooling=True,
+)
+
+dataloader = dict(
+    # Images a step, of all processes together. The learning rate scales with it.
+    total_batch_size=512,
+    # Decoding processes for each training process; 0 decodes in the training process.
+    num_workers=8,
+)
+
+model = L(FLSL)(
+    backbone=L(FLSLViT)(
+        img_size="${views.global_size}",
+        patch_size=16,
+        embed_dim=384,
+        depth=12,
+        num_heads=6,
+        drop_path_rate=0.1,
+        use_act_checkpoint=False,
+    ),
+    head=L(FLSLHead)(
+        in_dim="${model.backbone.embed_dim}",
+        num_centroids=4096,
+        hidden_dim=2048,
+        bottleneck_dim=256,
+        learn_scale=False,
+    ),
+    loss=L(FLSLLoss)(
+        num_centroids="${model.head.num_centroids}",
+        inter_weight=1.0,
+        volume_weight=5.0,
+        student_temp=0.1,
+        prior=None,
+        centering=False,
+        center_momentum=0.9,
+    ),
+    norm_modes=False,
+)
+
+# Pairs are start and end of a cosine over the run; see pretrain/schedules.py.
+schedules = L(Schedules)(
+    base_lr=5e-4,
+    final_lr=1e-6,
+    warmup_fraction=0.1,
+    weight_decay=(0.04, 0.4),
+    teacher_momentum=(0.996, 1.0),
+    teacher_temp=(0.04, 0.07),
+    teacher_temp_epochs=30,
+    intra_weight=(0.03, 0.03),
+    self_scale=(0.1, 0.1),
+    cross_scale=(0.2, 0.2),
+    frozen_last_layer_epochs=1,
+)
+
+train = dict(
+    # Checkpoints, metrics.json, log.txt, TensorBoard events, teacher_backbone.pth.
+    output_dir="./output/flsl_vit_small_p16_in1k",
+    # Length of the run in epochs, and in steps: 0 derives the steps from the epochs.
+    epochs=300,
+    max_iter=0,
+    # "cuda" or "cpu".
+    device="cuda",
+    # "fp32", "bf16", "fp16"; "auto": bf16 on GPUs that compute in it, fp16 on others, fp32 on CPU.
+    precision="auto",
+    # Largest norm of a gradient, and of what: "per_tensor" (as published), "global", "none".
+    clip_norm=3.0,
+    clip_mode="per_tensor",
+    # Of weights, views, order of images and stochastic depth.
+    seed=0,
+    # Steps between two lines on the console.
+    log_period=20,
+    # Steps between two checkpoints, and how many are kept.
+    checkpoint_period=5000,
+    checkpoint_keep=3,
+)

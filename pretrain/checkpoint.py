@@ -1,0 +1,32 @@
+"""From a pre-trained teacher to a file that any Detectron2 project loads."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import torch
+
+from pretrain.model import FLSL
+
+__all__ = ["save_teacher_backbone"]
+
+
+def save_teacher_backbone(model: FLSL, path: str | Path) -> None:
+    """Write the teacher's encoder, by its bare names, with the architecture it needs.
+
+    The file holds ``model`` (tensors), ``encoder`` (constructor arguments of ``FLSLViT``),
+    ``format``, and ``matching_heuristics``, which tells Detectron2's own checkpointer to find
+    these names wherever the encoder sits in a detector. It is written under another name first,
+    so that a reader never sees half of it.
+    """
+    backbone = model.teacher.backbone
+    content = {
+        "model": {name: tensor.cpu() for name, tensor in backbone.state_dict().items()},
+        "encoder": backbone.architecture,
+        "format": "flsl_d2 encoder",
+        "matching_heuristics": True,
+    }
+    part = f"{path}.part"
+    torch.save(content, part)
+    os.replace(part, path)

@@ -1,0 +1,52 @@
+"""AdamW as FLSL uses it: two parameter groups, and gradients clipped tensor by tensor."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from flsl_d2.errors import InputError
+
+__all__ = ["build_adamw", "clip_gradients"]
+
+CLIP_MODES = ("per_tensor", "global", "none")
+
+
+def build_adamw(model: nn.Module, betas: tuple[float, float] = (0.9, 0.999)) -> torch.optim.AdamW:
+    """AdamW over the trainable parameters.
+
+    The first group has weight decay; biases and one-dimensional weights, in the second, have
+    none. Learning rate and weight decay are set at every step by the schedules.
+    """
+    named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
+    exempt = {name for name, p in named if p.ndim == 1 or name.endswith(".bias")}
+    groups = [
+        {"params": [p for name, p in named if name not in exempt]},
+        {"params": [p for name, p in named if name in exempt], "weight_decay": 0.0},
+    ]
+    return torch.optim.AdamW(groups, lr=0.0, betas=betas, fused=True)
+
+
+@torch.no_grad()
+def clip_gradients(gradients: list[Tensor], max_norm: float, mode: str = "per_tensor") -> Tensor:
+    """Scale gradients in place so that no norm exceeds ``max_norm``.
+
+    Args:
+        gradients: of all parameters that have one.
+        max_norm: 3 in the published run.
+        mode: ``per_tensor`` clips each parameter's gradient by its own norm, as published;
+            ``global`` all by their common norm; ``none`` only measures.
+
+    Returns:
+        The common norm before clipping, a scalar tensor on the gradients' device.
+    """
+    if mode not in CLIP_MODES:
+        raise InputError(f"train.clip_mode is '{mode}'; use one of {', '.join(CLIP_MODES)}.")
+    norms = torch._foreach_norm(gradients)
+    total = torch.linalg.vector_norm(torch.stack(norms))
+    if mode == "per_tensor":
+        factors = [(max_norm / (norm + 1e-6)).clamp(max=1.0) for norm in norms]
+        torch._foreach_mul_(gradients, factors)
+    elif mode == "global":
+        torch._foreach_mul_(gradients, (max_norm / (total + 1e-6)).clamp(max=1.0))
+    return total

@@ -1,0 +1,155 @@
+"""One step of pre-training, as a Detectron2 trainer."""
+
+from __future__ import annotations
+
+import time
+from contextlib import nullcontext
+from typing import Any
+
+import numpy as np
+import torch
+from detectron2.engine import SimpleTrainer
+from detectron2.utils import comm
+from torch import Tensor, nn
+
+from flsl_d2.errors import InputError
+from pretrain.data import Batch
+from pretrain.model import FLSL
+from pretrain.optimizer import clip_gradients
+from pretrain.schedules import Schedules, StepValues
+
+__all__ = ["PRECISIONS", "PretrainTrainer", "resolve_precision"]
+
+PRECISIONS = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+def resolve_precision(precision: str, device: str) -> str:
+    """``auto`` is bf16 on a GPU that computes in it, fp16 on an older one, fp32 on a CPU."""
+    if precision == "auto":
+        if not device.startswith("cuda"):
+            return "fp32"
+        return "bf16" if torch.cuda.is_bf16_supported() else "fp16"
+    if precision not in PRECISIONS:
+        known = ", ".join(["auto", *PRECISIONS])
+        raise InputError(f"train.precision is '{precision}'; use one of {known}.")
+    if precision == "fp16" and not device.startswith("cuda"):
+        raise InputError(f"train.precision is 'fp16' on device '{device}'; use bf16 or fp32 there.")
+    return precision
+
+
+class PretrainTrainer(SimpleTrainer):
+    """Runs a step: schedules, forward, backward, clipping, optimiser, teacher.
+
+    The state of the run at a step is the weights, the optimiser and the number of the step:
+    data and randomness of a step follow from the seed and that number alone.
+
+    Args:
+        model: an :class:`FLSL`, or one wrapped for several processes.
+        data_loader: endless loader of :class:`Batch`.
+        optimizer: as of ``build_adamw``; its first group has weight decay.
+        schedules: values of each step.
+        precision: ``fp32``, ``bf16`` or ``fp16``.
+        clip_norm: see :func:`clip_gradients`.
+        clip_mode: see :func:`clip_gradients`.
+        seed: of stochastic depth.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        data_loader: Any,
+        optimizer: torch.optim.Optimizer,
+        schedules: Schedules,
+        precision: str = "fp32",
+        clip_norm: float = 3.0,
+        clip_mode: str = "per_tensor",
+        seed: int = 0,
+    ) -> None:
+        super().__init__(model, data_loader, optimizer)
+        self.flsl: FLSL = getattr(model, "module", model)
+        self.schedules, self.seed = schedules, seed
+        self.clip_norm, self.clip_mode = clip_norm, clip_mode
+        self.dtype = PRECISIONS[precision]
+        self.device = self.flsl.pixel_mean.device
+        self.scaler = torch.amp.GradScaler(self.device.type, enabled=precision == "fp16")
+        self.last_batch: Batch | None = None
+        self.monitored: dict[str, Tensor] = {}
+
+    def run_step(self) -> None:
+        """Steps 1 to 10 of the method, and the step's scalars into Detectron2's storage."""
+        start = time.perf_counter()
+        batch: Batch = next(self._data_loader_iter)
+        data_time = time.perf_counter() - start
+        self.last_batch = batch
+        values = self.schedules(self.iter)
+        self._apply(values)
+        losses = self._forward(batch, values)
+        self.optimizer.zero_grad()
+        self.scaler.scale(losses["loss"]).backward()
+        grad_norm = self._step(values)
+        self.flsl.update_teacher(values.teacher_momentum)
+        self._record(losses, grad_norm, data_time, values)
+
+    def _apply(self, values: StepValues) -> None:
+        decayed, exempt = self.optimizer.param_groups
+        decayed["lr"] = exempt["lr"] = values.lr
+        decayed["weight_decay"] = values.weight_decay
+        # Stochastic depth draws from PyTorch's generator. Seeding it from the step's number makes
+        # a resumed run draw what the uninterrupted one would have drawn.
+        torch.manual_seed(
+            int(
+                np.random.SeedSequence([self.seed, self.iter, comm.get_rank()]).generate_state(1)[0]
+            )
+        )
+
+    def _forward(self, batch: Batch, values: StepValues) -> dict[str, Tensor]:
+        views = [view.to(self.device, non_blocking=True) for view in batch.views]
+        masks = [mask.to(self.device, non_blocking=True) for mask in batch.queries]
+        mixed = torch.autocast(self.device.type, self.dtype) if self.dtype else nullcontext()
+        with mixed:
+            losses, self.monitored = self.model(views, masks, values)
+        return losses
+
+    def _step(self, values: StepValues) -> Tensor:
+        self.scaler.unscale_(self.optimizer)
+        trained = [p for group in self.optimizer.param_groups for p in group["params"]]
+        gradients = [p.grad for p in trained if p.grad is not None]
+        grad_norm = clip_gradients(gradients, self.clip_norm, self.clip_mode)
+        if values.last_layer_frozen:
+            for parameter in self.flsl.student.head.last_layer.parameters():
+                parameter.grad = None
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
+        return grad_norm
+
+    def _record(
+        self, losses: dict[str, Tensor], grad_norm: Tensor, data_time: float, values: StepValues
+    ) -> None:
+        scalars = {name: loss.detach() for name, loss in losses.items()}
+        scalars["grad_norm"] = grad_norm
+        scalars["feature_std"] = self.monitored["feature_std"]
+        # One transfer for all, so that the device is waited for once.
+        numbers = torch.stack([x.float() for x in scalars.values()]).tolist()
+        mine = dict(zip(scalars, numbers, strict=True))
+        everyone = comm.gather({**mine, "data_time": data_time})
+        if not np.isfinite(mine["loss"]):
+            raise FloatingPointError(
+                f"The loss is not finite at iteration {self.iter}: "
+                + ", ".join(f"{name} = {value:g}" for name, value in mine.items())
+            )
+        if not comm.is_main_process():
+            return
+        for name in mine:
+            self.storage.put_scalar(name, float(np.mean([rank[name] for rank in everyone])))
+        self.storage.put_scalar("data_time", max(rank["data_time"] for rank in everyone))
+        for name in ("lr", "weight_decay", "teacher_temp", "teacher_momentum", "intra_weight"):
+            self.storage.put_scalar(name, getattr(values, name), smoothing_hint=False)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Iteration, hooks, optimiser and gradient scaler."""
+        return {**super().state_dict(), "scaler": self.scaler.state_dict()}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Inverse of :meth:`state_dict`."""
+        super().load_state_dict(state_dict)
+        self.scaler.load_state_dict(state_dict["scaler"])
