@@ -1,0 +1,46 @@
+# `make test` and `make demo` do all of their own set-up; `make help` lists the rest.
+
+PYTHON ?= python3
+VENV ?= .venv
+DETECTRON2_SOURCE ?= https://github.com/facebookresearch/detectron2.git
+
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.flsl-d2-installed
+
+.DEFAULT_GOAL := help
+.PHONY: help install demo test slow-tests lint format clean
+
+help: ## list the targets
+	@sed -n 's/^\([a-z-]*\):.*## /  make \1|/p' Makefile | while IFS='|' read -r target text; do \
+		printf '%-18s %s\n' "$$target" "$$text"; done
+	@echo "variables: PYTHON=$(PYTHON)  VENV=$(VENV)  DETECTRON2_SOURCE=URL, folder or none"
+
+# The stamp is written last, so an installation that was interrupted is taken up again.
+$(STAMP): requirements.txt setup.py tools/install.py tools/install_detectron2.py
+	@"$(PYTHON)" -c 'import sys; sys.exit(sys.version_info < (3, 10))' 2>/dev/null || { \
+		echo 'error: $(PYTHON) is not a Python 3.10 or newer: name one, as in make PYTHON=python3.11' >&2; \
+		exit 1; }
+	@"$(PYTHON)" tools/install.py --environment "$(VENV)" \
+		--detectron2-source "$(DETECTRON2_SOURCE)" --stamp "$@"
+
+install: $(STAMP) ## set up the environment (.venv) and nothing else
+	@echo "The environment is in place: $(VENV)"
+
+demo: $(STAMP) ## pre-train, fine-tune and compare on a small data set of its own; no download, no GPU
+	@"$(BIN)/python" tools/demo.py
+
+test: $(STAMP) ## run the tests
+	@"$(BIN)/python" -m pytest
+
+slow-tests: $(STAMP) ## run the long accuracy tests
+	@"$(BIN)/python" -m pytest -m slow
+
+lint: $(STAMP) ## check style and formatting
+	@"$(BIN)/ruff" check . && "$(BIN)/ruff" format --check .
+
+format: $(STAMP) ## format the code
+	@"$(BIN)/ruff" check --fix . && "$(BIN)/ruff" format .
+
+clean: ## remove what builds and tests leave behind; .venv and output stay
+	rm -rf build dist *.egg-info .pytest_cache .ruff_cache .hypothesis
+	find . -name __pycache__ -type d -not -path './.venv/*' -prune -exec rm -rf {} +
