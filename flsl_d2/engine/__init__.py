@@ -1,0 +1,1 @@
+"""What the tools share: processes, configs, command lines and the detection loops."""

@@ -1,0 +1,123 @@
+"""What all tools share: their options, and errors as one sentence instead of a traceback."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+import warnings
+from collections.abc import Callable
+from typing import Any
+
+from flsl_d2.engine.launch import WorkerError
+from flsl_d2.errors import InputError
+
+__all__ = ["parse_tool_arguments", "run_tool", "tool_argument_parser"]
+
+# Warnings of third parties that a user of the tools can do nothing about: (category, its start,
+# without a colon or comma, which PYTHONWARNINGS could not hold).
+_HARMLESS = (
+    (UserWarning, "pkg_resources is deprecated as an API"),
+    (UserWarning, "torch.meshgrid"),
+    (FutureWarning, "Importing from timm.models.layers is deprecated"),
+    (FutureWarning, "`torch.cuda.amp"),
+)
+
+
+def run_tool(function: Callable[..., Any], *args: Any) -> None:
+    """Run a tool and end this process with its status.
+
+    Status 0 when it returns, 2 after an :class:`InputError` (``error: ...`` on stderr, no
+    traceback), 1 when a worker process failed (that worker's own error on stderr), 130 after
+    Ctrl-C. Any other exception is a defect and keeps its traceback.
+    """
+    _quiet_third_parties()
+    try:
+        function(*args)
+    except InputError as error:
+        print(f"error: {error}", file=sys.stderr)
+        status = 2
+    except WorkerError as error:
+        print(f"error: {error}", file=sys.stderr)
+        status = 1
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        status = 130
+    else:
+        status = 0
+    sys.stdout.flush()
+    sys.exit(status)
+
+
+def tool_argument_parser(
+    description: str, epilog: str = "", eval_only: bool = False
+) -> argparse.ArgumentParser:
+    """The options that ``pretrain_net.py`` and ``train_net.py`` have in common.
+
+    Args:
+        description: what the tool does.
+        epilog: examples of complete commands; shown as written.
+        eval_only: whether there is ``--eval-only``.
+
+    Returns:
+        A parser; read the command line with :func:`parse_tool_arguments`.
+    """
+    parser = argparse.ArgumentParser(
+        description=description,
+        epilog=epilog,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    add = parser.add_argument
+    add(
+        "--config-file",
+        required=True,
+        metavar="FILE",
+        help="config to run; a path, or a name below configs/",
+    )
+    add(
+        "--resume",
+        action="store_true",
+        help="continue from the last checkpoint in the output folder, if there is one",
+    )
+    if eval_only:
+        add("--eval-only", action="store_true", help="evaluate the weights and stop")
+    add(
+        "--num-gpus",
+        type=int,
+        default=1,
+        metavar="N",
+        help="GPUs on this machine; on the CPU, the number of processes (default: 1)",
+    )
+    add("--num-machines", type=int, default=1, metavar="N", help="machines (default: 1)")
+    add("--machine-rank", type=int, default=0, metavar="I", help="this machine, from 0")
+    add(
+        "--dist-url",
+        default="auto",
+        metavar="URL",
+        help="tcp://HOST:PORT where the processes meet; needed with several machines",
+    )
+    add(
+        "opts",
+        nargs="*",
+        metavar="override",
+        help="changes to the config: key=value for a .py config, KEY VALUE pairs for a .yaml one; "
+        "a leading + adds a key that a .py config does not have",
+    )
+    return parser
+
+
+def parse_tool_arguments(
+    parser: argparse.ArgumentParser, arguments: list[str] | None = None
+) -> argparse.Namespace:
+    """Read the command line; options and overrides may stand in any order."""
+    return parser.parse_intermixed_args(arguments)
+
+
+def _quiet_third_parties() -> None:
+    for category, start in _HARMLESS:
+        warnings.filterwarnings("ignore", message=start, category=category)
+    # Worker processes of this tool read the same list from their environment.
+    listed = [f"ignore:{start}:{category.__name__}" for category, start in _HARMLESS]
+    inherited = os.environ.get("PYTHONWARNINGS")
+    os.environ["PYTHONWARNINGS"] = ",".join([*listed, inherited] if inherited else listed)

@@ -1,0 +1,213 @@
+"""Starting a function in one or many processes: GPUs, CPU processes, or under torchrun."""
+
+from __future__ import annotations
+
+import logging
+import os
+import socket
+import traceback
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+from detectron2.engine import create_ddp_model
+from detectron2.engine import launch as detectron2_launch
+from detectron2.utils import comm
+from torch import nn
+
+from flsl_d2.errors import InputError
+
+__all__ = ["WorkerError", "launch", "started_by_torchrun", "wrap_ddp"]
+
+# Reports of failed ranks wait in a pipe until the parent reads them; its buffer holds 64 KiB.
+_REPORT_CHARS = 4000
+# A rank ended by these left no report; those of other ranks only say that it is gone.
+_KILLED = ("SIGKILL", "SIGSEGV", "SIGBUS")
+
+
+class WorkerError(RuntimeError):
+    """A worker process failed; the message holds its rank and its traceback."""
+
+
+def started_by_torchrun() -> bool:
+    """Whether this process is one of several that torchrun (or its like) started."""
+    return {"RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR"} <= os.environ.keys()
+
+
+def launch(
+    main_func: Callable[..., None],
+    num_processes_per_machine: int,
+    num_machines: int = 1,
+    machine_rank: int = 0,
+    dist_url: str = "auto",
+    args: tuple[Any, ...] = (),
+    device: str = "cuda",
+) -> None:
+    """Run ``main_func(*args)`` in every process, with Detectron2's ``comm`` set up.
+
+    One process runs right here. Several GPU processes are Detectron2's own launch, several CPU
+    processes talk through gloo. Under torchrun the processes exist already, so none are started
+    and the counts given here are not used.
+
+    Args:
+        main_func: a function at the top level of a module (the workers import it).
+        num_processes_per_machine: GPUs, or CPU processes, on each machine.
+        num_machines: machines that take part; each runs this same command.
+        machine_rank: which of them this is, from 0.
+        dist_url: where they meet, ``tcp://address:port``; ``auto`` takes a free local port.
+        args: arguments of ``main_func``; they travel to the workers by pickle.
+        device: ``cuda`` or ``cpu``, what the processes compute on.
+
+    Raises:
+        InputError: counts or a device that this machine does not have; or raised in a worker.
+        WorkerError: another exception in a worker. The other workers have been ended.
+    """
+    if started_by_torchrun():
+        _run_under_torchrun(main_func, args, device)
+        return
+    _check(num_processes_per_machine, num_machines, machine_rank, dist_url, device)
+    if num_processes_per_machine * num_machines == 1:
+        main_func(*args)
+        return
+    # Says only that other workers are being ended, before the error that says why.
+    logging.getLogger("torch.multiprocessing.spawn").setLevel(logging.ERROR)
+    reports = mp.get_context("spawn").SimpleQueue()
+    work = (main_func, reports, args)
+    try:
+        if _is_cuda(device):
+            detectron2_launch(
+                _reporting,
+                num_processes_per_machine,
+                num_machines,
+                machine_rank,
+                dist_url,
+                args=work,
+            )
+        else:
+            if dist_url == "auto":
+                dist_url = f"tcp://127.0.0.1:{_free_port()}"
+            world = (num_processes_per_machine, num_machines, machine_rank, dist_url)
+            mp.start_processes(
+                _cpu_worker, (*world, work), num_processes_per_machine, start_method="spawn"
+            )
+    except (mp.ProcessRaisedException, mp.ProcessExitedException) as failure:
+        if reports.empty() or getattr(failure, "signal_name", None) in _KILLED:
+            raise WorkerError(f"{failure} (SIGKILL: most often, memory ran out)") from None
+        # The first report is the cause; later ones are ranks that lost their neighbour.
+        kind, rank, text = reports.get()
+        if kind == "input":
+            raise InputError(text) from None
+        raise WorkerError(f"rank {rank} failed:\n{text}") from None
+    except KeyboardInterrupt:
+        for child in mp.active_children():
+            child.terminate()
+        raise
+
+
+def wrap_ddp(model: nn.Module, **ddp_options: Any) -> nn.Module:
+    """Detectron2's ``create_ddp_model``, on CPU processes too; the model itself for one process.
+
+    Args:
+        model: a model that is on the device it trains on.
+        ddp_options: arguments of ``DistributedDataParallel``, and ``fp16_compression``.
+    """
+    if next(model.parameters()).device.type != "cuda":
+        ddp_options["device_ids"] = None
+        ddp_options["fp16_compression"] = False  # a CUDA-only communication hook
+    return create_ddp_model(model, **ddp_options)
+
+
+def _is_cuda(device: str) -> bool:
+    return str(device).startswith("cuda")
+
+
+def _check(
+    num_processes: int, num_machines: int, machine_rank: int, dist_url: str, device: str
+) -> None:
+    if num_processes < 1 or not 0 <= machine_rank < num_machines:
+        raise InputError(
+            f"{num_processes} processes on machine {machine_rank} of {num_machines} cannot be "
+            "started; give --num-gpus of at least 1 and --machine-rank below --num-machines."
+        )
+    if dist_url == "auto" and num_machines > 1:
+        raise InputError(
+            f"--dist-url auto finds a port on one machine only, and there are {num_machines}; "
+            "give --dist-url tcp://ADDRESS_OF_MACHINE_0:PORT on all of them."
+        )
+    if not _is_cuda(device):
+        return
+    if not torch.cuda.is_available():
+        raise InputError(
+            f"the device is {device!r}, but PyTorch sees no GPU here; train on the CPU with "
+            "train.device=cpu (in a YAML config: MODEL.DEVICE cpu)."
+        )
+    if num_processes > torch.cuda.device_count():
+        raise InputError(
+            f"--num-gpus is {num_processes}, but PyTorch sees {torch.cuda.device_count()} here; "
+            "ask for fewer, or check CUDA_VISIBLE_DEVICES."
+        )
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+def _cpu_worker(
+    local_rank: int,
+    num_processes: int,
+    num_machines: int,
+    machine_rank: int,
+    dist_url: str,
+    work: tuple[Any, ...],
+) -> None:
+    if "OMP_NUM_THREADS" not in os.environ:
+        # Every process would otherwise take all cores, and they would wait for one another.
+        torch.set_num_threads(max((os.cpu_count() or 1) // num_processes, 1))
+    _join_group(
+        "gloo",
+        num_processes,
+        init_method=dist_url,
+        world_size=num_processes * num_machines,
+        rank=machine_rank * num_processes + local_rank,
+    )
+    _reporting(*work)
+
+
+def _join_group(backend: str, num_local: int, **options: Any) -> None:
+    dist.init_process_group(backend, **options)
+    comm.create_local_process_group(num_local)
+    comm.synchronize()
+
+
+def _reporting(main_func: Callable[..., None], reports: Any, args: tuple[Any, ...]) -> None:
+    """Run in a worker: leave a report of the exception for the parent, then fail."""
+    try:
+        main_func(*args)
+    except InputError as error:
+        reports.put(("input", comm.get_rank(), str(error)))
+        raise SystemExit(2) from None
+    except Exception:
+        reports.put(("crash", comm.get_rank(), traceback.format_exc()[-_REPORT_CHARS:]))
+        raise
+    else:
+        # Ends cleanly on every rank together, so that no rank's sockets close under another's.
+        comm.synchronize()
+        dist.destroy_process_group()
+
+
+def _run_under_torchrun(main_func: Callable[..., None], args: tuple[Any, ...], device: str) -> None:
+    if int(os.environ["WORLD_SIZE"]) == 1 or dist.is_initialized():
+        main_func(*args)
+        return
+    num_local = int(os.environ.get("LOCAL_WORLD_SIZE", os.environ["WORLD_SIZE"]))
+    if _is_cuda(device):
+        _check(num_local, 1, 0, "env://", device)
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+    _join_group("nccl" if _is_cuda(device) else "gloo", num_local)
+    main_func(*args)
+    comm.synchronize()
+    dist.destroy_process_group()

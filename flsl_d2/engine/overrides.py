@@ -1,0 +1,179 @@
+"""``key=value`` overrides of a LazyConfig, checked against the keys and types that it has."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any, NamedTuple
+
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.errors import HydraException
+from omegaconf import DictConfig, ListConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from flsl_d2.errors import InputError
+
+__all__ = ["apply_lazy_overrides", "unknown_keys_error"]
+
+
+class _Override(NamedTuple):
+    key: str
+    value: Any
+    adds: bool  # a leading "+": the key may be new
+    raw: str  # the value as typed
+
+
+def apply_lazy_overrides(cfg: DictConfig, overrides: Iterable[str]) -> DictConfig:
+    """Set ``key=value`` overrides in place, in hydra's basic grammar.
+
+    Args:
+        cfg: a loaded config.
+        overrides: e.g. ``train.max_iter=100``, ``optimizer.lr=1e-4``,
+            ``dataloader.train.dataset.names=[a,b]``; a leading ``+`` allows a key that is new.
+
+    Returns:
+        ``cfg``.
+
+    Raises:
+        InputError: what is not ``key=value``, unknown keys (all of them at once), or a value of
+            another type than the one it replaces.
+    """
+    parsed = [_parse(text) for text in overrides]
+    unknown = [
+        path
+        for override in parsed
+        if not override.adds
+        for path in _unknown(cfg, override.key, override.value)
+    ]
+    if unknown:
+        raise unknown_keys_error(
+            unknown, list(_keys_of(cfg)), remedy="; a new key needs a leading +, as in +key=value"
+        )
+    for override in parsed:
+        value = override.value if override.adds else _fitting(cfg, override)
+        try:
+            OmegaConf.update(cfg, override.key, value, merge=True, force_add=True)
+        except OmegaConfBaseException as error:
+            raise InputError(
+                f"override {override.key}={override.raw} cannot be applied: "
+                f"{str(error).splitlines()[0]}; see the config for what the key holds."
+            ) from error
+    return cfg
+
+
+def unknown_keys_error(unknown: Iterable[str], known: list[str], remedy: str = "") -> InputError:
+    """The sentence for keys that a config does not have, each with the closest ones it has.
+
+    Args:
+        unknown: dotted paths.
+        known: dotted paths of all keys of the config.
+        remedy: continues the sentence.
+    """
+    named = []
+    for key in dict.fromkeys(unknown):
+        close = _closest(key, known)
+        named.append(f"{key} (did you mean {' or '.join(close)}?)" if close else key)
+    noun = "key" if len(named) == 1 else "keys"
+    return InputError(f"the config has no {noun} {', '.join(named)}{remedy}.")
+
+
+def _closest(key: str, known: list[str], count: int = 2) -> list[str]:
+    by_path = difflib.get_close_matches(key, known, n=count, cutoff=0.75)
+    last = key.rpartition(".")[2]
+    same_name = [path for path in known if path.rpartition(".")[2] == last]
+    return list(dict.fromkeys(by_path + sorted(same_name, key=len)))[:count]
+
+
+def _parse(text: str) -> _Override:
+    key, equals, raw = text.partition("=")
+    adds = key.startswith("+")
+    key = key.lstrip("+").strip()
+    if not equals or not key or key.startswith(("~", "-")):
+        raise InputError(
+            f"override {text!r} is not of the form key=value; write for example "
+            "train.max_iter=100 (pairs KEY VALUE are for YAML configs)."
+        )
+    try:
+        parsed = OverridesParser.create().parse_overrides([f"key={raw}"])[0]
+        value = raw if parsed.is_sweep_override() else parsed.value()
+    except HydraException:
+        value = raw  # a path with characters that the grammar reserves
+    return _Override(key, value, adds, raw)
+
+
+def _child(node: Any, name: str) -> tuple[bool, Any]:
+    """Whether a config node has this child, and the child (None where it cannot be resolved)."""
+    if isinstance(node, DictConfig):
+        if node._is_none() or name not in node.keys():  # noqa: SIM118 ("in" skips missing values)
+            return False, None
+        try:
+            return True, node[name]
+        except OmegaConfBaseException:
+            return True, None
+    if isinstance(node, ListConfig) and name.isdigit() and int(name) < len(node):
+        return True, node[int(name)]
+    return False, None
+
+
+def _unknown(cfg: Any, key: str, value: Any) -> Iterator[str]:
+    """Dotted paths below ``cfg`` that an override would create."""
+    node = cfg
+    for name in key.split("."):
+        found, node = _child(node, name)
+        if not found:
+            yield key
+            return
+    if isinstance(value, Mapping) and isinstance(node, DictConfig):
+        for name, inner in value.items():
+            for path in _unknown(node, str(name), inner):
+                yield f"{key}.{path}"
+
+
+def _keys_of(node: Any, prefix: str = "") -> Iterator[str]:
+    if isinstance(node, DictConfig) and not node._is_none():
+        names = [str(name) for name in node.keys()]  # noqa: SIM118
+    elif isinstance(node, ListConfig) and not node._is_none():
+        names = [str(i) for i in range(len(node))]
+    else:
+        return
+    for name in names:
+        yield prefix + name
+        yield from _keys_of(_child(node, name)[1], f"{prefix}{name}.")
+
+
+def _fitting(cfg: DictConfig, override: _Override) -> Any:
+    """The override's value, as the type of the value that it replaces."""
+    node: Any = cfg
+    for name in override.key.split("."):
+        node = _child(node, name)[1]
+    old, new = node, override.value
+    if old is None or (isinstance(new, str) and "${" in new):
+        return new
+    if isinstance(old, str):
+        return None if new is None else override.raw if not isinstance(new, str) else new
+    if isinstance(old, bool):
+        wanted, fits = "true or false", isinstance(new, bool)
+    elif isinstance(old, int):
+        if isinstance(new, float) and new.is_integer():
+            new = int(new)  # 1e5 is a float to the grammar
+        wanted, fits = "a whole number", isinstance(new, int) and not isinstance(new, bool)
+    elif isinstance(old, float):
+        fits = isinstance(new, (int, float)) and not isinstance(new, bool)
+        wanted, new = "a number", float(new) if fits else new
+    elif isinstance(old, ListConfig):
+        wanted, fits = "a list such as [a,b]", new is None or isinstance(new, list)
+    elif isinstance(old, DictConfig):
+        wanted, fits = "a group of keys", new is None or isinstance(new, Mapping)
+    else:
+        return new
+    if not fits:
+        raise InputError(
+            f"override {override.key}={override.raw} is of the wrong type; the key holds {wanted} "
+            f"(now {_short(old)})."
+        )
+    return new
+
+
+def _short(value: Any) -> str:
+    text = str(value)
+    return text if len(text) <= 60 else text[:57] + "..."

@@ -1,0 +1,60 @@
+"""Optimisers of the detection recipes: AdamW with a learning rate that decays by layer."""
+
+from __future__ import annotations
+
+from functools import partial
+
+import torch
+from detectron2.config import CfgNode
+from detectron2.modeling.backbone.vit import get_vit_lr_decay_rate
+from detectron2.solver import build_optimizer, get_default_optimizer_params
+from detectron2.solver.build import maybe_add_gradient_clipping
+from torch import nn
+
+from flsl_d2.errors import InputError
+
+__all__ = ["add_solver_config", "build_yaml_optimizer"]
+
+
+def add_solver_config(cfg: CfgNode) -> None:
+    """Add ``SOLVER.OPTIMIZER`` ("SGD" or "ADAMW") and ``SOLVER.LAYER_DECAY`` to a YAML config.
+
+    The defaults leave Detectron2's optimiser as it is. Keys that a project has already are left
+    alone; calling this twice does no harm.
+    """
+    cfg.SOLVER.setdefault("OPTIMIZER", "SGD")
+    cfg.SOLVER.setdefault("LAYER_DECAY", 1.0)
+
+
+def build_yaml_optimizer(cfg: CfgNode, model: nn.Module) -> torch.optim.Optimizer:
+    """The optimiser of a YAML config.
+
+    With ``SOLVER.OPTIMIZER: ADAMW``, betas are (0.9, 0.999), and block i of a ViT of L blocks
+    learns at ``BASE_LR * LAYER_DECAY ** (L - i)`` (ViTDet, arXiv 2203.16527, appendix).
+
+    Args:
+        cfg: with the nodes of :func:`add_solver_config`.
+        model: its encoder is found by ``MODEL.FLSL_VIT.DEPTH``.
+
+    Raises:
+        InputError: another name of an optimiser.
+    """
+    solver = cfg.SOLVER
+    if solver.OPTIMIZER == "SGD":
+        return build_optimizer(cfg, model)
+    if solver.OPTIMIZER != "ADAMW":
+        raise InputError(f"SOLVER.OPTIMIZER is {solver.OPTIMIZER!r}; use SGD or ADAMW.")
+    groups = get_default_optimizer_params(
+        model,
+        base_lr=solver.BASE_LR,
+        weight_decay_norm=solver.WEIGHT_DECAY_NORM,
+        bias_lr_factor=solver.BIAS_LR_FACTOR,
+        weight_decay_bias=solver.WEIGHT_DECAY_BIAS,
+        lr_factor_func=partial(
+            get_vit_lr_decay_rate,
+            lr_decay_rate=solver.LAYER_DECAY,
+            num_layers=cfg.MODEL.FLSL_VIT.DEPTH,
+        ),
+    )
+    optimizer = torch.optim.AdamW(groups, lr=solver.BASE_LR, weight_decay=solver.WEIGHT_DECAY)
+    return maybe_add_gradient_clipping(cfg, optimizer)

@@ -1,0 +1,129 @@
+"""Real processes: groups that Detectron2's comm knows, and failures that show their cause."""
+
+import os
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from detectron2.utils import comm
+from torch import nn
+
+from flsl_d2.engine.launch import WorkerError, launch, wrap_ddp
+from flsl_d2.errors import InputError
+
+REPOSITORY = Path(__file__).parents[2]
+
+
+def record(folder: str) -> None:
+    torch.manual_seed(0)
+    model = wrap_ddp(nn.Linear(2, 1, bias=False))
+    rank, size = comm.get_rank(), comm.get_world_size()
+    model(torch.full((1, 2), float(rank))).sum().backward()
+    gradient = next(model.parameters()).grad
+    line = [rank, size, comm.get_local_rank(), comm.get_local_size(), gradient[0, 0].item()]
+    gathered = comm.all_gather(rank)
+    Path(folder, f"rank{rank}").write_text(" ".join(map(str, [*line, *gathered])))
+
+
+def fail(kind: str) -> None:
+    if comm.get_rank() == 1:
+        if kind == "killed":
+            os.kill(os.getpid(), 9)
+        raise ZeroDivisionError("rank one divided")
+    comm.synchronize()
+    time.sleep(120)
+
+
+def check_two_ranks(folder: Path) -> None:
+    # The mean over ranks of d/dw sum(w * rank) is (0 + 1) / 2.
+    for rank in (0, 1):
+        assert (folder / f"rank{rank}").read_text().split() == [
+            *(str(rank), "2", str(rank), "2", "0.5", "0", "1")
+        ]
+
+
+def test_one_process_runs_here(tmp_path):
+    launch(record, 1, args=(str(tmp_path),), device="cpu")
+    assert (tmp_path / "rank0").read_text() == "0 1 0 1 0.0 0"
+
+
+def test_two_cpu_processes(tmp_path):
+    launch(record, 2, args=(str(tmp_path),), device="cpu")
+    check_two_ranks(tmp_path)
+
+
+def test_two_machines_of_one_process(tmp_path):
+    code = (
+        "import sys; sys.path.insert(0, 'tests/engine'); import test_launch as t\n"
+        "from flsl_d2.engine.launch import launch\n"
+        "if __name__ == '__main__':\n"
+        "    launch(t.record, 1, 2, int(sys.argv[1]), sys.argv[2], (sys.argv[3],), 'cpu')\n"
+    )
+    script = tmp_path / "run.py"
+    script.write_text(code)
+    url = f"tcp://127.0.0.1:{free_port()}"
+    environment = {**os.environ, "PYTHONPATH": f"{REPOSITORY}:{REPOSITORY}/tests/engine"}
+    started = [
+        subprocess.Popen(
+            [sys.executable, str(script), str(rank), url, str(tmp_path)],
+            cwd=REPOSITORY,
+            env=environment,
+        )
+        for rank in (0, 1)
+    ]
+    assert [process.wait(120) for process in started] == [0, 0]
+    assert (tmp_path / "rank1").read_text() == "1 2 0 1 0.5 0 1"
+
+
+def test_torchrun(tmp_path):
+    script = tmp_path / "run.py"
+    script.write_text(
+        "import sys, test_launch as t\nfrom flsl_d2.engine.launch import launch\n"
+        "launch(t.record, 1, args=(sys.argv[1],), device='cpu')\n"
+    )
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2"]
+    done = subprocess.run(
+        [*command, f"--master-port={free_port()}", str(script), str(tmp_path)],
+        env={**os.environ, "PYTHONPATH": f"{REPOSITORY}:{REPOSITORY}/tests/engine"},
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    check_two_ranks(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("kind", "message"), [("crash", "rank one divided"), ("killed", "SIGKILL")]
+)
+def test_a_dying_rank_ends_the_others_and_shows_its_own_error(kind, message):
+    start = time.monotonic()
+    with pytest.raises(WorkerError, match=message):
+        launch(fail, 2, args=(kind,), device="cpu")
+    assert time.monotonic() - start < 100
+
+
+@pytest.mark.parametrize(
+    "counts",
+    [(0, 1, 0, "auto"), (1, 2, 2, "tcp://a:1"), (1, 2, -1, "tcp://a:1"), (1, 2, 0, "auto")],
+)
+def test_impossible_counts(counts):
+    with pytest.raises(InputError):
+        launch(fail, *counts, device="cpu")
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="asks for a GPU that is not there")
+def test_no_gpu_is_said_with_the_remedy():
+    with pytest.raises(InputError, match=r"train\.device=cpu"):
+        launch(fail, 2, device="cuda")
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
