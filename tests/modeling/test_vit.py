@@ -1,0 +1,187 @@
+"""FLSLViT against Detectron2's own ViT, and the switches that neither shares."""
+
+from __future__ import annotations
+
+import logging
+from functools import partial
+
+import pytest
+import torch
+from detectron2.modeling.backbone.vit import ViT
+from torch import nn
+
+from flsl_d2.errors import InputError
+from flsl_d2.modeling import FLSLViT
+from flsl_d2.modeling.attention import window_key_mask
+from flsl_d2.modeling.vit import evenly_spread_blocks
+
+SMALL = {"embed_dim": 48, "depth": 4, "num_heads": 3}
+
+
+def pair_of_vits(window_size, use_rel_pos, class_token=True, **options):
+    """Detectron2's ViT, far from its initialisation, and ours with its weights."""
+    theirs = ViT(
+        img_size=128,
+        pretrain_img_size=128,
+        pretrain_use_cls_token=class_token,
+        window_size=window_size,
+        window_block_indexes=(0, 2),
+        use_rel_pos=use_rel_pos,
+        norm_layer=partial(nn.LayerNorm, eps=1e-6),
+        **SMALL,
+    ).eval()
+    for name, parameter in theirs.named_parameters():
+        nn.init.normal_(parameter, std=0.3 if "rel_pos" in name else 0.1)
+    ours = FLSLViT(
+        img_size=128,
+        window_size=window_size,
+        global_block_indexes=(1, 3),
+        use_rel_pos=use_rel_pos,
+        final_norm=False,
+        position_offset=0.0,
+        **SMALL,
+        **options,
+    ).eval()
+    ours.load_state_dict(theirs.state_dict())
+    return theirs, ours
+
+
+@pytest.mark.parametrize("size", [(128, 128), (64, 176), (240, 112)])
+@pytest.mark.parametrize("use_rel_pos", [False, True])
+@pytest.mark.parametrize("window_size", [0, 3])
+@torch.no_grad()
+def test_equals_detectron2(window_size, use_rel_pos, size):
+    theirs, ours = pair_of_vits(window_size, use_rel_pos)
+    images = torch.randn(2, 3, *size)
+    expected = theirs(images)["last_feat"]
+    torch.testing.assert_close(ours(images)["last_feat"], expected, rtol=1e-4, atol=1e-4)
+    assert expected.std() > 0.05  # the comparison is not between zeros
+
+
+@torch.no_grad()
+def test_relative_positions_and_windows_matter():
+    """The equality above would mean nothing if the switches changed nothing."""
+    images = torch.randn(1, 3, 64, 96)
+    results = [pair_of_vits(w, r)[1](images)["last_feat"] for w in (0, 3) for r in (False, True)]
+    for i, a in enumerate(results):
+        for b in results[:i]:
+            assert (a - b).abs().max() > 1e-3
+
+
+@torch.no_grad()
+def test_masked_padding_sees_real_tokens_only():
+    """With padding masked, a window that is cut off gives what a smaller window would."""
+    _, ours = pair_of_vits(3, False, mask_window_padding=True)
+    _, plain = pair_of_vits(3, False)
+    plain.load_state_dict(ours.state_dict())
+    divisible, padded = torch.randn(1, 3, 96, 48), torch.randn(1, 3, 64, 64)
+    torch.testing.assert_close(ours(divisible)["last_feat"], plain(divisible)["last_feat"])
+    assert (ours(padded)["last_feat"] - plain(padded)["last_feat"]).abs().max() > 1e-4
+    mask = window_key_mask(1, (4, 4), 3, torch.device("cpu")).view(2, 2, 3, 3)
+    assert mask[0, 0].all()
+    assert mask[1, 1].sum() == 1
+    assert mask[0, 1, :, 0].all()
+    assert not mask[0, 1, :, 1:].any()
+
+
+@pytest.mark.parametrize("options", [{}, {"window_size": 3}, {"use_rel_pos": True}])
+def test_checkpointing_changes_memory_only(options):
+    images = torch.randn(1, 3, 64, 64)
+    gradients = []
+    for use in (False, True):
+        torch.manual_seed(0)
+        model = FLSLViT(img_size=64, use_act_checkpoint=use, **SMALL, **options).train()
+        model.forward_tokens(images).square().sum().backward()
+        gradients.append([p.grad for p in model.parameters() if p.requires_grad])
+    for a, b in zip(*gradients, strict=True):
+        torch.testing.assert_close(a, b)
+
+
+def test_every_parameter_is_initialised():
+    model = FLSLViT(img_size=64, use_rel_pos=True, layer_scale_init=0.1, **SMALL)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.fill_(torch.nan)
+    model.reset_parameters()
+    assert [n for n, p in model.named_parameters() if not torch.isfinite(p).all()] == []
+
+
+def test_forward_tokens_is_the_map_row_major():
+    model = FLSLViT(img_size=64, **SMALL).eval()
+    images = torch.randn(2, 3, 48, 80)
+    tokens = model.forward_tokens(images)
+    assert tokens.shape == (2, 15, 48)
+    torch.testing.assert_close(
+        tokens, model(images)["last_feat"].flatten(2).transpose(1, 2), rtol=0, atol=0
+    )
+    unnormed = model.forward_tokens(images, num_blocks=4)
+    torch.testing.assert_close(model.final_norm(unnormed), tokens)
+    assert model.output_shape()["last_feat"].stride == 16
+
+
+def test_patch_8_and_stochastic_depth():
+    model = FLSLViT(img_size=64, patch_size=8, drop_path_rate=0.3, **SMALL)
+    assert model(torch.randn(1, 3, 64, 32))["last_feat"].shape == (1, 48, 8, 4)
+    rates = [getattr(b.drop_path, "drop_prob", 0.0) for b in model.blocks]
+    assert rates == pytest.approx([0, 0.1, 0.2, 0.3])
+
+
+@pytest.mark.parametrize(
+    ("depth", "expected"), [(12, (2, 5, 8, 11)), (24, (5, 11, 17, 23)), (3, (0, 1, 2))]
+)
+def test_global_blocks_are_spread_evenly(depth, expected):
+    assert evenly_spread_blocks(depth) == expected
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        ({"img_size": 100}, "img_size is 100"),
+        ({"embed_dim": 50}, "3 heads do not divide"),
+        ({"global_block_indexes": (4,)}, "blocks 0 to 3"),
+    ],
+)
+def test_arguments_that_do_not_fit(arguments, says):
+    with pytest.raises(InputError, match=says):
+        FLSLViT(**{**SMALL, **arguments})
+
+
+def test_images_that_patches_do_not_divide():
+    with pytest.raises(InputError, match="70 x 64"):
+        FLSLViT(img_size=64, **SMALL)(torch.zeros(1, 3, 70, 64))
+
+
+class TestLoading:
+    """A full set of weights, counted aloud, or an error: also when nothing is strict."""
+
+    def test_says_how_many(self, caplog):
+        model = FLSLViT(img_size=64, **SMALL)
+        with caplog.at_level(logging.INFO, logger="detectron2.flsl_d2"):
+            model.load_state_dict(model.state_dict())
+        assert f"all {len(model.state_dict())} encoder tensors" in caplog.text
+
+    @pytest.mark.parametrize("dropped", ["blocks.1.mlp.fc1.weight", "final_norm.bias"])
+    def test_a_missing_weight_is_an_error_though_not_strict(self, dropped):
+        model = FLSLViT(img_size=64, **SMALL)
+        state = {k: v for k, v in model.state_dict().items() if k != dropped}
+        with pytest.raises(RuntimeError, match=dropped.replace(".", r"\.")):
+            model.load_state_dict(state, strict=False)
+
+    def test_another_width_is_named(self):
+        state = FLSLViT(img_size=64, embed_dim=96, depth=4, num_heads=3).state_dict()
+        with pytest.raises(RuntimeError, match=r"has \(96,.*needs \(48,"):
+            FLSLViT(img_size=64, **SMALL).load_state_dict(state, strict=False)
+
+    def test_another_grid_is_resampled(self):
+        large, small = FLSLViT(img_size=128, **SMALL), FLSLViT(img_size=64, **SMALL)
+        small.load_state_dict(large.state_dict())
+        assert small.pos_embed.shape == (1, 16, 48)
+        # The coordinates of the smaller grid lie between those of the larger.
+        assert small.pos_embed.min() >= large.pos_embed.min() - 0.2
+
+    def test_published_name_of_the_norm(self):
+        model, other = FLSLViT(img_size=64, **SMALL), FLSLViT(img_size=64, **SMALL)
+        nn.init.normal_(model.final_norm.weight)
+        state = {k.replace("final_norm", "norm"): v for k, v in model.state_dict().items()}
+        other.load_state_dict(state)
+        assert torch.equal(other.final_norm.weight, model.final_norm.weight)

@@ -1,0 +1,112 @@
+"""The objective against its own nested-loop definition, and its properties."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from flsl_d2.errors import InputError
+from pretrain.objective import FLSLLoss, gather_queries, intra_view_loss, volume_loss
+
+
+def by_loops(z, m, s_logits, t_logits, tau_s, tau_t, log_prior):
+    """The pseudocode of ``FLSLLoss``, executed as it stands."""
+    num_queries, num_centroids = s_logits.shape
+    intra = inter = volume = 0.0
+    mean = [0.0] * num_centroids
+    for i in range(num_queries):
+        dot = sum(a * b for a, b in zip(z[i].tolist(), m[i].tolist(), strict=True))
+        intra += (2 - 2 * dot / (z[i].norm() * m[i].norm()).item()) / num_queries
+        p = [math.exp(x / tau_s) for x in s_logits[i].tolist()]
+        p = [x / sum(p) for x in p]
+        q = [math.exp(x / tau_t) for x in t_logits[i].tolist()]
+        q = [x / sum(q) for x in q]
+        for k in range(num_centroids):
+            inter -= q[k] * math.log(p[k]) / num_queries
+            mean[k] += p[k] / num_queries
+    for k in range(num_centroids):
+        volume += mean[k] * (math.log(mean[k]) - log_prior[k])
+    return intra, inter, volume
+
+
+@pytest.mark.parametrize("prior", [None, [0.1, 0.2, 0.3, 0.15, 0.25]])
+def test_equals_its_pseudocode(prior):
+    z, m = torch.randn(2, 7, 6, dtype=torch.float64)
+    s_logits, t_logits = torch.rand(2, 7, 5, dtype=torch.float64) * 2 - 1
+    loss = FLSLLoss(5, inter_weight=0.7, volume_weight=3.0, student_temp=0.2, prior=prior)
+    losses, _ = loss(z, m, s_logits, t_logits, intra_weight=0.4, teacher_temp=0.05)
+    log_prior = [math.log(x) for x in prior or [1 / 5] * 5]
+    intra, inter, volume = by_loops(z, m, s_logits, t_logits, 0.2, 0.05, log_prior)
+    assert losses["loss_intra"].item() == pytest.approx(intra, rel=1e-5)
+    assert losses["loss_inter"].item() == pytest.approx(inter, rel=1e-5)
+    assert losses["loss_volume"].item() == pytest.approx(volume, rel=1e-5)
+    total = 0.4 * intra + 0.7 * inter + 3.0 * volume
+    assert losses["loss"].item() == pytest.approx(total, rel=1e-5)
+
+
+@settings(deadline=None, max_examples=30)
+@given(st.integers(2, 50), st.integers(0, 10_000))
+def test_volume_is_zero_only_at_the_prior(num_centroids, seed):
+    generator = torch.Generator().manual_seed(seed)
+    uniform = torch.full((num_centroids,), 1 / num_centroids)
+    assert volume_loss(uniform, uniform.log()).item() == pytest.approx(0, abs=1e-6)
+    other = torch.rand(num_centroids, generator=generator).softmax(0)
+    assert volume_loss(other, uniform.log()).item() >= -1e-6
+    one = torch.zeros(num_centroids)
+    one[0] = 1
+    assert volume_loss(one, uniform.log()).item() == pytest.approx(math.log(num_centroids))
+
+
+def test_volume_survives_an_empty_centroid():
+    mean = torch.tensor([0.5, 0.5, 0.0], requires_grad=True)
+    loss = volume_loss(mean, torch.full((3,), -math.log(3)))
+    loss.backward()
+    assert torch.isfinite(loss)
+    assert torch.isfinite(mean.grad).all()
+
+
+def test_intra_view_loss_has_its_range():
+    z = torch.randn(4, 8)
+    assert intra_view_loss(z, 3 * z).item() == pytest.approx(0, abs=1e-6)
+    assert intra_view_loss(z, -z).item() == pytest.approx(4, abs=1e-6)
+
+
+def test_no_gradient_reaches_the_teacher():
+    loss = FLSLLoss(5)
+    s_logits, t_logits = torch.randn(2, 3, 5).unbind(0)
+    t_logits.requires_grad_()
+    z = torch.randn(3, 4, requires_grad=True)
+    losses, _ = loss(z, z * 1.0, s_logits, t_logits, 0.03, 0.04)
+    losses["loss"].backward()
+    assert t_logits.grad is None
+
+
+def test_centering_follows_the_mean_in_training_only():
+    loss = FLSLLoss(3, volume_weight=0.0, centering=True, center_momentum=0.9)
+    t_logits = torch.tensor([[1.0, 2.0, 3.0], [3.0, 2.0, 1.0]])
+    arguments = (torch.randn(2, 4), torch.randn(2, 4), torch.randn(2, 3), t_logits, 0.03, 0.04)
+    losses, _ = loss(*arguments)
+    assert losses["loss_volume"].item() == 0
+    torch.testing.assert_close(loss.center, torch.tensor([0.2, 0.2, 0.2]))
+    _, targets = loss.eval()(*arguments)
+    torch.testing.assert_close(loss.center, torch.tensor([0.2, 0.2, 0.2]))
+    torch.testing.assert_close(targets, ((t_logits - 0.2) / 0.04).softmax(-1))
+
+
+@pytest.mark.parametrize(
+    ("prior", "says"),
+    [([0.5, 0.5], "2 shares for 3"), ([0.5, 0.5, 0.5], "sum is 1.5"), ([1.5, -0.5, 0], "-0.5")],
+)
+def test_a_wrong_prior_is_named(prior, says):
+    with pytest.raises(InputError, match=says):
+        FLSLLoss(3, prior=prior)
+
+
+def test_gather_queries_keeps_order():
+    tokens = torch.arange(2 * 4 * 1.0).view(2, 4, 1)
+    mask = torch.tensor([[True, False, True, False], [False, False, True, True]])
+    assert gather_queries(tokens, mask).flatten(1).tolist() == [[0, 2], [6, 7]]

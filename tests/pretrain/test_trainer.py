@@ -1,0 +1,185 @@
+"""Steps: what moves, what stays, what the optimiser sees, and that a run can be repeated."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from detectron2.utils.events import EventStorage
+
+from flsl_d2.errors import InputError
+from flsl_d2.modeling import FLSLViT
+from pretrain.checkpoint import save_teacher_backbone
+from pretrain.data import Batch
+from pretrain.model import FLSL, FLSLHead
+from pretrain.objective import FLSLLoss
+from pretrain.optimizer import build_adamw, clip_gradients
+from pretrain.schedules import Schedules
+from pretrain.trainer import PretrainTrainer, resolve_precision
+
+
+def small_model(**options) -> FLSL:
+    torch.manual_seed(0)
+    backbone = FLSLViT(img_size=32, patch_size=8, embed_dim=24, depth=2, num_heads=2)
+    head = FLSLHead(24, num_centroids=16, hidden_dim=32, bottleneck_dim=8)
+    return FLSL(backbone, head, FLSLLoss(16), **options)
+
+
+def batches(count: int) -> list[Batch]:
+    generator = torch.Generator().manual_seed(1)
+
+    def image(size: int) -> torch.Tensor:
+        return torch.randint(0, 256, (4, 3, size, size), dtype=torch.uint8, generator=generator)
+
+    def mask(tokens: int) -> torch.Tensor:
+        return (torch.arange(tokens) % 4 == 0).expand(4, -1)
+
+    return [
+        Batch([image(32), image(32), image(16), image(16)], [mask(16), mask(4), mask(4)], [])
+        for _ in range(count)
+    ]
+
+
+def trained(steps: int = 4, start: int = 0, trainer_state=None, model=None, **schedule):
+    model = model or small_model()
+    schedules = Schedules(4, iters_per_epoch=2, total_iters=8, **{"base_lr": 0.1, **schedule})
+    trainer = PretrainTrainer(model, batches(8)[start:], build_adamw(model), schedules)
+    if trainer_state:
+        trainer.load_state_dict(trainer_state)
+    trainer.start_iter, trainer.max_iter = start, steps
+    with EventStorage(start) as trainer.storage:
+        for trainer.iter in range(start, steps):
+            trainer.run_step()
+            trainer.storage.step()
+    return trainer
+
+
+def test_student_learns_and_teacher_follows():
+    before = small_model()
+    trainer = trained(frozen_last_layer_epochs=0, teacher_momentum=(0.5, 0.5))
+    for name in ("student", "teacher"):
+        old = dict(getattr(before, name).named_parameters())
+        for key, new in getattr(trainer.flsl, name).named_parameters():
+            fixed = key in ("backbone.pos_embed", "head.last_layer.weight_g")
+            assert torch.equal(old[key], new) == fixed, f"{name}.{key}"
+    assert not any(p.grad is not None for p in trainer.flsl.teacher.parameters())
+
+
+def test_teacher_is_the_moving_average():
+    model = small_model()
+    with torch.no_grad():
+        for p in model.student.parameters():
+            p.add_(1.0)
+    expected = [
+        0.9 * t + 0.1 * s
+        for t, s in zip(model.teacher.parameters(), model.student.parameters(), strict=True)
+    ]
+    model.update_teacher(0.9)
+    for p, e in zip(model.teacher.parameters(), expected, strict=True):
+        torch.testing.assert_close(p, e)
+
+
+def test_last_layer_is_frozen_for_its_epochs():
+    start = small_model().student.head.last_layer.weight_v
+    assert torch.equal(trained(2).flsl.student.head.last_layer.weight_v, start)
+    assert not torch.equal(trained(3).flsl.student.head.last_layer.weight_v, start)
+
+
+def test_a_run_interrupted_and_continued_is_the_same_to_the_bit():
+    whole = trained(6)
+    first = trained(3)
+    state = copy.deepcopy(first.state_dict())
+    weights = copy.deepcopy(first.flsl.state_dict())
+    model = small_model()
+    model.load_state_dict(weights)
+    second = trained(6, start=3, trainer_state=state, model=model)
+    for (name, a), b in zip(
+        whole.flsl.state_dict().items(), second.flsl.state_dict().values(), strict=True
+    ):
+        assert torch.equal(a, b), name
+
+
+def test_loss_that_is_not_finite_stops_with_its_terms():
+    model = small_model()
+    with torch.no_grad():
+        model.student.backbone.blocks[0].mlp.fc1.weight.fill_(float("nan"))
+    with pytest.raises(FloatingPointError, match=r"iteration 0.*loss_inter = nan"):
+        trained(1, model=model)
+
+
+def test_norm_on_modes_instead_of_tokens():
+    a, b = small_model(), small_model(norm_modes=True)
+    images = torch.randn(1, 3, 32, 32)
+    torch.testing.assert_close(
+        b.teacher.backbone.final_norm(b.teacher.tokens(images)), a.teacher.tokens(images)
+    )
+    modes = torch.randn(1, 5, 24)
+    torch.testing.assert_close(
+        b.teacher.logits(modes), a.teacher.logits(a.teacher.backbone.final_norm(modes))
+    )
+
+
+def test_weight_decay_spares_biases_and_norms():
+    model = small_model()
+    decayed, exempt = build_adamw(model).param_groups
+    assert all(p.ndim > 1 for p in decayed["params"])
+    assert all(p.ndim == 1 for p in exempt["params"])
+    assert exempt["weight_decay"] == 0
+    count = sum(p.requires_grad for p in model.parameters())
+    assert len(decayed["params"]) + len(exempt["params"]) == count
+
+
+def test_clipping_by_tensor_and_by_all():
+    gradients = [torch.full((4,), 3.0), torch.full((1,), 0.5)]  # norms 6 and 0.5
+    total = clip_gradients(gradients, 3.0)
+    assert total.item() == pytest.approx((36.25) ** 0.5)
+    assert gradients[0].norm().item() == pytest.approx(3.0, rel=1e-5)
+    assert gradients[1].item() == 0.5
+    clip_gradients(gradients, 1.0, "global")
+    assert torch.cat(gradients).norm().item() == pytest.approx(1.0, rel=1e-5)
+    before = [g.clone() for g in gradients]
+    clip_gradients(gradients, 1e-3, "none")
+    assert all(map(torch.equal, gradients, before))
+    with pytest.raises(InputError, match="'max'"):
+        clip_gradients(gradients, 1.0, "max")
+
+
+def test_schedules_at_their_corners():
+    schedules = Schedules(512, iters_per_epoch=10, total_iters=1000, intra_weight=(-0.03, 0.03))
+    first, peak, last = schedules(0), schedules(99), schedules(999)
+    assert first.lr == pytest.approx(1e-3 / 100)
+    assert peak.lr == pytest.approx(1e-3)
+    assert 1e-6 <= last.lr < 2e-6
+    assert first.weight_decay == pytest.approx(0.04)
+    assert last.weight_decay == pytest.approx(0.4, rel=1e-3)
+    assert first.teacher_momentum == pytest.approx(0.996)
+    assert first.teacher_temp == pytest.approx(0.04)
+    assert schedules(150).teacher_temp == pytest.approx(0.055)
+    assert schedules(300).teacher_temp == last.teacher_temp == pytest.approx(0.07)
+    assert first.last_layer_frozen
+    assert not schedules(10).last_layer_frozen
+    assert first.intra_weight == pytest.approx(-0.03)
+    assert schedules(500).intra_weight == pytest.approx(0, abs=1e-9)
+    with pytest.raises(InputError, match="0 steps"):
+        Schedules(1, 1, 0)
+
+
+def test_precision_follows_the_device():
+    assert resolve_precision("auto", "cpu") == "fp32"
+    with pytest.raises(InputError, match="'fp8'"):
+        resolve_precision("fp8", "cpu")
+    with pytest.raises(InputError, match="fp16"):
+        resolve_precision("fp16", "cpu")
+
+
+def test_exported_teacher_is_complete_and_plain(tmp_path):
+    model, path = small_model(), tmp_path / "teacher_backbone.pth"
+    save_teacher_backbone(model, path)
+    content = torch.load(path, weights_only=True)
+    encoder = FLSLViT(**content["encoder"])
+    encoder.load_state_dict(content["model"])
+    images = torch.randn(1, 3, 48, 32)
+    expected = model.teacher.backbone.forward_tokens(images)
+    torch.testing.assert_close(encoder.eval().forward_tokens(images), expected)
+    assert [p.name for p in tmp_path.iterdir()] == [path.name]
