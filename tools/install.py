@@ -100,9 +100,9 @@ def install_missing(environment: Path, log: Path) -> None:
         link = ["-e", f"{ROOT}[pretrain,test]"]
         if not pip(python, "install", "-c", str(constraints), *link, *opencv, log=log):
             raise InstallError(
-                f"{environment} cannot take flsl-d2 without a change of what it has, see pip's last "
-                f"words above and the log {log}: make that change there, or leave VENV out for an "
-                "environment of its own"
+                f"{environment} cannot take flsl-d2 without a change of what it has, see pip's "
+                f"last words above and the log {log}: make that change there, or leave VENV out "
+                "for an environment of its own"
             )
 
 
