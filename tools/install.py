@@ -51,7 +51,8 @@ def make_environment(environment: Path) -> None:
     own_version = f"{sys.version_info.major}.{sys.version_info.minor}"
     if python_of(environment).exists() and version_of(python_of(environment)) != own_version:
         shutil.rmtree(environment)
-    say(f"Making the virtual environment {environment} with Python {own_version}")
+    doing = "Bringing up to date" if python_of(environment).exists() else "Making"
+    say(f"{doing} the virtual environment {environment} with Python {own_version}")
     environment.mkdir(parents=True, exist_ok=True)
     # The mark comes first: half an environment must not pass for one that belongs to someone else.
     (environment / OWN_MARK).touch()
@@ -71,8 +72,8 @@ def install_pins(environment: Path, log: Path) -> None:
     """Bring an environment of our own to the pins of requirements.txt."""
     python, requirements = str(python_of(environment)), str(ROOT / "requirements.txt")
     say(
-        "Installing the packages of requirements.txt: about 5 GB on Linux, one to two minutes over "
-        f"a fast line (log: {log})"
+        "Installing the packages of requirements.txt: about 5 GB on Linux when none is there yet, "
+        f"one to two minutes over a fast line (log: {log})"
     )
     # The two packages without wheels are built with the pinned setuptools, not with whatever
     # version is the newest that day.
