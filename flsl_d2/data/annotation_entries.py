@@ -17,6 +17,8 @@ _ANNOTATION_FIELDS = ("id", "image_id", "category_id", "bbox", "area", "iscrowd"
 class Findings:
     """Kinds of findings, each with its count and its first examples.
 
+    A kind is a text; the count comes before it, or where it says `{count}`.
+
     Args:
         max_report: how many examples of a kind are kept.
     """
@@ -52,7 +54,8 @@ class Findings:
         for kind, count in self._counts[level].items():
             examples = self._examples[kind]
             more = f" and {count - len(examples)} more" if count > len(examples) else ""
-            lines.append(f"{count} x {kind}: {', '.join(examples)}{more}")
+            what = kind if "{count}" in kind else "{count} x " + kind
+            lines.append(f"{what.replace('{count}', str(count))}: {', '.join(examples)}{more}")
         return lines
 
     def faults(self) -> list[str]:

@@ -85,7 +85,7 @@ def _check_files(file_names: list[str], image_root: str, findings: Findings) -> 
     """Note images without a file. One look at each folder, not one at each of 118,000 files."""
     if _names_in(image_root) is None:
         findings.fault(
-            "the image folder does not exist, put the images there or set DETECTRON2_DATASETS",
+            "the image folder does not exist, create it or set DETECTRON2_DATASETS",
             image_root,
         )
         return
@@ -96,7 +96,7 @@ def _check_files(file_names: list[str], image_root: str, findings: Findings) -> 
             listings[folder] = _names_in(os.path.join(image_root, folder))
         if name not in (listings[folder] or ()):
             findings.fault(
-                f"images of {len(file_names)} without their file under {image_root}, put them "
+                f"{{count}} of {len(file_names)} images are missing in {image_root}, put them "
                 "there or set DETECTRON2_DATASETS",
                 file_name,
             )
@@ -151,7 +151,7 @@ def check_registered_dataset(
     """
     if name not in DatasetCatalog:
         known = sorted(DatasetCatalog.list())
-        near = difflib.get_close_matches(name, known, n=4, cutoff=0.5)
+        near = difflib.get_close_matches(name, known, n=4, cutoff=0.6)
         near += [other for other in known if name and name in other and other not in near][:4]
         hint = f"did you mean {', '.join(near)}" if near else f"{len(known)} other names are known"
         raise InputError(

@@ -68,8 +68,8 @@ FAULTS: dict[str, tuple[Callable[[Coco], Any], str]] = {
     "file name number": (image(lambda i: i.update(file_name=3)), "file_name is no text"),
     "absolute": (image(lambda i: i.update(file_name="/etc/passwd")), "absolute.*: /etc/passwd"),
     "outside": (image(lambda i: i.update(file_name="a/../../x.jpg")), "leaves the image folder"),
-    "missing file": (image(lambda i: i.update(file_name="no.jpg")), "without their file.*: no.jpg"),
-    "missing folder": (image(lambda i: i.update(file_name="d/0.jpg")), "without their file"),
+    "missing file": (image(lambda i: i.update(file_name="no.jpg")), r"are missing in .*: no"),
+    "missing folder": (image(lambda i: i.update(file_name="d/0.jpg")), "images are missing in"),
     "category twice": (lambda c: c["categories"].append(c["categories"][0]), "id that another has"),
     "category unnamed": (lambda c: c["categories"][0].pop("name"), "categories without id or name"),
     "annotation no object": (lambda c: c["annotations"].append("x"), "no JSON object"),
@@ -175,7 +175,7 @@ def test_examples_are_counted_and_cut(coco: Coco, scenes: Path, tmp_path: Path) 
     with pytest.raises(InputError) as caught:
         check(coco, scenes, tmp_path, max_report=3)
     message = str(caught.value)
-    assert "40 x images of 40 without their file" in message
+    assert "40 of 40 images are missing" in message
     assert str(scenes / "train") in message
     assert "gone_00.jpg, gone_01.jpg, gone_02.jpg and 37 more" in message
     assert "DETECTRON2_DATASETS" in message
@@ -285,5 +285,5 @@ def test_real_files_pass(
         pytest.skip(f"no {root / json_file}")
     check_coco_files(root / json_file, root / image_root)
     assert caplog.records == []
-    with pytest.raises(InputError, match="without their file"):
+    with pytest.raises(InputError, match="images are missing in"):
         check_coco_files(root / json_file, root)
