@@ -1,0 +1,176 @@
+"""Curves of a run from Detectron2's metrics.json, one JSON object a line."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from collections.abc import Sequence
+
+from matplotlib.ticker import MaxNLocator
+
+from flsl_d2.errors import InputError
+from flsl_d2.visualization.figure_files import new_figure, save_figure
+
+Series = dict[str, tuple[list[int], list[float]]]
+
+_COLUMNS = 3
+# What pre-training and Detectron2 call their numbers: what a reader calls them, and the unit.
+# Their order is the order of the plots.
+_NAMES = {
+    "loss": ("total loss", "loss"),
+    "total_loss": ("total loss", "loss"),
+    "loss_intra": ("intra-view loss: token to its mode", "loss"),
+    "loss_inter": ("inter-view loss: mode to centroids", "cross-entropy in nats"),
+    "loss_volume": ("volume maximisation", "KL divergence in nats"),
+    "bbox/AP": ("box AP", "AP in percent"),
+    "segm/AP": ("mask AP", "AP in percent"),
+    "bbox/AP50": ("box AP at IoU 0.5", "AP in percent"),
+    "segm/AP50": ("mask AP at IoU 0.5", "AP in percent"),
+    "centroids_in_use": ("centroids in use", "number"),
+    "assignment_entropy": ("entropy of the mean assignment", "nats"),
+    "feature_std": ("standard deviation of features", ""),
+    "grad_norm": ("gradient norm", ""),
+    "lr": ("learning rate", ""),
+    "teacher_temp": ("teacher temperature", ""),
+    "teacher_momentum": ("teacher momentum", ""),
+    "weight_decay": ("weight decay", ""),
+    "intra_weight": ("weight of the intra-view loss", ""),
+    "images_per_second": ("throughput", "images a second"),
+    "time": ("duration of an iteration", "seconds"),
+    "data_time": ("waiting for data", "seconds an iteration"),
+}
+_NOT_SHOWN = ("iteration", "eta_seconds", "rank_data_time")
+# Curves over more than this factor are drawn with a logarithmic axis.
+_LOG_FACTOR = 30.0
+
+
+def read_metrics(metrics_json_path: str | os.PathLike[str]) -> tuple[Series, list[int]]:
+    """Read metrics.json.
+
+    A run that was killed leaves a torn last line, and one that resumes from a checkpoint repeats
+    iterations: torn lines are skipped, and of repeated iterations the later writing counts.
+
+    Returns:
+        For every key its iterations and values, and the iterations at which a run was resumed.
+
+    Raises:
+        InputError: there is no such file, or no metrics in it.
+    """
+    try:
+        with open(metrics_json_path, encoding="utf-8", errors="replace") as stream:
+            lines = stream.readlines()
+    except OSError as error:
+        raise InputError(
+            f"{metrics_json_path} cannot be read ({error.strerror}): name the metrics.json in a "
+            "run's output folder."
+        ) from None
+    values: dict[str, dict[int, float]] = {}
+    resumed: list[int] = []
+    last = -1
+    for line in lines:
+        try:
+            record = json.loads(line)
+            iteration = int(record["iteration"])
+        except (ValueError, TypeError, KeyError, OverflowError):
+            continue
+        if iteration < last:
+            resumed = [start for start in resumed if start < iteration] + [iteration]
+            for series in values.values():
+                for repeated in [i for i in series if i >= iteration]:
+                    del series[repeated]
+        last = iteration
+        for key, value in record.items():
+            number = isinstance(value, (int, float)) and not isinstance(value, bool)
+            if key != "iteration" and number and math.isfinite(value):
+                values.setdefault(key, {})[iteration] = float(value)
+    if not values:
+        raise InputError(
+            f"{metrics_json_path} has no metrics: expected one JSON object a line, with "
+            '"iteration" and numbers.'
+        )
+    ordered = {key: sorted(series.items()) for key, series in values.items() if series}
+    return {key: ([i for i, _ in p], [v for _, v in p]) for key, p in ordered.items()}, resumed
+
+
+def _default_keys(series: Series) -> list[str]:
+    """In the order of `_NAMES`, other losses after the named ones, other numbers last.
+
+    Numbers that never change are left out, AP excepted. So are unnamed ones in a group (`a/b`):
+    an evaluation writes one AP a class, dozens of plots of two points each.
+    """
+    order = {name: (place, name) for place, name in enumerate(_NAMES)}
+    last_loss = order["loss_volume"][0]
+
+    def place(key: str) -> tuple[float, str]:
+        return order.get(key, (last_loss + 0.5 if "loss" in key else len(order), key))
+
+    shown = [
+        key
+        for key, (_, values) in series.items()
+        if (len(set(values)) > 1 or "/AP" in key)
+        and (key in _NAMES or ("/" not in key and key not in _NOT_SHOWN))
+    ]
+    return sorted(shown, key=place)
+
+
+def loss_curves(
+    metrics_json_path: str | os.PathLike[str],
+    path: str | os.PathLike[str],
+    keys: Sequence[str] | None = None,
+    title: str | None = None,
+) -> None:
+    """Draw a small plot for every key.
+
+    Args:
+        metrics_json_path: what Detectron2's JSONWriter wrote.
+        path: the PNG to write.
+        keys: which ones; by default all that change, losses first.
+        title: the page's heading; the run's folder by default.
+
+    Raises:
+        InputError: the file is missing or empty, or a key is not in it.
+    """
+    series, resumed = read_metrics(metrics_json_path)
+    unknown = [key for key in keys or [] if key not in series]
+    if unknown:
+        raise InputError(
+            f"{metrics_json_path} has no {', '.join(unknown)}: choose from "
+            f"{', '.join(sorted(series))}."
+        )
+    keys = list(keys) if keys else _default_keys(series) or sorted(series)
+    columns = min(_COLUMNS, len(keys))
+    rows = math.ceil(len(keys) / columns)
+    figure = new_figure(max(5.0, 4.4 * columns), 0.8 + 2.7 * rows)
+    folder = os.path.basename(os.path.dirname(os.path.abspath(metrics_json_path)))
+    figure.suptitle(title or f"Training curves of {folder}", fontsize=14)
+    axes = figure.subplots(rows, columns, squeeze=False).ravel()
+    first = min(series[key][0][0] for key in keys)
+    last = max(series[key][0][-1] for key in keys)
+    margin = max(0.5, 0.03 * (last - first))
+    for plot, key in zip(axes, keys, strict=False):
+        iterations, values = series[key]
+        marker = "o" if len(values) < 20 else ""
+        plot.plot(iterations, values, linewidth=1.6, marker=marker, markersize=4, color="#0072b2")
+        name, unit = _NAMES.get(key, (key, "loss" if "loss" in key else ""))
+        plot.set_title(name, fontsize=11)
+        plot.set_ylabel(unit, fontsize=9)
+        plot.set_xlim(first - margin, last + margin)
+        plot.set_xlabel("iteration", fontsize=9)
+        plot.tick_params(labelsize=8)
+        plot.grid(alpha=0.3)
+        plot.xaxis.set_major_locator(MaxNLocator(5, integer=True))
+        if min(values) > 0 and max(values) > _LOG_FACTOR * min(values) and key != "lr":
+            plot.set_yscale("log")
+        elif "/AP" in key:
+            plot.set_ylim(0, max(1.0, 1.15 * max(values)))
+        for number, start in enumerate(resumed):
+            plot.axvline(
+                start, color="#d55e00", linestyle=":", linewidth=1.2,
+                label="resumed" if number == 0 else None,
+            )  # fmt: skip
+    if resumed:
+        axes[0].legend(fontsize=8)
+    for spare in axes[len(keys) :]:
+        spare.set_visible(False)
+    save_figure(figure, path)
