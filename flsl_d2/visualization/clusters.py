@@ -109,7 +109,7 @@ def pca_rgb(tokens: Array, grid: Grid, size: tuple[int, int]) -> np.ndarray:
         size: height and width of the result. Each cell is one flat colour: what is seen at the
             borders is the encoder's resolution.
 
-    Each component covers its 2nd to 98th percentile; its sign makes its larger half bright.
+    Each component covers its 2nd to 98th percentile; its sign makes its extreme bright.
     """
     tokens = as_tokens(tokens, grid)
     centred = tokens - tokens.mean(dim=0)
@@ -117,7 +117,8 @@ def pca_rgb(tokens: Array, grid: Grid, size: tuple[int, int]) -> np.ndarray:
     basis, strength, _ = torch.linalg.svd(centred, full_matrices=False)
     components = basis[:, :rank] * strength[:rank]
     # A singular vector's sign is arbitrary; fixing it keeps colours from flipping between runs.
-    components = components * torch.sign(components.median(dim=0).values + 1e-12)
+    extreme = components.gather(0, components.abs().argmax(dim=0, keepdim=True))
+    components = torch.where(extreme < 0, -components, components)
     low, high = torch.quantile(components, torch.tensor([0.02, 0.98]), dim=0)
     colours = ((components - low) / (high - low).clamp(min=1e-12)).clamp(0, 1)
     colours = F.pad(colours, (0, 3 - rank), value=0.5).reshape(*grid, 3)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -153,6 +155,20 @@ def test_nothing_half_made_stays_behind(tmp_path: Path, monkeypatch: pytest.Monk
     with pytest.raises(OSError, match="no space"):
         make_scenes(tmp_path / "scenes", num_train=2, num_val=1, image_size=(64, 64))
     assert list(tmp_path.iterdir()) == []
+
+
+def test_processes_that_start_together_share_one_folder(tmp_path: Path) -> None:
+    """As several ranks do it that all ask for the scenes."""
+    code = (
+        "from flsl_d2.data.scenes import make_scenes;"
+        f"make_scenes({str(tmp_path / 'scenes')!r}, 60, 5, (96, 80))"
+    )
+    here = Path(__file__).parents[2]
+    started = [subprocess.Popen([sys.executable, "-c", code], cwd=here) for _ in range(2)]
+    assert [process.wait(timeout=120) for process in started] == [0, 0]
+    assert [p.name for p in tmp_path.iterdir()] == ["scenes"]
+    make_scenes(tmp_path / "alone", 60, 5, (96, 80))
+    assert contents(tmp_path / "scenes") == contents(tmp_path / "alone")
 
 
 def test_foreign_files_are_never_replaced(tmp_path: Path) -> None:

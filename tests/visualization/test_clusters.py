@@ -1,0 +1,185 @@
+"""Pictures of tokens: what they show is checked on tokens whose groups are known."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import cv2
+import numpy as np
+import pytest
+import torch
+
+from flsl_d2.visualization import (
+    attention_map,
+    cluster_labels,
+    cluster_overlay,
+    encoder_figure,
+    mode_similarity_map,
+    pca_rgb,
+    token_at,
+)
+from flsl_d2.visualization.clusters import attention_values, mode_similarity_values
+from flsl_d2.visualization.overlays import enlarge, mark_cell, overlay_heat, overlay_masks, palette
+
+GRID = (6, 8)
+WIDTH = 32
+
+
+@pytest.fixture
+def halves() -> tuple[torch.Tensor, np.ndarray]:
+    """Tokens of two far groups, the left and the right half of the grid, and the group of each."""
+    groups = np.tile(np.arange(GRID[1]) >= GRID[1] // 2, GRID[0]).astype(int)
+    centres = torch.eye(2, WIDTH) * 40
+    return centres[groups] + 0.1 * torch.randn(len(groups), WIDTH), groups.reshape(GRID)
+
+
+@pytest.fixture
+def image() -> np.ndarray:
+    return np.random.default_rng(0).integers(0, 256, (90, 120, 3)).astype(np.uint8)
+
+
+def test_attention_stays_in_the_tokens_group(halves: tuple[torch.Tensor, np.ndarray]) -> None:
+    tokens, groups = halves
+    values = attention_values(tokens, GRID, token=0)
+    np.testing.assert_allclose(values.sum(), len(tokens), rtol=1e-4)
+    assert values[groups == 0].min() > 10 * values[groups == 1].max()
+
+
+def test_mode_is_near_its_group_only(halves: tuple[torch.Tensor, np.ndarray]) -> None:
+    tokens, groups = halves
+    last = len(tokens) - 1
+    values = mode_similarity_values(tokens, GRID, token=last)
+    assert values[groups == 1].min() > 0.99
+    assert values[groups == 0].max() < 0.2
+
+
+def test_clusters_are_the_groups(halves: tuple[torch.Tensor, np.ndarray]) -> None:
+    tokens, groups = halves
+    labels = cluster_labels(tokens, GRID)
+    assert labels.max() == 1
+    assert len({(int(a), int(b)) for a, b in zip(labels.ravel(), groups.ravel(), strict=True)}) == 2
+
+
+def test_maps_are_pictures_of_the_images_size(
+    halves: tuple[torch.Tensor, np.ndarray], image: np.ndarray
+) -> None:
+    tokens, groups = halves
+    pictures = (
+        attention_map(image, tokens, GRID, 3),
+        mode_similarity_map(image, tokens, GRID, 3),
+        pca_rgb(tokens, GRID, image.shape[:2]),
+        cluster_overlay(image, groups, GRID),
+        cluster_overlay(image, torch.as_tensor(groups).reshape(-1), GRID),
+    )
+    for picture in pictures:
+        assert picture.shape == image.shape
+        assert picture.dtype == np.uint8
+    np.testing.assert_array_equal(pictures[3], pictures[4])
+
+
+def test_numpy_and_half_precision_tokens_do_too(halves: tuple[torch.Tensor, np.ndarray]) -> None:
+    tokens, _ = halves
+    expected = attention_values(tokens, GRID, 5)
+    np.testing.assert_array_equal(attention_values(tokens.numpy(), GRID, 5), expected)
+    half = tokens.bfloat16().requires_grad_()
+    expected = attention_values(half.detach().float(), GRID, 5)
+    np.testing.assert_array_equal(attention_values(half, GRID, 5), expected)
+
+
+def test_pca_tells_groups_apart_and_does_not_flip(
+    halves: tuple[torch.Tensor, np.ndarray],
+) -> None:
+    tokens, groups = halves
+    picture = pca_rgb(tokens, GRID, GRID).astype(int)
+    apart = picture[groups == 0][:, 0].mean() - picture[groups == 1][:, 0].mean()
+    assert abs(apart) > 150
+    turned = (tokens + 5) @ torch.linalg.qr(torch.randn(WIDTH, WIDTH)).Q
+    assert np.abs(pca_rgb(turned, GRID, GRID).astype(int) - picture).max() <= 2
+
+
+@pytest.mark.parametrize("tokens", [torch.zeros(48, 32), torch.ones(48, 1), torch.randn(48, 2)])
+def test_collapsed_or_narrow_features_are_drawn(tokens: torch.Tensor, image: np.ndarray) -> None:
+    assert np.isfinite(attention_values(tokens, GRID, 0)).all()
+    assert pca_rgb(tokens, GRID, (12, 16)).shape == (12, 16, 3)
+    assert attention_map(image, tokens, GRID, 0).shape == image.shape
+    assert mode_similarity_map(image, tokens, GRID, 0).shape == image.shape
+
+
+def test_cluster_borders_lie_between_clusters(image: np.ndarray) -> None:
+    groups = np.zeros(GRID, int)
+    groups[:, 4:] = 1
+    picture = cluster_overlay(np.zeros_like(image), groups, GRID)
+    white = (picture == 255).all(axis=2)
+    assert white[:, 60].all()
+    assert white.sum() == image.shape[0]
+
+
+def test_tokens_that_do_not_fill_the_grid() -> None:
+    with pytest.raises(ValueError, match="6 x 8"):
+        attention_values(torch.zeros(47, 8), GRID, 0)
+    with pytest.raises(ValueError, match="cell 48"):
+        mark_cell(np.zeros((60, 80, 3), np.uint8), GRID, 48)
+
+
+@pytest.mark.parametrize(
+    ("x", "y", "token"), [(0, 0, 0), (119.9, 89.9, 47), (500, -3, 7), (15, 15, 9), (60, 45, 28)]
+)
+def test_token_at(x: float, y: float, token: int) -> None:
+    assert token_at(x, y, (90, 120), GRID) == token
+
+
+def test_cross_is_where_the_token_is() -> None:
+    marked = mark_cell(
+        np.full((90, 120, 3), 128, np.uint8), GRID, token_at(100, 20, (90, 120), GRID)
+    )
+    rows, columns = (marked != 128).any(axis=2).nonzero()
+    assert abs(columns.mean() - 97.5) <= 1
+    assert abs(rows.mean() - 22.5) <= 1
+
+
+def test_heat_is_strongest_where_values_are() -> None:
+    values = np.zeros((4, 4))
+    values[1, 2] = 1
+    heat = overlay_heat(np.zeros((40, 40, 3), np.uint8), values, 0, 1, "gray")[..., 0]
+    assert np.unravel_index(heat.argmax(), heat.shape) == pytest.approx((14, 24), abs=2)
+
+
+def test_masks_keep_their_holes() -> None:
+    mask = np.zeros((50, 50), bool)
+    mask[5:45, 5:45] = True
+    mask[15:35, 15:35] = False
+    drawn = overlay_masks(np.zeros((100, 100, 3), np.uint8), [mask], palette(1))
+    assert drawn[50, 50].sum() == 0
+    assert drawn[20, 50].sum() > 0
+    assert drawn[4, 4].sum() == 0
+
+
+def test_only_small_images_are_enlarged() -> None:
+    assert enlarge(np.zeros((100, 200, 3), np.uint8), 50)[1] == 1
+    large, factor = enlarge(np.zeros((100, 200, 3), np.uint8), 384)
+    assert (large.shape, factor) == ((384, 768, 3), 3.84)
+
+
+def test_encoder_figure_of_images_of_several_sizes(
+    halves: tuple[torch.Tensor, np.ndarray], image: np.ndarray, tmp_path: Path
+) -> None:
+    tokens, _ = halves
+    upright = np.ascontiguousarray(image.transpose(1, 0, 2))
+    path = tmp_path / "new" / "encoder.png"
+    grids = [GRID, GRID[::-1]]
+    encoder_figure([image, upright], [tokens, tokens.numpy()], grids, path, tokens=[0, 47])
+    page = cv2.imread(str(path))
+    assert page.shape[1] == 1500
+    assert page.std() > 30
+    with pytest.raises(ValueError, match="2 images and 1 sets"):
+        encoder_figure([image, upright], [tokens], GRID, path)
+
+
+def test_encoder_figure_leaves_pyplot_alone(
+    halves: tuple[torch.Tensor, np.ndarray], image: np.ndarray, tmp_path: Path
+) -> None:
+    import matplotlib.pyplot as plt
+
+    before = plt.get_fignums(), plt.get_backend()
+    encoder_figure([image], [halves[0]], GRID, tmp_path / "a.png")
+    assert (plt.get_fignums(), plt.get_backend()) == before
