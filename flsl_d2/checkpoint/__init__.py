@@ -1,0 +1,6 @@
+"""Weights: safe reading, encoders of other sources, and a checkpointer that reports."""
+
+from flsl_d2.checkpoint.checkpointer import FLSLCheckpointer
+from flsl_d2.checkpoint.reading import read_weights
+
+__all__ = ["FLSLCheckpointer", "read_weights"]
