@@ -102,7 +102,7 @@ def _foreign_classes(path: str, error: Exception) -> list[str]:
         with torch.serialization.safe_globals(_PLAIN_CLASSES):
             return torch.serialization.get_unsafe_globals_in_checkpoint(path)
     except Exception:  # the old file format, or a damaged file: the error has at most the first
-        return re.findall(r"Unsupported global: GLOBAL (\S+)", str(error))[:1]
+        return re.findall(r"(?i)unsupported global:? (?:global )?(\S+)", str(error))[:1]
 
 
 def _reason(error: Exception) -> str:
