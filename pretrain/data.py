@@ -94,10 +94,10 @@ def read_rgb(path: str) -> np.ndarray:
         OSError: not readable, or not an image.
     """
     encoded = np.fromfile(path, dtype=np.uint8)
-    image = cv2.imdecode(encoded, cv2.IMREAD_COLOR_RGB) if len(encoded) else None
+    image = cv2.imdecode(encoded, cv2.IMREAD_COLOR) if len(encoded) else None
     if image is None:
         raise OSError(f"'{path}' is not an image that can be decoded.")
-    return image
+    return cv2.cvtColor(image, cv2.COLOR_BGR2RGB, dst=image)
 
 
 class PretrainDataset(Dataset):

@@ -137,7 +137,7 @@ def _hooks(
         return [hooks.IterationTimer(), monitor]
     writers = [
         ConsoleProgress(max_iter, iters_per_epoch, num_centroids),
-        JSONWriter(str(output / "metrics.json")),
+        JSONWriter(str(output / "metrics.json"), window_size=1),  # what each step was, unsmoothed
         TensorboardXWriter(str(output)),
     ]
     return [

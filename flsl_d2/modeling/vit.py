@@ -167,6 +167,7 @@ class FLSLViT(Backbone):
             )
         self.patch_size, self.embed_dim, self.depth = patch_size, embed_dim, depth
         self.position_offset = position_offset
+        self.layer_scale_init = layer_scale_init
         self.use_act_checkpoint = use_act_checkpoint
         self.pixel_adapter = pixel_adapter
         self.patch_embed = PatchEmbed(
@@ -218,8 +219,10 @@ class FLSLViT(Backbone):
                 nn.init.trunc_normal_(module.weight, std=0.02)
                 if module.bias is not None:
                     nn.init.zeros_(module.bias)
-            elif isinstance(module, (nn.LayerNorm, nn.Conv2d, LayerScale)):
+            elif isinstance(module, (nn.LayerNorm, nn.Conv2d)):
                 module.reset_parameters()
+            elif isinstance(module, LayerScale):
+                nn.init.constant_(module.gamma, self.layer_scale_init)
             elif isinstance(module, Attention) and module.use_rel_pos:
                 nn.init.zeros_(module.rel_pos_h)
                 nn.init.zeros_(module.rel_pos_w)

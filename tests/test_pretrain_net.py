@@ -1,0 +1,185 @@
+"""tools/pretrain_net.py as a command: learning, resuming, several processes, bad input."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import cv2
+import numpy as np
+import pytest
+import torch
+
+ROOT = Path(__file__).resolve().parents[1]
+CONFIG = "configs/pretrain/flsl_vit_small_p16_in1k.py"
+TINY = [
+    "train.device=cpu",
+    "dataloader.num_workers=0",
+    "dataloader.total_batch_size=4",
+    "views.global_size=64",
+    "views.local_size=32",
+    "model.backbone.embed_dim=48",
+    "model.backbone.depth=2",
+    "model.backbone.num_heads=3",
+    "model.head.num_centroids=32",
+    "model.head.hidden_dim=64",
+    "model.head.bottleneck_dim=16",
+    "train.log_period=2",
+]
+
+
+def command(*overrides: str, options: tuple[str, ...] = (), launcher=(), timeout=300):
+    arguments = [*launcher, "tools/pretrain_net.py", "--config-file", CONFIG, *options, *overrides]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    return subprocess.run(
+        [sys.executable, *arguments],
+        cwd=ROOT,
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=timeout,
+    )
+
+
+def run(output: Path, images: Path, *overrides: str, **options) -> str:
+    result = command(
+        *TINY, f"dataset.root={images}", f"train.output_dir={output}", *overrides, **options
+    )
+    assert result.returncode == 0, result.stdout + result.stderr
+    return result.stdout
+
+
+def metrics(output: Path) -> list[dict]:
+    return [json.loads(line) for line in (output / "metrics.json").read_text().splitlines()]
+
+
+@pytest.fixture(scope="module")
+def images(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("images")
+    rng = np.random.default_rng(0)
+    for i in range(10):
+        coarse = rng.integers(0, 256, (6, 8, 3), dtype=np.uint8)
+        cv2.imwrite(str(folder / f"{i}.jpg"), cv2.resize(coarse, (120, 90)))
+    return folder
+
+
+def weights(output: Path) -> dict[str, torch.Tensor]:
+    return torch.load(output / "teacher_backbone.pth", weights_only=True)["model"]
+
+
+def test_a_run_leaves_what_the_documentation_names(images, tmp_path):
+    said = run(tmp_path, images, "train.max_iter=6")
+    for expected in (
+        "eta 0:00",
+        "loss",
+        "inter",
+        "tau_t",
+        "grad",
+        "centroids",
+        "img/s",
+        "data wait",
+    ):
+        assert expected in said, said
+    rows = metrics(tmp_path)
+    assert [row["iteration"] for row in rows] == [1, 3, 5]
+    wanted = {
+        "loss", "loss_intra", "loss_inter", "loss_volume", "lr", "teacher_temp", "grad_norm",
+        "images_per_second", "data_time", "centroids_in_use", "assignment_entropy", "feature_std",
+    }  # fmt: skip
+    assert wanted <= rows[-1].keys()
+    assert list(tmp_path.glob("events.out.tfevents*"))
+    assert weights(tmp_path)["pos_embed"].shape == (1, 16, 48)
+
+
+def test_resumed_run_ends_as_the_whole_one(images, tmp_path):
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    common = ("train.checkpoint_period=3", "model.backbone.drop_path_rate=0.5")
+    run(whole, images, "train.max_iter=6", *common)
+    run(parts, images, "train.max_iter=6", *common)
+    (parts / "last_checkpoint").write_text("model_0000002.pth")  # as if it ended after 3 steps
+    (parts / "metrics.json").unlink()
+    said = run(parts, images, "train.max_iter=6", *common, options=("--resume",))
+    assert "Resumed after step 3" in said
+    assert metrics(parts)[-1]["loss"] == metrics(whole)[-1]["loss"]
+    for name, tensor in weights(whole).items():
+        assert torch.equal(tensor, weights(parts)[name]), name
+
+
+@pytest.mark.parametrize("launcher", ["launch", "torchrun"])
+def test_two_processes_do_what_one_does(images, tmp_path, launcher):
+    common = ("train.max_iter=3", "model.backbone.drop_path_rate=0", "train.log_period=1")
+    run(tmp_path / "one", images, *common)
+    if launcher == "launch":
+        run(tmp_path / "two", images, *common, options=("--num-gpus", "2"))
+    else:
+        torchrun = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2")
+        run(tmp_path / "two", images, *common, launcher=torchrun)
+    one, two = metrics(tmp_path / "one"), metrics(tmp_path / "two")
+    for a, b in zip(one, two, strict=True):
+        for name in ("loss", "loss_volume", "grad_norm", "centroids_in_use"):
+            assert a[name] == pytest.approx(b[name], rel=1e-3), name
+    for name, tensor in weights(tmp_path / "one").items():
+        torch.testing.assert_close(tensor, weights(tmp_path / "two")[name], rtol=1e-3, atol=1e-4)
+
+
+def test_learns_on_real_images(datasets_root, tmp_path):
+    """The loss falls below its start, and centroids stay in use."""
+    run(
+        tmp_path,
+        datasets_root / "imagenet_mini" / "train",
+        "train.max_iter=60",
+        "train.log_period=10",
+        "dataloader.total_batch_size=16",
+        "schedules.base_lr=8e-3",
+        "schedules.frozen_last_layer_epochs=0",
+        "schedules.teacher_momentum=[0.98,1.0]",
+        "model.backbone.drop_path_rate=0",
+    )
+    rows = metrics(tmp_path)
+    assert rows[-1]["loss"] < rows[0]["loss"]
+    assert rows[-1]["centroids_in_use"] >= 8
+    assert rows[-1]["feature_std"] > 0.3
+
+
+@pytest.mark.parametrize(
+    ("override", "says"),
+    [
+        ("dataset.root=/nowhere", "'/nowhere'"),
+        ("dataset.root={empty}", "holds no image"),
+        ("dataset.name=coco_2017_trian", "coco_2017_trian"),
+        ("dataset.name=coco_2017_train", "coco"),
+        ("model.backbone.embed_dmi=48", "model.backbone.embed_dmi"),
+        ("views.global_size=225", "global_size is 225"),
+        ("train.precision=fp8", "'fp8'"),
+        ("train.output_dir=/proc/no", "/proc/no"),
+        ("train.device=cuda", "cuda"),
+        ("model.loss.prior=[0.5,0.5]", "2 shares for 32"),
+    ],
+)
+def test_bad_input_is_one_sentence(override, says, images, tmp_path, monkeypatch):
+    if "cuda" in override and torch.cuda.is_available():
+        pytest.skip("there is a GPU here")
+    (tmp_path / "empty").mkdir()
+    monkeypatch.setenv("DETECTRON2_DATASETS", str(tmp_path / "no_datasets"))
+    base = [*TINY, f"dataset.root={images}", f"train.output_dir={tmp_path / 'out'}"]
+    result = command(*base, override.format(empty=tmp_path / "empty"))
+    assert result.returncode == 2, result.stdout + result.stderr
+    lines = [line for line in result.stderr.splitlines() if line.startswith("error: ")]
+    assert len(lines) == 1
+    assert says in lines[0]
+    assert "Traceback" not in result.stderr
+
+
+def test_help_explains():
+    result = subprocess.run(
+        [sys.executable, "tools/pretrain_net.py", "--help"],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+    )
+    assert result.returncode == 0
+    for word in ("dataset.root", "teacher_backbone.pth", "--resume", "train.device=cpu"):
+        assert word in result.stdout
