@@ -6,18 +6,17 @@ import argparse
 import logging
 from pathlib import Path
 
-from detectron2.config import LazyConfig, instantiate
+from detectron2.config import instantiate
 from detectron2.engine import hooks
 from detectron2.utils import comm
 from detectron2.utils.env import seed_all_rng
 from detectron2.utils.events import JSONWriter, TensorboardXWriter
-from detectron2.utils.logger import setup_logger
 from omegaconf import DictConfig
 
 from flsl_d2.checkpoint import FLSLCheckpointer
 from flsl_d2.engine.config_files import load_lazy_config
 from flsl_d2.engine.launch import launch, wrap_ddp
-from flsl_d2.errors import InputError
+from flsl_d2.engine.output_folder import prepare_output
 from pretrain.data import PretrainDataset, build_pretrain_loader, image_files
 from pretrain.hooks import ConsoleProgress, ExportTeacher, Monitor
 from pretrain.optimizer import build_adamw
@@ -53,8 +52,7 @@ def run_pretraining(cfg: DictConfig, resume: bool) -> None:
         resume: continue from the last checkpoint of the output folder, where there is one.
     """
     output = Path(cfg.train.output_dir)
-    if comm.is_main_process():
-        _set_up_output(cfg, output)
+    prepare_output(cfg, output, "train.output_dir", ["pretrain"])
     files = image_files(**{key: cfg.dataset[key] for key in ("root", "name")})
     precision = resolve_precision(cfg.train.precision, cfg.train.device)
     batch_size = cfg.dataloader.total_batch_size
@@ -108,19 +106,6 @@ def run_pretraining(cfg: DictConfig, resume: bool) -> None:
         _hooks(cfg, checkpointer, output, max_iter, iters_per_epoch, num_centroids)
     )
     trainer.train(start_iter, max_iter)
-
-
-def _set_up_output(cfg: DictConfig, output: Path) -> None:
-    try:
-        output.mkdir(parents=True, exist_ok=True)
-        LazyConfig.save(cfg, str(output / "config.yaml"))
-    except OSError as error:
-        raise InputError(
-            f"train.output_dir is '{output}', which cannot be written ({error.strerror}); "
-            "set it to a folder of yours."
-        ) from error
-    for name in ("fvcore", "detectron2", "pretrain"):
-        setup_logger(str(output), name=name, abbrev_name=name)
 
 
 def _hooks(
