@@ -22,7 +22,12 @@ class FLSLCheckpointer(DetectionCheckpointer):
     :data:`flsl_d2.checkpoint.sources.SOURCES`) goes into every ``FLSLViT`` of the model by exact
     name, with one line that says how many weights matched. Any other file is a checkpoint of the
     model itself. Every file is read by :func:`flsl_d2.checkpoint.read_weights`.
+
+    Attributes:
+        loaded_encoder_only: whether the last file held an encoder and nothing else of the model.
     """
+
+    loaded_encoder_only = False
 
     def load(self, path: str, *args: Any, **kwargs: Any) -> dict[str, Any]:
         """Load a file; see the class.
@@ -64,6 +69,7 @@ class FLSLCheckpointer(DetectionCheckpointer):
 
     def _load_model(self, checkpoint: dict[str, Any]) -> Any:
         weights = checkpoint.pop("_encoder", None)
+        self.loaded_encoder_only = weights is not None
         if weights is None:
             for prefix, encoder in encoders_of(self.model):
                 fit_encoder_in_detector(encoder, checkpoint["model"], prefix, self._path)

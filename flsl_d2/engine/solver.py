@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import partial
 
 import torch
@@ -13,7 +14,21 @@ from torch import nn
 
 from flsl_d2.errors import InputError
 
-__all__ = ["add_solver_config", "build_yaml_optimizer"]
+__all__ = ["add_solver_config", "build_yaml_optimizer", "layer_decay"]
+
+
+def layer_decay(decay_rate: float, num_layers: int) -> Callable[[str], float]:
+    """Learning rate factor of each weight by depth (BEiT, ViTDet arXiv 2203.16527).
+
+    Args:
+        decay_rate: factor from one block to the one before it; 1 for none.
+        num_layers: blocks L of the encoder.
+
+    Returns:
+        A function from a weight's name to its factor: ``decay_rate ** (L - i)`` for block i from
+        0, one step less for the patch embedding, 1 outside the blocks.
+    """
+    return partial(get_vit_lr_decay_rate, lr_decay_rate=decay_rate, num_layers=num_layers)
 
 
 def add_solver_config(cfg: CfgNode) -> None:
@@ -29,8 +44,8 @@ def add_solver_config(cfg: CfgNode) -> None:
 def build_yaml_optimizer(cfg: CfgNode, model: nn.Module) -> torch.optim.Optimizer:
     """The optimiser of a YAML config.
 
-    With ``SOLVER.OPTIMIZER: ADAMW``, betas are (0.9, 0.999), and block i of a ViT of L blocks
-    learns at ``BASE_LR * LAYER_DECAY ** (L - i)`` (ViTDet, arXiv 2203.16527, appendix).
+    With ``SOLVER.OPTIMIZER: ADAMW``, betas are (0.9, 0.999) and learning rates follow
+    :func:`layer_decay`.
 
     Args:
         cfg: with the nodes of :func:`add_solver_config`.
@@ -50,11 +65,7 @@ def build_yaml_optimizer(cfg: CfgNode, model: nn.Module) -> torch.optim.Optimize
         weight_decay_norm=solver.WEIGHT_DECAY_NORM,
         bias_lr_factor=solver.BIAS_LR_FACTOR,
         weight_decay_bias=solver.WEIGHT_DECAY_BIAS,
-        lr_factor_func=partial(
-            get_vit_lr_decay_rate,
-            lr_decay_rate=solver.LAYER_DECAY,
-            num_layers=cfg.MODEL.FLSL_VIT.DEPTH,
-        ),
+        lr_factor_func=layer_decay(solver.LAYER_DECAY, cfg.MODEL.FLSL_VIT.DEPTH),
     )
     optimizer = torch.optim.AdamW(groups, lr=solver.BASE_LR, weight_decay=solver.WEIGHT_DECAY)
     return maybe_add_gradient_clipping(cfg, optimizer)

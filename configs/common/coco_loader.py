@@ -1,0 +1,59 @@
+"""COCO 2017, shorter side 480 to 800 in training and 800 in evaluation, longest side 1333.
+
+Other data: register it (flsl_d2.data.register_coco_format) or use a name that is known, and set
+``dataloader.train.dataset.names=NAME dataloader.test.dataset.names=NAME
+model.roi_heads.num_classes=NUMBER``.
+"""
+
+import detectron2.data.transforms as T
+from detectron2.config import LazyCall as L
+from detectron2.data import (
+    DatasetMapper,
+    build_detection_test_loader,
+    build_detection_train_loader,
+    get_detection_dataset_dicts,
+)
+from detectron2.evaluation import COCOEvaluator
+from omegaconf import OmegaConf
+
+dataloader = OmegaConf.create(
+    dict(
+        train=L(build_detection_train_loader)(
+            # A name or a list of names.
+            dataset=L(get_detection_dataset_dicts)(names="coco_2017_train"),
+            mapper=L(DatasetMapper)(
+                is_train=True,
+                augmentations=[
+                    L(T.ResizeShortestEdge)(
+                        short_edge_length=list(range(480, 801, 32)),
+                        max_size=1333,
+                        sample_style="choice",
+                    ),
+                    L(T.RandomFlip)(horizontal=True),
+                ],
+                image_format="${model.input_format}",
+                use_instance_mask=True,
+                # Boxes from the masks, where a crop cuts them.
+                recompute_boxes=False,
+            ),
+            # Images a step, of all processes together.
+            total_batch_size=16,
+            # Decoding processes for each training process; 0 decodes in the training process.
+            num_workers=4,
+        ),
+        test=L(build_detection_test_loader)(
+            dataset=L(get_detection_dataset_dicts)(names="coco_2017_val", filter_empty=False),
+            mapper=L(DatasetMapper)(
+                is_train=False,
+                augmentations=[L(T.ResizeShortestEdge)(short_edge_length=800, max_size=1333)],
+                image_format="${model.input_format}",
+            ),
+            num_workers=4,
+        ),
+        evaluator=L(COCOEvaluator)(
+            dataset_name="${dataloader.test.dataset.names}",
+            output_dir="${train.output_dir}/inference",
+        ),
+    ),
+    flags={"allow_objects": True},
+)

@@ -1,0 +1,30 @@
+"""What every detection run has: where it writes, what it starts from, how long, on what."""
+
+train = dict(
+    # Checkpoints, metrics.json, log.txt, TensorBoard events, config.yaml, results of evaluations.
+    output_dir="./output",
+    # Weights to start from: teacher_backbone.pth of a pre-training run, a detector's checkpoint,
+    # a published FLSL file; path or URL. "" starts from random weights.
+    init_checkpoint="",
+    # Steps; schedules are given in fractions of it.
+    max_iter=90000,
+    # "cuda" or "cpu".
+    device="cuda",
+    # Of weights, order of images and augmentation; negative: a new one for each run.
+    seed=-1,
+    # Mixed precision on GPUs ("float16" or "bfloat16"); a CPU trains in float32.
+    amp=dict(enabled=True, dtype="float16"),
+    # Options of DistributedDataParallel, used with several processes.
+    ddp=dict(
+        broadcast_buffers=False,
+        find_unused_parameters=False,
+        # Gradients travel between GPUs in half precision.
+        fp16_compression=True,
+    ),
+    # Steps between two checkpoints, and how many are kept.
+    checkpointer=dict(period=5000, max_to_keep=3),
+    # Steps between two evaluations; one follows the last step in any case.
+    eval_period=5000,
+    # Steps between two lines on the console and in metrics.json.
+    log_period=20,
+)

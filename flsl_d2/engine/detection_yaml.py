@@ -1,0 +1,110 @@
+"""Training and evaluating a detector from a YAML config, on Detectron2's DefaultTrainer."""
+
+from __future__ import annotations
+
+import os
+import weakref
+from typing import Any
+
+import torch
+from detectron2.config import CfgNode
+from detectron2.engine import AMPTrainer, DefaultTrainer, SimpleTrainer, TrainerBase
+from detectron2.evaluation import COCOEvaluator
+from detectron2.modeling import build_model
+from torch import nn
+
+from flsl_d2.checkpoint import FLSLCheckpointer
+from flsl_d2.engine.checks import check_batch, check_datasets, describe_model, mixed_precision
+from flsl_d2.engine.launch import wrap_ddp
+from flsl_d2.engine.run_setup import prepare_output, seed_run
+from flsl_d2.engine.solver import build_yaml_optimizer
+from flsl_d2.engine.weights import load_for_evaluation, resume_or_start
+
+__all__ = ["DetectionTrainer", "run_yaml_detection"]
+
+# Where an architecture's config has its number of classes.
+_HEADS = {"GeneralizedRCNN": "ROI_HEADS", "RetinaNet": "RETINANET"}
+
+
+class DetectionTrainer(DefaultTrainer):
+    """DefaultTrainer with COCO's evaluator, safe checkpoints, AdamW, and CPU processes.
+
+    Its ``__init__`` is written out because the inherited one assumes GPUs, reads the data before
+    it looks at the weights, and makes a checkpointer of its own.
+    """
+
+    def __init__(self, cfg: CfgNode) -> None:
+        TrainerBase.__init__(self)
+        self.cfg = cfg
+        model = self.build_model(cfg)
+        optimizer = self.build_optimizer(cfg, model)
+        model = wrap_ddp(model, broadcast_buffers=False)
+        amp = mixed_precision(cfg.SOLVER.AMP.ENABLED, cfg.MODEL.DEVICE)
+        self._trainer = (AMPTrainer if amp else SimpleTrainer)(model, None, optimizer)
+        self.scheduler = self.build_lr_scheduler(cfg, optimizer)
+        self.checkpointer = FLSLCheckpointer(model, cfg.OUTPUT_DIR, trainer=weakref.proxy(self))
+        self.start_iter, self.max_iter = 0, cfg.SOLVER.MAX_ITER
+        self.register_hooks(self.build_hooks())
+
+    def resume_or_load(self, resume: bool = True) -> None:
+        """Load weights as DefaultTrainer does, then open the data."""
+        self.start_iter = resume_or_start(self.checkpointer, self.cfg.MODEL.WEIGHTS, resume, self)
+        if self.start_iter:
+            seed_run(self.cfg.SEED, self.start_iter)
+        self._trainer.data_loader = self.build_train_loader(self.cfg)
+
+    @classmethod
+    def build_model(cls, cfg: CfgNode) -> nn.Module:
+        """The model on its device, described in one line."""
+        model = build_model(cfg)
+        describe_model(model)
+        return model
+
+    @classmethod
+    def build_optimizer(cls, cfg: CfgNode, model: nn.Module) -> torch.optim.Optimizer:
+        """See :func:`flsl_d2.engine.solver.build_yaml_optimizer`."""
+        return build_yaml_optimizer(cfg, model)
+
+    @classmethod
+    def build_evaluator(cls, cfg: CfgNode, dataset_name: str) -> COCOEvaluator:
+        """COCO's evaluator, with results in ``OUTPUT_DIR/inference``."""
+        return COCOEvaluator(dataset_name, output_dir=os.path.join(cfg.OUTPUT_DIR, "inference"))
+
+
+def run_yaml_detection(cfg: CfgNode, resume: bool, eval_only: bool) -> dict[str, Any] | None:
+    """Train, or only evaluate, in this process, one of possibly several.
+
+    Args:
+        cfg: from :func:`flsl_d2.engine.config_files.load_yaml_config`.
+        resume: continue from the last checkpoint in the output folder, where there is one.
+        eval_only: evaluate ``MODEL.WEIGHTS`` (with ``resume``: the last checkpoint).
+
+    Returns:
+        The evaluator's results when only evaluating, else None.
+
+    Raises:
+        InputError: the config, data or weights cannot be used.
+    """
+    prepare_output(cfg.OUTPUT_DIR, cfg)
+    seed_run(cfg.SEED)
+    check_datasets(
+        [] if eval_only else cfg.DATASETS.TRAIN,
+        cfg.DATASETS.TEST,
+        _num_classes(cfg),
+        f"MODEL.{_HEADS.get(cfg.MODEL.META_ARCHITECTURE)}.NUM_CLASSES ",
+    )
+    if eval_only:
+        model = DetectionTrainer.build_model(cfg)
+        checkpointer = FLSLCheckpointer(model, cfg.OUTPUT_DIR)
+        load_for_evaluation(checkpointer, cfg.MODEL.WEIGHTS, resume, "MODEL.WEIGHTS ")
+        return DetectionTrainer.test(cfg, wrap_ddp(model, broadcast_buffers=False))
+    check_batch(cfg.SOLVER.IMS_PER_BATCH, "SOLVER.IMS_PER_BATCH")
+    trainer = DetectionTrainer(cfg)
+    trainer.resume_or_load(resume)
+    trainer.train()
+    return None
+
+
+def _num_classes(cfg: CfgNode) -> int | None:
+    node = cfg.MODEL.get(_HEADS.get(cfg.MODEL.META_ARCHITECTURE, ""), {})
+    return node.get("NUM_CLASSES")
