@@ -22,7 +22,7 @@ from flsl_d2.engine.checks import (
     names_of,
 )
 from flsl_d2.engine.launch import wrap_ddp
-from flsl_d2.engine.run_setup import prepare_output, seed_run
+from flsl_d2.engine.run_setup import seed_run, start_run
 from flsl_d2.engine.weights import load_for_evaluation, resume_or_start
 from flsl_d2.errors import InputError
 
@@ -50,8 +50,8 @@ def run_lazy_detection(cfg: DictConfig, resume: bool, eval_only: bool) -> dict[s
     Raises:
         InputError: the config, data or weights cannot be used.
     """
-    prepare_output(cfg.train.output_dir, cfg)
-    seed_run(OmegaConf.select(cfg, "train.seed", default=-1))
+    seed = OmegaConf.select(cfg, "train.seed", default=-1)
+    start_run(cfg, cfg.train.output_dir, "train.output_dir", seed)
     test = OmegaConf.select(cfg, "dataloader.test.dataset.names")
     train = [] if eval_only else names_of(cfg.dataloader.train.dataset.names)
     check_datasets(

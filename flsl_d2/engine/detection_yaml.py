@@ -16,7 +16,7 @@ from torch import nn
 from flsl_d2.checkpoint import FLSLCheckpointer
 from flsl_d2.engine.checks import check_batch, check_datasets, describe_model, mixed_precision
 from flsl_d2.engine.launch import wrap_ddp
-from flsl_d2.engine.run_setup import prepare_output, seed_run
+from flsl_d2.engine.run_setup import seed_run, start_run
 from flsl_d2.engine.solver import build_yaml_optimizer
 from flsl_d2.engine.weights import load_for_evaluation, resume_or_start
 
@@ -85,8 +85,7 @@ def run_yaml_detection(cfg: CfgNode, resume: bool, eval_only: bool) -> dict[str,
     Raises:
         InputError: the config, data or weights cannot be used.
     """
-    prepare_output(cfg.OUTPUT_DIR, cfg)
-    seed_run(cfg.SEED)
+    start_run(cfg, cfg.OUTPUT_DIR, "OUTPUT_DIR", cfg.SEED)
     check_datasets(
         [] if eval_only else cfg.DATASETS.TRAIN,
         cfg.DATASETS.TEST,

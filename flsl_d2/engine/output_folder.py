@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import tempfile
 from pathlib import Path
 
 from detectron2.config import CfgNode, LazyConfig
@@ -31,6 +32,8 @@ def prepare_output(cfg: DictConfig | CfgNode, folder: Path, key: str, loggers: l
     rank = comm.get_rank()
     try:
         folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):  # saving a LazyConfig logs failures and goes on
+            pass
         if rank == 0:
             if isinstance(cfg, CfgNode):
                 (folder / "config.yaml").write_text(cfg.dump())

@@ -1,57 +1,46 @@
-"""The start of a detection run: a folder that can be written, logs, seeds, and a record of both."""
+"""The start of a detection run: its folder, logs and seed, and a record of the environment."""
 
 from __future__ import annotations
 
 import logging
-import os
-import tempfile
 from pathlib import Path
 
 import torch
-from detectron2.config import CfgNode, LazyConfig
+from detectron2.config import CfgNode
 from detectron2.utils import comm
 from detectron2.utils.collect_env import collect_env_info
 from detectron2.utils.env import seed_all_rng
-from detectron2.utils.logger import setup_logger
 from omegaconf import DictConfig
 
-from flsl_d2.errors import InputError
+from flsl_d2.engine.output_folder import prepare_output
 
-__all__ = ["prepare_output", "seed_run"]
+__all__ = ["seed_run", "start_run"]
 
 logger = logging.getLogger(__name__)
 
 
-def prepare_output(folder: str, cfg: DictConfig | CfgNode) -> None:
-    """Make the output folder, send logs there, and keep the config and the environment in it.
+def start_run(cfg: DictConfig | CfgNode, folder: str, key: str, seed: int) -> None:
+    """Make the output folder, send logs there, keep config and environment in it, and seed.
 
-    Logs go to ``log.txt`` and the console; other ranks than 0 have files of their own. Detectron2's
-    ``default_setup`` prints the environment, the config file and the whole config instead.
+    Stands for Detectron2's ``default_setup``, which prints the environment, the config file and
+    the whole config to the console.
+
+    Args:
+        cfg: of the run.
+        folder: to write to.
+        key: of the config that named the folder, for messages.
+        seed: see :func:`seed_run`.
 
     Raises:
-        InputError: the folder cannot be made or written.
+        InputError: the folder cannot be written.
     """
-    path = Path(folder)
-    if comm.is_main_process():
-        try:
-            path.mkdir(parents=True, exist_ok=True)
-            with tempfile.TemporaryFile(dir=path):
-                pass
-        except OSError as error:
-            raise InputError(
-                f"the output folder {folder!r} cannot be written ({error.strerror}); set "
-                "train.output_dir (YAML: OUTPUT_DIR) to a folder of yours."
-            ) from error
-    comm.synchronize()
-    for name in ("fvcore", "detectron2", "flsl_d2"):
-        setup_logger(folder, distributed_rank=comm.get_rank(), name=name)
+    prepare_output(cfg, Path(folder), key, ["flsl_d2"])
+    seed_run(seed)
     if not comm.is_main_process():
         return
-    (path / "environment.txt").write_text(collect_env_info() + "\n")
-    if isinstance(cfg, CfgNode):
-        (path / "config.yaml").write_text(cfg.dump())
-    else:
-        LazyConfig.save(cfg, os.fspath(path / "config.yaml"))
+    # Collecting it on a machine without a GPU makes PyTorch warn that there is none.
+    logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)
+    Path(folder, "environment.txt").write_text(collect_env_info() + "\n")
     logger.info(
         "Output in %s (log.txt, config.yaml, environment.txt, metrics.json); %d process(es).",
         folder,

@@ -1,0 +1,244 @@
+"""tools/train_net.py as a command on real images: through to AP, resumed, in two processes."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from flsl_d2.modeling import FLSLViT
+
+REPOSITORY = Path(__file__).parents[1]
+TOOL = REPOSITORY / "tools" / "train_net.py"
+PY = "configs/coco/mask_rcnn_flsl_vit_s16_1x.py"
+YAML = "configs/coco/mask_rcnn_flsl_vit_s16_1x.yaml"
+ENCODER = {"embed_dim": 48, "depth": 2, "num_heads": 3}
+
+TINY_PY = [
+    *(f"model.backbone.net.{key}={value}" for key, value in ENCODER.items()),
+    "model.proposal_generator.post_nms_topk=[50,20]",
+    "model.roi_heads.batch_size_per_image=16",
+    "model.roi_heads.box_head.conv_dims=[32]",
+    "model.roi_heads.mask_head.conv_dims=[32,32]",
+    "model.roi_heads.num_classes=1",
+    "dataloader.train.dataset.names=pennfudan_train",
+    "dataloader.test.dataset.names=pennfudan_val",
+    "dataloader.train.mapper.augmentations.0.short_edge_length=[128]",
+    "dataloader.test.mapper.augmentations.0.short_edge_length=128",
+    "dataloader.train.total_batch_size=2",
+    "dataloader.train.num_workers=0",
+    "dataloader.test.num_workers=0",
+    "train.device=cpu",
+    "train.max_iter=2",
+    "train.log_period=1",
+    "train.seed=1",
+]
+TINY_YAML = """
+    MODEL.DEVICE cpu MODEL.FLSL_VIT.EMBED_DIM 48 MODEL.FLSL_VIT.DEPTH 2 MODEL.FLSL_VIT.NUM_HEADS 3
+    MODEL.RPN.POST_NMS_TOPK_TRAIN 50 MODEL.RPN.POST_NMS_TOPK_TEST 20
+    MODEL.ROI_HEADS.BATCH_SIZE_PER_IMAGE 16 MODEL.ROI_HEADS.NUM_CLASSES 80
+    MODEL.ROI_BOX_HEAD.NUM_CONV 1 MODEL.ROI_BOX_HEAD.CONV_DIM 32
+    MODEL.ROI_MASK_HEAD.NUM_CONV 1 MODEL.ROI_MASK_HEAD.CONV_DIM 32
+    INPUT.MIN_SIZE_TRAIN (128,) INPUT.MIN_SIZE_TEST 128 DATALOADER.NUM_WORKERS 0
+    MODEL.ROI_HEADS.SCORE_THRESH_TEST 0.0 SOLVER.IMS_PER_BATCH 2 SOLVER.MAX_ITER 2 SEED 1
+""".split()  # noqa: SIM905 (pairs are easier to read)
+
+
+@pytest.fixture(scope="module")
+def few_images(datasets_root, tmp_path_factory) -> Path:
+    """Data sets under their own names, with a handful of their images."""
+    root = tmp_path_factory.mktemp("datasets")
+    for name, images, train, val in (
+        ("pennfudan", ["images"], "instances_train.json", "instances_val.json"),
+        ("coco", ["train2017", "val2017"], "instances_train2017.json", "instances_val2017.json"),
+    ):
+        if not (datasets_root / name).is_dir():
+            pytest.skip(f"DETECTRON2_DATASETS has no {name}")
+        (root / name / "annotations").mkdir(parents=True)
+        for folder in images:
+            (root / name / folder).symlink_to(datasets_root / name / folder)
+        for file in (train, val):
+            content = json.loads((datasets_root / name / "annotations" / file).read_text())
+            annotated = {a["image_id"] for a in content["annotations"]}
+            kept = [image for image in content["images"] if image["id"] in annotated][:4]
+            ids = {image["id"] for image in kept}
+            content["images"] = kept
+            content["annotations"] = [a for a in content["annotations"] if a["image_id"] in ids]
+            (root / name / "annotations" / file).write_text(json.dumps(content))
+    return root
+
+
+@pytest.fixture(scope="module")
+def encoder_file(tmp_path_factory) -> str:
+    torch.manual_seed(0)
+    encoder = FLSLViT(**ENCODER)
+    path = tmp_path_factory.mktemp("encoder") / "teacher_backbone.pth"
+    content = {"model": encoder.state_dict(), "encoder": encoder.architecture}
+    torch.save({**content, "format": "flsl_d2 encoder", "matching_heuristics": True}, path)
+    return str(path)
+
+
+def run(datasets: Path, *arguments: str) -> str:
+    done = subprocess.run(
+        [sys.executable, str(TOOL), *arguments],
+        env={**os.environ, "DETECTRON2_DATASETS": str(datasets), "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert done.stderr == "" or "Error" not in done.stderr
+    return done.stdout
+
+
+def average_precisions(output: str) -> list[str]:
+    return re.findall(r"copypaste: ([-\d.,nan]+)$", output, re.MULTILINE)
+
+
+def predictions(folder: Path) -> list[dict]:
+    return json.loads((folder / "inference" / "coco_instances_results.json").read_text())
+
+
+def test_lazy_config_to_ap_then_evaluated_then_resumed(few_images, encoder_file, tmp_path):
+    start = f"train.init_checkpoint={encoder_file}"
+    output = f"train.output_dir={tmp_path}"
+    trained = run(few_images, "--config-file", PY, *TINY_PY, start, output)
+    tensors = len(FLSLViT(**ENCODER).state_dict())
+    assert trained.count(f"encoder weights: {tensors} of {tensors} matched ({encoder_file})") == 1
+    assert "Mixed precision is for GPUs" in trained
+    assert "Sequential(" not in trained  # the printed model
+    assert len(average_precisions(trained)) == 2
+    lines = (tmp_path / "metrics.json").read_text().splitlines()
+    assert {"total_loss", "lr", "bbox/AP", "segm/AP"} <= set().union(*map(json.loads, lines))
+    assert list(tmp_path.glob("events.out.tfevents*"))
+    expected = predictions(tmp_path)
+    assert expected
+
+    other = tmp_path / "evaluated"
+    weights = f"train.init_checkpoint={tmp_path}/model_final.pth"
+    where = f"train.output_dir={other}"
+    evaluated = run(few_images, "--eval-only", "--config-file", PY, *TINY_PY, weights, where)
+    assert average_precisions(evaluated) == average_precisions(trained)
+    assert predictions(other) == expected
+
+    longer = [*TINY_PY, start, output, "train.max_iter=4"]
+    resumed = run(few_images, "--config-file", PY, "--resume", "--num-gpus", "2", *longer)
+    assert "Resuming after step 2." in resumed
+    assert "Starting training from iteration 2" in resumed
+    assert "encoder weights" not in resumed
+    assert "2 process(es)" in resumed
+    checkpoint = torch.load(tmp_path / "model_final.pth", weights_only=True)
+    assert checkpoint["iteration"] == 3
+
+
+def test_yaml_config_on_coco_to_ap_then_evaluated(few_images, encoder_file, tmp_path):
+    settings = [*TINY_YAML, "OUTPUT_DIR", str(tmp_path)]
+    trained = run(few_images, "--config-file", YAML, *settings, "MODEL.WEIGHTS", encoder_file)
+    assert f"matched ({encoder_file})" in trained
+    assert len(average_precisions(trained)) == 2
+    expected = predictions(tmp_path)
+    evaluated = run(few_images, "--config-file", YAML, "--eval-only", "--resume", *settings)
+    assert average_precisions(evaluated) == average_precisions(trained)
+    assert predictions(tmp_path) == expected
+
+
+# Runs one bad command after the other in one process, since starting one takes seconds.
+DRIVER = """
+import contextlib, io, json, runpy, sys
+results = []
+for arguments in json.load(sys.stdin):
+    sys.argv = [sys.argv[0], *arguments]
+    errors = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(errors), contextlib.redirect_stdout(io.StringIO()):
+            runpy.run_path(TOOL, run_name="__main__")
+        status = 0
+    except SystemExit as end:
+        status = end.code
+    except BaseException as error:
+        status = repr(error)
+    results.append([status, errors.getvalue()])
+print("RESULTS" + json.dumps(results))
+"""
+
+
+def test_bad_input_is_one_sentence_and_status_2(few_images, encoder_file, tmp_path):
+    def py(*changes: str) -> list[str]:
+        return ["--config-file", PY, *TINY_PY, f"train.output_dir={tmp_path}", *changes]
+
+    def yaml(*changes: str) -> list[str]:
+        return ["--config-file", YAML, *TINY_YAML, "OUTPUT_DIR", str(tmp_path), *changes]
+
+    broken = tmp_path / "broken.pth"
+    broken.write_bytes(Path(encoder_file).read_bytes()[:5000])
+    wide = "model.backbone.net.embed_dim=96"
+    weights = f"train.init_checkpoint={encoder_file}"
+    unwritable = tmp_path / "file"
+    unwritable.write_text("")
+    cases = [
+        (["--config-file", "configs/coco/mask_rcnn_flsl_vit_s16_2x.py"], "did you mean"),
+        (["--config-file", "configs/pretrain/flsl_vit_small_p16_in1k.py"], "tools/pretrain_net.py"),
+        (py("train.max_iters=5"), "train.max_iters (did you mean train.max_iter"),
+        (py("model.backbone.net.drop_path=0.1", "optimzer.lr=1"), "optimzer.lr"),
+        (py("+model.backbone.net.widht=4"), "widht"),
+        (py("train.max_iter=many"), "whole number"),
+        (py("train.max_iter"), "key=value"),
+        (py("dataloader.train.dataset.names=pennfudan_trian"), "pennfudan_train"),
+        (py("dataloader.test.dataset.names=nowhere"), "nowhere"),
+        (py("model.roi_heads.num_classes=80"), "model.roi_heads.num_classes=1"),
+        (py("model.backbone.net.patch_size=15"), "15"),
+        (py("model.backbone.net.num_heads=5"), "num_heads"),
+        (py(weights, wide), "embed_dim=48"),
+        (py(weights, "model.backbone.net.num_heads=4"), "num_heads=3"),
+        (py(f"train.init_checkpoint={tmp_path}/none.pth"), "do not exist"),
+        (py(f"train.init_checkpoint={broken}"), "damaged"),
+        (py("--eval-only"), "--eval-only has no weights"),
+        (py("--eval-only", weights), "no detector"),
+        (py(f"train.output_dir={unwritable}"), "cannot be written"),
+        (py("dataloader.train.total_batch_size=0"), "total_batch_size"),
+        (yaml("MODEL.WEIGHTS", encoder_file, "MODEL.FLSL_VIT.DEPTH", "3"), "depth=2"),
+        (yaml("SOLVER.MAX_ITERS", "3"), "SOLVER.MAX_ITER"),
+        (yaml("SOLVER.OPTIMIZER", "LION"), "LION"),
+        (yaml("DATASETS.TRAIN", "('coco_2071_train',)"), "coco_2017_train"),
+        (yaml("MODEL.ROI_HEADS.NUM_CLASSES", "1"), "80 categories"),
+    ]
+    if not torch.cuda.is_available():
+        cases.append((py("train.device=cuda"), "train.device=cpu"))
+    missing = tmp_path / "missing"
+    (missing / "pennfudan" / "images").mkdir(parents=True)
+    (missing / "pennfudan" / "annotations").symlink_to(few_images / "pennfudan" / "annotations")
+    for root, some in ((few_images, cases), (missing, [(py(), "images are missing")])):
+        done = subprocess.run(
+            [sys.executable, "-c", f"TOOL = {str(TOOL)!r}\n{DRIVER}"],
+            input=json.dumps([arguments for arguments, _ in some]),
+            env={**os.environ, "DETECTRON2_DATASETS": str(root), "OMP_NUM_THREADS": "1"},
+            capture_output=True,
+            text=True,
+            timeout=300,
+            check=False,
+        )
+        assert "RESULTS" in done.stdout, done.stderr
+        results = json.loads(done.stdout.partition("RESULTS")[2])
+        for (arguments, part), (status, errors) in zip(some, results, strict=True):
+            assert status == 2, (arguments, status, errors)
+            assert errors.startswith("error: "), arguments
+            assert part in errors, arguments
+            assert errors.count("error: ") == 1, arguments
+            assert "Traceback" not in errors, arguments
+            if root is few_images:
+                assert errors.count("\n") == 1, arguments
+
+
+def test_help_explains_with_examples():
+    done = subprocess.run(
+        [sys.executable, str(TOOL), "--help"], capture_output=True, text=True, check=True
+    )
+    for part in ("--eval-only", "--resume", "MODEL.WEIGHTS", "model.roi_heads.num_classes=1"):
+        assert part in done.stdout
