@@ -149,8 +149,8 @@ def _fitting(cfg: DictConfig, override: _Override) -> Any:
     old, new = node, override.value
     if old is None or (isinstance(new, str) and "${" in new):
         return new
-    if isinstance(old, str):
-        return None if new is None else override.raw if not isinstance(new, str) else new
+    if isinstance(old, str):  # a name may become a list of names; numbers are names too
+        return new if new is None or isinstance(new, (str, list)) else override.raw
     if isinstance(old, bool):
         wanted, fits = "true or false", isinstance(new, bool)
     elif isinstance(old, int):
