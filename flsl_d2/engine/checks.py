@@ -26,9 +26,13 @@ def names_of(names: str | Iterable[str]) -> list[str]:
 
 
 def check_datasets(
-    train: Sequence[str], test: Sequence[str], num_classes: int | None, classes_key: str
+    train: Sequence[str],
+    test: Sequence[str],
+    num_classes: int | None,
+    classes_key: str,
+    masks_off: str = "",
 ) -> None:
-    """Check that data sets exist, with their files, and have as many categories as the model.
+    """Check that data sets exist, with their files, and have what the model is to learn.
 
     Runs on the first rank; the others wait for it.
 
@@ -36,7 +40,8 @@ def check_datasets(
         train: names to train on.
         test: names to evaluate on; they need no annotations.
         num_classes: of the model; None where it has no such number.
-        classes_key: the config key of that number.
+        classes_key: the config key of that number, as an override begins.
+        masks_off: overrides that take masks out of the model; empty where it learns none.
 
     Raises:
         InputError: naming the data set and what is wrong.
@@ -44,12 +49,17 @@ def check_datasets(
     if comm.is_main_process():
         for name in dict.fromkeys([*train, *test]):
             check_registered_dataset(name, need_annotations=name in train)
-            categories = _categories(name)
+            categories, without_mask = _facts(name)
             if num_classes is not None and categories and len(categories) != num_classes:
                 some = ", ".join(categories[:3]) + (", ..." if len(categories) > 3 else "")
                 raise InputError(
                     f"the data set {name!r} has {len(categories)} categories ({some}), but the "
                     f"model has {num_classes} classes; set {classes_key}{len(categories)}."
+                )
+            if masks_off and without_mask and name in train:
+                raise InputError(
+                    f"the data set {name!r} has {without_mask} annotations without a segmentation, "
+                    f"but the model learns masks; train on boxes alone with {masks_off}."
                 )
     comm.synchronize()
 
@@ -93,12 +103,18 @@ def describe_model(model: nn.Module) -> None:
     )
 
 
-def _categories(name: str) -> list[str]:
-    """Names of a data set's categories; empty where they are not known."""
+def _facts(name: str) -> tuple[list[str], int]:
+    """Names of a data set's categories (empty where not known), and annotations without mask.
+
+    The built-in data sets have their categories in the metadata, and masks; others are read.
+    """
     metadata = MetadataCatalog.get(name)
     known = metadata.get("thing_classes")
     json_file = metadata.get("json_file")
     if known or not json_file:
-        return list(known or [])
+        return list(known or []), 0
     with PathManager.open(json_file) as stream:
-        return [category["name"] for category in json.load(stream)["categories"]]
+        content = json.load(stream)
+    annotations = content.get("annotations", [])
+    without_mask = sum(not a.get("segmentation") and not a.get("iscrowd") for a in annotations)
+    return [category["name"] for category in content["categories"]], without_mask

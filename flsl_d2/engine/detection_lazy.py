@@ -30,6 +30,7 @@ __all__ = ["run_lazy_detection"]
 
 logger = logging.getLogger(__name__)
 
+_MASKS_OFF = "model.roi_heads.mask_in_features=null dataloader.train.mapper.use_instance_mask=false"
 _DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16}
 
 
@@ -59,6 +60,7 @@ def run_lazy_detection(cfg: DictConfig, resume: bool, eval_only: bool) -> dict[s
         names_of(test) if test else [],
         OmegaConf.select(cfg, "model.roi_heads.num_classes"),
         "model.roi_heads.num_classes=",
+        _MASKS_OFF if OmegaConf.select(cfg, "model.roi_heads.mask_in_features") else "",
     )
     model = _build_model(cfg)
     if eval_only:

@@ -91,6 +91,7 @@ def run_yaml_detection(cfg: CfgNode, resume: bool, eval_only: bool) -> dict[str,
         cfg.DATASETS.TEST,
         _num_classes(cfg),
         f"MODEL.{_HEADS.get(cfg.MODEL.META_ARCHITECTURE)}.NUM_CLASSES ",
+        "MODEL.MASK_ON False" if cfg.MODEL.MASK_ON else "",
     )
     if eval_only:
         model = DetectionTrainer.build_model(cfg)

@@ -18,6 +18,10 @@ __all__ = ["seed_run", "start_run"]
 
 logger = logging.getLogger(__name__)
 
+# PyTorch's loggers of: no GPU while the environment is collected; a function that Detectron2 calls
+# and that has a newer name.
+_HARMLESS_WARNINGS = ("torch.utils.cpp_extension", "torch.fx._symbolic_trace")
+
 
 def start_run(cfg: DictConfig | CfgNode, folder: str, key: str, seed: int) -> None:
     """Make the output folder, send logs there, keep config and environment in it, and seed.
@@ -36,10 +40,10 @@ def start_run(cfg: DictConfig | CfgNode, folder: str, key: str, seed: int) -> No
     """
     prepare_output(cfg, Path(folder), key, ["flsl_d2"])
     seed_run(seed)
+    for name in _HARMLESS_WARNINGS:
+        logging.getLogger(name).setLevel(logging.ERROR)
     if not comm.is_main_process():
         return
-    # Collecting it on a machine without a GPU makes PyTorch warn that there is none.
-    logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)
     Path(folder, "environment.txt").write_text(collect_env_info() + "\n")
     logger.info(
         "Output in %s (log.txt, config.yaml, environment.txt, metrics.json); %d process(es).",
