@@ -19,7 +19,7 @@ from flsl_d2.data.scenes.polygons import mask_to_polygons
 from flsl_d2.data.scenes.render import Scene, render_scene
 from flsl_d2.errors import InputError
 
-SCENES_VERSION = 1  # raised whenever the same seed gives other pictures or annotations
+SCENES_VERSION = 2  # raised whenever the same seed gives other pictures or annotations
 SPLITS = ("train", "val")
 SMALLEST_SIDE = 64
 _PARAMETERS = "scenes.json"

@@ -25,7 +25,7 @@ CLASSES: tuple[tuple[str, Pattern], ...] = (
 CLASS_NAMES: tuple[str, ...] = tuple(name for name, _ in CLASSES)
 
 MAX_OBJECTS = 6
-SIZE_RANGE = (0.12, 0.55)  # an object's diameter as a share of the image's shorter side
+SIZE_RANGE = (0.2, 0.55)  # an object's diameter as a share of the image's shorter side
 MIN_VISIBLE_SHARE = 0.25  # of an object's area, what is outside the image counted as hidden
 MIN_VISIBLE_PIXELS = 64
 _PLACEMENTS = 16  # tries per object before it is left out
@@ -110,8 +110,8 @@ def arrange(
     """
     side = min(image_size)
     objects = int(rng.integers(1, MAX_OBJECTS + 1))
-    kinds = ["clutter"] * int(rng.integers(2, 6)) + ["object"] * objects
-    kinds += ["clutter"] * int(rng.integers(0, 3))
+    kinds = ["clutter"] * int(rng.integers(1, 4)) + ["object"] * objects
+    kinds += ["clutter"] * int(rng.integers(0, 2))
     layers: list[Layer] = []
     owners = np.zeros(image_size[::-1], np.int32)
     for kind in kinds:

@@ -1,17 +1,19 @@
 """One scene: objects of six classes that overlap, among clutter, on a textured background.
 
-Colours and light are drawn at random, so that a colour alone never tells a class.
+Each class has a range of hues that overlaps its neighbours', clutter and backgrounds have any
+colour, and the light is drawn at random: colour helps, but it does not tell a class by itself.
 """
 
 from __future__ import annotations
 
+import colorsys
 from dataclasses import dataclass
 
 import cv2
 import numpy as np
 
 from flsl_d2.data.scenes import textures
-from flsl_d2.data.scenes.layout import Layer, arrange
+from flsl_d2.data.scenes.layout import CLASS_NAMES, Layer, arrange
 
 
 @dataclass(frozen=True)
@@ -38,6 +40,16 @@ def _colours(rng: np.random.Generator, contrast: float) -> tuple[np.ndarray, np.
         brightness = pair @ np.array([0.299, 0.587, 0.114], np.float32)
         if abs(float(brightness[0] - brightness[1])) >= contrast:
             return pair[0], pair[1]
+
+
+def _class_colours(rng: np.random.Generator, category: int) -> tuple[np.ndarray, np.ndarray]:
+    """A light and a dark RGB colour (3,) in 0 to 255 around the hue of a class."""
+    share = 1 / len(CLASS_NAMES)
+    hue = (category + rng.uniform(-0.6, 0.6)) * share
+    light = colorsys.hsv_to_rgb(hue % 1, rng.uniform(0.5, 0.9), rng.uniform(0.75, 0.95))
+    dark = colorsys.hsv_to_rgb(hue % 1, rng.uniform(0.3, 0.9), rng.uniform(0.15, 0.4))
+    pair = np.array([light, dark], np.float32) * 255
+    return (pair[0], pair[1]) if rng.random() < 0.5 else (pair[1], pair[0])
 
 
 def _ramp(height: int, width: int, angle: float, low: float, high: float) -> np.ndarray:
@@ -94,7 +106,8 @@ def _paint(
         soft = cv2.GaussianBlur(fallen.covered.astype(np.float32), (0, 0), 2.0)[shaded[1]] / 255
         canvas[shaded[0]] *= 1 - shadow * soft[..., None]
 
-    first, second = _colours(rng, contrast=60.0)
+    known = layer.category is not None
+    first, second = _class_colours(rng, layer.category) if known else _colours(rng, contrast=60.0)
     colours = _mix(layer.texture(rng, *_coordinates(*alpha.shape, layer.turn)), first, second)
     colours *= _ramp(*alpha.shape, light, 1.2, 0.75)
     opaque = alpha[part][..., None]
