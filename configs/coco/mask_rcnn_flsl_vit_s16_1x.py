@@ -1,4 +1,4 @@
-"""Mask R-CNN with FLSL ViT-S/16 on COCO, 1x (arXiv 2306.06203, Sec. 5).
+"""Mask R-CNN with FLSL ViT-S/16 on COCO, 1x (arXiv 2306.06203).
 
     tools/train_net.py --config-file configs/coco/mask_rcnn_flsl_vit_s16_1x.py --num-gpus 8 \\
         train.init_checkpoint=output/flsl_vit_small_p16_in1k/teacher_backbone.pth
