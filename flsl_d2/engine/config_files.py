@@ -20,6 +20,7 @@ from omegaconf import DictConfig
 from flsl_d2.engine.overrides import apply_lazy_overrides, unknown_keys_error
 from flsl_d2.engine.solver import add_solver_config
 from flsl_d2.errors import InputError
+from flsl_d2.model_zoo import configs_folder
 from flsl_d2.modeling import add_flsl_config
 
 __all__ = [
@@ -31,7 +32,7 @@ __all__ = [
     "resolve_config_path",
 ]
 
-CONFIGS_FOLDER = Path(__file__).parents[2] / "configs"  # of a checkout
+CONFIGS_FOLDER = configs_folder()
 
 
 def resolve_config_path(path: str) -> str:

@@ -1,0 +1,32 @@
+"""The demo as a command, shortened to a few steps."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import cv2
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+def test_leaves_a_table_and_pictures(tmp_path):
+    arguments = ["--output", str(tmp_path), "--pretrain-iters", "3", "--detection-iters", "3"]
+    result = subprocess.run(
+        [sys.executable, "tools/demo.py", *arguments], cwd=ROOT, capture_output=True, text=True
+    )
+    assert result.returncode == 0, result.stdout + result.stderr
+    assert "| random weights |" in result.stdout
+    assert "| FLSL |" in result.stdout
+    assert "encoder weights: " in result.stdout
+    for name in (
+        "pretraining_curves",
+        "detection_curves_random",
+        "detection_curves_flsl",
+        "detections_random",
+        "detections_flsl",
+        "clusters_flsl",
+        "clusters_random_weights",
+    ):
+        assert cv2.imread(str(tmp_path / f"{name}.png")) is not None, name
