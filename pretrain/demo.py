@@ -38,6 +38,9 @@ ROOT = Path(__file__).resolve().parents[1]
 SCENES = {"num_train": 600, "num_val": 100, "image_size": (96, 96), "seed": 0}
 PRETRAIN_CONFIG = "configs/demo/flsl_vit_scenes.py"
 DETECTION_CONFIG = "configs/demo/mask_rcnn_flsl_vit_scenes.py"
+# Of the mean-shift in the pictures, times sqrt(D). Larger than in training, where the modes of these
+# small images all meet in one.
+DRAWN_SCALE = 1.0
 STARTS = {"random weights": "random", "FLSL": "flsl"}
 
 
@@ -159,8 +162,6 @@ def _draw_encoder(encoder: FLSLViT, name: str, folder: Path) -> None:
         images.append(image)
         features.append(_tokens(encoder, image))
         tokens.append(token_at(x + w / 2, y + h / 2, image.shape[:2], grid))
-    # A larger scale than in training: at the method's own, the modes of these small images all
-    # meet in one.
     encoder_figure(
         images,
         features,
@@ -170,9 +171,6 @@ def _draw_encoder(encoder: FLSLViT, name: str, folder: Path) -> None:
         scale=DRAWN_SCALE / encoder.embed_dim**0.5,
         title=f"What the encoder's tokens group: {name}",
     )
-
-
-DRAWN_SCALE = 1.0
 
 
 @torch.no_grad()

@@ -22,13 +22,15 @@ views.update(global_size=80, local_size=48, global_window=2)
 dataloader.update(total_batch_size=32, num_workers=0)
 
 # A run of minutes: a higher learning rate, a faster teacher, nothing frozen or warmed up by epochs.
-# Objects are small and features narrow here, so modes have to be more local than on ImageNet.
+# The scales give the narrower features the kernel width that 0.1 and 0.2 give those of ViT-S. With
+# 0.6 and 1.2 the losses fall much further, because tokens then find their own place in the
+# teacher's view by its position alone, and the features hold little else.
 schedules.update(
     base_lr=8e-3,
     teacher_momentum=(0.98, 1.0),
     teacher_temp=(0.04, 0.04),
-    self_scale=(0.6, 0.6),
-    cross_scale=(1.2, 1.2),
+    self_scale=(0.17, 0.17),
+    cross_scale=(0.35, 0.35),
     frozen_last_layer_epochs=0,
 )
-train.update(device="cpu", max_iter=500, log_period=10, output_dir="./output/demo/pretrain")
+train.update(device="cpu", max_iter=300, log_period=10, output_dir="./output/demo/pretrain")
