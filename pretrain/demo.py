@@ -35,26 +35,34 @@ from pretrain.data import read_rgb
 __all__ = ["run_demo"]
 
 ROOT = Path(__file__).resolve().parents[1]
-SCENES = {"num_train": 600, "num_val": 100, "image_size": (96, 96), "seed": 0}
+IMAGE_SIZE = (96, 96)
 PRETRAIN_CONFIG = "configs/demo/flsl_vit_scenes.py"
 DETECTION_CONFIG = "configs/demo/mask_rcnn_flsl_vit_scenes.py"
-# Of the mean-shift in the pictures, times sqrt(D). Larger than in training, where the modes of these
-# small images all meet in one.
+# Of the mean-shift in the pictures, times sqrt(D). Larger than in training, where the modes of
+# these small images all meet in one.
 DRAWN_SCALE = 1.0
 STARTS = {"random weights": "random", "FLSL": "flsl"}
 
 
-def run_demo(output: str, pretrain_iters: int = 0, detection_iters: int = 0) -> None:
+def run_demo(
+    output: str,
+    num_train: int = 600,
+    num_val: int = 100,
+    pretrain_iters: int = 0,
+    detection_iters: int = 0,
+) -> None:
     """Make the scenes, pre-train, fine-tune twice, and leave a table and pictures.
 
     Args:
         output: folder of everything.
+        num_train: scenes to train on.
+        num_val: scenes to evaluate on.
         pretrain_iters: steps of pre-training; 0 for the config's.
         detection_iters: steps of either fine-tuning; 0 for the config's.
     """
     start, folder = time.monotonic(), Path(output).resolve()
-    print(f"1/5  {SCENES['num_train']} + {SCENES['num_val']} scenes", flush=True)
-    make_scenes(folder / "datasets" / "flsl_scenes", **SCENES)
+    print(f"1/5  {num_train} + {num_val} scenes", flush=True)
+    make_scenes(folder / "datasets" / "flsl_scenes", num_train, num_val, IMAGE_SIZE, seed=0)
     register_scenes(folder / "datasets" / "flsl_scenes")
     print("2/5  FLSL pre-training on their images, without labels", flush=True)
     length = [f"train.max_iter={pretrain_iters}"] if pretrain_iters else []
@@ -68,7 +76,7 @@ def run_demo(output: str, pretrain_iters: int = 0, detection_iters: int = 0) -> 
         _run_tool("train_net.py", DETECTION_CONFIG, folder, run, overrides)
     print("5/5  pictures", flush=True)
     _draw(folder, weights)
-    table = _table(folder)
+    table = _table(folder, num_val)
     (folder / "results.md").write_text(table)
     print(f"\n{table}\npictures and logs: {folder}")
     print(f"took {(time.monotonic() - start) / 60:.1f} minutes")
@@ -114,7 +122,7 @@ def _results(folder: Path, run: str) -> dict[str, float]:
     return next(row for row in reversed(rows) if "bbox/AP" in row)
 
 
-def _table(folder: Path) -> str:
+def _table(folder: Path, num_val: int) -> str:
     columns = ("bbox/AP", "bbox/AP50", "segm/AP", "segm/AP50")
     lines = ["| start | box AP | box AP50 | mask AP | mask AP50 |", "| --- " * 5 + "|"]
     for name, run in STARTS.items():
@@ -123,7 +131,7 @@ def _table(folder: Path) -> str:
         lines.append(f"| {name} | {values} |")
     steps = _results(folder, "flsl")["iteration"] + 1
     lines.append(
-        f"\nMask R-CNN, {steps} steps each, same data and seed; {SCENES['num_val']} images, one "
+        f"\nMask R-CNN, {steps} steps each, same data and seed; {num_val} images, one "
         "run each: differences of a point or two are noise.\n"
     )
     return "\n".join(lines)

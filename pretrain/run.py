@@ -17,6 +17,7 @@ from flsl_d2.checkpoint import FLSLCheckpointer
 from flsl_d2.engine.config_files import load_lazy_config
 from flsl_d2.engine.launch import launch, wrap_ddp
 from flsl_d2.engine.output_folder import prepare_output
+from flsl_d2.errors import InputError
 from pretrain.data import PretrainDataset, build_pretrain_loader, image_files
 from pretrain.hooks import ConsoleProgress, ExportTeacher, Monitor
 from pretrain.optimizer import build_adamw
@@ -30,16 +31,32 @@ logger = logging.getLogger("pretrain")
 
 def launch_pretraining(args: argparse.Namespace) -> None:
     """Load the config of a command line and run it in as many processes as asked for."""
-    cfg = load_lazy_config(args.config_file, args.opts)
     launch(
-        run_pretraining,
+        _run_in_process,
         args.num_gpus,
         args.num_machines,
         args.machine_rank,
         args.dist_url,
-        args=(cfg, args.resume),
-        device=cfg.train.device,
+        args=(args,),
+        device=_load(args).train.device,
     )
+
+
+def _run_in_process(args: argparse.Namespace) -> None:
+    # Each process loads the config itself: one that registers data sets or defines functions
+    # takes effect only where it is loaded.
+    run_pretraining(_load(args), args.resume)
+
+
+def _load(args: argparse.Namespace) -> DictConfig:
+    cfg = load_lazy_config(args.config_file, args.opts)
+    lacking = [group for group in ("model", "views", "schedules", "train") if group not in cfg]
+    if lacking:
+        raise InputError(
+            f"config file {args.config_file!r} has no {', '.join(lacking)}, so it is not a "
+            "pre-training config; detection configs are for tools/train_net.py."
+        )
+    return cfg
 
 
 def run_pretraining(cfg: DictConfig, resume: bool) -> None:

@@ -12,7 +12,8 @@ ROOT = Path(__file__).resolve().parents[1]
 
 
 def test_leaves_a_table_and_pictures(tmp_path):
-    arguments = ["--output", str(tmp_path), "--pretrain-iters", "3", "--detection-iters", "3"]
+    arguments = ["--output", str(tmp_path), "--train-scenes", "16", "--val-scenes", "6"]
+    arguments += ["--pretrain-iters", "2", "--detection-iters", "2"]
     result = subprocess.run(
         [sys.executable, "tools/demo.py", *arguments], cwd=ROOT, capture_output=True, text=True
     )

@@ -15,10 +15,19 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     add = parser.add_argument
     add("--output", default="output/demo", help="folder of everything (default: %(default)s)")
+    add("--train-scenes", type=int, default=600, help="default: %(default)s")
+    add("--val-scenes", type=int, default=100, help="default: %(default)s")
     add("--pretrain-iters", type=int, default=0, help="steps of pre-training (default: config)")
     add("--detection-iters", type=int, default=0, help="steps of fine-tuning (default: config)")
     args = parser.parse_args()
-    run_tool(run_demo, args.output, args.pretrain_iters, args.detection_iters)
+    run_tool(
+        run_demo,
+        args.output,
+        args.train_scenes,
+        args.val_scenes,
+        args.pretrain_iters,
+        args.detection_iters,
+    )
 
 
 if __name__ == "__main__":
