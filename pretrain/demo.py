@@ -129,7 +129,7 @@ def _table(folder: Path, num_val: int) -> str:
         result = _results(folder, run)
         values = " | ".join(f"{result.get(column, float('nan')):.1f}" for column in columns)
         lines.append(f"| {name} | {values} |")
-    steps = _results(folder, "flsl")["iteration"] + 1
+    steps = _results(folder, "flsl")["iteration"]  # the evaluation follows the last step
     lines.append(
         f"\nMask R-CNN, {steps} steps each, same data and seed; {num_val} images, one "
         "run each: differences of a point or two are noise.\n"
