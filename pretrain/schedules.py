@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from dataclasses import dataclass
 
 from fvcore.common.param_scheduler import CosineParamScheduler
@@ -9,6 +10,8 @@ from fvcore.common.param_scheduler import CosineParamScheduler
 from flsl_d2.errors import InputError
 
 __all__ = ["Schedules", "StepValues"]
+
+logger = logging.getLogger("pretrain")
 
 
 @dataclass(frozen=True)
@@ -41,7 +44,8 @@ class Schedules:
         teacher_temp_epochs: length of that rise.
         intra_weight: v, start and end.
         self_scale: s_sa times sqrt(D), start and end.
-        cross_scale: s_ca times sqrt(D), start and end; below ``self_scale`` training collapses.
+        cross_scale: s_ca times sqrt(D), start and end; below ``self_scale`` training
+            collapses, which is warned of.
         frozen_last_layer_epochs: how long the centroids stay where they started.
         total_batch_size: images a step, of all processes.
         iters_per_epoch: steps an epoch; may be fractional.
@@ -71,6 +75,13 @@ class Schedules:
         if total_iters < 1:
             raise InputError(
                 f"the run has {total_iters} steps; set train.epochs or train.max_iter."
+            )
+        if min(cross_scale) < min(self_scale) or max(cross_scale) < max(self_scale):
+            logger.warning(
+                "schedules.cross_scale %s lies below schedules.self_scale %s: the published runs "
+                "collapse there; raise cross_scale.",
+                tuple(cross_scale),
+                tuple(self_scale),
             )
         self.peak_lr = base_lr * total_batch_size / 256
         self.final_lr = final_lr

@@ -165,6 +165,13 @@ def test_schedules_at_their_corners():
         Schedules(1, 1, 0)
 
 
+def test_scales_that_collapse_are_warned_of(caplog):
+    Schedules(8, 1, 10, self_scale=(0.1, 0.1), cross_scale=(0.2, 0.2))
+    assert not caplog.records
+    Schedules(8, 1, 10, self_scale=(0.1, 0.1), cross_scale=(0.2, 0.05))
+    assert "collapse" in caplog.text
+
+
 def test_precision_follows_the_device():
     assert resolve_precision("auto", "cpu") == "fp32"
     with pytest.raises(InputError, match="'fp8'"):
