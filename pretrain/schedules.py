@@ -78,7 +78,7 @@ class Schedules:
             )
         if min(cross_scale) < min(self_scale) or max(cross_scale) < max(self_scale):
             logger.warning(
-                "schedules.cross_scale %s lies below schedules.self_scale %s: the published runs "
+                "schedules.cross_scale %s lies below schedules.self_scale %s: training is known to "
                 "collapse there; raise cross_scale.",
                 tuple(cross_scale),
                 tuple(self_scale),
