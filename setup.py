@@ -56,7 +56,7 @@ setup(
         "pycocotools>=2.0.2",
         "pyyaml",
         "safetensors",
-        "timm>=1.0.21",  # LayerScale.reset_parameters
+        "timm>=1.0.21",
     ],
     extras_require={
         "pretrain": ["simplejpeg", "tensorboard", "psutil"],

@@ -13,7 +13,7 @@ import math
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from flsl_d2.modeling.positions import grid_of_table
+from flsl_d2.modeling.positions import grid_of_table, resample_positions
 
 __all__ = ["fit_encoder_state"]
 
@@ -90,7 +90,6 @@ def _has_class_position(num_positions: int) -> bool:
 
 def _refit_table(table: Tensor, num_positions: int) -> Tensor:
     old, new = grid_of_table(table.shape[1]), grid_of_table(num_positions)
-    square = table.reshape(1, old, old, -1).permute(0, 3, 1, 2).float()
-    square = F.interpolate(square, size=(new, new), mode="bicubic", align_corners=False)
+    resampled = resample_positions(table.float(), (new, new), offset=0)
     logger.info("FLSLViT: positions resampled from %d x %d to %d x %d.", old, old, new, new)
-    return square.permute(0, 2, 3, 1).flatten(1, 2).to(table.dtype)
+    return resampled.flatten(1, 2).to(table.dtype)
