@@ -13,8 +13,15 @@ from flsl_d2.checkpoint.sources import EncoderWeights
 from flsl_d2.errors import InputError
 from flsl_d2.modeling import FLSLViT
 from flsl_d2.modeling.encoder_state import fit_encoder_state
+from flsl_d2.modeling.positions import grid_of_table
 
-__all__ = ["check_architecture", "encoders_of", "fit_encoder_in_detector", "load_encoder"]
+__all__ = [
+    "architecture_from_shapes",
+    "check_architecture",
+    "encoders_of",
+    "fit_encoder_in_detector",
+    "load_encoder",
+]
 
 # A child of Detectron2's logger, so that the line appears in projects that only set up that one.
 logger = logging.getLogger("detectron2.flsl_d2.checkpoint")
@@ -35,7 +42,7 @@ def check_architecture(encoder: FLSLViT, weights: EncoderWeights, path: str) -> 
     Raises:
         InputError: naming each value that differs.
     """
-    stated = {**_architecture_from_shapes(weights.tensors), **weights.architecture}
+    stated = {**architecture_from_shapes(weights.tensors), **weights.architecture}
     own = encoder.architecture
     differing = [k for k in _COMPARED if k in stated and stated[k] != own[k]]
     if differing:
@@ -136,7 +143,8 @@ def _listed(names: Iterable[str], most: int = 8) -> str:
     return ", ".join(names[:most]) + rest
 
 
-def _architecture_from_shapes(tensors: Mapping[str, Tensor]) -> dict[str, Any]:
+def architecture_from_shapes(tensors: Mapping[str, Tensor]) -> dict[str, Any]:
+    """Arguments of ``FLSLViT`` that the shapes of its tensors give away."""
     known: dict[str, Any] = {}
     patches = tensors.get("patch_embed.proj.weight")
     if patches is not None and patches.dim() == 4:
@@ -144,6 +152,9 @@ def _architecture_from_shapes(tensors: Mapping[str, Tensor]) -> dict[str, Any]:
     blocks = {int(n.split(".")[1]) for n in tensors if n.startswith("blocks.")}
     if blocks:
         known["depth"] = max(blocks) + 1
+    table = tensors.get("pos_embed")
+    if table is not None and "patch_size" in known:
+        known["img_size"] = grid_of_table(table.shape[1]) * known["patch_size"]
     return known
 
 
