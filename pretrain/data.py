@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import cv2
@@ -16,7 +16,7 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 
 from flsl_d2.data.annotations import check_registered_dataset
 from flsl_d2.errors import InputError
-from pretrain.views import NestedViews
+from pretrain.views import NestedViews, Views
 
 __all__ = [
     "Batch",
@@ -41,11 +41,13 @@ class Batch:
         views: uint8 (B, 3, S, S), the teacher's first.
         queries: for every student view (B, N) bool, True = query.
         failed: files that could not be read, and were replaced by other images.
+        crops: the views before augmentation, where they are kept; else empty.
     """
 
     views: list[Tensor]
     queries: list[Tensor]
     failed: list[str]
+    crops: list[Tensor] = field(default_factory=list)
 
 
 def find_images(root: str | Path) -> list[str]:
@@ -121,8 +123,8 @@ class PretrainDataset(Dataset):
     def __len__(self) -> int:
         return len(self.files)
 
-    def __getitem__(self, key: tuple[int, int]) -> tuple[list[Tensor], list[Tensor], list[str]]:
-        """Views, queries and unreadable files of sample ``(epoch, index)``."""
+    def __getitem__(self, key: tuple[int, int]) -> tuple[Views, list[str]]:
+        """Views and unreadable files of sample ``(epoch, index)``."""
         epoch, index = key
         rng = np.random.default_rng([self.seed, epoch, index])
         failed: list[str] = []
@@ -135,8 +137,7 @@ class PretrainDataset(Dataset):
                 failed.append(self.files[index])
                 index = int(rng.integers(len(self.files)))
                 continue
-            views = self.views(image, rng)
-            return views.images, views.queries, failed
+            return self.views(image, rng), failed
         raise InputError(
             f"{MAX_REPLACEMENTS} images in a row cannot be read, the last is '{failed[-1]}'; "
             "check the files, or the mount they lie on."
@@ -221,12 +222,17 @@ def build_pretrain_loader(
     )
 
 
-def _collate(samples: list[tuple[list[Tensor], list[Tensor], list[str]]]) -> Batch:
-    views, queries, failed = zip(*samples, strict=True)
+def _collate(samples: list[tuple[Views, list[str]]]) -> Batch:
+    views, failed = zip(*samples, strict=True)
+
+    def stacked(tensors: Iterable[list[Tensor]]) -> list[Tensor]:
+        return [torch.stack(of_one_view) for of_one_view in zip(*tensors, strict=True)]
+
     return Batch(
-        [torch.stack(view) for view in zip(*views, strict=True)],
-        [torch.stack(mask) for mask in zip(*queries, strict=True)],
+        stacked(sample.images for sample in views),
+        stacked(sample.queries for sample in views),
         [name for names in failed for name in names],
+        stacked(sample.crops for sample in views),
     )
 
 

@@ -7,7 +7,7 @@ seed, the epoch and the image alone, not on workers, their number, or where a ru
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import cv2
 import numpy as np
@@ -29,10 +29,12 @@ class Views:
     Attributes:
         images: uint8 (3, S, S) RGB, the teacher's view first, then the student's.
         queries: for every student view (N,) bool over its tokens, True = query.
+        crops: like ``images`` before augmentation, where they are kept; else empty.
     """
 
     images: list[Tensor]
     queries: list[Tensor]
+    crops: list[Tensor] = field(default_factory=list)
 
 
 def crop_box(
@@ -164,6 +166,8 @@ class NestedViews:
         global_window: tokens along each side of a pooling window in the global view.
         local_window: likewise in local views.
         random_pooling: draw a window's query at random; otherwise it is its first token.
+        keep_crops: return the views before augmentation as well, which multi-stage training
+            shows to the teacher of the previous stage.
 
     Raises:
         InputError: a size that the patch does not divide, or a window larger than the grid.
@@ -181,6 +185,7 @@ class NestedViews:
         global_window: int = 3,
         local_window: int = 2,
         random_pooling: bool = True,
+        keep_crops: bool = False,
     ) -> None:
         for name, size, window in (
             ("global_size", global_size, global_window),
@@ -197,6 +202,7 @@ class NestedViews:
                     f"{size // patch_size} tokens wide; use 1 to {size // patch_size}."
                 )
         self.patch_size, self.random_pooling = patch_size, random_pooling
+        self.keep_crops = keep_crops
         self.global_size, self.teacher_scale = global_size, tuple(teacher_scale)
         self.student_views = [(global_size, tuple(global_scale), global_window)]
         self.student_views += [(local_size, tuple(local_scale), local_window)] * num_local
@@ -205,11 +211,16 @@ class NestedViews:
         """Views of an (H, W, 3) uint8 RGB image."""
         box = crop_box(rng, *image.shape[:2], self.teacher_scale)
         teacher = resized_crop(image, box, self.global_size)
-        images, queries = [augment(rng, teacher)], []
+        crops, images, queries = [teacher], [augment(rng, teacher)], []
         for size, scale, window in self.student_views:
             box = crop_box(rng, self.global_size, self.global_size, scale)
-            images.append(augment(rng, resized_crop(teacher, box, size)))
+            crops.append(resized_crop(teacher, box, size))
+            images.append(augment(rng, crops[-1]))
             grid = size // self.patch_size
             mask = pooled_queries(rng, grid, window, self.random_pooling)
             queries.append(torch.from_numpy(mask))
-        return Views([torch.from_numpy(view).permute(2, 0, 1) for view in images], queries)
+        return Views(_channels_first(images), queries, _channels_first(crops * self.keep_crops))
+
+
+def _channels_first(images: list[np.ndarray]) -> list[Tensor]:
+    return [torch.from_numpy(image).permute(2, 0, 1) for image in images]

@@ -106,9 +106,9 @@ def test_unreadable_images_are_replaced_and_named(folder):
     (folder / "a" / "empty.png").write_bytes(b"")
     files = find_images(folder)
     dataset = PretrainDataset(files, NestedViews(**SMALL_VIEWS))
-    views, _, failed = dataset[0, files.index(str(broken))]
+    views, failed = dataset[0, files.index(str(broken))]
     assert failed[0] == str(broken)
-    assert len(views) == 4
+    assert len(views.images) == 4
     with pytest.raises(OSError, match=r"broken\.jpg"):
         PretrainDataset(files, NestedViews(**SMALL_VIEWS), on_error="raise")[
             0, files.index(str(broken))
