@@ -1,0 +1,189 @@
+"""Do the clusters of an encoder's tokens match the objects of an image?
+
+Three ways to cluster the tokens of the last block are compared with the ground-truth masks:
+
+- **mean-shift**, :func:`flsl_d2.mean_shift.cluster`, with the kernel ``exp(width * cosine)``;
+- **k-means** of the same tokens, with as many clusters as mean-shift found in that image;
+- **raw attention**: the weights of the last block, averaged over heads. A token's row says where
+  it looks; the square roots of the rows (so that distances are Hellinger's) are grouped by k-means,
+  again into as many clusters.
+
+So that encoders compare, tokens are centred by the mean of the training tokens and brought to norm
+sqrt(D) before mean-shift and k-means. The width is chosen once, on a few training images, as the
+one with the highest adjusted Rand index of mean-shift, and then kept for all validation images.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from flsl_d2.errors import InputError
+from flsl_d2.evaluation.kmeans import kmeans
+from flsl_d2.evaluation.labelled_images import IGNORED, LabelledDataset
+from flsl_d2.evaluation.partitions import (
+    adjusted_rand_index,
+    boundary_f_score,
+    enlarge_labels,
+)
+from flsl_d2.evaluation.samples import Options, Sample
+from flsl_d2.evaluation.segmentation_scores import patch_distributions
+from flsl_d2.mean_shift import cluster
+from flsl_d2.modeling import FLSLViT
+from flsl_d2.modeling.attention import Attention
+
+__all__ = ["ClusterQuality", "attention_rows", "mean_shift_labels"]
+
+_IMAGES_TO_CHOOSE_ON = 12
+
+
+class ClusterQuality:
+    """Adjusted Rand index and boundary F-score of clusters against ground-truth segments.
+
+    Segments are the instances of an image and, as one more, what no instance covers; crowds and
+    unlabelled pixels are left out. ``ari`` counts all of that, ``ari_foreground`` the pixels of
+    instances alone, in images with at least two. Images without any instance are left out.
+    ``token_limit`` is what a perfect clustering would score, each token in the segment that most
+    of its pixels belong to: the price of the encoder's patch size.
+    """
+
+    def __init__(
+        self,
+        encoder: FLSLViT,
+        train: LabelledDataset,
+        val: LabelledDataset,
+        options: Options,
+        seed: int,
+    ) -> None:
+        if not options.mean_shift_scales:
+            raise InputError("mean_shift_scales is empty; give at least one kernel width.")
+        self.encoder, self.options, self.seed = encoder, options, seed
+        order = np.random.default_rng(seed).permutation(len(train.images))
+        self.chosen = set(order[:_IMAGES_TO_CHOOSE_ON].tolist())
+        self.kept: list[Sample] = []
+        self.token_sum: Tensor | None = None
+        self.num_tokens = 0
+        self.width = 0.0
+        self.scores: dict[str, list[float]] = {}
+
+    def observe_train(self, sample: Sample) -> None:
+        """Add to the mean token, and keep a few images to choose the kernel's width on."""
+        total = sample.tokens.double().sum(dim=0)
+        self.token_sum = total if self.token_sum is None else self.token_sum + total
+        self.num_tokens += len(sample.tokens)
+        if sample.index in self.chosen:
+            self.kept.append(sample)
+
+    def fit(self) -> None:
+        """Choose the kernel's width."""
+        self.mean = (self.token_sum / self.num_tokens).float()
+        samples = [s for s in self.kept if _has_instances(s.image.segments)]
+        if not samples:
+            raise InputError(
+                "none of the training images drawn to choose the kernel's width on has a mask; "
+                "use more images."
+            )
+        quality = dict.fromkeys(self.options.mean_shift_scales, 0.0)
+        for sample in samples:
+            tokens = self._normalised(sample.tokens)
+            for width in quality:
+                labels = self._pixels(mean_shift_labels(tokens, width), sample)
+                quality[width] += adjusted_rand_index(*_known(sample.image.segments, labels))
+        self.width = max(quality, key=lambda width: quality[width])
+        self.kept.clear()
+
+    def observe_val(self, sample: Sample) -> None:
+        """Cluster an image in every way and score the clusters."""
+        truth = sample.image.segments
+        if not _has_instances(truth):
+            return
+        tokens = self._normalised(sample.tokens)
+        mean_shifted = mean_shift_labels(tokens, self.width)
+        count = int(mean_shifted.max()) + 1
+        seed = [self.seed, sample.index]
+        rows = attention_rows(self.encoder.blocks[-1].attn, sample.attended)
+        shares, _ = patch_distributions(np.maximum(truth, 0), sample.grid, int(truth.max()) + 1)
+        ways = {
+            "mean_shift": mean_shifted,
+            "k_means": kmeans(tokens, count, seed),
+            "attention": kmeans(rows.sqrt(), count, seed),
+            "token_limit": torch.from_numpy(shares.argmax(axis=1)),
+        }
+        self._note("clusters", count)
+        for way, labels in ways.items():
+            self._score(way, truth, self._pixels(labels, sample))
+
+    def results(self) -> dict[str, float]:
+        """Means over images: ``ari_*``, ``ari_foreground_*`` and ``boundary_f_*`` in percent;
+        ``clusters``, how many mean-shift found; ``kernel_width``, the one chosen."""
+        if not self.scores:
+            raise InputError("no validation image has a mask; use others, or more.")
+        means = {name: float(np.mean(values)) for name, values in self.scores.items()}
+        return {**means, "kernel_width": self.width}
+
+    def _normalised(self, tokens: Tensor) -> Tensor:
+        centred = tokens - self.mean
+        # Tokens that agree to rounding hold nothing, and what is left of them is noise.
+        if centred.norm(dim=1).amax() <= 1e-5 * tokens.norm(dim=1).amax():
+            return torch.ones_like(tokens)
+        return F.normalize(centred, dim=1) * tokens.shape[1] ** 0.5
+
+    def _pixels(self, labels: Tensor, sample: Sample) -> np.ndarray:
+        return enlarge_labels(
+            labels.cpu().numpy().reshape(sample.grid), sample.image.segments.shape
+        )
+
+    def _score(self, way: str, truth: np.ndarray, predicted: np.ndarray) -> None:
+        self._note(f"ari_{way}", 100 * adjusted_rand_index(*_known(truth, predicted)))
+        inside = truth > 0
+        if len(np.unique(truth[inside])) > 1:
+            self._note(
+                f"ari_foreground_{way}",
+                100 * adjusted_rand_index(truth[inside], predicted[inside]),
+            )
+        self._note(f"boundary_f_{way}", 100 * boundary_f_score(truth, predicted))
+
+    def _note(self, name: str, value: float) -> None:
+        self.scores.setdefault(name, []).append(value)
+
+
+def mean_shift_labels(tokens: Tensor, width: float) -> Tensor:
+    """Mean-shift clusters of tokens of norm sqrt(D), (N,) int64.
+
+    Args:
+        tokens: (N, D).
+        width: the kernel is ``exp(width * cosine)`` at the first step.
+    """
+    return cluster(tokens, width / tokens.shape[1])[0]
+
+
+@torch.inference_mode()
+def attention_rows(attention: Attention, tokens: Tensor) -> Tensor:
+    """Attention weights of a block, averaged over heads.
+
+    Args:
+        attention: of the block.
+        tokens: (1, rows, columns, D), what it takes in.
+
+    Returns:
+        (N, N), row i is where token i looks; rows sum to 1.
+    """
+    batch, height, width, _ = tokens.shape
+    qkv = attention.qkv(tokens).view(batch, height * width, 3, attention.num_heads, -1)
+    q, k, _ = qkv.permute(2, 0, 3, 1, 4).unbind(0)  # each (1, heads, N, C)
+    scale = attention.scale
+    if attention.use_rel_pos:
+        q, k = attention._append_relative_positions(q, k, (height, width))
+        scale = 1.0
+    return (scale * q @ k.transpose(-2, -1)).softmax(dim=-1).mean(dim=1)[0]
+
+
+def _has_instances(segments: np.ndarray) -> bool:
+    return bool((segments > 0).any())
+
+
+def _known(truth: np.ndarray, predicted: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    known = truth != IGNORED
+    return truth[known], predicted[known]

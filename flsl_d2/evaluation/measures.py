@@ -1,0 +1,163 @@
+"""Frozen-feature measures: how good are an encoder's tokens before any fine-tuning?
+
+Every image is encoded once and shown to all measures; see ``docs/EVALUATION.md`` for protocols.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import fields
+
+from flsl_d2.errors import InputError
+from flsl_d2.evaluation.cluster_quality import ClusterQuality
+from flsl_d2.evaluation.knn_segmentation import KnnSegmentation
+from flsl_d2.evaluation.labelled_images import LabelledDataset, load_labelled
+from flsl_d2.evaluation.samples import Measure, Options, encode, progress
+from flsl_d2.modeling import FLSLViT
+
+__all__ = ["MEASURES", "measure_all", "measure_features"]
+
+MEASURES: dict[str, Callable[..., Measure]] = {
+    "knn_segmentation": KnnSegmentation,
+    "cluster_quality": ClusterQuality,
+}
+
+
+def measure_features(
+    encoder: FLSLViT,
+    train: str,
+    val: str,
+    measures: Sequence[str] = tuple(MEASURES),
+    seed: int = 0,
+    device: str = "cpu",
+    max_images: int | None = None,
+    **options,
+) -> dict[str, float]:
+    """Scores of a frozen encoder.
+
+    Args:
+        encoder: any; moved to the device, and left in the mode it was in.
+        train: registered data set that labels are learned from.
+        val: registered data set that is scored.
+        measures: names in `MEASURES`.
+        seed: of everything that is drawn. The global generators are not touched.
+        device: to encode and compute on.
+        max_images: bound of the images of each data set, drawn by the seed; None for all.
+        **options: fields of :class:`flsl_d2.evaluation.samples.Options`.
+
+    Returns:
+        ``{"knn_segmentation/mIoU": 41.2, ...}``, in percent where that is customary.
+
+    Raises:
+        InputError: of the first measure that these data, this encoder or options do not allow.
+    """
+    results, failures = measure_all(
+        encoder, train, val, measures, seed, device, max_images, **options
+    )
+    for name, reason in failures.items():
+        raise InputError(f"{name}: {reason}")
+    return results
+
+
+def measure_all(
+    encoder: FLSLViT,
+    train: str,
+    val: str,
+    measures: Sequence[str] = tuple(MEASURES),
+    seed: int = 0,
+    device: str = "cpu",
+    max_images: int | None = None,
+    **options,
+) -> tuple[dict[str, float], dict[str, str]]:
+    """As :func:`measure_features`, but a measure that fails does not stop the others.
+
+    Returns:
+        The scores, and for every measure that failed the reason.
+
+    Raises:
+        InputError: a measure or an option of that name does not exist.
+    """
+    chosen = _options(options)
+    unknown = [name for name in measures if name not in MEASURES]
+    if unknown:
+        raise InputError(f"there is no measure {unknown[0]!r}; use some of {', '.join(MEASURES)}.")
+    try:
+        sets = load_labelled(train, max_images, seed), load_labelled(val, max_images, seed)
+    except InputError as error:
+        return {}, dict.fromkeys(measures, str(error))
+    running = _Running(failures={}, measures={})
+    for name in measures:
+        with running.dropped_if_failing(name):
+            running.measures[name] = MEASURES[name](encoder, *sets, chosen, seed)
+    with _in_evaluation(encoder.to(device)):
+        return running.run(encoder, *sets, chosen.short_side), running.failures
+
+
+class _Running:
+    """Measures that are still without a fault, and the reasons of the others."""
+
+    def __init__(self, measures: dict[str, Measure], failures: dict[str, str]) -> None:
+        self.measures, self.failures = measures, failures
+
+    @contextmanager
+    def dropped_if_failing(self, name: str) -> Iterator[None]:
+        try:
+            yield
+        except InputError as error:
+            self.failures[name] = str(error)
+            self.measures.pop(name, None)
+
+    def run(
+        self, encoder: FLSLViT, train: LabelledDataset, val: LabelledDataset, short_side: int
+    ) -> dict[str, float]:
+        """Show every measure the training images, then the validation images; its scores."""
+        self._show(encoder, train, short_side, "observe_train")
+        self._each("fit")
+        self._show(encoder, val, short_side, "observe_val")
+        results = self._each("results")
+        return {
+            f"{name}/{key}": value
+            for name, scores in results.items()
+            for key, value in scores.items()
+        }
+
+    def _show(
+        self, encoder: FLSLViT, dataset: LabelledDataset, short_side: int, method: str
+    ) -> None:
+        if not self.measures:
+            return
+        samples = encode(encoder, dataset, short_side)
+        try:
+            for sample in progress(samples, len(dataset.images), f"Measuring {dataset.name}"):
+                self._each(method, sample)
+        except InputError as error:  # of an image that cannot be encoded
+            self.failures |= dict.fromkeys(self.measures, str(error))
+            self.measures.clear()
+
+    def _each(self, method: str, *arguments: object) -> dict[str, Mapping[str, float]]:
+        returned = {}
+        for name, measure in list(self.measures.items()):
+            with self.dropped_if_failing(name):
+                returned[name] = getattr(measure, method)(*arguments)
+        return returned
+
+
+def _options(given: Mapping[str, object]) -> Options:
+    known = [field.name for field in fields(Options)]
+    unknown = [name for name in given if name not in known]
+    if unknown:
+        raise InputError(
+            f"the measures have no option {unknown[0]!r}; there are {', '.join(known)}."
+        )
+    return Options(**given)
+
+
+@contextmanager
+def _in_evaluation(encoder: FLSLViT) -> Iterator[None]:
+    was_training = encoder.training
+    encoder.eval()
+    try:
+        yield
+    finally:
+        encoder.train(was_training)

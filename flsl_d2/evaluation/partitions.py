@@ -1,0 +1,138 @@
+"""How well one partition of an image matches another.
+
+A partition is an array of integers (H, W): pixels with the same number belong together. Which
+number it is does not matter.
+"""
+
+from __future__ import annotations
+
+import cv2
+import numpy as np
+
+from flsl_d2.evaluation.labelled_images import IGNORED
+
+__all__ = [
+    "BOUNDARY_TOLERANCE",
+    "adjusted_rand_index",
+    "boundaries",
+    "boundary_f_score",
+    "enlarge_labels",
+]
+
+BOUNDARY_TOLERANCE = 0.0075
+"""How far a boundary may be off, as a share of the image's diagonal (Martin et al., PAMI 2004)."""
+
+
+def adjusted_rand_index(first: np.ndarray, second: np.ndarray) -> float:
+    """Agreement of two partitions about pairs of pixels, corrected for chance.
+
+    Hubert and Arabie, Comparing partitions, 1985: 1 for equal partitions, 0 on average for random
+    ones, negative where they agree less than by chance.
+
+    Args:
+        first: labels of any shape.
+        second: labels of the same shape.
+
+    Returns:
+        The index; 1 where both put everything into one part, or each pixel into its own.
+    """
+    _, first = np.unique(first, return_inverse=True)
+    _, second = np.unique(second, return_inverse=True)
+    width = int(second.max(initial=0)) + 1
+    _, joint = np.unique(first.ravel() * width + second.ravel(), return_counts=True)
+    # Python's floats: products of the counts of pairs do not fit into 64-bit integers.
+    together = _pairs(joint)
+    in_first, in_second = _pairs(np.bincount(first.ravel())), _pairs(np.bincount(second.ravel()))
+    pairs = first.size * (first.size - 1) / 2
+    expected = in_first * in_second / pairs if pairs else 0.0
+    best = (in_first + in_second) / 2
+    return 1.0 if best == expected else (together - expected) / (best - expected)
+
+
+def _pairs(counts: np.ndarray) -> float:
+    counts = counts.astype(np.int64)
+    return float((counts * (counts - 1) // 2).sum())
+
+
+def boundaries(labels: np.ndarray) -> np.ndarray:
+    """Pixels whose label differs from the one to their right or below, (H, W) bool.
+
+    Where one of the two is `IGNORED` there is no boundary.
+    """
+    result = np.zeros(labels.shape, dtype=bool)
+    known = labels != IGNORED
+    differs = (labels[:, :-1] != labels[:, 1:]) & known[:, :-1] & known[:, 1:]
+    result[:, :-1] |= differs
+    differs = (labels[:-1] != labels[1:]) & known[:-1] & known[1:]
+    result[:-1] |= differs
+    return result
+
+
+def boundary_f_score(
+    truth: np.ndarray, predicted: np.ndarray, tolerance: float = BOUNDARY_TOLERANCE
+) -> float:
+    """Harmonic mean of precision and recall of the boundaries between parts.
+
+    A predicted boundary pixel is right if a true one lies within the tolerance, and a true one is
+    found if a predicted one does; Euclidean distance, many to one, as DAVIS computes it.
+
+    Args:
+        truth: (H, W); predictions where it is `IGNORED` do not count.
+        predicted: (H, W).
+        tolerance: share of the diagonal; rounded up to whole pixels.
+
+    Returns:
+        F in [0, 1]; 1 where neither has a boundary, 0 where only one has.
+    """
+    true_edges = boundaries(truth)
+    found_edges = boundaries(predicted) & (truth != IGNORED)
+    if not true_edges.any() or not found_edges.any():
+        return float(true_edges.any() == found_edges.any())
+    radius = np.ceil(tolerance * np.hypot(*truth.shape))
+    precision = (_distance_to(true_edges)[found_edges] <= radius).mean()
+    recall = (_distance_to(found_edges)[true_edges] <= radius).mean()
+    total = precision + recall
+    return float(2 * precision * recall / total) if total else 0.0
+
+
+def _distance_to(edges: np.ndarray) -> np.ndarray:
+    """Distance in pixels of every pixel to the nearest edge."""
+    return cv2.distanceTransform((~edges).astype(np.uint8), cv2.DIST_L2, cv2.DIST_MASK_PRECISE)
+
+
+def enlarge_labels(labels: np.ndarray, size: tuple[int, int]) -> np.ndarray:
+    """Labels of tokens as labels of pixels, with smooth borders.
+
+    Each part's indicator is resampled bilinearly and the largest wins, as for classes in
+    :func:`flsl_d2.evaluation.segmentation_scores.label_pixels`; the cost does not grow with the
+    number of parts, because only the four tokens around a pixel have a say.
+
+    Args:
+        labels: (rows, columns).
+        size: H and W.
+
+    Returns:
+        (H, W); of equal shares the smallest label wins.
+    """
+    top, bottom, low = _neighbours(labels.shape[0], size[0])
+    left, right, near = _neighbours(labels.shape[1], size[1])
+    low, near = low[:, None], near[None]
+    corners = [
+        (labels[np.ix_(rows, columns)], row_share * column_share)
+        for rows, row_share in ((top, 1 - low), (bottom, low))
+        for columns, column_share in ((left, 1 - near), (right, near))
+    ]
+    best = np.full(size, -1.0)
+    winner = np.zeros(size, dtype=labels.dtype)
+    for candidate, _ in corners:
+        share = sum(weight * (label == candidate) for label, weight in corners)
+        better = (share > best) | ((share == best) & (candidate < winner))
+        best[better], winner[better] = share[better], candidate[better]
+    return winner
+
+
+def _neighbours(count: int, size: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """The cells before and after the centre of every pixel, and the share of the latter."""
+    place = np.clip((np.arange(size) + 0.5) * count / size - 0.5, 0, count - 1)
+    before = np.floor(place).astype(np.int64)
+    return before, np.minimum(before + 1, count - 1), place - before
