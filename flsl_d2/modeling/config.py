@@ -32,9 +32,11 @@ def add_flsl_config(cfg: CfgNode) -> None:
                 "REL_POS_IMG_SIZE": 0,  # 0: IMG_SIZE
                 "FINAL_NORM": True,
                 "POSITION_OFFSET": 0.1,
+                "POSITION_ANTIALIAS": False,
                 "LEARNED_POSITIONS": False,
                 "MASK_WINDOW_PADDING": False,
                 "LAYER_SCALE_INIT": 0.0,  # 0: no LayerScale
+                "NUM_PREFIX_TOKENS": 0,
                 "USE_ACT_CHECKPOINT": False,
             }
         )

@@ -8,12 +8,15 @@ every loading path passes, a stock project's included.
 from __future__ import annotations
 
 import logging
-import math
 
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from flsl_d2.modeling.positions import grid_of_table, resample_positions
+from flsl_d2.modeling.positions import (
+    grid_of_table,
+    num_leading_positions,
+    resample_positions,
+)
 
 __all__ = ["fit_encoder_state"]
 
@@ -27,8 +30,9 @@ def fit_encoder_state(
     """Adapt the encoder's part of a state dict in place, and check that it is complete.
 
     Adapted are the published name of the final norm (``norm.*``), a class token with its position
-    (both dropped, said in the log), a position table of another grid (resampled bicubically) and
-    relative position tables of another length (resampled linearly).
+    (both dropped, said in the log), a position table of another grid (resampled as the encoder
+    does it for images of another size) and relative position tables of another length (resampled
+    linearly).
 
     Args:
         encoder: an ``FLSLViT``.
@@ -39,12 +43,14 @@ def fit_encoder_state(
     """
     own = encoder.state_dict()
     _accept_published_names(own, state, prefix)
+    if "prefix_tokens" not in own:
+        _drop_class_token(state, prefix)
     for name, tensor in own.items():
         loaded = state.get(prefix + name)
         if loaded is None or loaded.shape == tensor.shape:
             continue
         if name == "pos_embed" and loaded.shape[-1] == tensor.shape[-1]:
-            state[prefix + name] = _refit_table(loaded, tensor.shape[1])
+            state[prefix + name] = _refit_table(loaded, tensor.shape[1], encoder)
         elif "rel_pos_" in name and loaded.shape[-1] == tensor.shape[-1]:
             state[prefix + name] = F.interpolate(
                 loaded.T[None].float(), size=len(tensor), mode="linear"
@@ -74,22 +80,22 @@ def _accept_published_names(own: dict[str, Tensor], state: dict[str, Tensor], pr
         old, new = f"{prefix}norm.{kind}", f"{prefix}final_norm.{kind}"
         if old in state and f"final_norm.{kind}" in own:
             state[new] = state.pop(old)
+
+
+def _drop_class_token(state: dict[str, Tensor], prefix: str) -> None:
     table = state.get(f"{prefix}pos_embed")
     token = state.pop(f"{prefix}cls_token", None)
-    if table is not None and _has_class_position(table.shape[1]):
+    if table is not None and num_leading_positions(table.shape[1]):
         state[f"{prefix}pos_embed"] = table[:, 1:]
         logger.info("FLSLViT: the class token's position was dropped; this encoder has none.")
     elif token is not None:
         logger.info("FLSLViT: a class token was dropped; this encoder has none.")
 
 
-def _has_class_position(num_positions: int) -> bool:
-    """Whether a table holds one position more than a square grid has."""
-    return num_positions > 1 and math.isqrt(num_positions - 1) ** 2 == num_positions - 1
-
-
-def _refit_table(table: Tensor, num_positions: int) -> Tensor:
+def _refit_table(table: Tensor, num_positions: int, encoder: nn.Module) -> Tensor:
     old, new = grid_of_table(table.shape[1]), grid_of_table(num_positions)
-    resampled = resample_positions(table.float(), (new, new), offset=0)
+    resampled = resample_positions(
+        table.float(), (new, new), encoder.position_offset, encoder.position_antialias
+    )
     logger.info("FLSLViT: positions resampled from %d x %d to %d x %d.", old, old, new, new)
     return resampled.flatten(1, 2).to(table.dtype)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 from detectron2.config import CfgNode
@@ -54,10 +55,12 @@ class SimpleFeaturePyramid(Backbone):
         if scale_factors is None:
             scale_factors = [shape.stride / stride for stride in (4, 8, 16, 32)]
         strides = [int(shape.stride / scale) for scale in scale_factors]
-        if any(stride < 1 or stride.bit_count() != 1 for stride in strides):
+        whole = all(math.log2(scale).is_integer() for scale in scale_factors)
+        if not whole or any(stride < 1 or stride.bit_count() != 1 for stride in strides):
             raise InputError(
                 f"scale_factors {list(scale_factors)} on a map of stride {shape.stride} give "
-                f"strides {strides}; use powers of two that leave whole strides."
+                f"strides {[round(shape.stride / scale, 2) for scale in scale_factors]}; use powers "
+                "of two that leave whole strides (an encoder with patches of 8 or 16 pixels does)."
             )
         self.stages: list[nn.Module] = []
         self._out_feature_strides = {}

@@ -10,7 +10,12 @@ from torch import Tensor
 
 from flsl_d2.errors import InputError
 
-__all__ = ["grid_of_table", "resample_positions", "sincos_positions"]
+__all__ = [
+    "grid_of_table",
+    "num_leading_positions",
+    "resample_positions",
+    "sincos_positions",
+]
 
 
 def sincos_positions(embed_dim: int, grid_size: int) -> Tensor:
@@ -51,7 +56,28 @@ def grid_of_table(num_positions: int) -> int:
     return side
 
 
-def resample_positions(table: Tensor, grid: tuple[int, int], offset: float = 0.1) -> Tensor:
+def num_leading_positions(num_positions: int, most: int = 1) -> int:
+    """How many rows of a table stand before those of a square grid.
+
+    Class tokens and registers have their positions there. Sources differ in whether they have.
+
+    Args:
+        num_positions: rows of the table.
+        most: number of such tokens.
+
+    Returns:
+        The smallest number of rows that leaves a square; 0 where none up to ``most`` does.
+    """
+    for count in range(most + 1):
+        rest = num_positions - count
+        if rest > 0 and math.isqrt(rest) ** 2 == rest:
+            return count
+    return 0
+
+
+def resample_positions(
+    table: Tensor, grid: tuple[int, int], offset: float = 0.1, antialias: bool = False
+) -> Tensor:
     """Bicubically resample a position table to another grid.
 
     Args:
@@ -60,6 +86,7 @@ def resample_positions(table: Tensor, grid: tuple[int, int], offset: float = 0.1
         offset: with 0 the new grid covers the table exactly, as Detectron2's ViT does it. With
             0.1 the step between samples is ``G / (n + 0.1)``, as in DINO and the published FLSL
             code, whose weights were trained with it.
+        antialias: widen the filter where the table shrinks, as timm does (with offset 0).
 
     Returns:
         (1, rows, columns, D); the table itself where the grid is its own.
@@ -69,10 +96,11 @@ def resample_positions(table: Tensor, grid: tuple[int, int], offset: float = 0.1
     if grid == (side, side):
         return square
     square = square.permute(0, 3, 1, 2)
+    kind = {"mode": "bicubic", "align_corners": False, "antialias": antialias}
     if offset == 0:
-        out = F.interpolate(square, size=grid, mode="bicubic", align_corners=False)
+        out = F.interpolate(square, size=grid, **kind)
     else:
         factors = tuple((n + offset) / side for n in grid)
-        out = F.interpolate(square, scale_factor=factors, mode="bicubic", align_corners=False)
+        out = F.interpolate(square, scale_factor=factors, **kind)
         out = out[:, :, : grid[0], : grid[1]]
     return out.permute(0, 2, 3, 1).to(table.dtype)

@@ -93,7 +93,7 @@ class Block(nn.Module):
 
 @BACKBONE_REGISTRY.register()
 class FLSLViT(Backbone):
-    """A plain vision transformer without class token, as a Detectron2 backbone.
+    """A plain vision transformer whose output is a map of patches, as a Detectron2 backbone.
 
     The defaults are ViT-S/16 as FLSL pre-trains it: global attention, fixed sine-cosine positions
     and a LayerNorm after the last block. Detection adds windows; see
@@ -118,15 +118,20 @@ class FLSLViT(Backbone):
         rel_pos_img_size: side in pixels that the relative positions of global blocks are made
             for; None takes ``img_size``. ViTDet's weights use 1024.
         position_offset: see :func:`flsl_d2.modeling.positions.resample_positions`.
+        position_antialias: likewise.
         learned_positions: train the position table; otherwise it stays as initialised or loaded.
         mask_window_padding: leave the padding of windows out of attention (Detectron2 does not).
         layer_scale_init: start value of LayerScale; None for none. DINOv2's weights need it.
+        num_prefix_tokens: learned tokens before those of the patches, with their positions in
+            them: the class token and registers of other encoders. They take part in attention and
+            are not in the output. Only for global attention, since no window holds them.
         use_act_checkpoint: recompute each block in the backward pass to save memory.
         pixel_adapter: applied to the images first; see :class:`PixelAdapter`.
         out_feature: name of the output map.
 
     Raises:
-        InputError: sizes that do not divide, or a block index out of range.
+        InputError: sizes that do not divide, a block index out of range, or prefix tokens with
+            windows or relative positions.
     """
 
     @configurable
@@ -148,9 +153,11 @@ class FLSLViT(Backbone):
         final_norm: bool = True,
         rel_pos_img_size: int | None = None,
         position_offset: float = 0.1,
+        position_antialias: bool = False,
         learned_positions: bool = False,
         mask_window_padding: bool = False,
         layer_scale_init: float | None = None,
+        num_prefix_tokens: int = 0,
         use_act_checkpoint: bool = False,
         pixel_adapter: PixelAdapter | None = None,
         out_feature: str = "last_feat",
@@ -165,8 +172,16 @@ class FLSLViT(Backbone):
                 f"global_block_indexes is {list(global_block_indexes)}, but a ViT of depth "
                 f"{depth} has blocks 0 to {depth - 1}; name blocks in that range."
             )
+        if num_prefix_tokens and (window_size or use_rel_pos):
+            raise InputError(
+                f"num_prefix_tokens is {num_prefix_tokens}, but windows and relative positions "
+                "have no place for such tokens; set num_prefix_tokens=0, or window_size=0 and "
+                "use_rel_pos=False."
+            )
         self.patch_size, self.embed_dim, self.depth = patch_size, embed_dim, depth
-        self.position_offset = position_offset
+        self.num_prefix_tokens = num_prefix_tokens
+        self.position_offset, self.position_antialias = position_offset, position_antialias
+        self.rel_pos_img_size = rel_pos_img_size
         self.layer_scale_init = layer_scale_init
         self.use_act_checkpoint = use_act_checkpoint
         self.pixel_adapter = pixel_adapter
@@ -177,6 +192,8 @@ class FLSLViT(Backbone):
             torch.empty(1, (img_size // patch_size) ** 2, embed_dim),
             requires_grad=learned_positions,
         )
+        if num_prefix_tokens:
+            self.prefix_tokens = nn.Parameter(torch.empty(1, num_prefix_tokens, embed_dim))
         self.blocks = nn.ModuleList(
             Block(
                 embed_dim,
@@ -228,11 +245,15 @@ class FLSLViT(Backbone):
                 nn.init.zeros_(module.rel_pos_w)
         side = round(self.pos_embed.shape[1] ** 0.5)
         self.pos_embed.copy_(sincos_positions(self.embed_dim, side))
+        if self.num_prefix_tokens:
+            nn.init.trunc_normal_(self.prefix_tokens, std=0.02)
 
     @property
-    def architecture(self) -> dict[str, int | float | bool]:
+    def architecture(self) -> dict[str, int | float | bool | list[int] | None]:
         """Constructor arguments that fix the shapes of the weights and what they compute."""
         first = self.blocks[0]
+        window_sizes = [block.window_size for block in self.blocks]
+        global_blocks = [i for i, size in enumerate(window_sizes) if not size]
         return {
             "img_size": round(self.pos_embed.shape[1] ** 0.5) * self.patch_size,
             "patch_size": self.patch_size,
@@ -242,9 +263,16 @@ class FLSLViT(Backbone):
             "num_heads": first.attn.num_heads,
             "mlp_ratio": first.mlp.fc1.out_features / self.embed_dim,
             "qkv_bias": first.attn.qkv.bias is not None,
+            "window_size": max(window_sizes),
+            "global_block_indexes": global_blocks if any(window_sizes) else None,
             "use_rel_pos": first.attn.use_rel_pos,
+            "rel_pos_img_size": self.rel_pos_img_size,
+            "mask_window_padding": first.mask_window_padding,
             "final_norm": isinstance(self.final_norm, nn.LayerNorm),
             "position_offset": self.position_offset,
+            "position_antialias": self.position_antialias,
+            "layer_scale_init": self.layer_scale_init,
+            "num_prefix_tokens": self.num_prefix_tokens,
         }
 
     @property
@@ -276,14 +304,21 @@ class FLSLViT(Backbone):
         if self.pixel_adapter is not None:
             images = self.pixel_adapter(images)
         tokens = self.patch_embed(images)  # (B, H, W, D)
+        grid = tuple(tokens.shape[1:3])
         tokens = tokens + resample_positions(
-            self.pos_embed, tuple(tokens.shape[1:3]), self.position_offset
+            self.pos_embed, grid, self.position_offset, self.position_antialias
         )
+        if self.num_prefix_tokens:
+            # Global attention does not mind the grid, so one long row holds all tokens.
+            prefix = self.prefix_tokens.expand(len(tokens), -1, -1)
+            tokens = torch.cat([prefix, tokens.flatten(1, 2)], dim=1)[:, None]  # (B, 1, P + N, D)
         for block in self.blocks[:num_blocks]:
             if self.use_act_checkpoint and self.training and torch.is_grad_enabled():
                 tokens = checkpoint(block, tokens, use_reentrant=False)
             else:
                 tokens = block(tokens)
+        if self.num_prefix_tokens:
+            tokens = tokens[:, 0, self.num_prefix_tokens :].unflatten(1, grid)
         return tokens if num_blocks is not None else self.final_norm(tokens)
 
     def _load_from_state_dict(

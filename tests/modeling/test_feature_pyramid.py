@@ -61,6 +61,11 @@ def test_scales_that_are_no_powers_of_two():
         SimpleFeaturePyramid(FLSLViT(**SMALL), scale_factors=(3.0, 1.0))
 
 
+def test_patches_of_14_pixels_have_no_such_strides():
+    with pytest.raises(InputError, match=r"stride 14 .* patches of 8 or 16 pixels"):
+        SimpleFeaturePyramid(FLSLViT(**{**SMALL, "img_size": 56, "patch_size": 14}))
+
+
 def yaml_config(name):
     cfg = get_cfg()
     flsl_d2.add_flsl_config(cfg)

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import json
 import logging
 from functools import partial
 
 import pytest
 import torch
 from detectron2.modeling.backbone.vit import ViT
+from timm.models.vision_transformer import VisionTransformer
 from torch import nn
 
 from flsl_d2.errors import InputError
@@ -185,3 +187,79 @@ class TestLoading:
         state = {k.replace("final_norm", "norm"): v for k, v in model.state_dict().items()}
         other.load_state_dict(state)
         assert torch.equal(other.final_norm.weight, model.final_norm.weight)
+
+
+class TestPrefixTokens:
+    """Tokens that take part in attention and are not in the output."""
+
+    @torch.no_grad()
+    def test_equals_a_transformer_with_a_class_token_and_registers(self):
+        theirs = VisionTransformer(
+            img_size=64, num_classes=0, reg_tokens=2, no_embed_class=True, **SMALL
+        ).eval()
+        for parameter in theirs.parameters():
+            nn.init.normal_(parameter, std=0.2)
+        ours = FLSLViT(img_size=64, num_prefix_tokens=3, **SMALL).eval()
+        state = theirs.state_dict()
+        state["prefix_tokens"] = torch.cat([state.pop("cls_token"), state.pop("reg_token")], dim=1)
+        ours.load_state_dict(state)
+        images = torch.randn(2, 3, 64, 64)
+        expected = theirs.forward_features(images)[:, 3:]
+        torch.testing.assert_close(ours.forward_tokens(images), expected, rtol=1e-4, atol=1e-4)
+        tokens_alone = FLSLViT(img_size=64, **SMALL).eval()
+        tokens_alone.load_state_dict(state, strict=False)
+        assert (tokens_alone.forward_tokens(images) - expected).abs().max() > 1e-2
+
+    def test_maps_of_any_shape_and_intermediate_blocks(self):
+        model = FLSLViT(img_size=64, num_prefix_tokens=2, **SMALL).eval()
+        images = torch.randn(1, 3, 48, 80)
+        assert model(images)["last_feat"].shape == (1, 48, 3, 5)
+        unnormed = model.forward_tokens(images, num_blocks=4)
+        torch.testing.assert_close(model.final_norm(unnormed), model.forward_tokens(images))
+
+    @pytest.mark.parametrize("other", [{"window_size": 2}, {"use_rel_pos": True}])
+    def test_have_no_place_in_windows_or_relative_positions(self, other):
+        with pytest.raises(InputError, match="num_prefix_tokens is 1"):
+            FLSLViT(num_prefix_tokens=1, **SMALL, **other)
+
+    def test_are_trained_and_initialised(self):
+        model = FLSLViT(img_size=64, num_prefix_tokens=2, **SMALL)
+        model.forward_tokens(torch.randn(1, 3, 64, 64)).sum().backward()
+        assert model.prefix_tokens.grad.abs().sum() > 0
+        assert 0 < model.prefix_tokens.std() < 0.1
+
+    def test_leave_no_trace_where_there_are_none(self):
+        assert not [n for n in FLSLViT(**SMALL).state_dict() if "prefix" in n]
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        {},
+        {"num_prefix_tokens": 2, "layer_scale_init": 0.5},
+        {"window_size": 2, "use_rel_pos": True, "rel_pos_img_size": 128, "final_norm": False},
+        {"window_size": 3, "mask_window_padding": True, "global_block_indexes": (0,)},
+        {"position_offset": 0.0, "position_antialias": True, "mlp_ratio": 3.0, "qkv_bias": False},
+    ],
+)
+@torch.no_grad()
+def test_the_architecture_rebuilds_the_encoder(arguments):
+    model = FLSLViT(img_size=64, **SMALL, **arguments).eval()
+    for parameter in model.parameters():
+        nn.init.normal_(parameter, std=0.1)
+    again = FLSLViT(**json.loads(json.dumps(model.architecture))).eval()
+    again.load_state_dict(model.state_dict())
+    images = torch.randn(1, 3, 48, 80)
+    assert torch.equal(model(images)["last_feat"], again(images)["last_feat"])
+    assert again.architecture == model.architecture
+
+
+@pytest.mark.parametrize(("offset", "antialias"), [(0.1, False), (0.0, False), (0.0, True)])
+@torch.no_grad()
+def test_a_table_loaded_into_another_grid_is_the_one_of_images_of_that_size(offset, antialias):
+    options = {"position_offset": offset, "position_antialias": antialias, **SMALL}
+    large, small = FLSLViT(img_size=128, **options).eval(), FLSLViT(img_size=64, **options).eval()
+    nn.init.normal_(large.pos_embed)
+    small.load_state_dict(large.state_dict())
+    images = torch.randn(1, 3, 64, 64)
+    torch.testing.assert_close(small.forward_tokens(images), large.forward_tokens(images))
