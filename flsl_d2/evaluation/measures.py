@@ -10,16 +10,20 @@ from contextlib import contextmanager
 from dataclasses import fields
 
 from flsl_d2.errors import InputError
+from flsl_d2.evaluation.box_knn import BoxKnn
 from flsl_d2.evaluation.cluster_quality import ClusterQuality
 from flsl_d2.evaluation.knn_segmentation import KnnSegmentation
 from flsl_d2.evaluation.labelled_images import LabelledDataset, load_labelled
+from flsl_d2.evaluation.linear_segmentation import LinearSegmentation
 from flsl_d2.evaluation.samples import Measure, Options, encode, progress
 from flsl_d2.modeling import FLSLViT
 
 __all__ = ["MEASURES", "measure_all", "measure_features"]
 
 MEASURES: dict[str, Callable[..., Measure]] = {
+    "knn_box": BoxKnn,
     "knn_segmentation": KnnSegmentation,
+    "linear_segmentation": LinearSegmentation,
     "cluster_quality": ClusterQuality,
 }
 
