@@ -7,17 +7,20 @@ from __future__ import annotations
 
 import copy
 import math
+from collections.abc import Sequence
 from itertools import groupby
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from flsl_d2.errors import InputError
-from flsl_d2.mean_shift import mean_shift
+from flsl_d2.mean_shift import attention, mean_shift, mix_attention
 from flsl_d2.modeling import FLSLViT
 from flsl_d2.modeling.pixels import IMAGENET_MEAN, IMAGENET_STD
 from pretrain.objective import FLSLLoss, gather_queries
+from pretrain.previous_stage import PreviousStage
 from pretrain.schedules import StepValues
 
 __all__ = ["FLSL", "Encoder", "FLSLHead", "WeightNormLinear"]
@@ -126,13 +129,21 @@ class FLSL(nn.Module):
         head: head of the student.
         loss: the objective.
         norm_modes: see :class:`Encoder`.
+        previous_stage: the teacher of an earlier run, whose attention mixes into the teacher's;
+            None for training in one stage.
 
     Raises:
-        InputError: head and loss disagree about the number of centroids.
+        InputError: head and loss disagree about the number of centroids, or the previous stage
+            has other patches.
     """
 
     def __init__(
-        self, backbone: FLSLViT, head: FLSLHead, loss: FLSLLoss, norm_modes: bool = False
+        self,
+        backbone: FLSLViT,
+        head: FLSLHead,
+        loss: FLSLLoss,
+        norm_modes: bool = False,
+        previous_stage: PreviousStage | None = None,
     ) -> None:
         super().__init__()
         num_centroids = len(head.last_layer.weight_v)
@@ -141,6 +152,13 @@ class FLSL(nn.Module):
                 f"the head has {num_centroids} centroids and the loss {len(loss.log_prior)}; "
                 "set both to the same number."
             )
+        if previous_stage is not None and previous_stage.patch_size != backbone.patch_size:
+            raise InputError(
+                f"the previous stage has patches of {previous_stage.patch_size} pixels and this "
+                f"one of {backbone.patch_size}, so their tokens do not match; use a previous stage "
+                f"with patches of {backbone.patch_size}."
+            )
+        self.previous_stage = previous_stage
         self.student = Encoder(backbone, head, norm_modes)
         self.teacher = copy.deepcopy(self.student)
         self.teacher.requires_grad_(False).eval()
@@ -155,7 +173,11 @@ class FLSL(nn.Module):
         return self
 
     def forward(
-        self, views: list[Tensor], masks: list[Tensor], values: StepValues
+        self,
+        views: list[Tensor],
+        masks: list[Tensor],
+        values: StepValues,
+        crops: Sequence[Tensor] = (),
     ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         """One step's losses.
 
@@ -164,6 +186,7 @@ class FLSL(nn.Module):
                 size that follow each other are encoded together.
             masks: for every student view, its queries: (B, N) bool, True = query.
             values: the scheduled values of this step.
+            crops: the views before augmentation, in the same order; for a previous stage only.
 
         Returns:
             Losses of :class:`FLSLLoss`, and monitored tensors: ``assigned`` (K,) how many queries
@@ -173,15 +196,18 @@ class FLSL(nn.Module):
         teacher_view, *student_views = [self._normalised(view) for view in views]
         with torch.no_grad():
             teacher_tokens = self.teacher.tokens(teacher_view)  # (B, N, D)
+        priors = self._priors(crops, masks) if self.previous_stage else [None] * len(masks)
         parts = []
-        for pairs in _groups_of_one_size(student_views, masks):
-            images, query_masks = (torch.cat(list(part)) for part in zip(*pairs, strict=True))
-            tokens = self.student.tokens(images)  # (V * B, N, D), V views of this size
-            queries = gather_queries(tokens, query_masks)  # (V * B, Q, D)
+        for group in _groups_of_one_size(student_views, masks, priors):
+            images, query_masks, group_priors = zip(*group, strict=True)
+            tokens = self.student.tokens(torch.cat(images))  # (V * B, N, D), V views of this size
+            queries = gather_queries(tokens, torch.cat(query_masks))  # (V * B, Q, D)
             modes = mean_shift(queries, tokens, values.self_scale * scale)
             with torch.no_grad():
-                keys = teacher_tokens.repeat(len(pairs), 1, 1)
-                cross_modes = mean_shift(queries, keys, values.cross_scale * scale)
+                keys = teacher_tokens.repeat(len(group), 1, 1)
+                cross_modes = self._cross_modes(
+                    queries, keys, values.cross_scale * scale, group_priors, values.own_attention
+                )
             parts.append([x.flatten(0, 1) for x in (queries, modes, cross_modes)])
         queries, modes, cross_modes = (torch.cat(part) for part in zip(*parts, strict=True))
         with torch.no_grad():
@@ -206,15 +232,37 @@ class FLSL(nn.Module):
             list(self.teacher.parameters()), list(self.student.parameters()), 1 - momentum
         )
 
+    def _cross_modes(
+        self,
+        queries: Tensor,
+        keys: Tensor,
+        scale: float,
+        priors: Sequence[Tensor | None],
+        own_attention: float,
+    ) -> Tensor:
+        """Modes in the teacher's view, its attention mixed with the previous stage's, if any."""
+        if priors[0] is None:
+            return mean_shift(queries, keys, scale)
+        own = attention(queries, keys, scale)
+        return mix_attention(own, torch.cat(list(priors)).to(own.dtype), own_attention) @ keys
+
+    def _priors(self, crops: Sequence[Tensor], masks: list[Tensor]) -> list[Tensor]:
+        """The previous stage's attention (B, Q, N) of each student view's queries."""
+        teacher_crop, *student_crops = [self._normalised(crop) for crop in crops]
+        keys = self.previous_stage.tokens(teacher_crop)
+        return [
+            self.previous_stage.prior(crop, mask, keys)
+            for crop, mask in zip(student_crops, masks, strict=True)
+        ]
+
     def _normalised(self, images: Tensor) -> Tensor:
         return (images.float() - self.pixel_mean) / self.pixel_std
 
 
-def _groups_of_one_size(
-    views: list[Tensor], masks: list[Tensor]
-) -> list[list[tuple[Tensor, Tensor]]]:
-    pairs = zip(views, masks, strict=True)
-    return [list(group) for _, group in groupby(pairs, key=lambda pair: pair[0].shape[-1])]
+def _groups_of_one_size(views: list[Tensor], *others: Sequence[Any]) -> list[list[tuple[Any, ...]]]:
+    """Views that can be encoded in one batch, each with what belongs to it."""
+    items = zip(views, *others, strict=True)
+    return [list(group) for _, group in groupby(items, key=lambda item: item[0].shape[-1])]
 
 
 @torch.no_grad()

@@ -23,6 +23,7 @@ from pretrain.hooks import ConsoleProgress, ExportTeacher, Monitor
 from pretrain.optimizer import build_adamw
 from pretrain.schedules import Schedules
 from pretrain.trainer import PretrainTrainer, resolve_precision
+from pretrain.views import NestedViews
 
 __all__ = ["launch_pretraining", "run_pretraining"]
 
@@ -79,11 +80,11 @@ def run_pretraining(cfg: DictConfig, resume: bool) -> None:
         total_batch_size=batch_size, iters_per_epoch=iters_per_epoch, total_iters=max_iter
     )
     schedules: Schedules = instantiate(cfg.schedules)
-    dataset = PretrainDataset(
-        files, instantiate(cfg.views), cfg.train.seed, on_error=cfg.dataset.on_error
-    )
+    views: NestedViews = instantiate(cfg.views)
     seed_all_rng(cfg.train.seed)
     model = instantiate(cfg.model).to(cfg.train.device)
+    views.keep_crops = model.previous_stage is not None
+    dataset = PretrainDataset(files, views, cfg.train.seed, on_error=cfg.dataset.on_error)
     logger.info(
         "%d images; %d steps of %d images (%.2f epochs) in %s on %s, %d process(es)",
         len(files),

@@ -26,6 +26,7 @@ class StepValues:
     self_scale: float
     cross_scale: float
     last_layer_frozen: bool
+    own_attention: float = 1.0
 
 
 class Schedules:
@@ -46,13 +47,16 @@ class Schedules:
         self_scale: s_sa times sqrt(D), start and end.
         cross_scale: s_ca times sqrt(D), start and end; below ``self_scale`` training
             collapses, which is warned of.
+        mixture_bias: in multi-stage training, what the previous stage's attention keeps at the
+            end; the share w of the teacher's own attention moves from 0 to ``1 - mixture_bias``.
+            The published default of 1 leaves the previous stage alone in charge.
         frozen_last_layer_epochs: how long the centroids stay where they started.
         total_batch_size: images a step, of all processes.
         iters_per_epoch: steps an epoch; may be fractional.
         total_iters: steps of the run.
 
     Raises:
-        InputError: a length that is not positive.
+        InputError: a length that is not positive, or a mixture bias outside 0 to 1.
     """
 
     def __init__(
@@ -70,11 +74,16 @@ class Schedules:
         intra_weight: tuple[float, float] = (0.03, 0.03),
         self_scale: tuple[float, float] = (0.1, 0.1),
         cross_scale: tuple[float, float] = (0.2, 0.2),
+        mixture_bias: float = 1.0,
         frozen_last_layer_epochs: float = 1,
     ) -> None:
         if total_iters < 1:
             raise InputError(
                 f"the run has {total_iters} steps; set train.epochs or train.max_iter."
+            )
+        if not 0 <= mixture_bias <= 1:
+            raise InputError(
+                f"schedules.mixture_bias is {mixture_bias}, a share; use a value from 0 to 1."
             )
         if min(cross_scale) < min(self_scale) or max(cross_scale) < max(self_scale):
             logger.warning(
@@ -96,6 +105,7 @@ class Schedules:
             "intra_weight": CosineParamScheduler(*intra_weight),
             "self_scale": CosineParamScheduler(*self_scale),
             "cross_scale": CosineParamScheduler(*cross_scale),
+            "own_attention": CosineParamScheduler(0.0, 1.0 - mixture_bias),
         }
 
     def __call__(self, iteration: int) -> StepValues:

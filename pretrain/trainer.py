@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from contextlib import nullcontext
+from dataclasses import asdict
 from typing import Any
 
 import numpy as np
@@ -105,9 +106,10 @@ class PretrainTrainer(SimpleTrainer):
     def _forward(self, batch: Batch, values: StepValues) -> dict[str, Tensor]:
         views = [view.to(self.device, non_blocking=True) for view in batch.views]
         masks = [mask.to(self.device, non_blocking=True) for mask in batch.queries]
+        crops = [crop.to(self.device, non_blocking=True) for crop in batch.crops]
         mixed = torch.autocast(self.device.type, self.dtype) if self.dtype else nullcontext()
         with mixed:
-            losses, self.monitored = self.model(views, masks, values)
+            losses, self.monitored = self.model(views, masks, values, crops)
         return losses
 
     def _step(self, values: StepValues) -> Tensor:
@@ -142,8 +144,8 @@ class PretrainTrainer(SimpleTrainer):
         for name in mine:
             self.storage.put_scalar(name, float(np.mean([rank[name] for rank in everyone])))
         self.storage.put_scalar("data_time", max(rank["data_time"] for rank in everyone))
-        for name in ("lr", "weight_decay", "teacher_temp", "teacher_momentum", "intra_weight"):
-            self.storage.put_scalar(name, getattr(values, name), smoothing_hint=False)
+        scheduled = {name: float(value) for name, value in asdict(values).items()}
+        self.storage.put_scalars(**scheduled, smoothing_hint=False)
 
     def state_dict(self) -> dict[str, Any]:
         """Iteration, hooks, optimiser and gradient scaler."""

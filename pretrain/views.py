@@ -91,7 +91,9 @@ def pooled_queries(rng: np.random.Generator, grid: int, window: int, random: boo
         (grid * grid,) bool, True = query; ``(grid // window) ** 2`` of them.
     """
     count = grid // window
-    inside = rng.integers(0, window, (2, count, count)) if random else np.zeros((2, count, count))
+    # As many draws whatever the arguments, so that they change the queries of a view and not the
+    # views that come after it.
+    inside = np.floor(window * random * rng.random((2, grid, grid))[:, :count, :count])
     margin = rng.integers(0, 2, 2) * (grid - count * window)
     corner = np.arange(count) * window
     rows = (margin[0] + corner[:, None] + inside[0]).astype(int)

@@ -17,6 +17,7 @@ from flsl_d2.mean_shift import attention, mean_shift, mix_attention, sharpened_p
 from flsl_d2.modeling import FLSLViT
 from pretrain.model import FLSL, FLSLHead
 from pretrain.objective import FLSLLoss, gather_queries
+from pretrain.previous_stage import PreviousStage
 from pretrain.schedules import StepValues
 
 TOLERANCE = 1e-4
@@ -114,6 +115,22 @@ def test_modes_and_prior(golden: Golden) -> None:
         assert_equal(prior, golden[name + "prior_attention"], "prior attention")
         mixed = mix_attention(attention(queries, keys, meta["ca"]), prior, MIXTURE) @ keys
         assert_equal(mixed, golden[name + f"mode_t_mixture{MIXTURE}"], "mixture")
+
+
+def test_modes_of_a_later_stage(golden: Golden) -> None:
+    """The model's own path, with a previous stage whose features are the reference's."""
+    meta = golden.meta
+    stage = PreviousStage(golden.model.teacher.backbone, 1, PRIOR_SCALE, PRIOR_SHARPNESS)
+    for index in range(2):
+        name = f"group{index}."
+        images, mask = golden.group(index)
+        known = {len(images): golden[name + "enc_s"]}
+        stage.tokens = lambda crops, known=known: known[len(crops)]
+        keys = golden["teacher_tokens"].repeat(len(images) // meta["B"], 1, 1)
+        prior = stage.prior(images, mask, keys)
+        queries = gather_queries(golden[name + "enc_s"], mask)
+        modes = golden.model._cross_modes(queries, keys, meta["ca"], [prior], MIXTURE)
+        assert_equal(modes, golden[name + f"mode_t_mixture{MIXTURE}"], "cross modes")
 
 
 def test_losses_and_gradients(golden: Golden) -> None:

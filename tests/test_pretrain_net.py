@@ -108,6 +108,26 @@ def test_resumed_run_ends_as_the_whole_one(images, tmp_path):
         assert torch.equal(tensor, weights(parts)[name]), name
 
 
+def test_a_second_stage_starts_from_the_first_ones_teacher(images, tmp_path):
+    first, second = tmp_path / "first", tmp_path / "second"
+    run(first, images, "train.max_iter=2")
+    staged = (
+        f"model.previous_stage.weights={first / 'teacher_backbone.pth'}",
+        "schedules.mixture_bias=0.5",
+    )
+    run(second, images, "train.max_iter=4", "train.checkpoint_period=2", *staged)
+    own = [row["own_attention"] for row in metrics(second)]
+    assert own[0] < own[1] < 0.5
+    # Its first step starts from the same weights and views; only what it aims at differs.
+    assert metrics(second)[0]["loss_inter"] != metrics(first)[0]["loss_inter"]
+    refused = command(
+        *TINY, f"dataset.root={images}", "model.backbone.patch_size=8", *staged,
+        f"train.output_dir={tmp_path / 'other'}",
+    )  # fmt: skip
+    assert refused.returncode == 2
+    assert "patches of 16 pixels and this one of 8" in refused.stderr
+
+
 @pytest.mark.parametrize("launcher", ["launch", "torchrun"])
 def test_two_processes_do_what_one_does(images, tmp_path, launcher):
     common = ("train.max_iter=3", "model.backbone.drop_path_rate=0", "train.log_period=1")
@@ -157,6 +177,8 @@ def test_learns_on_real_images(datasets_root, tmp_path):
         ("train.output_dir=/proc/no", "/proc/no"),
         ("train.device=cuda", "cuda"),
         ("model.loss.prior=[0.5,0.5]", "2 shares for 32"),
+        ("model.previous_stage.weights=/nowhere.pth", "/nowhere.pth"),
+        ("schedules.mixture_bias=2", "mixture_bias is 2"),
     ],
 )
 def test_bad_input_is_one_sentence(override, says, images, tmp_path, monkeypatch):

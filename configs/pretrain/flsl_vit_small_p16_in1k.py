@@ -17,6 +17,7 @@ from detectron2.config import LazyCall as L
 from flsl_d2.modeling import FLSLViT
 from pretrain.model import FLSL, FLSLHead
 from pretrain.objective import FLSLLoss
+from pretrain.previous_stage import load_previous_stage
 from pretrain.schedules import Schedules
 from pretrain.views import NestedViews
 
@@ -76,6 +77,9 @@ model = L(FLSL)(
         center_momentum=0.9,
     ),
     norm_modes=False,
+    # Training in stages: the teacher_backbone.pth of an earlier run, which must have the same
+    # patch size, guides the attention towards the teacher's view; see schedules.mixture_bias.
+    previous_stage=L(load_previous_stage)(weights="", num_blocks=None, scale=0.2, sharpness=1e4),
 )
 
 # Pairs are start and end of a cosine over the run; see pretrain/schedules.py.
@@ -90,6 +94,7 @@ schedules = L(Schedules)(
     intra_weight=(0.03, 0.03),
     self_scale=(0.1, 0.1),
     cross_scale=(0.2, 0.2),
+    mixture_bias=1.0,
     frozen_last_layer_epochs=1,
 )
 
