@@ -1,9 +1,7 @@
-"""Images for pre-training: any tree of image files, or a data set registered in Detectron2."""
+"""Batches for pre-training: which images, in which order, and what becomes of bad ones."""
 
 from __future__ import annotations
 
-import logging
-import os
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -12,25 +10,33 @@ import cv2
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, Sampler
+from torch.utils.data import Dataset, Sampler, get_worker_info
 
-from flsl_d2.data.annotations import check_registered_dataset
 from flsl_d2.errors import InputError
+from pretrain.images import (
+    MAX_PIXELS,
+    MAX_PIXELS_LIMIT,
+    find_images,
+    image_files,
+    printable,
+    read_rgb,
+)
 from pretrain.views import NestedViews, Views
+from pretrain.workers import WorkerLoader
 
 __all__ = [
     "Batch",
     "ImageStream",
     "PretrainDataset",
     "build_pretrain_loader",
+    "check_failed_share",
     "find_images",
     "image_files",
     "read_rgb",
 ]
 
-IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png", ".bmp", ".tif", ".tiff", ".webp", ".ppm", ".gif"}
 MAX_REPLACEMENTS = 20
-logger = logging.getLogger("pretrain")
+ENOUGH_IMAGES = 1000  # a share of fewer says little
 
 
 @dataclass
@@ -40,7 +46,8 @@ class Batch:
     Attributes:
         views: uint8 (B, 3, S, S), the teacher's first.
         queries: for every student view (B, N) bool, True = query.
-        failed: files that could not be read, and were replaced by other images.
+        failed: files that could not be read and were replaced by other images; each the name as
+            printable text, a tab and the reason.
         crops: the views before augmentation, where they are kept; else empty.
     """
 
@@ -48,58 +55,6 @@ class Batch:
     queries: list[Tensor]
     failed: list[str]
     crops: list[Tensor] = field(default_factory=list)
-
-
-def find_images(root: str | Path) -> list[str]:
-    """All image files below a folder, sorted: ImageNet's layout or any other tree.
-
-    Raises:
-        InputError: no such folder, or no image in it.
-    """
-    root = Path(root)
-    if not root.is_dir():
-        raise InputError(
-            f"dataset.root is '{root}', which is not a folder; set it to a folder of images, or "
-            "set dataset.name to a registered data set."
-        )
-    found = [
-        os.path.join(folder, name)
-        for folder, _, names in os.walk(root, followlinks=True)
-        for name in names
-        if os.path.splitext(name)[1].lower() in IMAGE_SUFFIXES
-    ]
-    if not found:
-        raise InputError(
-            f"dataset.root is '{root}', which holds no image file "
-            f"({', '.join(sorted(IMAGE_SUFFIXES))}); set it to a folder of images."
-        )
-    return sorted(found)
-
-
-def image_files(root: str = "", name: str = "") -> list[str]:
-    """Files of the data set: of the registered ``name`` where given, else below ``root``.
-
-    Labels of a registered data set are not looked at.
-    """
-    if name:
-        from detectron2.data import DatasetCatalog
-
-        check_registered_dataset(name)
-        return [record["file_name"] for record in DatasetCatalog.get(name)]
-    return find_images(root)
-
-
-def read_rgb(path: str) -> np.ndarray:
-    """Decode an image file to (H, W, 3) uint8 RGB, turned upright as its EXIF data say.
-
-    Raises:
-        OSError: not readable, or not an image.
-    """
-    encoded = np.fromfile(path, dtype=np.uint8)
-    image = cv2.imdecode(encoded, cv2.IMREAD_COLOR) if len(encoded) else None
-    if image is None:
-        raise OSError(f"'{path}' is not an image that can be decoded.")
-    return cv2.cvtColor(image, cv2.COLOR_BGR2RGB, dst=image)
 
 
 class PretrainDataset(Dataset):
@@ -111,36 +66,79 @@ class PretrainDataset(Dataset):
         seed: of all randomness.
         on_error: ``skip`` puts another image of the set, drawn from the same seed, in the place
             of one that cannot be read, and reports the file; ``raise`` stops.
+        max_pixels: an image of more counts as one that cannot be read.
+
+    Raises:
+        InputError: at a key, when ``on_error`` is ``raise``, or nothing can be read any more.
     """
 
     def __init__(
-        self, files: list[str], views: NestedViews, seed: int = 0, on_error: str = "skip"
+        self,
+        files: list[str],
+        views: NestedViews,
+        seed: int = 0,
+        on_error: str = "skip",
+        max_pixels: int = MAX_PIXELS,
     ) -> None:
         if on_error not in ("skip", "raise"):
             raise InputError(f"dataset.on_error is '{on_error}'; use 'skip' or 'raise'.")
-        self.files, self.views, self.seed, self.on_error = files, views, seed, on_error
+        if not 1 <= max_pixels <= MAX_PIXELS_LIMIT:
+            raise InputError(f"dataset.max_pixels is {max_pixels}; use 1 to {MAX_PIXELS_LIMIT}.")
+        self.files, self.views, self.seed = files, views, seed
+        self.on_error, self.max_pixels = on_error, max_pixels
 
     def __len__(self) -> int:
         return len(self.files)
 
     def __getitem__(self, key: tuple[int, int]) -> tuple[Views, list[str]]:
-        """Views and unreadable files of sample ``(epoch, index)``."""
+        """Views of sample ``(epoch, index)``, and the ``failed`` of :class:`Batch`."""
         epoch, index = key
         rng = np.random.default_rng([self.seed, epoch, index])
         failed: list[str] = []
         for _ in range(MAX_REPLACEMENTS):
+            file = self.files[index]
             try:
-                image = read_rgb(self.files[index])
-            except OSError:
+                image = read_rgb(file, self.max_pixels)
+            except OSError as error:
                 if self.on_error == "raise":
-                    raise
-                failed.append(self.files[index])
+                    raise InputError(
+                        f"image '{printable(file)}' cannot be used ({error}); remove it, or set "
+                        "dataset.on_error=skip."
+                    ) from None
+                failed.append(f"{printable(file)}\t{error}")
                 index = int(rng.integers(len(self.files)))
                 continue
             return self.views(image, rng), failed
+        name, reason = failed[-1].split("\t", 1)
         raise InputError(
-            f"{MAX_REPLACEMENTS} images in a row cannot be read, the last is '{failed[-1]}'; "
+            f"{MAX_REPLACEMENTS} images in a row cannot be used, the last is '{name}' ({reason}); "
             "check the files, or the mount they lie on."
+        )
+
+
+def check_failed_share(
+    num_failed: int, num_used: int, num_images: int, limit: float, log_file: str | Path
+) -> None:
+    """Stop a run on a data set that is largely broken.
+
+    Nothing is judged before one epoch or :data:`ENOUGH_IMAGES`, whichever is shorter.
+
+    Args:
+        num_failed: files that could not be used so far, counted each time.
+        num_used: images that could.
+        num_images: of the data set.
+        limit: share of all attempts that may fail, 0 to 1.
+        log_file: where the files are named.
+
+    Raises:
+        InputError: the share is larger than ``limit``.
+    """
+    tried = num_failed + num_used
+    if tried >= min(num_images, ENOUGH_IMAGES) and num_failed > limit * tried:
+        raise InputError(
+            f"{num_failed} of {tried} images cannot be used ({num_failed / tried:.1%}), more than "
+            f"dataset.max_failed_share={limit:g} allows; see {log_file} for the files and the "
+            "reasons, and repair the data set or raise the limit."
         )
 
 
@@ -199,8 +197,8 @@ def build_pretrain_loader(
     rank: int = 0,
     world_size: int = 1,
     start_iter: int = 0,
-) -> DataLoader:
-    """Endless loader of :class:`Batch`.
+) -> WorkerLoader:
+    """Endless loader of :class:`Batch`; a worker that dies is an :class:`InputError`.
 
     Args:
         dataset: the views.
@@ -211,7 +209,7 @@ def build_pretrain_loader(
         start_iter: first step of the stream.
     """
     stream = ImageStream(len(dataset), total_batch_size, dataset.seed, rank, world_size, start_iter)
-    return DataLoader(
+    return WorkerLoader(
         dataset,
         batch_sampler=stream,
         num_workers=num_workers,
@@ -226,7 +224,12 @@ def _collate(samples: list[tuple[Views, list[str]]]) -> Batch:
     views, failed = zip(*samples, strict=True)
 
     def stacked(tensors: Iterable[list[Tensor]]) -> list[Tensor]:
-        return [torch.stack(of_one_view) for of_one_view in zip(*tensors, strict=True)]
+        return [handed_over(torch.stack(of_one)) for of_one in zip(*tensors, strict=True)]
+
+    def handed_over(batch: Tensor) -> Tensor:
+        # Left to the queue's own thread, a shared memory that is full would lose the batch with a
+        # message that nobody waits for, and the training process would wait for ever.
+        return batch.share_memory_() if get_worker_info() else batch
 
     return Batch(
         stacked(sample.images for sample in views),

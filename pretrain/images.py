@@ -1,0 +1,197 @@
+"""Image files: which there are, and their pixels, whatever the file turns out to be."""
+
+from __future__ import annotations
+
+import io
+import logging
+import os
+import stat
+import warnings
+from pathlib import Path
+
+import numpy as np
+import simplejpeg
+from PIL import Image
+
+from flsl_d2.data.annotations import check_registered_dataset
+from flsl_d2.errors import InputError
+
+__all__ = ["MAX_PIXELS", "MAX_PIXELS_LIMIT", "find_images", "image_files", "printable", "read_rgb"]
+
+IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png", ".bmp", ".tif", ".tiff", ".webp", ".ppm", ".gif"}
+MAX_PIXELS = 100_000_000  # 300 MB decoded
+MAX_PIXELS_LIMIT = 178_000_000  # Pillow refuses more as a decompression bomb
+
+# Nothing else is tried on a file, whatever its first bytes say: Pillow hands PostScript, for one,
+# to another program.
+_FORMATS = ("JPEG", "PNG", "GIF", "BMP", "TIFF", "WEBP", "PPM")
+_ORIENTATION = 0x0112  # EXIF tag
+logger = logging.getLogger("pretrain")
+
+
+def find_images(root: str | Path) -> list[str]:
+    """All image files below a folder, sorted: ImageNet's layout or any other tree.
+
+    Links are followed, each folder is entered once. Folders that may not be listed (`lost+found`
+    of a file system) are named in a warning.
+
+    Raises:
+        InputError: no such folder, or no image in it.
+    """
+    root = Path(root)
+    if not root.is_dir():
+        raise InputError(
+            f"dataset.root is '{root}', which is not a folder; set it to a folder of images, or "
+            "set dataset.name to a registered data set."
+        )
+
+    def unlisted(error: OSError) -> None:
+        logger.warning("%s is left out: %s", printable(str(error.filename)), error.strerror)
+
+    found, entered = [], set()
+    for folder, subfolders, names in os.walk(root, followlinks=True, onerror=unlisted):
+        status = os.stat(folder)
+        if (status.st_dev, status.st_ino) in entered:
+            # A link back to a parent: walked again and again, it would multiply every image.
+            subfolders.clear()
+            continue
+        entered.add((status.st_dev, status.st_ino))
+        subfolders.sort()
+        found += [
+            os.path.join(folder, name)
+            for name in names
+            if os.path.splitext(name)[1].lower() in IMAGE_SUFFIXES
+        ]
+    if not found:
+        raise InputError(
+            f"dataset.root is '{root}', which holds no image file "
+            f"({', '.join(sorted(IMAGE_SUFFIXES))}); set it to a folder of images."
+        )
+    return sorted(found)
+
+
+def image_files(root: str = "", name: str = "") -> list[str]:
+    """Files of the data set: of the registered ``name`` where given, else below ``root``.
+
+    Labels of a registered data set are not looked at, and need not be there.
+
+    Raises:
+        InputError: no images, or a data set that cannot be used.
+    """
+    if not name:
+        return find_images(root)
+    from detectron2.data import DatasetCatalog
+
+    check_registered_dataset(name, need_annotations=False)
+    records = DatasetCatalog.get(name)
+    files = [record["file_name"] for record in records if record.get("file_name")]
+    if not files or len(files) < len(records):
+        raise InputError(
+            f"dataset.name is '{name}', where {len(records) - len(files)} of {len(records)} "
+            "records have a file_name missing; name a data set of image files."
+        )
+    return files
+
+
+def printable(path: str) -> str:
+    """A file name as one line of valid text, bytes that are no UTF-8 written as ``\\xff``."""
+    text = os.fsencode(path).decode("utf-8", "backslashreplace")
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+
+
+def read_rgb(path: str, max_pixels: int = MAX_PIXELS) -> np.ndarray:
+    """Decode an image file to (H, W, 3) uint8 RGB, turned upright as its EXIF data say.
+
+    Of several frames the first is taken; transparency is put on white, as a viewer shows it, since
+    the colour of a transparent pixel is arbitrary; of 16 bits the upper 8 are kept; CMYK is
+    converted without its colour profile. The format is that of the content, not of the name.
+
+    Args:
+        path: of a regular file: a pipe or a device would be read for ever.
+        max_pixels: images of more are refused before they are decoded.
+
+    Raises:
+        OSError: not readable, not an image, or one that lacks a part; the text is the reason.
+    """
+    try:
+        data = _read_bytes(path, max_pixels)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # Pillow's, of files that are odd and still readable
+            return _decode(data, max_pixels)
+    except Exception as error:
+        # Decoders answer broken bytes with nearly any exception: ValueError, SyntaxError,
+        # struct.error, MemoryError of a size that is wrong...
+        reason = getattr(error, "strerror", None) or str(error) or type(error).__name__
+        raise OSError(" ".join(reason.split())) from None
+
+
+def _read_bytes(path: str, max_pixels: int) -> bytes:
+    # Without O_NONBLOCK, opening a named pipe waits for a writer.
+    with open(os.open(path, os.O_RDONLY | os.O_NONBLOCK), "rb") as file:
+        status = os.fstat(file.fileno())
+        if not stat.S_ISREG(status.st_mode):
+            raise OSError("not a regular file")
+        if status.st_size > 8 * max_pixels + 2**20:  # 16-bit RGBA without compression
+            raise OSError(f"{status.st_size} bytes are more than {max_pixels} pixels can have")
+        return file.read()
+
+
+def _decode(data: bytes, max_pixels: int) -> np.ndarray:
+    if not data:
+        raise OSError("empty file")
+    try:
+        image = Image.open(io.BytesIO(data), formats=_FORMATS)
+    except Image.UnidentifiedImageError:
+        raise OSError("not an image of a known format") from None
+    if image.width * image.height > max_pixels:
+        raise OSError(f"{image.width} x {image.height} pixels are more than max_pixels")
+    pixels = (
+        _decode_jpeg(data) if image.format in ("JPEG", "MPO") and image.mode != "CMYK" else None
+    )
+    if pixels is None:
+        pixels = _convert(image)
+    try:
+        orientation = image.getexif().get(_ORIENTATION)
+    except Exception:  # broken EXIF data do not make the pixels worse
+        orientation = None
+    return _upright(pixels, orientation)
+
+
+def _decode_jpeg(data: bytes) -> np.ndarray | None:
+    """The fast path; None leaves a file to Pillow, which refuses truncated ones as well."""
+    try:
+        return simplejpeg.decode_jpeg(data, "RGB")
+    except ValueError as error:
+        # libjpeg makes something up for what is lost and only warns; most decoders keep silent.
+        # Superfluous bytes are another matter: nothing is lost.
+        if "Corrupt" in str(error) and "extraneous" not in str(error):
+            raise
+        return None
+
+
+def _convert(image: Image.Image) -> np.ndarray:
+    """(H, W, 3) uint8 RGB of a Pillow image of any mode."""
+    image.load()
+    # PPM and older versions of Pillow widen 16 bits to mode I.
+    if image.mode.startswith("I;16") or (image.mode == "I" and image.format in ("PNG", "PPM")):
+        grey = (np.asarray(image) >> 8).astype(np.uint8)
+        return np.repeat(grey[..., None], 3, axis=2)
+    if image.mode in ("I", "F"):
+        raise OSError("32-bit values, of which nobody knows which is white")
+    if "A" in image.getbands() or "a" in image.getbands() or "transparency" in image.info:
+        image = image.convert("RGBA")
+        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+    return np.array(image.convert("RGB"))
+
+
+def _upright(pixels: np.ndarray, orientation: int | None) -> np.ndarray:
+    """Undo EXIF orientations 2 to 8 (CIPA DC-008, tag 0x0112); others change nothing."""
+    if orientation not in range(2, 9):
+        return pixels
+    if orientation >= 5:
+        pixels = pixels.swapaxes(0, 1)
+    if orientation in (3, 4, 7, 8):
+        pixels = pixels[::-1]
+    if orientation in (2, 3, 6, 7):
+        pixels = pixels[:, ::-1]
+    return np.ascontiguousarray(pixels)

@@ -1,0 +1,110 @@
+"""Data workers that die, reported with their cause instead of a traceback or an endless wait."""
+
+from __future__ import annotations
+
+import os
+import signal
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from torch.utils.data import DataLoader
+
+from flsl_d2.errors import InputError
+
+__all__ = ["WorkerLoader", "explain_worker_failure"]
+
+_SHARED_MEMORY = "/dev/shm"
+_MORE_WORKERS_LESS = "lower dataloader.num_workers or dataloader.total_batch_size"
+
+
+class WorkerLoader(DataLoader):
+    """An endless ``DataLoader`` whose workers' failures are one sentence, an :class:`InputError`.
+
+    The death of a worker is noticed at once, also while the training process computes.
+    """
+
+    def __iter__(self) -> Iterator[Any]:
+        with _explained():
+            batches = super().__iter__()
+        if self.num_workers:
+            _explain_signals()
+        while True:
+            with _explained():
+                batch = next(batches)
+            yield batch
+
+
+def explain_worker_failure(message: str) -> str | None:
+    """What a message of PyTorch's loader means and what to do, None where it is something else."""
+    if "DataLoader worker" not in message and "ulimit -n" not in message:
+        return None
+    if "out of shared memory" in message or "shared memory(shm)" in message:
+        return (
+            f"a data worker ran out of shared memory ({_shared_memory()}); give the container more "
+            f"(docker run --shm-size=16g, or --ipc=host) or {_MORE_WORKERS_LESS}."
+        )
+    if "ulimit -n" in message or "Too many open files" in message:
+        return (
+            "the data workers have too many files open; raise the limit with 'ulimit -n 65536' or "
+            f"{_MORE_WORKERS_LESS}."
+        )
+    if "Caught" in message:  # an exception that travelled from the worker, not its death
+        return None
+    first_line = message.strip().splitlines()[0].rstrip(". ")
+    if "signal: Killed" in message:
+        return (
+            f"{first_line}, which the system does to the largest process when memory runs out "
+            f"(`dmesg` tells); give the job more memory or {_MORE_WORKERS_LESS}, then continue "
+            "with --resume."
+        )
+    return (
+        f"{first_line}; what it wrote before it died is above, dataloader.num_workers=0 shows "
+        "errors of data where they happen, and --resume continues."
+    )
+
+
+def _shared_memory() -> str:
+    try:
+        status = os.statvfs(_SHARED_MEMORY)
+    except OSError:
+        return f"there is no {_SHARED_MEMORY}"
+    size, free = (blocks * status.f_frsize / 2**30 for blocks in (status.f_blocks, status.f_bavail))
+    return f"{_SHARED_MEMORY} has {size:.3g} GiB, {free:.3g} GiB of it free"
+
+
+@contextmanager
+def _explained() -> Iterator[None]:
+    try:
+        yield
+    except InputError as error:
+        # Raised in a worker: the loader puts the worker's traceback before the sentence.
+        if "Caught" not in str(error):
+            raise
+        sentence = str(error).strip().splitlines()[-1].partition(": ")[2]
+        raise InputError(sentence) from None
+    except (RuntimeError, OSError) as error:
+        # The loader chains what the signal said to a sentence that says less.
+        if isinstance(error.__cause__, InputError):
+            raise error.__cause__ from None
+        explanation = explain_worker_failure(f"{error}\n{error.__cause__ or ''}")
+        if explanation is None:
+            raise
+        raise InputError(explanation) from None
+
+
+def _explain_signals() -> None:
+    """Let the handler that PyTorch installed for dying workers raise the sentence, too."""
+    handler = signal.getsignal(signal.SIGCHLD)
+    if not callable(handler) or getattr(handler, "explains", False):
+        return
+    if threading.current_thread() is not threading.main_thread():
+        return  # only the main thread may set handlers
+
+    def explaining(signum: int, frame: Any) -> None:
+        with _explained():
+            handler(signum, frame)
+
+    explaining.explains = True
+    signal.signal(signal.SIGCHLD, explaining)
