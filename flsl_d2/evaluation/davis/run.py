@@ -1,0 +1,223 @@
+"""The evaluation of an encoder on a split of DAVIS."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import shutil
+from collections.abc import Sequence as Ordered
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
+from dataclasses import asdict, dataclass, field
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import torch
+from tqdm import tqdm
+
+from flsl_d2.checkpoint import build_encoder
+from flsl_d2.errors import InputError
+from flsl_d2.evaluation.davis.indexed_png import write_indexed_png
+from flsl_d2.evaluation.davis.measures import boundary_accuracy, region_similarity, statistics
+from flsl_d2.evaluation.davis.propagation import Propagation
+from flsl_d2.evaluation.davis.results import Results, Scores
+from flsl_d2.evaluation.davis.segmentation import frame_size, segment_sequence
+from flsl_d2.evaluation.davis.sequences import Sequence, find_sequence, read_mask, sequence_names
+from flsl_d2.modeling import FLSLViT
+
+__all__ = ["DavisRun", "evaluate_davis", "run_davis", "score_sequence"]
+
+logger = logging.getLogger("detectron2.flsl_d2.evaluation")
+
+
+@dataclass(frozen=True)
+class DavisRun:
+    """What is evaluated and how; the defaults are the protocol's.
+
+    Attributes:
+        root: the folder with JPEGImages, Annotations and ImageSets.
+        output: gets ``masks/<sequence>/<frame>.png``.
+        split: a list below ImageSets/<year>, such as ``val``.
+        year: of the lists.
+        resolution: folder below JPEGImages and Annotations.
+        short_side: see :func:`flsl_d2.evaluation.davis.frame_size`.
+        propagation: of the labels.
+        batch_size: frames that are encoded together; does not change the protocol.
+        score: whether there are masks of all frames to compare with; otherwise the first frame's
+            are enough and the masks are only written, as for the benchmark's server.
+
+    Raises:
+        InputError: a batch without frames.
+    """
+
+    root: Path
+    output: Path
+    split: str = "val"
+    year: str = "2017"
+    resolution: str = "480p"
+    short_side: int = 480
+    propagation: Propagation = field(default_factory=Propagation)
+    batch_size: int = 8
+    score: bool = True
+
+    def __post_init__(self) -> None:
+        if self.batch_size < 1:
+            raise InputError(f"the batch size is {self.batch_size}; give 1 or more.")
+
+
+def run_davis(run: DavisRun, weights: str, device: str, json_file: Path | None = None) -> Results:
+    """Evaluate a weight file, print the table and write the JSON; what ``eval_davis.py`` does.
+
+    Args:
+        run: what and how.
+        weights: a file or URL, or ``random`` for an untrained ViT-S/16.
+        device: as PyTorch names it.
+        json_file: results with all settings; ``results.json`` in the output folder by default.
+
+    Raises:
+        InputError: nothing can be evaluated; or, after all results are written, that some
+            sequences failed.
+    """
+    on = _usable_device(device)
+    sequence_names(run.root, run.year, run.split, run.resolution)
+    json_file = json_file or run.output / "results.json"
+    _check_writable(json_file.parent)
+    if weights == "random":
+        torch.manual_seed(0)
+    encoder = FLSLViT().eval() if weights == "random" else build_encoder(weights)
+    results = evaluate_davis(encoder.to(on), run)
+    settings = {"weights": weights, "encoder": encoder.architecture, **asdict(run)}
+    content = {"settings": settings, **results.as_json()}
+    _write_json(json_file, content)
+    print(results.table())
+    print(f"masks: {run.output / 'masks'}\nresults: {json_file}")
+    if results.failed:
+        raise InputError(
+            f"{len(results.failed)} of {len(results.failed) + len(results.objects)} sequences "
+            f"failed ({', '.join(results.failed)}) and are not in the overall numbers; mend their "
+            "files and run again."
+        )
+    return results
+
+
+def evaluate_davis(encoder: FLSLViT, run: DavisRun) -> Results:
+    """Segment, write and score every sequence of a split.
+
+    A sequence that fails does not stop the others.
+
+    Args:
+        encoder: in evaluation mode, on the device to use.
+        run: what and how.
+
+    Raises:
+        InputError: the split cannot be found, nothing can be written, or the short side is
+            smaller than a patch.
+    """
+    frame_size((run.short_side, run.short_side), run.short_side, encoder.patch_size)
+    _check_writable(run.output / "masks")
+    results, sequences = Results(), []
+    for name in sequence_names(run.root, run.year, run.split, run.resolution):
+        # Masks of an earlier run must not pass for those of a sequence that fails in this one.
+        shutil.rmtree(run.output / "masks" / name, ignore_errors=True)
+        try:
+            sequences.append(find_sequence(run.root, run.resolution, name, all_masks=run.score))
+        except InputError as error:
+            _report_failure(results, name, error)
+    with tqdm(total=sum(len(each.frames) for each in sequences), unit="frame") as progress:
+        for number, sequence in enumerate(sequences, 1):
+            progress.set_description(f"{sequence.name} ({number} of {len(sequences)})")
+            progress_before = progress.n
+            try:
+                masks = _segment_and_write(encoder, sequence, run, progress)
+                scores = score_sequence(sequence, masks) if run.score else {}
+            except InputError as error:
+                _report_failure(results, sequence.name, error)
+                progress.update(progress_before + len(sequence.frames) - progress.n)
+            else:
+                results.objects[sequence.name] = scores
+                results.frames[sequence.name] = len(sequence.frames)
+    return results
+
+
+def score_sequence(sequence: Sequence, masks: Ordered[np.ndarray]) -> dict[int, Scores]:
+    """J and F of each object of the first frame; the first and the last frame do not count.
+
+    Args:
+        sequence: with masks of all its frames.
+        masks: the results, (H, W) uint8 indexes for every frame.
+
+    Returns:
+        Scores by index, from 1 to the largest in the first frame.
+    """
+    objects = range(1, int(read_mask(sequence.masks[0]).max()) + 1)
+    with ThreadPoolExecutor() as pool:  # most of the time goes to OpenCV, outside Python's lock
+        score = partial(_score_frame, objects=objects)
+        frames = list(pool.map(score, masks[1:-1], sequence.masks[1:-1]))
+    values = np.array(frames)  # (frames, objects, 2)
+    return {
+        index: Scores(statistics(values[:, i, 0]), statistics(values[:, i, 1]))
+        for i, index in enumerate(objects)
+    }
+
+
+def _score_frame(mask: np.ndarray, path: Path, objects: range) -> list[tuple[float, float]]:
+    truth = read_mask(path)
+    pairs = ((mask == index, truth == index) for index in objects)
+    return [(region_similarity(*pair), boundary_accuracy(*pair)) for pair in pairs]
+
+
+def _segment_and_write(
+    encoder: FLSLViT, sequence: Sequence, run: DavisRun, progress: tqdm
+) -> list[np.ndarray]:
+    """All masks of a sequence; its folder appears when it is complete."""
+    folder = run.output / "masks" / sequence.name
+    part = folder.with_name(f".{folder.name}.part")
+    shutil.rmtree(part, ignore_errors=True)  # of a run that was stopped
+    part.mkdir()
+    masks = []
+    try:
+        with closing(
+            segment_sequence(encoder, sequence, run.propagation, run.short_side, run.batch_size)
+        ) as found:
+            for frame, mask in zip(sequence.frames, found, strict=True):
+                write_indexed_png(part / f"{frame.stem}.png", mask)
+                masks.append(mask)
+                progress.update()
+        part.rename(folder)
+    finally:
+        shutil.rmtree(part, ignore_errors=True)
+    return masks
+
+
+def _report_failure(results: Results, name: str, error: InputError) -> None:
+    results.failed[name] = str(error)
+    logger.warning("sequence %s failed: %s", name, error)
+
+
+def _usable_device(name: str) -> torch.device:
+    try:
+        device = torch.device(name)
+    except RuntimeError as error:
+        raise InputError(f"the device {name!r} is unknown to PyTorch; give cuda or cpu.") from error
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise InputError(f"the device is {name!r}, but PyTorch sees no GPU here; give cpu.")
+    return device
+
+
+def _check_writable(folder: Path) -> None:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        if not os.access(folder, os.W_OK):
+            raise PermissionError(13, os.strerror(13))
+    except OSError as error:
+        raise InputError(
+            f"'{folder}' cannot be written ({error.strerror}); give a folder of yours."
+        ) from error
+
+
+def _write_json(path: Path, content: dict) -> None:
+    part = path.with_name(path.name + ".part")
+    part.write_text(json.dumps(content, indent=1, default=str) + "\n", encoding="utf-8")
+    os.replace(part, path)

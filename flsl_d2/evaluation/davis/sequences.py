@@ -1,0 +1,173 @@
+"""Sequences in DAVIS's folders, checked before anything is computed from them.
+
+Below the root lie ``ImageSets/<year>/<split>.txt`` with a name on each line, and
+``JPEGImages/<resolution>/<name>/00000.jpg``, ``Annotations/<resolution>/<name>/00000.png``, ...
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from itertools import pairwise
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+from flsl_d2.errors import InputError
+from flsl_d2.evaluation.davis.indexed_png import VOID, read_indexed_png
+
+__all__ = ["Sequence", "find_sequence", "read_frame", "read_mask", "sequence_names"]
+
+_LEAST_SCORED_FRAMES = 3  # the first and the last do not count
+
+
+@dataclass(frozen=True)
+class Sequence:
+    """A video whose files are all there and of one size.
+
+    Attributes:
+        name: of its folders.
+        frames: the images, in order.
+        masks: one a frame, or the first frame's alone.
+        size: height and width in pixels.
+    """
+
+    name: str
+    frames: tuple[Path, ...]
+    masks: tuple[Path, ...]
+    size: tuple[int, int]
+
+
+def sequence_names(root: Path, year: str, split: str, resolution: str) -> list[str]:
+    """The sequences of a split, in the order of its list.
+
+    Raises:
+        InputError: no DAVIS there, no such split, or its list is empty or of another kind.
+    """
+    images, lists = root / "JPEGImages" / resolution, root / "ImageSets" / year
+    for folder in (images, lists):
+        if not folder.is_dir():
+            raise InputError(
+                f"'{root}' has no folder {folder.relative_to(root)}; give the folder that DAVIS "
+                f"{year} was unpacked to, with its JPEGImages, Annotations and ImageSets."
+            )
+    path = lists / f"{split}.txt"
+    if not path.is_file():
+        known = ", ".join(sorted(each.stem for each in lists.glob("*.txt"))) or "none"
+        raise InputError(f"'{path}' does not exist; splits that are there: {known}.")
+    lines = path.read_text(encoding="utf-8").splitlines()
+    names = list(dict.fromkeys(line.strip() for line in lines if line.strip()))
+    if not names:
+        raise InputError(f"'{path}' names no sequence; write one name on each line.")
+    for name in names:
+        if name in (".", "..") or any(mark in name for mark in "/\\ \t"):
+            raise InputError(
+                f"'{path}' has the line {name!r}, which is no name of a folder; use the lists of "
+                "DAVIS 2017, with one sequence's name on each line."
+            )
+    return names
+
+
+def find_sequence(root: Path, resolution: str, name: str, all_masks: bool = True) -> Sequence:
+    """A sequence's files, with all that can be known of them without decoding pixels.
+
+    Args:
+        root: of DAVIS.
+        resolution: folder below JPEGImages and Annotations, such as ``480p``.
+        name: of the sequence.
+        all_masks: every frame needs its mask; otherwise the first frame alone.
+
+    Raises:
+        InputError: a frame or mask is missing, unreadable, or of another size.
+    """
+    frames = sorted((root / "JPEGImages" / resolution / name).glob("*.jpg"))
+    folder = root / "Annotations" / resolution / name
+    if not frames:
+        raise InputError(f"'{root / 'JPEGImages' / resolution / name}' holds no frames (*.jpg).")
+    masks = [folder / f"{frame.stem}.png" for frame in frames][: None if all_masks else 1]
+    _check_numbers(frames)
+    missing = [mask.name for mask in masks if not mask.is_file()]
+    if missing:
+        raise InputError(f"{_listed(missing)} missing in '{folder}'; download it again.")
+    if all_masks:
+        _check_no_more(folder, masks)
+        if len(frames) < _LEAST_SCORED_FRAMES:
+            raise InputError(
+                f"{len(frames)} frames in '{frames[0].parent}': the first and the last do not "
+                f"count, so {_LEAST_SCORED_FRAMES} or more are needed."
+            )
+    size = _size(frames[0])
+    for path in (*frames, *masks):
+        if _size(path) != size:
+            raise InputError(
+                f"'{path}' has {_text(_size(path))} pixels, but the first frame has "
+                f"{_text(size)}; all of a sequence must have one size."
+            )
+    return Sequence(name, tuple(frames), tuple(masks), size)
+
+
+def read_frame(path: Path) -> np.ndarray:
+    """(H, W, 3) uint8 RGB.
+
+    Raises:
+        InputError: the file cannot be decoded.
+    """
+    try:
+        with Image.open(path) as image:  # unlike OpenCV, it refuses files that end too early
+            return np.array(image.convert("RGB"))
+    except Exception as error:  # Pillow's readers raise many kinds for damaged files
+        raise InputError(
+            f"frame '{path}' cannot be decoded ({type(error).__name__}); download it again."
+        ) from error
+
+
+def read_mask(path: Path) -> np.ndarray:
+    """(H, W) uint8: 0 the background, 1, 2, ... the objects.
+
+    Pixels of no object and not of the background (void) count as background, as the benchmark
+    has it where the first mask is given.
+
+    Raises:
+        InputError: the file is no readable indexed mask.
+    """
+    mask = read_indexed_png(path)
+    mask[mask == VOID] = 0
+    return mask
+
+
+def _check_numbers(frames: list[Path]) -> None:
+    """Numbers rise by one step; a frame that is missing with its mask is found by nothing else."""
+    if not all(frame.stem.isdecimal() for frame in frames):
+        return
+    numbers = [int(frame.stem) for frame in frames]
+    step = min((b - a for a, b in pairwise(numbers)), default=1)
+    absent = sorted(set(range(numbers[0], numbers[-1], max(step, 1))) - set(numbers))
+    if absent:
+        names = [f"{number:0{len(frames[0].stem)}d}.jpg" for number in absent]
+        raise InputError(f"{_listed(names)} missing in '{frames[0].parent}'; download it again.")
+
+
+def _check_no_more(folder: Path, masks: list[Path]) -> None:
+    more = sorted(set(folder.glob("*.png")) - set(masks))
+    if more:
+        names = [f"{mask.stem}.jpg" for mask in more]
+        raise InputError(f"{_listed(names)} missing, though '{more[0]}' is there; download it.")
+
+
+def _size(path: Path) -> tuple[int, int]:
+    try:
+        with Image.open(path) as image:
+            return image.height, image.width
+    except Exception as error:  # Pillow's readers raise many kinds for damaged files
+        raise InputError(
+            f"'{path}' cannot be read ({type(error).__name__}); download it again."
+        ) from error
+
+
+def _text(size: tuple[int, int]) -> str:
+    return f"{size[0]} x {size[1]}"
+
+
+def _listed(names: list[str]) -> str:
+    rest = f" and {len(names) - 1} more are" if len(names) > 1 else " is"
+    return names[0] + rest

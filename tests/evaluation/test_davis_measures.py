@@ -1,0 +1,194 @@
+"""J, F and their statistics: known answers, and slow implementations of the definitions."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from flsl_d2.evaluation.davis import boundary_accuracy, region_similarity, statistics
+
+
+def square(top: int, left: int, side: int = 20, shape: tuple[int, int] = (100, 100)) -> np.ndarray:
+    mask = np.zeros(shape, bool)
+    mask[top : top + side, left : left + side] = True
+    return mask
+
+
+def slow_j(mask: np.ndarray, truth: np.ndarray) -> float:
+    pairs = list(zip(mask.ravel().tolist(), truth.ravel().tolist(), strict=True))
+    union = sum(a or b for a, b in pairs)
+    return 1.0 if union == 0 else sum(a and b for a, b in pairs) / union
+
+
+def slow_boundary(mask: np.ndarray) -> list[tuple[int, int]]:
+    rows, columns = mask.shape
+    found = []
+    for y in range(rows):
+        for x in range(columns):
+            others = [(y, x + 1), (y + 1, x), (y + 1, x + 1)]
+            inside = [(min(v, rows - 1), min(u, columns - 1)) for v, u in others]
+            if any(mask[v, u] != mask[y, x] for v, u in inside):
+                found.append((y, x))
+    return found
+
+
+def slow_f(mask: np.ndarray, truth: np.ndarray) -> float:
+    """By the distance of every boundary pixel to every other; no dilation."""
+    tolerance = math.ceil(0.008 * math.sqrt(mask.shape[0] ** 2 + mask.shape[1] ** 2))
+    found, true = slow_boundary(mask), slow_boundary(truth)
+    if not found and not true:
+        return 1.0
+    if not found or not true:
+        return 0.0
+
+    def share(of: list, near: list) -> float:
+        near_array = np.array(near)
+        hits = [((near_array - p) ** 2).sum(1).min() <= tolerance**2 for p in np.array(of)]
+        return sum(hits) / len(hits)
+
+    precision, recall = share(found, true), share(true, found)
+    return 0.0 if precision + recall == 0 else 2 * precision * recall / (precision + recall)
+
+
+def random_pair(rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
+    """Rectangles, noise, near copies, empty and full masks, on grids of many shapes."""
+    shape = tuple(int(side) for side in rng.integers(3, 90, 2))
+
+    def blob() -> np.ndarray:
+        mask = np.zeros(shape, bool)
+        for _ in range(int(rng.integers(0, 4))):
+            (y0, y1), (x0, x1) = (np.sort(rng.integers(0, side + 1, 2)) for side in shape)
+            mask[y0:y1, x0:x1] ^= True
+        return mask
+
+    truth = blob()
+    kind = rng.integers(4)
+    if kind == 0:
+        return blob(), truth
+    if kind == 1:
+        return np.roll(truth, rng.integers(-4, 5, 2), (0, 1)), truth
+    if kind == 2:
+        return truth ^ (rng.random(shape) < 0.02), truth
+    return rng.random(shape) < rng.random(), truth
+
+
+@pytest.mark.parametrize("seed", range(80))
+def test_random_masks_against_the_slow_definitions(seed: int) -> None:
+    mask, truth = random_pair(np.random.default_rng(seed))
+    assert region_similarity(mask, truth) == pytest.approx(slow_j(mask, truth), abs=1e-12)
+    assert boundary_accuracy(mask, truth) == pytest.approx(slow_f(mask, truth), abs=1e-12)
+
+
+def test_the_random_masks_are_not_all_easy() -> None:
+    scores = [boundary_accuracy(*random_pair(np.random.default_rng(s))) for s in range(80)]
+    assert sum(0.05 < score < 0.95 for score in scores) >= 25
+
+
+def test_identical_disjoint_and_empty_masks() -> None:
+    one, far, empty, full = square(10, 10), square(60, 60), square(0, 0, 0), square(0, 0, 100)
+    for same in (one, empty, full):
+        assert region_similarity(same, same) == boundary_accuracy(same, same) == 1.0
+    assert region_similarity(one, far) == boundary_accuracy(one, far) == 0.0
+    for a, b in ((one, empty), (empty, one)):
+        assert region_similarity(a, b) == boundary_accuracy(a, b) == 0.0
+    # A mask that fills the image has no boundary, so it agrees with an empty one in F alone.
+    assert region_similarity(full, empty) == 0.0
+    assert boundary_accuracy(full, empty) == 1.0
+
+
+def test_half_overlap_is_a_third() -> None:
+    assert region_similarity(square(10, 10), square(10, 20)) == pytest.approx(1 / 3)
+
+
+def test_j_of_a_quarter_inside() -> None:
+    assert region_similarity(square(10, 10, 10), square(10, 10, 20)) == 0.25
+
+
+@pytest.mark.parametrize(("shift", "matched"), [(1, True), (2, True), (3, False)])
+def test_a_straight_boundary_is_matched_up_to_the_tolerance(shift: int, matched: bool) -> None:
+    # 100 x 100: 0.8% of the diagonal is 1.13, so the tolerance is 2 pixels.
+    left, moved = np.zeros((2, 100, 100), bool)
+    left[:, :50] = True
+    moved[:, : 50 + shift] = True
+    assert boundary_accuracy(moved, left) == float(matched)
+
+
+def test_the_tolerance_on_480p_is_8_pixels() -> None:
+    top = np.zeros((480, 854), bool)
+    top[:200] = True
+    for shift, expected in ((8, 1.0), (9, 0.0)):
+        moved = np.zeros_like(top)
+        moved[: 200 + shift] = True
+        assert boundary_accuracy(moved, top) == expected
+
+
+def test_half_of_a_boundary_found_twice_over() -> None:
+    # The result has a second, distant line of equal length: precision 1/2, recall 1.
+    truth, mask = np.zeros((2, 100, 100), bool)
+    truth[:30] = True
+    mask[:30] = True
+    mask[70:] = True
+    assert boundary_accuracy(mask, truth) == pytest.approx(2 / 3)
+    assert boundary_accuracy(truth, mask) == pytest.approx(2 / 3)
+
+
+@settings(max_examples=40, deadline=None)
+@given(st.integers(0, 10**6))
+def test_measures_are_symmetric_bounded_and_ignore_the_orientation(seed: int) -> None:
+    mask, truth = random_pair(np.random.default_rng(seed))
+    for measure in (region_similarity, boundary_accuracy):
+        value = measure(mask, truth)
+        assert 0 <= value <= 1
+        assert measure(truth, mask) == pytest.approx(value)
+        assert measure(np.ascontiguousarray(mask.T), np.ascontiguousarray(truth.T)) == (
+            pytest.approx(value)
+        )
+
+
+def test_measures_leave_their_masks_alone() -> None:
+    mask, truth = square(10, 10), square(12, 12)
+    mask.flags.writeable = truth.flags.writeable = False
+    assert region_similarity(mask, truth) > 0.5
+    assert boundary_accuracy(mask, truth) > 0.5
+
+
+def test_recall_counts_values_above_one_half_only() -> None:
+    assert statistics([0.5, 0.51, 0.0, 1.0]).recall == 0.5
+    assert statistics([0.5, 0.51, 0.0, 1.0]).mean == pytest.approx(0.5025)
+
+
+def test_decay_of_a_constant_a_fall_and_a_rise() -> None:
+    assert statistics([0.7] * 10).decay == pytest.approx(0)
+    assert statistics(np.linspace(1, 0, 101)).decay == pytest.approx(0.75)
+    assert statistics(np.linspace(0, 1, 101)).decay == pytest.approx(-0.75)
+
+
+@pytest.mark.parametrize(
+    ("count", "first", "last"),
+    [
+        # Ends at 1 + (count - 1) * quarter, halves upwards; the ends belong to both quarters.
+        (1, (1, 1), (1, 1)),
+        (2, (1, 1), (2, 2)),
+        (3, (1, 2), (3, 3)),
+        (5, (1, 2), (4, 5)),
+        (7, (1, 3), (6, 7)),
+        (8, (1, 3), (6, 8)),
+        (67, (1, 18), (51, 67)),
+        (400, (1, 101), (300, 400)),
+    ],
+)
+def test_which_frames_the_quarters_hold(
+    count: int, first: tuple[int, int], last: tuple[int, int]
+) -> None:
+    values = np.random.default_rng(count).random(count)
+    expected = values[first[0] - 1 : first[1]].mean() - values[last[0] - 1 : last[1]].mean()
+    assert statistics(values).decay == pytest.approx(expected)
+
+
+def test_statistics_of_nothing_are_an_error() -> None:
+    with pytest.raises(ValueError, match="one or more"):
+        statistics([])

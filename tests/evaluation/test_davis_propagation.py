@@ -1,0 +1,191 @@
+"""Propagation of labels against loops over tokens, and under changes that must not matter."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+from torch.nn import functional as F
+
+from flsl_d2.errors import InputError
+from flsl_d2.evaluation.davis import Propagation, propagate, propagate_through
+
+
+def tokens(*shape: int, seed: int = 0) -> Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    return F.normalize(torch.randn(*shape, generator=generator), dim=-1)
+
+
+def soft_labels(*shape: int, seed: int = 1) -> Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(*shape, generator=generator).softmax(-1)
+
+
+def slow_propagate(
+    queries: np.ndarray,
+    sources: np.ndarray,
+    labels: np.ndarray,
+    grid: tuple[int, int],
+    setup: Propagation,
+) -> np.ndarray:
+    """Token by token, neighbour by neighbour, in float64; assumes that nothing ties."""
+    rows, columns = grid
+    result = []
+    for y in range(rows):
+        for x in range(columns):
+            near = []
+            for frame in range(len(sources)):
+                for v in range(rows):
+                    for u in range(columns):
+                        if setup.radius and max(abs(v - y), abs(u - x)) > setup.radius:
+                            continue
+                        place = v * columns + u
+                        cosine = float(queries[y * columns + x] @ sources[frame, place])
+                        near.append((cosine, frame, place))
+            near.sort(reverse=True)
+            near = near[: setup.top_k]
+            weights = [math.exp(cosine / setup.temperature) for cosine, _, _ in near]
+            pairs = zip(weights, near, strict=True)
+            result.append(sum(w * labels[f, p] for w, (_, f, p) in pairs) / sum(weights))
+    return np.array(result)
+
+
+@pytest.mark.parametrize("radius", [0, 1, 2, 12])
+@pytest.mark.parametrize("top_k", [1, 5, 1000])
+@pytest.mark.parametrize("grid", [(5, 7), (6, 3)])
+def test_against_loops(radius: int, top_k: int, grid: tuple[int, int]) -> None:
+    setup = Propagation(radius=radius, top_k=top_k)
+    count = grid[0] * grid[1]
+    queries, sources = tokens(count, 8), tokens(3, count, 8, seed=1)
+    labels = soft_labels(3, count, 4)
+    found = propagate(queries, sources, labels, grid, setup)
+    arrays = (each.double().numpy() for each in (queries, sources, labels))
+    np.testing.assert_allclose(found, slow_propagate(*arrays, grid, setup), atol=1e-5)
+
+
+@settings(max_examples=30, deadline=None)
+@given(
+    st.integers(1, 9),
+    st.integers(1, 9),
+    st.integers(1, 4),
+    st.integers(0, 5),
+    st.integers(1, 9),
+    st.integers(1, 3000),
+)
+def test_memory_changes_nothing(
+    rows: int, columns: int, frames: int, radius: int, top_k: int, max_pairs: int
+) -> None:
+    setup = Propagation(radius=radius, top_k=top_k)
+    queries, sources = tokens(rows * columns, 6), tokens(frames, rows * columns, 6, seed=2)
+    labels = soft_labels(frames, rows * columns, 3)
+    whole = propagate(queries, sources, labels, (rows, columns), setup)
+    parts = propagate(queries, sources, labels, (rows, columns), setup, max_pairs)
+    torch.testing.assert_close(parts, whole, atol=1e-6, rtol=0)
+    torch.testing.assert_close(whole.sum(1), torch.ones(rows * columns))
+
+
+def test_memory_changes_nothing_where_tokens_repeat() -> None:
+    # A still video whose tokens are of four kinds: nearly all neighbours tie.
+    kinds = tokens(4, 32)[torch.arange(12 * 20) % 4]
+    sources, labels = kinds.expand(8, -1, -1), soft_labels(8, 12 * 20, 3)
+    whole = propagate(kinds, sources, labels, (12, 20), Propagation(radius=3))
+    for max_pairs in (1, 5_000, 200_000):
+        parts = propagate(kinds, sources, labels, (12, 20), Propagation(radius=3), max_pairs)
+        torch.testing.assert_close(parts, whole, atol=1e-6, rtol=0)
+
+
+def test_all_that_tie_with_the_last_neighbour_count() -> None:
+    same = tokens(1, 8).expand(9, -1)
+    labels = F.one_hot(torch.arange(9)).float()[None]
+    found = propagate(same, same[None], labels, (3, 3), Propagation(radius=0, top_k=2))
+    torch.testing.assert_close(found, torch.full((9, 9), 1 / 9))
+
+
+def test_a_neighbour_beyond_the_radius_is_not_seen() -> None:
+    # In one row, the query's twin is 3 tokens away; everything else is orthogonal to it.
+    queries = torch.zeros(5, 2)
+    queries[:, 0] = 1
+    sources = torch.zeros(1, 5, 2)
+    sources[0, :, 1] = 1
+    sources[0, 3] = torch.tensor([1.0, 0.0])
+    labels = F.one_hot((torch.arange(5) == 3).long()).float()[None]
+    reached = propagate(queries, sources, labels, (1, 5), Propagation(radius=3, top_k=1))[0, 1]
+    unreached = propagate(queries, sources, labels, (1, 5), Propagation(radius=2, top_k=1))[0, 1]
+    assert (float(reached), float(unreached)) == (1.0, 0.0)
+
+
+def test_weights_follow_the_temperature() -> None:
+    queries = torch.tensor([[1.0, 0.0]])
+    sources = torch.tensor([[[1.0, 0.0]], [[0.6, 0.8]]])
+    labels = torch.tensor([[[1.0, 0.0]], [[0.0, 1.0]]])
+    for temperature in (0.1, 1.0):
+        setup = Propagation(temperature=temperature)
+        found = propagate(queries, sources, labels, (1, 1), setup)[0]
+        assert float(found[0] / found[1]) == pytest.approx(math.exp(0.4 / temperature), rel=1e-4)
+
+
+def test_a_sharp_temperature_does_not_overflow() -> None:
+    found = propagate(
+        tokens(4, 8), tokens(1, 4, 8), soft_labels(1, 4, 2), (2, 2), Propagation(temperature=1e-4)
+    )
+    assert found.isfinite().all()
+    torch.testing.assert_close(found.sum(1), torch.ones(4))
+
+
+def test_context_is_the_first_frame_and_the_last_few() -> None:
+    """Frame by frame against loops: which frames give labels, and with which labels."""
+    grid, setup = (4, 5), Propagation(radius=2, context=2, top_k=3)
+    frames, first = tokens(7, 20, 8), soft_labels(20, 3)
+    scaled = [frame * (3.0 + i) for i, frame in enumerate(frames)]  # lengths must not matter
+    found = list(propagate_through(iter(scaled), first, grid, setup))
+    assert len(found) == 6
+    arrays, labels = frames.double().numpy(), [first.double().numpy()]
+    for index in range(1, 7):
+        used = [0, *range(max(index - 2, 1), index)]
+        expected = slow_propagate(
+            arrays[index], arrays[used], np.array([labels[i] for i in used]), grid, setup
+        )
+        labels.append(expected)
+        np.testing.assert_allclose(found[index - 1], expected, atol=1e-5)
+
+
+def test_without_context_only_the_first_frame_counts() -> None:
+    frames, first = tokens(4, 6, 8), soft_labels(6, 2)
+    setup = Propagation(radius=1, context=0)
+    found = list(propagate_through(frames, first, (2, 3), setup))
+    for frame, labels in zip(frames[1:], found, strict=True):
+        expected = propagate(frame, frames[:1], first[None], (2, 3), setup)
+        torch.testing.assert_close(labels, expected)
+
+
+def test_frames_are_taken_one_at_a_time() -> None:
+    taken = []
+
+    def video():
+        for index in range(5):
+            taken.append(index)
+            yield tokens(4, 8, seed=index)
+
+    steps = propagate_through(video(), soft_labels(4, 2), (2, 2), Propagation())
+    next(steps)
+    assert taken == [0, 1]
+
+
+@pytest.mark.parametrize(
+    ("setup", "message"),
+    [
+        ({"radius": -1}, "radius is -1"),
+        ({"context": -2}, "context is -2"),
+        ({"top_k": 0}, "top_k is 0"),
+        ({"temperature": 0.0}, r"temperature is 0\.0"),
+        ({"temperature": float("nan")}, "temperature is nan"),
+    ],
+)
+def test_settings_out_of_range(setup: dict, message: str) -> None:
+    with pytest.raises(InputError, match=message):
+        Propagation(**setup)

@@ -1,0 +1,488 @@
+"""DAVIS as a whole on small videos made here: files, scores, failures, and the command itself."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import cv2
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from flsl_d2.errors import InputError
+from flsl_d2.evaluation.davis import (
+    DavisRun,
+    Propagation,
+    Scores,
+    Statistics,
+    davis_palette,
+    evaluate_davis,
+    find_sequence,
+    frame_size,
+    read_indexed_png,
+    run_davis,
+    score_sequence,
+    segment_sequence,
+    write_indexed_png,
+)
+from flsl_d2.evaluation.davis.results import average
+from flsl_d2.modeling import FLSLViT
+
+HEIGHT, WIDTH = 96, 160
+COLOURS = ((40, 60, 200), (220, 60, 40), (60, 210, 80))  # background and two objects, RGB
+
+
+class ColourEncoder(nn.Module):
+    """Tokens are the mean colours of patches, so that objects of one colour are easy to follow."""
+
+    patch_size = 8
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.pos_embed = nn.Parameter(torch.zeros(1))
+        self.batches: list[int] = []
+
+    def forward_tokens(self, images: Tensor) -> Tensor:
+        self.batches.append(len(images))
+        return F.avg_pool2d(images, self.patch_size).flatten(2).transpose(1, 2)
+
+
+def tiny_encoder(patch_size: int = 8) -> FLSLViT:
+    torch.manual_seed(0)
+    return FLSLViT(
+        img_size=4 * patch_size, patch_size=patch_size, embed_dim=32, depth=2, num_heads=2
+    ).eval()
+
+
+def moving_masks(count: int, objects: int = 2) -> np.ndarray:
+    """(count, H, W) uint8: squares of 32 pixels that move by 2 and 1 pixels a frame."""
+    masks = np.zeros((count, HEIGHT, WIDTH), np.uint8)
+    for t in range(count):
+        for i in range(objects):
+            top, left = 8 + t, 16 + 80 * i + 2 * t
+            masks[t, top : top + 32, left : left + 32] = i + 1
+    return masks
+
+
+def write_sequence(
+    root: Path, name: str, masks: np.ndarray, frames: np.ndarray | None = None
+) -> None:
+    """In DAVIS's layout; frames are the masks in colours by default. Adds the name to val.txt."""
+    images = root / "JPEGImages" / "480p" / name
+    annotations = root / "Annotations" / "480p" / name
+    lists = root / "ImageSets" / "2017"
+    for folder in (images, annotations, lists):
+        folder.mkdir(parents=True, exist_ok=True)
+    if frames is None:
+        frames = np.array(COLOURS, np.uint8)[np.minimum(masks, len(COLOURS) - 1)]
+    for index, (frame, mask) in enumerate(zip(frames, masks, strict=True)):
+        cv2.imwrite(str(images / f"{index:05d}.jpg"), frame[..., ::-1])
+        write_indexed_png(annotations / f"{index:05d}.png", mask)
+    with (lists / "val.txt").open("a") as stream:
+        stream.write(f"{name}\n")
+
+
+def photo_frames(masks: np.ndarray) -> np.ndarray:
+    """Each object is a patch of noise that moves with its mask over a still background."""
+    rng = np.random.default_rng(0)
+    textures = [
+        cv2.GaussianBlur(rng.integers(0, 256, (HEIGHT, WIDTH, 3)).astype(np.uint8), (5, 5), 0)
+        for _ in range(3)
+    ]
+    frames = np.repeat(textures[0][None], len(masks), axis=0)
+    for t, mask in enumerate(masks):
+        for i in range(1, int(mask.max()) + 1):
+            moved = np.roll(textures[i], (t, 2 * t), (0, 1))
+            frames[t][mask == i] = moved[mask == i]
+    return frames
+
+
+@pytest.fixture
+def davis(tmp_path: Path) -> Path:
+    root = tmp_path / "DAVIS"
+    write_sequence(root, "squares", moving_masks(6))
+    write_sequence(root, "noise", moving_masks(5, 1), photo_frames(moving_masks(5, 1)))
+    return root
+
+
+def small_run(davis: Path, **changes) -> DavisRun:
+    settings = {"output": davis.parent / "out", "short_side": HEIGHT, "batch_size": 4}
+    return DavisRun(**({"root": davis} | settings | changes))
+
+
+# Sizes
+
+
+@pytest.mark.parametrize(
+    ("size", "short_side", "patch", "expected"),
+    [
+        ((480, 854), 480, 16, (480, 832)),
+        ((480, 854), 480, 8, (480, 832)),
+        ((480, 854), 480, 14, (476, 854)),
+        ((480, 910), 480, 16, (480, 896)),
+        ((854, 480), 480, 16, (832, 480)),
+        ((1080, 1920), 480, 16, (480, 832)),
+        ((480, 854), 224, 16, (224, 384)),
+        ((480, 480), 480, 16, (480, 480)),
+        ((480, 500), 100, 16, (96, 96)),
+    ],
+)
+def test_frame_sizes(
+    size: tuple[int, int], short_side: int, patch: int, expected: tuple[int, int]
+) -> None:
+    assert frame_size(size, short_side, patch) == expected
+
+
+def test_a_side_below_a_patch_is_refused_before_any_work(davis: Path) -> None:
+    with pytest.raises(InputError, match="less than a patch of 8"):
+        evaluate_davis(tiny_encoder(), small_run(davis, short_side=7))
+    assert not (davis.parent / "out").exists()
+
+
+# Results
+
+
+def test_objects_with_a_colour_of_their_own_are_followed(davis: Path) -> None:
+    results = evaluate_davis(ColourEncoder(), small_run(davis))
+    assert not results.failed
+    assert set(results.objects["squares"]) == {1, 2}
+    for scores in results.objects["squares"].values():
+        assert scores.region.mean > 0.75  # 8-pixel tokens cannot draw a 32-pixel square better
+        assert scores.region.recall == 1.0
+
+
+def test_what_is_reported_is_what_the_written_masks_score(davis: Path) -> None:
+    run = small_run(davis)
+    results = evaluate_davis(tiny_encoder(), run)
+    for name, objects in results.objects.items():
+        folder = run.output / "masks" / name
+        sequence = find_sequence(davis, "480p", name)
+        masks = [read_indexed_png(path) for path in sorted(folder.iterdir())]
+        assert score_sequence(sequence, masks) == objects
+        assert (masks[0] == read_indexed_png(sequence.masks[0])).all()
+
+
+def test_first_and_last_frame_do_not_count(davis: Path) -> None:
+    sequence = find_sequence(davis, "480p", "squares")
+    masks = list(moving_masks(6))
+    masks[0], masks[-1] = np.zeros_like(masks[0]), np.zeros_like(masks[0])
+    perfect = Statistics(1.0, 1.0, 0.0)
+    assert score_sequence(sequence, masks) == {i: Scores(perfect, perfect) for i in (1, 2)}
+    masks[1] = np.zeros_like(masks[0])
+    region = score_sequence(sequence, masks)[1].region
+    # Four frames count, 0, 1, 1, 1; the first quarter is two of them, the last one is two.
+    assert region == Statistics(0.75, 0.75, -0.5)
+
+
+def test_an_object_that_is_lost_or_swapped_scores_nothing(davis: Path) -> None:
+    sequence = find_sequence(davis, "480p", "squares")
+    swapped = np.array([0, 2, 1], np.uint8)[moving_masks(6)]
+    for masks in (list(swapped), [np.zeros((HEIGHT, WIDTH), np.uint8)] * 6):
+        for scores in score_sequence(sequence, masks).values():
+            assert (scores.region.mean, scores.both) == (0.0, scores.boundary.mean / 2)
+
+
+def test_overall_is_the_average_over_objects_not_sequences(davis: Path) -> None:
+    results = evaluate_davis(ColourEncoder(), small_run(davis))
+    every = [s for objects in results.objects.values() for s in objects.values()]
+    assert len(every) == 3
+    content = results.as_json()
+    expected = np.mean([s.region.mean for s in every])
+    assert content["overall"]["J"]["mean"] == pytest.approx(expected)
+    both = (content["overall"]["J"]["mean"] + content["overall"]["F"]["mean"]) / 2
+    assert content["overall"]["J&F"] == pytest.approx(both)
+    assert content["counts"] == {"objects": 3, "sequences": 2, "failed": 0}
+
+
+def test_average_of_known_scores() -> None:
+    one = Scores(Statistics(0.2, 0.0, 0.1), Statistics(0.4, 0.5, 0.0))
+    two = Scores(Statistics(0.8, 1.0, 0.3), Statistics(0.6, 0.5, -0.2))
+    mean = average([one, two])
+    assert mean.region == pytest.approx((0.5, 0.5, 0.2))
+    assert mean.boundary == pytest.approx((0.5, 0.5, -0.1))
+    assert mean.both == pytest.approx(0.5)
+
+
+@pytest.mark.parametrize("batch_size", [1, 2, 100])
+def test_the_batch_size_changes_nothing(davis: Path, batch_size: int) -> None:
+    expected = evaluate_davis(tiny_encoder(), small_run(davis)).objects
+    found = evaluate_davis(tiny_encoder(), small_run(davis, batch_size=batch_size)).objects
+    for name, objects in expected.items():
+        for index, scores in objects.items():
+            assert found[name][index].region == pytest.approx(scores.region, abs=1e-6)
+            assert found[name][index].boundary == pytest.approx(scores.boundary, abs=1e-6)
+
+
+def test_frames_are_encoded_in_batches(davis: Path) -> None:
+    encoder = ColourEncoder()
+    sequence = find_sequence(davis, "480p", "squares")
+    list(segment_sequence(encoder, sequence, short_side=HEIGHT, batch_size=4))
+    assert encoder.batches == [4, 2]
+
+
+@pytest.mark.parametrize("patch_size", [4, 14, 16])
+def test_any_patch_size(davis: Path, patch_size: int) -> None:
+    masks = list(
+        segment_sequence(
+            tiny_encoder(patch_size), find_sequence(davis, "480p", "squares"), short_side=HEIGHT
+        )
+    )
+    assert len(masks) == 6
+    assert all(mask.shape == (HEIGHT, WIDTH) and mask.dtype == np.uint8 for mask in masks)
+    assert set(np.unique(masks)) <= {0, 1, 2}
+
+
+def test_a_still_video_keeps_its_first_mask(tmp_path: Path) -> None:
+    """Every token's nearest neighbour is itself; only the rounding to tokens remains."""
+    mask = np.zeros((128, 192), np.uint8)  # sides that are not resized
+    mask[32:96, 64:128] = 1
+    texture = np.random.default_rng(0).integers(0, 256, (128, 192, 3)).astype(np.uint8)
+    write_sequence(tmp_path, "still", np.stack([mask] * 12), np.stack([texture] * 12))
+    masks = list(
+        segment_sequence(
+            tiny_encoder(),
+            find_sequence(tmp_path, "480p", "still"),
+            Propagation(top_k=1),
+            short_side=128,
+        )
+    )
+    for found in masks[1:]:
+        np.testing.assert_array_equal(found, masks[1])
+    assert (masks[1] == mask).mean() > 0.995
+
+
+def test_object_numbers_with_a_gap_and_void_pixels(tmp_path: Path) -> None:
+    masks = moving_masks(5)
+    frames = np.array(COLOURS, np.uint8)[masks]
+    masks[masks == 2] = 3
+    masks[:, -8:, -8:] = 255
+    write_sequence(tmp_path, "gap", masks, frames)
+    sequence = find_sequence(tmp_path, "480p", "gap")
+    found = list(segment_sequence(ColourEncoder(), sequence, short_side=HEIGHT))
+    assert set(np.unique(found)) == {0, 1, 3}
+    scores = score_sequence(sequence, found)
+    assert scores[3].region.mean > 0.75
+    # The benchmark counts the absent number as an object; absent in both masks, it is perfect.
+    assert scores[2].both == 1.0
+
+
+# Files
+
+
+def test_palette_starts_with_the_known_colours() -> None:
+    palette = davis_palette()
+    assert palette.shape == (256, 3)
+    known = [(0, 0, 0), (128, 0, 0), (0, 128, 0), (128, 128, 0), (0, 0, 128), (128, 0, 128)]
+    assert [tuple(row) for row in palette[:6].tolist()] == known
+    assert palette[8].tolist() == [64, 0, 0]
+    assert palette[255].tolist() == [224, 224, 192]
+    assert len({tuple(row) for row in palette.tolist()}) == 256
+
+
+def test_masks_are_as_the_server_wants_them(davis: Path) -> None:
+    run = small_run(davis)
+    evaluate_davis(tiny_encoder(), run)
+    assert sorted(p.name for p in (run.output / "masks").iterdir()) == ["noise", "squares"]
+    paths = sorted((run.output / "masks" / "squares").iterdir())
+    assert [path.name for path in paths] == [f"{i:05d}.png" for i in range(6)]
+    for path in paths:
+        header = path.read_bytes()[:26]
+        assert header[24:26] == bytes([8, 3])  # PNG: 8 bits a pixel, indexed colour
+        with Image.open(path) as image:
+            assert (image.mode, image.size) == ("P", (WIDTH, HEIGHT))
+            assert image.getpalette() == davis_palette().ravel().tolist()
+
+
+def test_masks_alone_need_the_first_annotation_alone(davis: Path) -> None:
+    for path in (davis / "Annotations").rglob("*.png"):
+        if path.name != "00000.png":
+            path.unlink()
+    run = small_run(davis, score=False)
+    results = evaluate_davis(tiny_encoder(), run)
+    assert results.overall() is None
+    assert not results.failed
+    assert len(list((run.output / "masks" / "squares").iterdir())) == 6
+    assert "not scored" in results.table()
+    json.dumps(results.as_json())
+
+
+# Failures
+
+
+def break_sequence(root: Path, how: str) -> None:
+    frames, masks = (root / kind / "480p" / "squares" for kind in ("JPEGImages", "Annotations"))
+    small = np.zeros((HEIGHT // 2, WIDTH), np.uint8)
+    if how == "missing frame":
+        (frames / "00003.jpg").unlink()
+    elif how == "missing frame and mask":
+        (frames / "00003.jpg").unlink()
+        (masks / "00003.png").unlink()
+    elif how == "missing last frame":
+        (frames / "00005.jpg").unlink()
+    elif how == "missing first mask":
+        (masks / "00000.png").unlink()
+    elif how == "missing masks":
+        for index in (2, 3, 4):
+            (masks / f"0000{index}.png").unlink()
+    elif how == "small mask":
+        write_indexed_png(masks / "00002.png", small)
+    elif how == "small frame":
+        cv2.imwrite(str(frames / "00004.jpg"), np.repeat(small[..., None], 3, 2))
+    elif how == "no folder":
+        for path in frames.iterdir():
+            path.unlink()
+        frames.rmdir()
+    elif how == "not an image":
+        (frames / "00001.jpg").write_bytes(b"no picture")
+    elif how == "truncated mask":
+        path = masks / "00002.png"
+        path.write_bytes(path.read_bytes()[:-30])
+    elif how == "truncated frame":
+        path = frames / "00002.jpg"
+        path.write_bytes(path.read_bytes()[:-200])
+    elif how == "colour mask":
+        Image.new("RGB", (WIDTH, HEIGHT)).save(masks / "00002.png")
+    elif how == "empty first mask":
+        write_indexed_png(masks / "00000.png", np.zeros((HEIGHT, WIDTH), np.uint8))
+    elif how == "two frames":
+        for index in (2, 3, 4, 5):
+            (masks / f"0000{index}.png").unlink()
+            (frames / f"0000{index}.jpg").unlink()
+
+
+FAILURES = {
+    "missing frame": r"00003\.jpg is missing in",
+    "missing frame and mask": r"00003\.jpg is missing in",
+    "missing last frame": r"00005\.jpg is missing, though '.*00005\.png' is there",
+    "missing first mask": r"00000\.png is missing in",
+    "missing masks": r"00002\.png and 2 more are missing in",
+    "small mask": r"00002\.png' has 48 x 160 pixels, but the first frame has 96 x 160",
+    "small frame": r"00004\.jpg' has 48 x 160 pixels",
+    "no folder": "holds no frames",
+    "not an image": r"00001\.jpg' cannot be read",
+    "truncated mask": r"mask '.*00002\.png' cannot be read",
+    "truncated frame": r"frame '.*00002\.jpg' cannot be decoded",
+    "colour mask": r"00002\.png' has pixels of mode RGB",
+    "empty first mask": r"00000\.png' has no object",
+    "two frames": "the first and the last do not count",
+}
+
+
+@pytest.mark.parametrize("how", FAILURES)
+def test_a_broken_sequence_fails_alone_and_says_why(davis: Path, how: str) -> None:
+    run = small_run(davis)
+    evaluate_davis(tiny_encoder(), run)
+    break_sequence(davis, how)
+    results = evaluate_davis(tiny_encoder(), run)
+    assert set(results.objects) == {"noise"}
+    with pytest.raises(InputError, match=FAILURES[how]):
+        raise InputError(results.failed["squares"])
+    if how not in ("truncated mask", "colour mask"):  # found when scored; the masks are good
+        assert not (run.output / "masks" / "squares").exists()
+    row = next(line for line in results.table().splitlines() if line.startswith("squares"))
+    assert "failed: " in row
+    assert "1 of 2 sequences count." in results.table()
+
+
+def test_numbers_that_rise_by_more_than_one_are_no_gap(tmp_path: Path) -> None:
+    write_sequence(tmp_path, "fives", moving_masks(4))
+    for kind in ("JPEGImages", "Annotations"):
+        paths = sorted((tmp_path / kind / "480p" / "fives").iterdir(), reverse=True)
+        for path in paths:
+            path.rename(path.with_stem(f"{5 * int(path.stem):05d}"))
+    assert len(find_sequence(tmp_path, "480p", "fives").frames) == 4
+    for kind, ending in (("JPEGImages", "jpg"), ("Annotations", "png")):
+        (tmp_path / kind / "480p" / "fives" / f"00005.{ending}").unlink()
+    with pytest.raises(InputError, match=r"00005\.jpg is missing"):
+        find_sequence(tmp_path, "480p", "fives")
+
+
+def test_weights_that_give_no_numbers(davis: Path) -> None:
+    encoder = tiny_encoder()
+    encoder.final_norm.weight.data.fill_(float("nan"))
+    results = evaluate_davis(encoder, small_run(davis))
+    assert set(results.failed) == {"squares", "noise"}
+    assert "not finite" in results.failed["noise"]
+    assert results.as_json()["overall"] is None
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"split": "test-dev"}, r"splits that are there: val\."),
+        ({"year": "2016"}, "has no folder ImageSets/2016"),
+        ({"resolution": "Full-Resolution"}, "has no folder JPEGImages/Full-Resolution"),
+        ({"root": Path("nowhere")}, "'nowhere' has no folder"),
+    ],
+)
+def test_a_split_that_is_not_there(davis: Path, changes: dict, message: str) -> None:
+    with pytest.raises(InputError, match=message):
+        run_davis(small_run(davis, **changes), "random", "cpu")
+
+
+@pytest.mark.parametrize("line", ["../outside", "/JPEGImages/480p/a/00000.jpg b.png", ".."])
+def test_lists_that_name_no_folders(davis: Path, line: str) -> None:
+    (davis / "ImageSets" / "2017" / "val.txt").write_text(f"squares\n{line}\n")
+    with pytest.raises(InputError, match="no name of a folder"):
+        evaluate_davis(tiny_encoder(), small_run(davis))
+
+
+def test_names_are_taken_once_and_blank_lines_left_out(davis: Path) -> None:
+    (davis / "ImageSets" / "2017" / "val.txt").write_text("\nsquares\r\n\nsquares\n")
+    assert list(evaluate_davis(tiny_encoder(), small_run(davis)).objects) == ["squares"]
+
+
+def test_devices_that_do_not_exist(davis: Path) -> None:
+    for device in ("gpu", "cuda:99"):
+        if device.startswith("cuda") and torch.cuda.is_available():
+            continue
+        with pytest.raises(InputError, match="device"):
+            run_davis(small_run(davis), "random", device)
+
+
+def test_a_batch_needs_a_frame(davis: Path) -> None:
+    with pytest.raises(InputError, match="batch size is 0"):
+        small_run(davis, batch_size=0)
+
+
+# The command
+
+
+def test_the_command_writes_what_counts_and_ends_with_2_if_a_sequence_failed(
+    davis: Path, tmp_path: Path
+) -> None:
+    encoder = tiny_encoder()
+    weights = tmp_path / "encoder.pth"
+    torch.save(
+        {"model": encoder.state_dict(), "encoder": encoder.architecture, "format": ""}, weights
+    )
+    tool = Path(__file__).parents[2] / "tools" / "eval_davis.py"
+    command = [sys.executable, str(tool), "--weights", str(weights), "--davis-root", str(davis)]
+    command += ["--output", str(tmp_path / "out"), "--short-side", str(HEIGHT), "--device", "cpu"]
+    command += ["--json", str(tmp_path / "deep" / "davis.json"), "--radius", "3", "--top-k", "2"]
+    (davis / "JPEGImages" / "480p" / "noise" / "00002.jpg").unlink()
+
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 2
+    assert "Traceback" not in done.stderr
+    assert "error: 1 of 2 sequences failed (noise)" in done.stderr
+    assert "squares (1 of 1)" in done.stderr  # progress
+    assert "overall" in done.stdout
+    assert "noise    failed: 00002.jpg is missing" in done.stdout
+
+    content = json.loads((tmp_path / "deep" / "davis.json").read_text())
+    assert content["settings"]["propagation"]["radius"] == 3
+    assert content["settings"]["encoder"]["patch_size"] == 8
+    assert list(content["failed"]) == ["noise"]
+    run = small_run(davis, propagation=Propagation(radius=3, top_k=2))
+    expected = evaluate_davis(encoder, run).as_json()
+    assert content["counts"] == {"objects": 2, "sequences": 1, "failed": 1}
+    for measure in ("J", "F"):
+        assert content["overall"][measure] == pytest.approx(expected["overall"][measure])
+    assert len(list((tmp_path / "out" / "masks" / "squares").iterdir())) == 6
