@@ -1,8 +1,9 @@
 """COCO 2017, shorter side 480 to 800 in training and 800 in evaluation, longest side 1333.
 
-Other data: register it (flsl_d2.data.register_coco_format) or use a name that is known, and set
-``dataloader.train.dataset.names=NAME dataloader.test.dataset.names=NAME
-model.roi_heads.num_classes=NUMBER``.
+Other data in COCO format, by its files; the model's number of classes follows them:
+``dataloader.train.dataset.json_file=FILE dataloader.train.dataset.image_root=FOLDER`` and the same
+for ``dataloader.test``. Or by a name that is registered: ``dataloader.train.dataset.names=NAME
+dataloader.test.dataset.names=NAME model.roi_heads.num_classes=NUMBER``.
 """
 
 import detectron2.data.transforms as T
@@ -11,16 +12,21 @@ from detectron2.data import (
     DatasetMapper,
     build_detection_test_loader,
     build_detection_train_loader,
-    get_detection_dataset_dicts,
 )
 from detectron2.evaluation import COCOEvaluator
 from omegaconf import OmegaConf
 
+from flsl_d2.data.file_pairs import detection_records
+
 dataloader = OmegaConf.create(
     dict(
         train=L(build_detection_train_loader)(
-            # A name or a list of names.
-            dataset=L(get_detection_dataset_dicts)(names="coco_2017_train"),
+            dataset=L(detection_records)(
+                # A name or a list of names; instead of a name, the files in COCO format.
+                names="coco_2017_train",
+                json_file="",
+                image_root="",
+            ),
             mapper=L(DatasetMapper)(
                 is_train=True,
                 augmentations=[
@@ -42,7 +48,9 @@ dataloader = OmegaConf.create(
             num_workers=4,
         ),
         test=L(build_detection_test_loader)(
-            dataset=L(get_detection_dataset_dicts)(names="coco_2017_val", filter_empty=False),
+            dataset=L(detection_records)(
+                names="coco_2017_val", json_file="", image_root="", filter_empty=False
+            ),
             mapper=L(DatasetMapper)(
                 is_train=False,
                 augmentations=[L(T.ResizeShortestEdge)(short_edge_length=800, max_size=1333)],

@@ -13,11 +13,16 @@ from detectron2.utils.file_io import PathManager
 from torch import nn
 
 from flsl_d2.data import check_registered_dataset
+from flsl_d2.data.label_images import check_label_images
+from flsl_d2.data.lvis import check_lvis_dataset
 from flsl_d2.errors import InputError
 
 __all__ = ["check_batch", "check_datasets", "describe_model", "mixed_precision", "names_of"]
 
 logger = logging.getLogger(__name__)
+
+# What is checked of data sets that are not in COCO's format, by Detectron2's kind of evaluator.
+_OTHER_CHECKS = {"lvis": check_lvis_dataset, "sem_seg": check_label_images}
 
 
 def names_of(names: str | Iterable[str]) -> list[str]:
@@ -49,6 +54,9 @@ def check_datasets(
     if comm.is_main_process():
         for name in dict.fromkeys([*train, *test]):
             check_registered_dataset(name, need_annotations=name in train)
+            other_check = _OTHER_CHECKS.get(MetadataCatalog.get(name).get("evaluator_type"))
+            if other_check:
+                other_check(name)
             categories, without_mask = _facts(name)
             if num_classes is not None and categories and len(categories) != num_classes:
                 some = ", ".join(categories[:3]) + (", ..." if len(categories) > 3 else "")
@@ -109,6 +117,8 @@ def _facts(name: str) -> tuple[list[str], int]:
     The built-in data sets have their categories in the metadata, and masks; others are read.
     """
     metadata = MetadataCatalog.get(name)
+    if metadata.get("evaluator_type") == "sem_seg":
+        return list(metadata.stuff_classes), 0
     known = metadata.get("thing_classes")
     json_file = metadata.get("json_file")
     if known or not json_file:

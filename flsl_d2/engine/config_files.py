@@ -18,6 +18,7 @@ from detectron2.config import CfgNode, LazyConfig, get_cfg
 from omegaconf import DictConfig
 
 from flsl_d2.engine.overrides import apply_lazy_overrides, unknown_keys_error
+from flsl_d2.engine.own_data import add_own_data_config
 from flsl_d2.engine.solver import add_solver_config
 from flsl_d2.errors import InputError
 from flsl_d2.model_zoo import configs_folder
@@ -110,6 +111,7 @@ def load_yaml_config(path: str, overrides: Sequence[str] = ()) -> CfgNode:
     cfg = get_cfg()
     add_flsl_config(cfg)
     add_solver_config(cfg)
+    add_own_data_config(cfg)
     try:
         loaded = dict(CfgNode.load_yaml_with_base(path, allow_unsafe=False))
     except (yaml.YAMLError, AssertionError, OSError, TypeError, ValueError) as error:

@@ -22,6 +22,7 @@ from flsl_d2.engine.checks import (
     names_of,
 )
 from flsl_d2.engine.launch import wrap_ddp
+from flsl_d2.engine.own_data import num_classes_key, use_own_data
 from flsl_d2.engine.run_setup import seed_run, start_run
 from flsl_d2.engine.weights import load_for_evaluation, resume_or_start
 from flsl_d2.errors import InputError
@@ -53,13 +54,15 @@ def run_lazy_detection(cfg: DictConfig, resume: bool, eval_only: bool) -> dict[s
     """
     seed = OmegaConf.select(cfg, "train.seed", default=-1)
     start_run(cfg, cfg.train.output_dir, "train.output_dir", seed)
+    use_own_data(cfg, eval_only)
     test = OmegaConf.select(cfg, "dataloader.test.dataset.names")
     train = [] if eval_only else names_of(cfg.dataloader.train.dataset.names)
+    classes = num_classes_key(cfg)
     check_datasets(
         train,
         names_of(test) if test else [],
-        OmegaConf.select(cfg, "model.roi_heads.num_classes"),
-        "model.roi_heads.num_classes=",
+        OmegaConf.select(cfg, classes) if classes else None,
+        f"{classes}=",
         _MASKS_OFF if OmegaConf.select(cfg, "model.roi_heads.mask_in_features") else "",
     )
     model = _build_model(cfg)

@@ -16,14 +16,12 @@ from torch import nn
 from flsl_d2.checkpoint import FLSLCheckpointer
 from flsl_d2.engine.checks import check_batch, check_datasets, describe_model, mixed_precision
 from flsl_d2.engine.launch import wrap_ddp
+from flsl_d2.engine.own_data import num_classes_yaml, use_own_data_yaml
 from flsl_d2.engine.run_setup import seed_run, start_run
 from flsl_d2.engine.solver import build_yaml_optimizer
 from flsl_d2.engine.weights import load_for_evaluation, resume_or_start
 
 __all__ = ["DetectionTrainer", "run_yaml_detection"]
-
-# Where an architecture's config has its number of classes.
-_HEADS = {"GeneralizedRCNN": "ROI_HEADS", "RetinaNet": "RETINANET"}
 
 
 class DetectionTrainer(DefaultTrainer):
@@ -86,11 +84,13 @@ def run_yaml_detection(cfg: CfgNode, resume: bool, eval_only: bool) -> dict[str,
         InputError: the config, data or weights cannot be used.
     """
     start_run(cfg, cfg.OUTPUT_DIR, "OUTPUT_DIR", cfg.SEED)
+    use_own_data_yaml(cfg, eval_only)
+    classes, num_classes = num_classes_yaml(cfg)
     check_datasets(
         [] if eval_only else cfg.DATASETS.TRAIN,
         cfg.DATASETS.TEST,
-        _num_classes(cfg),
-        f"MODEL.{_HEADS.get(cfg.MODEL.META_ARCHITECTURE)}.NUM_CLASSES ",
+        num_classes,
+        f"{classes} ",
         "MODEL.MASK_ON False" if cfg.MODEL.MASK_ON else "",
     )
     if eval_only:
@@ -103,8 +103,3 @@ def run_yaml_detection(cfg: CfgNode, resume: bool, eval_only: bool) -> dict[str,
     trainer.resume_or_load(resume)
     trainer.train()
     return None
-
-
-def _num_classes(cfg: CfgNode) -> int | None:
-    node = cfg.MODEL.get(_HEADS.get(cfg.MODEL.META_ARCHITECTURE, ""), {})
-    return node.get("NUM_CLASSES")

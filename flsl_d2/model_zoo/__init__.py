@@ -57,10 +57,12 @@ def get_config(name: str) -> DictConfig | CfgNode:
     path = get_config_file(name)
     if path.endswith(".py"):
         return LazyConfig.load(path)
+    from flsl_d2.engine.own_data import add_own_data_config
     from flsl_d2.engine.solver import add_solver_config
 
     cfg = get_cfg()
     add_flsl_config(cfg)
     add_solver_config(cfg)
+    add_own_data_config(cfg)
     cfg.merge_from_file(path)
     return cfg
