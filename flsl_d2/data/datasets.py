@@ -16,6 +16,11 @@ _BUILTIN = {
     "pennfudan_val": ("pennfudan/annotations/instances_val.json", "pennfudan/images"),
     "flsl_scenes_train": ("flsl_scenes/annotations/instances_train.json", "flsl_scenes/train"),
     "flsl_scenes_val": ("flsl_scenes/annotations/instances_val.json", "flsl_scenes/val"),
+    "uavdt_train": ("uavdt/annotations/instances_train.json", "uavdt/UAV-benchmark-M"),
+    "uavdt_test": ("uavdt/annotations/instances_test.json", "uavdt/UAV-benchmark-M"),
+    # Version 2, whose file names begin with images/v1/patch0.
+    "objects365_train": ("objects365/annotations/zhiyuan_objv2_train.json", "objects365/train"),
+    "objects365_val": ("objects365/annotations/zhiyuan_objv2_val.json", "objects365/val"),
 }
 
 

@@ -1,0 +1,155 @@
+"""AP of vehicles on UAVDT (arXiv 1804.00518): PASCAL's AP at IoU 0.7, with ignored regions."""
+
+from __future__ import annotations
+
+import itertools
+import logging
+from collections import OrderedDict, defaultdict
+from typing import Any
+
+import numpy as np
+import torch
+from detectron2.data import MetadataCatalog
+from detectron2.evaluation import DatasetEvaluator
+from detectron2.evaluation.pascal_voc_evaluation import voc_ap
+from detectron2.structures import Boxes, pairwise_ioa, pairwise_iou
+from detectron2.utils import comm
+from pycocotools.coco import COCO
+
+__all__ = ["UAVDTEvaluator", "average_precision"]
+
+logger = logging.getLogger(__name__)
+
+# Share of a detection that lies in one ignored region, above which it counts neither way.
+MAX_IGNORED_SHARE = 0.5
+
+
+def average_precision(
+    detections: dict[Any, tuple[np.ndarray, np.ndarray]],
+    truth: dict[Any, np.ndarray],
+    iou_threshold: float,
+) -> float:
+    """PASCAL VOC's average precision (2010 and later: the area under the precision envelope).
+
+    By falling score, a detection is right if the box it overlaps most, in its image, overlaps by
+    the threshold and was not found before; a second detection of a box is wrong.
+
+    Args:
+        detections: image to (boxes (N, 4) as x0 y0 x1 y1, scores (N,)).
+        truth: image to boxes (M, 4).
+        iou_threshold: least intersection over union.
+
+    Returns:
+        AP in percent; nan where there are no boxes to find.
+    """
+    total = sum(len(boxes) for boxes in truth.values())
+    if not total:
+        return float("nan")
+    scores, right = [], []
+    for image, (boxes, image_scores) in detections.items():
+        order = np.argsort(-image_scores, kind="stable")
+        scores.append(image_scores[order])
+        right.append(_right(boxes[order], truth.get(image, np.zeros((0, 4))), iou_threshold))
+    if not scores:
+        return 0.0
+    order = np.argsort(-np.concatenate(scores), kind="stable")
+    found = np.cumsum(np.concatenate(right)[order])
+    precision = found / np.arange(1, len(found) + 1)
+    return 100 * float(voc_ap(found / total, precision))
+
+
+def _right(boxes: np.ndarray, truth: np.ndarray, iou_threshold: float) -> np.ndarray:
+    """Which boxes of one image, in the order of their scores, find an object: (N,) bool."""
+    right = np.zeros(len(boxes), bool)
+    if not len(truth) or not len(boxes):
+        return right
+    best, index = pairwise_iou(_boxes(boxes), _boxes(truth)).max(dim=1)
+    taken: set[int] = set()
+    for i, (overlap, match) in enumerate(zip(best.tolist(), index.tolist(), strict=True)):
+        if overlap >= iou_threshold and match not in taken:
+            taken.add(match)
+            right[i] = True
+    return right
+
+
+def _boxes(array: np.ndarray) -> Boxes:
+    return Boxes(torch.as_tensor(array, dtype=torch.float64).reshape(-1, 4))
+
+
+class UAVDTEvaluator(DatasetEvaluator):
+    """Vehicles found on UAVDT.
+
+    A detection that lies in an ignored region by more than half is left out. ``AP70``, the
+    benchmark's threshold, and ``AP50``, PASCAL's, take car, truck and bus as one class;
+    ``AP70-car`` and so on are those of the classes, ``mAP70`` and ``mAP50`` their means. Ignored
+    regions are the annotations with ``iscrowd``, as ``tools/convert_uavdt.py`` writes them. The
+    benchmark's own MATLAB toolkit was not available to compare with.
+
+    Args:
+        dataset_name: in COCO format, by UAVDT's converter.
+    """
+
+    def __init__(self, dataset_name: str) -> None:
+        metadata = MetadataCatalog.get(dataset_name)
+        coco = COCO(metadata.json_file)
+        numbers = {category: i for i, category in enumerate(sorted(coco.cats))}
+        self._classes = [coco.cats[category]["name"] for category in sorted(coco.cats)]
+        self._truth: dict[int, list[list[float]]] = defaultdict(list)
+        self._truth_classes: dict[int, list[int]] = defaultdict(list)
+        self._ignored: dict[int, list[list[float]]] = defaultdict(list)
+        for annotation in coco.dataset["annotations"]:
+            image = annotation["image_id"]
+            left, top, width, height = annotation["bbox"]
+            box = [left, top, left + width, top + height]
+            if annotation["iscrowd"]:
+                self._ignored[image].append(box)
+            else:
+                self._truth[image].append(box)
+                self._truth_classes[image].append(numbers[annotation["category_id"]])
+        self.reset()
+
+    def reset(self) -> None:
+        """Forget all detections."""
+        self._detections: list[tuple[int, np.ndarray, np.ndarray, np.ndarray]] = []
+
+    def process(self, inputs: list[dict], outputs: list[dict]) -> None:
+        """Keep the detections of a batch."""
+        for image, output in zip(inputs, outputs, strict=True):
+            instances = output["instances"].to("cpu")
+            boxes, keep = instances.pred_boxes, slice(None)
+            ignored = self._ignored.get(image["image_id"])
+            if ignored and len(instances):
+                share = pairwise_ioa(_boxes(np.array(ignored)), _boxes(boxes.tensor.numpy()))
+                keep = (share.max(dim=0).values <= MAX_IGNORED_SHARE).numpy()
+            values = (boxes.tensor, instances.scores, instances.pred_classes)
+            self._detections.append((image["image_id"], *(v.numpy()[keep] for v in values)))
+
+    def evaluate(self) -> dict[str, dict[str, float]] | None:
+        """The scores on the first rank, in percent."""
+        gathered = comm.gather(self._detections, dst=0)
+        if not comm.is_main_process():
+            return None
+        detections = list(itertools.chain(*gathered))
+        results = {}
+        for threshold in (0.7, 0.5):
+            name = f"AP{threshold * 100:.0f}"
+            results[name] = self._ap(detections, threshold)
+            by_class = [self._ap(detections, threshold, k) for k in range(len(self._classes))]
+            seen = [ap for ap in by_class if not np.isnan(ap)]
+            results[f"m{name}"] = float(np.mean(seen)) if seen else float("nan")
+            results.update(
+                {f"{name}-{c}": ap for c, ap in zip(self._classes, by_class, strict=True)}
+            )
+        logger.info("UAVDT: %s", ", ".join(f"{k} {v:.2f}" for k, v in results.items()))
+        return OrderedDict(uavdt=results)
+
+    def _ap(self, detections: list, threshold: float, of_class: int | None = None) -> float:
+        """AP of one class, or of all as one, among the images that were seen."""
+        found, truth = {}, {}
+        for image, boxes, scores, classes in detections:
+            mine = np.ones(len(boxes), bool) if of_class is None else classes == of_class
+            found[image] = boxes[mine], scores[mine]
+            theirs = np.array(self._truth_classes[image], int)
+            wanted = np.ones(len(theirs), bool) if of_class is None else theirs == of_class
+            truth[image] = np.array(self._truth[image], float).reshape(-1, 4)[wanted]
+        return average_precision(found, truth, threshold)

@@ -1,0 +1,37 @@
+#!/usr/bin/env python
+"""Write UAVDT's annotations in COCO format, once, before training or evaluating on it."""
+
+import argparse
+import logging
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from flsl_d2.data.uavdt import convert_uavdt
+from flsl_d2.engine.command_line import run_tool
+
+EXAMPLE = """example:
+  tools/convert_uavdt.py --root datasets/uavdt
+
+The folder holds UAV-benchmark-M, UAV-benchmark-MOTD_v1.0 and M_attr as they are unpacked. Written
+are annotations/instances_train.json and annotations/instances_test.json, the data sets uavdt_train
+and uavdt_test where the folder is $DETECTRON2_DATASETS/uavdt."""
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__,
+        epilog=EXAMPLE,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    parser.add_argument(
+        "--root", metavar="FOLDER", help="of UAVDT (default: $DETECTRON2_DATASETS/uavdt)"
+    )
+    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    run_tool(convert_uavdt, parser.parse_args().root)
+
+
+if __name__ == "__main__":
+    main()
