@@ -28,6 +28,10 @@ _FORMATS = ("JPEG", "PNG", "GIF", "BMP", "TIFF", "WEBP", "PPM")
 _ORIENTATION = 0x0112  # EXIF tag
 logger = logging.getLogger("pretrain")
 
+# Of files that are odd and still readable. Not around each call: entering catch_warnings makes
+# Python forget which other warnings it has shown already.
+warnings.filterwarnings("ignore", module=r"PIL\.")
+
 
 def find_images(root: str | Path) -> list[str]:
     """All image files below a folder, sorted: ImageNet's layout or any other tree.
@@ -114,10 +118,7 @@ def read_rgb(path: str, max_pixels: int = MAX_PIXELS) -> np.ndarray:
         OSError: not readable, not an image, or one that lacks a part; the text is the reason.
     """
     try:
-        data = _read_bytes(path, max_pixels)
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # Pillow's, of files that are odd and still readable
-            return _decode(data, max_pixels)
+        return _decode(_read_bytes(path, max_pixels), max_pixels)
     except Exception as error:
         # Decoders answer broken bytes with nearly any exception: ValueError, SyntaxError,
         # struct.error, MemoryError of a size that is wrong...
@@ -158,13 +159,13 @@ def _decode(data: bytes, max_pixels: int) -> np.ndarray:
 
 
 def _decode_jpeg(data: bytes) -> np.ndarray | None:
-    """The fast path; None leaves a file to Pillow, which refuses truncated ones as well."""
+    """The fast path; None leaves what is odd, and not known to be damaged, to Pillow."""
     try:
         return simplejpeg.decode_jpeg(data, "RGB")
     except ValueError as error:
-        # libjpeg makes something up for what is lost and only warns; most decoders keep silent.
-        # Superfluous bytes are another matter: nothing is lost.
-        if "Corrupt" in str(error) and "extraneous" not in str(error):
+        # libjpeg makes up what is lost and only warns; most decoders, Pillow too, keep it silent.
+        # Superfluous bytes are among it: they are what remains where others were overwritten.
+        if str(error).startswith(("Corrupt", "Premature")):
             raise
         return None
 
