@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import cv2
 import numpy as np
@@ -13,6 +14,12 @@ from torch import Tensor
 from torch.utils.data import Dataset, Sampler, get_worker_info
 
 from flsl_d2.errors import InputError
+from pretrain.device_views import (
+    AugmentationBatch,
+    augment_batch,
+    crop_batch,
+    stack_augmentations,
+)
 from pretrain.images import (
     MAX_PIXELS,
     MAX_PIXELS_LIMIT,
@@ -44,17 +51,47 @@ class Batch:
     """One rank's share of a step.
 
     Attributes:
-        views: uint8 (B, 3, S, S), the teacher's first.
+        views: uint8 (B, 3, S, S), the teacher's first; as far as the workers made them, see
+            :class:`pretrain.views.Views`.
         queries: for every student view (B, N) bool, True = query.
         failed: files that could not be read and were replaced by other images; each the name as
             printable text, a tab and the reason.
         crops: the views before augmentation, where they are kept; else empty.
+        augmentations: of each view, where they are left to the device; else empty.
+        boxes: (B, 4) of each student view, where the crops are left to the device; else empty.
+        sizes: side in pixels of each student view.
     """
 
     views: list[Tensor]
     queries: list[Tensor]
     failed: list[str]
     crops: list[Tensor] = field(default_factory=list)
+    augmentations: list[AugmentationBatch] = field(default_factory=list)
+    boxes: list[np.ndarray] = field(default_factory=list)
+    sizes: list[int] = field(default_factory=list)
+
+    def pin_memory(self) -> Batch:
+        """What PyTorch's loader calls so that copies to the GPU need not wait."""
+        for tensors in (self.views, self.queries, self.crops):
+            tensors[:] = [tensor.pin_memory() for tensor in tensors]
+        return self
+
+    def views_on(self, device: torch.device) -> tuple[list[Tensor], list[Tensor]]:
+        """All views on a device, finished there, and the crops, if kept or made there.
+
+        Returns:
+            Views (B, 3, S, S) in 0 to 255, the teacher's first; and the same before augmentation.
+        """
+        views = [view.to(device, non_blocking=True) for view in self.views]
+        crops = [crop.to(device, non_blocking=True) for crop in self.crops]
+        if self.boxes:
+            boxes = [torch.from_numpy(box).to(device, non_blocking=True) for box in self.boxes]
+            cut = zip(boxes, self.sizes, strict=True)
+            views += [crop_batch(views[0], box, size) for box, size in cut]
+        if self.augmentations:
+            crops = views
+            views = list(map(augment_batch, crops, self.augmentations))
+        return views, crops
 
 
 class PretrainDataset(Dataset):
@@ -223,8 +260,11 @@ def build_pretrain_loader(
 def _collate(samples: list[tuple[Views, list[str]]]) -> Batch:
     views, failed = zip(*samples, strict=True)
 
+    def by_view(samples: Iterable[list[Any]]) -> Iterator[tuple[Any, ...]]:
+        return zip(*samples, strict=True)
+
     def stacked(tensors: Iterable[list[Tensor]]) -> list[Tensor]:
-        return [handed_over(torch.stack(of_one)) for of_one in zip(*tensors, strict=True)]
+        return [handed_over(torch.stack(of_one)) for of_one in by_view(tensors)]
 
     def handed_over(batch: Tensor) -> Tensor:
         # Left to the queue's own thread, a shared memory that is full would lose the batch with a
@@ -236,6 +276,9 @@ def _collate(samples: list[tuple[Views, list[str]]]) -> Batch:
         stacked(sample.queries for sample in views),
         [name for names in failed for name in names],
         stacked(sample.crops for sample in views),
+        [stack_augmentations(of_one) for of_one in by_view(v.augmentations for v in views)],
+        [np.array(of_one) for of_one in by_view(v.boxes for v in views)],
+        views[0].sizes,
     )
 
 

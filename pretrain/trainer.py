@@ -104,9 +104,8 @@ class PretrainTrainer(SimpleTrainer):
         )
 
     def _forward(self, batch: Batch, values: StepValues) -> dict[str, Tensor]:
-        views = [view.to(self.device, non_blocking=True) for view in batch.views]
+        views, crops = batch.views_on(self.device)
         masks = [mask.to(self.device, non_blocking=True) for mask in batch.queries]
-        crops = [crop.to(self.device, non_blocking=True) for crop in batch.crops]
         mixed = torch.autocast(self.device.type, self.dtype) if self.dtype else nullcontext()
         with mixed:
             losses, self.monitored = self.model(views, masks, values, crops)

@@ -1,4 +1,4 @@
-"""The views of one image: nested crops, their augmentation, and which tokens are queries.
+"""The views of one image: nested crops, and which of their tokens are queries.
 
 Everything random comes from one ``numpy.random.Generator`` per image, so a view depends on the
 seed, the epoch and the image alone, not on workers, their number, or where a run was resumed.
@@ -7,19 +7,22 @@ seed, the epoch and the image alone, not on workers, their number, or where a ru
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 
-import cv2
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from flsl_d2.errors import InputError
+from pretrain.augmentation import Augmentation, apply_augmentation, draw_augmentation
 
-__all__ = ["NestedViews", "Views", "augment", "crop_box", "pooled_queries", "resized_crop"]
+__all__ = ["DEVICE_WORK", "NestedViews", "Views", "crop_box", "pooled_queries", "resized_crop"]
 
 ASPECT_RATIOS = (3 / 4, 4 / 3)
+# What is left to the training device: nothing, the augmentation, or that and the student's crops.
+DEVICE_WORK = ("nothing", "augmentation", "crops")
 
 
 @dataclass
@@ -27,14 +30,23 @@ class Views:
     """What one image becomes.
 
     Attributes:
-        images: uint8 (3, S, S) RGB, the teacher's view first, then the student's.
+        images: uint8 (3, S, S) RGB, the teacher's view first, then the student's. Where the
+            augmentation is left to the device, they are not augmented; where the crops are, the
+            teacher's is the only one.
         queries: for every student view (N,) bool over its tokens, True = query.
         crops: like ``images`` before augmentation, where they are kept; else empty.
+        augmentations: of each view, where they are left to the device; else empty.
+        boxes: for every student view its place in the teacher's view (top, left, height, width),
+            where the crops are left to the device; else empty.
+        sizes: side of every student view in pixels.
     """
 
     images: list[Tensor]
     queries: list[Tensor]
     crops: list[Tensor] = field(default_factory=list)
+    augmentations: list[Augmentation] = field(default_factory=list)
+    boxes: list[tuple[int, int, int, int]] = field(default_factory=list)
+    sizes: list[int] = field(default_factory=list)
 
 
 def crop_box(
@@ -103,57 +115,6 @@ def pooled_queries(rng: np.random.Generator, grid: int, window: int, random: boo
     return mask.reshape(-1)
 
 
-def augment(rng: np.random.Generator, image: np.ndarray) -> np.ndarray:
-    """FLSL's photometric augmentation of one view (method of BYOL and DINO, without flips).
-
-    Colour jitter (p 0.8: brightness 0.4, contrast 0.4, saturation 0.2, hue 0.1, in random order),
-    greyscale (p 0.2), then at even odds either blur (p 0.5) or blur (p 0.1) and solarise (p 0.2).
-    The blur's standard deviation is uniform in 0.1 to 2 pixels.
-
-    Args:
-        rng: source of randomness.
-        image: (S, S, 3) uint8 RGB.
-    """
-    if rng.random() < 0.8:
-        jitters = (_brightness, _contrast, _saturation, _hue)
-        factors = (rng.uniform(0.6, 1.4), rng.uniform(0.6, 1.4), rng.uniform(0.8, 1.2))
-        factors += (rng.uniform(-0.1, 0.1),)
-        for index in rng.permutation(4):
-            image = jitters[index](image, factors[index])
-    if rng.random() < 0.2:
-        image = _grey(image)
-    blur_only = rng.random() < 0.5
-    if rng.random() < (0.5 if blur_only else 0.1):
-        image = cv2.GaussianBlur(image, (0, 0), rng.uniform(0.1, 2.0))
-    if not blur_only and rng.random() < 0.2:
-        image = np.where(image >= 128, 255 - image, image)
-    return image
-
-
-def _brightness(image: np.ndarray, factor: float) -> np.ndarray:
-    return cv2.convertScaleAbs(image, alpha=factor)
-
-
-def _contrast(image: np.ndarray, factor: float) -> np.ndarray:
-    mean = cv2.mean(cv2.cvtColor(image, cv2.COLOR_RGB2GRAY))[0]
-    ramp = np.arange(256) * factor + round(mean) * (1 - factor)
-    return cv2.LUT(image, np.clip(ramp, 0, 255).astype(np.uint8))
-
-
-def _saturation(image: np.ndarray, factor: float) -> np.ndarray:
-    return cv2.addWeighted(image, factor, _grey(image), 1 - factor, 0)
-
-
-def _hue(image: np.ndarray, shift: float) -> np.ndarray:
-    hsv = cv2.cvtColor(image, cv2.COLOR_RGB2HSV_FULL)
-    hsv[..., 0] += np.uint8(round(shift * 255) % 256)  # a circle of 256 steps, wraps by itself
-    return cv2.cvtColor(hsv, cv2.COLOR_HSV2RGB_FULL)
-
-
-def _grey(image: np.ndarray) -> np.ndarray:
-    return cv2.cvtColor(cv2.cvtColor(image, cv2.COLOR_RGB2GRAY), cv2.COLOR_GRAY2RGB)
-
-
 class NestedViews:
     """The teacher's crop of an image, and the student's crops of that crop.
 
@@ -170,9 +131,12 @@ class NestedViews:
         random_pooling: draw a window's query at random; otherwise it is its first token.
         keep_crops: return the views before augmentation as well, which multi-stage training
             shows to the teacher of the previous stage.
+        on_device: what is left to the training device, one of :data:`DEVICE_WORK`; the draws are
+            the same wherever they are applied.
 
     Raises:
-        InputError: a size that the patch does not divide, or a window larger than the grid.
+        InputError: an unknown ``on_device``, a size that the patch does not divide, or a window
+            larger than the grid.
     """
 
     def __init__(
@@ -188,7 +152,12 @@ class NestedViews:
         local_window: int = 2,
         random_pooling: bool = True,
         keep_crops: bool = False,
+        on_device: str = "nothing",
     ) -> None:
+        if on_device not in DEVICE_WORK:
+            raise InputError(
+                f"views.on_device is '{on_device}'; use one of {', '.join(DEVICE_WORK)}."
+            )
         for name, size, window in (
             ("global_size", global_size, global_window),
             ("local_size", local_size, local_window),
@@ -204,25 +173,33 @@ class NestedViews:
                     f"{size // patch_size} tokens wide; use 1 to {size // patch_size}."
                 )
         self.patch_size, self.random_pooling = patch_size, random_pooling
-        self.keep_crops = keep_crops
+        self.keep_crops, self.on_device = keep_crops, on_device
         self.global_size, self.teacher_scale = global_size, tuple(teacher_scale)
         self.student_views = [(global_size, tuple(global_scale), global_window)]
         self.student_views += [(local_size, tuple(local_scale), local_window)] * num_local
 
     def __call__(self, image: np.ndarray, rng: np.random.Generator) -> Views:
         """Views of an (H, W, 3) uint8 RGB image."""
-        box = crop_box(rng, *image.shape[:2], self.teacher_scale)
-        teacher = resized_crop(image, box, self.global_size)
-        crops, images, queries = [teacher], [augment(rng, teacher)], []
+        teacher = resized_crop(
+            image, crop_box(rng, *image.shape[:2], self.teacher_scale), self.global_size
+        )
+        boxes, queries, augmentations = [], [], [draw_augmentation(rng)]
         for size, scale, window in self.student_views:
-            box = crop_box(rng, self.global_size, self.global_size, scale)
-            crops.append(resized_crop(teacher, box, size))
-            images.append(augment(rng, crops[-1]))
+            boxes.append(crop_box(rng, self.global_size, self.global_size, scale))
+            augmentations.append(draw_augmentation(rng))
             grid = size // self.patch_size
             mask = pooled_queries(rng, grid, window, self.random_pooling)
             queries.append(torch.from_numpy(mask))
+        sizes = [size for size, _, _ in self.student_views]
+        if self.on_device == "crops":
+            return Views(_channels_first([teacher]), queries, [], augmentations, boxes, sizes)
+        crops = [teacher]
+        crops += [resized_crop(teacher, box, size) for box, size in zip(boxes, sizes, strict=True)]
+        if self.on_device == "augmentation":
+            return Views(_channels_first(crops), queries, [], augmentations)
+        images = map(apply_augmentation, crops, augmentations)
         return Views(_channels_first(images), queries, _channels_first(crops * self.keep_crops))
 
 
-def _channels_first(images: list[np.ndarray]) -> list[Tensor]:
+def _channels_first(images: Iterable[np.ndarray]) -> list[Tensor]:
     return [torch.from_numpy(image).permute(2, 0, 1) for image in images]

@@ -41,6 +41,9 @@ views = L(NestedViews)(
     global_window=3,
     local_window=2,
     random_pooling=True,
+    # What the training device does instead of the workers: "nothing", "augmentation", or "crops"
+    # (the student's crops and the augmentation); for GPUs that wait for their images.
+    on_device="nothing",
 )
 
 dataloader = dict(

@@ -12,8 +12,10 @@ from torchvision.transforms import RandomResizedCrop
 from torchvision.transforms import functional as tvf
 
 from flsl_d2.errors import InputError
+from pretrain import augmentation
 from pretrain import views as module
-from pretrain.views import NestedViews, augment, crop_box, pooled_queries, resized_crop
+from pretrain.augmentation import apply_augmentation, draw_augmentation
+from pretrain.views import NestedViews, crop_box, pooled_queries, resized_crop
 
 
 def picture(height: int = 90, width: int = 130, seed: int = 0) -> np.ndarray:
@@ -106,7 +108,7 @@ def test_views_depend_on_the_generator_alone():
 
 def test_student_crops_are_cut_from_the_teachers_view(monkeypatch):
     """One spot is bright. It is in a student's view only where it is in the teacher's."""
-    monkeypatch.setattr(module, "augment", lambda rng, image: image)
+    monkeypatch.setattr(module, "apply_augmentation", lambda image, _: image)
     image = np.zeros((200, 200, 3), dtype=np.uint8)
     image[:6] = 255  # a strip at the top, cut off by most of the teacher's crops
     views = NestedViews(patch_size=8, global_size=64, local_size=32, teacher_scale=(0.6, 0.7))
@@ -133,13 +135,13 @@ def test_jitter_is_close_to_pillow(factor):
     image = picture()
     pil = Image.fromarray(image)
     for ours, theirs in (
-        (module._brightness(image, factor), ImageEnhance.Brightness(pil).enhance(factor)),
-        (module._contrast(image, factor), ImageEnhance.Contrast(pil).enhance(factor)),
-        (module._saturation(image, factor), ImageEnhance.Color(pil).enhance(factor)),
+        (augmentation._brightness(image, factor), ImageEnhance.Brightness(pil).enhance(factor)),
+        (augmentation._contrast(image, factor), ImageEnhance.Contrast(pil).enhance(factor)),
+        (augmentation._saturation(image, factor), ImageEnhance.Color(pil).enhance(factor)),
     ):
         assert np.abs(ours.astype(int) - np.asarray(theirs).astype(int)).max() <= 2
     hue = np.abs(
-        module._hue(image, factor - 0.95).astype(int)
+        augmentation._hue(image, factor - 0.95).astype(int)
         - np.asarray(tvf.adjust_hue(pil, factor - 0.95)).astype(int)
     )
     assert hue.mean() < 3
@@ -147,10 +149,11 @@ def test_jitter_is_close_to_pillow(factor):
 
 def test_augmentation_happens_as_often_as_stated():
     """Greyscale shows in the result, so its rate can be counted: p 0.2."""
-    grey = sum(
-        bool((np.ptp(augment(np.random.default_rng(s), picture(16, 16, s)), axis=2) == 0).all())
-        for s in range(1500)
-    )
+    grey = 0
+    for seed in range(1500):
+        drawn = draw_augmentation(np.random.default_rng(seed))
+        image = apply_augmentation(picture(16, 16, seed), drawn)
+        grey += bool((np.ptp(image, axis=2) == 0).all())
     assert 0.16 < grey / 1500 < 0.24
 
 

@@ -1,0 +1,97 @@
+"""FLSL's photometric augmentation of one view: what is drawn, and how opencv applies it.
+
+Drawing is apart from applying, so that the same draws can be applied on the CPU, image by image,
+or on a GPU, batch by batch (``pretrain/device_views.py``).
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import cv2
+import numpy as np
+
+__all__ = ["JITTERS", "Augmentation", "apply_augmentation", "blur_radius", "draw_augmentation"]
+
+JITTERS = ("brightness", "contrast", "saturation", "hue")
+
+
+class Augmentation(NamedTuple):
+    """What happens to one view.
+
+    Attributes:
+        order: in which order the :data:`JITTERS` come, their indexes; empty for none.
+        factors: of brightness, contrast and saturation, and the shift of the hue in turns.
+        grey: turn the view grey.
+        sigma: standard deviation of the blur in pixels; 0 for none.
+        solarise: invert the values from 128 up.
+    """
+
+    order: tuple[int, ...]
+    factors: tuple[float, float, float, float]
+    grey: bool
+    sigma: float
+    solarise: bool
+
+
+def draw_augmentation(rng: np.random.Generator) -> Augmentation:
+    """Method of BYOL and DINO, without flips.
+
+    Colour jitter (p 0.8: brightness 0.4, contrast 0.4, saturation 0.2, hue 0.1, in random order),
+    greyscale (p 0.2), then at even odds either blur (p 0.5) or blur (p 0.1) and solarise (p 0.2).
+    The blur's standard deviation is uniform in 0.1 to 2 pixels.
+    """
+    order, factors = (), (1.0, 1.0, 1.0, 0.0)
+    if rng.random() < 0.8:
+        factors = (rng.uniform(0.6, 1.4), rng.uniform(0.6, 1.4), rng.uniform(0.8, 1.2))
+        factors += (rng.uniform(-0.1, 0.1),)
+        order = tuple(int(i) for i in rng.permutation(4))
+    grey = rng.random() < 0.2
+    blur_only = rng.random() < 0.5
+    blurred = rng.random() < (0.5 if blur_only else 0.1)
+    sigma = rng.uniform(0.1, 2.0) if blurred else 0.0
+    solarise = not blur_only and rng.random() < 0.2
+    return Augmentation(order, factors, grey, sigma, solarise)
+
+
+def blur_radius(sigma: float) -> int:
+    """Pixels on each side that the blur looks at: opencv's choice for 8-bit images."""
+    return (round(6 * sigma + 1) | 1) // 2
+
+
+def apply_augmentation(image: np.ndarray, augmentation: Augmentation) -> np.ndarray:
+    """Apply to an (S, S, 3) uint8 RGB image."""
+    jitters = (_brightness, _contrast, _saturation, _hue)
+    for index in augmentation.order:
+        image = jitters[index](image, augmentation.factors[index])
+    if augmentation.grey:
+        image = _grey(image)
+    if augmentation.sigma:
+        image = cv2.GaussianBlur(image, (0, 0), augmentation.sigma)
+    if augmentation.solarise:
+        image = np.where(image >= 128, 255 - image, image)
+    return image
+
+
+def _brightness(image: np.ndarray, factor: float) -> np.ndarray:
+    return cv2.convertScaleAbs(image, alpha=factor)
+
+
+def _contrast(image: np.ndarray, factor: float) -> np.ndarray:
+    mean = cv2.mean(cv2.cvtColor(image, cv2.COLOR_RGB2GRAY))[0]
+    ramp = np.arange(256) * factor + round(mean) * (1 - factor)
+    return cv2.LUT(image, np.clip(ramp, 0, 255).astype(np.uint8))
+
+
+def _saturation(image: np.ndarray, factor: float) -> np.ndarray:
+    return cv2.addWeighted(image, factor, _grey(image), 1 - factor, 0)
+
+
+def _hue(image: np.ndarray, shift: float) -> np.ndarray:
+    hsv = cv2.cvtColor(image, cv2.COLOR_RGB2HSV_FULL)
+    hsv[..., 0] += np.uint8(round(shift * 255) % 256)  # a circle of 256 steps, wraps by itself
+    return cv2.cvtColor(hsv, cv2.COLOR_HSV2RGB_FULL)
+
+
+def _grey(image: np.ndarray) -> np.ndarray:
+    return cv2.cvtColor(cv2.cvtColor(image, cv2.COLOR_RGB2GRAY), cv2.COLOR_GRAY2RGB)

@@ -1,0 +1,191 @@
+"""Crops and augmentation of a whole batch on the training device.
+
+The draws come from the workers (``pretrain/augmentation.py``), so a view is the same picture as the
+CPU's up to rounding: the CPU rounds to 8 bits after every operation, this does not.
+
+Shape suffixes: B images, S side of a view in pixels.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from pretrain.augmentation import JITTERS, Augmentation, blur_radius
+
+__all__ = ["AugmentationBatch", "augment_batch", "crop_batch", "stack_augmentations"]
+
+LUMA = (0.299, 0.587, 0.114)  # ITU-R BT.601, as opencv's and Pillow's grey
+MAX_SIGMA = 2.0
+
+
+class AugmentationBatch(NamedTuple):
+    """:class:`Augmentation` of every image of a batch.
+
+    They stay on the CPU as arrays, where it is chosen which operation runs over which images; as
+    such they also travel from the workers without shared memory.
+
+    Attributes:
+        order: (B, 4) int64, the jitter of each place; -1 for none.
+        factors: (B, 4) float32.
+        grey: (B,) bool.
+        sigma: (B,) float32, 0 for no blur.
+        solarise: (B,) bool.
+    """
+
+    order: np.ndarray
+    factors: np.ndarray
+    grey: np.ndarray
+    sigma: np.ndarray
+    solarise: np.ndarray
+
+
+def stack_augmentations(augmentations: Sequence[Augmentation]) -> AugmentationBatch:
+    """One view's augmentations of B images."""
+    none = (-1,) * len(JITTERS)
+    return AugmentationBatch(
+        np.array([a.order or none for a in augmentations], dtype=np.int64),
+        np.array([a.factors for a in augmentations], dtype=np.float32),
+        np.array([a.grey for a in augmentations], dtype=bool),
+        np.array([a.sigma for a in augmentations], dtype=np.float32),
+        np.array([a.solarise for a in augmentations], dtype=bool),
+    )
+
+
+def crop_batch(images: Tensor, boxes: Tensor, size: int) -> Tensor:
+    """A box of each image, resampled bicubically and antialiased.
+
+    Resampling is linear and separable: one matrix for the rows and one for the columns of each
+    box, so that a batch of different boxes is two batched matrix products.
+
+    Args:
+        images: (B, 3, H, W) in 0 to 255.
+        boxes: (B, 4) top, left, height, width in pixels, on the images' device.
+        size: S, the side of the result.
+
+    Returns:
+        (B, 3, S, S) float32, in 0 to 255 and not rounded.
+    """
+    top, left, height, width = boxes.float().unbind(1)
+    rows = _resampling_matrix(top, height, images.shape[-2], size)  # (B, S, H)
+    columns = _resampling_matrix(left, width, images.shape[-1], size)  # (B, S, W)
+    # In TF32 or half precision the products would be off by more than a grey level.
+    with torch.autocast(images.device.type, enabled=False):
+        out = rows[:, None] @ images.float() @ columns[:, None].transpose(-2, -1)
+    return out.clamp_(0, 255)
+
+
+def _resampling_matrix(start: Tensor, length: Tensor, pixels: int, size: int) -> Tensor:
+    """Weights of ``pixels`` input values for ``size`` output values of each interval.
+
+    Keys' cubic kernel (a = -0.5), widened where the interval shrinks, cut off at its ends and
+    normalised: what Pillow and PyTorch's antialiased interpolation compute.
+
+    Returns:
+        (B, size, pixels).
+    """
+    scale = (length / size)[:, None, None]
+    place = torch.arange(size, device=start.device)[:, None] + 0.5
+    pixel = torch.arange(pixels, device=start.device)
+    from_start = pixel - start[:, None, None]  # (B, 1, pixels)
+    distance = (from_start + 0.5 - place * scale).abs() / scale.clamp(min=1)
+    near = ((1.5 * distance - 2.5) * distance) * distance + 1
+    far = ((-0.5 * distance + 2.5) * distance - 4) * distance + 2
+    weights = torch.where(distance < 1, near, torch.where(distance < 2, far, 0.0))
+    inside = (from_start >= 0) & (from_start < length[:, None, None])
+    weights = weights * inside
+    return weights / weights.sum(dim=-1, keepdim=True)
+
+
+def augment_batch(images: Tensor, batch: AugmentationBatch) -> Tensor:
+    """Apply each image's own augmentation.
+
+    Each operation runs over the images that it was drawn for; which they are is known on the CPU,
+    so that nothing waits for the device.
+
+    Args:
+        images: (B, 3, S, S) in 0 to 255; left unchanged.
+        batch: their augmentations.
+
+    Returns:
+        (B, 3, S, S) float32 in 0 to 255.
+    """
+    images = images.float().clone()
+    device = images.device
+    factors = torch.from_numpy(batch.factors).to(device, non_blocking=True)
+    jitters: tuple[Callable[[Tensor, Tensor], Tensor], ...] = (
+        _brightness, _contrast, _saturation, _hue,
+    )  # fmt: skip
+    for place in range(len(JITTERS)):
+        for index, jitter in enumerate(jitters):
+            drawn = _indexes(batch.order[:, place] == index, device)
+            if len(drawn):
+                factor = factors[drawn, index].view(-1, 1, 1, 1)
+                images[drawn] = jitter(images[drawn], factor).clamp_(0, 255)
+    drawn = _indexes(batch.grey, device)
+    if len(drawn):
+        images[drawn] = _grey(images[drawn]).expand(-1, 3, -1, -1)
+    drawn = _indexes(batch.sigma > 0, device)
+    if len(drawn):
+        images[drawn] = _blur(images[drawn], batch.sigma[batch.sigma > 0])
+    drawn = _indexes(batch.solarise, device)
+    if len(drawn):
+        chosen = images[drawn]
+        images[drawn] = torch.where(chosen >= 127.5, 255 - chosen, chosen)
+    return images
+
+
+def _indexes(mask: np.ndarray, device: torch.device) -> Tensor:
+    return torch.from_numpy(mask.nonzero()[0]).to(device, non_blocking=True)
+
+
+def _grey(images: Tensor) -> Tensor:
+    red, green, blue = images.split(1, dim=1)
+    return LUMA[0] * red + LUMA[1] * green + LUMA[2] * blue
+
+
+def _brightness(images: Tensor, factor: Tensor) -> Tensor:
+    return images * factor
+
+
+def _contrast(images: Tensor, factor: Tensor) -> Tensor:
+    mean = _grey(images).mean(dim=(1, 2, 3), keepdim=True)
+    return images * factor + mean * (1 - factor)
+
+
+def _saturation(images: Tensor, factor: Tensor) -> Tensor:
+    return images * factor + _grey(images) * (1 - factor)
+
+
+def _hue(images: Tensor, shift: Tensor) -> Tensor:
+    """Turn the hue of HSV by ``shift`` of a full turn; value and chroma stay."""
+    value, brightest = images.max(dim=1, keepdim=True)
+    chroma = value - images.amin(dim=1, keepdim=True)
+    red, green, blue = images.split(1, dim=1)
+    over = torch.stack([green - blue, blue - red, red - green], dim=-1)  # by the brightest channel
+    sixth = over.gather(-1, brightest[..., None])[..., 0] / chroma.clamp(min=1e-6) + 2 * brightest
+    turned = sixth + 6 * shift
+    # Each channel falls from the value by the chroma where the hue is far from its own.
+    start = torch.tensor([5.0, 3.0, 1.0], device=images.device).view(1, 3, 1, 1)
+    k = (start + turned) % 6
+    return value - chroma * torch.minimum(k, 4 - k).clamp(0, 1)
+
+
+def _blur(images: Tensor, sigma: np.ndarray) -> Tensor:
+    """Gaussian blur, a standard deviation for each image."""
+    count, channels, height, width = images.shape
+    reach = blur_radius(MAX_SIGMA)
+    offsets = np.arange(-reach, reach + 1, dtype=np.float32)
+    radii = np.array([blur_radius(float(s)) for s in sigma])[:, None]
+    kernels = np.exp(-(offsets**2) / (2 * sigma[:, None] ** 2)) * (np.abs(offsets) <= radii)
+    kernels = torch.from_numpy(kernels / kernels.sum(axis=1, keepdims=True))
+    kernels = kernels.to(images.device, non_blocking=True).repeat_interleave(channels, 0)
+    flat = F.pad(images, (reach,) * 4, mode="reflect").flatten(0, 1)[None]
+    flat = F.conv2d(flat, kernels[:, None, None, :], groups=count * channels)
+    flat = F.conv2d(flat, kernels[:, None, :, None], groups=count * channels)
+    return flat.view(count, channels, height, width)
