@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from test_davis_propagation import slow_propagate
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -270,6 +271,55 @@ def test_object_numbers_with_a_gap_and_void_pixels(tmp_path: Path) -> None:
     assert scores[3].region.mean > 0.75
     # The benchmark counts the absent number as an object; absent in both masks, it is perfect.
     assert scores[2].both == 1.0
+
+
+def slow_bilinear(map_: np.ndarray, factor: int) -> np.ndarray:
+    """Pixel by pixel, with pixel centres at halves and the border repeated."""
+    rows, columns = map_.shape
+    result = np.empty((rows * factor, columns * factor))
+    for y in range(rows * factor):
+        for x in range(columns * factor):
+            v = max((y + 0.5) / factor - 0.5, 0)
+            u = max((x + 0.5) / factor - 0.5, 0)
+            top, left = int(v), int(u)
+            bottom, right = min(top + 1, rows - 1), min(left + 1, columns - 1)
+            a, b = v - top, u - left
+            above = (1 - b) * map_[top, left] + b * map_[top, right]
+            below = (1 - b) * map_[bottom, left] + b * map_[bottom, right]
+            result[y, x] = (1 - a) * above + a * below
+    return result
+
+
+def test_a_video_against_a_slow_reading_of_the_protocol(tmp_path: Path) -> None:
+    """96 x 160 pixels to 64 x 64 (106 cut to 64) to 8 x 8 tokens, frame by frame, in float64."""
+    encoder, patch = tiny_encoder(), 8
+    frames = photo_frames(moving_masks(6)) // 2
+    frames += np.random.default_rng(1).integers(0, 100, frames.shape).astype(np.uint8)  # no ties
+    write_sequence(tmp_path, "noisy", moving_masks(6), frames)
+    sequence = find_sequence(tmp_path, "480p", "noisy")
+    setup = Propagation(radius=3, context=2, top_k=4)
+    tokens = []
+    for path in sequence.frames:
+        image = cv2.resize(cv2.imread(str(path))[..., ::-1], (64, 64)) / 255
+        image = (image - [0.485, 0.456, 0.406]) / [0.229, 0.224, 0.225]
+        with torch.inference_mode():
+            found = encoder.forward_tokens(torch.tensor(image).permute(2, 0, 1)[None].float())[0]
+        found = found.double().numpy()
+        tokens.append(found / np.linalg.norm(found, axis=1, keepdims=True))
+    first = moving_masks(1)[0]
+    centres = first[6::12, 10::20]  # the middle of each of 8 x 8 patches on the original
+    labels = [np.eye(3)[centres.ravel()]]
+    found = list(segment_sequence(encoder, sequence, setup, short_side=64))
+    for t in range(1, 6):
+        used = [0, *range(max(t - 2, 1), t)]
+        past = np.array([tokens[i] for i in used]), np.array([labels[i] for i in used])
+        labels.append(slow_propagate(tokens[t], *past, (8, 8), setup))
+        maps = [slow_bilinear(label.reshape(8, 8), patch) for label in labels[-1].T]
+        maps = [(m - m.min()) / (m.max() - m.min()) for m in maps]
+        small = Image.fromarray(np.argmax(maps, axis=0).astype(np.uint8))
+        expected = np.array(small.resize((WIDTH, HEIGHT), Image.Resampling.NEAREST))
+        assert len(np.unique(expected)) == 3
+        assert np.count_nonzero(found[t] != expected) <= 2  # where two labels are as large
 
 
 # Files

@@ -90,11 +90,11 @@ class Results:
                 _row(average(list(objects.values()))) if objects else "  masks written, not scored"
             )
             lines.append(f"{name:<{width}}{len(objects) or '':>9}{row}")
+        lines += [f"{name:<{width}}  failed: {reason}" for name, reason in self.failed.items()]
         overall = self.overall()
         if overall:
             number = sum(map(len, self.objects.values()))
             lines.append(f"{'overall':<{width}}{number:>9}{_row(overall)}")
-        lines += [f"{name:<{width}}  failed: {reason}" for name, reason in self.failed.items()]
         of = len(self.objects) + len(self.failed)
         lines.append(f"{len(self.objects)} of {of} sequences count.")
         return "\n".join(lines)
