@@ -7,6 +7,15 @@ import os
 from collections.abc import Iterable
 from typing import Any
 
+from flsl_d2.data.annotation_shapes import (
+    check_box,
+    check_mask,
+    check_polygons,
+    is_number,
+    is_side,
+)
+from flsl_d2.data.findings import Findings
+
 Sizes = dict[Any, tuple[float, float]]  # image id -> height, width
 
 _IMAGE_FIELDS = ("id", "file_name", "height", "width")
@@ -14,74 +23,15 @@ _IMAGE_FIELDS = ("id", "file_name", "height", "width")
 _ANNOTATION_FIELDS = ("id", "image_id", "category_id", "bbox", "area", "iscrowd")
 
 
-class Findings:
-    """Kinds of findings, each with its count and its first examples.
-
-    A kind is a text; the count comes before it, or where it says `{count}`.
-
-    Args:
-        max_report: how many examples of a kind are kept.
-    """
-
-    def __init__(self, max_report: int) -> None:
-        self._max_report = max(max_report, 1)
-        self._counts: dict[str, dict[str, int]] = {"fault": {}, "degenerate": {}, "remark": {}}
-        self._examples: dict[str, list[str]] = {}
-        self._degenerate_ids: set[Any] = set()
-
-    def _note(self, level: str, kind: str, example: object) -> None:
-        counts = self._counts[level]
-        counts[kind] = counts.get(kind, 0) + 1
-        examples = self._examples.setdefault(kind, [])
-        if len(examples) < self._max_report:
-            examples.append(str(example)[:120])
-
-    def fault(self, kind: str, example: object) -> None:
-        """Something that makes the file unusable."""
-        self._note("fault", kind, example)
-
-    def annotation_degenerate(self, kind: str, annotation_id: object) -> None:
-        """An annotation that cannot be learned from, while the others can."""
-        self._note("degenerate", kind, annotation_id)
-        self._degenerate_ids.add(str(annotation_id))
-
-    def remark(self, kind: str, example: object) -> None:
-        """Something that is right and still good to know."""
-        self._note("remark", kind, example)
-
-    def _lines(self, level: str) -> list[str]:
-        lines = []
-        for kind, count in self._counts[level].items():
-            examples = self._examples[kind]
-            more = f" and {count - len(examples)} more" if count > len(examples) else ""
-            what = kind if "{count}" in kind else "{count} x " + kind
-            lines.append(f"{what.replace('{count}', str(count))}: {', '.join(examples)}{more}")
-        return lines
-
-    def faults(self) -> list[str]:
-        """One line a kind of fault."""
-        return self._lines("fault")
-
-    def degenerate(self) -> list[str]:
-        """One line a kind of degenerate annotation."""
-        return self._lines("degenerate")
-
-    def remarks(self) -> list[str]:
-        """One line a kind of remark."""
-        return self._lines("remark")
-
-    @property
-    def degenerate_count(self) -> int:
-        """How many annotations are degenerate in any way."""
-        return len(self._degenerate_ids)
-
-
-def _is_number(value: object) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool)
-
-
 def _is_id(value: object) -> bool:
     return isinstance(value, (int, str)) and not isinstance(value, bool)
+
+
+def _check_id_types(ids: Iterable[Any], of: str, findings: Findings) -> None:
+    """Detectron2 sorts the ids, which numbers and texts together do not allow."""
+    kinds = {isinstance(an_id, str): an_id for an_id in ids}
+    if len(kinds) > 1:
+        findings.fault(f"{of} with ids of which some are numbers and some texts", kinds[True])
 
 
 def _lacking(entry: dict[str, Any], fields: Iterable[str]) -> list[str]:
@@ -115,20 +65,38 @@ def check_images(images: list[Any], findings: Findings) -> tuple[Sizes, list[str
         if image_id in sizes:
             findings.fault("images with an id that another has", image_id)
         height, width = image.get("height"), image.get("width")
-        measured = _is_number(height) and _is_number(width) and height > 0 and width > 0
+        measured = is_side(height) and is_side(width)
         if not measured and "height" not in lacking and "width" not in lacking:
-            findings.fault("images whose height or width is no positive number", image_id)
+            findings.fault("images whose height or width is no positive whole number", image_id)
         sizes[image_id] = (height, width) if measured else (math.inf, math.inf)
         file_name = image.get("file_name")
-        if file_name is not None and (not isinstance(file_name, str) or not file_name):
-            findings.fault("images whose file_name is no text", image_id)
-        elif file_name is not None and os.path.isabs(file_name):
-            findings.fault("file_name that is absolute, make it relative to the folder", file_name)
-        elif file_name is not None and os.path.normpath(file_name).startswith(".."):
-            findings.fault("file_name that leaves the image folder", file_name)
-        elif file_name is not None:
+        if file_name is not None and _check_file_name(file_name, image_id, findings):
             file_names.append(file_name)
+    _check_id_types(sizes, "images", findings)
     return sizes, file_names
+
+
+def _is_system_name(file_name: str) -> bool:
+    try:
+        return b"\0" not in os.fsencode(file_name)
+    except UnicodeEncodeError:  # half a surrogate pair, which JSON can hold
+        return False
+
+
+def _check_file_name(file_name: Any, image_id: object, findings: Findings) -> bool:
+    """Whether a name may be looked for; it comes from a stranger and must stay in the folder."""
+    if not isinstance(file_name, str) or not file_name:
+        findings.fault("images whose file_name is no text", image_id)
+    elif not _is_system_name(file_name):
+        findings.fault("file_name that no file can have", ascii(file_name))
+    elif os.path.isabs(file_name):
+        findings.fault("file_name that is absolute, make it relative to the folder", file_name)
+    elif ".." in file_name.replace("\\", "/").split("/"):
+        # Also where the text stays inside: after a link, .. is the parent of the link's target.
+        findings.fault("file_name with .., which leaves the image folder", file_name)
+    else:
+        return True
+    return False
 
 
 def _check_categories(categories: list[Any], findings: Findings) -> set[Any]:
@@ -144,59 +112,18 @@ def _check_categories(categories: list[Any], findings: Findings) -> set[Any]:
             findings.fault("categories with an id that another has", category["id"])
         else:
             ids.add(category["id"])
+    _check_id_types(ids, "categories", findings)
     return ids
 
 
-def _check_box(box: Any, size: tuple[float, float], name: object, findings: Findings) -> None:
-    """COCO's box: x, y of the upper left corner, width, height, in pixels."""
-    try:
-        x, y, width, height = box
-        finite = math.isfinite(x + y + width + height)
-    except (TypeError, ValueError, OverflowError):
-        findings.fault("annotations whose bbox is not four numbers x, y, width, height", name)
-        return
-    if not (finite and width > 0 and height > 0):
-        findings.annotation_degenerate("annotations whose box has no area", name)
-    elif x >= size[1] or y >= size[0] or x + width <= 0 or y + height <= 0:
-        findings.annotation_degenerate("annotations whose box is outside its image", name)
-
-
-def _check_polygons(polygons: list[Any], name: object, findings: Findings) -> None:
-    if not polygons:
-        findings.annotation_degenerate("annotations with an empty segmentation", name)
-    for polygon in polygons:
-        if not isinstance(polygon, (list, tuple)):
-            findings.fault("annotations whose polygon is not a list of numbers", name)
-            return
-        if len(polygon) < 6:
-            findings.annotation_degenerate("annotations with a polygon of under 3 points", name)
-            return
-        if len(polygon) % 2:
-            findings.annotation_degenerate("annotations with a polygon of odd length", name)
-            return
-        try:
-            finite = math.isfinite(sum(polygon))
-        except (TypeError, OverflowError):
-            finite = False
-        if not finite:
-            findings.fault("annotations whose polygon is not a list of numbers", name)
-            return
-
-
-def _check_mask(mask: dict[str, Any], size: tuple[float, float], name: object, findings: Findings):
-    """A run-length encoded mask: `size` is height and width, `counts` the runs."""
-    counts, mask_size = mask.get("counts"), mask.get("size")
-    if not isinstance(counts, (list, str)) or not isinstance(mask_size, list):
-        findings.fault("annotations whose run-length mask lacks size or counts", name)
-    elif math.isfinite(size[0]) and tuple(mask_size) != tuple(size):
-        findings.fault("annotations whose run-length mask has another size than its image", name)
-    elif isinstance(counts, list):
-        try:
-            fits = sum(counts) == mask_size[0] * mask_size[1]
-        except TypeError:
-            fits = False
-        if not fits:
-            findings.fault("annotations whose run-length mask does not fill its image", name)
+def _check_values(area: Any, iscrowd: Any, ignore: Any, name: object, findings: Findings) -> None:
+    """What COCO's evaluation computes with."""
+    if area is not None and not (is_number(area) and 0 <= area < math.inf):
+        findings.fault("annotations whose area is no number from 0 up", name)
+    if iscrowd is not None and iscrowd not in (0, 1):
+        findings.fault("annotations whose iscrowd is neither 0 nor 1", name)
+    if ignore:
+        findings.fault("annotations with `ignore`, which Detectron2 refuses, drop them", name)
 
 
 def check_annotations(
@@ -212,17 +139,23 @@ def check_annotations(
         get = annotation.get
         name = get("id")
         image_id, category_id, box = get("image_id"), get("category_id"), get("bbox")
-        required = (name, image_id, category_id, box, get("area"), get("iscrowd"))
+        area, iscrowd = get("area"), get("iscrowd")
+        required = (name, image_id, category_id, box, area, iscrowd)
         if None in required:
             lacking = ", ".join(_lacking(annotation, _ANNOTATION_FIELDS))
             findings.fault(f"annotations without {lacking}", f"annotations[{index}]")
         if name is None:
             name = f"annotations[{index}]"
-        elif not _is_id(name):
-            findings.fault("annotations whose id is no number", f"annotations[{index}]")
+        elif type(name) is not int:
+            findings.fault("annotations whose id is no whole number", f"annotations[{index}]")
             name = f"annotations[{index}]"
         elif name in seen:
             findings.fault("annotations with an id that another has", name)
+        elif name == 0:
+            findings.remark(
+                "annotations with id 0, which COCO's evaluation counts as not found: start at 1",
+                f"annotations[{index}]",
+            )
         seen.add(name)
 
         size = sizes.get(image_id) if isinstance(image_id, (int, str)) else None
@@ -236,15 +169,14 @@ def check_annotations(
                 "annotations of a category_id that is not in categories",
                 f"id {name} with category {category_id}",
             )
-        if get("ignore"):
-            findings.fault("annotations with `ignore`, which Detectron2 refuses, drop them", name)
+        _check_values(area, iscrowd, get("ignore"), name, findings)
         if box is not None:
-            _check_box(box, size, name, findings)
+            check_box(box, size, name, findings)
         segmentation = get("segmentation")
         if isinstance(segmentation, list):
-            _check_polygons(segmentation, name, findings)
+            check_polygons(segmentation, name, findings)
         elif isinstance(segmentation, dict):
-            _check_mask(segmentation, size, name, findings)
+            check_mask(segmentation, size, name, findings)
             if not get("iscrowd"):
                 findings.remark(
                     "annotations with a run-length mask: set INPUT.MASK_FORMAT (the mapper's "

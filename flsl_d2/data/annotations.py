@@ -17,7 +17,8 @@ from typing import Any
 from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.utils.file_io import PathManager
 
-from flsl_d2.data.annotation_entries import Findings, check_annotations, check_images
+from flsl_d2.data.annotation_entries import check_annotations, check_images
+from flsl_d2.data.findings import Findings
 from flsl_d2.errors import InputError
 
 logger = logging.getLogger(__name__)
@@ -44,7 +45,7 @@ def _read_json(json_file: str) -> Any:
             f"the annotation file {json_file} cannot be read ({error.strerror or error}): "
             "name a readable file in COCO format."
         ) from None
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise InputError(
             f"{json_file} is not JSON ({error}): name a file in COCO's instances format."
         ) from None
@@ -74,10 +75,10 @@ def _read_coco(json_file: str, need_annotations: bool) -> dict[str, list[Any]]:
 
 
 def _names_in(folder: str) -> set[str] | None:
-    """All names in a folder, None if there is no such folder."""
+    """All names in a folder, None if there is no such folder or it may not be listed."""
     try:
         return set(PathManager.ls(folder))
-    except (FileNotFoundError, NotADirectoryError):
+    except OSError:
         return None
 
 
@@ -85,7 +86,8 @@ def _check_files(file_names: list[str], image_root: str, findings: Findings) -> 
     """Note images without a file. One look at each folder, not one at each of 118,000 files."""
     if _names_in(image_root) is None:
         findings.fault(
-            "the image folder does not exist, create it or set DETECTRON2_DATASETS",
+            "the image folder does not exist or may not be listed, create it or set "
+            "DETECTRON2_DATASETS",
             image_root,
         )
         return

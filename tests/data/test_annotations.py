@@ -10,12 +10,17 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import pycocotools.mask
 import pytest
 from detectron2.data import DatasetCatalog
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from pycocotools.coco import COCO
+from pycocotools.cocoeval import COCOeval
 
 from flsl_d2.data import check_coco_files, check_registered_dataset
+from flsl_d2.data.run_length import runs_of_text
 from flsl_d2.data.scenes import make_scenes
 from flsl_d2.errors import InputError
 
@@ -48,6 +53,14 @@ def annotation(change: Callable[[dict], Any]) -> Callable[[Coco], Any]:
     return lambda coco: change(coco["annotations"][1])
 
 
+def text_mask(height: int, width: int, **changes: Any) -> Coco:
+    pixels = np.zeros((height, width), np.uint8, order="F")
+    pixels[3:9, 5:20] = 1
+    mask = pycocotools.mask.encode(pixels)
+    size = [64, 64] if width == 65 else mask["size"]
+    return {"size": size, "counts": mask["counts"].decode(), **changes}
+
+
 RLE = {"size": [64, 64], "counts": [10, 30, 64 * 64 - 40]}
 FAULTS: dict[str, tuple[Callable[[Coco], Any], str]] = {
     "no images key": (lambda c: c.pop("images"), "lacks the list images"),
@@ -68,13 +81,29 @@ FAULTS: dict[str, tuple[Callable[[Coco], Any], str]] = {
     "file name number": (image(lambda i: i.update(file_name=3)), "file_name is no text"),
     "absolute": (image(lambda i: i.update(file_name="/etc/passwd")), "absolute.*: /etc/passwd"),
     "outside": (image(lambda i: i.update(file_name="a/../../x.jpg")), "leaves the image folder"),
+    "up and down": (
+        image(lambda i: i.update(file_name="a/../x.jpg")), "leaves the image folder: a/../x.jpg"),
+    "outside, backslashes": (
+        image(lambda i: i.update(file_name="..\\..\\x.jpg")), "leaves the image folder"),
+    "nul in name": (image(lambda i: i.update(file_name="a\0/b.jpg")), "no file can have: 'a"),
+    "half a character": (image(lambda i: i.update(file_name="\ud800/b")), "no file can have: '.u"),
+    "long name": (image(lambda i: i.update(file_name="a" * 999 + "/b")), "images are missing in"),
+    "image ids of two kinds": (image(lambda i: i.update(id="2")), "are numbers and some texts: 2"),
+    "endless height": (image(lambda i: i.update(height=1e999)), "no positive whole number: 2"),
+    "half a pixel": (image(lambda i: i.update(width=64.5)), "no positive whole number: 2"),
+    "nan width": (image(lambda i: i.update(width=float("nan"))), "no positive whole number: 2"),
     "missing file": (image(lambda i: i.update(file_name="no.jpg")), r"are missing in .*: no"),
     "missing folder": (image(lambda i: i.update(file_name="d/0.jpg")), "images are missing in"),
     "category twice": (lambda c: c["categories"].append(c["categories"][0]), "id that another has"),
     "category unnamed": (lambda c: c["categories"][0].pop("name"), "categories without id or name"),
+    "category ids of two kinds": (
+        lambda c: c["categories"].append({"id": "x", "name": "y"}), "categories with ids of which"),
     "annotation no object": (lambda c: c["annotations"].append("x"), "no JSON object"),
     "annotation id twice": (annotation(lambda a: a.update(id=1)), "annotations with an id that"),
+    "annotation id 0 twice": (
+        lambda c: [a.update(id=0) for a in c["annotations"][:2]], "annotations with an id that"),
     "annotation id float": (annotation(lambda a: a.update(id=1.5)), "annotations whose id"),
+    "annotation id text": (annotation(lambda a: a.update(id="x")), "annotations whose id"),
     "unknown image": (annotation(lambda a: a.update(image_id=999)), "not in images: id 2"),
     "image id a list": (annotation(lambda a: a.update(image_id=[1])), "not in images: id 2"),
     "unknown category": (annotation(lambda a: a.update(category_id=77)), "with category 77"),
@@ -82,6 +111,11 @@ FAULTS: dict[str, tuple[Callable[[Coco], Any], str]] = {
     "no box": (annotation(lambda a: a.pop("bbox")), "annotations without bbox"),
     "no area": (annotation(lambda a: a.pop("area")), "annotations without area"),
     "no iscrowd": (annotation(lambda a: a.pop("iscrowd")), "annotations without iscrowd"),
+    "area text": (annotation(lambda a: a.update(area="9")), "area is no number from 0 up: 2"),
+    "area nan": (annotation(lambda a: a.update(area=float("nan"))), "area is no number from 0"),
+    "area negative": (annotation(lambda a: a.update(area=-1)), "area is no number from 0 up: 2"),
+    "iscrowd text": (annotation(lambda a: a.update(iscrowd="0")), "iscrowd is neither 0 nor 1: 2"),
+    "iscrowd list": (annotation(lambda a: a.update(iscrowd=[0])), "iscrowd is neither 0 nor 1: 2"),
     "three numbers": (annotation(lambda a: a.update(bbox=[1, 2, 3])), "not four numbers"),
     "box of text": (annotation(lambda a: a.update(bbox=list("abcd"))), "not four numbers"),
     "box no list": (annotation(lambda a: a.update(bbox=7)), "not four numbers"),
@@ -96,6 +130,24 @@ FAULTS: dict[str, tuple[Callable[[Coco], Any], str]] = {
         annotation(lambda a: a.update(segmentation={**RLE, "size": [32, 64]})), "another size"),
     "mask too short": (
         annotation(lambda a: a.update(segmentation={**RLE, "counts": [5]})), "does not fill"),
+    "mask negative": (
+        annotation(lambda a: a.update(segmentation={**RLE, "counts": [-10, 4106]})), "not fill"),
+    "mask of floats": (
+        annotation(lambda a: a.update(segmentation={**RLE, "counts": [4096.0]})), "not fill"),
+    "mask of one side": (
+        annotation(lambda a: a.update(segmentation={**RLE, "size": [64]})), "size that is none"),
+    "mask of float size": (
+        annotation(lambda a: a.update(segmentation={**RLE, "size": [64.0, 64.0]})), "size that is"),
+    "mask of no size, unknown image": (
+        annotation(lambda a: a.update(image_id=999, segmentation={**RLE, "size": []})), "is none"),
+    "mask text too long": (
+        annotation(lambda a: a.update(segmentation=text_mask(64, 65))), "does not fill"),
+    "mask text of other size": (
+        annotation(lambda a: a.update(segmentation=text_mask(32, 32))), "another size"),
+    "mask text cut": (
+        annotation(lambda a: a.update(segmentation={**RLE, "counts": "PP"})), "no text that COCO"),
+    "mask text foreign": (
+        annotation(lambda a: a.update(segmentation={**RLE, "counts": "é~"})), "no text that COCO"),
     "mask without counts": (
         annotation(lambda a: a.update(segmentation={"size": [64, 64]})), "lacks size or counts"),
     "segmentation text": (
@@ -228,6 +280,98 @@ def test_run_length_masks_of_objects_are_remarked_on(
         check(coco, scenes, tmp_path)
     assert "1 x annotations with a run-length mask" in caplog.text
     assert "bitmask" in caplog.text
+
+
+def test_masks_as_text_pass(coco: Coco, scenes: Path, tmp_path: Path) -> None:
+    for entry in coco["annotations"]:
+        entry["segmentation"] = text_mask(64, 64)
+    check(coco, scenes, tmp_path)
+
+
+def runs_by_counting(pixels: np.ndarray) -> list[int]:
+    runs, value = [0], 0
+    for pixel in pixels.flatten(order="F"):
+        if pixel != value:
+            runs.append(0)
+            value = pixel
+        runs[-1] += 1
+    return runs
+
+
+@settings(deadline=None)
+@given(
+    height=st.integers(1, 70), width=st.integers(1, 70), seed=st.integers(0, 99),
+    share=st.sampled_from([0.0, 0.001, 0.1, 0.5, 0.99, 1.0]),
+)  # fmt: skip
+def test_runs_of_text_are_those_of_the_mask(height: int, width: int, seed: int, share: float):
+    drawn = np.random.default_rng(seed).random((height, width)) < share
+    pixels = np.asfortranarray(drawn.astype(np.uint8))
+    text = pycocotools.mask.encode(pixels)["counts"].decode()
+    assert runs_of_text(text) == runs_by_counting(pixels)
+
+
+@settings(deadline=None, max_examples=200)
+@given(st.text(st.characters(min_codepoint=32, max_codepoint=130), max_size=30))
+def test_any_text_gives_runs_or_is_refused(text: str) -> None:
+    try:
+        runs = runs_of_text(text)
+    except ValueError:
+        return
+    assert len(runs) <= len(text)
+    assert all(isinstance(run, int) for run in runs)
+
+
+def test_names_may_begin_with_dots(coco: Coco, scenes: Path, tmp_path: Path) -> None:
+    for folder in ("..a", "...", "b"):
+        (tmp_path / folder).mkdir()
+        (tmp_path / folder / "..x.jpg").touch()
+    coco["images"] = coco["images"][:3]
+    coco["annotations"] = [a for a in coco["annotations"] if a["image_id"] <= 3]
+    for entry, name in zip(
+        coco["images"], ("..a/..x.jpg", ".../..x.jpg", "b/..x.jpg"), strict=True
+    ):
+        entry["file_name"] = name
+    (tmp_path / "a.json").write_text(json.dumps(coco))
+    check_coco_files(tmp_path / "a.json", tmp_path)
+
+
+def test_links_that_the_user_made_are_followed(coco: Coco, scenes: Path, tmp_path: Path) -> None:
+    (tmp_path / "linked").symlink_to(scenes / "train")
+    for entry in coco["images"]:
+        entry["file_name"] = f"linked/{entry['file_name']}"
+    (tmp_path / "a.json").write_text(json.dumps(coco))
+    check_coco_files(tmp_path / "a.json", tmp_path)
+
+
+def test_id_0_is_remarked_on(
+    coco: Coco, scenes: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    coco["annotations"][0]["id"] = 0
+    with caplog.at_level(logging.WARNING):
+        check(coco, scenes, tmp_path)
+    assert "1 x annotations with id 0" in caplog.text
+
+
+@pytest.mark.parametrize(("annotation_id", "expected"), [(1, 1.0), (0, 0.0)])
+def test_why_id_0_matters(annotation_id: int, expected: float, capsys) -> None:
+    """COCO's own evaluation of a perfect detection."""
+    entry = {"id": annotation_id, "image_id": 1, "category_id": 1, "bbox": [1, 1, 40, 40],
+             "area": 1600, "iscrowd": 0}  # fmt: skip
+    truth = COCO()
+    truth.dataset = {"images": [{"id": 1, "height": 64, "width": 64}], "annotations": [entry],
+                     "categories": [{"id": 1, "name": "x"}]}  # fmt: skip
+    truth.createIndex()
+    found = truth.loadRes([{"image_id": 1, "category_id": 1, "bbox": [1, 1, 40, 40], "score": 1.0}])
+    evaluation = COCOeval(truth, found, "bbox")
+    evaluation.evaluate()
+    evaluation.accumulate()
+    evaluation.summarize()
+    assert evaluation.stats[0] == pytest.approx(expected)
+
+
+def test_nested_without_end(scenes: Path, tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="is not JSON"):
+        check("[" * 200_000, scenes, tmp_path)
 
 
 def test_unknown_name_lists_near_ones() -> None:
