@@ -1,0 +1,1 @@
+"""Many runs, one table: resumable jobs, what they measured, and a page that shows it."""

@@ -1,0 +1,161 @@
+"""The evaluations of an encoder, each as a job of a tool of this project."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+from detectron2.data import MetadataCatalog
+
+from flsl_d2.comparison.jobs import Job, Outcome
+from flsl_d2.data import check_registered_dataset
+from flsl_d2.errors import InputError
+from flsl_d2.evaluation.measures import MEASURES
+
+__all__ = [
+    "DavisEvaluation",
+    "EncoderFile",
+    "Evaluation",
+    "FeatureEvaluation",
+    "check_measures",
+]
+
+
+@dataclass(frozen=True)
+class EncoderFile:
+    """An encoder to evaluate.
+
+    Attributes:
+        label: for people.
+        path: of its weights; the file may be the product of ``needs``.
+        identity: what fixes the weights (a checksum, or the settings of the run that makes them).
+        needs: the job that writes the file.
+        seed: of the evaluation: k-means, heads, order of images.
+    """
+
+    label: str
+    path: str
+    identity: Mapping[str, Any]
+    needs: Job | None = None
+    seed: int = 0
+
+
+class Evaluation(Protocol):
+    """What can be done with an encoder: ``name`` starts the names of its measures."""
+
+    name: str
+
+    def check(self) -> None:
+        """Find what cannot work for any encoder; raises InputError."""
+
+    def job(self, encoder: EncoderFile) -> Job:
+        """The job that evaluates an encoder."""
+
+
+@dataclass(frozen=True)
+class FeatureEvaluation:
+    """One measure of frozen features; see :mod:`flsl_d2.evaluation.measures`.
+
+    Attributes:
+        tools: folder of the command lines.
+        name: the measure.
+        train, val: data sets.
+        device: ``cuda`` or ``cpu``.
+        max_images: of either data set; None for all.
+    """
+
+    tools: Path
+    name: str
+    train: str
+    val: str
+    device: str = "cpu"
+    max_images: int | None = None
+
+    def check(self) -> None:
+        """Raise InputError for an unknown measure, and for data sets that cannot be used."""
+        check_measures([self.name])
+        for name in (self.train, self.val):
+            check_registered_dataset(name)
+
+    def job(self, encoder: EncoderFile) -> Job:
+        """Runs ``tools/eval_features.py``."""
+        settings = {
+            "encoder": dict(encoder.identity),
+            "measure": self.name,
+            "train": _dataset_identity(self.train),
+            "val": _dataset_identity(self.val),
+            "max_images": self.max_images,
+            "seed": encoder.seed,
+        }
+
+        def command(folder: Path, _num_processes: int) -> list[str]:
+            arguments = [str(self.tools / "eval_features.py"), "--weights", encoder.path]
+            arguments += ["--train", self.train, "--val", self.val, "--measures", self.name]
+            arguments += ["--seed", str(encoder.seed), "--device", self.device]
+            if self.max_images is not None:
+                arguments += ["--max-images", str(self.max_images)]
+            return [*arguments, "--json", str(folder / "features.json")]
+
+        def outcome(folder: Path) -> Outcome:
+            return _outcome_of_features(folder / "features.json")
+
+        return Job(self.name, encoder.label, settings, command, outcome, encoder.needs)
+
+
+@dataclass(frozen=True)
+class DavisEvaluation:
+    """Video object segmentation by propagated labels; it has no randomness, hence no seed.
+
+    Attributes:
+        tools: folder of the command lines.
+        root: folder of the DAVIS 2017 data set.
+        device: ``cuda`` or ``cpu``.
+    """
+
+    tools: Path
+    root: str
+    device: str = "cpu"
+    name: str = "davis"
+
+    def check(self) -> None:
+        """Raise InputError where the folder is missing."""
+        if not Path(self.root).is_dir():
+            raise InputError(f"the DAVIS folder '{self.root}' does not exist; check the path.")
+
+    def job(self, encoder: EncoderFile) -> Job:
+        """Runs ``tools/eval_davis.py``."""
+
+        def command(folder: Path, _num_processes: int) -> list[str]:
+            arguments = [str(self.tools / "eval_davis.py"), "--weights", encoder.path]
+            arguments += ["--davis-root", self.root, "--device", self.device]
+            arguments += ["--output", str(folder)]
+            return [*arguments, "--json", str(folder / "davis.json")]
+
+        def outcome(folder: Path) -> Outcome:
+            overall = json.loads((folder / "davis.json").read_text())["overall"]
+            mean = {"J&F": overall["J&F"], "J": overall["J"]["mean"], "F": overall["F"]["mean"]}
+            return Outcome({f"davis/{name}": 100 * value for name, value in mean.items()})
+
+        settings = {"encoder": dict(encoder.identity), "davis": str(Path(self.root).resolve())}
+        return Job(self.name, encoder.label, settings, command, outcome, encoder.needs)
+
+
+def check_measures(names: Sequence[str]) -> None:
+    """Raise InputError for a name that is not a measure of features."""
+    unknown = [name for name in names if name not in MEASURES]
+    if unknown:
+        raise InputError(
+            f"there is no measure {', '.join(unknown)}; choose from {', '.join(MEASURES)}."
+        )
+
+
+def _dataset_identity(name: str) -> dict[str, str]:
+    return {"name": name, "annotations": str(MetadataCatalog.get(name).get("json_file", ""))}
+
+
+def _outcome_of_features(path: Path) -> Outcome:
+    content = json.loads(path.read_text())
+    return Outcome(content["results"], content.get("failures", {}))

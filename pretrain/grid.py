@@ -1,0 +1,164 @@
+"""The grid of a sweep: keys of a pre-training config and their values, checked before any run."""
+
+from __future__ import annotations
+
+import copy
+import itertools
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from detectron2.config import instantiate
+from omegaconf import DictConfig, ListConfig, OmegaConf
+
+from flsl_d2.engine.config_files import load_lazy_config
+from flsl_d2.engine.overrides import apply_lazy_overrides
+from flsl_d2.errors import InputError
+from pretrain.data import image_files
+from pretrain.trainer import resolve_precision
+
+__all__ = ["Axis", "Point", "grid_points", "parse_axis", "short_names"]
+
+
+@dataclass(frozen=True)
+class Axis:
+    """A key and the values it takes, as typed."""
+
+    key: str
+    values: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Point:
+    """One setting of the grid with one seed.
+
+    Attributes:
+        values: by key of the grid, as typed.
+        seed: ``train.seed``.
+        overrides: that make it from the config file.
+        cfg: the config with these overrides.
+        total_iters: steps of the run.
+    """
+
+    values: dict[str, str]
+    seed: int
+    overrides: tuple[str, ...]
+    cfg: DictConfig
+    total_iters: int
+
+
+def parse_axis(text: str) -> Axis:
+    """Read ``key=v1,v2``; commas inside brackets belong to a value.
+
+    Raises:
+        InputError: it is not of that form, or a value is there twice.
+    """
+    key, equals, raw = text.partition("=")
+    values = [value.strip() for value in re.split(r",(?![^\[\](){}]*[\])}])", raw)]
+    if not equals or not key.strip() or not all(values):
+        raise InputError(
+            f"--grid {text!r} is not of the form key=value,value; write for example "
+            "schedules.intra_weight=0.01,0.03."
+        )
+    if len(set(values)) < len(values):
+        raise InputError(f"--grid {text!r} has a value twice; name each value once.")
+    return Axis(key.strip(), tuple(values))
+
+
+def short_names(keys: Sequence[str]) -> dict[str, str]:
+    """Each key by its last part, or in full where two keys end alike."""
+    last = [key.rpartition(".")[2] for key in keys]
+    return {
+        key: name if last.count(name) == 1 else key for key, name in zip(keys, last, strict=True)
+    }
+
+
+def grid_points(
+    config_file: str, axes: Sequence[Axis], overrides: Sequence[str], seeds: Sequence[int]
+) -> list[Point]:
+    """Every combination of the axes' values with every seed.
+
+    A single number for a pair of ``schedules`` (start and end) stands for both.
+
+    Args:
+        config_file: a pre-training config.
+        axes: of the grid.
+        overrides: of all runs.
+        seeds: values of ``train.seed``; empty for the config's own.
+
+    Raises:
+        InputError: a key that is unknown, set twice or the sweep's own, or a value that the key
+            cannot hold or the run cannot be built with.
+    """
+    base = load_lazy_config(config_file, overrides)
+    _check_keys(base, config_file, axes, overrides, seeds)
+    points = []
+    for values in itertools.product(*(axis.values for axis in axes)):
+        chosen = dict(zip((axis.key for axis in axes), values, strict=True))
+        changes = [_override(base, key, value) for key, value in chosen.items()]
+        for seed in seeds or [base.train.seed]:
+            own = (*changes, f"train.seed={seed}")
+            cfg = apply_lazy_overrides(copy.deepcopy(base), own)
+            points.append(Point(chosen, seed, (*overrides, *own), cfg, 0))
+    return [_checked(point) for point in points]
+
+
+def _check_keys(
+    cfg: DictConfig,
+    config_file: str,
+    axes: Sequence[Axis],
+    overrides: Sequence[str],
+    seeds: Sequence[int],
+) -> None:
+    lacking = [group for group in ("model", "views", "schedules", "train") if group not in cfg]
+    if lacking:
+        raise InputError(
+            f"config file {config_file!r} has no {', '.join(lacking)}, so it is not a pre-training "
+            "config; name one such as configs/pretrain/flsl_vit_small_p16_in1k.py."
+        )
+    keys = [axis.key for axis in axes]
+    fixed = [text.partition("=")[0] for text in overrides]
+    if "train.output_dir" in keys + fixed:
+        raise InputError("train.output_dir is chosen by the sweep; name its folder with --output.")
+    if "train.seed" in keys or (seeds and "train.seed" in fixed):
+        raise InputError("train.seed is set by the sweep; give --seeds 0,1.")
+    if len(set(seeds)) < len(seeds):
+        raise InputError(f"--seeds {','.join(map(str, seeds))} has a seed twice; name each once.")
+    twice = [key for i, key in enumerate(keys) if key in keys[:i] or key in fixed]
+    if twice:
+        raise InputError(f"{twice[0]} is set twice; give it once, with --grid or as an override.")
+
+
+def _override(cfg: DictConfig, key: str, value: str) -> str:
+    """The override of one value, a number for a schedule's pair made a pair."""
+    old = OmegaConf.select(cfg, key)
+    pair = key.startswith("schedules.") and isinstance(old, ListConfig) and len(old) == 2
+    if pair and re.fullmatch(r"[-+.\deE]+", value):
+        value = f"[{value},{value}]"
+    return f"{key}={value}"
+
+
+def _checked(point: Point) -> Point:
+    """The point with its length, after building all that a run builds, without its memory.
+
+    Raises:
+        InputError: what a run would raise, with the point's values before it.
+    """
+    cfg = copy.deepcopy(point.cfg)
+    try:
+        files = image_files(**{key: cfg.dataset[key] for key in ("root", "name")})
+        batch = cfg.dataloader.total_batch_size
+        iters_per_epoch = len(files) / batch
+        total_iters = cfg.train.max_iter or round(cfg.train.epochs * iters_per_epoch)
+        cfg.schedules.update(
+            total_batch_size=batch, iters_per_epoch=iters_per_epoch, total_iters=total_iters
+        )
+        resolve_precision(cfg.train.precision, cfg.train.device)
+        with torch.device("meta"):
+            for part in (cfg.schedules, cfg.views, cfg.model):
+                instantiate(part)
+    except InputError as error:
+        values = ", ".join(f"{key}={value}" for key, value in point.values.items())
+        raise InputError(f"{values}: {error}" if values else str(error)) from error
+    return Point(point.values, point.seed, point.overrides, point.cfg, total_iters)
