@@ -72,7 +72,7 @@ class Batch:
 
     def pin_memory(self) -> Batch:
         """What PyTorch's loader calls so that copies to the GPU need not wait."""
-        for tensors in (self.views, self.queries, self.crops):
+        for tensors in (self.views, self.crops):
             tensors[:] = [tensor.pin_memory() for tensor in tensors]
         return self
 

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from flsl_d2.errors import InputError
 from flsl_d2.mean_shift import attention, mean_shift, mix_attention
 from flsl_d2.modeling import FLSLViT
+from flsl_d2.modeling.packing import packed_tokens
 from flsl_d2.modeling.pixels import IMAGENET_MEAN, IMAGENET_STD
 from pretrain.objective import FLSLLoss, gather_queries
 from pretrain.previous_stage import PreviousStage
@@ -113,8 +114,15 @@ class Encoder(nn.Module):
 
     def tokens(self, images: Tensor) -> Tensor:
         """Images (B, 3, H, W) to tokens (B, N, D)."""
-        depth = self.backbone.depth if self.norm_modes else None
-        return self.backbone.forward_tokens(images, num_blocks=depth)
+        return self.backbone.forward_tokens(images, num_blocks=self._num_blocks)
+
+    def packed_tokens(self, batches: Sequence[Tensor]) -> list[Tensor]:
+        """:meth:`tokens` of images of several sizes, in one pass."""
+        return packed_tokens(self.backbone, batches, num_blocks=self._num_blocks)
+
+    @property
+    def _num_blocks(self) -> int | None:
+        return self.backbone.depth if self.norm_modes else None  # a number leaves the norm out
 
     def logits(self, modes: Tensor) -> Tensor:
         """Modes (..., D) to logits (..., K)."""
@@ -131,6 +139,8 @@ class FLSL(nn.Module):
         norm_modes: see :class:`Encoder`.
         previous_stage: the teacher of an earlier run, whose attention mixes into the teacher's;
             None for training in one stage.
+        pack_views: encode student views of all sizes in one pass; see
+            :mod:`flsl_d2.modeling.packing`.
 
     Raises:
         InputError: head and loss disagree about the number of centroids, or the previous stage
@@ -144,6 +154,7 @@ class FLSL(nn.Module):
         loss: FLSLLoss,
         norm_modes: bool = False,
         previous_stage: PreviousStage | None = None,
+        pack_views: bool = False,
     ) -> None:
         super().__init__()
         num_centroids = len(head.last_layer.weight_v)
@@ -158,7 +169,7 @@ class FLSL(nn.Module):
                 f"one of {backbone.patch_size}, so their tokens do not match; use a previous stage "
                 f"with patches of {backbone.patch_size}."
             )
-        self.previous_stage = previous_stage
+        self.previous_stage, self.pack_views = previous_stage, pack_views
         self.student = Encoder(backbone, head, norm_modes)
         self.teacher = copy.deepcopy(self.student)
         self.teacher.requires_grad_(False).eval()
@@ -175,7 +186,7 @@ class FLSL(nn.Module):
     def forward(
         self,
         views: list[Tensor],
-        masks: list[Tensor],
+        queries: list[Tensor],
         values: StepValues,
         crops: Sequence[Tensor] = (),
     ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
@@ -184,7 +195,7 @@ class FLSL(nn.Module):
         Args:
             views: uint8 images (B, 3, S, S), the teacher's view first. Student views of the same
                 size that follow each other are encoded together.
-            masks: for every student view, its queries: (B, N) bool, True = query.
+            queries: for every student view, which of its tokens are queries: (B, Q) int64.
             values: the scheduled values of this step.
             crops: the views before augmentation, in the same order; for a previous stage only.
 
@@ -196,24 +207,24 @@ class FLSL(nn.Module):
         teacher_view, *student_views = [self._normalised(view) for view in views]
         with torch.no_grad():
             teacher_tokens = self.teacher.tokens(teacher_view)  # (B, N, D)
-        priors = self._priors(crops, masks) if self.previous_stage else [None] * len(masks)
+        priors = self._priors(crops, queries) if self.previous_stage else [None] * len(queries)
+        groups = _groups_of_one_size(student_views, queries, priors)
         parts = []
-        for group in _groups_of_one_size(student_views, masks, priors):
-            images, query_masks, group_priors = zip(*group, strict=True)
-            tokens = self.student.tokens(torch.cat(images))  # (V * B, N, D), V views of this size
-            queries = gather_queries(tokens, torch.cat(query_masks))  # (V * B, Q, D)
-            modes = mean_shift(queries, tokens, values.self_scale * scale)
+        for group, tokens in zip(groups, self._student_tokens(groups), strict=True):
+            _, indexes, group_priors = zip(*group, strict=True)
+            points = gather_queries(tokens, torch.cat(indexes))  # (V * B, Q, D)
+            modes = mean_shift(points, tokens, values.self_scale * scale)
             with torch.no_grad():
                 keys = teacher_tokens.repeat(len(group), 1, 1)
                 cross_modes = self._cross_modes(
-                    queries, keys, values.cross_scale * scale, group_priors, values.own_attention
+                    points, keys, values.cross_scale * scale, group_priors, values.own_attention
                 )
-            parts.append([x.flatten(0, 1) for x in (queries, modes, cross_modes)])
-        queries, modes, cross_modes = (torch.cat(part) for part in zip(*parts, strict=True))
+            parts.append([x.flatten(0, 1) for x in (points, modes, cross_modes)])
+        points, modes, cross_modes = (torch.cat(part) for part in zip(*parts, strict=True))
         with torch.no_grad():
             teacher_logits = self.teacher.logits(cross_modes)
         losses, targets = self.loss(
-            queries,
+            points,
             modes,
             self.student.logits(modes),
             teacher_logits,
@@ -221,6 +232,16 @@ class FLSL(nn.Module):
             teacher_temp=values.teacher_temp,
         )
         return losses, _monitored(targets, teacher_tokens)
+
+    def compile_blocks(self) -> None:
+        """Compile the transformer blocks of student and teacher (``torch.compile``).
+
+        All blocks of an encoder share their code, so it is compiled once for each size of view,
+        during the first steps; the rest of the step is small beside them.
+        """
+        for encoder in (self.student, self.teacher):
+            for block in encoder.backbone.blocks:
+                block.compile(dynamic=False)
 
     @torch.no_grad()
     def update_teacher(self, momentum: float) -> None:
@@ -231,6 +252,13 @@ class FLSL(nn.Module):
         torch._foreach_lerp_(
             list(self.teacher.parameters()), list(self.student.parameters()), 1 - momentum
         )
+
+    def _student_tokens(self, groups: list[list[tuple[Any, ...]]]) -> list[Tensor]:
+        """Tokens (V * B, N, D) of each group's V views."""
+        batches = [torch.cat([view for view, *_ in group]) for group in groups]
+        if self.pack_views:
+            return self.student.packed_tokens(batches)
+        return [self.student.tokens(images) for images in batches]
 
     def _cross_modes(
         self,
@@ -246,13 +274,13 @@ class FLSL(nn.Module):
         own = attention(queries, keys, scale)
         return mix_attention(own, torch.cat(list(priors)).to(own.dtype), own_attention) @ keys
 
-    def _priors(self, crops: Sequence[Tensor], masks: list[Tensor]) -> list[Tensor]:
+    def _priors(self, crops: Sequence[Tensor], queries: list[Tensor]) -> list[Tensor]:
         """The previous stage's attention (B, Q, N) of each student view's queries."""
         teacher_crop, *student_crops = [self._normalised(crop) for crop in crops]
         keys = self.previous_stage.tokens(teacher_crop)
         return [
-            self.previous_stage.prior(crop, mask, keys)
-            for crop, mask in zip(student_crops, masks, strict=True)
+            self.previous_stage.prior(crop, indexes, keys)
+            for crop, indexes in zip(student_crops, queries, strict=True)
         ]
 
     def _normalised(self, images: Tensor) -> Tensor:

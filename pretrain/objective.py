@@ -20,21 +20,29 @@ __all__ = [
     "inter_view_loss",
     "intra_view_loss",
     "mean_over_ranks",
+    "query_indexes",
     "volume_loss",
 ]
 
 
-def gather_queries(tokens: Tensor, mask: Tensor) -> Tensor:
-    """Tokens that are queries.
+def query_indexes(mask: Tensor) -> Tensor:
+    """Where the queries are among the tokens.
+
+    Selecting by a mask makes a GPU wait, because the size of the result depends on values; so the
+    CPU, where the mask comes from, makes indexes of it.
 
     Args:
-        tokens: (B, N, D).
         mask: (B, N) bool, True = query; every image has the same number of them.
 
     Returns:
-        (B, Q, D), in the order of the tokens.
+        (B, Q) int64, ascending.
     """
-    return tokens[mask].view(len(tokens), -1, tokens.shape[-1])
+    return mask.nonzero()[:, 1].view(len(mask), -1)
+
+
+def gather_queries(tokens: Tensor, indexes: Tensor) -> Tensor:
+    """Tokens (B, N, D) at ``indexes`` (B, Q), as of :func:`query_indexes`: (B, Q, D)."""
+    return tokens.gather(1, indexes[..., None].expand(-1, -1, tokens.shape[-1]))
 
 
 def intra_view_loss(queries: Tensor, modes: Tensor) -> Tensor:

@@ -59,7 +59,7 @@ class PreviousStage:
         return self.encoder.forward_tokens(crops, num_blocks=self.num_blocks)
 
     @torch.no_grad()
-    def prior(self, student_crops: Tensor, mask: Tensor, teacher_tokens: Tensor) -> Tensor:
+    def prior(self, student_crops: Tensor, indexes: Tensor, teacher_tokens: Tensor) -> Tensor:
         """Where the queries of student views belong in the teacher's view of their image.
 
         ``A = softmax(s_prev q.k)``, sharpened: ``A' = sigmoid(sharpness (A - mean_j A))``, rows
@@ -67,13 +67,13 @@ class PreviousStage:
 
         Args:
             student_crops: (B, 3, H, W), normalised.
-            mask: (B, N) bool, True = query.
+            indexes: (B, Q), its queries among its tokens.
             teacher_tokens: (B, M, D), :meth:`tokens` of the teacher's crops of the same images.
 
         Returns:
             (B, Q, M) float32, rows sum to 1.
         """
-        queries = gather_queries(self.tokens(student_crops), mask)
+        queries = gather_queries(self.tokens(student_crops), indexes)
         # The sigmoid's slope makes the rounding errors of half precision visible.
         with torch.autocast(queries.device.type, enabled=False):
             weights = attention(queries.float(), teacher_tokens.float(), self.scale)

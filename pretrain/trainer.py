@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from flsl_d2.errors import InputError
 from pretrain.data import Batch
 from pretrain.model import FLSL
+from pretrain.objective import query_indexes
 from pretrain.optimizer import clip_gradients
 from pretrain.schedules import Schedules, StepValues
 
@@ -105,10 +106,10 @@ class PretrainTrainer(SimpleTrainer):
 
     def _forward(self, batch: Batch, values: StepValues) -> dict[str, Tensor]:
         views, crops = batch.views_on(self.device)
-        masks = [mask.to(self.device, non_blocking=True) for mask in batch.queries]
+        queries = [query_indexes(mask).to(self.device, non_blocking=True) for mask in batch.queries]
         mixed = torch.autocast(self.device.type, self.dtype) if self.dtype else nullcontext()
         with mixed:
-            losses, self.monitored = self.model(views, masks, values, crops)
+            losses, self.monitored = self.model(views, queries, values, crops)
         return losses
 
     def _step(self, values: StepValues) -> Tensor:

@@ -16,7 +16,7 @@ from conftest import GOLDEN, GOLDEN_FILES
 from flsl_d2.mean_shift import attention, mean_shift, mix_attention, sharpened_prior
 from flsl_d2.modeling import FLSLViT
 from pretrain.model import FLSL, FLSLHead
-from pretrain.objective import FLSLLoss, gather_queries
+from pretrain.objective import FLSLLoss, gather_queries, query_indexes
 from pretrain.previous_stage import PreviousStage
 from pretrain.schedules import StepValues
 
@@ -104,7 +104,7 @@ def test_modes_and_prior(golden: Golden) -> None:
     meta = golden.meta
     for index in range(2):
         tokens, mask = golden[f"group{index}.enc_s"], golden.group(index)[1]
-        queries = gather_queries(tokens, mask)
+        queries = gather_queries(tokens, query_indexes(mask))
         keys = golden["teacher_tokens"].repeat(len(tokens) // meta["B"], 1, 1)
         name = f"group{index}."
         assert_equal(mean_shift(queries, tokens, meta["sa"]), golden[name + "mode_s"], "self modes")
@@ -127,16 +127,18 @@ def test_modes_of_a_later_stage(golden: Golden) -> None:
         known = {len(images): golden[name + "enc_s"]}
         stage.tokens = lambda crops, known=known: known[len(crops)]
         keys = golden["teacher_tokens"].repeat(len(images) // meta["B"], 1, 1)
-        prior = stage.prior(images, mask, keys)
-        queries = gather_queries(golden[name + "enc_s"], mask)
+        prior = stage.prior(images, query_indexes(mask), keys)
+        queries = gather_queries(golden[name + "enc_s"], query_indexes(mask))
         modes = golden.model._cross_modes(queries, keys, meta["ca"], [prior], MIXTURE)
         assert_equal(modes, golden[name + f"mode_t_mixture{MIXTURE}"], "cross modes")
 
 
-def test_losses_and_gradients(golden: Golden) -> None:
+@pytest.mark.parametrize("pack_views", [False, True])
+def test_losses_and_gradients(golden: Golden, pack_views: bool) -> None:
+    golden.model.pack_views = pack_views
     views = [golden[f"view{i}"] for i in range(4)]
-    masks = [golden[f"mask{i}"] for i in range(1, 4)]
-    losses, _ = golden.model(views, masks, golden.values())
+    queries = [query_indexes(golden[f"mask{i}"]) for i in range(1, 4)]
+    losses, _ = golden.model(views, queries, golden.values())
     names = {"loss_intra": "intra_view", "loss_inter": "inter_view", "loss_volume": "volume"}
     for ours, theirs in (*names.items(), ("loss", "total")):
         assert_equal(losses[ours], golden[f"loss.{theirs}"], ours)

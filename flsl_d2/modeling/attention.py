@@ -13,7 +13,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-__all__ = ["Attention", "merge_windows", "split_into_windows", "window_key_mask"]
+__all__ = [
+    "Attention",
+    "PackedShapes",
+    "merge_windows",
+    "split_into_windows",
+    "window_key_mask",
+]
+
+# Of images of several sizes in one list of tokens: (how many images, tokens of each), ...
+PackedShapes = tuple[tuple[int, int], ...]
 
 
 def split_into_windows(tokens: Tensor, size: int) -> tuple[Tensor, tuple[int, int]]:
@@ -95,6 +104,16 @@ class Attention(nn.Module):
             scale = 1.0
         out = F.scaled_dot_product_attention(q, k, v, attn_mask=key_mask, scale=scale)
         return self.proj(out.transpose(1, 2).reshape(batch, height, width, dim))
+
+    def forward_packed(self, shapes: PackedShapes, tokens: Tensor) -> Tensor:
+        """(T, D) to (T, D): linear layers over all tokens, attention within each image."""
+        sizes = [count * length for count, length in shapes]
+        out = []
+        for part, (count, length) in zip(self.qkv(tokens).split(sizes), shapes, strict=True):
+            qkv = part.view(count, length, 3, self.num_heads, -1).permute(2, 0, 3, 1, 4)
+            mixed = F.scaled_dot_product_attention(*qkv.unbind(0), scale=self.scale)
+            out.append(mixed.transpose(1, 2).reshape(count * length, -1))
+        return self.proj(torch.cat(out))
 
     def _append_relative_positions(
         self, q: Tensor, k: Tensor, grid: tuple[int, int]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 
 import torch
 from detectron2.config import CfgNode, configurable
@@ -15,6 +16,7 @@ from torch.utils.checkpoint import checkpoint
 from flsl_d2.errors import InputError
 from flsl_d2.modeling.attention import (
     Attention,
+    PackedShapes,
     merge_windows,
     split_into_windows,
     window_key_mask,
@@ -74,10 +76,17 @@ class Block(nn.Module):
         self.ls1 = LayerScale(dim, layer_scale_init) if scaled else nn.Identity()
         self.ls2 = LayerScale(dim, layer_scale_init) if scaled else nn.Identity()
 
-    def forward(self, tokens: Tensor) -> Tensor:
-        """(B, H, W, D) to (B, H, W, D)."""
-        tokens = tokens + self.drop_path(self.ls1(self._attend(self.norm1(tokens))))
-        return tokens + self.drop_path(self.ls2(self.mlp(self.norm2(tokens))))
+    def forward(self, tokens: Tensor, shapes: PackedShapes | None = None) -> Tensor:
+        """Tokens to tokens of the same shape.
+
+        Args:
+            tokens: (B, H, W, D); or, packed, (T, D) of images of several sizes.
+            shapes: where packed, how many images of how many tokens follow each other.
+        """
+        attend = self._attend if shapes is None else partial(self.attn.forward_packed, shapes)
+        branch = self.ls1(attend(self.norm1(tokens)))
+        tokens = tokens + self._drop_images(branch, shapes)
+        return tokens + self._drop_images(self.ls2(self.mlp(self.norm2(tokens))), shapes)
 
     def _attend(self, tokens: Tensor) -> Tensor:
         size = self.window_size
@@ -89,6 +98,16 @@ class Block(nn.Module):
         if self.mask_window_padding and list(padded) != grid:
             key_mask = window_key_mask(batch, tuple(grid), size, tokens.device)
         return merge_windows(self.attn(windows, key_mask), padded, tuple(grid))
+
+    def _drop_images(self, branch: Tensor, shapes: PackedShapes | None) -> Tensor:
+        """Stochastic depth: the branch of an image is left out with the block's probability."""
+        if shapes is None or not self.training or isinstance(self.drop_path, nn.Identity):
+            return self.drop_path(branch)
+        factors = [
+            self.drop_path(branch.new_ones(count, 1, 1)).expand(-1, length, -1).flatten(0, 1)
+            for count, length in shapes
+        ]
+        return branch * torch.cat(factors)
 
 
 @BACKBONE_REGISTRY.register()
@@ -252,9 +271,7 @@ class FLSLViT(Backbone):
     def architecture(self) -> dict[str, int | float | bool | list[int] | None]:
         """Constructor arguments that fix the shapes of the weights and what they compute."""
         first = self.blocks[0]
-        window_sizes = [block.window_size for block in self.blocks]
-        global_blocks = [i for i, size in enumerate(window_sizes) if not size]
-        return {
+        known = {
             "img_size": round(self.pos_embed.shape[1] ** 0.5) * self.patch_size,
             "patch_size": self.patch_size,
             "in_chans": self.patch_embed.proj.in_channels,
@@ -263,17 +280,21 @@ class FLSLViT(Backbone):
             "num_heads": first.attn.num_heads,
             "mlp_ratio": first.mlp.fc1.out_features / self.embed_dim,
             "qkv_bias": first.attn.qkv.bias is not None,
-            "window_size": max(window_sizes),
-            "global_block_indexes": global_blocks if any(window_sizes) else None,
             "use_rel_pos": first.attn.use_rel_pos,
-            "rel_pos_img_size": self.rel_pos_img_size,
-            "mask_window_padding": first.mask_window_padding,
             "final_norm": isinstance(self.final_norm, nn.LayerNorm),
             "position_offset": self.position_offset,
             "position_antialias": self.position_antialias,
             "layer_scale_init": self.layer_scale_init,
             "num_prefix_tokens": self.num_prefix_tokens,
         }
+        if first.attn.use_rel_pos:
+            known["rel_pos_img_size"] = self.rel_pos_img_size
+        window_sizes = [block.window_size for block in self.blocks]
+        if any(window_sizes):  # without windows, whoever takes the weights may add some
+            known["window_size"] = max(window_sizes)
+            known["global_block_indexes"] = [i for i, size in enumerate(window_sizes) if not size]
+            known["mask_window_padding"] = first.mask_window_padding
+        return known
 
     @property
     def padding_constraints(self) -> dict[str, int]:
@@ -294,7 +315,8 @@ class FLSLViT(Backbone):
         """
         return self._encode(images, num_blocks).flatten(1, 2)
 
-    def _encode(self, images: Tensor, num_blocks: int | None = None) -> Tensor:
+    def embed(self, images: Tensor) -> Tensor:
+        """Images (B, 3, H, W) to patches with positions (B, H / patch, W / patch, D)."""
         height, width = images.shape[-2:]
         if height % self.patch_size or width % self.patch_size:
             raise InputError(
@@ -304,10 +326,13 @@ class FLSLViT(Backbone):
         if self.pixel_adapter is not None:
             images = self.pixel_adapter(images)
         tokens = self.patch_embed(images)  # (B, H, W, D)
-        grid = tuple(tokens.shape[1:3])
-        tokens = tokens + resample_positions(
-            self.pos_embed, grid, self.position_offset, self.position_antialias
+        return tokens + resample_positions(
+            self.pos_embed, tuple(tokens.shape[1:3]), self.position_offset, self.position_antialias
         )
+
+    def _encode(self, images: Tensor, num_blocks: int | None = None) -> Tensor:
+        tokens = self.embed(images)
+        grid = tuple(tokens.shape[1:3])
         if self.num_prefix_tokens:
             # Global attention does not mind the grid, so one long row holds all tokens.
             prefix = self.prefix_tokens.expand(len(tokens), -1, -1)

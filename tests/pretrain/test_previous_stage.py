@@ -29,8 +29,8 @@ def test_features_are_the_last_block_but_one_without_norm():
 def test_prior_is_nearly_binary_and_normalised():
     stage = PreviousStage(encoder(), scale=1.0)
     student, teacher = torch.randn(2, 3, 16, 16), torch.randn(2, 3, 32, 32)
-    mask = torch.tensor([[True, False, False, True]] * 2)
-    prior = stage.prior(student, mask, stage.tokens(teacher))
+    queries = torch.tensor([[0, 3]] * 2)
+    prior = stage.prior(student, queries, stage.tokens(teacher))
     assert prior.shape == (2, 2, 16)
     torch.testing.assert_close(prior.sum(-1), torch.ones(2, 2))
     assert not prior.requires_grad
