@@ -1,16 +1,18 @@
 """Do the clusters of an encoder's tokens match the objects of an image?
 
-Three ways to cluster the tokens of the last block are compared with the ground-truth masks:
+Four ways to cluster the tokens of the last block are compared with the ground-truth masks:
 
 - **mean-shift**, :func:`flsl_d2.mean_shift.cluster`, with the kernel ``exp(width * cosine)``;
 - **k-means** of the same tokens, with as many clusters as mean-shift found in that image;
 - **raw attention**: the weights of the last block, averaged over heads. A token's row says where
   it looks; the square roots of the rows (so that distances are Hellinger's) are grouped by k-means,
-  again into as many clusters.
+  again into as many clusters;
+- **tuned k-means** with a number of clusters of its own, the same for all images. Mean-shift's
+  number may suit k-means badly: it leaves many tokens alone, and k-means makes parts of like size.
 
 So that encoders compare, tokens are centred by the mean of the training tokens and brought to norm
-sqrt(D) before mean-shift and k-means. The width is chosen once, on a few training images, as the
-one with the highest adjusted Rand index of mean-shift, and then kept for all validation images.
+sqrt(D) before mean-shift and k-means. Kernel width and tuned number are chosen once, on a few
+training images, as those with the highest adjusted Rand index, and kept for all validation images.
 """
 
 from __future__ import annotations
@@ -36,7 +38,7 @@ from flsl_d2.modeling.attention import Attention
 
 __all__ = ["ClusterQuality", "attention_rows", "mean_shift_labels"]
 
-_IMAGES_TO_CHOOSE_ON = 12
+_IMAGES_TO_CHOOSE_ON = 8
 
 
 class ClusterQuality:
@@ -57,19 +59,21 @@ class ClusterQuality:
         options: Options,
         seed: int,
     ) -> None:
-        if not options.mean_shift_scales:
-            raise InputError("mean_shift_scales is empty; give at least one kernel width.")
+        if not options.kernel_widths or not options.cluster_counts:
+            raise InputError(
+                "kernel_widths or cluster_counts is empty; give at least one value of each."
+            )
         self.encoder, self.options, self.seed = encoder, options, seed
         order = np.random.default_rng(seed).permutation(len(train.images))
         self.chosen = set(order[:_IMAGES_TO_CHOOSE_ON].tolist())
         self.kept: list[Sample] = []
         self.token_sum: Tensor | None = None
         self.num_tokens = 0
-        self.width = 0.0
+        self.width, self.tuned_count = 0.0, 0
         self.scores: dict[str, list[float]] = {}
 
     def observe_train(self, sample: Sample) -> None:
-        """Add to the mean token, and keep a few images to choose the kernel's width on."""
+        """Add to the mean token, and keep a few images to choose width and number on."""
         total = sample.tokens.double().sum(dim=0)
         self.token_sum = total if self.token_sum is None else self.token_sum + total
         self.num_tokens += len(sample.tokens)
@@ -77,22 +81,26 @@ class ClusterQuality:
             self.kept.append(sample)
 
     def fit(self) -> None:
-        """Choose the kernel's width."""
+        """Choose the kernel's width and the number of clusters of tuned k-means."""
         self.mean = (self.token_sum / self.num_tokens).float()
-        samples = [s for s in self.kept if _has_instances(s.image.segments)]
+        samples = [sample for sample in self.kept if _has_instances(sample.image.segments)]
+        self.kept.clear()
         if not samples:
             raise InputError(
                 "none of the training images drawn to choose the kernel's width on has a mask; "
                 "use more images."
             )
-        quality = dict.fromkeys(self.options.mean_shift_scales, 0.0)
+        widths = dict.fromkeys(self.options.kernel_widths, 0.0)
+        counts = dict.fromkeys(self.options.cluster_counts, 0.0)
         for sample in samples:
             tokens = self._normalised(sample.tokens)
-            for width in quality:
-                labels = self._pixels(mean_shift_labels(tokens, width), sample)
-                quality[width] += adjusted_rand_index(*_known(sample.image.segments, labels))
-        self.width = max(quality, key=lambda width: quality[width])
-        self.kept.clear()
+            for width in widths:
+                widths[width] += self._rand_index(mean_shift_labels(tokens, width), sample)
+            for count in counts:
+                labels = kmeans(tokens, count, [self.seed, sample.index])
+                counts[count] += self._rand_index(labels, sample)
+        self.width = max(widths, key=lambda width: widths[width])
+        self.tuned_count = max(counts, key=lambda count: counts[count])
 
     def observe_val(self, sample: Sample) -> None:
         """Cluster an image in every way and score the clusters."""
@@ -108,6 +116,7 @@ class ClusterQuality:
         ways = {
             "mean_shift": mean_shifted,
             "k_means": kmeans(tokens, count, seed),
+            "k_means_tuned": kmeans(tokens, self.tuned_count, seed),
             "attention": kmeans(rows.sqrt(), count, seed),
             "token_limit": torch.from_numpy(shares.argmax(axis=1)),
         }
@@ -117,11 +126,11 @@ class ClusterQuality:
 
     def results(self) -> dict[str, float]:
         """Means over images: ``ari_*``, ``ari_foreground_*`` and ``boundary_f_*`` in percent;
-        ``clusters``, how many mean-shift found; ``kernel_width``, the one chosen."""
+        ``clusters``, how many mean-shift found; ``kernel_width`` and ``tuned_clusters``, chosen."""
         if not self.scores:
             raise InputError("no validation image has a mask; use others, or more.")
         means = {name: float(np.mean(values)) for name, values in self.scores.items()}
-        return {**means, "kernel_width": self.width}
+        return {**means, "kernel_width": self.width, "tuned_clusters": self.tuned_count}
 
     def _normalised(self, tokens: Tensor) -> Tensor:
         centred = tokens - self.mean
@@ -135,14 +144,16 @@ class ClusterQuality:
             labels.cpu().numpy().reshape(sample.grid), sample.image.segments.shape
         )
 
+    def _rand_index(self, labels: Tensor, sample: Sample) -> float:
+        return adjusted_rand_index(*_known(sample.image.segments, self._pixels(labels, sample)))
+
     def _score(self, way: str, truth: np.ndarray, predicted: np.ndarray) -> None:
         self._note(f"ari_{way}", 100 * adjusted_rand_index(*_known(truth, predicted)))
         inside = truth > 0
-        if len(np.unique(truth[inside])) > 1:
-            self._note(
-                f"ari_foreground_{way}",
-                100 * adjusted_rand_index(truth[inside], predicted[inside]),
-            )
+        instances = truth[inside]
+        if instances.min() < instances.max():
+            score = adjusted_rand_index(instances, predicted[inside])
+            self._note(f"ari_foreground_{way}", 100 * score)
         self._note(f"boundary_f_{way}", 100 * boundary_f_score(truth, predicted))
 
     def _note(self, name: str, value: float) -> None:

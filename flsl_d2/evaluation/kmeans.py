@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 import torch
 from torch import Tensor
@@ -10,7 +12,11 @@ __all__ = ["kmeans"]
 
 
 def kmeans(
-    points: Tensor, num_clusters: int, seed: int, num_restarts: int = 3, max_iterations: int = 50
+    points: Tensor,
+    num_clusters: int,
+    seed: int | Sequence[int],
+    num_restarts: int = 3,
+    max_iterations: int = 50,
 ) -> Tensor:
     """Lloyd's algorithm from k-means++ starts; the start with the least distortion is kept.
 
@@ -26,14 +32,21 @@ def kmeans(
     """
     num_clusters = min(num_clusters, len(points))
     generator = np.random.default_rng(seed)
-    runs = [_run(points, num_clusters, generator, max_iterations) for _ in range(num_restarts)]
+    between = _squared_distances(points, points).double().cpu().numpy()
+    runs = [
+        _run(points, between, num_clusters, generator, max_iterations) for _ in range(num_restarts)
+    ]
     return min(runs, key=lambda run: run[1])[0]
 
 
 def _run(
-    points: Tensor, num_clusters: int, generator: np.random.Generator, max_iterations: int
+    points: Tensor,
+    between: np.ndarray,
+    num_clusters: int,
+    generator: np.random.Generator,
+    max_iterations: int,
 ) -> tuple[Tensor, float]:
-    centroids = _plus_plus(points, num_clusters, generator)
+    centroids = points[_plus_plus(between, num_clusters, generator)]
     labels = None
     for _ in range(max_iterations):
         distances = _squared_distances(points, centroids)
@@ -48,18 +61,24 @@ def _run(
     return labels, float(distortion)
 
 
-def _plus_plus(points: Tensor, num_clusters: int, generator: np.random.Generator) -> Tensor:
+def _plus_plus(between: np.ndarray, num_clusters: int, generator: np.random.Generator) -> list[int]:
     """Starts drawn in turn with odds of the squared distance to the nearest earlier one
-    (Arthur and Vassilvitskii, 2007)."""
-    chosen = [int(generator.integers(len(points)))]
-    nearest = _squared_distances(points, points[chosen])[:, 0]
-    for _ in range(num_clusters - 1):
-        odds = nearest.double().cpu().numpy().cumsum()
+    (Arthur and Vassilvitskii, 2007).
+
+    Args:
+        between: (N, N) squared distances.
+        num_clusters: how many.
+        generator: of the draws.
+    """
+    chosen = [int(generator.integers(len(between)))]
+    nearest = between[chosen[0]].copy()
+    while len(chosen) < num_clusters:
+        odds = nearest.cumsum()
         place = generator.random() * odds[-1]
         # Where all points are at a start already, odds are 0 and any point serves.
-        chosen.append(min(int(np.searchsorted(odds, place, side="right")), len(points) - 1))
-        nearest = torch.minimum(nearest, _squared_distances(points, points[chosen[-1:]])[:, 0])
-    return points[chosen]
+        chosen.append(min(int(np.searchsorted(odds, place, side="right")), len(between) - 1))
+        np.minimum(nearest, between[chosen[-1]], out=nearest)
+    return chosen
 
 
 def _squared_distances(points: Tensor, centroids: Tensor) -> Tensor:

@@ -52,11 +52,19 @@ class LabelledImage:
     Args:
         record: Detectron2's standard dict of an image.
         dataset: its name, for messages.
+        num_pixel_classes: how many classes pixels have, background included.
         ignore_label: the value of unlabelled pixels in a file of semantic labels.
     """
 
-    def __init__(self, record: dict[str, Any], dataset: str, ignore_label: int = 255) -> None:
-        self.record, self.dataset, self.ignore_label = record, dataset, ignore_label
+    def __init__(
+        self,
+        record: dict[str, Any],
+        dataset: str,
+        num_pixel_classes: int,
+        ignore_label: int = 255,
+    ) -> None:
+        self.record, self.dataset = record, dataset
+        self.num_pixel_classes, self.ignore_label = num_pixel_classes, ignore_label
 
     def read(self) -> np.ndarray:
         """The image, (H, W, 3) uint8 RGB, turned as its EXIF entry says.
@@ -83,7 +91,8 @@ class LabelledImage:
         overlap, the smaller one is in front. Crowds are ignored.
 
         Raises:
-            InputError: the data set has neither masks nor semantic labels.
+            InputError: the data set has neither masks nor semantic labels, or labels of unknown
+                classes.
         """
         file_name = self.record.get("sem_seg_file_name")
         if file_name is None:
@@ -95,7 +104,14 @@ class LabelledImage:
                 f"the labels {file_name} of {self.dataset!r} cannot be read ({error}); "
                 "put the file there."
             ) from error
-        return np.where(labels == self.ignore_label, IGNORED, labels)
+        labels[labels == self.ignore_label] = IGNORED
+        if labels.min() < IGNORED or labels.max() >= self.num_pixel_classes:
+            raise InputError(
+                f"the labels {file_name} have the value {labels.max()}, but {self.dataset!r} has "
+                f"{self.num_pixel_classes} classes (and {self.ignore_label} for none); correct the "
+                "file, or `stuff_classes` and `ignore_label` in the metadata."
+            )
+        return labels
 
     @cached_property
     def segments(self) -> np.ndarray:
@@ -193,6 +209,21 @@ def load_labelled(name: str, max_images: int | None = None, seed: int = 0) -> La
         pixel_classes = tuple(metadata.get("stuff_classes", ()))
     else:
         pixel_classes = ("background", *box_classes)
-    ignore_label = metadata.get("ignore_label", 255)
-    images = [LabelledImage(record, name, ignore_label) for record in records]
+    _check_categories(name, records, len(box_classes))
+    images = [
+        LabelledImage(record, name, len(pixel_classes), metadata.get("ignore_label", 255))
+        for record in records
+    ]
     return LabelledDataset(name, images, box_classes, pixel_classes)
+
+
+def _check_categories(name: str, records: list[dict[str, Any]], count: int) -> None:
+    """A loader of the user's own may give what the check of COCO files never saw."""
+    for record in records:
+        for annotation in record.get("annotations", []):
+            if not 0 <= annotation["category_id"] < count:
+                raise InputError(
+                    f"{record['file_name']} of {name!r} has an annotation of category "
+                    f"{annotation['category_id']}, but `thing_classes` in the metadata names "
+                    f"{count}; correct either."
+                )

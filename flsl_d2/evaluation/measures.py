@@ -18,7 +18,7 @@ from flsl_d2.evaluation.linear_segmentation import LinearSegmentation
 from flsl_d2.evaluation.samples import Measure, Options, encode, progress
 from flsl_d2.modeling import FLSLViT
 
-__all__ = ["MEASURES", "measure_all", "measure_features"]
+__all__ = ["MEASURES", "check_measures", "measure_all", "measure_features"]
 
 MEASURES: dict[str, Callable[..., Measure]] = {
     "knn_box": BoxKnn,
@@ -82,10 +82,7 @@ def measure_all(
     Raises:
         InputError: a measure or an option of that name does not exist.
     """
-    chosen = _options(options)
-    unknown = [name for name in measures if name not in MEASURES]
-    if unknown:
-        raise InputError(f"there is no measure {unknown[0]!r}; use some of {', '.join(MEASURES)}.")
+    chosen = _checked(measures, options)
     try:
         sets = load_labelled(train, max_images, seed), load_labelled(val, max_images, seed)
     except InputError as error:
@@ -96,6 +93,23 @@ def measure_all(
             running.measures[name] = MEASURES[name](encoder, *sets, chosen, seed)
     with _in_evaluation(encoder.to(device)):
         return running.run(encoder, *sets, chosen.short_side), running.failures
+
+
+def check_measures(
+    train: str,
+    val: str,
+    measures: Sequence[str] = tuple(MEASURES),
+    max_images: int | None = None,
+    **options,
+) -> None:
+    """Find out before long work whether names and data sets can be used; see `measure_all`.
+
+    Raises:
+        InputError: naming what cannot be used.
+    """
+    _checked(measures, options)
+    for name in (train, val):
+        load_labelled(name, max_images)
 
 
 class _Running:
@@ -147,7 +161,11 @@ class _Running:
         return returned
 
 
-def _options(given: Mapping[str, object]) -> Options:
+def _checked(measures: Sequence[str], given: Mapping[str, object]) -> Options:
+    unknown = [name for name in measures if name not in MEASURES]
+    if unknown or not measures:
+        what = f"there is no measure {unknown[0]!r}" if unknown else "no measure was named"
+        raise InputError(f"{what}; use some of {', '.join(MEASURES)}.")
     known = [field.name for field in fields(Options)]
     unknown = [name for name in given if name not in known]
     if unknown:

@@ -36,17 +36,30 @@ def adjusted_rand_index(first: np.ndarray, second: np.ndarray) -> float:
     Returns:
         The index; 1 where both put everything into one part, or each pixel into its own.
     """
-    _, first = np.unique(first, return_inverse=True)
-    _, second = np.unique(second, return_inverse=True)
-    width = int(second.max(initial=0)) + 1
-    _, joint = np.unique(first.ravel() * width + second.ravel(), return_counts=True)
+    first, second = _counted_from_zero(first), _counted_from_zero(second)
+    joint = _counts(first * (int(second.max(initial=0)) + 1) + second)
     # Python's floats: products of the counts of pairs do not fit into 64-bit integers.
     together = _pairs(joint)
-    in_first, in_second = _pairs(np.bincount(first.ravel())), _pairs(np.bincount(second.ravel()))
+    in_first, in_second = _pairs(np.bincount(first)), _pairs(np.bincount(second))
     pairs = first.size * (first.size - 1) / 2
     expected = in_first * in_second / pairs if pairs else 0.0
     best = (in_first + in_second) / 2
     return 1.0 if best == expected else (together - expected) / (best - expected)
+
+
+def _counted_from_zero(labels: np.ndarray) -> np.ndarray:
+    """Flat labels without gaps, or nearly so; sorting all pixels is avoided where possible."""
+    labels = labels.ravel().astype(np.int64)
+    if labels.size and np.ptp(labels) < labels.size:
+        return labels - labels.min()
+    return np.unique(labels, return_inverse=True)[1]
+
+
+def _counts(labels: np.ndarray) -> np.ndarray:
+    """How often each of the labels occurs, in any order, possibly with zeros."""
+    if labels.max(initial=0) < 4 * labels.size:
+        return np.bincount(labels)
+    return np.unique(labels, return_counts=True)[1]
 
 
 def _pairs(counts: np.ndarray) -> float:
@@ -122,12 +135,16 @@ def enlarge_labels(labels: np.ndarray, size: tuple[int, int]) -> np.ndarray:
         for rows, row_share in ((top, 1 - low), (bottom, low))
         for columns, column_share in ((left, 1 - near), (right, near))
     ]
-    best = np.full(size, -1.0)
-    winner = np.zeros(size, dtype=labels.dtype)
+    winner = corners[0][0]
+    contested = np.logical_or.reduce([label != winner for label, _ in corners[1:]])
+    corners = [(label[contested], weight[contested]) for label, weight in corners]
+    best = np.full(len(corners[0][0]), -1.0)
+    chosen = np.zeros(len(best), dtype=labels.dtype)
     for candidate, _ in corners:
         share = sum(weight * (label == candidate) for label, weight in corners)
-        better = (share > best) | ((share == best) & (candidate < winner))
-        best[better], winner[better] = share[better], candidate[better]
+        better = (share > best) | ((share == best) & (candidate < chosen))
+        best[better], chosen[better] = share[better], candidate[better]
+    winner[contested] = chosen
     return winner
 
 

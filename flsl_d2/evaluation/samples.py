@@ -37,8 +37,9 @@ class Options:
         temperature: T of the weights exp(cosine / T) of all k-NN votes.
         box_neighbours: values of k of box-aligned k-NN.
         probe_steps: iterations of the linear probe's solver.
-        mean_shift_scales: kernel widths to choose from, see
+        kernel_widths: of mean-shift, to choose from; see
             :mod:`flsl_d2.evaluation.cluster_quality`.
+        cluster_counts: of tuned k-means, to choose from; see there.
     """
 
     short_side: int = 448
@@ -47,7 +48,8 @@ class Options:
     temperature: float = 0.07
     box_neighbours: Sequence[int] = (10, 20, 100, 200)
     probe_steps: int = 100
-    mean_shift_scales: Sequence[float] = (2.0, 4.0, 8.0, 16.0, 32.0)
+    kernel_widths: Sequence[float] = (2.0, 4.0, 8.0, 16.0, 32.0)
+    cluster_counts: Sequence[int] = (2, 3, 4, 6, 8, 12, 16)
 
 
 @dataclass(frozen=True)

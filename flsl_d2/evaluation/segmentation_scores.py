@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from flsl_d2.errors import InputError
 from flsl_d2.evaluation.labelled_images import IGNORED
 
 __all__ = ["Confusion", "label_pixels", "patch_distributions"]
@@ -85,8 +86,13 @@ class Confusion:
     def results(self, names: Sequence[str]) -> dict[str, float]:
         """Mean IoU over the classes that occur in the truth, and pixel accuracy, in percent.
 
-        With at most 20 classes the IoU of each is there, too.
+        The IoU of each is there, too, where the data set has at most 20 classes.
+
+        Raises:
+            InputError: nothing was counted.
         """
+        if not self.counts.any():
+            raise InputError("no pixel of the validation images has a label; use other images.")
         hits = np.diag(self.counts)
         true, predicted = self.counts.sum(axis=1), self.counts.sum(axis=0)
         occurs = true > 0
@@ -95,6 +101,6 @@ class Confusion:
             "mIoU": float(iou[occurs].mean()),
             "pixel_accuracy": float(100.0 * hits.sum() / true.sum()),
         }
-        if occurs.sum() <= 20:
+        if len(names) <= 20:
             scores |= {f"IoU-{names[i]}": float(iou[i]) for i in np.flatnonzero(occurs)}
         return scores
