@@ -6,6 +6,8 @@ All functions take the tokens of one image, (N, D) row-major over a grid (rows, 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 import torch
 import torch.nn.functional as F
@@ -100,18 +102,17 @@ def mode_similarity_map(
     return mark_cell(heat, grid, token)
 
 
-def pca_rgb(tokens: Array, grid: Grid, size: tuple[int, int]) -> np.ndarray:
-    """The first three principal components as red, green and blue.
+def pca_colours(token_sets: Sequence[Array]) -> list[np.ndarray]:
+    """The first three principal components as red, green and blue, (N, 3) uint8 of each set.
 
     Args:
-        tokens: (N, D).
-        grid: rows, columns.
-        size: height and width of the result. Each cell is one flat colour: what is seen at the
-            borders is the encoder's resolution.
+        token_sets: (N, D) each. The components are those of all sets together, so that a colour
+            means the same in every image; give one set for the components of one image.
 
     Each component covers its 2nd to 98th percentile; its sign makes its extreme bright.
     """
-    tokens = as_tokens(tokens, grid)
+    sizes = [len(tokens) for tokens in token_sets]
+    tokens = torch.cat([torch.as_tensor(tokens).detach().cpu().float() for tokens in token_sets])
     centred = tokens - tokens.mean(dim=0)
     rank = min(3, *centred.shape)
     basis, strength, _ = torch.linalg.svd(centred, full_matrices=False)
@@ -121,10 +122,25 @@ def pca_rgb(tokens: Array, grid: Grid, size: tuple[int, int]) -> np.ndarray:
     components = torch.where(extreme < 0, -components, components)
     low, high = torch.quantile(components, torch.tensor([0.02, 0.98]), dim=0)
     colours = ((components - low) / (high - low).clamp(min=1e-12)).clamp(0, 1)
-    colours = F.pad(colours, (0, 3 - rank), value=0.5).reshape(*grid, 3)
+    colours = F.pad(colours, (0, 3 - rank), value=0.5)
+    return [part.numpy() for part in (colours * 255).to(torch.uint8).split(sizes)]
+
+
+def pca_rgb(tokens: Array, grid: Grid, size: tuple[int, int]) -> np.ndarray:
+    """The first three principal components of one image's tokens as red, green and blue.
+
+    Args:
+        tokens: (N, D).
+        grid: rows, columns.
+        size: height and width of the result. Each cell is one flat colour: what is seen at the
+            borders is the encoder's resolution.
+
+    See :func:`pca_colours` for the range and the sign of the components.
+    """
+    (colours,) = pca_colours([as_tokens(tokens, grid)])
     rows = np.arange(size[0]) * grid[0] // size[0]
     columns = np.arange(size[1]) * grid[1] // size[1]
-    return (colours.numpy() * 255).astype(np.uint8)[rows][:, columns]
+    return colours.reshape(*grid, 3)[rows][:, columns]
 
 
 def cluster_labels(

@@ -1,0 +1,98 @@
+"""All that the pictures of one encoder need, computed once for a set of images."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from flsl_d2.visualization.clusters import Array, Grid, as_tokens, cluster_labels
+from flsl_d2.visualization.measures import attended_share, colour_r2, position_r2
+from flsl_d2.visualization.patches import PatchGroup, kmeans_groups, most_used_groups
+
+# What scales are multiplied by 1 / sqrt(D), as in the schedules of pre-training; 0.1 is the
+# method's own within a view.
+CLUSTER_SCALES = (0.1, 0.3, 1.0, 2.0)
+KMEANS_GROUPS = 24
+
+
+@dataclass(frozen=True)
+class DescribedEncoder:
+    """One encoder's tokens of some images, and what they group.
+
+    Attributes:
+        name: how pages call the encoder.
+        tokens: (N, D) float32 of each image.
+        grids: rows and columns of each image.
+        labels: for every scale (times sqrt(D)) the clusters of each image, (rows, columns).
+        attended: for every scale the share of the image that a token attends to, mean over images.
+        groups: the most used centroids, or groups of k-means.
+        groups_note: which of both they are, in words.
+        position_r2, colour_r2: see :mod:`flsl_d2.visualization.measures`.
+    """
+
+    name: str
+    tokens: list[Tensor]
+    grids: list[Grid]
+    labels: dict[float, list[np.ndarray]]
+    attended: dict[float, float]
+    groups: list[PatchGroup]
+    groups_note: str
+    position_r2: float | None
+    colour_r2: float | None
+
+    @property
+    def width(self) -> int:
+        """D."""
+        return self.tokens[0].shape[1]
+
+
+def describe_encoder(
+    name: str,
+    token_sets: Sequence[Array],
+    grids: Sequence[Grid],
+    images: Sequence[np.ndarray],
+    scales: Sequence[float] = CLUSTER_SCALES,
+    assigned: tuple[Sequence[Array], Sequence[Array]] | None = None,
+    num_centroids: int = 0,
+) -> DescribedEncoder:
+    """Cluster every image at every scale, and group the tokens of all images.
+
+    Args:
+        name: of the encoder.
+        token_sets: (N, D) of each image, not normalised.
+        grids: rows and columns of each image.
+        images: (H, W, 3) uint8 RGB each.
+        scales: of attention and clusters, times sqrt(D).
+        assigned: for every image the number of each token's centroid (N,) and how well the token
+            fits it (N,), from a projection head; None groups the tokens by k-means.
+        num_centroids: of that head.
+    """
+    tokens = [as_tokens(t, grid) for t, grid in zip(token_sets, grids, strict=True)]
+    root = tokens[0].shape[1] ** 0.5
+    pairs = list(zip(tokens, grids, strict=True))
+    labels = {s: [cluster_labels(t, grid, s / root) for t, grid in pairs] for s in scales}
+    attended = {
+        s: float(np.mean([attended_share(t, grid, s / root) for t, grid in pairs])) for s in scales
+    }
+    if assigned is None:
+        assigned = kmeans_groups(tokens, KMEANS_GROUPS)
+        note = f"k-means over all tokens, k = {KMEANS_GROUPS}: this file has no projection head"
+    else:
+        used = len(torch.cat([torch.as_tensor(a).reshape(-1) for a in assigned[0]]).unique())
+        note = f"centroids of the projection head; {used} of {num_centroids} are used by a token"
+    groups = most_used_groups(*assigned, grids)
+    return DescribedEncoder(
+        name,
+        tokens,
+        list(grids),
+        labels,
+        attended,
+        groups,
+        note,
+        position_r2(tokens, grids),
+        colour_r2(tokens, grids, images),
+    )

@@ -1,0 +1,208 @@
+"""Pages of pictures about tokens: their modes, what is near them, and encoders side by side."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+
+import numpy as np
+
+from flsl_d2.visualization.clusters import (
+    attention_map,
+    cluster_overlay,
+    mode_similarity_map,
+    pca_rgb,
+    token_at,
+)
+from flsl_d2.visualization.described import DescribedEncoder
+from flsl_d2.visualization.figure_files import new_figure, save_figure, show_image
+from flsl_d2.visualization.overlays import enlarge, mark_cell
+from flsl_d2.visualization.patches import Patch, crop_patch, nearest_patches
+
+_SHORTER_SIDE = 320
+_PANEL_INCHES = 2.3
+_CROP_INCHES = 1.15
+
+Points = Sequence[tuple[int, float, float]]
+"""Of each row its image and the chosen point, x and y as shares of width and height."""
+
+
+def chosen_token(encoder: DescribedEncoder, point: tuple[int, float, float]) -> int:
+    """The encoder's token that covers a point."""
+    image, x, y = point
+    return token_at(x, y, (1, 1), encoder.grids[image])
+
+
+def modes_figure(
+    encoder: DescribedEncoder,
+    images: Sequence[np.ndarray],
+    points: Points,
+    path: str | os.PathLike[str],
+    scale: float,
+    num_iterations: int,
+) -> None:
+    """Write a row a point: the similarity map of its mode after 1 to n mean-shift iterations.
+
+    Args:
+        encoder: with its tokens of the images.
+        images: (H, W, 3) uint8 each.
+        points: see :data:`Points`.
+        path: the PNG to write.
+        scale: of the attention, times sqrt(D).
+        num_iterations: n.
+    """
+    columns: list[tuple[str, list[np.ndarray]]] = [("image", [])]
+    columns += [(_steps(n), []) for n in range(1, num_iterations + 1)]
+    for point in points:
+        image, grid = enlarge(images[point[0]], _SHORTER_SIDE)[0], encoder.grids[point[0]]
+        tokens, token = encoder.tokens[point[0]], chosen_token(encoder, point)
+        columns[0][1].append(mark_cell(image, grid, token))
+        for n in range(1, num_iterations + 1):
+            picture = mode_similarity_map(image, tokens, grid, token, scale / encoder.width**0.5, n)
+            columns[n][1].append(picture)
+    title = f"Similarity to the mode of the chosen token: {encoder.name}, scale {scale:g} / sqrt(D)"
+    _table_of_pictures(title, columns, path)
+
+
+def nearest_figure(
+    encoder: DescribedEncoder,
+    images: Sequence[np.ndarray],
+    points: Points,
+    path: str | os.PathLike[str],
+    count: int = 10,
+) -> None:
+    """Write a row a point: its patch, then the most similar ones of the other images.
+
+    Args:
+        encoder: with its tokens of the images.
+        images: (H, W, 3) uint8 each.
+        points: see :data:`Points`.
+        path: the PNG to write.
+        count: of patches in a row.
+    """
+    rows = []
+    for point in points:
+        token = chosen_token(encoder, point)
+        near = nearest_patches(encoder.tokens, encoder.grids, point[0], token, count)
+        rows.append((f"image {point[0] + 1}", [Patch(point[0], token, 1.0), *near]))
+    title = f"Nearest patches in other images (cosine): {encoder.name}"
+    _table_of_patches(title, rows, encoder, images, path, first="chosen")
+
+
+def groups_figure(
+    encoder: DescribedEncoder, images: Sequence[np.ndarray], path: str | os.PathLike[str]
+) -> None:
+    """Write a row for each of the most used centroids with its best patches.
+
+    Args:
+        encoder: with its groups.
+        images: (H, W, 3) uint8 each.
+        path: the PNG to write.
+    """
+    total = sum(len(tokens) for tokens in encoder.tokens)
+    rows = [
+        (
+            f"{group.number}: {group.count / total:.1%}\n"
+            f"in {group.num_images} of {len(images)}\nimages",
+            group.patches,
+        )
+        for group in encoder.groups
+    ]
+    title = f"Most used centroids: {encoder.name}\n{encoder.groups_note}"
+    _table_of_patches(title, rows, encoder, images, path)
+
+
+def comparison_figure(
+    encoders: Sequence[DescribedEncoder],
+    images: Sequence[np.ndarray],
+    points: Points,
+    path: str | os.PathLike[str],
+    scale: float,
+    num_iterations: int,
+) -> None:
+    """Write a row a point with each kind of map for all encoders side by side.
+
+    Args:
+        encoders: with their tokens of the same images.
+        images: (H, W, 3) uint8 each.
+        points: see :data:`Points`.
+        path: the PNG to write.
+        scale: of attention, mode and clusters, times sqrt(D); one of the encoders' scales.
+        num_iterations: mean-shift steps to the mode.
+    """
+    large = [enlarge(image, _SHORTER_SIDE)[0] for image in images]
+    columns = [("image", [_crossed(large[p[0]], p) for p in points])]
+    kinds = ("PCA", "attention", f"mode, {_steps(num_iterations)}", "clusters")
+    for kind, heading in enumerate(kinds):
+        for encoder in encoders:
+            root = encoder.width**0.5
+            pictures = []
+            for point in points:
+                i, token = point[0], chosen_token(encoder, point)
+                tokens, grid, image = encoder.tokens[i], encoder.grids[i], large[point[0]]
+                if kind == 0:
+                    pictures.append(pca_rgb(tokens, grid, image.shape[:2]))
+                elif kind == 1:
+                    pictures.append(attention_map(image, tokens, grid, token, scale / root))
+                elif kind == 2:
+                    pictures.append(
+                        mode_similarity_map(
+                            image, tokens, grid, token, scale / root, num_iterations
+                        )
+                    )
+                else:
+                    pictures.append(cluster_overlay(image, encoder.labels[scale][i], grid))
+            columns.append((f"{heading}\n{encoder.name}", pictures))
+    _table_of_pictures(f"Encoders side by side, scale {scale:g} / sqrt(D)", columns, path)
+
+
+def _steps(count: int) -> str:
+    return f"{count} iteration{'s' * (count != 1)}"
+
+
+def _crossed(image: np.ndarray, point: tuple[int, float, float]) -> np.ndarray:
+    grid = image.shape[:2]
+    return mark_cell(image, grid, token_at(point[1], point[2], (1, 1), grid))
+
+
+def _table_of_pictures(
+    title: str, columns: list[tuple[str, list[np.ndarray]]], path: str | os.PathLike[str]
+) -> None:
+    heights = [_PANEL_INCHES * p.shape[0] / p.shape[1] for p in columns[0][1]]
+    figure = new_figure(_PANEL_INCHES * len(columns), 1.0 + sum(heights) + 0.1 * len(heights))
+    figure.suptitle(title, fontsize=13)
+    axes = figure.subplots(
+        len(heights), len(columns), squeeze=False, gridspec_kw={"height_ratios": heights}
+    )
+    for column, (heading, pictures) in enumerate(columns):
+        axes[0, column].set_title(heading, fontsize=10)
+        for row, picture in enumerate(pictures):
+            show_image(axes[row, column], picture)
+    save_figure(figure, path)
+
+
+def _table_of_patches(
+    title: str,
+    rows: list[tuple[str, list[Patch]]],
+    encoder: DescribedEncoder,
+    images: Sequence[np.ndarray],
+    path: str | os.PathLike[str],
+    first: str = "",
+) -> None:
+    most = max(len(patches) for _, patches in rows)
+    # Wide enough for the title, however few the patches are.
+    figure = new_figure(max(1.0 + _CROP_INCHES * most, 8), 0.9 + (_CROP_INCHES + 0.3) * len(rows))
+    figure.suptitle(title, fontsize=13)
+    axes = figure.subplots(len(rows), most, squeeze=False)
+    for row, (label, patches) in enumerate(rows):
+        for place, each in enumerate(axes[row]):
+            if place >= len(patches):
+                each.set_axis_off()
+                continue
+            patch = patches[place]
+            crop = crop_patch(images[patch.image], encoder.grids[patch.image], patch.token)
+            note = f"{patch.score:.2f}, image {patch.image + 1}"
+            show_image(each, crop, first if first and place == 0 else note)
+            each.xaxis.label.set_fontsize(7)
+        axes[row, 0].set_ylabel(label, fontsize=8, rotation=0, ha="right", va="center", labelpad=6)
+    save_figure(figure, path)

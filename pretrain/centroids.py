@@ -1,0 +1,79 @@
+"""The centroids of a trained projection head, and which tokens are given to them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from flsl_d2.checkpoint import read_weights
+from flsl_d2.mean_shift import mean_shift
+from pretrain.model import FLSLHead
+
+__all__ = ["assign_centroids", "read_head"]
+
+# Where checkpoints keep the teacher's head: of this project, and of the published FLSL code.
+_PLACES = (("model", "teacher.head."), ("teacher", "head."))
+
+
+def read_head(path: str) -> FLSLHead | None:
+    """The teacher's projection head in a pre-training checkpoint.
+
+    Args:
+        path: file or URL.
+
+    Returns:
+        None for a file without such a head, as ``teacher_backbone.pth`` is one.
+
+    Raises:
+        InputError: the file cannot be read.
+    """
+    content = read_weights(path)
+    for key, prefix in _PLACES:
+        node = content.get(key)
+        if not isinstance(node, dict) or (key == "teacher" and "flsl_loss" not in content):
+            continue
+        bare = {str(name).removeprefix("module."): value for name, value in node.items()}
+        state = {n.removeprefix(prefix): v for n, v in bare.items() if n.startswith(prefix)}
+        head = _head_of(state)
+        if head is not None:
+            return head
+    return None
+
+
+def _head_of(state: dict[str, Tensor]) -> FLSLHead | None:
+    """A head with these weights; None where they are those of another kind of head."""
+    first, centroids = state.get("mlp.0.weight"), state.get("last_layer.weight_v")
+    if first is None or centroids is None:
+        return None
+    head = FLSLHead(first.shape[1], len(centroids), len(first), centroids.shape[1])
+    own = head.state_dict()
+    shapes = {name: tensor.shape for name, tensor in state.items()}
+    if shapes != {name: tensor.shape for name, tensor in own.items()}:
+        return None
+    head.load_state_dict(state)
+    return head.eval()
+
+
+@torch.no_grad()
+def assign_centroids(
+    head: FLSLHead, token_sets: Sequence[Tensor], scale: float
+) -> tuple[list[Tensor], list[Tensor]]:
+    """The nearest centroid of each token's mode after one step of mean-shift within its image.
+
+    Args:
+        head: on the device of the tokens.
+        token_sets: (N, D) of each image, with the final LayerNorm applied.
+        scale: of the attention.
+
+    Returns:
+        For every image the centroids' numbers (N,), and the cosine to them (N,).
+    """
+    numbers, cosines = [], []
+    for tokens in token_sets:
+        modes = mean_shift(tokens[None], tokens[None], scale)[0]
+        best = head(modes).max(dim=-1)
+        numbers.append(best.indices)
+        cosines.append(best.values)
+    return numbers, cosines

@@ -1,0 +1,128 @@
+"""Numbers beside the pictures, on tokens of which they are known."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from flsl_d2.modeling.positions import sincos_positions
+from flsl_d2.visualization.measures import attended_share, colour_r2, patch_colours, position_r2
+
+GRID = (20, 20)
+
+
+def test_position_alone_explains_positions() -> None:
+    table = sincos_positions(64, 20)[0]
+    assert position_r2([table] * 3, [GRID] * 3) > 0.99
+    ramp = torch.linspace(-1, 1, 20)
+    plane = torch.stack(torch.meshgrid(ramp, ramp, indexing="ij"), -1).reshape(-1, 2)
+    assert position_r2([plane] * 2, [GRID] * 2) > 0.999
+
+
+def test_position_is_relative_to_the_image() -> None:
+    def waves(rows: int, columns: int) -> torch.Tensor:
+        y = (torch.arange(rows) + 0.5) / rows
+        x = (torch.arange(columns) + 0.5) / columns
+        maps = [
+            torch.cos(torch.pi * y)[:, None] + 0 * x,
+            torch.cos(3 * torch.pi * x) + 0 * y[:, None],
+        ]
+        return torch.stack(maps, dim=-1).reshape(-1, 2)
+
+    grids = [(20, 30), (24, 18), (16, 16)]
+    assert position_r2([waves(*grid) for grid in grids], grids) > 0.999
+
+
+def test_position_says_nothing_about_noise() -> None:
+    tokens = [torch.randn(400, 32) for _ in range(4)]
+    assert -0.15 < position_r2(tokens, [GRID] * 4) < 0.02
+
+
+def test_position_of_half_noise_is_half_explained() -> None:
+    table = sincos_positions(64, 20)[0]
+    table = table - table.mean(dim=0)
+    sets = [table + table.pow(2).mean().sqrt() * torch.randn_like(table) for _ in range(8)]
+    assert position_r2(sets, [GRID] * 8) == pytest.approx(0.5, abs=0.06)
+
+
+def test_position_r2_as_by_fitting_each_left_out_image() -> None:
+    torch.manual_seed(3)
+    grids = [(6, 9), (7, 6), (8, 8)]
+    sets = [torch.randn(rows * columns, 5) for rows, columns in grids]
+    sets[0][:, 0] += torch.linspace(-5, 5, 54)
+    order = 2  # (2 + 1)(2 + 2) / 2 = 6 functions for at least 10 times as many tokens
+    assert len(sets[0]) + len(sets[1]) == 96
+
+    def functions(rows: int, columns: int) -> np.ndarray:
+        return np.array(
+            [
+                [
+                    np.cos(np.pi * k * (r + 0.5) / rows) * np.cos(np.pi * m * (c + 0.5) / columns)
+                    for k in range(order + 1)
+                    for m in range(order + 1 - k)
+                ]
+                for r in range(rows)
+                for c in range(columns)
+            ]
+        )
+
+    error = deviation = 0.0
+    for i in range(3):
+        others = [j for j in range(3) if j != i]
+        fitted = np.concatenate([functions(*grids[j]) for j in others])
+        tokens = np.concatenate([sets[j].numpy() for j in others]).astype(float)
+        weights, *_ = np.linalg.lstsq(fitted, tokens, rcond=None)
+        own = sets[i].numpy().astype(float)
+        error += ((own - functions(*grids[i]) @ weights) ** 2).sum()
+        deviation += ((own - tokens.mean(axis=0)) ** 2).sum()
+    assert position_r2(sets, grids) == pytest.approx(1 - error / deviation, abs=1e-6)
+
+
+@settings(max_examples=30, deadline=None)
+@given(
+    st.lists(st.tuples(st.integers(1, 7), st.integers(1, 7)), min_size=2, max_size=4),
+    st.integers(1, 9),
+    st.integers(0, 99),
+)
+def test_any_grids_give_a_number(grids: list[tuple[int, int]], width: int, seed: int) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    sets = [torch.randn(r * c, width, generator=generator) for r, c in grids]
+    value = position_r2(sets, grids)
+    assert value <= 1
+    assert np.isfinite(value)
+    shifted = [3.0 * tokens + 5.0 for tokens in sets]
+    assert position_r2(shifted, grids) == pytest.approx(value, abs=1e-3)
+
+
+def test_r2_of_one_image_or_constant_tokens_is_none() -> None:
+    assert position_r2([torch.randn(400, 4)], [GRID]) is None
+    assert position_r2([torch.ones(400, 4)] * 2, [GRID] * 2) is None
+
+
+def test_colour_explains_colours_and_not_positions() -> None:
+    rng = np.random.default_rng(0)
+    images = [rng.integers(0, 256, (80, 80, 3)).astype(np.uint8) for _ in range(3)]
+    colours = patch_colours(images, [GRID] * 3)
+    expected = images[0].reshape(20, 4, 20, 4, 3).mean(axis=(1, 3)).reshape(-1, 3)
+    np.testing.assert_allclose(colours[0], expected, atol=1e-3)
+    mixed = [c @ torch.randn(3, 16, generator=torch.Generator().manual_seed(1)) for c in colours]
+    assert colour_r2(mixed, [GRID] * 3, images) > 0.999
+    assert position_r2(mixed, [GRID] * 3) < 0.02
+    table = sincos_positions(64, 20)[0]
+    assert colour_r2([table] * 3, [GRID] * 3, images) < 0.02
+
+
+def test_images_of_one_colour_are_no_obstacle() -> None:
+    images = [np.full((80, 80, 3), value, np.uint8) for value in (0, 255)]
+    assert np.isfinite(colour_r2([torch.randn(400, 4)] * 2, [GRID] * 2, images))
+
+
+def test_attended_share() -> None:
+    far = 50 * torch.eye(16)
+    assert attended_share(far, (4, 4), scale=1.0) == pytest.approx(1 / 16)
+    assert attended_share(far, (4, 4), scale=1e-9) == pytest.approx(1.0)
+    halves = 50 * torch.eye(2).repeat_interleave(8, dim=0)
+    assert attended_share(halves, (4, 4), scale=1.0) == pytest.approx(0.5)
