@@ -8,7 +8,7 @@ from detectron2.checkpoint import DetectionCheckpointer
 from torch import Tensor
 
 from flsl_d2.checkpoint.encoder_weights import encoders_of, fit_encoder_in_detector, load_encoder
-from flsl_d2.checkpoint.reading import local_weights_path, read_weights
+from flsl_d2.checkpoint.reading import local_weights_path, read_weights, split_weights_path
 from flsl_d2.checkpoint.sources import SOURCES, find_encoder_weights
 from flsl_d2.errors import InputError
 
@@ -21,7 +21,8 @@ class FLSLCheckpointer(DetectionCheckpointer):
     A file that holds an encoder (``teacher_backbone.pth``, or a layout of
     :data:`flsl_d2.checkpoint.sources.SOURCES`) goes into every ``FLSLViT`` of the model by exact
     name, with one line that says how many weights matched. Any other file is a checkpoint of the
-    model itself. Every file is read by :func:`flsl_d2.checkpoint.read_weights`.
+    model itself. Every file is read by :func:`flsl_d2.checkpoint.read_weights`. A path may end in
+    ``?which=student`` to take that encoder of a file that holds a teacher, too.
 
     Attributes:
         loaded_encoder_only: whether the last file held an encoder and nothing else of the model.
@@ -41,21 +42,26 @@ class FLSLCheckpointer(DetectionCheckpointer):
         Raises:
             InputError: the file cannot be read, or its weights do not cover the encoder.
         """
-        self._path = path
+        self._path, self._which = split_weights_path(path or "")
         if path:
             local_weights_path(path)
         try:
-            return super().load(path, *args, **kwargs)
+            return super().load(self._path, *args, **kwargs)
         finally:
             self._parsed_url_during_load = None  # Detectron2 leaves it set after an exception
 
     def _load_file(self, filename: str) -> dict[str, Any]:
         content = read_weights(filename)
+        if filename.endswith(".pkl") and "__author__" not in content:
+            # Detectron2 takes such files for Caffe2's and renames their weights.
+            blobs = _tensors(content.get("blobs", content))
+            blobs = {name: blobs[name] for name in blobs if not name.endswith("_momentum")}
+            return {"model": blobs, "__author__": "Caffe2", "matching_heuristics": True}
         model_names = set(self.model.state_dict())
         encoders = encoders_of(self.model)
         nested = content.get("model")
         state = _tensors(nested if isinstance(nested, dict) else content)
-        weights = find_encoder_weights(content) if encoders else None
+        weights = find_encoder_weights(content, self._which) if encoders else None
         # A checkpoint of the model has names outside the encoder, or the encoder's full names.
         if weights is not None and not _is_of_model(state, model_names, encoders[0][0]):
             return {"model": {}, "_encoder": weights}

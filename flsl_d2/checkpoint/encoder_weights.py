@@ -1,33 +1,24 @@
-"""Loading an encoder's weights by exact name, with a count, a list of the rest, or an error."""
+"""Loading an encoder's weights by exact name, with an account of every one, or an error."""
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any
 
 from torch import Tensor, nn
 
-from flsl_d2.checkpoint.sources import EncoderWeights
+from flsl_d2.checkpoint.architecture import check_architecture
+from flsl_d2.checkpoint.layout import EncoderWeights
+from flsl_d2.checkpoint.report import LoadReport, listed
 from flsl_d2.errors import InputError
 from flsl_d2.modeling import FLSLViT
 from flsl_d2.modeling.encoder_state import fit_encoder_state
-from flsl_d2.modeling.positions import grid_of_table
 
-__all__ = [
-    "architecture_from_shapes",
-    "check_architecture",
-    "encoders_of",
-    "fit_encoder_in_detector",
-    "load_encoder",
-]
+__all__ = ["encoders_of", "fit_encoder_in_detector", "load_encoder"]
 
 # A child of Detectron2's logger, so that the line appears in projects that only set up that one.
 logger = logging.getLogger("detectron2.flsl_d2.checkpoint")
-
-# What the shapes of tensors say, or what changes the result without changing a shape.
-_COMPARED = ("patch_size", "in_chans", "embed_dim", "depth", "num_heads", "mlp_ratio", "qkv_bias")
 
 
 def encoders_of(model: nn.Module) -> list[tuple[str, FLSLViT]]:
@@ -36,32 +27,15 @@ def encoders_of(model: nn.Module) -> list[tuple[str, FLSLViT]]:
     return [(f"{name}." if name else "", module) for name, module in found]
 
 
-def check_architecture(encoder: FLSLViT, weights: EncoderWeights, path: str) -> None:
-    """Compare what the weights were made for with the encoder.
-
-    Raises:
-        InputError: naming each value that differs.
-    """
-    stated = {**architecture_from_shapes(weights.tensors), **weights.architecture}
-    own = encoder.architecture
-    differing = [k for k in _COMPARED if k in stated and stated[k] != own[k]]
-    if differing:
-        of_file = ", ".join(f"{key}={stated[key]}" for key in differing)
-        of_model = ", ".join(f"{key}={own[key]}" for key in differing)
-        raise InputError(
-            f"weights {path!r} are of an encoder with {of_file}, but the config's has {of_model}; "
-            "change these keys of the config's encoder, or give other weights."
-        )
-
-
-def load_encoder(encoder: FLSLViT, weights: EncoderWeights, path: str) -> None:
+def load_encoder(encoder: FLSLViT, weights: EncoderWeights, path: str) -> LoadReport:
     """Load weights into an encoder and log one line of how many matched.
 
     Relative position tables that the weights lack keep their start value; at zero, as the encoder
-    makes them, they change nothing.
+    makes them, they change nothing. Class tokens and registers are left out, with a reason, where
+    the encoder has ``num_prefix_tokens=0``.
 
     Args:
-        encoder: changed in place.
+        encoder: changed in place, and only if everything fits.
         weights: from :func:`flsl_d2.checkpoint.sources.find_encoder_weights`.
         path: of the file, for the report.
 
@@ -71,34 +45,55 @@ def load_encoder(encoder: FLSLViT, weights: EncoderWeights, path: str) -> None:
     check_architecture(encoder, weights, path)
     own = encoder.state_dict()
     state = dict(weights.tensors)
-    new = [name for name in own if name not in state and ".rel_pos_" in name]
-    state.update({name: own[name] for name in new})
-    left = sorted(set(state) - set(own))
+    origin = {name: weights.file_names.get(name, name) for name in state}
+    report = LoadReport(path, weights.source, dropped=dict(weights.dropped), note=weights.note)
+    if "prefix_tokens" in state and "prefix_tokens" not in own:
+        state.pop("prefix_tokens")
+        report.dropped[origin["prefix_tokens"]] = (
+            "with its position; the encoder has num_prefix_tokens=0, as windows require"
+        )
+    report.new = [name for name in own if name not in state and ".rel_pos_" in name]
+    report.unused = sorted(origin[name] for name in set(state) - set(own))
+    state.update({name: own[name] for name in report.new})
     loaded = {name: tensor for name, tensor in state.items() if name in own}
-    grid = loaded.get("pos_embed")
-    notes = []
-    if grid is not None and grid.shape[1] != own["pos_embed"].shape[1]:
-        notes.append(f"positions resampled from {grid.shape[1]} to {own['pos_embed'].shape[1]}")
-    if new:
-        notes.append(f"{len(new)} relative position tables are new and start as they are")
-    if left:
-        notes.append(f"not used: {', '.join(left)}")
-    for reason in dict.fromkeys(weights.dropped.values()):
-        count = list(weights.dropped.values()).count(reason)
-        notes.append(f"{count} left out ({reason})")
+    report.matched = {n: origin[n] for n in own if n in loaded and n not in report.new}
+    report.resampled = _resampled(loaded, own)
+    report.encoder = encoder.architecture
     errors: list[str] = []
     with _quiet_encoder_reports():
         fit_encoder_state(encoder, loaded, "", errors)
         _refuse(errors, own, loaded, path)
         encoder.load_state_dict(loaded)
-    logger.log(
-        logging.WARNING if left else logging.INFO,
-        "encoder weights: %d of %d matched (%s)%s",
-        len(own) - len(new),
-        len(own),
-        path,
-        "".join(f"; {note}" for note in notes),
-    )
+    logger.log(logging.WARNING if report.unused else logging.INFO, report.line())
+    _compare_positions(encoder, weights)
+    return report
+
+
+def _resampled(loaded: Mapping[str, Tensor], own: Mapping[str, Tensor]) -> list[str]:
+    sentences = []
+    table = loaded.get("pos_embed")
+    if table is not None and table.shape[1] != own["pos_embed"].shape[1]:
+        sentences.append(
+            f"positions resampled from {table.shape[1]} to {own['pos_embed'].shape[1]}"
+        )
+    relative = [n for n, t in loaded.items() if ".rel_pos_" in n and t.shape != own[n].shape]
+    if relative:
+        sentences.append(f"{len(relative)} relative position tables resampled")
+    return sentences
+
+
+def _compare_positions(encoder: FLSLViT, weights: EncoderWeights) -> None:
+    """Say when the encoder resamples positions in another way than the source does."""
+    own = encoder.architecture
+    keys = [key for key in ("position_offset", "position_antialias") if key in weights.architecture]
+    if any(weights.architecture[key] != own[key] for key in keys):
+        logger.info(
+            "encoder weights: the source resamples positions with %s, this encoder with %s; at "
+            "other image sizes than %d features differ a little.",
+            ", ".join(f"{key}={weights.architecture[key]}" for key in keys),
+            ", ".join(f"{key}={own[key]}" for key in keys),
+            own["img_size"],
+        )
 
 
 def fit_encoder_in_detector(
@@ -133,29 +128,8 @@ def _refuse(
     ]
     raise InputError(
         f"weights {path!r} cover {len(own) - len(bad)} of the encoder's {len(own)} tensors, "
-        f"unmatched are {_listed(bad)}; give weights of the same architecture."
+        f"unmatched are {listed(bad)}; give weights of the same architecture."
     )
-
-
-def _listed(names: Iterable[str], most: int = 8) -> str:
-    names = list(names)
-    rest = f" and {len(names) - most} more" if len(names) > most else ""
-    return ", ".join(names[:most]) + rest
-
-
-def architecture_from_shapes(tensors: Mapping[str, Tensor]) -> dict[str, Any]:
-    """Arguments of ``FLSLViT`` that the shapes of its tensors give away."""
-    known: dict[str, Any] = {}
-    patches = tensors.get("patch_embed.proj.weight")
-    if patches is not None and patches.dim() == 4:
-        known["embed_dim"], known["in_chans"], known["patch_size"], _ = patches.shape
-    blocks = {int(n.split(".")[1]) for n in tensors if n.startswith("blocks.")}
-    if blocks:
-        known["depth"] = max(blocks) + 1
-    table = tensors.get("pos_embed")
-    if table is not None and "patch_size" in known:
-        known["img_size"] = grid_of_table(table.shape[1]) * known["patch_size"]
-    return known
 
 
 @contextmanager

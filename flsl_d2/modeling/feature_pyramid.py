@@ -57,10 +57,11 @@ class SimpleFeaturePyramid(Backbone):
         strides = [int(shape.stride / scale) for scale in scale_factors]
         whole = all(math.log2(scale).is_integer() for scale in scale_factors)
         if not whole or any(stride < 1 or stride.bit_count() != 1 for stride in strides):
+            given = [round(shape.stride / scale, 2) for scale in scale_factors]
             raise InputError(
                 f"scale_factors {list(scale_factors)} on a map of stride {shape.stride} give "
-                f"strides {[round(shape.stride / scale, 2) for scale in scale_factors]}; use powers "
-                "of two that leave whole strides (an encoder with patches of 8 or 16 pixels does)."
+                f"strides {given}; use powers of two that leave whole strides (an encoder with "
+                "patches of 8 or 16 pixels does)."
             )
         self.stages: list[nn.Module] = []
         self._out_feature_strides = {}

@@ -1,0 +1,144 @@
+"""Encoders written for others: Detectron2 projects, safetensors and timm."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+
+from flsl_d2.checkpoint.layout import rename
+from flsl_d2.checkpoint.reading import ENCODER_FORMAT
+from flsl_d2.checkpoint.sources import TIMM_NAMES
+from flsl_d2.errors import InputError
+from flsl_d2.modeling import FLSLViT
+
+__all__ = ["timm_arguments", "timm_call", "timm_state", "write_encoder", "write_timm"]
+
+# Its other dimensions are all given, so any of timm's plain ViTs would do.
+_TIMM_MODEL = "vit_small_patch16_224"
+
+
+def write_encoder(encoder: FLSLViT, path: str | Path) -> None:
+    """Write an encoder by its bare names, with the architecture it needs.
+
+    A ``.pth`` file holds ``model`` (tensors), ``encoder`` (constructor arguments of ``FLSLViT``),
+    ``format``, and ``matching_heuristics``, which tells Detectron2's own checkpointer to find
+    these names wherever the encoder sits in a detector; it loads with ``weights_only=True``. A
+    ``.safetensors`` file holds the tensors, and the rest as metadata. The file is written under
+    another name first, so that a reader never sees half of it.
+
+    Raises:
+        InputError: another suffix, or the file cannot be written.
+    """
+    _write(
+        path,
+        encoder.state_dict(),
+        {"format": ENCODER_FORMAT, "encoder": json.dumps(encoder.architecture)},
+        {
+            "encoder": encoder.architecture,
+            "format": ENCODER_FORMAT,
+            "matching_heuristics": True,
+        },
+    )
+
+
+def write_timm(encoder: FLSLViT, path: str | Path) -> None:
+    """Write the tensors that the model of :func:`timm_call` loads strictly.
+
+    Raises:
+        InputError: the encoder has parts that timm's ViT lacks, another suffix, or the file
+            cannot be written.
+    """
+    _write(path, timm_state(encoder), {"format": "pt"}, None)
+
+
+def timm_state(encoder: FLSLViT) -> dict[str, Tensor]:
+    """The encoder's tensors by timm's names.
+
+    Raises:
+        InputError: the encoder has windows or relative positions.
+    """
+    _refuse_windows(encoder)
+    back = [(ours, theirs) for theirs, ours in TIMM_NAMES]
+    state = {rename(name, back): tensor for name, tensor in encoder.state_dict().items()}
+    prefix = state.pop("prefix_tokens", None)
+    if prefix is not None:
+        state["cls_token"] = prefix[:, :1]
+        if prefix.shape[1] > 1:
+            state["reg_token"] = prefix[:, 1:]
+    return state
+
+
+def timm_arguments(encoder: FLSLViT) -> dict[str, Any]:
+    """Arguments of ``timm.create_model`` that make the same network.
+
+    The tokens after the last norm are ``model.forward_features(images)`` without the first
+    ``num_prefix_tokens``. At other sizes than ``img_size`` (``dynamic_img_size=True``) timm
+    resamples positions in its own way, which is this encoder's only with ``position_offset=0``
+    and ``position_antialias=True``.
+    """
+    known = encoder.architecture
+    same = ("img_size", "patch_size", "in_chans", "embed_dim", "depth", "num_heads", "mlp_ratio")
+    arguments = {key: known[key] for key in (*same, "qkv_bias", "final_norm")}
+    arguments["init_values"] = known["layer_scale_init"]
+    arguments["num_classes"] = 0
+    arguments["no_embed_class"] = True  # the prefix tokens have their positions in them
+    if encoder.num_prefix_tokens:
+        arguments["reg_tokens"] = encoder.num_prefix_tokens - 1
+    else:
+        # timm would move the last norm behind the pooling.
+        arguments |= {"class_token": False, "global_pool": "avg", "fc_norm": False}
+    return arguments
+
+
+def timm_call(encoder: FLSLViT, path: str | Path) -> str:
+    """Python that loads a file of :func:`write_timm`, as text."""
+    arguments = ", ".join(f"{key}={value!r}" for key, value in timm_arguments(encoder).items())
+    reader = (
+        f"safetensors.torch.load_file({str(path)!r})"
+        if Path(path).suffix == ".safetensors"
+        else f"torch.load({str(path)!r}, weights_only=True)"
+    )
+    return (
+        f"model = timm.create_model({_TIMM_MODEL!r}, {arguments})\nmodel.load_state_dict({reader})"
+    )
+
+
+def _refuse_windows(encoder: FLSLViT) -> None:
+    found = [key for key in ("window_size", "use_rel_pos") if encoder.architecture.get(key)]
+    if found:
+        raise InputError(
+            f"the encoder has {' and '.join(found)}, which timm's ViT has not; convert it to "
+            "another format."
+        )
+
+
+def _write(
+    path: str | Path,
+    tensors: dict[str, Tensor],
+    metadata: dict[str, str],
+    beside: dict[str, Any] | None,
+) -> None:
+    path = Path(path)
+    if path.suffix not in (".pth", ".safetensors"):
+        raise InputError(
+            f"{str(path)!r} has no suffix that can be written; use .pth or .safetensors."
+        )
+    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+    part = path.with_name(f"{path.name}.part")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        if path.suffix == ".safetensors":
+            save_file(tensors, part, metadata)
+        else:
+            torch.save(tensors if beside is None else {"model": tensors, **beside}, part)
+        os.replace(part, path)
+    except (OSError, RuntimeError) as error:
+        part.unlink(missing_ok=True)
+        reason = " ".join(str(error).split())
+        raise InputError(f"{str(path)!r} cannot be written ({reason}); choose another.") from error
