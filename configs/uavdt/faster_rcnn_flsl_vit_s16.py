@@ -25,8 +25,7 @@ dataloader.evaluator = [
     L(COCOEvaluator)(
         dataset_name="${dataloader.test.dataset.names}",
         output_dir="${train.output_dir}/inference",
-        # The last number caps the detections of an image.
-        max_dets_per_image=[1, 10, 300],
+        max_dets_per_image=300,
     ),
     L(UAVDTEvaluator)(dataset_name="${dataloader.test.dataset.names}"),
 ]
