@@ -64,16 +64,17 @@ def _right(boxes: np.ndarray, truth: np.ndarray, iou_threshold: float) -> np.nda
     if not len(truth) or not len(boxes):
         return right
     best, index = pairwise_iou(_boxes(boxes), _boxes(truth)).max(dim=1)
+    enough = best >= iou_threshold  # in the tensor's own precision: 7 of 10 is 0.7
     taken: set[int] = set()
-    for i, (overlap, match) in enumerate(zip(best.tolist(), index.tolist(), strict=True)):
-        if overlap >= iou_threshold and match not in taken:
+    for i, match in enumerate(index.tolist()):
+        if enough[i] and match not in taken:
             taken.add(match)
             right[i] = True
     return right
 
 
 def _boxes(array: np.ndarray) -> Boxes:
-    return Boxes(torch.as_tensor(array, dtype=torch.float64).reshape(-1, 4))
+    return Boxes(torch.as_tensor(array, dtype=torch.float32).reshape(-1, 4))
 
 
 class UAVDTEvaluator(DatasetEvaluator):
