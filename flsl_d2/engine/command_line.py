@@ -10,7 +10,7 @@ from collections.abc import Callable
 from typing import Any
 
 from flsl_d2.engine.launch import WorkerError
-from flsl_d2.errors import InputError
+from flsl_d2.errors import InputError, TrainingError
 
 __all__ = ["parse_tool_arguments", "run_tool", "tool_argument_parser"]
 
@@ -27,8 +27,9 @@ _HARMLESS = (
 def run_tool(function: Callable[..., Any], *args: Any) -> None:
     """Run a tool and end this process with its status.
 
-    Status 0 when it returns, 2 after an :class:`InputError` (``error: ...`` on stderr, no
-    traceback), 1 when a worker process failed (that worker's own error on stderr), 130 after
+    Status 0 when it returns, 2 after an :class:`InputError` and 3 after a :class:`TrainingError`
+    (``error: ...`` on stderr, no traceback), 1 when a worker process failed (that worker's own
+    error on stderr), 75 after a request to stop (:mod:`flsl_d2.engine.stopping`), 130 after
     Ctrl-C. Any other exception is a defect and keeps its traceback.
     """
     _quiet_third_parties()
@@ -37,6 +38,9 @@ def run_tool(function: Callable[..., Any], *args: Any) -> None:
     except InputError as error:
         print(f"error: {error}", file=sys.stderr)
         status = 2
+    except TrainingError as error:
+        print(f"error: {error}", file=sys.stderr)
+        status = 3
     except WorkerError as error:
         print(f"error: {error}", file=sys.stderr)
         status = 1
@@ -79,6 +83,16 @@ def tool_argument_parser(
         "--resume",
         action="store_true",
         help="continue from the last checkpoint in the output folder, if there is one",
+    )
+    add(
+        "--allow-changes",
+        action="store_true",
+        help="with --resume: go on although the config differs from that of the run",
+    )
+    add(
+        "--overwrite",
+        action="store_true",
+        help="without --resume: start anew although the output folder holds a run",
     )
     if eval_only:
         add("--eval-only", action="store_true", help="evaluate the weights and stop")

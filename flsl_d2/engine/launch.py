@@ -4,20 +4,22 @@ from __future__ import annotations
 
 import logging
 import os
+import signal
 import socket
 import traceback
 from collections.abc import Callable
+from datetime import timedelta
 from typing import Any
 
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 from detectron2.engine import create_ddp_model
-from detectron2.engine import launch as detectron2_launch
 from detectron2.utils import comm
 from torch import nn
 
-from flsl_d2.errors import InputError
+from flsl_d2.engine.stopping import STOP_SIGNALS, STOPPED, StopRequest, forwarding, signals_held
+from flsl_d2.errors import InputError, TrainingError
 
 __all__ = ["WorkerError", "launch", "started_by_torchrun", "wrap_ddp"]
 
@@ -25,6 +27,12 @@ __all__ = ["WorkerError", "launch", "started_by_torchrun", "wrap_ddp"]
 _REPORT_CHARS = 4000
 # A rank ended by these left no report; those of other ranks only say that it is gone.
 _KILLED = ("SIGKILL", "SIGSEGV", "SIGBUS")
+# How long the others may take to end themselves after one has, and again after SIGTERM.
+_GRACE_SECONDS = 10
+# How long ranks wait for each other, as in Detectron2: the first may evaluate alone meanwhile.
+_PATIENCE = timedelta(minutes=30)
+# Exceptions of workers that are raised again as what they are.
+_PLAIN = {"InputError": InputError, "TrainingError": TrainingError}
 
 
 class WorkerError(RuntimeError):
@@ -47,9 +55,10 @@ def launch(
 ) -> None:
     """Run ``main_func(*args)`` in every process, with Detectron2's ``comm`` set up.
 
-    One process runs right here. Several GPU processes are Detectron2's own launch, several CPU
-    processes talk through gloo. Under torchrun the processes exist already, so none are started
-    and the counts given here are not used.
+    One process runs right here. Several GPU processes talk through NCCL, several CPU processes
+    through gloo. Under torchrun the processes exist already, so none are started and the counts
+    given here are not used. SIGTERM and SIGUSR1 are passed on to the processes; see
+    :mod:`flsl_d2.engine.stopping`.
 
     Args:
         main_func: a function at the top level of a module (the workers import it).
@@ -62,7 +71,9 @@ def launch(
 
     Raises:
         InputError: counts or a device that this machine does not have; or raised in a worker.
+        TrainingError: raised in a worker.
         WorkerError: another exception in a worker. The other workers have been ended.
+        SystemExit: of status 75, when the workers stopped because they were asked to.
     """
     if started_by_torchrun():
         _run_under_torchrun(main_func, args, device)
@@ -71,34 +82,39 @@ def launch(
     if num_processes_per_machine * num_machines == 1:
         main_func(*args)
         return
+    if dist_url == "auto":
+        dist_url = f"tcp://127.0.0.1:{_free_port()}"
     # Says only that other workers are being ended, before the error that says why.
-    logging.getLogger("torch.multiprocessing.spawn").setLevel(logging.ERROR)
+    logging.getLogger("torch.multiprocessing.spawn").setLevel(logging.CRITICAL)
     reports = mp.get_context("spawn").SimpleQueue()
-    work = (main_func, reports, args)
+    world = (num_processes_per_machine, num_machines, machine_rank, dist_url, device)
+    with signals_held():  # until the handlers here and in the workers are there
+        workers = mp.start_processes(
+            _worker,
+            (*world, main_func, reports, args),
+            num_processes_per_machine,
+            join=False,
+            start_method="spawn",
+        )
+        with forwarding(workers.processes) as stop:
+            signal.pthread_sigmask(signal.SIG_UNBLOCK, STOP_SIGNALS)
+            _wait(workers, reports, stop)
+
+
+def _wait(workers: mp.ProcessContext, reports: Any, stop: StopRequest) -> None:
     try:
-        if _is_cuda(device):
-            detectron2_launch(
-                _reporting,
-                num_processes_per_machine,
-                num_machines,
-                machine_rank,
-                dist_url,
-                args=work,
-            )
-        else:
-            if dist_url == "auto":
-                dist_url = f"tcp://127.0.0.1:{_free_port()}"
-            world = (num_processes_per_machine, num_machines, machine_rank, dist_url)
-            mp.start_processes(
-                _cpu_worker, (*world, work), num_processes_per_machine, start_method="spawn"
-            )
+        while not workers.join(grace_period=_GRACE_SECONDS):
+            pass
     except (mp.ProcessRaisedException, mp.ProcessExitedException) as failure:
-        if reports.empty() or getattr(failure, "signal_name", None) in _KILLED:
+        ended_by = getattr(failure, "signal_name", None)
+        if getattr(failure, "exit_code", None) == STOPPED or (stop and ended_by in _names()):
+            raise SystemExit(STOPPED) from None
+        if reports.empty() or ended_by in _KILLED:
             raise WorkerError(f"{failure} (SIGKILL: most often, memory ran out)") from None
         # The first report is the cause; later ones are ranks that lost their neighbour.
         kind, rank, text = reports.get()
-        if kind == "input":
-            raise InputError(text) from None
+        if kind in _PLAIN:
+            raise _PLAIN[kind](text) from None
         raise WorkerError(f"rank {rank} failed:\n{text}") from None
     except KeyboardInterrupt:
         for child in mp.active_children():
@@ -117,6 +133,10 @@ def wrap_ddp(model: nn.Module, **ddp_options: Any) -> nn.Module:
         ddp_options["device_ids"] = None
         ddp_options["fp16_compression"] = False  # a CUDA-only communication hook
     return create_ddp_model(model, **ddp_options)
+
+
+def _names() -> list[str]:
+    return [number.name for number in STOP_SIGNALS]
 
 
 def _is_cuda(device: str) -> bool:
@@ -156,29 +176,39 @@ def _free_port() -> int:
         return probe.getsockname()[1]
 
 
-def _cpu_worker(
+def _worker(
     local_rank: int,
     num_processes: int,
     num_machines: int,
     machine_rank: int,
     dist_url: str,
-    work: tuple[Any, ...],
+    device: str,
+    main_func: Callable[..., None],
+    reports: Any,
+    args: tuple[Any, ...],
 ) -> None:
-    if "OMP_NUM_THREADS" not in os.environ:
+    # The parent held them back while this process had no say; a run sets handlers of its own.
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, STOP_SIGNALS)
+    # A parent that is killed takes its workers along: they would write to the folder of the run
+    # that is being resumed.
+    mp._prctl_pr_set_pdeathsig(signal.SIGKILL)
+    if _is_cuda(device):
+        torch.cuda.set_device(local_rank)
+    elif "OMP_NUM_THREADS" not in os.environ:
         # Every process would otherwise take all cores, and they would wait for one another.
         torch.set_num_threads(max((os.cpu_count() or 1) // num_processes, 1))
     _join_group(
-        "gloo",
+        "nccl" if _is_cuda(device) else "gloo",
         num_processes,
         init_method=dist_url,
         world_size=num_processes * num_machines,
         rank=machine_rank * num_processes + local_rank,
     )
-    _reporting(*work)
+    _reporting(main_func, reports, args)
 
 
 def _join_group(backend: str, num_local: int, **options: Any) -> None:
-    dist.init_process_group(backend, **options)
+    dist.init_process_group(backend, timeout=_PATIENCE, **options)
     comm.create_local_process_group(num_local)
     comm.synchronize()
 
@@ -187,11 +217,11 @@ def _reporting(main_func: Callable[..., None], reports: Any, args: tuple[Any, ..
     """Run in a worker: leave a report of the exception for the parent, then fail."""
     try:
         main_func(*args)
-    except InputError as error:
-        reports.put(("input", comm.get_rank(), str(error)))
+    except (InputError, TrainingError) as error:
+        reports.put((type(error).__name__, comm.get_rank(), str(error)))
         raise SystemExit(2) from None
     except Exception:
-        reports.put(("crash", comm.get_rank(), traceback.format_exc()[-_REPORT_CHARS:]))
+        reports.put(("", comm.get_rank(), traceback.format_exc()[-_REPORT_CHARS:]))
         raise
     else:
         # Ends cleanly on every rank together, so that no rank's sockets close under another's.

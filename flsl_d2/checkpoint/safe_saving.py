@@ -1,0 +1,152 @@
+"""Checkpoints that are whole or not there, and resuming from the newest whole one."""
+
+from __future__ import annotations
+
+import logging
+import os
+import zipfile
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import torch
+from detectron2.checkpoint import DetectionCheckpointer
+from detectron2.utils import comm
+
+from flsl_d2.errors import InputError
+
+__all__ = ["SafeCheckpointer", "checkpoint_damage", "remove_unfinished", "replaced_file"]
+
+_UNFINISHED = ".part"
+logger = logging.getLogger(__name__)
+
+
+@contextmanager
+def replaced_file(path: str | Path) -> Iterator[BinaryIO]:
+    """A file, open for writing, that takes the place of ``path`` once all of it is on the disk.
+
+    Until then, and after any failure, ``path`` is what it was before.
+
+    Raises:
+        OSError: it cannot be written.
+    """
+    path = Path(path)
+    part = path.with_name(path.name + _UNFINISHED)
+    try:
+        with part.open("wb") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(part, path)
+        _sync_folder(path.parent)
+    except BaseException:
+        with suppress(OSError):
+            part.unlink(missing_ok=True)
+        raise
+
+
+def remove_unfinished(folder: str | Path) -> None:
+    """Delete what a run that was killed in the middle of a checkpoint left behind."""
+    for part in Path(folder).glob(f"*.pth{_UNFINISHED}"):
+        logger.info("Removing %s, whose writing was interrupted.", part)
+        part.unlink(missing_ok=True)
+
+
+def checkpoint_damage(path: str | Path) -> str:
+    """What is wrong with a file of ``torch.save``; empty for nothing.
+
+    Compares the checksum of every tensor, which reading it does not.
+    """
+    try:
+        with zipfile.ZipFile(path) as archive:
+            damaged = archive.testzip()
+    except Exception as error:  # damaged files fail in every layer of the reader
+        return " ".join(str(error).split()) or type(error).__name__
+    return f"the checksum of {damaged} in it is wrong" if damaged else ""
+
+
+class SafeCheckpointer(DetectionCheckpointer):
+    """Detectron2's checkpointer, but a file is complete before it has its name.
+
+    ``last_checkpoint`` is written the same way, after the file that it names. Resuming takes that
+    file; where it is damaged or gone, the newest other checkpoint of the folder that is whole.
+    """
+
+    def save(self, name: str, **kwargs: Any) -> None:
+        """Write ``<name>.pth`` and make it the last checkpoint.
+
+        Raises:
+            OSError: it cannot be written; the checkpoints before it are untouched.
+        """
+        if not self.save_dir or not self.save_to_disk:
+            return
+        states = {key: value.state_dict() for key, value in self.checkpointables.items()}
+        path = Path(self.save_dir, f"{name}.pth")
+        logger.info("Saving checkpoint to %s", path)
+        try:
+            with replaced_file(path) as file:
+                torch.save({"model": self.model.state_dict(), **states, **kwargs}, file)
+        except RuntimeError as error:  # PyTorch's writer hides what the file said
+            cause: BaseException | None = error
+            while cause is not None and not isinstance(cause, OSError):
+                cause = cause.__cause__ or cause.__context__
+            if cause is None:
+                raise
+            raise cause from None
+        self.tag_last_checkpoint(path.name)
+
+    def tag_last_checkpoint(self, last_filename_basename: str) -> None:
+        """As Detectron2's, all or nothing."""
+        with replaced_file(Path(self.save_dir, "last_checkpoint")) as file:
+            file.write(last_filename_basename.encode())
+
+    def has_checkpoint(self) -> bool:
+        """Whether the folder holds a checkpoint, whole or not."""
+        return bool(self._candidates())
+
+    def resume_or_load(self, path: str, *, resume: bool = True) -> dict[str, Any]:
+        """Load the newest whole checkpoint when resuming and there is one, else ``path``.
+
+        Raises:
+            InputError: there are checkpoints, and none can be read; or as of loading.
+        """
+        if resume and self.has_checkpoint():
+            return self.load(self._newest_whole())
+        return self.load(path, checkpointables=[])
+
+    def _candidates(self) -> list[Path]:
+        """Checkpoints of the folder, the one that ``last_checkpoint`` names and then the newest."""
+        if not self.save_dir:
+            return []
+        folder = Path(self.save_dir)
+        found = sorted(folder.glob("model_*.pth"), key=lambda file: -file.stat().st_mtime_ns)
+        with suppress(OSError, UnicodeDecodeError):
+            tagged = folder / (folder / "last_checkpoint").read_text().strip()
+            # A damaged tag may hold anything, the folder itself included.
+            if tagged.suffix == ".pth":
+                found = [tagged, *(file for file in found if file != tagged)]
+        return found
+
+    def _newest_whole(self) -> str:
+        # One process decides for all: they must not resume from different steps.
+        chosen, refused = self._choose() if comm.is_main_process() else ("", [])
+        chosen, refused = comm.all_gather((chosen, refused))[0]
+        if not chosen:
+            raise InputError(
+                f"no checkpoint in '{self.save_dir}' can be read ({'; '.join(refused)}); restore "
+                "one from a copy, or start anew in another output folder."
+            )
+        return chosen
+
+    def _choose(self) -> tuple[str, list[str]]:
+        refused: list[str] = []
+        for file in self._candidates():
+            damage = checkpoint_damage(file)
+            if not damage:
+                if refused:
+                    logger.warning("Falling back to the checkpoint before: %s", file)
+                return str(file), refused
+            refused.append(f"{file.name}: {damage}")
+            logger.warning("Checkpoint %s is damaged or gone (%s).", file, damage)
+        return "", refused

@@ -1,0 +1,159 @@
+"""What a run was started with, so that its folder is not continued as another run by accident."""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Iterable, Mapping
+from fnmatch import fnmatchcase
+from pathlib import Path
+from typing import Any
+
+from detectron2.config import CfgNode
+from detectron2.utils import comm
+from omegaconf import DictConfig, OmegaConf
+
+from flsl_d2.checkpoint.safe_saving import replaced_file
+from flsl_d2.errors import InputError
+
+__all__ = ["RUN_FILE", "check_and_keep_run", "flat_config"]
+
+RUN_FILE = "run.json"
+_SHOWN = 12
+logger = logging.getLogger(__name__)
+
+
+def flat_config(cfg: DictConfig | CfgNode) -> dict[str, str]:
+    """Every key of a config by its full name, with its value as text, interpolations resolved.
+
+    Functions and classes are named; a value whose text would hold its address in memory is named
+    by its class.
+    """
+    if isinstance(cfg, DictConfig):
+        cfg = OmegaConf.to_container(cfg, resolve=True)
+    return dict(_flat(cfg, ""))
+
+
+def check_and_keep_run(
+    folder: str | Path,
+    settings: Mapping[str, str],
+    key: str,
+    *,
+    resume: bool,
+    has_checkpoint: bool,
+    may_differ: Iterable[str] = (),
+    allow_changes: bool = False,
+    overwrite: bool = False,
+) -> None:
+    """Compare a run with the one that its folder holds, then write ``run.json`` there.
+
+    A folder without a checkpoint holds no run. A process count that differs is said, not refused.
+
+    Args:
+        folder: of the output.
+        settings: of this run, as of :func:`flat_config`, and whatever else decides its result.
+        key: of the config that names the folder, for messages.
+        resume: continue what is there.
+        has_checkpoint: whether there is something.
+        may_differ: keys that do not change the result, as patterns of ``fnmatch``.
+        allow_changes: say what differs and go on.
+        overwrite: start anew where a run is.
+
+    Raises:
+        InputError: the folder holds a run and ``resume`` was not given, or a run of other settings.
+    """
+    file = Path(folder, RUN_FILE)
+    if has_checkpoint and not resume:
+        if not overwrite:
+            raise InputError(
+                f"{key} is '{folder}', which holds the checkpoints of a run; continue it with "
+                f"--resume, set another {key}, or start anew over it with --overwrite."
+            )
+        logger.warning("Starting anew over the run in %s, as --overwrite asks.", folder)
+    if has_checkpoint and resume:
+        before = _read(file)
+        _compare(before.get("settings", {}), settings, folder, key, list(may_differ), allow_changes)
+        _compare_processes(before.get("processes"))
+    comm.synchronize()  # all have read it
+    if comm.is_main_process():
+        content = {"processes": comm.get_world_size(), "settings": dict(settings)}
+        with replaced_file(file) as out:
+            out.write(json.dumps(content, indent=1).encode())
+
+
+def _read(file: Path) -> dict[str, Any]:
+    try:
+        content = json.loads(file.read_text())
+    except FileNotFoundError:
+        logger.warning("There is no %s, so the config cannot be compared with the run's.", file)
+        return {}
+    except (OSError, ValueError) as error:
+        logger.warning("%s cannot be read (%s), so the config is not compared.", file, error)
+        return {}
+    return content if isinstance(content, dict) else {}
+
+
+def _compare(
+    before: Mapping[str, str],
+    now: Mapping[str, str],
+    folder: str | Path,
+    key: str,
+    may_differ: list[str],
+    allow_changes: bool,
+) -> None:
+    if not before:
+        return
+    differing = [name for name in sorted({*before, *now}) if before.get(name) != now.get(name)]
+    harmless = [name for name in differing if any(fnmatchcase(name, p) for p in may_differ)]
+    serious = [name for name in differing if name not in harmless]
+    changes = {
+        name: f"{name}: {before.get(name, 'absent')} -> {now.get(name, 'absent')}"
+        for name in differing
+    }
+    if harmless:
+        logger.info("Changed since, without effect: %s", "; ".join(changes[n] for n in harmless))
+    if not serious:
+        return
+    shown = "; ".join(changes[name] for name in serious[:_SHOWN])
+    if len(serious) > _SHOWN:
+        shown += f"; and {len(serious) - _SHOWN} more"
+    if not allow_changes:
+        raise InputError(
+            f"{key} is '{folder}', which holds a run of other settings ({shown}); set another "
+            f"{key}, give the run's own settings, or go on with these by --allow-changes."
+        )
+    logger.warning("Going on with other settings, as --allow-changes asks: %s", shown)
+
+
+def _compare_processes(before: int | None) -> None:
+    now = comm.get_world_size()
+    if before is not None and before != now:
+        logger.warning(
+            "The run had %d process(es) and goes on with %d: the images of a step stay the same; "
+            "random draws of each process and the rounding of sums over processes do not.",
+            before,
+            now,
+        )
+
+
+def _flat(node: Any, prefix: str) -> Iterable[tuple[str, str]]:
+    if isinstance(node, Mapping) and node:
+        for key, value in node.items():
+            yield from _flat(value, f"{prefix}.{key}" if prefix else str(key))
+    elif isinstance(node, list | tuple) and any(isinstance(x, Mapping) for x in node):
+        for place, value in enumerate(node):
+            yield from _flat(value, f"{prefix}.{place}")
+    else:
+        yield prefix, _text(node)
+
+
+def _text(value: Any) -> str:
+    if isinstance(value, list | tuple):  # a resumed run may get either for the same value
+        return f"[{', '.join(map(_text, value))}]"
+    if isinstance(value, str | int | float | bool | None):
+        return str(value)
+    if isinstance(value, Mapping):
+        return "{}"
+    name = getattr(value, "__qualname__", None)
+    kind = value if name else type(value)
+    return f"{kind.__module__}.{kind.__qualname__}"
