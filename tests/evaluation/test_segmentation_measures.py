@@ -1,0 +1,168 @@
+"""k-NN segmentation and the linear probe on tokens that know everything, or nothing."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from labelled_rectangles import CLASSES, GRID, SIZE, WIDTH, dataset, run, samples
+
+from flsl_d2.errors import InputError
+from flsl_d2.evaluation.knn_segmentation import KnnSegmentation
+from flsl_d2.evaluation.linear_segmentation import WEIGHT_DECAY, LinearSegmentation, fit_linear
+from flsl_d2.evaluation.neighbours import nearest
+from flsl_d2.evaluation.patch_bank import PatchBank
+from flsl_d2.evaluation.segmentation_scores import Confusion, label_pixels, patch_distributions
+
+BOTH = pytest.mark.parametrize("kind", [KnnSegmentation, LinearSegmentation])
+
+
+@BOTH
+def test_tokens_of_their_class_segment_perfectly_up_to_corners(kind) -> None:
+    """Bilinear borders round the corners of rectangles off; the rest is right."""
+    scores = run(kind, num_neighbours=5)
+    assert scores["mIoU"] > 95
+    assert scores["pixel_accuracy"] > 98
+    assert set(scores) == {
+        "mIoU",
+        "pixel_accuracy",
+        "IoU-background",
+        *(f"IoU-{name}" for name in CLASSES),
+    }
+
+
+@BOTH
+def test_right_angles_aside_nothing_is_lost(kind) -> None:
+    """An upright band over the whole height has no corner: exactly 100."""
+    data = dataset(rectangles=[((2, 0, 4, 6), 0), ((6, 0, 8, 6), 1)])
+    scores = run(kind, data=data, num_neighbours=5)
+    assert scores["mIoU"] == 100
+
+
+@BOTH
+def test_tokens_that_are_all_the_same_say_background(kind) -> None:
+    scores = run(kind, lambda image: torch.ones(GRID[0] * GRID[1], WIDTH), bank_size=10**6)
+    truth = dataset(1).images[0].semantic
+    share = (truth == 0).mean()
+    if kind is LinearSegmentation:
+        assert scores["pixel_accuracy"] == pytest.approx(100 * share)
+        assert scores["mIoU"] == pytest.approx(100 * share / 3)
+    else:  # the neighbours of a tie are any patches, but the same ones for all
+        assert scores["mIoU"] <= 100 * share / 3 + 1e-6
+
+
+@BOTH
+def test_same_seed_same_scores_and_names_do_not_matter(kind) -> None:
+    torch.manual_seed(3)
+    noise = torch.randn(GRID[0] * GRID[1], WIDTH)
+    order = torch.randperm(WIDTH)
+    options = {"num_neighbours": 3, "bank_size": 40}
+    first = run(kind, lambda image: noise, **options)
+    assert first == run(kind, lambda image: noise, **options)
+    assert first["mIoU"] == pytest.approx(
+        run(kind, lambda image: noise[:, order], **options)["mIoU"]
+    )
+
+
+def test_nearest_equals_a_slow_loop() -> None:
+    queries, bank = F.normalize(torch.randn(40, 6)), F.normalize(torch.randn(70, 6))
+    indices, weights = nearest(queries, bank, 9, 0.07)
+    for i, query in enumerate(queries):
+        cosines = [float(query @ entry) for entry in bank]
+        expected = sorted(range(70), key=lambda j: -cosines[j])[:9]
+        assert indices[i].tolist() == expected
+        slow = torch.tensor([cosines[j] / 0.07 for j in expected]).exp()
+        assert torch.allclose(weights[i], slow, rtol=1e-3)
+
+
+def test_nearest_in_parts_equals_at_once(monkeypatch) -> None:
+    queries, bank = F.normalize(torch.randn(40, 6)), F.normalize(torch.randn(70, 6))
+    whole = nearest(queries, bank, 9, 0.07)
+    monkeypatch.setattr("flsl_d2.evaluation.neighbours._ENTRIES_AT_ONCE", 150)
+    parts = nearest(queries, bank, 9, 0.07)
+    assert torch.equal(whole[0], parts[0])
+
+
+def test_patch_distributions_equal_a_slow_count() -> None:
+    labels = np.random.default_rng(0).integers(-1, 4, (23, 31))
+    labels[:6, :8] = -1
+    shares, labelled = patch_distributions(labels, (4, 5), 4)
+    counts = np.zeros((4, 5, 4))
+    for y in range(23):
+        for x in range(31):
+            if labels[y, x] >= 0:
+                row, column = int((y + 0.5) * 4 / 23), int((x + 0.5) * 5 / 31)
+                counts[row, column, labels[y, x]] += 1
+    counts = counts.reshape(-1, 4)
+    assert (labelled == (counts.sum(axis=1) > 0)).all()
+    assert not labelled[0]
+    assert labelled[1:].all()
+    expected = counts[1:] / counts[1:].sum(axis=1, keepdims=True)
+    assert np.allclose(shares[1:], expected)
+
+
+def test_label_pixels_equals_all_classes_at_once() -> None:
+    scores = torch.randn(12, 7)
+    full = F.interpolate(
+        scores.T.reshape(1, 7, 3, 4), size=(29, 41), mode="bilinear", align_corners=False
+    )[0]
+    assert (label_pixels(scores, (3, 4), (29, 41)) == full.argmax(dim=0).numpy()).all()
+
+
+def test_confusion_by_hand() -> None:
+    confusion = Confusion(3)
+    confusion.add(np.array([[0, 0, 1, 1, -1]]), np.array([[0, 1, 1, 2, 0]]))
+    scores = confusion.results(("a", "b", "c"))
+    assert scores["IoU-a"] == pytest.approx(50)
+    assert scores["IoU-b"] == pytest.approx(100 / 3)
+    assert "IoU-c" not in scores  # it is nowhere true; predicting it cost b already
+    assert scores["mIoU"] == pytest.approx((50 + 100 / 3) / 2)
+    assert scores["pixel_accuracy"] == pytest.approx(50)
+    with pytest.raises(InputError, match="no pixel"):
+        Confusion(3).results(("a", "b", "c"))
+
+
+def test_bank_is_bounded_even_and_independent_of_order() -> None:
+    data = dataset(7)
+    banks = []
+    for order in (1, -1):
+        bank = PatchBank(data, 40, 5)
+        for sample in samples(data)[::order]:
+            bank.add(sample)
+        banks.append(bank.all())
+    assert len(banks[0][0]) == 40
+    assert torch.equal(banks[0][0].sum(dim=0), banks[1][0].sum(dim=0))
+    small = PatchBank(data, 3, 5)
+    for sample in samples(data):
+        small.add(sample)
+    assert len(small.all()[0]) == 3
+
+
+def test_linear_probe_is_at_the_minimum_of_its_objective() -> None:
+    torch.manual_seed(1)
+    tokens = 5 * torch.randn(300, 6) + 3
+    shares = F.softmax(tokens @ torch.randn(6, 4), dim=1)
+    weight, bias = fit_linear(tokens, shares, 200)
+    std = tokens.double().std(dim=0, unbiased=False)
+    standardised = (tokens.double() - tokens.double().mean(dim=0)) / std
+    inner = weight * std[:, None]
+    predicted = F.softmax(tokens.double() @ weight + bias, dim=1)
+    gradient = standardised.T @ (predicted - shares) / 300 + WEIGHT_DECAY * inner
+    assert gradient.abs().max() < 1e-4
+    assert (predicted.mean(dim=0) - shares.mean(dim=0)).abs().max() < 1e-4
+
+
+def test_other_classes_in_the_validation_set_are_refused() -> None:
+    other = dataset()._replace(pixel_classes=("background", "cat"))
+    for kind in (KnnSegmentation, LinearSegmentation):
+        with pytest.raises(InputError, match="pixel classes"):
+            kind(None, dataset(), other, _Options(), 0)
+
+
+class _Options:
+    bank_size, probe_steps, num_neighbours = 10, 5, 3
+
+
+def test_size_of_the_made_images() -> None:
+    assert dataset(1).images[0].semantic.shape == SIZE
