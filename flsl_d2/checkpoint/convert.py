@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import json
-import os
 from pathlib import Path
 from typing import Any
 
 from flsl_d2.checkpoint.build import open_encoder
 from flsl_d2.checkpoint.export import timm_call, write_encoder, write_timm
 from flsl_d2.checkpoint.report import LoadReport
+from flsl_d2.checkpoint.safe_saving import replaced_file
 from flsl_d2.errors import InputError
 
 __all__ = ["FORMATS", "convert_checkpoint"]
@@ -69,11 +69,10 @@ def convert_checkpoint(
 
 
 def _write_report(path: str, account: LoadReport) -> None:
-    part = Path(f"{path}.part")
     try:
-        part.parent.mkdir(parents=True, exist_ok=True)
-        part.write_text(json.dumps(account.as_dict(), indent=2) + "\n")
-        os.replace(part, path)
+        Path(path).parent.mkdir(parents=True, exist_ok=True)
+        with replaced_file(path) as file:
+            file.write((json.dumps(account.as_dict(), indent=2) + "\n").encode())
     except OSError as error:
         raise InputError(
             f"the report {path!r} cannot be written ({error.strerror}); choose another."

@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import json
-import os
 from pathlib import Path
 from typing import Any
 
+import safetensors.torch
 import torch
-from safetensors.torch import save_file
 from torch import Tensor
 
 from flsl_d2.checkpoint.layout import rename
 from flsl_d2.checkpoint.reading import ENCODER_FORMAT
+from flsl_d2.checkpoint.safe_saving import replaced_file
 from flsl_d2.checkpoint.sources import TIMM_NAMES
 from flsl_d2.errors import InputError
 from flsl_d2.modeling import FLSLViT
@@ -29,8 +29,8 @@ def write_encoder(encoder: FLSLViT, path: str | Path) -> None:
     A ``.pth`` file holds ``model`` (tensors), ``encoder`` (constructor arguments of ``FLSLViT``),
     ``format``, and ``matching_heuristics``, which tells Detectron2's own checkpointer to find
     these names wherever the encoder sits in a detector; it loads with ``weights_only=True``. A
-    ``.safetensors`` file holds the tensors, and the rest as metadata. The file is written under
-    another name first, so that a reader never sees half of it.
+    ``.safetensors`` file holds the tensors, and the rest as metadata. The file is whole or not
+    there.
 
     Raises:
         InputError: another suffix, or the file cannot be written.
@@ -130,15 +130,13 @@ def _write(
             f"{str(path)!r} has no suffix that can be written; use .pth or .safetensors."
         )
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-    part = path.with_name(f"{path.name}.part")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        if path.suffix == ".safetensors":
-            save_file(tensors, part, metadata)
-        else:
-            torch.save(tensors if beside is None else {"model": tensors, **beside}, part)
-        os.replace(part, path)
+        with replaced_file(path) as file:
+            if path.suffix == ".safetensors":
+                file.write(safetensors.torch.save(tensors, metadata))
+            else:
+                torch.save(tensors if beside is None else {"model": tensors, **beside}, file)
     except (OSError, RuntimeError) as error:
-        part.unlink(missing_ok=True)
         reason = " ".join(str(error).split())
         raise InputError(f"{str(path)!r} cannot be written ({reason}); choose another.") from error

@@ -8,9 +8,10 @@ import pytest
 import torch
 from conftest import GOLDEN
 from detectron2.checkpoint import DetectionCheckpointer
+from layouts import LAYOUTS
 from torch import nn
 
-from flsl_d2.checkpoint import FLSLCheckpointer
+from flsl_d2.checkpoint import FLSLCheckpointer, build_encoder
 from flsl_d2.errors import InputError
 from flsl_d2.modeling import FLSLViT, SimpleFeaturePyramid
 
@@ -239,3 +240,75 @@ def test_a_file_in_the_published_layout_gives_the_published_tokens(caplog):
         tokens, torch.from_numpy(golden["teacher_tokens"]), rtol=1e-4, atol=1e-5
     )
     assert "1 left out (stored by the published code, but unused)" in caplog.text
+
+
+# Detectors of the width of tests/checkpoint/layouts.py.
+OF_LAYOUTS = {"embed_dim": 192, "depth": 2, "num_heads": 3}
+
+
+@pytest.mark.parametrize(
+    ("name", "query"), [("DINO teacher", ""), ("DINO student", "?which=student"), ("MAE", "")]
+)
+def test_other_projects_encoders_go_into_a_detector_without_their_class_token(
+    tmp_path, caplog, name, query
+):
+    layout = LAYOUTS[name][0]()
+    torch.save(layout.content, tmp_path / "a.pth")
+    model = Detector(window_size=2, **OF_LAYOUTS)
+    with caplog.at_level(logging.INFO):
+        FLSLCheckpointer(model).load(f"{tmp_path / 'a.pth'}{query}")
+    net, theirs = model.backbone.net, layout.model.state_dict()
+    count = len(net.state_dict())
+    assert f"{count} of {count} matched" in caplog.text
+    assert "the encoder has num_prefix_tokens=0, as windows require" in caplog.text
+    assert torch.equal(net.pos_embed, theirs["pos_embed"][:, 1:])
+    assert torch.equal(net.final_norm.weight, theirs["norm.weight"])
+    assert torch.equal(net.blocks[1].mlp.fc2.weight, theirs["blocks.1.mlp.fc2.weight"])
+    assert ("position_offset=0.0" in caplog.text) == (name == "MAE")
+
+
+def test_prefix_tokens_are_kept_where_the_encoder_has_them(tmp_path):
+    layout = LAYOUTS["DINO teacher"][0]()
+    torch.save(layout.content, tmp_path / "a.pth")
+    model = Detector(num_prefix_tokens=1, **OF_LAYOUTS)
+    FLSLCheckpointer(model).load(str(tmp_path / "a.pth"))
+    theirs = layout.model.state_dict()
+    expected = theirs["cls_token"] + theirs["pos_embed"][:, :1]
+    assert torch.equal(model.backbone.net.prefix_tokens, expected)
+    text = refusal(Detector(num_prefix_tokens=5, **OF_LAYOUTS), str(tmp_path / "a.pth"))
+    assert "num_prefix_tokens=1" in text
+    assert "num_prefix_tokens=5" in text
+
+
+def test_layer_scale_is_kept_or_asked_for(tmp_path):
+    layout = LAYOUTS["DINOv2"][0]()
+    torch.save(layout.content, tmp_path / "a.pth")
+    dinov2 = {"img_size": 56, "patch_size": 14, **OF_LAYOUTS}
+    encoder = FLSLViT(layer_scale_init=1.0, **dinov2)
+    FLSLCheckpointer(encoder).load(str(tmp_path / "a.pth"))
+    theirs = layout.model.state_dict()
+    assert torch.equal(encoder.blocks[1].ls2.gamma, theirs["blocks.1.ls2.gamma"])
+    text = refusal(FLSLViT(**dinov2), str(tmp_path / "a.pth"))
+    assert "layer_scale_init=1.0" in text
+    assert "layer_scale_init=None" in text
+    torch.save(LAYOUTS["MAE"][0]().content, tmp_path / "b.pth")
+    model = Detector(layer_scale_init=0.1, **OF_LAYOUTS)
+    assert "layer_scale_init=0.1" in refusal(model, str(tmp_path / "b.pth"))
+
+
+def test_the_heads_of_moco_v3_are_compared(tmp_path):
+    torch.save(LAYOUTS["MoCo v3"][0]().content, tmp_path / "a.pth")
+    model = Detector(embed_dim=384, depth=1, num_heads=6)
+    assert "num_heads=12" in refusal(model, str(tmp_path / "a.pth"))
+
+
+def test_an_encoder_file_of_before_prefix_tokens_loads(encoder, tmp_path):
+    path = save_encoder(encoder, tmp_path / "a.pth")
+    content = torch.load(path, weights_only=True)
+    for key in ("num_prefix_tokens", "layer_scale_init", "position_antialias"):
+        del content["encoder"][key]
+    torch.save(content, path)
+    model = Detector()
+    FLSLCheckpointer(model).load(path)
+    assert same(encoder, model.backbone.net)
+    assert same(encoder, build_encoder(path))
