@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import random
 import time
+from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import asdict
 from typing import Any
@@ -14,6 +16,7 @@ from detectron2.utils import comm
 from torch import Tensor, nn
 
 from flsl_d2.errors import InputError
+from pretrain.bad_numbers import check_finite
 from pretrain.data import Batch
 from pretrain.model import FLSL
 from pretrain.objective import query_indexes
@@ -54,6 +57,15 @@ class PretrainTrainer(SimpleTrainer):
         clip_norm: see :func:`clip_gradients`.
         clip_mode: see :func:`clip_gradients`.
         seed: of stochastic depth.
+
+    Attributes:
+        stop_asked: whether this process was asked to stop.
+        stop_agreed: whether any process was, as of the last step; the same on all.
+        num_failed: images of all processes that could not be read so far.
+        num_overflows: steps that were left out because float16 gradients overflowed.
+
+    Raises:
+        BadNumbersError: by a step whose losses or gradients are not finite, on every process.
     """
 
     def __init__(
@@ -76,6 +88,11 @@ class PretrainTrainer(SimpleTrainer):
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=precision == "fp16")
         self.last_batch: Batch | None = None
         self.monitored: dict[str, Tensor] = {}
+        self.stop_asked: Callable[[], bool] = lambda: False
+        self.stop_agreed = False
+        self.num_failed = 0
+        self.num_overflows = 0
+        self.loss_scale = self.scaler.get_scale()
 
     def run_step(self) -> None:
         """Steps 1 to 10 of the method, and the step's scalars into Detectron2's storage."""
@@ -96,13 +113,14 @@ class PretrainTrainer(SimpleTrainer):
         decayed, exempt = self.optimizer.param_groups
         decayed["lr"] = exempt["lr"] = values.lr
         decayed["weight_decay"] = values.weight_decay
-        # Stochastic depth draws from PyTorch's generator. Seeding it from the step's number makes
-        # a resumed run draw what the uninterrupted one would have drawn.
-        torch.manual_seed(
-            int(
-                np.random.SeedSequence([self.seed, self.iter, comm.get_rank()]).generate_state(1)[0]
-            )
-        )
+        # Stochastic depth draws from PyTorch's generator. Seeding it, and Python's and NumPy's for
+        # whatever is added, from the step's number makes a resumed run draw what the
+        # uninterrupted one would have drawn.
+        sequence = np.random.SeedSequence([self.seed, self.iter, comm.get_rank()])
+        seed = int(sequence.generate_state(1)[0])
+        torch.manual_seed(seed)
+        np.random.seed(seed)
+        random.seed(seed)
 
     def _forward(self, batch: Batch, values: StepValues) -> dict[str, Tensor]:
         views, crops = batch.views_on(self.device)
@@ -133,25 +151,40 @@ class PretrainTrainer(SimpleTrainer):
         # One transfer for all, so that the device is waited for once.
         numbers = torch.stack([x.float() for x in scalars.values()]).tolist()
         mine = dict(zip(scalars, numbers, strict=True))
-        everyone = comm.gather({**mine, "data_time": data_time})
-        if not np.isfinite(mine["loss"]):
-            raise FloatingPointError(
-                f"The loss is not finite at iteration {self.iter}: "
-                + ", ".join(f"{name} = {value:g}" for name, value in mine.items())
-            )
+        own = (mine, data_time, len(self.last_batch.failed), self.stop_asked())
+        terms, data_times, failed, stops = zip(*comm.all_gather(own), strict=True)
+        self.num_failed += sum(failed)
+        self.stop_agreed = any(stops)
+        self._count_overflow()
+        # The scaler leaves out a step whose gradients overflow, and only that one.
+        check_finite(self.iter, terms, exempt=["grad_norm"] if self.scaler.is_enabled() else [])
         if not comm.is_main_process():
             return
         for name in mine:
-            self.storage.put_scalar(name, float(np.mean([rank[name] for rank in everyone])))
-        self.storage.put_scalar("data_time", max(rank["data_time"] for rank in everyone))
+            self.storage.put_scalar(name, float(np.mean([rank[name] for rank in terms])))
+        self.storage.put_scalar("data_time", max(data_times))
         scheduled = {name: float(value) for name, value in asdict(values).items()}
         self.storage.put_scalars(**scheduled, smoothing_hint=False)
 
+    def _count_overflow(self) -> None:
+        if not self.scaler.is_enabled():
+            return
+        scale = self.scaler.get_scale()
+        self.num_overflows += scale < self.loss_scale
+        self.loss_scale = scale
+        self.storage.put_scalars(
+            loss_scale=scale, overflowed_steps=self.num_overflows, smoothing_hint=False
+        )
+
     def state_dict(self) -> dict[str, Any]:
-        """Iteration, hooks, optimiser and gradient scaler."""
-        return {**super().state_dict(), "scaler": self.scaler.state_dict()}
+        """Iteration, hooks, optimiser, gradient scaler and counts."""
+        counts = {"num_failed": self.num_failed, "num_overflows": self.num_overflows}
+        return {**super().state_dict(), "scaler": self.scaler.state_dict(), "counts": counts}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Inverse of :meth:`state_dict`."""
         super().load_state_dict(state_dict)
         self.scaler.load_state_dict(state_dict["scaler"])
+        self.loss_scale = self.scaler.get_scale()
+        for name, count in state_dict.get("counts", {}).items():
+            setattr(self, name, int(count))

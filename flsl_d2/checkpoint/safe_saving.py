@@ -150,3 +150,13 @@ class SafeCheckpointer(DetectionCheckpointer):
             refused.append(f"{file.name}: {damage}")
             logger.warning("Checkpoint %s is damaged or gone (%s).", file, damage)
         return "", refused
+
+
+def _sync_folder(folder: Path) -> None:
+    """Make a renaming survive a loss of power; not all file systems know how."""
+    with suppress(OSError):
+        descriptor = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)

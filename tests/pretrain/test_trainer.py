@@ -10,6 +10,7 @@ from detectron2.utils.events import EventStorage
 
 from flsl_d2.errors import InputError
 from flsl_d2.modeling import FLSLViT
+from pretrain.bad_numbers import BadNumbersError
 from pretrain.checkpoint import save_teacher_backbone
 from pretrain.data import Batch
 from pretrain.model import FLSL, FLSLHead
@@ -104,7 +105,7 @@ def test_loss_that_is_not_finite_stops_with_its_terms():
     model = small_model()
     with torch.no_grad():
         model.student.backbone.blocks[0].mlp.fc1.weight.fill_(float("nan"))
-    with pytest.raises(FloatingPointError, match=r"iteration 0.*loss_inter = nan"):
+    with pytest.raises(BadNumbersError, match=r"iteration 0.*loss_inter = nan"):
         trained(1, model=model)
 
 
