@@ -14,7 +14,7 @@ from flsl_d2.errors import InputError
 
 __all__ = ["check_label_images", "read_labels"]
 
-_PREPARATION = "docs/DATASETS.md says how its label images are made"
+_PREPARATION = "tools/prepare_labels.py makes those of ADE20K and of COCO"
 # Of a folder; a wrong preparation shows in the first ones.
 _LOOKED_AT = 20
 

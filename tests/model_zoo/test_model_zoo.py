@@ -36,11 +36,16 @@ def test_from_a_wheel(tmp_path):
         capture_output=True,
     )
     library = tmp_path / "build" / "lib"
-    code = (
-        "import flsl_d2, flsl_d2.model_zoo as zoo;"
-        "cfg = zoo.get_config('coco/mask_rcnn_flsl_vit_s16_1x.py');"
-        "print(flsl_d2.__file__, cfg.train.max_iter)"
-    )
+    code = """
+import flsl_d2, flsl_d2.model_zoo as zoo
+for path in sorted(zoo.configs_folder().rglob("*.*")):
+    name = path.relative_to(zoo.configs_folder())
+    # Those of pre-training need the checkout.
+    if not {"common", "pretrain", "demo", "__pycache__"} & set(name.parts):
+        cfg = zoo.get_config(str(name))
+        print(name, "ROI_HEADS" in cfg.MODEL if name.suffix == ".yaml" else cfg.train.max_iter > 0)
+print(flsl_d2.__file__)
+"""
     result = subprocess.run(
         [sys.executable, "-c", code],
         cwd=tmp_path,
@@ -50,3 +55,13 @@ def test_from_a_wheel(tmp_path):
     )
     assert result.returncode == 0, result.stderr
     assert str(library) in result.stdout
+    shipped = {line.split()[0] for line in result.stdout.splitlines() if line.endswith(" True")}
+    folder = ROOT / "configs"
+    ours = {
+        str(path.relative_to(folder))
+        for path in folder.rglob("*.*")
+        if path.suffix in (".py", ".yaml")
+        and not {"common", "pretrain", "demo"} & set(path.relative_to(folder).parts)
+    }
+    assert shipped == ours
+    assert {"lvis", "objects365", "uavdt", "ade20k", "coco"} == {Path(n).parts[0] for n in shipped}

@@ -1,0 +1,43 @@
+#!/usr/bin/env python
+"""Write the label images of a semantic data set, once, before training or evaluating on it."""
+
+import argparse
+import logging
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from flsl_d2.data.label_preparation import PREPARATIONS
+from flsl_d2.engine.command_line import run_tool
+
+EXAMPLE = """examples:
+  tools/prepare_labels.py ade20k
+  tools/prepare_labels.py coco-stuff --root datasets --workers 8
+
+Read are ADEChallengeData2016/annotations, or coco/annotations/panoptic_*2017.json and
+coco/panoptic_*2017; written are ADEChallengeData2016/annotations_detectron2, or
+coco/panoptic_stuff_*2017. An interrupted run is taken up again."""
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__,
+        epilog=EXAMPLE,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    parser.add_argument("dataset", choices=PREPARATIONS, help="which data set")
+    parser.add_argument(
+        "--root", metavar="FOLDER", help="of all data sets (default: $DETECTRON2_DATASETS)"
+    )
+    parser.add_argument(
+        "--workers", type=int, default=0, metavar="N", help="processes (default: one a core)"
+    )
+    args = parser.parse_args()
+    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    run_tool(PREPARATIONS[args.dataset], args.root, args.workers)
+
+
+if __name__ == "__main__":
+    main()
