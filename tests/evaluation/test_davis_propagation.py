@@ -106,6 +106,17 @@ def test_all_that_tie_with_the_last_neighbour_count() -> None:
     torch.testing.assert_close(found, torch.full((9, 9), 1 / 9))
 
 
+def test_rounding_does_not_choose_among_equals() -> None:
+    """Scaling tokens before they are normalised moves ties by some 1e-8, at random."""
+    kinds, labels = tokens(3, 64)[torch.arange(40) % 3], soft_labels(6, 40, 3)
+    exact = propagate(kinds, kinds.expand(6, -1, -1), labels, (5, 8), Propagation(radius=2))
+    factors = torch.linspace(0.3, 7, 6 * 40).view(6, 40, 1)
+    rounded = F.normalize(kinds * factors, dim=-1)
+    assert not torch.equal(rounded, kinds.expand(6, -1, -1))
+    found = propagate(kinds, rounded, labels, (5, 8), Propagation(radius=2))
+    torch.testing.assert_close(found, exact, atol=1e-5, rtol=0)
+
+
 def test_a_neighbour_beyond_the_radius_is_not_seen() -> None:
     # In one row, the query's twin is 3 tokens away; everything else is orthogonal to it.
     queries = torch.zeros(5, 2)

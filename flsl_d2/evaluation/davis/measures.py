@@ -66,8 +66,8 @@ def boundary_accuracy(mask: np.ndarray, truth: np.ndarray) -> float:
     num_found, num_true = np.count_nonzero(found), np.count_nonzero(true)
     if num_found == 0 or num_true == 0:
         return float(num_found == num_true)
-    # Nothing happens far from both boundaries, and objects are small against the image.
-    window = _window(found | true, radius)
+    # What matches lies within the boundaries' bounding box, and objects are small.
+    window = _bounding_box(found | true)
     found, true = found[window], true[window]
     precision = np.count_nonzero(found & _thickened(true, radius)) / num_found
     recall = np.count_nonzero(true & _thickened(found, radius)) / num_true
@@ -101,13 +101,9 @@ def _boundary(mask: np.ndarray) -> np.ndarray:
     return (mask != padded[:-1, 1:]) | (mask != padded[1:, :-1]) | (mask != padded[1:, 1:])
 
 
-def _window(pixels: np.ndarray, margin: int) -> tuple[slice, slice]:
-    """The bounding box of the pixels, with a margin."""
+def _bounding_box(pixels: np.ndarray) -> tuple[slice, slice]:
     rows, columns = np.flatnonzero(pixels.any(axis=1)), np.flatnonzero(pixels.any(axis=0))
-    return (
-        slice(max(rows[0] - margin, 0), rows[-1] + margin + 1),
-        slice(max(columns[0] - margin, 0), columns[-1] + margin + 1),
-    )
+    return slice(rows[0], rows[-1] + 1), slice(columns[0], columns[-1] + 1)
 
 
 def _thickened(pixels: np.ndarray, radius: int) -> np.ndarray:

@@ -14,10 +14,8 @@ from functools import partial
 from pathlib import Path
 
 import numpy as np
-import torch
 from tqdm import tqdm
 
-from flsl_d2.checkpoint import build_encoder
 from flsl_d2.errors import InputError
 from flsl_d2.evaluation.davis.indexed_png import write_indexed_png
 from flsl_d2.evaluation.davis.measures import boundary_accuracy, region_similarity, statistics
@@ -25,6 +23,7 @@ from flsl_d2.evaluation.davis.propagation import Propagation
 from flsl_d2.evaluation.davis.results import Results, Scores
 from flsl_d2.evaluation.davis.segmentation import frame_size, segment_sequence
 from flsl_d2.evaluation.davis.sequences import Sequence, find_sequence, read_mask, sequence_names
+from flsl_d2.evaluation.frozen_encoder import RANDOM, frozen_encoder, usable_device
 from flsl_d2.modeling import FLSLViT
 
 __all__ = ["DavisRun", "evaluate_davis", "run_davis", "score_sequence"]
@@ -72,7 +71,7 @@ def run_davis(run: DavisRun, weights: str, device: str, json_file: Path | None =
 
     Args:
         run: what and how.
-        weights: a file or URL, or ``random`` for an untrained ViT-S/16.
+        weights: see :func:`flsl_d2.evaluation.frozen_encoder.frozen_encoder`.
         device: as PyTorch names it.
         json_file: results with all settings; ``results.json`` in the output folder by default.
 
@@ -80,14 +79,14 @@ def run_davis(run: DavisRun, weights: str, device: str, json_file: Path | None =
         InputError: nothing can be evaluated; or, after all results are written, that some
             sequences failed.
     """
-    on = _usable_device(device)
+    on = usable_device(device)
     sequence_names(run.root, run.year, run.split, run.resolution)
     json_file = json_file or run.output / "results.json"
     _check_writable(json_file.parent)
-    if weights == "random":
-        torch.manual_seed(0)
-    encoder = FLSLViT().eval() if weights == "random" else build_encoder(weights)
-    results = evaluate_davis(encoder.to(on), run)
+    encoder = frozen_encoder(weights).to(on)
+    if weights == RANDOM:
+        logger.warning("The encoder is an untrained ViT-S/16: its scores are a floor, no result.")
+    results = evaluate_davis(encoder, run)
     settings = {"weights": weights, "encoder": encoder.architecture, **asdict(run)}
     content = {"settings": settings, **results.as_json()}
     _write_json(json_file, content)
@@ -194,16 +193,6 @@ def _segment_and_write(
 def _report_failure(results: Results, name: str, error: InputError) -> None:
     results.failed[name] = str(error)
     logger.warning("sequence %s failed: %s", name, error)
-
-
-def _usable_device(name: str) -> torch.device:
-    try:
-        device = torch.device(name)
-    except RuntimeError as error:
-        raise InputError(f"the device {name!r} is unknown to PyTorch; give cuda or cpu.") from error
-    if device.type == "cuda" and not torch.cuda.is_available():
-        raise InputError(f"the device is {name!r}, but PyTorch sees no GPU here; give cpu.")
-    return device
 
 
 def _check_writable(folder: Path) -> None:

@@ -88,7 +88,8 @@ def find_sequence(root: Path, resolution: str, name: str, all_masks: bool = True
     _check_numbers(frames)
     missing = [mask.name for mask in masks if not mask.is_file()]
     if missing:
-        raise InputError(f"{_listed(missing)} missing in '{folder}'; download it again.")
+        advice = ", or only write masks (--masks-only) if these are not public" if all_masks else ""
+        raise InputError(f"{_listed(missing)} missing in '{folder}'; download it again{advice}.")
     if all_masks:
         _check_no_more(folder, masks)
         if len(frames) < _LEAST_SCORED_FRAMES:
