@@ -83,6 +83,8 @@ def run_pretraining(cfg: DictConfig, resume: bool) -> None:
     views: NestedViews = instantiate(cfg.views)
     seed_all_rng(cfg.train.seed)
     model = instantiate(cfg.model).to(cfg.train.device)
+    if cfg.train.compile:
+        model.compile_blocks()
     views.keep_crops = model.previous_stage is not None
     dataset = PretrainDataset(files, views, cfg.train.seed, on_error=cfg.dataset.on_error)
     logger.info(

@@ -113,6 +113,8 @@ train = dict(
     device="cuda",
     # "fp32", "bf16", "fp16"; "auto": bf16 on GPUs that compute in it, fp16 on others, fp32 on CPU.
     precision="auto",
+    # torch.compile for the transformer blocks; needs a C++ compiler on a CPU.
+    compile=False,
     # Largest norm of a gradient, and of what: "per_tensor" (as published), "global", "none".
     clip_norm=3.0,
     clip_mode="per_tensor",

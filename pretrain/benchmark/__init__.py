@@ -1,0 +1,1 @@
+"""Speed and memory: measured side by side, on whatever machine this is."""

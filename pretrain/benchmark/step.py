@@ -1,0 +1,185 @@
+"""A whole pre-training step on a fixed batch: views to updated teacher."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import torch
+from detectron2.config import instantiate
+from detectron2.utils.events import EventStorage
+
+from flsl_d2.engine.config_files import load_lazy_config
+from flsl_d2.errors import InputError
+from pretrain.augmentation import draw_augmentation
+from pretrain.benchmark.flops import peak_tflops, step_flops
+from pretrain.benchmark.reference import reference_function
+from pretrain.benchmark.report import print_table, write_json
+from pretrain.benchmark.timing import stored_for_backward, time_in_turn
+from pretrain.data import Batch
+from pretrain.device_views import stack_augmentations
+from pretrain.optimizer import build_adamw
+from pretrain.trainer import PretrainTrainer, resolve_precision
+from pretrain.views import NestedViews
+
+__all__ = ["VARIANTS", "Step", "benchmark_step", "random_batch"]
+
+# Switches that change the speed of a step and not its result.
+VARIANTS: dict[str, tuple[str, ...]] = {
+    "eager": ("model.pack_views=False", "train.compile=False"),
+    "packed": ("model.pack_views=True", "train.compile=False"),
+    "compiled": ("model.pack_views=False", "train.compile=True"),
+    "packed+compiled": ("model.pack_views=True", "train.compile=True"),
+    "checkpointed": ("model.backbone.use_act_checkpoint=True",),
+    "augmented on device": ("views.on_device=augmentation",),
+    "cropped on device": ("views.on_device=crops",),
+}
+
+
+def random_batch(views: NestedViews, batch_size: int, seed: int = 0) -> Batch:
+    """A batch of noise of the sizes that the views have."""
+    rng = np.random.default_rng(seed)
+    image = rng.integers(0, 256, (views.global_size, views.global_size, 3), dtype=np.uint8)
+    samples = [views(image, rng) for _ in range(min(batch_size, 4))]
+    samples = [samples[i % len(samples)] for i in range(batch_size)]
+
+    def by_view(name: str) -> Any:
+        return zip(*(getattr(sample, name) for sample in samples), strict=True)
+
+    return Batch(
+        [torch.stack(view) for view in by_view("images")],
+        [torch.stack(mask) for mask in by_view("queries")],
+        [],
+        [torch.stack(crop) for crop in by_view("crops")],
+        # Each image its own draws, so that every operation has about its share of them.
+        [
+            stack_augmentations([draw_augmentation(rng) for _ in range(batch_size)])
+            for _ in samples[0].augmentations
+        ],
+        [np.array(boxes) for boxes in by_view("boxes")],
+        samples[0].sizes,
+    )
+
+
+class Step:
+    """The trainer's own step, on one batch again and again.
+
+    Args:
+        config_file: a pre-training config.
+        overrides: of its keys.
+        batch_size: images a step.
+        device: where to train.
+        precision: as ``train.precision``.
+    """
+
+    def __init__(
+        self,
+        config_file: str,
+        overrides: list[str],
+        batch_size: int,
+        device: torch.device,
+        precision: str,
+    ) -> None:
+        cfg = load_lazy_config(config_file, overrides)
+        cfg.schedules.update(total_batch_size=batch_size, iters_per_epoch=1000, total_iters=10**6)
+        torch.manual_seed(0)
+        self.model = instantiate(cfg.model).to(device).train()
+        if cfg.train.compile:
+            self.model.compile_blocks()
+        views: NestedViews = instantiate(cfg.views)
+        batch = random_batch(views, batch_size)
+        if device.type == "cuda":
+            batch.pin_memory()
+        self.trainer = PretrainTrainer(
+            self.model,
+            _Endless(batch),
+            build_adamw(self.model),
+            instantiate(cfg.schedules),
+            resolve_precision(precision, device.type),
+            cfg.train.clip_norm,
+            cfg.train.clip_mode,
+        )
+        self.batch, self.batch_size = batch, batch_size
+        self.trainer.iter = 0
+        grids = [views.global_size, *(size for size, _, _ in views.student_views)]
+        self.flops_per_image = step_flops(
+            self.model,
+            [(size // views.patch_size) ** 2 for size in grids],
+            [int(mask[0].sum()) for mask in batch.queries],
+        )
+
+    def __call__(self) -> None:
+        """One step."""
+        with EventStorage(self.trainer.iter) as self.trainer.storage:
+            self.trainer.run_step()
+        self.trainer.iter += 1
+
+    def stored_bytes(self) -> int:
+        """What the forward pass keeps for the backward pass."""
+        values = self.trainer.schedules(0)
+        return stored_for_backward(lambda: self.trainer._forward(self.batch, values), self.model)
+
+
+class _Endless:
+    def __init__(self, batch: Batch) -> None:
+        self.batch = batch
+
+    def __iter__(self) -> _Endless:
+        return self
+
+    def __next__(self) -> Batch:
+        return self.batch
+
+
+def benchmark_step(args: argparse.Namespace) -> None:
+    """Images/s, memory and share of the peak of each variant, and of a reference."""
+    unknown = [name for name in args.variants if name not in VARIANTS]
+    if unknown:
+        raise InputError(f"--variants has {', '.join(unknown)}; known are {', '.join(VARIANTS)}.")
+    device = torch.device(args.device)
+    if args.threads:
+        torch.set_num_threads(args.threads)
+    steps: dict[str, Callable[[], None]] = {}
+    if args.reference_module:
+        make_step = reference_function(args.reference_module, "make_step")
+        steps["reference"] = make_step(args.batch_size, device, args.precision)
+    for name in args.variants:
+        overrides = [*args.opts, *VARIANTS[name]]
+        steps[name] = Step(args.config_file, overrides, args.batch_size, device, args.precision)
+    timings = time_in_turn(steps, args.repeats, args.warmup, device)
+    peak = peak_tflops(torch.cuda.get_device_name(device)) if device.type == "cuda" else None
+    first = next(iter(timings))
+    rows = []
+    for name, timing in timings.items():
+        step = steps[name]
+        ours = isinstance(step, Step)
+        rate = args.batch_size / timing.median
+        rows.append(
+            {
+                "step": name,
+                "images/s": rate,
+                f"ratio to {first}": timings[first].median / timing.median,
+                "s/step": timing.median,
+                "peak GiB": timing.peak_bytes / 2**30 if timing.peak_bytes else None,
+                "MiB/image kept for backward": step.stored_bytes() / args.batch_size / 2**20
+                if ours and "compiled" not in name
+                else None,
+                "GFLOP/image": step.flops_per_image / 1e9 if ours else None,
+                "MFU": rate * step.flops_per_image / peak / 1e12 if ours and peak else None,
+            }
+        )
+    print(
+        f"batch {args.batch_size}, {args.precision} on {device}, {torch.get_num_threads()} "
+        f"thread(s), median of {args.repeats} steps in turn"
+    )
+    print_table(rows)
+    write_json(
+        args.json,
+        device,
+        batch_size=args.batch_size,
+        precision=args.precision,
+        rows=rows,
+        seconds={name: timing.seconds for name, timing in timings.items()},
+    )
