@@ -72,7 +72,8 @@ class FeatureMeasures(HookBase):
 
     def _measure(self, encoder: FLSLViT) -> None:
         device = str(encoder.pos_embed.device)
-        with _untouched_generators():
+        # Blocks that the run compiled would be compiled anew for the size of every image.
+        with _untouched_generators(), torch.compiler.set_stance("force_eager"):
             results, failures = measure_all(
                 encoder, *self.data, self.measures, device=device, **self.settings
             )

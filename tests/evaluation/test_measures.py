@@ -37,7 +37,7 @@ def test_pennfudan(encoder: FLSLViT, datasets_root: Path) -> None:
     for name, value in scores.items():
         if not name.endswith(("clusters", "kernel_width", "tuned_clusters")):
             assert -100 <= value <= 100, name
-    assert scores["cluster_quality/ari_token_limit"] > 50
+    assert scores["cluster_quality/ari_token_limit"] > 30
     assert scores["cluster_quality/ari_token_limit"] > scores["cluster_quality/ari_mean_shift"]
     assert 0 < scores["knn_segmentation/mIoU"] < 100
     assert measure_features(encoder, *PENN, SEGMENTING, **SMALL) == scores
@@ -47,11 +47,12 @@ def test_pennfudan(encoder: FLSLViT, datasets_root: Path) -> None:
 
 def test_number_of_threads_does_not_matter(encoder: FLSLViT, datasets_root: Path) -> None:
     before = torch.get_num_threads()
+    quick = {**SMALL, "max_images": 2, "kernel_widths": (8.0,), "cluster_counts": (3,)}
     scores = []
     try:
         for threads in (1, 2):
             torch.set_num_threads(threads)
-            scores.append(measure_features(encoder, *PENN, SEGMENTING, **SMALL))
+            scores.append(measure_features(encoder, *PENN, SEGMENTING, **quick))
     finally:
         torch.set_num_threads(before)
     assert scores[0] == pytest.approx(scores[1], abs=0.01)
