@@ -61,7 +61,11 @@ def main() -> None:
     add("--context", type=int, default=7, help="last frames that give labels (default: 7)")
     add("--top-k", type=int, default=5, help="neighbours that give labels (default: 5)")
     add("--temperature", type=float, default=0.1, help="of their weights (default: 0.1)")
-    add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cuda or cpu")
+    add(
+        "--device",
+        default="cuda" if torch.cuda.is_available() else "cpu",
+        help="default: %(default)s",
+    )
     add("--batch-size", type=int, default=8, help="frames encoded at once (default: 8)")
     args = parser.parse_args()
     run_tool(_run, args)
