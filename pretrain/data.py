@@ -76,6 +76,35 @@ class Batch:
             tensors[:] = [tensor.pin_memory() for tensor in tensors]
         return self
 
+    def split(self, parts: int) -> list[Batch]:
+        """The batch in so many equal parts.
+
+        Raises:
+            InputError: the number does not divide the images.
+        """
+        count = len(self.views[0])
+        if not 1 <= parts <= count or count % parts:
+            raise InputError(
+                f"train.accumulation_steps is {parts}, which does not divide the {count} images of "
+                "a process's step; use a divisor, or another dataloader.total_batch_size."
+            )
+        return [self._images(slice(i, i + count // parts)) for i in range(0, count, count // parts)]
+
+    def _images(self, which: slice) -> Batch:
+        def of(arrays: list[Any]) -> list[Any]:
+            return [array[which] for array in arrays]
+
+        augmentations = [AugmentationBatch(*of(list(view))) for view in self.augmentations]
+        return Batch(
+            of(self.views),
+            of(self.queries),
+            self.failed,
+            of(self.crops),
+            augmentations,
+            of(self.boxes),
+            self.sizes,
+        )
+
     def views_on(self, device: torch.device) -> tuple[list[Tensor], list[Tensor]]:
         """All views on a device, finished there, and the crops, if kept or made there.
 

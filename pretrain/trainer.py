@@ -57,6 +57,9 @@ class PretrainTrainer(SimpleTrainer):
         clip_norm: see :func:`clip_gradients`.
         clip_mode: see :func:`clip_gradients`.
         seed: of stochastic depth.
+        accumulation_steps: parts in which a process works off its share of a step, to save memory.
+            The gradients are those of the mean of the parts' losses: the volume term looks at the
+            mean assignment of a part instead of the whole step's.
 
     Attributes:
         stop_asked: whether this process was asked to stop.
@@ -78,8 +81,10 @@ class PretrainTrainer(SimpleTrainer):
         clip_norm: float = 3.0,
         clip_mode: str = "per_tensor",
         seed: int = 0,
+        accumulation_steps: int = 1,
     ) -> None:
         super().__init__(model, data_loader, optimizer)
+        self.accumulation_steps = accumulation_steps
         self.flsl: FLSL = getattr(model, "module", model)
         self.schedules, self.seed = schedules, seed
         self.clip_norm, self.clip_mode = clip_norm, clip_mode
@@ -102,9 +107,8 @@ class PretrainTrainer(SimpleTrainer):
         self.last_batch = batch
         values = self.schedules(self.iter)
         self._apply(values)
-        losses = self._forward(batch, values)
         self.optimizer.zero_grad()
-        self.scaler.scale(losses["loss"]).backward()
+        losses = self._accumulate(batch, values)
         grad_norm = self._step(values)
         self.flsl.update_teacher(values.teacher_momentum)
         self._record(losses, grad_norm, data_time, values)
@@ -121,6 +125,22 @@ class PretrainTrainer(SimpleTrainer):
         torch.manual_seed(seed)
         np.random.seed(seed)
         random.seed(seed)
+
+    def _accumulate(self, batch: Batch, values: StepValues) -> dict[str, Tensor]:
+        """Forward and backward of every part of the batch; the mean of the parts' losses."""
+        parts = batch.split(self.accumulation_steps)
+        losses, monitored = [], []
+        for part in parts:
+            # Gradients are exchanged between processes once, with the last part.
+            alone = part is not parts[-1] and self.model is not self.flsl
+            with self.model.no_sync() if alone else nullcontext():
+                losses.append(self._forward(part, values))
+                self.scaler.scale(losses[-1]["loss"] / len(parts)).backward()
+            monitored.append(self.monitored)
+        if len(parts) > 1:
+            self.monitored = {k: _mean([m[k] for m in monitored]) for k in monitored[0]}
+            self.monitored["assigned"] = sum(m["assigned"] for m in monitored)
+        return {k: _mean([of_part[k].detach() for of_part in losses]) for k in losses[0]}
 
     def _forward(self, batch: Batch, values: StepValues) -> dict[str, Tensor]:
         views, crops = batch.views_on(self.device)
@@ -188,3 +208,7 @@ class PretrainTrainer(SimpleTrainer):
         self.loss_scale = self.scaler.get_scale()
         for name, count in state_dict.get("counts", {}).items():
             setattr(self, name, int(count))
+
+
+def _mean(values: list[Tensor]) -> Tensor:
+    return torch.stack([value.float() for value in values]).mean(dim=0)

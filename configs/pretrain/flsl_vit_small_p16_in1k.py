@@ -28,6 +28,10 @@ dataset = dict(
     name="",
     # A file that cannot be read: "skip" counts, names and replaces it, "raise" stops.
     on_error="skip",
+    # Share of the images that may be skipped before the run stops, 0 to 1.
+    max_failed_share=0.1,
+    # An image of more pixels counts as one that cannot be read.
+    max_pixels=100_000_000,
 )
 
 views = L(NestedViews)(
@@ -113,6 +117,9 @@ train = dict(
     device="cuda",
     # "fp32", "bf16", "fp16"; "auto": bf16 on GPUs that compute in it, fp16 on others, fp32 on CPU.
     precision="auto",
+    # Parts in which a process works off its images of a step, to save memory; the volume term then
+    # looks at the mean of a part.
+    accumulation_steps=1,
     # torch.compile for the transformer blocks; needs a C++ compiler on a CPU.
     compile=False,
     # Largest norm of a gradient, and of what: "per_tensor" (as published), "global", "none".
@@ -122,7 +129,15 @@ train = dict(
     seed=0,
     # Steps between two lines on the console.
     log_period=20,
-    # Steps between two checkpoints, and how many are kept.
+    # Steps between two checkpoints, and how many are kept; those whose number of steps is a
+    # multiple of checkpoint_keep_every are kept, too (0: none).
     checkpoint_period=5000,
     checkpoint_keep=3,
+    checkpoint_keep_every=0,
+    # Steps between two pages of what the teacher's tokens group, in pictures/ and TensorBoard;
+    # 0: none.
+    pictures_period=0,
+    # Scores of the teacher's frozen tokens beside the losses: registered data sets to learn from
+    # and to score on ("": none), steps between two (0: at the end), images of each at most.
+    measures=dict(train="", val="", period_iters=0, max_images=200),
 )

@@ -67,6 +67,30 @@ def test_student_learns_and_teacher_follows():
     assert not any(p.grad is not None for p in trainer.flsl.teacher.parameters())
 
 
+def test_accumulated_gradients_are_the_mean_of_the_parts():
+    """Without the volume term, which looks at a part's mean, they are those of the whole batch."""
+    gradients = []
+    for parts in (1, 2, 4):
+        model = small_model()
+        model.loss.volume_weight = 0.0
+        schedules = Schedules(4, iters_per_epoch=2, total_iters=8)
+        trainer = PretrainTrainer(
+            model, batches(1), build_adamw(model), schedules, accumulation_steps=parts
+        )
+        losses = trainer._accumulate(batches(1)[0], schedules(0))
+        assert trainer.monitored["assigned"].sum() == 4 * (4 + 1 + 1)
+        gradients.append([p.grad for p in model.student.parameters() if p.grad is not None])
+        assert losses["loss"].item() > 0
+    for other in gradients[1:]:
+        for a, b in zip(gradients[0], other, strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-6)
+
+
+def test_a_batch_that_cannot_be_divided_is_refused():
+    with pytest.raises(InputError, match="accumulation_steps is 3"):
+        batches(1)[0].split(3)
+
+
 def test_teacher_is_the_moving_average():
     model = small_model()
     with torch.no_grad():
