@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import signal
 import threading
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -16,7 +17,9 @@ from flsl_d2.errors import InputError
 __all__ = ["WorkerLoader", "explain_worker_failure"]
 
 _SHARED_MEMORY = "/dev/shm"
-_MORE_WORKERS_LESS = "lower dataloader.num_workers or dataloader.total_batch_size"
+_LOADER_SAYS = ("DataLoader worker", "Pin memory thread", "ulimit -n")
+_SIGNAL_SECONDS = 5
+_LOWER = "lower dataloader.num_workers or dataloader.total_batch_size"
 
 
 class WorkerLoader(DataLoader):
@@ -32,23 +35,34 @@ class WorkerLoader(DataLoader):
             _explain_signals()
         while True:
             with _explained():
-                batch = next(batches)
+                batch = next(batches) if self.num_workers == 0 else _received(batches)
             yield batch
+
+
+def _received(batches: Iterator[Any]) -> Any:
+    try:
+        return next(batches)
+    except (ConnectionError, EOFError, FileNotFoundError) as error:
+        if "Caught" in str(error):
+            raise
+        # The worker died while it handed over the batch. Why, says its signal, soon to arrive.
+        time.sleep(_SIGNAL_SECONDS)
+        raise RuntimeError("DataLoader worker exited unexpectedly") from error
 
 
 def explain_worker_failure(message: str) -> str | None:
     """What a message of PyTorch's loader means and what to do, None where it is something else."""
-    if "DataLoader worker" not in message and "ulimit -n" not in message:
+    if not any(said in message for said in _LOADER_SAYS):
         return None
     if "out of shared memory" in message or "shared memory(shm)" in message:
         return (
-            f"a data worker ran out of shared memory ({_shared_memory()}); give the container more "
-            f"(docker run --shm-size=16g, or --ipc=host) or {_MORE_WORKERS_LESS}."
+            f"a data worker ran out of shared memory ({_shared_memory_size()}); give the container "
+            f"more (docker run --shm-size=16g, or --ipc=host) or {_LOWER}."
         )
     if "ulimit -n" in message or "Too many open files" in message:
         return (
             "the data workers have too many files open; raise the limit with 'ulimit -n 65536' or "
-            f"{_MORE_WORKERS_LESS}."
+            f"{_LOWER}."
         )
     if "Caught" in message:  # an exception that travelled from the worker, not its death
         return None
@@ -56,7 +70,7 @@ def explain_worker_failure(message: str) -> str | None:
     if "signal: Killed" in message:
         return (
             f"{first_line}, which the system does to the largest process when memory runs out "
-            f"(`dmesg` tells); give the job more memory or {_MORE_WORKERS_LESS}, then continue "
+            f"(`dmesg` tells); give the job more memory or {_LOWER}, then continue "
             "with --resume."
         )
     return (
@@ -65,13 +79,12 @@ def explain_worker_failure(message: str) -> str | None:
     )
 
 
-def _shared_memory() -> str:
+def _shared_memory_size() -> str:
     try:
         status = os.statvfs(_SHARED_MEMORY)
     except OSError:
         return f"there is no {_SHARED_MEMORY}"
-    size, free = (blocks * status.f_frsize / 2**30 for blocks in (status.f_blocks, status.f_bavail))
-    return f"{_SHARED_MEMORY} has {size:.3g} GiB, {free:.3g} GiB of it free"
+    return f"{_SHARED_MEMORY} has {status.f_blocks * status.f_frsize / 2**30:.3g} GiB"
 
 
 @contextmanager

@@ -16,6 +16,7 @@ from pretrain.data import (
     ImageStream,
     PretrainDataset,
     build_pretrain_loader,
+    check_failed_share,
     find_images,
     image_files,
     read_rgb,
@@ -120,6 +121,51 @@ def test_only_unreadable_images_stop(tmp_path):
     dataset = PretrainDataset(find_images(tmp_path), NestedViews(**SMALL_VIEWS))
     with pytest.raises(InputError, match="in a row"):
         dataset[0, 0]
+
+
+def test_a_share_of_bad_files_above_the_limit_stops():
+    arguments = {"num_images": 50_000, "limit": 0.1, "log_file": "out/unreadable_images.txt"}
+    check_failed_share(100, 900, **arguments)  # the limit itself is allowed
+    check_failed_share(500, 499, **arguments)  # too few to judge
+    check_failed_share(0, 0, **arguments)
+    with pytest.raises(InputError) as caught:
+        check_failed_share(101, 899, **arguments)
+    for expected in (
+        "101 of 1000 images",
+        "10.1%",
+        "max_failed_share=0.1",
+        "out/unreadable_images",
+    ):
+        assert expected in str(caught.value)
+    with pytest.raises(InputError, match="1 of 1000"):
+        check_failed_share(1, 999, **{**arguments, "limit": 0})
+    check_failed_share(999, 1, **{**arguments, "limit": 1})
+
+
+def test_small_sets_are_judged_after_an_epoch():
+    check_failed_share(3, 16, 20, 0.1, "log")
+    with pytest.raises(InputError, match="3 of 20 images"):
+        check_failed_share(3, 17, 20, 0.1, "log")
+
+
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [
+        ({"on_error": "ignore"}, "on_error is 'ignore'; use"),
+        ({"max_pixels": 0}, "max_pixels is 0; use"),
+        ({"max_pixels": 10**9}, "max_pixels is 1000000000; use 1 to"),
+    ],
+)
+def test_options_are_checked(options, expected):
+    with pytest.raises(InputError, match=expected):
+        PretrainDataset([], NestedViews(**SMALL_VIEWS), **options)
+
+
+def test_large_images_count_as_bad(folder):
+    files = find_images(folder)
+    with pytest.raises(InputError, match=r"in a row.*50 x 40 pixels are more than max_pixels"):
+        PretrainDataset(files, NestedViews(**SMALL_VIEWS), max_pixels=1999)[0, 0]
+    assert PretrainDataset(files, NestedViews(**SMALL_VIEWS), max_pixels=2000)[0, 0][1] == []
 
 
 def test_exif_orientation_is_applied(tmp_path):

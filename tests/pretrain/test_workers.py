@@ -139,7 +139,7 @@ def test_shared_memory_that_is_too_small(outcomes: dict) -> None:
     if "out_of_shared_memory" not in outcomes:
         pytest.skip("this user may not mount a /dev/shm of its own")
     sentence = sentence_of(outcomes["out_of_shared_memory"])
-    assert "ran out of shared memory (/dev/shm has 0.000977 GiB" in sentence
+    assert "ran out of shared memory (/dev/shm has 0.000977 GiB)" in sentence
     assert "--shm-size" in sentence
 
 
@@ -181,6 +181,7 @@ def test_defects_keep_their_traceback(workers: int) -> None:
          "limit.", "out of shared memory"),
         ("DataLoader worker (pid(s) 7, 8) exited unexpectedly", "pid(s) 7, 8"),
         ("DataLoader worker (pid 7) is killed by signal: Killed. ", "memory runs out"),
+        ("Pin memory thread exited unexpectedly", "num_workers=0"),
     ],
 )  # fmt: skip
 def test_messages_of_the_loader_are_explained(message: str, expected: str) -> None:
