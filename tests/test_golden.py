@@ -134,6 +134,24 @@ def test_modes_of_a_later_stage(golden: Golden) -> None:
 
 
 @pytest.mark.parametrize("pack_views", [False, True])
+def test_losses_in_half_precision(golden: Golden, pack_views: bool) -> None:
+    """bfloat16 has 8 significant bits: losses agree to about one part in a hundred."""
+    golden.model.pack_views = pack_views
+    views = [golden[f"view{i}"] for i in range(4)]
+    queries = [query_indexes(golden[f"mask{i}"]) for i in range(1, 4)]
+    with torch.autocast("cpu", torch.bfloat16):
+        losses, _ = golden.model(views, queries, golden.values())
+    for ours, theirs in (
+        ("loss_intra", "intra_view"),
+        ("loss_inter", "inter_view"),
+        ("loss", "total"),
+    ):
+        reference = golden[f"loss.{theirs}"]
+        assert losses[ours].dtype == torch.float32
+        assert abs(losses[ours] - reference) < 0.02 * abs(reference), ours
+
+
+@pytest.mark.parametrize("pack_views", [False, True])
 def test_losses_and_gradients(golden: Golden, pack_views: bool) -> None:
     golden.model.pack_views = pack_views
     views = [golden[f"view{i}"] for i in range(4)]
