@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
 import shlex
 import signal
 import subprocess
@@ -16,9 +17,12 @@ from flsl_d2.comparison.slots import Slot
 
 __all__ = ["Child"]
 
-# How long a process gets to end by itself after SIGINT, then after SIGTERM, in seconds.
-_PATIENCE = {signal.SIGINT: 15.0, signal.SIGTERM: 5.0, signal.SIGKILL: 5.0}
+# How long a process gets to end by itself, in seconds: training finishes its step and writes a
+# checkpoint.
+_PATIENCE = 120.0
 _ERROR_CHARS = 600
+_PROGRESS_CHARS = 140
+_ETA = re.compile(r"\beta\b:? |\d+%\|", re.IGNORECASE)  # a logged line, or tqdm's bar
 
 
 class Child:
@@ -41,7 +45,7 @@ class Child:
             log.write(f"$ {shlex.join(command)}\n")
             self._own_part = log.tell()
             log.flush()
-            # A session of its own, so that Ctrl-C reaches it through stop() alone, once.
+            # A session of its own, so that Ctrl-C reaches it through ask_to_stop() alone, once.
             self._process = subprocess.Popen(
                 command,
                 stdin=subprocess.DEVNULL,
@@ -61,21 +65,26 @@ class Child:
         """The exit status; None while it runs."""
         return self._process.poll()
 
-    def stop(self) -> None:
-        """End it and all that it started, as Ctrl-C would, by force only if that does not help."""
-        for number, patience in _PATIENCE.items():
-            with contextlib.suppress(ProcessLookupError):
-                os.killpg(self._process.pid, number)
-            try:
-                self._process.wait(patience)
-                return
-            except subprocess.TimeoutExpired:
-                continue
+    def ask_to_stop(self) -> None:
+        """Send SIGTERM to it and all that it started."""
+        self._send(signal.SIGTERM)
+
+    def wait_for_end(self) -> None:
+        """After :meth:`ask_to_stop`: until it has ended, by force if it takes minutes."""
+        try:
+            self._process.wait(_PATIENCE)
+        except subprocess.TimeoutExpired:
+            self._send(signal.SIGKILL)
+            self._process.wait()
+
+    def _send(self, number: int) -> None:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(self._process.pid, number)
 
     def progress(self) -> str:
-        """The last line of progress that it printed; empty if none."""
-        lines = [line for line in self._lines() if "eta" in line.lower() or "it/s" in line]
-        return lines[-1] if lines else ""
+        """The start of the last line of progress that it printed; empty if none."""
+        lines = [line for line in self._lines() if _ETA.search(line)]
+        return lines[-1][_ETA.search(lines[-1]).start() :][:_PROGRESS_CHARS] if lines else ""
 
     def last_words(self) -> str:
         """Why it failed, from what it printed: the tool's own sentence, or the last line."""

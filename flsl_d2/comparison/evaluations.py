@@ -92,6 +92,7 @@ class FeatureEvaluation:
         }
 
         def command(folder: Path, _num_processes: int) -> list[str]:
+            (folder / "features.json").unlink(missing_ok=True)  # reasons of an earlier attempt
             arguments = [str(self.tools / "eval_features.py"), "--weights", encoder.path]
             arguments += ["--train", self.train, "--val", self.val, "--measures", self.name]
             arguments += ["--seed", str(encoder.seed), "--device", self.device]

@@ -47,7 +47,7 @@ class Job:
             are the same job, in this run of the tool and in later ones.
         command: gives the arguments after ``python``, from the job's folder and the number of
             processes that it may use.
-        outcome: reads the measures off the folder after the command has ended well.
+        outcome: reads the measures, and the reasons of those that failed, off the folder.
         needs: a job that has to be done first.
     """
 

@@ -98,7 +98,7 @@ class _Run:
             if time.monotonic() - spoke > _PROGRESS_SECONDS:
                 spoke = time.monotonic()
                 for child in self.running:
-                    told = f"{child.progress()[-150:]}{self._eta()}".strip()
+                    told = f"{child.progress()}{self._eta()}".strip()
                     if told:
                         _say(f"{self.places[child.job.key]} {told}")
             time.sleep(_POLL_SECONDS)
@@ -106,9 +106,11 @@ class _Run:
     def stop(self) -> None:
         for number in SIGNALS:  # an impatient second Ctrl-C would leave processes behind
             signal.signal(number, signal.SIG_IGN)
-        _say(f"\nstopping {len(self.running)} running; the same command goes on from here")
+        _say(f"\nstopping {len(self.running)} running; the same command goes on from there")
         for child in self.running:
-            child.stop()
+            child.ask_to_stop()
+        for child in self.running:
+            child.wait_for_end()
             self._write(child, Record("interrupted"))
 
     def _start_what_can(self) -> None:
@@ -150,16 +152,16 @@ class _Run:
             self.on_end(self.records)
 
     def _record_of(self, child: Child) -> Record:
-        if child.status() != 0:
-            return Record("failed", error=child.last_words())
+        ended_well = child.status() == 0
         try:
             outcome = child.job.outcome(child.folder)
-        except (InputError, OSError, ValueError, KeyError) as error:
-            return Record("failed", error=f"its results cannot be read: {error}")
-        if not outcome.failures:
-            return Record("done", outcome)
-        told = "; ".join(f"{name}: {reason}" for name, reason in outcome.failures.items())
-        return Record("failed", outcome, told)
+        except (InputError, OSError, ValueError, KeyError, TypeError) as error:
+            reason = f"its results cannot be read: {error}" if ended_well else child.last_words()
+            return Record("failed", error=reason)
+        if outcome.failures:
+            told = "; ".join(f"{name}: {reason}" for name, reason in outcome.failures.items())
+            return Record("failed", outcome, told)
+        return Record("done", outcome) if ended_well else Record("failed", error=child.last_words())
 
     def _write(self, child: Child, record: Record) -> Record:
         before = self.earlier.get(child.job.key, Record(""))

@@ -52,7 +52,8 @@ def make_slots(device: str, num_gpus: int = 1, gpus_per_job: int = 1) -> list[Sl
     if available < num_gpus:
         raise InputError(
             f"the jobs are for {num_gpus} GPU(s), but PyTorch sees {available} here; ask for "
-            "fewer, check CUDA_VISIBLE_DEVICES, or compute on the CPU."
+            "fewer, check CUDA_VISIBLE_DEVICES, or compute on the CPU (sweep: train.device=cpu, "
+            "compare: --device cpu)."
         )
     listed = os.environ.get("CUDA_VISIBLE_DEVICES", "")
     names = listed.split(",") if listed else [str(i) for i in range(available)]

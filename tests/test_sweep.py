@@ -1,0 +1,186 @@
+"""tools/sweep.py as a command: a real grid, interrupted and continued, evaluated, and bad input."""
+
+from __future__ import annotations
+
+import csv
+import json
+import multiprocessing
+import os
+import runpy
+import signal
+import sys
+import time
+import warnings
+from pathlib import Path
+
+import cv2
+import pytest
+import torch
+
+from flsl_d2.data import register_scenes
+from flsl_d2.data.scenes import make_scenes
+
+ROOT = Path(__file__).resolve().parents[1]
+CONFIG = "configs/demo/flsl_vit_scenes.py"
+TINY = [
+    "train.max_iter=3",
+    "train.log_period=1",
+    "dataloader.total_batch_size=4",
+    "views.global_size=48",
+    "views.local_size=32",
+    "model.backbone.embed_dim=32",
+    "model.backbone.depth=1",
+    "model.backbone.num_heads=2",
+    "model.head.num_centroids=16",
+    "model.head.hidden_dim=32",
+    "model.head.bottleneck_dim=16",
+]
+GRID = ["--grid", "schedules.intra_weight=0.01,0.3", "--grid", "model.loss.volume_weight=1,5"]
+# What is measured in seconds differs from run to run.
+TIMES = ("images/s", "pretrain seconds", "folder")
+
+
+@pytest.fixture(scope="module")
+def datasets(tmp_path_factory) -> Path:
+    root = tmp_path_factory.mktemp("datasets")
+    make_scenes(root / "flsl_scenes", num_train=8, num_val=4, image_size=(96, 96))
+    return root
+
+
+def arguments_of(output: Path, *arguments: str) -> list[str]:
+    return ["--config-file", CONFIG, "--output", str(output), *arguments, *TINY]
+
+
+@pytest.fixture
+def sweep(datasets, monkeypatch, capsys):
+    """Runs the tool in this process, whose imports are done; its jobs are processes as always."""
+    register_scenes(datasets / "flsl_scenes")
+    monkeypatch.chdir(ROOT)
+    monkeypatch.setenv("DETECTRON2_DATASETS", str(datasets))
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    monkeypatch.setenv("PYTHONWARNINGS", os.environ.get("PYTHONWARNINGS", ""))
+
+    def run(*arguments: str) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", ["tools/sweep.py", *arguments])
+        with warnings.catch_warnings(), pytest.raises(SystemExit) as end:
+            runpy.run_path("tools/sweep.py", run_name="__main__")
+        return end.value.code, *capsys.readouterr()
+
+    return run
+
+
+def rows(file: Path) -> list[dict[str, str]]:
+    with file.open() as stream:
+        table = list(csv.DictReader(stream))
+    return [{k: v for k, v in row.items() if k not in TIMES} for row in table]
+
+
+def records(output: Path) -> dict[Path, dict]:
+    return {file: json.loads(file.read_text()) for file in output.glob("jobs/*/result.json")}
+
+
+def interrupt_in_the_second_run(sweep, output: Path) -> None:
+    """Start a grid in a process of its own, and send SIGINT in its second run."""
+    # Forked, because importing PyTorch again takes seconds.
+    process = multiprocessing.get_context("fork").Process(
+        target=lambda: sys.exit(sweep(*arguments_of(output, *GRID))[0])
+    )
+    process.start()
+    end = time.monotonic() + 200
+    while len(list(output.glob("jobs/*/metrics.json"))) < 2:
+        assert process.is_alive()
+        assert time.monotonic() < end
+        time.sleep(0.01)
+    os.kill(process.pid, signal.SIGINT)
+    process.join(60)
+    assert process.exitcode == 130
+
+
+def test_interrupted_grid_goes_on_to_the_table_of_an_uninterrupted_one(sweep, tmp_path):
+    grid, alone = tmp_path / "grid", tmp_path / "alone"
+    interrupt_in_the_second_run(sweep, grid)
+    before = records(grid)
+    assert sorted(record["status"] for record in before.values()) == ["done", "interrupted"]
+    done = next(file for file, record in before.items() if record["status"] == "done")
+    times = {file: file.stat().st_mtime_ns for file in done.parent.iterdir()}
+
+    status, output, _ = sweep(*arguments_of(grid, *GRID))
+    assert status == 0
+    assert "4 runs of 3 steps (2 x 2 settings" in output
+    assert "1 of 4 jobs are done already" in output
+    assert "ETA of all" in output
+    assert {file: file.stat().st_mtime_ns for file in done.parent.iterdir()} == times
+    table = rows(grid / "table.csv")
+    settings = [(row["intra_weight"], row["volume_weight"]) for row in table]
+    assert settings == [("0.01", "1"), ("0.01", "5"), ("0.3", "1"), ("0.3", "5")]
+    assert len({row["loss"] for row in table}) == 4
+    assert all(float(row["centroids_in_use"]) >= 1 for row in table)
+    assert "| intra_weight | volume_weight | loss |" in output
+    for name in ("loss", "loss_curves", "entropy"):
+        assert cv2.imread(str(grid / "plots" / f"{name}.png")) is not None
+    page = (grid / "index.html").read_text()
+    assert page.count('src="data:image/png;base64,') >= 8
+    assert "http" not in page
+
+    # The setting that was cut off, alone and uninterrupted: another grid, the same run.
+    one = ["--grid", "model.loss.volume_weight=5", "schedules.intra_weight=[0.01,0.01]"]
+    measured = ["--eval-train", "flsl_scenes_train", "--eval-val", "flsl_scenes_val"]
+    status, output, errors = sweep(
+        *arguments_of(alone, *one, *measured, "--measures", "knn_segmentation")
+    )
+    assert status == 0, output + errors
+    (uninterrupted,) = rows(alone / "runs.csv")
+    score = uninterrupted.pop("knn_segmentation/mIoU")
+    assert 0 < float(score) <= 100
+    continued = rows(grid / "runs.csv")[1]
+    shared = continued.keys() & uninterrupted.keys()
+    assert {"loss", "entropy", "feature_std", "volume_weight", "centroids_in_use"} <= shared
+    assert {k: uninterrupted[k] for k in shared} == {k: continued[k] for k in shared}
+    assert {path.name for path in alone.glob("jobs/pretrain-*")} < {
+        path.name for path in grid.glob("jobs/*")
+    }
+
+
+def test_bad_input_is_one_sentence_before_any_run(sweep, tmp_path):
+    grid = ("--grid", "model.loss.volume_weight=1,5")
+    train, val = "flsl_scenes_train", "flsl_scenes_val"
+    cases = [
+        (["--grid", "model.loss.volume_wieght=1,5"], "model.loss.volume_weight"),
+        (["--grid", "model.loss.volume_weight=1,many"], "volume_weight=many"),
+        (["--grid", "model.loss.volume_weight"], "key=value,value"),
+        (["--grid", "model.loss.volume_weight=1,1"], "a value twice"),
+        ([*grid, *grid], "set twice"),
+        ([*grid, "model.loss.volume_weight=2"], "set twice"),
+        (["--grid", "model.backbone.patch_size=8,7"], "model.backbone.patch_size=7: "),
+        (["--grid", "train.precision=fp32,fp8"], "train.precision=fp8: "),
+        (["--grid", "views.global_scale=0.5"], "holds a list"),
+        (["--grid", "train.seed=0,1"], "--seeds"),
+        ([*grid, "train.output_dir=x"], "--output"),
+        ([*grid, "--seeds", "0,one"], "--seeds '0,one'"),
+        ([*grid, "--num-gpus", "0"], "--num-gpus"),
+        ([*grid, "--eval-val", val], "--eval-train and --eval-val"),
+        ([*grid, "--eval-train", "flsl_scenes_tarin", "--eval-val", val], "flsl_scenes_tarin"),
+        (
+            [*grid, "--eval-train", train, "--eval-val", val, "--measures", "knn_boxes"],
+            "knn_boxes",
+        ),
+        ([*grid, "--detection", "configs/pretrain/flsl_vit_small_p16_in1k.py"], "backbone.net"),
+        ([*grid, "--detection-override", "a=b"], "--detection, which is not given"),
+        ([*grid, "dataset.name=", "dataset.root=/nowhere"], "/nowhere"),
+    ]
+    if not torch.cuda.is_available():
+        cases.append(([*grid, "train.device=cuda"], "train.device=cpu"))
+    for arguments, part in cases:
+        status, _, errors = sweep(*arguments_of(tmp_path / "out", *arguments))
+        assert status == 2, (arguments, status, errors)
+        assert errors.startswith("error: "), (arguments, errors)
+        assert part in errors, (arguments, errors)
+        assert errors.count("\n") == 1, (arguments, errors)
+    assert not (tmp_path / "out").exists()
+
+
+def test_help_explains(sweep):
+    status, output, _ = sweep("--help")
+    assert status == 0
+    for part in ("--grid", "--seeds", "schedules.intra_weight=0.01,0.03", "the same command"):
+        assert part in output
