@@ -8,20 +8,19 @@ import torch
 from torch import Tensor
 
 from flsl_d2.checkpoint import read_weights
+from flsl_d2.checkpoint.reading import split_weights_path
 from flsl_d2.mean_shift import mean_shift
 from pretrain.model import FLSLHead
 
 __all__ = ["assign_centroids", "read_head"]
 
-# Where checkpoints keep the teacher's head: of this project, and of the published FLSL code.
-_PLACES = (("model", "teacher.head."), ("teacher", "head."))
-
 
 def read_head(path: str) -> FLSLHead | None:
-    """The teacher's projection head in a pre-training checkpoint.
+    """The projection head in a pre-training checkpoint of this project or of the published code.
 
     Args:
-        path: file or URL.
+        path: as of :func:`flsl_d2.checkpoint.build_encoder`; the teacher's head, or the student's
+            where the path asks for that.
 
     Returns:
         None for a file without such a head, as ``teacher_backbone.pth`` is one.
@@ -29,17 +28,17 @@ def read_head(path: str) -> FLSLHead | None:
     Raises:
         InputError: the file cannot be read.
     """
+    path, which = split_weights_path(path)
+    which = which or "teacher"
     content = read_weights(path)
-    for key, prefix in _PLACES:
-        node = content.get(key)
-        if not isinstance(node, dict) or (key == "teacher" and "flsl_loss" not in content):
-            continue
-        bare = {str(name).removeprefix("module."): value for name, value in node.items()}
-        state = {n.removeprefix(prefix): v for n, v in bare.items() if n.startswith(prefix)}
-        head = _head_of(state)
-        if head is not None:
-            return head
-    return None
+    if isinstance(content.get("model"), dict):
+        tensors, prefix = content["model"], f"{which}.head."
+    elif isinstance(content.get(which), dict) and "flsl_loss" in content:
+        tensors, prefix = content[which], "head."
+    else:  # the head of a DINO checkpoint, say, which is for the class token
+        return None
+    bare = {str(name).removeprefix("module."): value for name, value in tensors.items()}
+    return _head_of({n.removeprefix(prefix): v for n, v in bare.items() if n.startswith(prefix)})
 
 
 def _head_of(state: dict[str, Tensor]) -> FLSLHead | None:

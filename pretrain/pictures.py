@@ -15,7 +15,7 @@ from detectron2.engine import HookBase
 
 from flsl_d2.evaluation import TokenFeatures, extract_tokens
 from flsl_d2.visualization import encoder_figure
-from pretrain.data import read_rgb
+from pretrain.images import read_rgb
 
 __all__ = ["EncoderPictures"]
 
@@ -63,7 +63,8 @@ class EncoderPictures(HookBase):
         if not self.period or (done % self.period and done < self.trainer.max_iter):
             return
         try:
-            with _randomness_kept():
+            # Blocks that the run compiled would be compiled anew for the size of every image.
+            with _randomness_kept(), torch.compiler.set_stance("force_eager"):
                 self._draw()
         except Exception:
             if not self._has_failed:

@@ -8,12 +8,16 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
-import torch
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
 from tqdm import tqdm
+from yaml import YAMLError
 
 from flsl_d2.checkpoint import build_encoder
+from flsl_d2.checkpoint.reading import split_weights_path
 from flsl_d2.errors import InputError
 from flsl_d2.evaluation import extract_tokens
+from flsl_d2.evaluation.frozen_encoder import RANDOM, frozen_encoder, usable_device
 from flsl_d2.modeling import FLSLViT
 from flsl_d2.visualization import encoder_figure
 from flsl_d2.visualization.described import CLUSTER_SCALES, DescribedEncoder, describe_encoder
@@ -26,12 +30,11 @@ from flsl_d2.visualization.token_figures import (
     nearest_figure,
 )
 from pretrain.centroids import assign_centroids, read_head
-from pretrain.data import find_images, image_files, read_rgb
+from pretrain.images import find_images, image_files, read_rgb
 from pretrain.model import FLSLHead
 
-__all__ = ["RANDOM", "visualize"]
+__all__ = ["visualize"]
 
-RANDOM = "random"
 _LARGE_PAGE = 25e6
 
 
@@ -185,25 +188,31 @@ def _shares(
 
 def _encoders(weights: Sequence[str], names: Sequence[str], device: str) -> list[_Encoder]:
     names = list(names) or [_name(path) for path in weights]
-    try:
-        place = torch.empty(0, device=device).device
-    except (RuntimeError, AssertionError) as error:
-        reason = str(error).split("\n")[0]
-        raise InputError(
-            f"--device {device!r} cannot be used ({reason}); give cpu, or cuda on a machine with "
-            "a GPU."
-        ) from None
+    place = usable_device(device)
     encoders = []
     for i, (name, path) in enumerate(zip(names, weights, strict=True)):
-        if path == RANDOM:
-            with torch.random.fork_rng(devices=[]):
-                torch.manual_seed(0)
-                backbone, head = FLSLViT().eval(), None
-        else:
-            backbone, head = build_encoder(path), read_head(path)
         unique = name if names.count(name) == 1 else f"{name} ({i + 1})"
-        encoders.append(_Encoder(unique, backbone.to(place), head))
+        head = None if path == RANDOM else read_head(path)
+        encoders.append(_Encoder(unique, _backbone(path, head).to(place), head))
     return encoders
+
+
+def _backbone(path: str, head: FLSLHead | None) -> FLSLViT:
+    """The encoder of a file.
+
+    Checkpoints of a run (those with a projection head) need not tell their number of attention
+    heads, and another number gives other features: the config beside them tells it.
+    """
+    config = Path(split_weights_path(path)[0]).parent / "config.yaml"
+    if head is None or not config.is_file():
+        return frozen_encoder(path)
+    try:
+        num_heads = OmegaConf.select(OmegaConf.load(config), "model.backbone.num_heads")
+    except (OSError, YAMLError, OmegaConfBaseException):
+        num_heads = None
+    if not isinstance(num_heads, int):
+        return frozen_encoder(path)
+    return build_encoder(path, num_heads=num_heads).requires_grad_(False)
 
 
 def _name(path: str) -> str:

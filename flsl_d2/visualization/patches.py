@@ -11,11 +11,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from flsl_d2.evaluation.kmeans import kmeans
 from flsl_d2.visualization.clusters import Array, Grid, as_tokens
 
 # Patches this near in one image show the same thing twice.
 _APART = 2
 _CONTEXT = 5
+_KMEANS_TOKENS = 4096
 
 
 class Patch(NamedTuple):
@@ -125,15 +127,16 @@ def most_used_groups(
 
 
 def kmeans_groups(
-    token_sets: Sequence[Array], num_groups: int = 24, num_iterations: int = 20, seed: int = 0
+    token_sets: Sequence[Array], num_groups: int = 24, seed: int = 0
 ) -> tuple[list[Tensor], list[Tensor]]:
-    """Spherical k-means (Lloyd's iterations, k-means++ start) over the tokens of all images.
+    """k-means over the L2-normalised tokens of all images.
+
+    Centres are found on at most 4,096 of the tokens; then every token goes to the nearest.
 
     Args:
         token_sets: (N, D) of each image.
         num_groups: k; no more than there are tokens.
-        num_iterations: at most.
-        seed: of the start.
+        seed: of the start, and of the choice of tokens.
 
     Returns:
         For every image the number of each token's group (N,), and its cosine to the group's centre.
@@ -141,20 +144,12 @@ def kmeans_groups(
     sizes = [len(tokens) for tokens in token_sets]
     tokens = torch.cat([torch.as_tensor(tokens).detach().cpu().float() for tokens in token_sets])
     unit = F.normalize(tokens, dim=1)
-    generator = torch.Generator().manual_seed(seed)
-    centres = unit[torch.randint(len(unit), (1,), generator=generator)]
-    for _ in range(min(num_groups, len(unit)) - 1):
-        distance = (1 - (unit @ centres.T).amax(dim=1)).clamp(min=1e-12)
-        centres = torch.cat([centres, unit[distance.multinomial(1, generator=generator)]])
+    order = np.random.default_rng(seed).permutation(len(unit))
+    sample = unit[torch.from_numpy(order[:_KMEANS_TOKENS])]
+    labels = kmeans(sample, num_groups, seed, num_restarts=1)
+    sums = torch.zeros(int(labels.max()) + 1, unit.shape[1]).index_add_(0, labels, sample)
+    centres = F.normalize(sums[labels.unique()], dim=1)
     cosine, labels = (unit @ centres.T).max(dim=1)
-    for _ in range(num_iterations):
-        sums = torch.zeros_like(centres).index_add_(0, labels, unit)
-        empty = labels.bincount(minlength=len(centres)) == 0
-        centres = torch.where(empty[:, None], centres, F.normalize(sums, dim=1))
-        before = labels
-        cosine, labels = (unit @ centres.T).max(dim=1)
-        if torch.equal(labels, before):
-            break
     return list(labels.split(sizes)), list(cosine.split(sizes))
 
 

@@ -15,13 +15,15 @@ from flsl_d2.visualization.clusters import (
     token_at,
 )
 from flsl_d2.visualization.described import DescribedEncoder
-from flsl_d2.visualization.figure_files import new_figure, save_figure, show_image
+from flsl_d2.visualization.figure_files import Sheet
 from flsl_d2.visualization.overlays import enlarge, mark_cell
 from flsl_d2.visualization.patches import Patch, crop_patch, nearest_patches
 
 _SHORTER_SIDE = 320
 _PANEL_INCHES = 2.3
 _CROP_INCHES = 1.15
+_GAP_INCHES = 0.08
+_TOP_INCHES = 0.85
 
 Points = Sequence[tuple[int, float, float]]
 """Of each row its image and the chosen point, x and y as shares of width and height."""
@@ -169,16 +171,17 @@ def _table_of_pictures(
     title: str, columns: list[tuple[str, list[np.ndarray]]], path: str | os.PathLike[str]
 ) -> None:
     heights = [_PANEL_INCHES * p.shape[0] / p.shape[1] for p in columns[0][1]]
-    figure = new_figure(_PANEL_INCHES * len(columns), 1.0 + sum(heights) + 0.1 * len(heights))
-    figure.suptitle(title, fontsize=13)
-    axes = figure.subplots(
-        len(heights), len(columns), squeeze=False, gridspec_kw={"height_ratios": heights}
+    step = _PANEL_INCHES + _GAP_INCHES
+    sheet = Sheet(
+        len(columns) * step + _GAP_INCHES, _TOP_INCHES + sum(heights) + 0.2 * len(heights), title
     )
     for column, (heading, pictures) in enumerate(columns):
-        axes[0, column].set_title(heading, fontsize=10)
-        for row, picture in enumerate(pictures):
-            show_image(axes[row, column], picture)
-    save_figure(figure, path)
+        x, y = _GAP_INCHES + column * step, _TOP_INCHES
+        sheet.write(heading, x + _PANEL_INCHES / 2, y - 0.06, 10, va="bottom")
+        for picture, height in zip(pictures, heights, strict=True):
+            sheet.show(picture, x, y, _PANEL_INCHES, height)
+            y += height + 0.15
+    sheet.save(path)
 
 
 def _table_of_patches(
@@ -189,20 +192,19 @@ def _table_of_patches(
     path: str | os.PathLike[str],
     first: str = "",
 ) -> None:
-    most = max(len(patches) for _, patches in rows)
     # Wide enough for the title, however few the patches are.
-    figure = new_figure(max(1.0 + _CROP_INCHES * most, 8), 0.9 + (_CROP_INCHES + 0.3) * len(rows))
-    figure.suptitle(title, fontsize=13)
-    axes = figure.subplots(len(rows), most, squeeze=False)
+    most = max(7, *(len(patches) for _, patches in rows))
+    side, left, below = _CROP_INCHES, 1.1, 0.33
+    step = side + _GAP_INCHES
+    sheet = Sheet(left + most * step, _TOP_INCHES + len(rows) * (side + below), title)
     for row, (label, patches) in enumerate(rows):
-        for place, each in enumerate(axes[row]):
-            if place >= len(patches):
-                each.set_axis_off()
-                continue
-            patch = patches[place]
+        y = _TOP_INCHES + row * (side + below)
+        sheet.write(label, left - 0.1, y + side / 2, 8, ha="right", va="center")
+        for place, patch in enumerate(patches):
+            x = left + place * step
             crop = crop_patch(images[patch.image], encoder.grids[patch.image], patch.token)
             note = f"{patch.score:.2f}, image {patch.image + 1}"
-            show_image(each, crop, first if first and place == 0 else note)
-            each.xaxis.label.set_fontsize(7)
-        axes[row, 0].set_ylabel(label, fontsize=8, rotation=0, ha="right", va="center", labelpad=6)
-    save_figure(figure, path)
+            sheet.show(crop, x, y, side, side)
+            note = first if first and place == 0 else note
+            sheet.write(note, x + side / 2, y + side + 0.05, 7, va="top")
+    sheet.save(path)

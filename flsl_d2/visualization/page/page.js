@@ -3,8 +3,8 @@
 
 const data = JSON.parse(document.getElementById("data").textContent);
 const MAPS = [
-  ["attention", "attention", "softmax of scale · q·k, in multiples of the even share"],
-  ["mode", "similarity with the mode", "cosine of each token with where the chosen one arrives"],
+  ["attention", "attention", "softmax of scale · q·k, in multiples of the even share 1 / N; blue is low, red is high"],
+  ["mode", "similarity with the mode", "cosine of each token with where the chosen one arrives; blue is low, red is high"],
   ["clusters", "clusters", "tokens whose modes meet, after mean-shift to convergence"],
   ["pca", "PCA", "first three principal components of this image's tokens as RGB"],
   ["pcaAll", "PCA of all images", "the same components for all images: one colour, one meaning"],
@@ -47,7 +47,7 @@ function labelsOf(encoder, row) {
 }
 
 const round = (value) => value.toPrecision(2).includes("e") ? value.toFixed(0) : Number(value.toPrecision(2));
-const percent = (share) => `${(100 * share).toFixed(0)} %`;
+const percent = (share) => `${(100 * share).toFixed(0)}\u00a0%`;
 
 /** {numbers, colours (N * 3), caption} of one map. */
 function compute(kind, encoder, row) {
@@ -61,7 +61,7 @@ function compute(kind, encoder, row) {
       for (let c = 0; c < 3; c++) colours[3 * i + c] = palette[from + c];
     });
     const { count, largest } = clusterNumbers(labels);
-    const caption = `${count} cluster${count === 1 ? "" : "s"}, the largest ${percent(largest)}`;
+    const caption = `${count}, largest ${percent(largest)}`;
     return { numbers: labels, colours, caption, borders: true };
   }
   const tokens = tokensOf(encoder, row);
@@ -82,8 +82,8 @@ function compute(kind, encoder, row) {
     for (let c = 0; c < 3; c++) colours[3 * i + c] = turbo[3 * level + c];
   });
   const caption = kind === "attention"
-    ? `blue 0, red ${round(high)} × even share`
-    : `blue ${low.toFixed(2)}, red ${high.toFixed(2)}`;
+    ? `0 to ${round(high)} × even`
+    : `${low.toFixed(2)} to ${high.toFixed(2)}`;
   return { numbers, colours, caption };
 }
 
@@ -329,7 +329,7 @@ function showNumbers() {
   }
 }
 
-const r2 = (value) => (value === null ? "needs 2 images" : value.toFixed(2));
+const r2 = (value) => (value === null ? "needs 2 images" : value.toFixed(2).replace(/^-(0\.00)$/, "$1"));
 
 /** Compare the maps with those that Python computed for the tokens chosen at first. */
 function check() {

@@ -1,0 +1,182 @@
+"""The page: it needs nothing but itself, holds the tokens it was given, and computes as Python."""
+
+from __future__ import annotations
+
+import base64
+import json
+import re
+import shutil
+import subprocess
+from pathlib import Path
+
+import cv2
+import numpy as np
+import pytest
+import torch
+
+from flsl_d2.visualization import describe_encoder, write_page
+from flsl_d2.visualization.clusters import attention_values, mode_similarity_values
+from flsl_d2.visualization.html_page import _PARTS
+from flsl_d2.visualization.patches import nearest_patches
+
+SCALES = (0.1, 1.0)
+GRIDS = [(4, 6), (6, 6), (5, 4)]
+NAMES = ["plain.jpg", "</script><b>&.png", "Ünïcode \U0001f408.jpg"]
+WIDTHS = {"A": 16, "<i>B</i>": 24}
+
+
+def tokens_of(width: int) -> list[torch.Tensor]:
+    generator = torch.Generator().manual_seed(width)
+    return [3 * torch.randn(r * c, width, generator=generator) for r, c in GRIDS]
+
+
+@pytest.fixture(scope="module")
+def page(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    rng = np.random.default_rng(0)
+    images = [rng.integers(0, 256, (r * 16, c * 16, 3)).astype(np.uint8) for r, c in GRIDS]
+    encoders = [
+        describe_encoder(name, tokens_of(width), GRIDS, images, SCALES)
+        for name, width in WIDTHS.items()
+    ]
+    path = tmp_path_factory.mktemp("new") / "folder" / "index.html"
+    points = [(0.5, 0.5), (0.0, 0.0), (0.99, 0.2)]
+    size = write_page(path, encoders, images, NAMES, points, 1.0, 4, made="by <test>")
+    assert size == path.stat().st_size
+    assert [file.name for file in path.parent.iterdir()] == ["index.html"]
+    return path
+
+
+def content(page: Path) -> dict:
+    text = page.read_text(encoding="utf-8")
+    found = re.search(r'<script type="application/json" id="data">(.*?)</script>', text, re.DOTALL)
+    return json.loads(found[1])
+
+
+def decoded(text: str, kind: str) -> np.ndarray:
+    return np.frombuffer(base64.b64decode(text), kind)
+
+
+def test_page_is_self_contained(page: Path) -> None:
+    text = page.read_text(encoding="utf-8")
+    outside = re.sub(r"[A-Za-z0-9+/=]{60,}", "", text)
+    assert not re.search(r"https?:|[\"'(]//|@import|\burl\(|\bfetch\(|XMLHttp", outside)
+    assert not re.search(r"<(link|img|iframe|object|embed)\b|\bsrc=|\bhref=", outside)
+    assert "/*DATA*/" not in text
+    assert "/*SCRIPT*/" not in text
+    # Names cannot end the data's element or start an element of their own.
+    assert text.count("</script>") == 3
+    assert "default-src 'none'" in text
+
+
+def test_embedded_tokens_are_the_given_ones_as_float16(page: Path) -> None:
+    data = content(page)
+    assert [image["name"] for image in data["images"]] == NAMES
+    assert [encoder["name"] for encoder in data["encoders"]] == list(WIDTHS)
+    for encoder in data["encoders"]:
+        for at, tokens, grid in zip(
+            encoder["images"], tokens_of(encoder["width"]), GRIDS, strict=True
+        ):
+            assert (at["rows"], at["columns"]) == grid
+            embedded = decoded(at["tokens"], "<f2").astype(np.float32)
+            np.testing.assert_allclose(embedded, tokens.ravel().numpy(), rtol=2**-11, atol=1e-7)
+            assert len(decoded(at["labels"][0], "<u2")) == len(tokens)
+            assert len(decoded(at["pca"], "u1")) == 3 * len(tokens)
+
+
+def test_embedded_images_are_the_given_ones(page: Path) -> None:
+    image = content(page)["images"][1]
+    encoded = np.frombuffer(base64.b64decode(image["jpeg"].split(",")[1]), np.uint8)
+    assert cv2.imdecode(encoded, cv2.IMREAD_COLOR).shape == (image["height"], image["width"], 3)
+
+
+def test_largest_cluster_first_and_groups_complete(page: Path) -> None:
+    for encoder in content(page)["encoders"]:
+        for at in encoder["images"]:
+            for labels in at["labels"]:
+                counts = np.bincount(decoded(labels, "<u2"))
+                assert (np.diff(counts) <= 0).all()
+        for group in encoder["groups"]:
+            assert 0 < group["count"] <= 80
+            assert len(group["patches"]) >= 1
+
+
+def test_tokens_beyond_float16_are_refused(tmp_path: Path) -> None:
+    image = np.zeros((32, 32, 3), np.uint8)
+    encoder = describe_encoder("x", [torch.full((4, 8), 1e6)], [(2, 2)], [image], (1.0,))
+    with pytest.raises(ValueError, match="float16"):
+        write_page(tmp_path / "a.html", [encoder], [image], ["a"], [(0.5, 0.5)])
+    assert not list(tmp_path.iterdir())
+
+
+SCRIPT = """
+const Maths = require(process.argv[1]);
+const data = JSON.parse(require("fs").readFileSync(0, "utf8"));
+const out = data.encoders.map((encoder) => {
+  const sets = encoder.images.map((at) => Maths.decodeHalf(at.tokens));
+  const columns = encoder.images.map((at) => at.columns);
+  return sets.map((tokens, row) => {
+    const token = (7 * row + 3) % (tokens.length / encoder.width);
+    const query = Maths.tokenOf(tokens, encoder.width, token);
+    const scale = 1.0 / Math.sqrt(encoder.width);
+    return {
+      token,
+      attention: Array.from(Maths.attention(query, tokens, scale)),
+      modes: [1, 2, 5].map((n) =>
+        Array.from(Maths.cosines(Maths.mode(query, tokens, scale, n), tokens))),
+      nearest: Maths.nearest(sets, columns, encoder.width, row, token, 6),
+      labels: Array.from(Maths.decodeLabels(encoder.images[row].labels[1])),
+    };
+  });
+});
+console.log(JSON.stringify(out));
+"""
+
+
+@pytest.mark.skipif(shutil.which("node") is None, reason="Node.js is not installed")
+def test_browser_computes_what_python_does(page: Path) -> None:
+    data = content(page)
+    ran = subprocess.run(
+        ["node", "-e", SCRIPT, str(_PARTS / "maths.js")],
+        input=json.dumps(data),
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+    assert ran.returncode == 0, ran.stderr
+    for name, results in zip(WIDTHS, json.loads(ran.stdout), strict=True):
+        sets, scale = tokens_of(WIDTHS[name]), WIDTHS[name] ** -0.5
+        labels = describe_encoder(name, sets, GRIDS, _blank(), (1.0,)).labels[1.0]
+        for row, found in enumerate(results):
+            tokens, grid, token = sets[row], GRIDS[row], found["token"]
+            expected = attention_values(tokens, grid, token, scale).ravel() / len(tokens)
+            np.testing.assert_allclose(found["attention"], expected, rtol=0.02, atol=1e-5)
+            for n, mode in zip((1, 2, 5), found["modes"], strict=True):
+                expected = mode_similarity_values(tokens, grid, token, scale, n)
+                np.testing.assert_allclose(mode, expected.ravel(), atol=5e-3)
+            near = nearest_patches(sets, GRIDS, row, token, 6)
+            assert [(i, j) for i, j, _ in found["nearest"]] == [(p.image, p.token) for p in near]
+            np.testing.assert_array_equal(found["labels"], labels[row].ravel())
+
+
+def _blank() -> list[np.ndarray]:
+    return [np.zeros((r * 16, c * 16, 3), np.uint8) for r, c in GRIDS]
+
+
+@pytest.mark.skipif(shutil.which("node") is None, reason="Node.js is not installed")
+def test_every_float16_is_decoded(tmp_path: Path) -> None:
+    bits = np.arange(65536, dtype="<u2")
+    script = (
+        "const M = require(process.argv[1]);"
+        "const text = require('fs').readFileSync(0, 'utf8');"
+        "process.stdout.write(Buffer.from(M.decodeHalf(text).buffer));"
+    )
+    ran = subprocess.run(
+        ["node", "-e", script, str(_PARTS / "maths.js")],
+        input=base64.b64encode(bits.tobytes()),
+        capture_output=True,
+        timeout=60,
+    )
+    assert ran.returncode == 0, ran.stderr
+    with np.errstate(invalid="ignore"):
+        expected = bits.view("<f2").astype(np.float32)
+    np.testing.assert_array_equal(np.frombuffer(ran.stdout, "<f4"), expected)
