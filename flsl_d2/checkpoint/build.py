@@ -8,7 +8,7 @@ from flsl_d2.checkpoint.architecture import architecture_of, refuse_unsupported
 from flsl_d2.checkpoint.encoder_weights import load_encoder
 from flsl_d2.checkpoint.reading import read_weights, split_weights_path
 from flsl_d2.checkpoint.report import LoadReport
-from flsl_d2.checkpoint.sources import SOURCES, find_encoder_weights
+from flsl_d2.checkpoint.sources import KNOWN_LAYOUTS, find_encoder_weights
 from flsl_d2.errors import InputError
 from flsl_d2.modeling import FLSLViT
 
@@ -40,9 +40,9 @@ def open_encoder(path: str, **changes: Any) -> tuple[FLSLViT, LoadReport]:
     _, which = split_weights_path(path)
     weights = find_encoder_weights(read_weights(path), which)
     if weights is None:
-        known = ", ".join(dict.fromkeys(source.name for source in SOURCES))
         raise InputError(
-            f"weights {path!r} hold no vision transformer in a known layout; known are: {known}."
+            f"weights {path!r} hold no vision transformer in a known layout; known are "
+            f"{KNOWN_LAYOUTS}."
         )
     refuse_unsupported(weights, path)
     arguments = {**architecture_of(weights), **changes}

@@ -4,19 +4,19 @@ from __future__ import annotations
 
 from typing import Any
 
-from detectron2.checkpoint import DetectionCheckpointer
 from torch import Tensor
 
 from flsl_d2.checkpoint.encoder_weights import encoders_of, fit_encoder_in_detector, load_encoder
 from flsl_d2.checkpoint.reading import local_weights_path, read_weights, split_weights_path
-from flsl_d2.checkpoint.sources import SOURCES, find_encoder_weights
+from flsl_d2.checkpoint.safe_saving import SafeCheckpointer
+from flsl_d2.checkpoint.sources import KNOWN_LAYOUTS, find_encoder_weights
 from flsl_d2.errors import InputError
 
 __all__ = ["FLSLCheckpointer"]
 
 
-class FLSLCheckpointer(DetectionCheckpointer):
-    """Loads encoders, detectors and whole runs; saves as Detectron2 does.
+class FLSLCheckpointer(SafeCheckpointer):
+    """Loads encoders, detectors and whole runs; saves as :class:`SafeCheckpointer` does.
 
     A file that holds an encoder (``teacher_backbone.pth``, or a layout of
     :data:`flsl_d2.checkpoint.sources.SOURCES`) goes into every ``FLSLViT`` of the model by exact
@@ -66,10 +66,9 @@ class FLSLCheckpointer(DetectionCheckpointer):
         if weights is not None and not _is_of_model(state, model_names, encoders[0][0]):
             return {"model": {}, "_encoder": weights}
         if state and model_names.isdisjoint(state) and not content.get("matching_heuristics"):
-            known = ", ".join(dict.fromkeys(source.name for source in SOURCES))
             raise InputError(
                 f"none of the weights in {self._path!r} ({next(iter(state))}, ...) has a name of "
-                f"this model; known layouts of encoder files are: {known}."
+                f"this model; known layouts of encoder files are {KNOWN_LAYOUTS}."
             )
         return {**content, "model": state} if isinstance(nested, dict) else {"model": state}
 

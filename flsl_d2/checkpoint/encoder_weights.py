@@ -50,7 +50,8 @@ def load_encoder(encoder: FLSLViT, weights: EncoderWeights, path: str) -> LoadRe
     if "prefix_tokens" in state and "prefix_tokens" not in own:
         state.pop("prefix_tokens")
         report.dropped[origin["prefix_tokens"]] = (
-            "with its position; the encoder has num_prefix_tokens=0, as windows require"
+            "tokens beside the patches, with their positions; the encoder has num_prefix_tokens=0, "
+            "as windows require"
         )
     report.new = [name for name in own if name not in state and ".rel_pos_" in name]
     report.unused = sorted(origin[name] for name in set(state) - set(own))

@@ -17,9 +17,10 @@ __all__ = ["PREFIX_TOKENS", "EncoderWeights", "Source", "rename"]
 # Tokens beside those of the patches, in the order in which every source puts them.
 PREFIX_TOKENS = ("cls_token", "dist_token", "reg_token", "register_tokens")
 
+_SWIGLU = "SwiGLU instead of an MLP"
 # What an encoder can have that FLSLViT does not compute, by the names of its weights.
 _UNSUPPORTED = {
-    r"blocks\.\d+\.mlp\.(w12|w3|w1|w2|fc1_g|fc1_x)\b": "SwiGLU instead of an MLP",
+    r"blocks\.\d+\.mlp\.(w12|w3|w1|w2|fc1_g|fc1_x)\b": _SWIGLU,
     r"blocks\.\d+\.attn\.[qk]_norm\b": "normalised queries and keys",
     r"blocks\.\d+\.attn\.(relative_position|[qv]_bias)": "BEiT's relative positions and biases",
     r"norm_pre\b": "a norm before the first block (CLIP)",
@@ -120,11 +121,9 @@ class Source:
             own = rename(name.removeprefix(self.prefix), self.renamed)
             tensors[own], file_names[own] = tensor, name
         _fold_prefix_tokens(tensors, file_names, dropped)
-        unsupported = {}
-        for own in tensors:
-            reason = _unsupported(own)
-            if reason:
-                unsupported[file_names[own]] = reason
+        unsupported = {
+            file_names[own]: reason for own, reason in _unsupported_parts(tensors).items()
+        }
         architecture = dict(self.architecture)
         width = tensors["blocks.0.attn.qkv.weight"].shape[-1]
         if width in self.heads:
@@ -173,7 +172,13 @@ _SUPPORTED = re.compile(
 )
 
 
-def _unsupported(name: str) -> str | None:
-    if _SUPPORTED.match(name):
-        return None
-    return next((reason for what, reason in _UNSUPPORTED.items() if re.match(what, name)), None)
+def _unsupported_parts(tensors: Mapping[str, Tensor]) -> dict[str, str]:
+    found = {
+        name: next(reason for what, reason in _UNSUPPORTED.items() if re.match(what, name))
+        for name in tensors
+        if not _SUPPORTED.match(name) and any(re.match(what, name) for what in _UNSUPPORTED)
+    }
+    first, second = (tensors.get(f"blocks.0.mlp.fc{i}.weight") for i in (1, 2))
+    if first is not None and second is not None and first.shape[0] == 2 * second.shape[1]:
+        found["blocks.0.mlp.fc1.weight"] = _SWIGLU  # timm packs its two parts into one layer
+    return found

@@ -19,7 +19,20 @@ from flsl_d2.checkpoint.layout import EncoderWeights, Source
 from flsl_d2.errors import InputError
 from flsl_d2.modeling.positions import sincos_positions
 
-__all__ = ["SOURCES", "TIMM_NAMES", "EncoderWeights", "Source", "find_encoder_weights"]
+__all__ = [
+    "KNOWN_LAYOUTS",
+    "SOURCES",
+    "TIMM_NAMES",
+    "EncoderWeights",
+    "Source",
+    "find_encoder_weights",
+]
+
+# For messages.
+KNOWN_LAYOUTS = (
+    "this project's own, published FLSL, DINO, iBOT, SelfPatch, MAE, MoCo v3, DINOv2, DeiT, timm's "
+    "plain ViTs and Detectron2's ViTDet"
+)
 
 # The published name of the last norm, and the one here; reversed, it exports.
 TIMM_NAMES = (("norm.", "final_norm."),)

@@ -6,6 +6,7 @@ import pytest
 import torch
 from layouts import LAYOUTS, Layout, some, timm_vit
 from safetensors.torch import save_file
+from timm.layers import SwiGLUPacked
 from torch import Tensor
 
 from flsl_d2.checkpoint import build_encoder, open_encoder
@@ -133,6 +134,11 @@ def test_what_the_encoder_does_not_compute_is_refused_by_name(tmp_path, name, sa
     text = refusal(flat() | some(name), tmp_path)
     assert says in text
     assert name in text
+
+
+def test_timms_packed_swiglu_is_refused(tmp_path):
+    model = timm_vit(mlp_layer=SwiGLUPacked, mlp_ratio=4.0)
+    assert "SwiGLU" in refusal(model.state_dict(), tmp_path)
 
 
 def test_a_convolutional_stem_is_refused(tmp_path):
