@@ -7,7 +7,7 @@ import os
 from pathlib import Path
 from typing import Any
 
-from detectron2.data import get_detection_dataset_dicts
+from detectron2.data import DatasetCatalog, MetadataCatalog, get_detection_dataset_dicts
 from detectron2.utils.file_io import PathManager
 
 from flsl_d2.data.datasets import register_coco_format
@@ -30,7 +30,8 @@ def register_files(
         The name to use wherever Detectron2 asks for one.
 
     Raises:
-        InputError: only one of the two is given.
+        InputError: only one of the two is given, lists are given, or the same annotations are in
+            use with another folder.
     """
     if not json_file or not image_root:
         given, missing = keys if json_file else reversed(keys)
@@ -38,8 +39,21 @@ def register_files(
             f"{given} is {json_file or image_root!r} but {missing} is empty; a data set in COCO "
             "format needs both."
         )
+    for path, key in zip((json_file, image_root), keys, strict=True):
+        if not isinstance(path, str):
+            raise InputError(
+                f"{key} is {path}, but it takes one path; give several data sets by names that are "
+                "registered (flsl_d2.data.register_coco_format)."
+            )
     json_file, image_root = (os.path.expanduser(path) for path in (json_file, image_root))
-    register_coco_format(json_file, json_file, image_root, replace=True)
+    if json_file in DatasetCatalog:
+        other = MetadataCatalog.get(json_file).image_root
+        if other != image_root:
+            raise InputError(
+                f"{json_file} is given with two folders of images, {other} and {image_root}; give "
+                "the same one, or two annotation files."
+            )
+    register_coco_format(json_file, json_file, image_root)
     return json_file
 
 

@@ -76,7 +76,7 @@ def scenes(tmp_path_factory) -> Path:
             Image.fromarray(drawn).save(labels / f"{picture.stem}.png")
         _register_labels(f"{name}_labels", root / split, labels)
     yield root
-    for name in [n for n in DatasetCatalog.list() if n.startswith("every_config")]:
+    for name in [n for n in DatasetCatalog.list() if n.startswith(("every_config", str(root)))]:
         DatasetCatalog.remove(name)
         MetadataCatalog.remove(name)
 

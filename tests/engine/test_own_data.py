@@ -114,6 +114,8 @@ def test_what_cannot_be_used_is_said(files, tmp_path):
         (lazy("train", str(nothing), root), False, "no list of categories"),
         (lazy("train", train, root) + lazy("test", other, root), False, "'nut', 'washer'"),
         (lazy("train", train, root), True, "--eval-only"),
+        (lazy("train", f"[{train},{train}]", root), False, "takes one path"),
+        (lazy("train", train, root) + lazy("test", train, "elsewhere"), False, "two folders"),
     ):
         with pytest.raises(InputError, match=message):
             use_own_data(load_lazy_config(RECIPE, overrides), eval_only)
