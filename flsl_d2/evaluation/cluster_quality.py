@@ -111,7 +111,7 @@ class ClusterQuality:
         mean_shifted = mean_shift_labels(tokens, self.width)
         count = int(mean_shifted.max()) + 1
         seed = [self.seed, sample.index]
-        rows = attention_rows(self.encoder.blocks[-1].attn, sample.attended)
+        rows = attention_rows(self.encoder.blocks[-1].attn, sample.attended, len(tokens))
         shares, _ = patch_distributions(np.maximum(truth, 0), sample.grid, int(truth.max()) + 1)
         ways = {
             "mean_shift": mean_shifted,
@@ -171,24 +171,36 @@ def mean_shift_labels(tokens: Tensor, width: float) -> Tensor:
 
 
 @torch.inference_mode()
-def attention_rows(attention: Attention, tokens: Tensor) -> Tensor:
-    """Attention weights of a block, averaged over heads.
+def attention_rows(attention: Attention, attended: Tensor, num_tokens: int) -> Tensor:
+    """Attention weights of a block between the tokens of patches, averaged over heads.
 
     Args:
         attention: of the block.
-        tokens: (1, rows, columns, D), what it takes in.
+        attended: (1, rows, columns, D), what it takes in; or (1, 1, P + N, D) with P prefix tokens
+            (class token, registers), whose share of the weights is left out.
+        num_tokens: N.
 
     Returns:
         (N, N), row i is where token i looks; rows sum to 1.
+
+    Raises:
+        InputError: the block attends within windows.
     """
-    batch, height, width, _ = tokens.shape
-    qkv = attention.qkv(tokens).view(batch, height * width, 3, attention.num_heads, -1)
-    q, k, _ = qkv.permute(2, 0, 3, 1, 4).unbind(0)  # each (1, heads, N, C)
+    batch, height, width, _ = attended.shape
+    if batch != 1 or height * width < num_tokens:
+        raise InputError(
+            "the encoder's last block attends within windows, and raw attention is measured "
+            "between all tokens; build the encoder with window_size=0."
+        )
+    qkv = attention.qkv(attended).view(1, height * width, 3, attention.num_heads, -1)
+    q, k, _ = qkv.permute(2, 0, 3, 1, 4).unbind(0)  # each (1, heads, P + N, C)
     scale = attention.scale
     if attention.use_rel_pos:
         q, k = attention._append_relative_positions(q, k, (height, width))
         scale = 1.0
-    return (scale * q @ k.transpose(-2, -1)).softmax(dim=-1).mean(dim=1)[0]
+    weights = (scale * q @ k.transpose(-2, -1)).softmax(dim=-1).mean(dim=1)[0]
+    weights = weights[-num_tokens:, -num_tokens:]
+    return weights / weights.sum(dim=1, keepdim=True)
 
 
 def _has_instances(segments: np.ndarray) -> bool:

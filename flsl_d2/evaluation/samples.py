@@ -61,7 +61,8 @@ class Sample:
         tokens: (N, D) float32, row-major over the grid.
         grid: rows and columns of tokens.
         image: its labels.
-        attended: (1, rows, columns, D), what the last block's attention took in.
+        attended: what the last block's attention took in, (1, rows, columns, D), or with P prefix
+            tokens (1, 1, P + N, D).
     """
 
     index: int

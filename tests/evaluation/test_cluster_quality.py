@@ -8,6 +8,8 @@ from labelled_rectangles import GRID, WIDTH, dataset, run
 
 from flsl_d2.errors import InputError
 from flsl_d2.evaluation.cluster_quality import ClusterQuality, attention_rows
+from flsl_d2.evaluation.measures import measure_features
+from flsl_d2.modeling import FLSLViT
 from flsl_d2.modeling.attention import Attention
 
 
@@ -80,8 +82,33 @@ def test_attention_rows_are_those_of_the_block(rel_pos: int | None) -> None:
         torch.nn.init.normal_(attention.rel_pos_w)
     tokens = torch.randn(1, *GRID, 16)
     with torch.no_grad():
-        rows = attention_rows(attention, tokens)
+        rows = attention_rows(attention, tokens, GRID[0] * GRID[1])
         values = attention.qkv(tokens).flatten(1, 2)[0, :, 32:]
         expected = attention(tokens).flatten(1, 2)[0]
         assert torch.allclose(attention.proj(rows @ values), expected, atol=1e-5)
     assert torch.allclose(rows.sum(dim=1), torch.ones(len(rows)), atol=1e-5)
+
+
+def test_prefix_tokens_are_left_out_and_windows_refused() -> None:
+    attention = Attention(16, 2)
+    tokens = torch.randn(1, 1, 3 + 10, 16)
+    rows = attention_rows(attention, tokens, 10)
+    everything = attention_rows(attention, tokens, 13)[3:, 3:]
+    assert torch.allclose(rows, everything / everything.sum(dim=1, keepdim=True), atol=1e-6)
+    with pytest.raises(InputError, match="within windows"):
+        attention_rows(attention, torch.randn(4, 5, 5, 16), 100)
+
+
+def test_an_encoder_with_prefix_tokens(datasets_root) -> None:
+    encoder = FLSLViT(img_size=48, embed_dim=32, depth=1, num_heads=2, num_prefix_tokens=2)
+    scores = measure_features(
+        encoder,
+        "pennfudan_train",
+        "pennfudan_val",
+        ["cluster_quality"],
+        max_images=2,
+        short_side=64,
+        kernel_widths=(8.0,),
+        cluster_counts=(3,),
+    )
+    assert "cluster_quality/ari_attention" in scores

@@ -1,0 +1,62 @@
+"""tools/eval_features.py as a command."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+DATA = ("--train", "pennfudan_train", "--val", "pennfudan_val")
+
+
+def command(*arguments: str, **environment: str) -> subprocess.CompletedProcess:
+    return subprocess.run(
+        [sys.executable, "tools/eval_features.py", *arguments],
+        cwd=ROOT,
+        env={**os.environ, "OMP_NUM_THREADS": "1", **environment},
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+
+
+def test_table_and_json_with_a_failed_measure(datasets_root: Path, tmp_path: Path) -> None:
+    file = tmp_path / "scores.json"
+    few = ("--max-images", "2", "--short-side", "48", "--measures", "knn_box", "knn_segmentation")
+    done = command(
+        "--weights",
+        "random",
+        *DATA,
+        *few,
+        "--json",
+        str(file),
+        DETECTRON2_DATASETS=str(datasets_root),
+    )
+    assert done.returncode == 2
+    assert "Traceback" not in done.stderr
+    assert done.stderr.splitlines()[-1].startswith("error: 1 of 2 measures failed (knn_box)")
+    written = json.loads(file.read_text())
+    assert list(written["failures"]) == ["knn_box"]
+    assert written["settings"]["max_images"] == 2
+    assert f"knn_box failed: {written['failures']['knn_box']}" in done.stdout
+    for name, value in written["results"].items():
+        assert any(
+            name.split("/")[1] in line and f"{value:.2f}" in line
+            for line in done.stdout.splitlines()
+        )
+    assert os.listdir(tmp_path) == ["scores.json"]
+
+
+def test_wrong_input_is_one_sentence(tmp_path: Path) -> None:
+    for arguments in (
+        ("--weights", str(tmp_path / "absent.pth"), *DATA),
+        ("--weights", "random", *DATA, "--json", str(tmp_path / "absent" / "scores.json")),
+    ):
+        done = command(*arguments)
+        assert done.returncode == 2
+        assert "Traceback" not in done.stderr
+        assert "absent" in done.stderr
+        assert not done.stdout
