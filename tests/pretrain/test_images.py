@@ -169,6 +169,7 @@ def bad_files() -> dict[str, bytes]:
     """Contents that no image can be made of without making something up."""
     rgb = smooth(1)
     noise = np.random.default_rng(0).integers(0, 256, (HEIGHT, WIDTH, 3), dtype=np.uint8)
+    bmp = encoded(rgb, "BMP")
     files = {
         "empty.jpg": b"",
         "empty.png": b"",
@@ -193,7 +194,7 @@ def bad_files() -> dict[str, bytes]:
         "large.png": png_of_size(1001, 1000),
         "bomb.gif": b"GIF89a\xff\xff\xff\xff\0\0\0,\0\0\0\0\xff\xff\xff\xff\0\x02\x02D\x01\0;",
         "bomb.ppm": b"P6 100000 100000 255\n" + bytes(100),
-        "bomb.bmp": encoded(rgb, "BMP")[:18] + struct.pack("<ii", 60_000, 60_000) + bytes(3000),
+        "bomb.bmp": bmp[:18] + struct.pack("<ii", 60_000, 60_000) + bmp[26:],
         "lying.png": png_of_size(900, 900),
         "floats.tif": encoded(Image.fromarray(rgb[..., 0].astype(np.float32)), "TIFF"),
     }
