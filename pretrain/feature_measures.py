@@ -12,7 +12,7 @@ import torch
 from detectron2.engine import HookBase
 from detectron2.utils import comm
 
-from flsl_d2.evaluation.measures import MEASURES, check_measures, measure_all
+from flsl_d2.evaluation.measures import MEASURES, measure_all, prepare_measures
 from flsl_d2.modeling import FLSLViT
 
 __all__ = ["FeatureMeasures"]
@@ -55,11 +55,13 @@ class FeatureMeasures(HookBase):
         max_images: int | None = 200,
         short_side: int = 224,
     ) -> None:
+        self.measures, self.period, self.short_side = tuple(measures), period_iters, short_side
+        self.data = ()
         if comm.is_main_process():
-            check_measures(train, val, measures, max_images, short_side=short_side)
+            self.data = prepare_measures(
+                train, val, measures, max_images=max_images, short_side=short_side
+            )
         comm.synchronize()
-        self.data, self.measures, self.period = (train, val), tuple(measures), period_iters
-        self.settings = {"max_images": max_images, "short_side": short_side}
 
     def after_step(self) -> None:
         """Measure when due."""
@@ -75,7 +77,7 @@ class FeatureMeasures(HookBase):
         # Blocks that the run compiled would be compiled anew for the size of every image.
         with _untouched_generators(), torch.compiler.set_stance("force_eager"):
             results, failures = measure_all(
-                encoder, *self.data, self.measures, device=device, **self.settings
+                encoder, *self.data, self.measures, device=device, short_side=self.short_side
             )
         for name, reason in failures.items():
             logger.warning("%s was not measured: %s", name, reason)

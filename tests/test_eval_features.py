@@ -8,6 +8,11 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
+from flsl_d2.errors import InputError
+from flsl_d2.evaluation.feature_report import report_features
+
 ROOT = Path(__file__).resolve().parents[1]
 DATA = ("--train", "pennfudan_train", "--val", "pennfudan_val")
 
@@ -51,12 +56,13 @@ def test_table_and_json_with_a_failed_measure(datasets_root: Path, tmp_path: Pat
 
 
 def test_wrong_input_is_one_sentence(tmp_path: Path) -> None:
-    for arguments in (
-        ("--weights", str(tmp_path / "absent.pth"), *DATA),
-        ("--weights", "random", *DATA, "--json", str(tmp_path / "absent" / "scores.json")),
-    ):
-        done = command(*arguments)
-        assert done.returncode == 2
-        assert "Traceback" not in done.stderr
-        assert "absent" in done.stderr
-        assert not done.stdout
+    done = command("--weights", str(tmp_path / "absent.pth"), *DATA)
+    assert done.returncode == 2
+    assert "Traceback" not in done.stderr
+    assert "absent.pth" in done.stderr
+    assert not done.stdout
+
+
+def test_a_place_that_cannot_be_written_is_found_first(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="missing or cannot be written"):
+        report_features("absent.pth", "a", "b", json_file=tmp_path / "absent" / "scores.json")

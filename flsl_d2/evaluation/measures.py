@@ -18,7 +18,7 @@ from flsl_d2.evaluation.linear_segmentation import LinearSegmentation
 from flsl_d2.evaluation.samples import Measure, Options, encode, progress
 from flsl_d2.modeling import FLSLViT
 
-__all__ = ["MEASURES", "check_measures", "measure_all", "measure_features"]
+__all__ = ["MEASURES", "measure_all", "measure_features", "prepare_measures"]
 
 MEASURES: dict[str, Callable[..., Measure]] = {
     "knn_box": BoxKnn,
@@ -66,8 +66,8 @@ def measure_features(
 
 def measure_all(
     encoder: FLSLViT,
-    train: str,
-    val: str,
+    train: str | LabelledDataset,
+    val: str | LabelledDataset,
     measures: Sequence[str] = tuple(MEASURES),
     seed: int = 0,
     device: str = "cpu",
@@ -75,6 +75,9 @@ def measure_all(
     **options,
 ) -> tuple[dict[str, float], dict[str, str]]:
     """As :func:`measure_features`, but a measure that fails does not stop the others.
+
+    Data sets may be given as :func:`prepare_measures` has loaded them; ``max_images`` then has no
+    effect.
 
     Returns:
         The scores, and for every measure that failed the reason.
@@ -84,7 +87,7 @@ def measure_all(
     """
     chosen = _checked(measures, options)
     try:
-        sets = load_labelled(train, max_images, seed), load_labelled(val, max_images, seed)
+        sets = _loaded(train, max_images, seed), _loaded(val, max_images, seed)
     except InputError as error:
         return {}, dict.fromkeys(measures, str(error))
     running = _Running(failures={}, measures={})
@@ -95,21 +98,28 @@ def measure_all(
         return running.run(encoder, *sets, chosen.short_side), running.failures
 
 
-def check_measures(
+def prepare_measures(
     train: str,
     val: str,
     measures: Sequence[str] = tuple(MEASURES),
+    seed: int = 0,
     max_images: int | None = None,
     **options,
-) -> None:
-    """Find out before long work whether names and data sets can be used; see `measure_all`.
+) -> tuple[LabelledDataset, LabelledDataset]:
+    """Find out before long work whether names and data can be used; see :func:`measure_features`.
+
+    Returns:
+        The data sets, to measure with repeatedly: a large annotation file takes a while to read.
 
     Raises:
         InputError: naming what cannot be used.
     """
     _checked(measures, options)
-    for name in (train, val):
-        load_labelled(name, max_images)
+    return load_labelled(train, max_images, seed), load_labelled(val, max_images, seed)
+
+
+def _loaded(data: str | LabelledDataset, max_images: int | None, seed: int) -> LabelledDataset:
+    return load_labelled(data, max_images, seed) if isinstance(data, str) else data
 
 
 class _Running:

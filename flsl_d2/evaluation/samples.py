@@ -6,6 +6,7 @@ import logging
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from copy import copy
 from dataclasses import dataclass
 from typing import Protocol, TypeVar
 
@@ -127,7 +128,8 @@ def encode(encoder: FLSLViT, dataset: LabelledDataset, short_side: int) -> Itera
     with _attention_inputs(encoder) as latest:
         for index, image in enumerate(dataset.images):
             tokens, grid, _ = extract_tokens(encoder, image.read(), short_side)
-            yield Sample(index, tokens, grid, image, latest[0])
+            # A copy, so that the labels which the measures have painted go with the sample.
+            yield Sample(index, tokens, grid, copy(image), latest[0])
 
 
 def progress(items: Iterable[_T], total: int, what: str) -> Iterator[_T]:
