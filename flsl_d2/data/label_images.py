@@ -6,7 +6,7 @@ import os
 
 import cv2
 import numpy as np
-from detectron2.data import MetadataCatalog
+from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.utils.file_io import PathManager
 from PIL import Image
 
@@ -15,7 +15,7 @@ from flsl_d2.errors import InputError
 __all__ = ["check_label_images", "read_labels"]
 
 _PREPARATION = "tools/prepare_labels.py makes those of ADE20K and of COCO"
-# Of a folder; a wrong preparation shows in the first ones.
+# Of a data set; a wrong preparation shows in the first ones.
 _LOOKED_AT = 20
 
 
@@ -40,41 +40,49 @@ def check_label_images(name: str) -> int:
     its numbers alone, and trains on wrong classes without a word.
 
     Args:
-        name: of a data set with ``image_root`` and ``sem_seg_root``.
+        name: of a data set whose metadata has ``stuff_classes``, and for Detectron2's own ones
+            ``image_root`` and ``sem_seg_root``.
 
     Returns:
         The number of its classes.
 
     Raises:
-        InputError: naming the folder or the label image.
+        InputError: naming the folder, the picture or the label image.
     """
     metadata = MetadataCatalog.get(name)
-    num_classes, ignored = len(metadata.stuff_classes), metadata.get("ignore_label", 255)
-    names = {}
     for key in ("image_root", "sem_seg_root"):
         folder = metadata.get(key)
-        if not os.path.isdir(folder):
+        if folder is not None and not os.path.isdir(folder):
             raise InputError(
                 f"the folder {folder} of the data set {name!r} does not exist: put it there or set "
                 f"DETECTRON2_DATASETS to the folder that holds the data sets ({_PREPARATION})."
             )
-        names[key] = {os.path.splitext(file)[0]: file for file in sorted(os.listdir(folder))}
-    without = sorted(names["image_root"].keys() ^ names["sem_seg_root"].keys())
-    if without or not names["image_root"]:
-        some = ", ".join(without[:3]) or "both folders are empty"
-        raise InputError(
-            f"the data set {name!r} has {len(without)} pictures without a label image or the other "
-            f"way round ({some}): compare {metadata.image_root} with {metadata.sem_seg_root}."
-        )
-    for file in list(names["sem_seg_root"].values())[:_LOOKED_AT]:
-        path = os.path.join(metadata.sem_seg_root, file)
-        labels = cv2.imread(path, cv2.IMREAD_UNCHANGED)
-        if labels is None or labels.ndim != 2:
-            raise InputError(f"{path} is not a label image of one channel; {_PREPARATION}.")
-        wrong = np.setdiff1d(labels, [*range(num_classes), ignored])
-        if wrong.size:
-            raise InputError(
-                f"{path} has the label {wrong[0]}, but the data set {name!r} has the classes 0 to "
-                f"{num_classes - 1} and {ignored} for none; {_PREPARATION}."
-            )
+    records = DatasetCatalog.get(name)
+    _check_pairs(name, metadata.get("image_root"), {record["file_name"] for record in records})
+    num_classes, ignored = len(metadata.stuff_classes), metadata.get("ignore_label", 255)
+    for record in records[:_LOOKED_AT]:
+        _check_labels(record["sem_seg_file_name"], num_classes, ignored)
     return num_classes
+
+
+def _check_pairs(name: str, folder: str | None, used: set[str]) -> None:
+    """Detectron2 leaves out pictures without a label image, as an interrupted preparation does."""
+    pictures = sorted(e.path for e in os.scandir(folder) if e.is_file()) if folder else []
+    without = [path for path in pictures if path not in used]
+    if without or not used:
+        raise InputError(
+            f"the data set {name!r} has {len(without)} pictures without a label image"
+            f"{''.join(f', {path}' for path in without[:1])}; {_PREPARATION}."
+        )
+
+
+def _check_labels(path: str, num_classes: int, ignored: int) -> None:
+    labels = cv2.imread(path, cv2.IMREAD_UNCHANGED)
+    if labels is None or labels.ndim != 2:
+        raise InputError(f"{path} is not a label image of one channel; {_PREPARATION}.")
+    wrong = np.setdiff1d(labels, [*range(num_classes), ignored])
+    if wrong.size:
+        raise InputError(
+            f"{path} has the label {wrong[0]}, but there are the classes 0 to {num_classes - 1} "
+            f"and {ignored} for none; {_PREPARATION}."
+        )
