@@ -53,8 +53,8 @@ def report_features(
     results, failures = measure_all(encoder, train, val, measures, **settings)
     print(measures_table(measures, results, failures))
     if json_file is not None:
-        named = {"weights": weights, "train": train, "val": val, **settings}
-        content = {"settings": named, "results": results, "failures": failures}
+        named = {"weights": weights, "train": train, "val": val, "measures": list(measures)}
+        content = {"settings": named | settings, "results": results, "failures": failures}
         part = json_file.with_name(json_file.name + ".part")
         part.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
         os.replace(part, json_file)
