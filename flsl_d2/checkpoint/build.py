@@ -8,14 +8,11 @@ from flsl_d2.checkpoint.architecture import architecture_of, refuse_unsupported
 from flsl_d2.checkpoint.encoder_weights import load_encoder
 from flsl_d2.checkpoint.reading import read_weights, split_weights_path
 from flsl_d2.checkpoint.report import LoadReport
-from flsl_d2.checkpoint.sources import KNOWN_LAYOUTS, find_encoder_weights
+from flsl_d2.checkpoint.sources import KNOWN_LAYOUTS, USUAL_HEADS, find_encoder_weights
 from flsl_d2.errors import InputError
 from flsl_d2.modeling import FLSLViT
 
 __all__ = ["build_encoder", "open_encoder"]
-
-# Heads of every published plain ViT but the largest and some of the smallest.
-_HEAD_CHANNELS = 64
 
 
 def build_encoder(path: str, **changes: Any) -> FLSLViT:
@@ -53,16 +50,17 @@ def open_encoder(path: str, **changes: Any) -> tuple[FLSLViT, LoadReport]:
             f"so {', '.join(missing)} cannot be read off them; give a complete encoder."
         )
     if "num_heads" not in arguments:
-        arguments["num_heads"] = _likely_heads(arguments["embed_dim"], path)
+        arguments["num_heads"] = _usual_heads(arguments["embed_dim"], path)
+    if "num_heads" in changes:  # whoever gives it knows better than the source's usual number
+        weights.architecture.pop("num_heads", None)
     encoder = FLSLViT(**arguments)
     return encoder.eval(), load_encoder(encoder, weights, path)
 
 
-def _likely_heads(embed_dim: int, path: str) -> int:
-    heads, rest = divmod(embed_dim, _HEAD_CHANNELS)
-    if rest:
+def _usual_heads(embed_dim: int, path: str) -> int:
+    if embed_dim not in USUAL_HEADS:
         raise InputError(
             f"weights {path!r} do not tell their number of attention heads, and a width of "
             f"{embed_dim} is none of the usual ones; give num_heads."
         )
-    return heads
+    return USUAL_HEADS[embed_dim]

@@ -23,6 +23,7 @@ __all__ = [
     "KNOWN_LAYOUTS",
     "SOURCES",
     "TIMM_NAMES",
+    "USUAL_HEADS",
     "EncoderWeights",
     "Source",
     "find_encoder_weights",
@@ -44,8 +45,10 @@ _DINO_POSITIONS = {"position_offset": 0.1, "position_antialias": False}
 _SIZED_POSITIONS = {"position_offset": 0.0, "position_antialias": False}
 _TIMM_POSITIONS = {"position_offset": 0.0, "position_antialias": True}
 
-# ViT-T, S, B, L, H and g of every project here, except that MoCo v3's ViT-S has 12 heads.
-_HEADS = {192: 3, 384: 6, 768: 12, 1024: 16, 1280: 16, 1536: 24}
+# Attention heads of ViT-T, S, B, L, H, g and G in every project here (but MoCo v3's ViT-S), and of
+# the further widths that timm's plain ViTs have. At 1536 they disagree.
+_HEADS = {192: 3, 384: 6, 768: 12, 1024: 16, 1280: 16, 1408: 16, 1664: 16}
+USUAL_HEADS = {**_HEADS, 256: 4, 320: 5, 512: 8, 640: 10, 832: 13, 896: 14, 1152: 16}
 
 _PROJECTION = "the projection head serves pre-training only"
 _CLASSIFIER = {
@@ -90,7 +93,7 @@ def _is_own(state: Mapping[str, Tensor]) -> bool:
 
 
 _DINOV2 = {"renamed": TIMM_NAMES, "heads": _HEADS, "dropped": _MASK_TOKEN}
-_DEIT = {"renamed": _GAMMA_NAMES, "heads": _HEADS, "architecture": _SIZED_POSITIONS}
+_DEIT = {"renamed": _GAMMA_NAMES, "architecture": _SIZED_POSITIONS}
 _DETECTOR = {
     "path": ("model",),
     "prefix": "backbone.net.",
@@ -100,7 +103,7 @@ _DETECTOR = {
 }
 _TIMM = {
     "renamed": _GAMMA_NAMES,
-    "heads": _HEADS,
+    "heads": USUAL_HEADS,
     "dropped": _CLASSIFIER,
     "architecture": _TIMM_POSITIONS,
     "note": "timm's models differ in what pixels they expect: most take ImageNet's mean and "
@@ -216,7 +219,14 @@ SOURCES = (
         heads=_HEADS,
         dropped={r"(decoder_|mask_token)": "the decoder serves pre-training only"},
     ),
-    Source("DeiT", path=("model",), fits=_has("head.weight"), dropped=_CLASSIFIER, **_DEIT),
+    Source(
+        "DeiT",
+        path=("model",),
+        fits=_has("head.weight"),
+        heads=_HEADS,
+        dropped=_CLASSIFIER,
+        **_DEIT,
+    ),
     Source(
         "detector of this project",
         fits=_has("backbone.net.final_norm.weight"),
@@ -246,6 +256,7 @@ SOURCES = (
         "MAE or DeiT without head",
         path=("model",),
         dropped=_MASK_TOKEN,
+        heads={width: heads for width, heads in _HEADS.items() if width != 384},
         note="MoCo v3's ViT-S, when converted to DeiT's layout, looks the same but has 12 heads: "
         "give num_heads=12 for it",
         **_DEIT,

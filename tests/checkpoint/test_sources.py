@@ -176,6 +176,23 @@ def test_heads_that_nothing_tells(tmp_path):
     assert encoder.architecture["num_heads"] == 3
 
 
+@torch.no_grad()
+def test_moco_v3_in_deits_layout_takes_the_heads_that_are_given(tmp_path):
+    model = timm_vit(embed_dim=384, depth=1, num_heads=12)
+    torch.save({"model": model.state_dict()}, tmp_path / "a.pth")
+    encoder, report = open_encoder(str(tmp_path / "a.pth"), num_heads=12)
+    images = torch.randn(1, 3, 64, 64)
+    torch.testing.assert_close(
+        encoder.forward_tokens(images), tokens_of(model, images), rtol=1e-4, atol=1e-4
+    )
+    assert "num_heads=12" in report.note
+
+
+def test_heads_that_are_given_win_over_the_usual_number(tmp_path):
+    path, _, _ = written("MoCo v3", tmp_path)
+    assert build_encoder(path, num_heads=6).architecture["num_heads"] == 6
+
+
 def test_windows_need_the_class_token_dropped(tmp_path):
     assert "set num_prefix_tokens=0" in refusal(flat(), tmp_path, window_size=2)
     encoder, report = open_encoder(str(tmp_path / "a.pth"), window_size=2, num_prefix_tokens=0)
