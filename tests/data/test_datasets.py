@@ -29,7 +29,13 @@ def name():
 
 
 def test_builtin_names_are_there_and_lazy() -> None:
-    for each in ("pennfudan_train", "pennfudan_val", "flsl_scenes_train", "flsl_scenes_val"):
+    splits = {
+        "pennfudan": ("train", "val"),
+        "flsl_scenes": ("train", "val"),
+        "uavdt": ("train", "test"),
+        "objects365": ("train", "val"),
+    }
+    for each in [f"{name}_{split}" for name, both in splits.items() for split in both]:
         assert each in DatasetCatalog
         assert MetadataCatalog.get(each).evaluator_type == "coco"
 
