@@ -3,22 +3,15 @@
 from __future__ import annotations
 
 import re
+import tempfile
 from collections.abc import Sequence
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
-from omegaconf import OmegaConf
-from omegaconf.errors import OmegaConfBaseException
 from tqdm import tqdm
-from yaml import YAMLError
 
-from flsl_d2.checkpoint import build_encoder
-from flsl_d2.checkpoint.reading import split_weights_path
 from flsl_d2.errors import InputError
 from flsl_d2.evaluation import extract_tokens
-from flsl_d2.evaluation.frozen_encoder import RANDOM, frozen_encoder, usable_device
-from flsl_d2.modeling import FLSLViT
 from flsl_d2.visualization import encoder_figure
 from flsl_d2.visualization.described import CLUSTER_SCALES, DescribedEncoder, describe_encoder
 from flsl_d2.visualization.html_page import write_page
@@ -29,19 +22,18 @@ from flsl_d2.visualization.token_figures import (
     modes_figure,
     nearest_figure,
 )
-from pretrain.centroids import assign_centroids, read_head
-from pretrain.images import find_images, image_files, read_rgb
-from pretrain.model import FLSLHead
+from pretrain.centroids import assign_centroids
+from pretrain.visualize_inputs import (
+    NamedEncoder,
+    chosen_encoders,
+    chosen_images,
+    chosen_points,
+    read_image,
+)
 
 __all__ = ["visualize"]
 
 _LARGE_PAGE = 25e6
-
-
-class _Encoder(NamedTuple):
-    name: str
-    backbone: FLSLViT
-    head: FLSLHead | None
 
 
 def visualize(
@@ -80,10 +72,10 @@ def visualize(
     _check_numbers(short_side, scale, num_iterations, max_images)
     if names and len(names) != len(weights):
         raise InputError(f"{len(names)} names for {len(weights)} weights; give one for each.")
-    files = _image_files(images, dataset, max_images)
-    originals = [_read(file) for file in files]
-    shares = _shares(points, originals, files)
-    encoders = _encoders(weights, names, device)
+    files = chosen_images(images, dataset, max_images)
+    originals = [read_image(file) for file in files]
+    shares = chosen_points(points, originals, files)
+    encoders = chosen_encoders(weights, names, device)
     folder = _output_folder(output)
     scales = sorted({*CLUSTER_SCALES, scale})
     described, shown = [], []
@@ -127,106 +119,12 @@ def _check_numbers(short_side: int, scale: float, num_iterations: int, max_image
         raise InputError(f"--max-images is {max_images}; give 1 or more.")
 
 
-def _image_files(images: Sequence[str], dataset: str, max_images: int) -> list[str]:
-    if not images and not dataset:
-        raise InputError("there are no images to draw; give --images or --dataset.")
-    files = []
-    for path in images:
-        if not Path(path).exists():
-            raise InputError(f"--images {path!r} does not exist; give image files or folders.")
-        if not Path(path).is_dir():
-            files.append(path)
-            continue
-        try:
-            found = find_images(path)
-        except InputError:
-            raise InputError(
-                f"--images {path!r} is a folder without image files; give one that holds some."
-            ) from None
-        files += _evenly(found, max_images, path)
-    if dataset:
-        found = image_files(name=dataset)
-        if not found:
-            raise InputError(f"the data set {dataset!r} has no images; give another --dataset.")
-        files += _evenly(found, max_images, dataset)
-    return files
-
-
-def _evenly(files: list[str], count: int, source: str) -> list[str]:
-    """At most `count` files, spread over all; always the same ones."""
-    if len(files) <= count:
-        return files
-    print(f"{count} of the {len(files)} images of {source}; --max-images takes more")
-    return [files[i] for i in np.linspace(0, len(files) - 1, count).round().astype(int)]
-
-
-def _read(file: str) -> np.ndarray:
-    try:
-        return read_rgb(file)
-    except OSError:
-        raise InputError(
-            f"the image {file!r} cannot be read as one; repair it or leave it out."
-        ) from None
-
-
-def _shares(
-    points: Sequence[tuple[float, float]], images: Sequence[np.ndarray], files: Sequence[str]
-) -> list[list[tuple[float, float]]]:
-    """Of each image the points as shares of its width and height."""
-    shares = []
-    for image, file in zip(images, files, strict=True):
-        height, width = image.shape[:2]
-        for x, y in points:
-            if not (0 <= x < width and 0 <= y < height):
-                raise InputError(
-                    f"--token {x:g},{y:g} lies outside {file!r}, which is {width} x {height} "
-                    "pixels; give X from 0 on to the right and Y from 0 on downwards."
-                )
-        shares.append([(x / width, y / height) for x, y in points] or [(0.5, 0.5)])
-    return shares
-
-
-def _encoders(weights: Sequence[str], names: Sequence[str], device: str) -> list[_Encoder]:
-    names = list(names) or [_name(path) for path in weights]
-    place = usable_device(device)
-    encoders = []
-    for i, (name, path) in enumerate(zip(names, weights, strict=True)):
-        unique = name if names.count(name) == 1 else f"{name} ({i + 1})"
-        head = None if path == RANDOM else read_head(path)
-        encoders.append(_Encoder(unique, _backbone(path, head).to(place), head))
-    return encoders
-
-
-def _backbone(path: str, head: FLSLHead | None) -> FLSLViT:
-    """The encoder of a file.
-
-    Checkpoints of a run (those with a projection head) need not tell their number of attention
-    heads, and another number gives other features: the config beside them tells it.
-    """
-    config = Path(split_weights_path(path)[0]).parent / "config.yaml"
-    if head is None or not config.is_file():
-        return frozen_encoder(path)
-    try:
-        num_heads = OmegaConf.select(OmegaConf.load(config), "model.backbone.num_heads")
-    except (OSError, YAMLError, OmegaConfBaseException):
-        num_heads = None
-    if not isinstance(num_heads, int):
-        return frozen_encoder(path)
-    return build_encoder(path, num_heads=num_heads).requires_grad_(False)
-
-
-def _name(path: str) -> str:
-    """A file by its name and that of its folder, since many are called alike."""
-    if path == RANDOM:
-        return "random ViT-S/16"
-    return "/".join(Path(path).with_suffix("").parts[-2:])
-
-
 def _output_folder(output: str) -> Path:
     folder = Path(output)
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        (folder / "index.html.part").touch()
+        with tempfile.TemporaryFile(dir=folder):
+            pass
     except OSError as error:
         raise InputError(
             f"--output '{output}' cannot be written ({error.strerror}); give a folder of yours."
@@ -235,7 +133,7 @@ def _output_folder(output: str) -> Path:
 
 
 def _describe(
-    encoder: _Encoder, features: Sequence, scales: Sequence[float], scale: float
+    encoder: NamedEncoder, features: Sequence, scales: Sequence[float], scale: float
 ) -> DescribedEncoder:
     tokens = [each.tokens.cpu() for each in features]
     grids, images = [each.grid for each in features], [each.image for each in features]

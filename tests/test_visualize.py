@@ -25,6 +25,7 @@ from pretrain.images import read_rgb
 from pretrain.model import FLSL, FLSLHead
 from pretrain.objective import FLSLLoss
 from pretrain.visualize import visualize
+from pretrain.visualize_inputs import chosen_encoders, chosen_images
 
 ROOT = Path(__file__).resolve().parents[1]
 TINY = {"img_size": 64, "patch_size": 8, "embed_dim": 32, "depth": 2, "num_heads": 2}
@@ -139,15 +140,19 @@ def test_tokens_are_chosen_in_pixels_of_the_original(
 
 
 def test_folders_give_some_images_and_files_all(
-    weights: dict[str, str], photos: Path, tmp_path: Path, capsys: pytest.CaptureFixture
+    photos: Path, capsys: pytest.CaptureFixture
 ) -> None:
-    extra = str(photos / "1.png")
-    visualize(
-        [weights["coarse"]], [str(photos), extra], output=str(tmp_path), short_side=64,
-        max_images=2, num_iterations=1,
-    )  # fmt: skip
-    assert [i["name"] for i in embedded(tmp_path)["images"]] == ["0.png", "2.png", "1.png"]
+    chosen = chosen_images([str(photos), str(photos / "1.png")], "", max_images=2)
+    assert [Path(file).name for file in chosen] == ["0.png", "2.png", "1.png"]
     assert "2 of the 3 images" in capsys.readouterr().out
+    assert len(chosen_images([str(photos)], "", max_images=3)) == 3
+
+
+def test_encoders_called_alike_get_numbers(weights: dict[str, str]) -> None:
+    encoders = chosen_encoders([weights["coarse"]] * 2 + ["random"], [], "cpu")
+    assert encoders[0].name.endswith("/coarse (1)")
+    assert encoders[1].name.endswith("/coarse (2)")
+    assert encoders[2].name == "random ViT-S/16"
 
 
 def test_bad_input_is_one_sentence_and_writes_nothing(

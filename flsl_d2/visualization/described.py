@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from flsl_d2.errors import InputError
 from flsl_d2.visualization.clusters import Array, Grid, as_tokens, cluster_labels
 from flsl_d2.visualization.measures import attended_share, colour_r2, position_r2
 from flsl_d2.visualization.patches import PatchGroup, kmeans_groups, most_used_groups
@@ -70,8 +71,17 @@ def describe_encoder(
         assigned: for every image the number of each token's centroid (N,) and how well the token
             fits it (N,), from a projection head; None groups the tokens by k-means.
         num_centroids: of that head.
+
+    Raises:
+        InputError: a token is not finite, or beyond float16, in which pages hold tokens.
     """
     tokens = [as_tokens(t, grid) for t, grid in zip(token_sets, grids, strict=True)]
+    largest = max(float(t.abs().max().nan_to_num(torch.inf)) for t in tokens)
+    if largest > torch.finfo(torch.float16).max:
+        raise InputError(
+            f"the tokens of {name!r} reach {largest:g}, which is no sensible feature; check the "
+            "weights."
+        )
     root = tokens[0].shape[1] ** 0.5
     pairs = list(zip(tokens, grids, strict=True))
     labels = {s: [cluster_labels(t, grid, s / root) for t, grid in pairs] for s in scales}

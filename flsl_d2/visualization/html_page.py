@@ -16,8 +16,6 @@ from typing import Any
 import cv2
 import matplotlib
 import numpy as np
-import torch
-from torch import Tensor
 
 from flsl_d2.visualization.clusters import attention_values, mode_similarity_values, pca_colours
 from flsl_d2.visualization.described import DescribedEncoder
@@ -112,7 +110,7 @@ def _encoder(
             {
                 "rows": grid[0],
                 "columns": grid[1],
-                "tokens": _base64(_half(tokens)),
+                "tokens": _base64(tokens.numpy().astype("<f2")),
                 "labels": [_base64(labels[i].astype("<u2")) for labels in encoder.labels.values()],
                 "pca": _base64(pca_colours([tokens])[0]),
                 "pcaAll": _base64(together[i]),
@@ -141,14 +139,6 @@ def _encoder(
             for group in encoder.groups
         ],
     }
-
-
-def _half(tokens: Tensor) -> np.ndarray:
-    """Tokens as little-endian float16; what it cannot hold would silently become infinite."""
-    largest = torch.finfo(torch.float16).max
-    if float(tokens.abs().max()) > largest:
-        raise ValueError(f"tokens exceed {largest}, the largest value of float16")
-    return tokens.numpy().astype("<f2")
 
 
 def _position_r2_of_colours(images: Sequence[np.ndarray]) -> float | None:

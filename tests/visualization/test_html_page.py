@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 import torch
 
+from flsl_d2.errors import InputError
 from flsl_d2.visualization import describe_encoder, write_page
 from flsl_d2.visualization.clusters import attention_values, mode_similarity_values
 from flsl_d2.visualization.html_page import _PARTS
@@ -100,12 +101,12 @@ def test_largest_cluster_first_and_groups_complete(page: Path) -> None:
             assert len(group["patches"]) >= 1
 
 
-def test_tokens_beyond_float16_are_refused(tmp_path: Path) -> None:
-    image = np.zeros((32, 32, 3), np.uint8)
-    encoder = describe_encoder("x", [torch.full((4, 8), 1e6)], [(2, 2)], [image], (1.0,))
-    with pytest.raises(ValueError, match="float16"):
-        write_page(tmp_path / "a.html", [encoder], [image], ["a"], [(0.5, 0.5)])
-    assert not list(tmp_path.iterdir())
+@pytest.mark.parametrize("value", [1e6, float("nan"), float("inf")])
+def test_tokens_that_a_page_cannot_hold_are_refused(value: float) -> None:
+    tokens = torch.randn(4, 8)
+    tokens[2, 3] = value
+    with pytest.raises(InputError, match="the tokens of 'x' reach"):
+        describe_encoder("x", [tokens], [(2, 2)], [np.zeros((32, 32, 3), np.uint8)], (1.0,))
 
 
 SCRIPT = """
