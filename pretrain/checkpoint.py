@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 
 import torch
 
+from flsl_d2.checkpoint.safe_saving import replaced_file
 from pretrain.model import FLSL
 
 __all__ = ["save_teacher_backbone"]
@@ -17,8 +17,10 @@ def save_teacher_backbone(model: FLSL, path: str | Path) -> None:
 
     The file holds ``model`` (tensors), ``encoder`` (constructor arguments of ``FLSLViT``),
     ``format``, and ``matching_heuristics``, which tells Detectron2's own checkpointer to find
-    these names wherever the encoder sits in a detector. It is written under another name first,
-    so that a reader never sees half of it.
+    these names wherever the encoder sits in a detector. A reader never sees half of it.
+
+    Raises:
+        OSError: it cannot be written; a file that was there before still is.
     """
     backbone = model.teacher.backbone
     content = {
@@ -27,6 +29,5 @@ def save_teacher_backbone(model: FLSL, path: str | Path) -> None:
         "format": "flsl_d2 encoder",
         "matching_heuristics": True,
     }
-    part = f"{path}.part"
-    torch.save(content, part)
-    os.replace(part, path)
+    with replaced_file(path) as file:
+        torch.save(content, file)

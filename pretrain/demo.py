@@ -86,7 +86,7 @@ def _run_tool(tool: str, config: str, folder: Path, run: str, overrides: list[st
     """Run a tool as a user would; its progress lines go to the console, all of it to a log."""
     processes = min(os.cpu_count() or 1, 2)
     arguments = [f"tools/{tool}", "--config-file", config, "--num-gpus", str(processes)]
-    arguments += [f"train.output_dir={folder / run}", *overrides]
+    arguments += ["--overwrite", f"train.output_dir={folder / run}", *overrides]
     settings = {
         "DETECTRON2_DATASETS": str(folder / "datasets"),
         # One thread a process: the tensors are too small to share, and threads that wait by

@@ -2,7 +2,7 @@
 
 Order and timing are those of Detectron2's ``HookBase``: ``after_step`` runs in the order of
 registration, so :class:`Monitor` comes before the writers that print what it puts into the
-storage, and :class:`ExportTeacher` after the checkpoint whose teacher it exports.
+storage.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ from __future__ import annotations
 import datetime
 import logging
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -18,7 +19,9 @@ from detectron2.utils import comm
 from detectron2.utils.events import EventWriter, get_event_storage
 from torch import Tensor
 
+from flsl_d2.errors import TrainingError
 from pretrain.checkpoint import save_teacher_backbone
+from pretrain.data import check_failed_share
 
 __all__ = ["ConsoleProgress", "ExportTeacher", "Monitor"]
 
@@ -36,12 +39,23 @@ class Monitor(HookBase):
         period: steps between two reports.
         total_batch_size: images a step, of all ranks.
         log_file: where the name of each unreadable image is written once.
+        num_images: of the data set.
+        max_failed_share: see :func:`pretrain.data.check_failed_share`.
+
+    Raises:
+        InputError: too many images cannot be read.
     """
 
-    def __init__(self, period: int, total_batch_size: int, log_file: Path) -> None:
+    def __init__(
+        self,
+        period: int,
+        total_batch_size: int,
+        log_file: Path,
+        num_images: int,
+        max_failed_share: float = 1.0,
+    ) -> None:
         self.period, self.total_batch_size, self.log_file = period, total_batch_size, log_file
-        self.failed: set[str] = set()
-        self.num_failed = 0
+        self.num_images, self.max_failed_share = num_images, max_failed_share
         self._reset()
 
     def _reset(self) -> None:
@@ -49,40 +63,70 @@ class Monitor(HookBase):
         self.mean_assignment: Tensor | None = None
         self.steps = 0
 
+    def before_train(self) -> None:
+        """Know the files that a run which is resumed has named."""
+        self.named: set[str] = set()
+        if self.log_file.is_file():
+            self.named.update(self.log_file.read_text(errors="surrogateescape").splitlines())
+
     def after_step(self) -> None:
         """Accumulate on the device; report at the end of each period."""
-        monitored = self.trainer.monitored
-        if self.assigned is None:
-            self.assigned = torch.zeros_like(monitored["assigned"])
-            self.mean_assignment = torch.zeros_like(monitored["mean_assignment"])
-        self.assigned += monitored["assigned"]
-        self.mean_assignment += monitored["mean_assignment"]
-        self.steps += 1
+        self._add(self.trainer.monitored)
         self._note_failed(self.trainer.last_batch.failed)
-        last = self.trainer.iter + 1 >= self.trainer.max_iter
-        if (self.trainer.iter + 1) % self.period == 0 or last:
+        done = self.trainer.iter + 1
+        if done % self.period == 0 or done >= self.trainer.max_iter:
             self._report()
 
+    def gather(self) -> None:
+        """Bring the sums of all ranks to the main process, whose checkpoint holds them."""
+        if self.assigned is not None and dist.is_initialized() and comm.get_world_size() > 1:
+            for total in (self.assigned, self.mean_assignment):
+                dist.all_reduce(total)
+                if not comm.is_main_process():
+                    total.zero_()
+
+    def state_dict(self) -> dict[str, Any]:
+        """The sums of a period that is not over."""
+        if self.assigned is None:
+            return {"steps": 0}
+        sums = {"assigned": self.assigned.cpu(), "mean_assignment": self.mean_assignment.cpu()}
+        return {"steps": self.steps, **sums}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Inverse of :meth:`state_dict`; the main process goes on with what all had."""
+        self.steps = state["steps"]
+        if self.steps and comm.is_main_process():
+            self.assigned, self.mean_assignment = state["assigned"], state["mean_assignment"]
+
+    def _add(self, monitored: dict[str, Tensor]) -> None:
+        assigned, mean = monitored["assigned"], monitored["mean_assignment"].double()
+        if self.assigned is None:
+            self.assigned, self.mean_assignment = torch.zeros_like(assigned), torch.zeros_like(mean)
+        self.assigned = self.assigned.to(assigned.device) + assigned
+        self.mean_assignment = self.mean_assignment.to(mean.device) + mean
+        self.steps += 1
+
     def _note_failed(self, names: list[str]) -> None:
-        self.num_failed += len(names)
-        new = [name for name in names if name not in self.failed]
+        new = [name for name in dict.fromkeys(names) if name not in self.named]
         if new:
-            self.failed.update(new)
+            self.named.update(new)
             with self.log_file.open("a", errors="surrogateescape") as file:
                 file.writelines(f"{name}\n" for name in new)
-            logger.warning("%d images cannot be read; named in %s", self.num_failed, self.log_file)
+        num_failed = self.trainer.num_failed
+        if new:
+            logger.warning("%d images cannot be read; named in %s", num_failed, self.log_file)
+        used = (self.trainer.iter + 1) * self.total_batch_size
+        check_failed_share(num_failed, used, self.num_images, self.max_failed_share, self.log_file)
 
     def _report(self) -> None:
-        if dist.is_initialized() and comm.get_world_size() > 1:
-            dist.all_reduce(self.assigned)
-            dist.all_reduce(self.mean_assignment)
+        self.gather()
         shares = self.mean_assignment / self.mean_assignment.sum()
         storage = self.trainer.storage
         storage.put_scalars(
             smoothing_hint=False,
             centroids_in_use=int((self.assigned > 0).sum()),
             assignment_entropy=float(torch.special.entr(shares).sum()),
-            unreadable_images=self.num_failed,
+            unreadable_images=self.trainer.num_failed,
         )
         times = storage.histories().get("time")
         if times is not None and len(times.values()):
@@ -151,6 +195,9 @@ class ExportTeacher(HookBase):
     Args:
         path: of the file.
         period: steps between two exports; 0 exports only at the end.
+
+    Raises:
+        TrainingError: it cannot be written at the end; before, that is an error in the log.
     """
 
     def __init__(self, path: Path, period: int = 0) -> None:
@@ -159,13 +206,26 @@ class ExportTeacher(HookBase):
     def after_step(self) -> None:
         """Export when due."""
         if self.period and (self.trainer.iter + 1) % self.period == 0:
-            save_teacher_backbone(self.trainer.flsl, self.path)
+            try:
+                self._export()
+            except TrainingError as error:
+                logger.error("%s Training goes on.", error)
 
     def after_train(self) -> None:
-        """Export the last teacher, also of a run that is being stopped by an error."""
-        if self.trainer.iter + 1 >= self.trainer.max_iter:
-            save_teacher_backbone(self.trainer.flsl, self.path)
+        """Export the teacher of a run that is complete."""
+        # A step that raised an exception leaves the number below, also in the last step.
+        if self.trainer.iter >= self.trainer.max_iter:
+            self._export()
             logger.info(
                 "The encoder is in %s: train.init_checkpoint=... or MODEL.WEIGHTS loads it.",
                 self.path,
             )
+
+    def _export(self) -> None:
+        try:
+            save_teacher_backbone(self.trainer.flsl, self.path)
+        except (OSError, RuntimeError) as error:  # PyTorch's writer hides what the file said
+            raise TrainingError(
+                f"the encoder cannot be written to '{self.path}' ({error}); make room and run "
+                "again with --resume."
+            ) from error

@@ -3,31 +3,51 @@
 from __future__ import annotations
 
 import argparse
+import errno
+import hashlib
 import logging
+import os
 from pathlib import Path
 
 from detectron2.config import instantiate
-from detectron2.engine import hooks
+from detectron2.engine import HookBase, hooks
 from detectron2.utils import comm
 from detectron2.utils.env import seed_all_rng
 from detectron2.utils.events import JSONWriter, TensorboardXWriter
 from omegaconf import DictConfig
 
 from flsl_d2.checkpoint import FLSLCheckpointer
+from flsl_d2.engine.checkpoints import Checkpoints
 from flsl_d2.engine.config_files import load_lazy_config
 from flsl_d2.engine.launch import launch, wrap_ddp
+from flsl_d2.engine.metrics_file import PeriodicWriter, trim_metrics
 from flsl_d2.engine.output_folder import prepare_output
-from flsl_d2.errors import InputError
+from flsl_d2.engine.run_state import ResumeOptions, check_and_keep_run
+from flsl_d2.engine.stopping import StopRequest, stop_requests
+from flsl_d2.errors import InputError, TrainingError
+from pretrain.bad_numbers import BadNumbersError, step_files, write_bad_numbers
+from pretrain.collapse import CollapseWatch
 from pretrain.data import PretrainDataset, build_pretrain_loader, image_files
+from pretrain.feature_measures import FeatureMeasures
 from pretrain.hooks import ConsoleProgress, ExportTeacher, Monitor
 from pretrain.optimizer import build_adamw
+from pretrain.pictures import EncoderPictures
 from pretrain.schedules import Schedules
 from pretrain.trainer import PretrainTrainer, resolve_precision
 from pretrain.views import NestedViews
 
-__all__ = ["launch_pretraining", "run_pretraining"]
+__all__ = ["images_digest", "launch_pretraining", "run_pretraining"]
 
 logger = logging.getLogger("pretrain")
+
+# Keys whose change leaves the result as it is. Which images there are is compared by their names.
+_MAY_DIFFER = (
+    *("train.output_dir", "train.device", "train.compile", "train.log_period"),
+    *("train.checkpoint_*", "train.pictures_period", "train.measures.*"),
+    *("dataset.root", "dataset.name", "dataset.max_failed_share"),
+    *("dataloader.num_workers", "model.backbone.use_act_checkpoint"),
+)
+_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EFBIG, errno.EIO)
 
 
 def launch_pretraining(args: argparse.Namespace) -> None:
@@ -46,7 +66,7 @@ def launch_pretraining(args: argparse.Namespace) -> None:
 def _run_in_process(args: argparse.Namespace) -> None:
     # Each process loads the config itself: one that registers data sets or defines functions
     # takes effect only where it is loaded.
-    run_pretraining(_load(args), args.resume)
+    run_pretraining(_load(args), args.resume, args.allow_changes, args.overwrite)
 
 
 def _load(args: argparse.Namespace) -> DictConfig:
@@ -60,7 +80,9 @@ def _load(args: argparse.Namespace) -> DictConfig:
     return cfg
 
 
-def run_pretraining(cfg: DictConfig, resume: bool) -> None:
+def run_pretraining(
+    cfg: DictConfig, resume: bool, allow_changes: bool = False, overwrite: bool = False
+) -> None:
     """Pre-train in this process, one of possibly several.
 
     Everything that can be wrong with the input is found before the first step.
@@ -68,10 +90,25 @@ def run_pretraining(cfg: DictConfig, resume: bool) -> None:
     Args:
         cfg: as of ``configs/pretrain/*.py``.
         resume: continue from the last checkpoint of the output folder, where there is one.
+        allow_changes: see :class:`flsl_d2.engine.run_state.ResumeOptions`.
+        overwrite: likewise.
+
+    Raises:
+        InputError: config, images, or an output folder that cannot be used.
+        TrainingError: numbers that are not finite, or a folder that can no longer be written.
+        SystemExit: of status 75, after a request to stop.
     """
+    with stop_requests() as request:
+        _run(cfg, ResumeOptions(resume, allow_changes, overwrite), request)
+
+
+def _run(cfg: DictConfig, options: ResumeOptions, request: StopRequest) -> None:
     output = Path(cfg.train.output_dir)
-    prepare_output(cfg, output, "train.output_dir", ["pretrain"])
+    prepare_output(output, "train.output_dir", ["pretrain"])
     files = image_files(**{key: cfg.dataset[key] for key in ("root", "name")})
+    check_and_keep_run(
+        cfg, output, "train.output_dir", options, _MAY_DIFFER, {"images": images_digest(files)}
+    )
     precision = resolve_precision(cfg.train.precision, cfg.train.device)
     batch_size = cfg.dataloader.total_batch_size
     iters_per_epoch = len(files) / batch_size
@@ -86,7 +123,9 @@ def run_pretraining(cfg: DictConfig, resume: bool) -> None:
     if cfg.train.compile:
         model.compile_blocks()
     views.keep_crops = model.previous_stage is not None
-    dataset = PretrainDataset(files, views, cfg.train.seed, on_error=cfg.dataset.on_error)
+    dataset = PretrainDataset(
+        files, views, cfg.train.seed, cfg.dataset.on_error, cfg.dataset.max_pixels
+    )
     logger.info(
         "%d images; %d steps of %d images (%.2f epochs) in %s on %s, %d process(es)",
         len(files),
@@ -106,13 +145,19 @@ def run_pretraining(cfg: DictConfig, resume: bool) -> None:
         cfg.train.clip_norm,
         cfg.train.clip_mode,
         cfg.train.seed,
+        cfg.train.accumulation_steps,
     )
+    trainer.stop_asked = lambda: bool(request)
+    monitor = Monitor(
+        cfg.train.log_period,
+        batch_size,
+        output / "unreadable_images.txt",
+        len(files),
+        cfg.dataset.max_failed_share,
+    )
+    trainer.register_hooks([hooks.IterationTimer(), monitor])  # before their state is loaded
     checkpointer = FLSLCheckpointer(trainer.model, str(output), trainer=trainer)
-    start_iter = 0
-    if resume and checkpointer.has_checkpoint():
-        checkpointer.resume_or_load("", resume=True)
-        start_iter = trainer.iter + 1
-        logger.info("Resumed after step %d.", start_iter)
+    start_iter = _resume(checkpointer, trainer, options, output)
     trainer.data_loader = build_pretrain_loader(
         dataset,
         batch_size,
@@ -121,36 +166,87 @@ def run_pretraining(cfg: DictConfig, resume: bool) -> None:
         comm.get_world_size(),
         start_iter,
     )
-    num_centroids = len(model.loss.log_prior)
-    trainer.register_hooks(
-        _hooks(cfg, checkpointer, output, max_iter, iters_per_epoch, num_centroids)
-    )
-    trainer.train(start_iter, max_iter)
+    trainer.register_hooks(_hooks(cfg, checkpointer, trainer, monitor, files, max_iter, start_iter))
+    try:
+        trainer.train(start_iter, max_iter)
+    except BadNumbersError as error:
+        at = step_files(files, batch_size, cfg.train.seed, error.iteration, comm.get_world_size())
+        raise write_bad_numbers(error, at, output) from error
+    except OSError as error:
+        if error.errno not in _DISK:
+            raise
+        raise TrainingError(
+            f"'{output}' can no longer be written ({error.strerror}); the checkpoints in it are "
+            "untouched: make room and continue with --resume."
+        ) from error
+
+
+def images_digest(files: list[str]) -> str:
+    """Number of images and a hash of their names below their common folder.
+
+    Says whether a data set that lies elsewhere now is the same, as far as names can.
+    """
+    root = os.path.commonpath([os.path.dirname(file) for file in files])
+    names = "\0".join(os.path.relpath(file, root) for file in files)
+    return f"{len(files)}, sha256 {hashlib.sha256(os.fsencode(names)).hexdigest()[:16]}"
+
+
+def _resume(
+    checkpointer: FLSLCheckpointer,
+    trainer: PretrainTrainer,
+    options: ResumeOptions,
+    output: Path,
+) -> int:
+    """Load the last checkpoint, if asked to; the step to start from."""
+    start_iter = 0
+    if options.resume and checkpointer.has_checkpoint():
+        checkpointer.resume_or_load("", resume=True)
+        start_iter = trainer.iter + 1
+        logger.info("Resumed after step %d.", start_iter)
+    elif options.resume:
+        logger.info("No checkpoint in %s to resume; starting anew.", output)
+    if comm.is_main_process():
+        trim_metrics(output / "metrics.json", start_iter)
+        if start_iter == 0:
+            (output / "unreadable_images.txt").unlink(missing_ok=True)
+    comm.synchronize()
+    return start_iter
 
 
 def _hooks(
     cfg: DictConfig,
     checkpointer: FLSLCheckpointer,
-    output: Path,
+    trainer: PretrainTrainer,
+    monitor: Monitor,
+    files: list[str],
     max_iter: int,
-    iters_per_epoch: float,
-    num_centroids: int,
-) -> list:
-    period = cfg.train.log_period
-    monitor = Monitor(period, cfg.dataloader.total_batch_size, output / "unreadable_images.txt")
-    if not comm.is_main_process():
-        return [hooks.IterationTimer(), monitor]
-    writers = [
-        ConsoleProgress(max_iter, iters_per_epoch, num_centroids),
-        JSONWriter(str(output / "metrics.json"), window_size=1),  # what each step was, unsmoothed
-        TensorboardXWriter(str(output)),
-    ]
-    return [
-        hooks.IterationTimer(),
-        monitor,
-        hooks.PeriodicCheckpointer(
-            checkpointer, cfg.train.checkpoint_period, max_to_keep=cfg.train.checkpoint_keep
-        ),
-        ExportTeacher(output / "teacher_backbone.pth", cfg.train.checkpoint_period),
-        hooks.PeriodicWriter(writers, period),
-    ]
+    start_iter: int,
+) -> list[HookBase]:
+    """In the order in which they run: what a step logs is in the files before its checkpoint is."""
+    output, period = Path(cfg.train.output_dir), cfg.train.log_period
+    num_centroids = len(trainer.flsl.loss.log_prior)
+    registered: list[HookBase] = [CollapseWatch()]
+    if cfg.train.measures.val:
+        registered.append(FeatureMeasures(**cfg.train.measures))
+    if comm.is_main_process():
+        writers = [
+            ConsoleProgress(max_iter, len(files) / monitor.total_batch_size, num_centroids),
+            # What each step was, unsmoothed.
+            JSONWriter(str(output / "metrics.json"), window_size=1),
+            # TensorBoard hides what was logged after the checkpoint.
+            TensorboardXWriter(str(output), purge_step=start_iter),
+        ]
+        registered += [
+            EncoderPictures(files, output / "pictures", cfg.train.pictures_period),
+            PeriodicWriter(writers, period),
+            ExportTeacher(output / "teacher_backbone.pth", cfg.train.checkpoint_period),
+        ]
+    checkpoints = Checkpoints(
+        checkpointer,
+        cfg.train.checkpoint_period,
+        cfg.train.checkpoint_keep,
+        cfg.train.checkpoint_keep_every,
+        stop_agreed=lambda: trainer.stop_agreed,
+        prepare=monitor.gather,
+    )
+    return [*registered, checkpoints]

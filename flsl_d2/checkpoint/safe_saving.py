@@ -16,7 +16,13 @@ from detectron2.utils import comm
 
 from flsl_d2.errors import InputError
 
-__all__ = ["SafeCheckpointer", "checkpoint_damage", "remove_unfinished", "replaced_file"]
+__all__ = [
+    "SafeCheckpointer",
+    "checkpoint_damage",
+    "checkpoint_files",
+    "remove_unfinished",
+    "replaced_file",
+]
 
 _UNFINISHED = ".part"
 logger = logging.getLogger(__name__)
@@ -51,6 +57,23 @@ def remove_unfinished(folder: str | Path) -> None:
     for part in Path(folder).glob(f"*.pth{_UNFINISHED}"):
         logger.info("Removing %s, whose writing was interrupted.", part)
         part.unlink(missing_ok=True)
+
+
+def checkpoint_files(folder: str | Path) -> list[Path]:
+    """Checkpoints of a run, the one that ``last_checkpoint`` names first, then from the newest.
+
+    Empty for a folder without any, and for the empty name.
+    """
+    if not folder:
+        return []
+    folder = Path(folder)
+    found = sorted(folder.glob("model_*.pth"), key=lambda file: -file.stat().st_mtime_ns)
+    with suppress(OSError, ValueError):
+        tagged = folder / (folder / "last_checkpoint").read_text().strip()
+        # A damaged tag may hold anything.
+        if tagged.suffix == ".pth":
+            found = [tagged, *(file for file in found if file != tagged)]
+    return found
 
 
 def checkpoint_damage(path: str | Path) -> str:
@@ -103,7 +126,7 @@ class SafeCheckpointer(DetectionCheckpointer):
 
     def has_checkpoint(self) -> bool:
         """Whether the folder holds a checkpoint, whole or not."""
-        return bool(self._candidates())
+        return bool(checkpoint_files(self.save_dir))
 
     def resume_or_load(self, path: str, *, resume: bool = True) -> dict[str, Any]:
         """Load the newest whole checkpoint when resuming and there is one, else ``path``.
@@ -114,19 +137,6 @@ class SafeCheckpointer(DetectionCheckpointer):
         if resume and self.has_checkpoint():
             return self.load(self._newest_whole())
         return self.load(path, checkpointables=[])
-
-    def _candidates(self) -> list[Path]:
-        """Checkpoints of the folder, the one that ``last_checkpoint`` names and then the newest."""
-        if not self.save_dir:
-            return []
-        folder = Path(self.save_dir)
-        found = sorted(folder.glob("model_*.pth"), key=lambda file: -file.stat().st_mtime_ns)
-        with suppress(OSError, UnicodeDecodeError):
-            tagged = folder / (folder / "last_checkpoint").read_text().strip()
-            # A damaged tag may hold anything, the folder itself included.
-            if tagged.suffix == ".pth":
-                found = [tagged, *(file for file in found if file != tagged)]
-        return found
 
     def _newest_whole(self) -> str:
         # One process decides for all: they must not resume from different steps.
@@ -141,7 +151,7 @@ class SafeCheckpointer(DetectionCheckpointer):
 
     def _choose(self) -> tuple[str, list[str]]:
         refused: list[str] = []
-        for file in self._candidates():
+        for file in checkpoint_files(self.save_dir):
             damage = checkpoint_damage(file)
             if not damage:
                 if refused:

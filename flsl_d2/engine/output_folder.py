@@ -2,26 +2,24 @@
 
 from __future__ import annotations
 
+import logging
 import tempfile
 from pathlib import Path
 
-from detectron2.config import CfgNode, LazyConfig
 from detectron2.utils import comm
 from detectron2.utils.logger import setup_logger
-from omegaconf import DictConfig
 
-from flsl_d2.errors import InputError
+from flsl_d2.errors import InputError, TrainingError
 
 __all__ = ["prepare_output"]
 
 
-def prepare_output(cfg: DictConfig | CfgNode, folder: Path, key: str, loggers: list[str]) -> None:
-    """Make the folder, keep the config in it, and send logs to it and to the console.
+def prepare_output(folder: Path, key: str, loggers: list[str]) -> None:
+    """Make the folder, and send logs to it and to the console.
 
     Only the main process logs to the console; the others write ``log.txt.rank1`` and so on.
 
     Args:
-        cfg: written to ``config.yaml``.
         folder: of the run.
         key: of the config that named the folder, for the message.
         loggers: names of loggers of the run, besides those of Detectron2 and fvcore.
@@ -32,13 +30,8 @@ def prepare_output(cfg: DictConfig | CfgNode, folder: Path, key: str, loggers: l
     rank = comm.get_rank()
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=folder):  # saving a LazyConfig logs failures and goes on
+        with tempfile.TemporaryFile(dir=folder):
             pass
-        if rank == 0:
-            if isinstance(cfg, CfgNode):
-                (folder / "config.yaml").write_text(cfg.dump())
-            else:
-                LazyConfig.save(cfg, str(folder / "config.yaml"))
     except OSError as error:
         raise InputError(
             f"{key} is '{folder}', which cannot be written ({error.strerror}); set it to a folder "
@@ -46,3 +39,10 @@ def prepare_output(cfg: DictConfig | CfgNode, folder: Path, key: str, loggers: l
         ) from error
     for name in ("fvcore", "detectron2", *loggers):
         setup_logger(str(folder), distributed_rank=rank, name=name, abbrev_name=name)
+    logging.getLogger("detectron2.engine.train_loop").addFilter(_tells_more_than_a_sentence)
+
+
+def _tells_more_than_a_sentence(record: logging.LogRecord) -> bool:
+    """False for what the tool will say itself, at the end and without a traceback."""
+    error = record.exc_info[1] if record.exc_info else None
+    return not isinstance(error, InputError | TrainingError)

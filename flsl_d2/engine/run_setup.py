@@ -13,6 +13,7 @@ from detectron2.utils.env import seed_all_rng
 from omegaconf import DictConfig
 
 from flsl_d2.engine.output_folder import prepare_output
+from flsl_d2.engine.run_state import ResumeOptions, check_and_keep_run, keep_config
 
 __all__ = ["seed_run", "start_run"]
 
@@ -22,8 +23,23 @@ logger = logging.getLogger(__name__)
 # and that has a newer name.
 _HARMLESS_WARNINGS = ("torch.utils.cpp_extension", "torch.fx._symbolic_trace")
 
+# Keys whose change leaves the result of training as it is.
+_MAY_DIFFER = (
+    *("train.output_dir", "train.device", "train.log_period", "train.eval_period"),
+    *("train.checkpointer.*", "train.init_checkpoint", "dataloader.test.*"),
+    *("dataloader.evaluator.*", "dataloader.*.num_workers"),
+    *("OUTPUT_DIR", "MODEL.DEVICE", "MODEL.WEIGHTS", "DATALOADER.NUM_WORKERS", "DATASETS.TEST"),
+    *("SOLVER.CHECKPOINT_PERIOD", "TEST.*", "VIS_PERIOD"),
+)
 
-def start_run(cfg: DictConfig | CfgNode, folder: str, key: str, seed: int) -> None:
+
+def start_run(
+    cfg: DictConfig | CfgNode,
+    folder: str,
+    key: str,
+    seed: int,
+    options: ResumeOptions | None = None,
+) -> None:
     """Make the output folder, send logs there, keep config and environment in it, and seed.
 
     Stands for Detectron2's ``default_setup``, which prints the environment, the config file and
@@ -34,11 +50,16 @@ def start_run(cfg: DictConfig | CfgNode, folder: str, key: str, seed: int) -> No
         folder: to write to.
         key: of the config that named the folder, for messages.
         seed: see :func:`seed_run`.
+        options: of a run that trains, which is compared with what the folder holds.
 
     Raises:
-        InputError: the folder cannot be written.
+        InputError: the folder cannot be written, or holds another run.
     """
-    prepare_output(cfg, Path(folder), key, ["flsl_d2"])
+    prepare_output(Path(folder), key, ["flsl_d2"])
+    if options is not None:
+        check_and_keep_run(cfg, folder, key, options, _MAY_DIFFER)
+    elif comm.is_main_process():
+        keep_config(cfg, folder)
     seed_run(seed)
     for name in _HARMLESS_WARNINGS:
         logging.getLogger(name).setLevel(logging.ERROR)

@@ -5,22 +5,38 @@ from __future__ import annotations
 import json
 import logging
 from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
-from detectron2.config import CfgNode
+from detectron2.config import CfgNode, LazyConfig
 from detectron2.utils import comm
 from omegaconf import DictConfig, OmegaConf
 
-from flsl_d2.checkpoint.safe_saving import replaced_file
+from flsl_d2.checkpoint.safe_saving import checkpoint_files, replaced_file
 from flsl_d2.errors import InputError
 
-__all__ = ["RUN_FILE", "check_and_keep_run", "flat_config"]
+__all__ = ["RUN_FILE", "ResumeOptions", "check_and_keep_run", "flat_config", "keep_config"]
 
 RUN_FILE = "run.json"
 _SHOWN = 12
 logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class ResumeOptions:
+    """What to do with a run that the output folder already holds.
+
+    Attributes:
+        resume: continue it.
+        allow_changes: continue it even with other settings.
+        overwrite: delete its checkpoints and start anew.
+    """
+
+    resume: bool = False
+    allow_changes: bool = False
+    overwrite: bool = False
 
 
 def flat_config(cfg: DictConfig | CfgNode) -> dict[str, str]:
@@ -35,50 +51,61 @@ def flat_config(cfg: DictConfig | CfgNode) -> dict[str, str]:
 
 
 def check_and_keep_run(
+    cfg: DictConfig | CfgNode,
     folder: str | Path,
-    settings: Mapping[str, str],
     key: str,
-    *,
-    resume: bool,
-    has_checkpoint: bool,
+    options: ResumeOptions,
     may_differ: Iterable[str] = (),
-    allow_changes: bool = False,
-    overwrite: bool = False,
+    also: Mapping[str, str] | None = None,
 ) -> None:
-    """Compare a run with the one that its folder holds, then write ``run.json`` there.
+    """Compare a run with the one that its folder holds, then keep its config there.
 
-    A folder without a checkpoint holds no run. A process count that differs is said, not refused.
+    Writes ``config.yaml`` to read and ``run.json`` to compare with. A folder without a checkpoint
+    holds no run. A number of processes that differs is said, not refused.
 
     Args:
+        cfg: of this run.
         folder: of the output.
-        settings: of this run, as of :func:`flat_config`, and whatever else decides its result.
         key: of the config that names the folder, for messages.
-        resume: continue what is there.
-        has_checkpoint: whether there is something.
+        options: of the command line.
         may_differ: keys that do not change the result, as patterns of ``fnmatch``.
-        allow_changes: say what differs and go on.
-        overwrite: start anew where a run is.
+        also: settings beside those of the config that decide the result.
 
     Raises:
         InputError: the folder holds a run and ``resume`` was not given, or a run of other settings.
     """
-    file = Path(folder, RUN_FILE)
-    if has_checkpoint and not resume:
-        if not overwrite:
-            raise InputError(
-                f"{key} is '{folder}', which holds the checkpoints of a run; continue it with "
-                f"--resume, set another {key}, or start anew over it with --overwrite."
-            )
-        logger.warning("Starting anew over the run in %s, as --overwrite asks.", folder)
-    if has_checkpoint and resume:
-        before = _read(file)
-        _compare(before.get("settings", {}), settings, folder, key, list(may_differ), allow_changes)
+    folder = Path(folder)
+    settings = {**flat_config(cfg), **(also or {})}
+    files = checkpoint_files(folder)
+    if files and not options.resume and not options.overwrite:
+        raise InputError(
+            f"{key} is '{folder}', which holds the checkpoints of a run; continue it with "
+            f"--resume, set another {key}, or start anew over it with --overwrite."
+        )
+    if files and options.resume:
+        before = _read(folder / RUN_FILE)
+        _compare(before.get("settings"), settings, folder, key, may_differ, options.allow_changes)
         _compare_processes(before.get("processes"))
-    comm.synchronize()  # all have read it
-    if comm.is_main_process():
-        content = {"processes": comm.get_world_size(), "settings": dict(settings)}
-        with replaced_file(file) as out:
-            out.write(json.dumps(content, indent=1).encode())
+    comm.synchronize()  # all have looked
+    if not comm.is_main_process():
+        return
+    if files and not options.resume:
+        logger.warning("Deleting the checkpoints of the run in %s, as --overwrite asks.", folder)
+        for file in [*files, folder / "last_checkpoint"]:
+            file.unlink(missing_ok=True)
+    keep_config(cfg, folder)
+    content = {"processes": comm.get_world_size(), "settings": settings}
+    with replaced_file(folder / RUN_FILE) as out:
+        out.write(json.dumps(content, indent=1).encode())
+
+
+def keep_config(cfg: DictConfig | CfgNode, folder: str | Path) -> None:
+    """Write ``config.yaml``, for people; nothing reads it back."""
+    path = Path(folder, "config.yaml")
+    if isinstance(cfg, CfgNode):
+        path.write_text(cfg.dump())
+    else:
+        LazyConfig.save(cfg, str(path))
 
 
 def _read(file: Path) -> dict[str, Any]:
@@ -94,16 +121,17 @@ def _read(file: Path) -> dict[str, Any]:
 
 
 def _compare(
-    before: Mapping[str, str],
+    before: Mapping[str, str] | None,
     now: Mapping[str, str],
-    folder: str | Path,
+    folder: Path,
     key: str,
-    may_differ: list[str],
+    may_differ: Iterable[str],
     allow_changes: bool,
 ) -> None:
     if not before:
         return
     differing = [name for name in sorted({*before, *now}) if before.get(name) != now.get(name)]
+    may_differ = list(may_differ)
     harmless = [name for name in differing if any(fnmatchcase(name, p) for p in may_differ)]
     serious = [name for name in differing if name not in harmless]
     changes = {
