@@ -25,6 +25,8 @@ _NOT_RESULTS = (
     "train.output_dir",
     "train.checkpoint_period",
     "train.checkpoint_keep",
+    "train.pictures_period",
+    "train.measures",
     "dataloader.num_workers",
 )
 # Keys of metrics.json, and the columns they become: means over the last tenth of a run.

@@ -12,6 +12,8 @@ __all__ = ["Subject", "results_table"]
 
 # What describes a measurement and is no quality, by the last part of its name.
 _NEITHER = ("clusters", "kernel_width", "loss", "centroids_in_use", "entropy", "feature_std")
+# Values of single classes stay in result.json: COCO has 80.
+_OF_ONE_CLASS = ("IoU-", "AP-")
 
 
 @dataclass(frozen=True)
@@ -75,7 +77,9 @@ def _value_names(
     """Names of a stage's values, in the order of their appearance; the stage's own without any."""
     jobs = [job for subject in subjects for job in subject.jobs.get(stage, ())]
     found = [records[job.key].outcome.values for job in jobs if job.key in records]
-    return list(dict.fromkeys(name for values in found for name in values)) or [stage]
+    names = dict.fromkeys(name for values in found for name in values)
+    shown = [n for n in names if not n.rpartition("/")[2].startswith(_OF_ONE_CLASS)]
+    return shown or [stage]
 
 
 def _seconds(stage: str) -> str:

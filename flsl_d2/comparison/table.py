@@ -116,11 +116,12 @@ class Table:
         return [f"{', '.join(names)}: {reason}" for reason, names in told.items()]
 
     def _notes(self, start: str) -> list[str]:
-        return [
-            f"{start}{', '.join(row.labels.values())}: {reason}"
-            for row in self.rows
-            for reason in self.failures(row)
-        ]
+        """A line for each reason, with the rows that it stopped."""
+        rows: dict[str, list[str]] = {}
+        for row in self.rows:
+            for reason in self.failures(row):
+                rows.setdefault(reason, []).append(", ".join(row.labels.values()))
+        return [f"{start}{' | '.join(names)}: {reason}" for reason, names in rows.items()]
 
     def markdown(self) -> str:
         """A table of GitHub's Markdown, best values in bold, the reasons of failures below it."""

@@ -5,10 +5,12 @@ from __future__ import annotations
 import cv2
 import numpy as np
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
 from flsl_d2.errors import InputError
+from flsl_d2.modeling import FLSLViT
 from pretrain.grid import Axis, grid_points, parse_axis, short_names
 
 CONFIG = "configs/pretrain/flsl_vit_small_p16_in1k.py"
@@ -80,3 +82,13 @@ def test_without_a_grid_there_is_one_run(overrides):
     (point,) = grid_points(CONFIG, [], overrides, [])
     assert point.values == {}
     assert point.seed == 0
+
+
+def test_a_previous_stage_is_checked_with_its_weights(overrides, tmp_path):
+    encoder = FLSLViT(img_size=32, embed_dim=32, depth=2, num_heads=2)
+    torch.save(encoder.state_dict(), tmp_path / "previous.pth")
+    axis = Axis("model.previous_stage.weights", (str(tmp_path / "previous.pth"),))
+    (point,) = grid_points(CONFIG, [axis], overrides, [])
+    assert point.cfg.model.previous_stage.weights.endswith("previous.pth")
+    with pytest.raises(InputError, match=r"weights=/nowhere\.pth: "):
+        grid_points(CONFIG, [Axis(axis.key, ("/nowhere.pth",))], overrides, [])
