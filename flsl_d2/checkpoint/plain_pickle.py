@@ -10,97 +10,17 @@ from __future__ import annotations
 
 import mmap
 import pickletools
-import re
-from collections import OrderedDict
 from collections.abc import Callable
 from typing import Any
 
-import numpy as np
+from flsl_d2.checkpoint.pickle_objects import (
+    KNOWN_NAMES,
+    ForeignObjectError,
+    Function,
+    Unfinished,
+)
 
 __all__ = ["ForeignObjectError", "read_plain_pickle"]
-
-
-class ForeignObjectError(ValueError):
-    """A pickle asks for something that is not data; its text is the name."""
-
-
-class _Function:
-    """Stands for the one thing that a name of :data:`_KNOWN` may do."""
-
-    def __init__(self, call: Callable[..., Any]) -> None:
-        self.call = call
-
-
-class _Unfinished:
-    """An array or data type between its creation and the instruction that fills it."""
-
-    def __init__(self, finish: Callable[[Any], Any]) -> None:
-        self.finish = finish
-        self.memo_keys: list[int] = []
-
-
-def _dtype(code: Any, *_: Any) -> _Unfinished:
-    if not isinstance(code, str) or not re.fullmatch(r"[<>|=]?[biufc]\d+", code):
-        raise ForeignObjectError(f"numpy.dtype({code!r})")
-    kind = np.dtype(code)
-    # The state begins with the version of its format and the byte order.
-    return _Unfinished(lambda state: kind.newbyteorder(state[1] if state[1] in "<>" else "|"))
-
-
-def _array(*_: Any) -> _Unfinished:
-    def finish(state: tuple) -> np.ndarray:
-        _, shape, dtype, is_fortran, data = state
-        return _from_buffer(data, dtype, shape, "F" if is_fortran else "C")
-
-    return _Unfinished(finish)
-
-
-def _from_buffer(data: Any, dtype: np.dtype, shape: tuple, order: str) -> np.ndarray:
-    return np.frombuffer(_bytes(data), dtype).reshape(shape, order=order).copy()
-
-
-def _scalar(dtype: np.dtype, data: Any) -> Any:
-    return np.frombuffer(_bytes(data), dtype)[0].item()
-
-
-def _bytes(data: Any) -> bytes:
-    """Raw data; Python 2 wrote it as a string."""
-    if isinstance(data, str):
-        return data.encode("latin1")
-    if not isinstance(data, (bytes, bytearray)):
-        raise ValueError("raw data is expected")
-    return bytes(data)
-
-
-def _encode(text: str, encoding: str) -> bytes:
-    if encoding != "latin1":
-        raise ForeignObjectError(f"_codecs.encode to {encoding}")
-    return text.encode("latin1")
-
-
-def _byte_string(content: bytes | str = b"", *_: Any) -> bytes:
-    return _bytes(content)
-
-
-_KNOWN: dict[str, _Function | type] = {
-    "collections.OrderedDict": _Function(lambda *pairs: OrderedDict(*pairs)),
-    "_codecs.encode": _Function(_encode),
-    "builtins.bytes": _Function(_byte_string),
-    "__builtin__.bytes": _Function(_byte_string),
-    "builtins.bytearray": _Function(_byte_string),
-    "__builtin__.bytearray": _Function(_byte_string),
-    "numpy.dtype": _Function(_dtype),
-    "numpy.ndarray": np.ndarray,  # an argument only
-    **{
-        f"{package}.{name}": _Function(call)
-        for package in ("numpy.core", "numpy._core")
-        for name, call in (
-            ("multiarray._reconstruct", _array),
-            ("multiarray.scalar", _scalar),
-            ("numeric._frombuffer", _from_buffer),
-        )
-    },
-}
 
 # Instructions that push their argument, those that push a constant, and those without effect here.
 _LITERALS = frozenset(
@@ -153,7 +73,7 @@ class _Machine:
                 break
             self._step(opcode.name, argument)
         (result,) = self.stack
-        if self.num_unfinished or self.marks or isinstance(result, (_Function, type)):
+        if self.num_unfinished or self.marks or isinstance(result, (Function, type)):
             raise ValueError("the pickle is incomplete")
         return result
 
@@ -182,7 +102,7 @@ class _Machine:
     def _remember(self, key: int) -> None:
         value = self.stack[-1]
         self.memo[key] = value
-        if isinstance(value, _Unfinished):
+        if isinstance(value, Unfinished):
             value.memo_keys.append(key)
 
     def _since_mark(self) -> list[Any]:
@@ -242,22 +162,22 @@ class _Machine:
         self._find(module, name)
 
     def _find(self, module: str, name: str) -> None:
-        known = _KNOWN.get(f"{module}.{name}")
+        known = KNOWN_NAMES.get(f"{module}.{name}")
         if known is None:
             raise ForeignObjectError(f"{module}.{name}")
         self.stack.append(known)
 
     def _do_reduce(self, _: Any) -> None:
         arguments, function = self.stack.pop(), self.stack.pop()
-        if not isinstance(function, _Function) or not isinstance(arguments, tuple):
+        if not isinstance(function, Function) or not isinstance(arguments, tuple):
             raise ForeignObjectError(f"a call of {function!r}")
         value = function.call(*arguments)
-        self.num_unfinished += isinstance(value, _Unfinished)
+        self.num_unfinished += isinstance(value, Unfinished)
         self.stack.append(value)
 
     def _do_build(self, _: Any) -> None:
         state, unfinished = self.stack.pop(), self.stack.pop()
-        if not isinstance(unfinished, _Unfinished):
+        if not isinstance(unfinished, Unfinished):
             raise ForeignObjectError(f"the state of a {type(unfinished).__name__}")
         value = unfinished.finish(state)
         self.num_unfinished -= 1
