@@ -131,6 +131,8 @@ def test_bad_input_is_one_sentence_before_any_run(compare, encoder_file, tmp_pat
         ([*encoder, "--eval", DETECTION, "model.roi_heads.num_classes=3"], "6 categories"),
         ([*encoder, "--eval", "davis=/nowhere"], "/nowhere"),
         ([*encoder, *knn, *DATA, "--seeds", "-1"], "--seeds"),
+        ([*encoder, *knn, *DATA, "--output", "/proc/no"], "'/proc/no' cannot be written"),
+        (["--encoder", "random", *knn, *DATA, "--output", "/proc/no"], "cannot be written"),
     ]
     for arguments, part in cases:
         status, _, errors = compare("--output", str(tmp_path / "out"), *arguments)

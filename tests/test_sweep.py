@@ -167,6 +167,7 @@ def test_bad_input_is_one_sentence_before_any_run(sweep, tmp_path):
         ([*grid, "--detection", "configs/pretrain/flsl_vit_small_p16_in1k.py"], "backbone.net"),
         ([*grid, "--detection-override", "a=b"], "--detection, which is not given"),
         ([*grid, "dataset.name=", "dataset.root=/nowhere"], "/nowhere"),
+        ([*grid, "--output", "/proc/no"], "'/proc/no' cannot be written"),
     ]
     if not torch.cuda.is_available():
         cases.append(([*grid, "train.device=cuda"], "train.device=cpu"))

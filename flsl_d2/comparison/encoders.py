@@ -128,7 +128,12 @@ def _write_untrained(architecture: dict[str, Any], seed: int, path: Path) -> Non
         "format": "flsl_d2 encoder",
         "matching_heuristics": True,
     }
-    path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_name(path.name + ".part")
-    torch.save(content, part)
-    os.replace(part, path)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        torch.save(content, part)
+        os.replace(part, path)
+    except (OSError, RuntimeError) as error:  # PyTorch's for a file that it cannot open
+        raise InputError(
+            f"the untrained encoder '{path}' cannot be written ({error}); name another --output."
+        ) from error
