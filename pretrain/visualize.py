@@ -188,11 +188,12 @@ def _plain(name: str) -> str:
 def _summary(encoder: DescribedEncoder, scale: float) -> str:
     labels = encoder.labels[scale]
     counts = [int(each.max()) + 1 for each in labels]
+    number = " to ".join(str(count) for count in sorted({min(counts), max(counts)}))
     largest = np.mean([(each == 0).mean() for each in labels])
     r2 = [encoder.position_r2, encoder.colour_r2]
     position, colour = ("n/a" if value is None else f"{value:.2f}" for value in r2)
     return (
-        f"{encoder.name}: {min(counts)} to {max(counts)} clusters an image, the largest "
+        f"{encoder.name}: {number} clusters an image, the largest "
         f"{largest:.0%} of it; a token attends to {encoder.attended[scale]:.0%} of the image; "
         f"position R^2 {position}; colour R^2 {colour}; {encoder.groups_note}"
     )

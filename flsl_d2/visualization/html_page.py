@@ -143,7 +143,7 @@ def _encoder(
 
 def _position_r2_of_colours(images: Sequence[np.ndarray]) -> float | None:
     """How much of the images' own colours their layout explains, for comparison."""
-    grids = [(image.shape[0] // 16, image.shape[1] // 16) for image in images]
+    grids = [tuple(max(side // 16, 1) for side in image.shape[:2]) for image in images]
     return position_r2(patch_colours(images, grids), grids)
 
 

@@ -109,6 +109,15 @@ def test_tokens_that_a_page_cannot_hold_are_refused(value: float) -> None:
         describe_encoder("x", [tokens], [(2, 2)], [np.zeros((32, 32, 3), np.uint8)], (1.0,))
 
 
+def test_a_single_token_makes_a_page(tmp_path: Path) -> None:
+    image = np.zeros((8, 8, 3), np.uint8)
+    encoder = describe_encoder("x", [torch.randn(1, 8)], [(1, 1)], [image], (1.0,))
+    write_page(tmp_path / "a.html", [encoder], [image], ["a"], [(0.5, 0.5)])
+    data = content(tmp_path / "a.html")
+    assert data["encoders"][0]["positionR2"] is None
+    assert data["colourPositionR2"] is None
+
+
 SCRIPT = """
 const Maths = require(process.argv[1]);
 const data = JSON.parse(require("fs").readFileSync(0, "utf8"));

@@ -329,7 +329,7 @@ function showNumbers() {
   }
 }
 
-const r2 = (value) => (value === null ? "needs 2 images" : value.toFixed(2).replace(/^-(0\.00)$/, "$1"));
+const r2 = (value) => (value === null ? "n/a" : value.toFixed(2).replace(/^-(0\.00)$/, "$1"));
 
 /** Compare the maps with those that Python computed for the tokens chosen at first. */
 function check() {
