@@ -37,6 +37,7 @@ setup(
     license="Apache-2.0",
     python_requires=">=3.10",
     packages=find_packages(include=["flsl_d2", "flsl_d2.*"]),
+    package_data={"flsl_d2.visualization": ["page/*"]},
     cmdclass={"build_py": BuildWithConfigs},
     # Only what a working Detectron2 may lack, with lower bounds alone, so that nothing that is
     # there changes version. Deliberately absent:
@@ -56,7 +57,9 @@ setup(
         "pycocotools>=2.0.2",
         "pyyaml",
         "safetensors",
+        "tabulate",
         "timm>=1.0.21",
+        "tqdm",
     ],
     extras_require={
         "pretrain": ["simplejpeg", "tensorboard", "psutil"],

@@ -16,10 +16,17 @@ EXAMPLES = """examples:
   the same from the YAML config:
     tools/train_net.py --config-file configs/coco/mask_rcnn_flsl_vit_s16_1x.yaml --num-gpus 8 \\
       MODEL.WEIGHTS output/flsl_vit_small_p16_in1k/teacher_backbone.pth
-  one GPU and other data (one category):
+  your own COCO-format files (their categories set the number of classes), one GPU:
+    tools/train_net.py --config-file configs/coco/mask_rcnn_flsl_vit_s16_1x.py \\
+      dataloader.train.dataset.json_file=parts/train.json \\
+      dataloader.train.dataset.image_root=parts/images \\
+      dataloader.test.dataset.json_file=parts/val.json \\
+      dataloader.test.dataset.image_root=parts/images \\
+      dataloader.train.total_batch_size=2 optimizer.lr=1.25e-5
+  data that is registered in Detectron2 (one category):
     tools/train_net.py --config-file configs/coco/mask_rcnn_flsl_vit_s16_1x.py \\
       dataloader.train.dataset.names=pennfudan_train dataloader.test.dataset.names=pennfudan_val \\
-      model.roi_heads.num_classes=1 dataloader.train.total_batch_size=2 optimizer.lr=1.25e-5
+      model.roi_heads.num_classes=1
   evaluate a trained detector, on the CPU:
     tools/train_net.py --config-file configs/coco/mask_rcnn_flsl_vit_s16_1x.py --eval-only \\
       train.device=cpu train.init_checkpoint=output/mask_rcnn_flsl_vit_s16_1x/model_final.pth

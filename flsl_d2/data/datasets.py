@@ -8,6 +8,7 @@ from pathlib import Path
 from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.data.datasets import register_coco_instances
 
+from flsl_d2.data.imagenet_boxes import register_imagenet_boxes
 from flsl_d2.errors import InputError
 
 # name: (annotation file, image folder), below the folder of all data sets
@@ -92,3 +93,4 @@ def register_builtin(root: str | os.PathLike[str] | None = None) -> None:
     for name, (json_file, images) in _BUILTIN.items():
         if name not in DatasetCatalog:
             register_coco_format(name, os.path.join(root, json_file), os.path.join(root, images))
+    register_imagenet_boxes(os.path.join(root, "imagenet"))
