@@ -72,7 +72,7 @@ def test_encoders_side_by_side_with_a_failed_row(compare, encoder_file, tmp_path
     ]
     status, said, errors = compare(*given)
     assert status == 1, said + errors
-    assert errors.startswith("error: 1 evaluations failed")
+    assert errors.startswith("error: 2 of 6 cells of the table failed")
     assert "damaged is left out: weights" in said
     random, small, damaged = rows(output)
     assert 0 < float(random["knn_segmentation/mIoU"]) != float(small["knn_segmentation/mIoU"])
@@ -113,7 +113,7 @@ def test_detection_with_two_seeds_on_two_processes(compare, encoder_file, tmp_pa
         assert row["detection/box AP seeds"] == "2"
         assert float(row["detection/box AP std"]) >= 0
     assert "±" in (output / "table.md").read_text()
-    assert len(list((output / "pictures").glob("detection-*.png"))) == 4
+    assert len(list((output / "pictures").glob("detection-*.png"))) == 2
     assert cv2.imread(str(output / "plots" / "detection_curves.png")) is not None
 
 

@@ -48,9 +48,12 @@ def run_comparison(comparison: Comparison) -> None:
     table = results_table(subjects, records, stages=names)
     write_comparison_page(comparison, encoders, subjects, records, table)
     print(f"\n{table.markdown()}\ntables and index.html: {comparison.output}")
-    failed = sum(len(table.failures(row)) for row in table.rows)
+    cells = [row.cell(measure) for row in table.rows for measure in table.measures]
+    failed = sum(bool(cell.failures) for cell in cells)
     if failed:
-        raise WorkerError(f"{failed} evaluations failed, see the table; run it again to retry.")
+        raise WorkerError(
+            f"{failed} of {len(cells)} cells of the table failed; the same command tries them again."
+        )
 
 
 def _subject(encoder: Encoder, comparison: Comparison) -> Subject:

@@ -102,11 +102,12 @@ def _detection_section(
     subjects: Sequence[Subject],
     records: dict[str, Record],
 ) -> None:
-    folders = {}
+    folders, shown = {}, {}
     for subject in subjects:
         done = [j for j in subject.jobs.get(evaluation.name, ()) if records[j.key].status == "done"]
-        for job in done:
-            folders[job.label] = comparison.output / "jobs" / job.key
+        mine = {job.label: comparison.output / "jobs" / job.key for job in done}
+        folders |= mine
+        shown |= dict(list(mine.items())[:1])  # detections of one seed are enough to look at
     page.heading(f"{evaluation.name}: {evaluation.config_file}")
     curves = comparison.output / "plots" / f"{evaluation.name}_curves.png"
     files = {label: folder / "metrics.json" for label, folder in folders.items()}
@@ -115,7 +116,7 @@ def _detection_section(
     if comparison.num_pictures:
         drawn = detection_pictures(
             evaluation.test_dataset(),
-            folders,
+            shown,
             comparison.num_pictures,
             comparison.output / "pictures",
         )

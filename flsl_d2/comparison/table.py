@@ -113,7 +113,11 @@ class Table:
         for measure in self.measures:
             for reason in dict.fromkeys(row.cell(measure).failures):
                 told.setdefault(reason, []).append(measure.name)
-        return [f"{', '.join(names)}: {reason}" for reason, names in told.items()]
+        every = len(self.measures)
+        return [
+            f"{'everything' if len(names) == every > 1 else ', '.join(names)}: {reason}"
+            for reason, names in told.items()
+        ]
 
     def _notes(self, start: str) -> list[str]:
         """A line for each reason, with the rows that it stopped."""
@@ -183,7 +187,8 @@ class Table:
 def cell_of(records: Iterable[Record], name: str) -> Cell:
     """The cell of a measure from the records of its seeds.
 
-    A record that failed as a whole is a failure of each of its measures.
+    A record that failed as a whole is a failure of each of its measures. One that is done without
+    the measure (the speed of a run of one step, a class that no image has) leaves it out.
     """
     values, failures = [], []
     for record in records:
@@ -191,8 +196,6 @@ def cell_of(records: Iterable[Record], name: str) -> Cell:
             values.append(record.outcome.values[name])
         elif record.status != "done":
             failures.append(record.outcome.failures.get(name, record.error or record.status))
-        else:
-            failures.append("not among the results")
     return Cell(tuple(values), tuple(failures))
 
 

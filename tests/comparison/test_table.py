@@ -113,4 +113,5 @@ def test_cells_take_values_and_reasons_from_records():
         Record("failed", error="no memory"),
     ]
     assert cell_of(records, "x") == Cell((1.0, 3.0), ("no memory",))
-    assert cell_of(records, "y").failures == ("not among the results", "y is missing", "no memory")
+    assert cell_of(records, "y").failures == ("y is missing", "no memory")
+    assert cell_of(records[:1], "y") == Cell()
