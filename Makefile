@@ -8,7 +8,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.flsl-d2-installed
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test slow-tests lint format clean
+.PHONY: help install demo test slow-tests soak lint format clean
 
 help: ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## /  make \1|/p' Makefile | while IFS='|' read -r target text; do \
@@ -34,6 +34,9 @@ test: $(STAMP) ## run the tests
 
 slow-tests: $(STAMP) ## run the long accuracy tests
 	@"$(BIN)/python" -m pytest -m slow
+
+soak: $(STAMP) ## kill and resume a run 25 times and compare its weights to the bit
+	@"$(BIN)/python" tests/soak.py
 
 lint: $(STAMP) ## check style and formatting
 	@"$(BIN)/ruff" check . && "$(BIN)/ruff" format --check .

@@ -104,7 +104,7 @@ def run_pretraining(
 
 def _run(cfg: DictConfig, options: ResumeOptions, request: StopRequest) -> None:
     output = Path(cfg.train.output_dir)
-    prepare_output(output, "train.output_dir", ["pretrain"])
+    prepare_output(output, "train.output_dir", ["pretrain", "flsl_d2"])
     files = image_files(**{key: cfg.dataset[key] for key in ("root", "name")})
     check_and_keep_run(
         cfg, output, "train.output_dir", options, _MAY_DIFFER, {"images": images_digest(files)}

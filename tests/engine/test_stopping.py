@@ -1,0 +1,104 @@
+"""Requests to stop: noted once, passed on, and a second one that ends a process at once."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from flsl_d2.engine.stopping import forwarding, signals_held, stop_requests
+
+REPOSITORY = Path(__file__).parents[2]
+TRAINS = """
+import time
+from flsl_d2.engine.stopping import stop_requests
+with stop_requests() as request:
+    print("ready", flush=True)
+    while not request:
+        time.sleep(0.01)
+    print(request.signal_name, flush=True)
+    time.sleep({more})
+"""
+
+
+def training(more: float) -> subprocess.Popen:
+    process = subprocess.Popen(
+        [sys.executable, "-c", TRAINS.format(more=more)],
+        cwd=REPOSITORY,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    assert process.stdout.readline() == "ready\n"
+    return process
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
+def test_a_request_is_noted_and_its_echo_is_not_a_second_one(number):
+    process = training(more=0)
+    process.send_signal(number)
+    process.send_signal(signal.SIGTERM)  # what a scheduler's own signal to every process looks like
+    said, errors = process.communicate(timeout=60)
+    assert process.returncode == 0
+    assert said.strip() in ("SIGTERM", "SIGUSR1")
+    assert errors.count("finishing the step") == 1
+
+
+def test_a_second_request_ends_at_once():
+    process = training(more=100)
+    process.send_signal(signal.SIGUSR1)
+    assert process.stdout.readline() == "SIGUSR1\n"
+    time.sleep(0.7)
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(10) == 128 + signal.SIGTERM
+
+
+def test_handlers_are_put_back():
+    before = [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGUSR1)]
+    with stop_requests() as request:
+        os.kill(os.getpid(), signal.SIGUSR1)
+        assert request
+        assert request.signal_name == "SIGUSR1"
+    assert [signal.getsignal(n) for n in (signal.SIGTERM, signal.SIGUSR1)] == before
+
+
+def test_forked_workers_take_no_notice():
+    with stop_requests():
+        child = os.fork()
+        if not child:
+            time.sleep(0.5)
+            os._exit(7)
+        os.kill(child, signal.SIGTERM)
+        os.kill(child, signal.SIGUSR1)
+        assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 7
+
+
+class Process:
+    """Like one of multiprocessing's."""
+
+    def __init__(self, pid: int) -> None:
+        self.pid = pid
+        self.exitcode = None
+
+
+def test_held_signals_reach_a_child_that_was_not_ready():
+    code = (
+        "import signal; signal.signal(signal.SIGUSR1, lambda *a: print('got', flush=True))\n"
+        "print(signal.SIGUSR1 in signal.pthread_sigmask(signal.SIG_BLOCK, []), flush=True)\n"
+        "input()\n"
+        "signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGUSR1])"
+    )
+    with signals_held():
+        child = subprocess.Popen(
+            [sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+        )
+    assert child.stdout.readline() == "True\n"
+    with forwarding([Process(child.pid)]) as stop:
+        os.kill(os.getpid(), signal.SIGUSR1)
+        assert stop
+    said, _ = child.communicate("\n", timeout=30)
+    assert said == "got\n"
+    assert child.returncode == 0

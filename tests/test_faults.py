@@ -1,0 +1,155 @@
+"""Signals, damaged files, full disks and bad numbers, on real runs of the pre-training tool."""
+
+from __future__ import annotations
+
+import json
+import os
+import resource
+import signal
+import subprocess
+import time
+from pathlib import Path
+
+import pytest
+import soak
+import torch
+
+LENGTH = ["train.max_iter=40", "train.checkpoint_period=5", "dataloader.num_workers=0"]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> Path:
+    """Images, and a run that nobody disturbed."""
+    folder = tmp_path_factory.mktemp("faults")
+    soak.make_images(folder / "images")
+    status, said = run(folder, "whole", *LENGTH)
+    assert status == 0, said
+    return folder
+
+
+def run(folder: Path, output: str, *arguments: str, **options) -> tuple[int, str]:
+    done = subprocess.run(
+        soak.command(folder / "images", folder / output, *arguments),
+        cwd=soak.ROOT,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        timeout=300,
+        **options,
+    )
+    return done.returncode, done.stdout
+
+
+def start_and_wait_for(folder: Path, output: str, checkpoint: str, *arguments: str):
+    """A run that has just written a checkpoint, and the file that it prints to."""
+    log = folder / f"{output}.log"
+    process = soak.start(soak.command(folder / "images", folder / output, *arguments), log)
+    deadline = time.monotonic() + 200
+    while not (folder / output / checkpoint).exists():
+        assert process.poll() is None, log.read_text()
+        assert time.monotonic() < deadline, log.read_text()
+        time.sleep(0.005)
+    return process, log
+
+
+def test_killed_and_damaged_and_still_equal_to_the_bit(folder):
+    process, log = start_and_wait_for(folder, "parts", "model_0000014.pth", *LENGTH)
+    os.killpg(process.pid, signal.SIGKILL)
+    assert process.wait(60) == -signal.SIGKILL, log.read_text()
+    output = folder / "parts"
+    newest = output / (output / "last_checkpoint").read_text()
+    content = bytearray(newest.read_bytes())
+    content[len(content) // 2] ^= 1  # one bit of one weight
+    newest.write_bytes(content)
+    with (output / "metrics.json").open("a") as file:
+        file.write('{"iteration": 999, "loss": 0.0}\n{"iterati')
+    (output / "model_0000099.pth.part").write_bytes(b"half")
+
+    refused, said = run(folder, "parts", *LENGTH)
+    assert refused == 2
+    assert "--resume" in said
+    assert "--overwrite" in said
+
+    other = ("schedules.base_lr=1.0", "train.log_period=1")
+    refused, said = run(folder, "parts", "--resume", *LENGTH, *other)
+    assert refused == 2
+    assert "schedules.base_lr: 0.0005 -> 1.0" in said
+    assert "--allow-changes" in said
+    assert "Traceback" not in said
+
+    status, said = run(folder, "parts", "--resume", *LENGTH, "train.checkpoint_keep=3")
+    assert status == 0, said
+    assert f"{newest.name} is damaged" in said
+    assert "Falling back" in said
+    assert not list(output.glob("*.part"))
+    assert soak.differences(folder / "whole", output) == []
+
+
+def test_two_processes_stop_when_asked_and_one_goes_on(folder):
+    long = ["train.max_iter=100000", *LENGTH[1:]]
+    process, log = start_and_wait_for(
+        folder, "stopped", "model_0000004.pth", "--num-gpus", "2", *long
+    )
+    process.send_signal(signal.SIGUSR1)  # to the parent alone, which passes it on
+    assert process.wait(100) == soak.STOPPED, log.read_text()
+    assert "--resume continues" in log.read_text()
+    assert "Traceback" not in log.read_text()
+    output = folder / "stopped"
+    last = (output / "last_checkpoint").read_text()
+    iteration = torch.load(output / last, weights_only=True)["iteration"]
+    assert last == f"model_{iteration:07d}.pth"
+    rows = [row["iteration"] for row in soak.logged(output)]
+    assert rows == list(range(2, iteration + 1, 3))  # log_period=3
+
+    started, log = start_and_wait_for(
+        folder, "stopped", f"model_{(iteration // 5 + 2) * 5 - 1:07d}.pth", "--resume", *long
+    )
+    os.killpg(started.pid, signal.SIGTERM)
+    time.sleep(1)
+    started.send_signal(signal.SIGTERM)  # ends at once what still runs
+    assert started.wait(30) in (soak.STOPPED, 128 + signal.SIGTERM)
+    assert f"Resumed after step {iteration + 1}" in log.read_text()
+    assert "2 process(es) and goes on with 1" in log.read_text()
+
+
+def test_bad_numbers_name_their_images(folder):
+    status, said = run(folder, "bad", *LENGTH, "schedules.base_lr=1e30", "train.clip_mode=none")
+    assert status == 3, said
+    assert "Traceback" not in said
+    assert "not finite" in said
+    report = json.loads((folder / "bad" / "bad_numbers.json").read_text())
+    assert f"iteration {report['iteration']} " in said
+    (rank,) = report["ranks"]
+    assert rank["not_finite"]
+    assert all(float(rank["values"][name]) in (float("inf"), float("-inf")) or
+               rank["values"][name] == "nan" for name in rank["not_finite"])  # fmt: skip
+    assert len(rank["files"]) == 4
+    assert all(Path(name).parent == folder / "images" for name in rank["files"])
+    for file in (folder / "bad").glob("model_*.pth"):
+        weights = torch.load(file, weights_only=True)["model"]
+        assert all(tensor.isfinite().all() for tensor in weights.values())
+
+
+def test_a_file_that_cannot_be_written_leaves_the_one_before(folder):
+    size = (folder / "whole" / "model_final.pth").stat().st_size
+
+    def little_room() -> None:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (size // 2, size // 2))
+
+    (folder / "full").mkdir()
+    good = b"the last good one"
+    (folder / "full" / "teacher_backbone.pth").write_bytes(good)
+    status, said = run(folder, "full", *LENGTH, "train.max_iter=6", preexec_fn=little_room)
+    assert status == 3, said
+    assert "Traceback" not in said
+    assert "model_0000004.pth cannot be written" in said
+    assert "Training goes on" in said
+    assert "error: checkpoint model_final.pth cannot be written" in said
+    assert not list((folder / "full").glob("model_*"))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("processes", [1, 2])
+def test_soak(processes, tmp_path):
+    assert soak.soak(kills=6, steps=200, processes=processes, seed=1, folder=tmp_path) == []
