@@ -52,7 +52,7 @@ def run_comparison(comparison: Comparison) -> None:
     failed = sum(bool(cell.failures) for cell in cells)
     if failed:
         raise WorkerError(
-            f"{failed} of {len(cells)} cells of the table failed; the same command tries them again."
+            f"{failed} of {len(cells)} cells of the table failed; the same command tries again."
         )
 
 

@@ -22,8 +22,14 @@ __all__ = ["DetectionEvaluation", "architecture_overrides"]
 # How detection's keys of metrics.json are called in tables, in this order.
 _AP = {"bbox/AP": "box AP", "bbox/AP50": "box AP50", "segm/AP": "mask AP", "segm/AP50": "mask AP50"}
 
-# Where attention looks is the detector's choice, whatever the encoder was trained with.
-_OF_THE_DETECTOR = ("window_size", "global_block_indexes", "mask_window_padding")
+# Where attention looks is the detector's choice, whatever the encoder was trained with; windows
+# have no place for class tokens.
+_OF_THE_DETECTOR = (
+    "window_size",
+    "global_block_indexes",
+    "mask_window_padding",
+    "num_prefix_tokens",
+)
 
 
 @dataclass(frozen=True)

@@ -86,7 +86,8 @@ def test_without_a_grid_there_is_one_run(overrides):
 
 def test_a_previous_stage_is_checked_with_its_weights(overrides, tmp_path):
     encoder = FLSLViT(img_size=32, embed_dim=32, depth=2, num_heads=2)
-    torch.save(encoder.state_dict(), tmp_path / "previous.pth")
+    content = {"model": encoder.state_dict(), "encoder": encoder.architecture}
+    torch.save({**content, "format": "flsl_d2 encoder"}, tmp_path / "previous.pth")
     axis = Axis("model.previous_stage.weights", (str(tmp_path / "previous.pth"),))
     (point,) = grid_points(CONFIG, [axis], overrides, [])
     assert point.cfg.model.previous_stage.weights.endswith("previous.pth")
