@@ -3,17 +3,15 @@
 from __future__ import annotations
 
 import logging
-import random
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 
-import numpy as np
 import torch
 from detectron2.engine import HookBase
 from detectron2.utils import comm
 
 from flsl_d2.evaluation.measures import MEASURES, measure_all, prepare_measures
 from flsl_d2.modeling import FLSLViT
+from pretrain.random_state import untouched_generators
 
 __all__ = ["FeatureMeasures"]
 
@@ -75,22 +73,10 @@ class FeatureMeasures(HookBase):
     def _measure(self, encoder: FLSLViT) -> None:
         device = str(encoder.pos_embed.device)
         # Blocks that the run compiled would be compiled anew for the size of every image.
-        with _untouched_generators(), torch.compiler.set_stance("force_eager"):
+        with untouched_generators(), torch.compiler.set_stance("force_eager"):
             results, failures = measure_all(
                 encoder, *self.data, self.measures, device=device, short_side=self.short_side
             )
         for name, reason in failures.items():
             logger.warning("%s was not measured: %s", name, reason)
         self.trainer.storage.put_scalars(smoothing_hint=False, **results)
-
-
-@contextmanager
-def _untouched_generators() -> Iterator[None]:
-    """Python's, NumPy's and PyTorch's global generators go on as if nothing had been drawn."""
-    python, numpy = random.getstate(), np.random.get_state()
-    try:
-        with torch.random.fork_rng():
-            yield
-    finally:
-        random.setstate(python)
-        np.random.set_state(numpy)

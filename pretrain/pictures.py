@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import logging
-import random
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from pathlib import Path
 
 import cv2
@@ -16,6 +14,7 @@ from detectron2.engine import HookBase
 from flsl_d2.evaluation import TokenFeatures, extract_tokens
 from flsl_d2.visualization import encoder_figure
 from pretrain.images import read_rgb
+from pretrain.random_state import untouched_generators
 
 __all__ = ["EncoderPictures"]
 
@@ -64,7 +63,7 @@ class EncoderPictures(HookBase):
             return
         try:
             # Blocks that the run compiled would be compiled anew for the size of every image.
-            with _randomness_kept(), torch.compiler.set_stance("force_eager"):
+            with untouched_generators(), torch.compiler.set_stance("force_eager"):
                 self._draw()
         except Exception:
             if not self._has_failed:
@@ -100,16 +99,3 @@ class EncoderPictures(HookBase):
         if not features:
             raise OSError(f"none of {', '.join(self.files)} can be read.")
         return features
-
-
-@contextmanager
-def _randomness_kept() -> Iterator[None]:
-    """Give every generator back as it was: drawing must not change what a run draws."""
-    python, numpy = random.getstate(), np.random.get_state()
-    devices = [torch.cuda.current_device()] if torch.cuda.is_initialized() else []
-    try:
-        with torch.random.fork_rng(devices=devices):
-            yield
-    finally:
-        random.setstate(python)
-        np.random.set_state(numpy)

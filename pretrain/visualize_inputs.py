@@ -7,12 +7,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
-from omegaconf import OmegaConf
-from omegaconf.errors import OmegaConfBaseException
-from yaml import YAMLError
 
-from flsl_d2.checkpoint import build_encoder
-from flsl_d2.checkpoint.reading import split_weights_path
 from flsl_d2.errors import InputError
 from flsl_d2.evaluation.frozen_encoder import RANDOM, frozen_encoder, usable_device
 from flsl_d2.modeling import FLSLViT
@@ -120,26 +115,8 @@ def chosen_encoders(
     for i, (name, path) in enumerate(zip(names, weights, strict=True)):
         unique = name if names.count(name) == 1 else f"{name} ({i + 1})"
         head = None if path == RANDOM else read_head(path)
-        encoders.append(NamedEncoder(unique, _backbone(path, head).to(place), head))
+        encoders.append(NamedEncoder(unique, frozen_encoder(path).to(place), head))
     return encoders
-
-
-def _backbone(path: str, head: FLSLHead | None) -> FLSLViT:
-    """The encoder of a file.
-
-    Checkpoints of a run (those with a projection head) need not tell their number of attention
-    heads, and another number gives other features: the config beside them tells it.
-    """
-    config = Path(split_weights_path(path)[0]).parent / "config.yaml"
-    if head is None or not config.is_file():
-        return frozen_encoder(path)
-    try:
-        num_heads = OmegaConf.select(OmegaConf.load(config), "model.backbone.num_heads")
-    except (OSError, YAMLError, OmegaConfBaseException):
-        num_heads = None
-    if not isinstance(num_heads, int):
-        return frozen_encoder(path)
-    return build_encoder(path, num_heads=num_heads).requires_grad_(False)
 
 
 def _name(path: str) -> str:

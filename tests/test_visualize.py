@@ -17,7 +17,7 @@ import numpy as np
 import pytest
 import torch
 
-from flsl_d2.checkpoint import build_encoder
+from flsl_d2.checkpoint import FLSLCheckpointer, build_encoder
 from flsl_d2.errors import InputError
 from flsl_d2.evaluation import extract_tokens
 from flsl_d2.modeling import FLSLViT
@@ -37,8 +37,7 @@ def weights(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     folder = tmp_path_factory.mktemp("weights")
     torch.manual_seed(0)
     model = FLSL(FLSLViT(**TINY), FLSLHead(32, 16, 24, 12), FLSLLoss(16))
-    torch.save({"model": model.state_dict()}, folder / "model_final.pth")
-    (folder / "config.yaml").write_text("model: {backbone: {num_heads: 2}}\n")
+    FLSLCheckpointer(model, str(folder)).save("model_final")
     coarse = FLSLViT(**{**TINY, "patch_size": 16, "embed_dim": 48})
     content = {
         "model": coarse.state_dict(),
@@ -105,7 +104,7 @@ def test_two_encoders_on_real_images(
     assert "k-means" in coarse["groupsNote"]
     for encoder, name in ((fine, "model_final"), (coarse, "coarse")):
         # The tokens in the page are those of the encoder for the image of that name.
-        backbone = build_encoder(weights[name], num_heads=2)
+        backbone = build_encoder(weights[name])
         for image, at in zip(data["images"], encoder["images"], strict=True):
             original = read_rgb(str(datasets_root / "coco" / "val2017" / image["name"]))
             expected = extract_tokens(backbone, original, 96)

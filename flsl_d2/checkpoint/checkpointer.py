@@ -50,6 +50,16 @@ class FLSLCheckpointer(SafeCheckpointer):
         finally:
             self._parsed_url_during_load = None  # Detectron2 leaves it set after an exception
 
+    def save(self, name: str, **kwargs: Any) -> None:
+        """As :class:`SafeCheckpointer`, with the architecture of the encoder in it as ``encoder``.
+
+        Shapes alone do not tell it all: the number of attention heads changes none.
+        """
+        architectures = [encoder.architecture for _, encoder in encoders_of(self.model)]
+        if architectures and all(each == architectures[0] for each in architectures):
+            kwargs.setdefault("encoder", architectures[0])
+        super().save(name, **kwargs)
+
     def _load_file(self, filename: str) -> dict[str, Any]:
         content = read_weights(filename)
         if filename.endswith(".pkl") and "__author__" not in content:

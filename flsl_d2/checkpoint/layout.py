@@ -129,7 +129,7 @@ class Source:
         if width in self.heads:
             architecture["num_heads"] = self.heads[width]
         if self.architecture_key:
-            architecture.update(content[self.architecture_key])
+            architecture.update(content.get(self.architecture_key) or {})
         return EncoderWeights(
             self.name, tensors, dropped, architecture, file_names, unsupported, self.note
         )

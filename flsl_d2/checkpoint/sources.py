@@ -125,6 +125,7 @@ SOURCES = (
             path=("model",),
             prefix=f"{which}.backbone.",
             which=which,
+            architecture_key="encoder",
             dropped={
                 rf"{other}\.": f"the {which} is taken",
                 rf"{which}\.head\.": _PROJECTION,

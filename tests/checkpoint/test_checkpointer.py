@@ -116,6 +116,17 @@ def test_the_teacher_of_a_pretraining_checkpoint(tmp_path, caplog):
     assert same(run, again)
 
 
+def test_a_runs_checkpoint_tells_what_shapes_cannot(tmp_path):
+    """Three heads of 16 channels: a guess from the width would be another network."""
+    model = randomised(Pretraining())
+    FLSLCheckpointer(model, str(tmp_path)).save("model_final", iteration=3)
+    built = build_encoder(str(tmp_path / "model_final.pth"))
+    assert built.blocks[0].attn.num_heads == 3
+    image = torch.randn(1, 3, 64, 64)
+    own = model.teacher["backbone"].eval()
+    torch.testing.assert_close(built.forward_tokens(image), own.forward_tokens(image))
+
+
 def test_positions_of_another_grid_are_resampled(encoder, tmp_path, caplog):
     path = save_encoder(encoder, tmp_path / "a.pth")
     model = Detector(img_size=96)
