@@ -117,7 +117,10 @@ def _read(file: Path) -> dict[str, Any]:
     except (OSError, ValueError) as error:
         logger.warning("%s cannot be read (%s), so the config is not compared.", file, error)
         return {}
-    return content if isinstance(content, dict) else {}
+    if not isinstance(content, dict) or not isinstance(content.get("settings"), dict):
+        logger.warning("%s holds no settings, so the config is not compared.", file)
+        return {}
+    return content
 
 
 def _compare(

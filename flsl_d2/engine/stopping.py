@@ -116,7 +116,9 @@ def _handled(request: StopRequest) -> Iterator[None]:
         yield
     finally:
         for number, handler in before.items():
-            signal.signal(number, handler)
+            # After a request the process is about to leave, with a status that a late echo of the
+            # request must not change.
+            signal.signal(number, signal.SIG_IGN if request else handler)
 
 
 def _announce(number: int) -> None:
@@ -127,10 +129,19 @@ def _announce(number: int) -> None:
         os.write(2, text.encode())
 
 
-def _hold_in_worker() -> None:
-    # PyTorch replaces a worker's handlers, but not its mask. Workers end with their parent anyway.
-    if _listening:
-        signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
+def _take_no_notice() -> None:
+    """In a data worker: ignore requests to stop, but end when the parent itself says so."""
+    if not _listening:
+        return
+    # PyTorch replaces a worker's handlers, but not its mask.
+    signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
+    threading.Thread(target=_obey, args=(os.getppid(),), daemon=True).start()
 
 
-os.register_at_fork(after_in_child=_hold_in_worker)
+def _obey(parent: int) -> None:
+    while signal.sigwaitinfo(STOP_SIGNALS).si_pid != parent:
+        pass
+    os._exit(0)
+
+
+os.register_at_fork(after_in_child=_take_no_notice)

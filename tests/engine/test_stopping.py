@@ -59,21 +59,39 @@ def test_a_second_request_ends_at_once():
 def test_handlers_are_put_back():
     before = [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGUSR1)]
     with stop_requests() as request:
-        os.kill(os.getpid(), signal.SIGUSR1)
-        assert request
-        assert request.signal_name == "SIGUSR1"
+        assert signal.getsignal(signal.SIGTERM) == request.note
+        assert not request
     assert [signal.getsignal(n) for n in (signal.SIGTERM, signal.SIGUSR1)] == before
 
 
-def test_forked_workers_take_no_notice():
+def test_forked_workers_obey_their_parent_alone():
     with stop_requests():
         child = os.fork()
         if not child:
-            time.sleep(0.5)
+            time.sleep(100)
             os._exit(7)
-        os.kill(child, signal.SIGTERM)
-        os.kill(child, signal.SIGUSR1)
-        assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 7
+    # A signal from another process than the parent, as a scheduler sends it.
+    subprocess.run(["kill", "-TERM", str(child)], check=True)
+    subprocess.run(["kill", "-USR1", str(child)], check=True)
+    time.sleep(0.3)
+    assert os.waitpid(child, os.WNOHANG) == (0, 0)
+    os.kill(child, signal.SIGTERM)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_process_with_data_workers_ends(workers):
+    code = (
+        "from torch.utils.data import DataLoader\n"
+        "from flsl_d2.engine.stopping import stop_requests\n"
+        "with stop_requests():\n"
+        f"    loader = DataLoader(list(range(99)), num_workers={workers}, "
+        f"persistent_workers={workers > 0})\n"
+        "    kept = iter(loader); next(kept)\n"
+        "    raise SystemExit(75)\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=REPOSITORY, timeout=100)
+    assert done.returncode == 75
 
 
 class Process:
@@ -96,9 +114,13 @@ def test_held_signals_reach_a_child_that_was_not_ready():
             [sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
         )
     assert child.stdout.readline() == "True\n"
+    before = [(number, signal.getsignal(number)) for number in (signal.SIGTERM, signal.SIGUSR1)]
     with forwarding([Process(child.pid)]) as stop:
         os.kill(os.getpid(), signal.SIGUSR1)
         assert stop
+    assert signal.getsignal(signal.SIGTERM) == signal.SIG_IGN  # leaving: an echo changes nothing
+    for number, handler in before:
+        signal.signal(number, handler)
     said, _ = child.communicate("\n", timeout=30)
     assert said == "got\n"
     assert child.returncode == 0
