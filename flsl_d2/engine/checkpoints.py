@@ -11,10 +11,10 @@ from detectron2.engine import HookBase
 from detectron2.utils import comm
 
 from flsl_d2.checkpoint.safe_saving import SafeCheckpointer, remove_unfinished
-from flsl_d2.engine.stopping import STOPPED
+from flsl_d2.engine.stopping import STOPPED, StopRequest, agreed_by_all
 from flsl_d2.errors import TrainingError
 
-__all__ = ["Checkpoints"]
+__all__ = ["Checkpoints", "LeaveWhenAsked"]
 
 logger = logging.getLogger(__name__)
 
@@ -64,14 +64,19 @@ class Checkpoints(HookBase):
         if done >= self.trainer.max_iter:
             self._save("model_final", last=True)
         elif stop:
-            self._save(f"model_{self.trainer.iter:07d}", last=True)
-            comm.synchronize()  # nobody leaves, and is missed, before the file is complete
-            logger.info(
-                "Stopped as asked after step %d; the same command with --resume continues.", done
-            )
-            raise SystemExit(STOPPED)
+            self.save_and_leave()
         elif done % self.period == 0:
             self._save(f"model_{self.trainer.iter:07d}")
+
+    def save_and_leave(self) -> None:
+        """Write a checkpoint of this step and exit; called on every rank."""
+        self._save(f"model_{self.trainer.iter:07d}", last=True)
+        comm.synchronize()  # nobody leaves, and is missed, before the file is complete
+        logger.info(
+            "Stopped as asked after step %d; the same command with --resume continues.",
+            self.trainer.iter + 1,
+        )
+        raise SystemExit(STOPPED)
 
     def _save(self, name: str, last: bool = False) -> None:
         self.prepare()
@@ -104,3 +109,20 @@ class Checkpoints(HookBase):
             kept = self.keep_every and steps % self.keep_every == 0
             if not kept and str(file) != newest:
                 file.unlink(missing_ok=True)
+
+
+class LeaveWhenAsked(HookBase):
+    """The last hook of a run that writes its checkpoints before it evaluates and logs.
+
+    Args:
+        checkpoints: of the run.
+        request: of this process; all ranks leave after the same step.
+    """
+
+    def __init__(self, checkpoints: Checkpoints, request: StopRequest) -> None:
+        self.checkpoints, self.request = checkpoints, request
+
+    def after_step(self) -> None:
+        """Leave if any rank was asked to."""
+        if agreed_by_all(self.request) and self.trainer.iter + 1 < self.trainer.max_iter:
+            self.checkpoints.save_and_leave()

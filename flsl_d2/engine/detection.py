@@ -47,7 +47,7 @@ def run_detection(args: argparse.Namespace) -> None:
     """
     cfg = _load(args)
     run = run_yaml_detection if isinstance(cfg, CfgNode) else run_lazy_detection
-    run(cfg, args.resume, args.eval_only)
+    run(cfg, args.resume, args.eval_only, args.allow_changes, args.overwrite)
 
 
 def _load(args: argparse.Namespace) -> DictConfig | CfgNode:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -14,6 +15,7 @@ from omegaconf import DictConfig, OmegaConf
 from torch import nn
 
 from flsl_d2.checkpoint import FLSLCheckpointer
+from flsl_d2.engine.checkpoints import Checkpoints, LeaveWhenAsked
 from flsl_d2.engine.checks import (
     check_batch,
     check_datasets,
@@ -22,8 +24,11 @@ from flsl_d2.engine.checks import (
     names_of,
 )
 from flsl_d2.engine.launch import wrap_ddp
+from flsl_d2.engine.metrics_file import PeriodicWriter, trim_metrics
 from flsl_d2.engine.own_data import num_classes_key, use_own_data
 from flsl_d2.engine.run_setup import seed_run, start_run
+from flsl_d2.engine.run_state import ResumeOptions
+from flsl_d2.engine.stopping import StopRequest, stop_requests
 from flsl_d2.engine.weights import load_for_evaluation, resume_or_start
 from flsl_d2.errors import InputError
 
@@ -35,7 +40,13 @@ _MASKS_OFF = "model.roi_heads.mask_in_features=null dataloader.train.mapper.use_
 _DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16}
 
 
-def run_lazy_detection(cfg: DictConfig, resume: bool, eval_only: bool) -> dict[str, Any] | None:
+def run_lazy_detection(
+    cfg: DictConfig,
+    resume: bool,
+    eval_only: bool,
+    allow_changes: bool = False,
+    overwrite: bool = False,
+) -> dict[str, Any] | None:
     """Train, or only evaluate, in this process, one of possibly several.
 
     Everything that can be wrong with the input is found before the first step.
@@ -45,15 +56,20 @@ def run_lazy_detection(cfg: DictConfig, resume: bool, eval_only: bool) -> dict[s
             ``configs/coco``.
         resume: continue from the last checkpoint in the output folder, where there is one.
         eval_only: evaluate ``train.init_checkpoint`` (with ``resume``: the last checkpoint).
+        allow_changes: see :class:`flsl_d2.engine.run_state.ResumeOptions`.
+        overwrite: likewise.
 
     Returns:
         The evaluator's results on the first rank when only evaluating, else None.
 
     Raises:
-        InputError: the config, data or weights cannot be used.
+        InputError: the config, data, weights or output folder cannot be used.
+        TrainingError: the last checkpoint cannot be written.
+        SystemExit: of status 75, after a request to stop.
     """
     seed = OmegaConf.select(cfg, "train.seed", default=-1)
-    start_run(cfg, cfg.train.output_dir, "train.output_dir", seed)
+    options = None if eval_only else ResumeOptions(resume, allow_changes, overwrite)
+    start_run(cfg, cfg.train.output_dir, "train.output_dir", seed, options)
     use_own_data(cfg, eval_only)
     test = OmegaConf.select(cfg, "dataloader.test.dataset.names")
     train = [] if eval_only else names_of(cfg.dataloader.train.dataset.names)
@@ -72,7 +88,8 @@ def run_lazy_detection(cfg: DictConfig, resume: bool, eval_only: bool) -> dict[s
             checkpointer, cfg.train.init_checkpoint, resume, "train.init_checkpoint="
         )
         return _evaluate(cfg, wrap_ddp(model, broadcast_buffers=False))
-    _train(cfg, model, resume)
+    with stop_requests() as request:
+        _train(cfg, model, resume, request)
     return None
 
 
@@ -88,7 +105,7 @@ def _build_model(cfg: DictConfig) -> nn.Module:
     return model
 
 
-def _train(cfg: DictConfig, model: nn.Module, resume: bool) -> None:
+def _train(cfg: DictConfig, model: nn.Module, resume: bool, request: StopRequest) -> None:
     check_batch(cfg.dataloader.train.total_batch_size, "dataloader.train.total_batch_size")
     cfg.optimizer.params.model = model
     optimizer = instantiate(cfg.optimizer)
@@ -99,8 +116,9 @@ def _train(cfg: DictConfig, model: nn.Module, resume: bool) -> None:
     start_iter = resume_or_start(checkpointer, cfg.train.init_checkpoint, resume, trainer)
     if start_iter:
         seed_run(OmegaConf.select(cfg, "train.seed", default=-1), start_iter)
+    trim_metrics(Path(cfg.train.output_dir, "metrics.json"), start_iter)
     trainer.data_loader = instantiate(cfg.dataloader.train)
-    trainer.register_hooks(_hooks(cfg, wrapped, checkpointer))
+    trainer.register_hooks(_hooks(cfg, wrapped, checkpointer, request))
     trainer.train(start_iter, cfg.train.max_iter)
 
 
@@ -114,20 +132,23 @@ def _trainer(cfg: DictConfig, model: nn.Module, optimizer: torch.optim.Optimizer
     return AMPTrainer(model, None, optimizer, grad_scaler=scaler, precision=_DTYPES[dtype])
 
 
-def _hooks(cfg: DictConfig, model: nn.Module, checkpointer: FLSLCheckpointer) -> list[Any]:
+def _hooks(
+    cfg: DictConfig, model: nn.Module, checkpointer: FLSLCheckpointer, request: StopRequest
+) -> list[Any]:
     """In the order in which they run: a checkpoint is written before its evaluation."""
     settings = cfg.train
+    period, keep = settings.checkpointer.period, settings.checkpointer.get("max_to_keep")
+    checkpoints = Checkpoints(checkpointer, period, keep)
     registered = [
         hooks.IterationTimer(),
         hooks.LRScheduler(scheduler=instantiate(cfg.lr_multiplier)),
+        checkpoints,
+        hooks.EvalHook(settings.eval_period, lambda: _evaluate(cfg, model)),
     ]
     if comm.is_main_process():
-        registered.append(hooks.PeriodicCheckpointer(checkpointer, **settings.checkpointer))
-    registered.append(hooks.EvalHook(settings.eval_period, lambda: _evaluate(cfg, model)))
-    if comm.is_main_process():
         writers = default_writers(settings.output_dir, settings.max_iter)
-        registered.append(hooks.PeriodicWriter(writers, period=settings.log_period))
-    return registered
+        registered.append(PeriodicWriter(writers, period=settings.log_period))
+    return [*registered, LeaveWhenAsked(checkpoints, request)]
 
 
 def _evaluate(cfg: DictConfig, model: nn.Module) -> dict[str, Any] | None:

@@ -8,17 +8,28 @@ from typing import Any
 
 import torch
 from detectron2.config import CfgNode
-from detectron2.engine import AMPTrainer, DefaultTrainer, SimpleTrainer, TrainerBase
+from detectron2.engine import (
+    AMPTrainer,
+    DefaultTrainer,
+    HookBase,
+    SimpleTrainer,
+    TrainerBase,
+    hooks,
+)
 from detectron2.evaluation import COCOEvaluator
 from detectron2.modeling import build_model
 from torch import nn
 
 from flsl_d2.checkpoint import FLSLCheckpointer
+from flsl_d2.engine.checkpoints import Checkpoints, LeaveWhenAsked
 from flsl_d2.engine.checks import check_batch, check_datasets, describe_model, mixed_precision
 from flsl_d2.engine.launch import wrap_ddp
+from flsl_d2.engine.metrics_file import PeriodicWriter, trim_metrics
 from flsl_d2.engine.own_data import num_classes_yaml, use_own_data_yaml
 from flsl_d2.engine.run_setup import seed_run, start_run
+from flsl_d2.engine.run_state import ResumeOptions
 from flsl_d2.engine.solver import build_yaml_optimizer
+from flsl_d2.engine.stopping import StopRequest, stop_requests
 from flsl_d2.engine.weights import load_for_evaluation, resume_or_start
 
 __all__ = ["DetectionTrainer", "run_yaml_detection"]
@@ -31,9 +42,9 @@ class DetectionTrainer(DefaultTrainer):
     it looks at the weights, and makes a checkpointer of its own.
     """
 
-    def __init__(self, cfg: CfgNode) -> None:
+    def __init__(self, cfg: CfgNode, request: StopRequest) -> None:
         TrainerBase.__init__(self)
-        self.cfg = cfg
+        self.cfg, self.request = cfg, request
         model = self.build_model(cfg)
         optimizer = self.build_optimizer(cfg, model)
         model = wrap_ddp(model, broadcast_buffers=False)
@@ -49,7 +60,21 @@ class DetectionTrainer(DefaultTrainer):
         self.start_iter = resume_or_start(self.checkpointer, self.cfg.MODEL.WEIGHTS, resume, self)
         if self.start_iter:
             seed_run(self.cfg.SEED, self.start_iter)
+        trim_metrics(os.path.join(self.cfg.OUTPUT_DIR, "metrics.json"), self.start_iter)
         self._trainer.data_loader = self.build_train_loader(self.cfg)
+
+    def build_hooks(self) -> list[HookBase]:
+        """DefaultTrainer's, with checkpoints that are whole or absent, and a way to stop."""
+        checkpoints = Checkpoints(self.checkpointer, self.cfg.SOLVER.CHECKPOINT_PERIOD)
+        registered: list[HookBase] = []
+        for hook in super().build_hooks():
+            if isinstance(hook, hooks.EvalHook):  # a checkpoint is written before its evaluation
+                registered.append(checkpoints)
+            if isinstance(hook, hooks.PeriodicWriter):
+                hook = PeriodicWriter(hook._writers, hook._period)
+            if not isinstance(hook, hooks.PeriodicCheckpointer):
+                registered.append(hook)
+        return [*registered, LeaveWhenAsked(checkpoints, self.request)]
 
     @classmethod
     def build_model(cls, cfg: CfgNode) -> nn.Module:
@@ -69,21 +94,32 @@ class DetectionTrainer(DefaultTrainer):
         return COCOEvaluator(dataset_name, output_dir=os.path.join(cfg.OUTPUT_DIR, "inference"))
 
 
-def run_yaml_detection(cfg: CfgNode, resume: bool, eval_only: bool) -> dict[str, Any] | None:
+def run_yaml_detection(
+    cfg: CfgNode,
+    resume: bool,
+    eval_only: bool,
+    allow_changes: bool = False,
+    overwrite: bool = False,
+) -> dict[str, Any] | None:
     """Train, or only evaluate, in this process, one of possibly several.
 
     Args:
         cfg: from :func:`flsl_d2.engine.config_files.load_yaml_config`.
         resume: continue from the last checkpoint in the output folder, where there is one.
         eval_only: evaluate ``MODEL.WEIGHTS`` (with ``resume``: the last checkpoint).
+        allow_changes: see :class:`flsl_d2.engine.run_state.ResumeOptions`.
+        overwrite: likewise.
 
     Returns:
         The evaluator's results when only evaluating, else None.
 
     Raises:
-        InputError: the config, data or weights cannot be used.
+        InputError: the config, data, weights or output folder cannot be used.
+        TrainingError: the last checkpoint cannot be written.
+        SystemExit: of status 75, after a request to stop.
     """
-    start_run(cfg, cfg.OUTPUT_DIR, "OUTPUT_DIR", cfg.SEED)
+    options = None if eval_only else ResumeOptions(resume, allow_changes, overwrite)
+    start_run(cfg, cfg.OUTPUT_DIR, "OUTPUT_DIR", cfg.SEED, options)
     use_own_data_yaml(cfg, eval_only)
     classes, num_classes = num_classes_yaml(cfg)
     check_datasets(
@@ -99,7 +135,8 @@ def run_yaml_detection(cfg: CfgNode, resume: bool, eval_only: bool) -> dict[str,
         load_for_evaluation(checkpointer, cfg.MODEL.WEIGHTS, resume, "MODEL.WEIGHTS ")
         return DetectionTrainer.test(cfg, wrap_ddp(model, broadcast_buffers=False))
     check_batch(cfg.SOLVER.IMS_PER_BATCH, "SOLVER.IMS_PER_BATCH")
-    trainer = DetectionTrainer(cfg)
-    trainer.resume_or_load(resume)
-    trainer.train()
+    with stop_requests() as request:
+        trainer = DetectionTrainer(cfg, request)
+        trainer.resume_or_load(resume)
+        trainer.train()
     return None

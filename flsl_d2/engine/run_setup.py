@@ -26,6 +26,7 @@ _HARMLESS_WARNINGS = ("torch.utils.cpp_extension", "torch.fx._symbolic_trace")
 # Keys whose change leaves the result of training as it is.
 _MAY_DIFFER = (
     *("train.output_dir", "train.device", "train.log_period", "train.eval_period"),
+    "train.max_iter",  # its learning rates are those of lr_multiplier, a key of its own
     *("train.checkpointer.*", "train.init_checkpoint", "dataloader.test.*"),
     *("dataloader.evaluator.*", "dataloader.*.num_workers"),
     *("OUTPUT_DIR", "MODEL.DEVICE", "MODEL.WEIGHTS", "DATALOADER.NUM_WORKERS", "DATASETS.TEST"),

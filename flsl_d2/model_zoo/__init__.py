@@ -64,5 +64,5 @@ def get_config(name: str) -> DictConfig | CfgNode:
     add_flsl_config(cfg)
     add_solver_config(cfg)
     add_own_data_config(cfg)
-    cfg.merge_from_file(path)
+    cfg.merge_from_file(path, allow_unsafe=False)
     return cfg
