@@ -8,7 +8,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.flsl-d2-installed
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test slow-tests soak lint format clean
+.PHONY: help install demo test slow-tests gpu-benchmarks soak lint format clean
 
 help: ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## /  make \1|/p' Makefile | while IFS='|' read -r target text; do \
@@ -37,6 +37,23 @@ slow-tests: $(STAMP) ## run the long accuracy tests
 
 soak: $(STAMP) ## kill and resume a run 25 times and compare its weights to the bit
 	@"$(BIN)/python" tests/soak.py
+
+gpu-benchmarks: $(STAMP) ## measure speed and memory on a GPU; IMAGES=FOLDER holds JPEG files
+	@test -d "$(IMAGES)" || { echo 'error: IMAGES=$(IMAGES) is no folder; give one of JPEG files.' >&2; exit 2; }
+	@mkdir -p output/benchmarks
+	"$(BIN)/python" tools/benchmark.py data --images "$(IMAGES)" --json output/benchmarks/data.json
+	for batch in 64 256; do "$(BIN)/python" tools/benchmark.py pretrain-step --device cuda \
+		--batch-size $$batch --variants "eager,packed,compiled,packed+compiled,cropped on device" \
+		--json output/benchmarks/step_$$batch.json || exit 1; done
+	"$(BIN)/python" tools/benchmark.py end-to-end --images "$(IMAGES)" --device cuda \
+		--batch-size 256 --workers 16 --repeats 50 --json output/benchmarks/end_to_end.json \
+		views.on_device=crops model.pack_views=True train.compile=True
+	for positions in "" --rel-pos; do "$(BIN)/python" tools/benchmark.py detection --device cuda \
+		--model b --size 1024 --batch-size 2 $$positions \
+		--json output/benchmarks/detection$$positions.json || exit 1; done
+	"$(BIN)/python" tools/benchmark.py scaling --device cuda --batch-size 64 \
+		--batches 16,32,64,128,256 --plot output/benchmarks/scaling.png \
+		--json output/benchmarks/scaling.json
 
 lint: $(STAMP) ## check style and formatting
 	@"$(BIN)/ruff" check . && "$(BIN)/ruff" format --check .
