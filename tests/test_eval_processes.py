@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import io
 import json
+import multiprocessing
 from pathlib import Path
 
 import numpy as np
@@ -43,7 +44,12 @@ def evaluate(output: Path, weights: Path, processes: int) -> list[dict]:
     own = [f"train.init_checkpoint={weights}", f"train.output_dir={output}"]
     options = ["--config-file", CONFIG, "--eval-only", "--num-gpus", str(processes)]
     parser = tool_argument_parser("", eval_only=True)
-    launch_detection(parse_tool_arguments(parser, [*options, *SETTINGS, *own]))
+    args = parse_tool_arguments(parser, [*options, *SETTINGS, *own])
+    # Forked, so that the run's loggers do not stay with the other tests.
+    process = multiprocessing.get_context("fork").Process(target=launch_detection, args=(args,))
+    process.start()
+    process.join(300)
+    assert process.exitcode == 0
     return json.loads((output / "inference" / "coco_instances_results.json").read_text())
 
 

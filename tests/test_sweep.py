@@ -19,6 +19,9 @@ import torch
 
 from flsl_d2.data import register_scenes
 from flsl_d2.data.scenes import make_scenes
+from flsl_d2.visualization.curves import read_metrics
+from pretrain.grid import Axis, grid_points
+from pretrain.run import run_pretraining
 
 ROOT = Path(__file__).resolve().parents[1]
 CONFIG = "configs/demo/flsl_vit_scenes.py"
@@ -36,6 +39,7 @@ TINY = [
     "model.head.bottleneck_dim=16",
 ]
 GRID = ["--grid", "schedules.intra_weight=0.01,0.3", "--grid", "model.loss.volume_weight=1,5"]
+LOW = "schedules.intra_weight=[0.01,0.01]"
 # What is measured in seconds differs from run to run.
 TIMES = ("images/s", "pretrain seconds", "folder")
 
@@ -96,8 +100,8 @@ def interrupt_in_the_second_run(sweep, output: Path) -> None:
     assert process.exitcode == 130
 
 
-def test_interrupted_grid_goes_on_to_the_table_of_an_uninterrupted_one(sweep, tmp_path):
-    grid, alone = tmp_path / "grid", tmp_path / "alone"
+def test_interrupted_grid_goes_on_to_the_table_of_an_uninterrupted_one(sweep, tmp_path, capsys):
+    grid = tmp_path / "grid"
     interrupt_in_the_second_run(sweep, grid)
     before = records(grid)
     assert sorted(record["status"] for record in before.values()) == ["done", "interrupted"]
@@ -122,23 +126,32 @@ def test_interrupted_grid_goes_on_to_the_table_of_an_uninterrupted_one(sweep, tm
     assert page.count('src="data:image/png;base64,') >= 8
     assert "http" not in page
 
-    # The setting that was cut off, alone and uninterrupted: another grid, the same run.
-    one = ["--grid", "model.loss.volume_weight=5", "schedules.intra_weight=[0.01,0.01]"]
+    # What the setting that was cut off gives without interruption and without the sweep.
+    points = grid_points(CONFIG, [Axis("model.loss.volume_weight", ("5",))], [*TINY, LOW], [])
+    points[0].cfg.train.output_dir = str(tmp_path / "whole")
+    process = multiprocessing.get_context("fork").Process(
+        target=run_pretraining, args=(points[0].cfg, False)
+    )
+    process.start()
+    process.join(120)
+    assert process.exitcode == 0
+    whole, _ = read_metrics(tmp_path / "whole" / "metrics.json")
+    continued = rows(grid / "runs.csv")[1]
+    for key in ("loss", "loss_intra", "loss_inter", "loss_volume", "feature_std"):
+        assert float(continued[key]) == pytest.approx(whole[key][1][-1], rel=1e-5), key
+
+    # Another grid in the same folder: its run is there already and only has to be evaluated.
+    capsys.readouterr()
     measured = ["--eval-train", "flsl_scenes_train", "--eval-val", "flsl_scenes_val"]
     status, output, errors = sweep(
-        *arguments_of(alone, *one, *measured, "--measures", "knn_segmentation")
+        *arguments_of(grid, "--grid", "model.loss.volume_weight=5", LOW),
+        *(*measured, "--measures", "knn_segmentation"),
     )
     assert status == 0, output + errors
-    (uninterrupted,) = rows(alone / "runs.csv")
-    score = uninterrupted.pop("knn_segmentation/mIoU")
-    assert 0 < float(score) <= 100
-    continued = rows(grid / "runs.csv")[1]
-    shared = continued.keys() & uninterrupted.keys()
-    assert {"loss", "entropy", "feature_std", "volume_weight", "centroids_in_use"} <= shared
-    assert {k: uninterrupted[k] for k in shared} == {k: continued[k] for k in shared}
-    assert {path.name for path in alone.glob("jobs/pretrain-*")} < {
-        path.name for path in grid.glob("jobs/*")
-    }
+    assert "1 of 2 jobs are done already" in output
+    (row,) = rows(grid / "runs.csv")
+    assert 0 < float(row["knn_segmentation/mIoU"]) <= 100
+    assert row["loss"] == continued["loss"]
 
 
 def test_bad_input_is_one_sentence_before_any_run(sweep, tmp_path):
