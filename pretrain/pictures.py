@@ -31,7 +31,8 @@ class EncoderPictures(HookBase):
     Args:
         files: of the data set; the images are spread evenly over them.
         folder: of the PNG files.
-        period: steps between two pages; 0 draws none.
+        period: steps between two pages; 0 draws none. A run of fewer steps has no page at its
+            end either.
         short_side: pixels of the images' shorter side; the size of the views is what the encoder
             knows.
         num_images: rows of a page.
@@ -59,7 +60,8 @@ class EncoderPictures(HookBase):
     def after_step(self) -> None:
         """Draw when due; a failure is logged once."""
         done = self.trainer.iter + 1
-        if not self.period or (done % self.period and done < self.trainer.max_iter):
+        last = self.trainer.max_iter
+        if not self.period or last < self.period or (done % self.period and done < last):
             return
         try:
             # Blocks that the run compiled would be compiled anew for the size of every image.

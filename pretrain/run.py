@@ -237,7 +237,9 @@ def _hooks(
             TensorboardXWriter(str(output), purge_step=start_iter),
         ]
         registered += [
-            EncoderPictures(files, output / "pictures", cfg.train.pictures_period),
+            EncoderPictures(
+                files, output / "pictures", cfg.train.pictures_period, cfg.views.global_size
+            ),
             PeriodicWriter(writers, period),
             ExportTeacher(output / "teacher_backbone.pth", cfg.train.checkpoint_period),
         ]

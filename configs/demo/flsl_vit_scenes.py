@@ -33,4 +33,10 @@ schedules.update(
     cross_scale=(0.35, 0.35),
     frozen_last_layer_epochs=0,
 )
-train.update(device="cpu", max_iter=300, log_period=10, output_dir="./output/demo/pretrain")
+train.update(
+    device="cpu",
+    max_iter=300,
+    log_period=10,
+    pictures_period=100,
+    output_dir="./output/demo/pretrain",
+)

@@ -136,7 +136,7 @@ train = dict(
     checkpoint_keep_every=0,
     # Steps between two pages of what the teacher's tokens group, in pictures/ and TensorBoard;
     # 0: none.
-    pictures_period=0,
+    pictures_period=1000,
     # Scores of the teacher's frozen tokens beside the losses: registered data sets to learn from
     # and to score on ("": none), steps between two (0: at the end), images of each at most.
     measures=dict(train="", val="", period_iters=0, max_images=200),

@@ -55,6 +55,9 @@ def test_drawn_every_period_and_at_the_end(files: list[str], tmp_path: Path) -> 
         ("teacher/tokens", 1),
         ("teacher/tokens", 2),
     ]
+    short = EncoderPictures(files, tmp_path / "short", 4, short_side=32, num_images=1)
+    run(short, trainer(max_iter=3))
+    assert not (tmp_path / "short").exists()
     page = cv2.imread(str(tmp_path / "pictures" / "iter_0000002.png"))
     shown = one.storage._vis_data[1][1]
     np.testing.assert_array_equal(shown, page[..., ::-1].transpose(2, 0, 1))
@@ -63,7 +66,7 @@ def test_drawn_every_period_and_at_the_end(files: list[str], tmp_path: Path) -> 
 def test_tensorboard_shows_the_page(files: list[str], tmp_path: Path) -> None:
     one = trainer(max_iter=1)
     with one.storage:
-        run(EncoderPictures(files, tmp_path / "pictures", 10, short_side=32, num_images=1), one)
+        run(EncoderPictures(files, tmp_path / "pictures", 1, short_side=32, num_images=1), one)
         writer = TensorboardXWriter(str(tmp_path / "events"))
         writer.write()
         writer.close()
