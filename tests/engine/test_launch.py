@@ -13,7 +13,8 @@ from detectron2.utils import comm
 from torch import nn
 
 from flsl_d2.engine.launch import WorkerError, launch, wrap_ddp
-from flsl_d2.errors import InputError
+from flsl_d2.engine.stopping import STOPPED
+from flsl_d2.errors import InputError, TrainingError
 
 REPOSITORY = Path(__file__).parents[2]
 
@@ -105,7 +106,29 @@ def test_a_dying_rank_ends_the_others_and_shows_its_own_error(kind, message):
     start = time.monotonic()
     with pytest.raises(WorkerError, match=message):
         launch(fail, 2, args=(kind,), device="cpu")
-    assert time.monotonic() - start < 100
+    assert time.monotonic() - start < 60
+
+
+def leave(kind: str) -> None:
+    comm.synchronize()
+    if kind == "stopped":
+        raise SystemExit(STOPPED)
+    if comm.get_rank() == 1:
+        raise TrainingError("the loss is nan; lower it")
+    time.sleep(120)
+
+
+def test_workers_that_stop_as_asked_are_no_failure():
+    with pytest.raises(SystemExit) as left:
+        launch(leave, 2, args=("stopped",), device="cpu")
+    assert left.value.code == STOPPED
+
+
+def test_training_that_cannot_go_on_keeps_its_sentence():
+    start = time.monotonic()
+    with pytest.raises(TrainingError, match=r"^the loss is nan; lower it$"):
+        launch(leave, 2, args=("broken",), device="cpu")
+    assert time.monotonic() - start < 60
 
 
 @pytest.mark.parametrize(
