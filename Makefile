@@ -2,6 +2,7 @@
 
 PYTHON ?= python3
 VENV ?= .venv
+TEST_PROCESSES ?= 2
 DETECTRON2_SOURCE ?= https://github.com/facebookresearch/detectron2.git
 
 BIN := $(VENV)/bin
@@ -13,7 +14,7 @@ STAMP := $(VENV)/.flsl-d2-installed
 help: ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## /  make \1|/p' Makefile | while IFS='|' read -r target text; do \
 		printf '%-18s %s\n' "$$target" "$$text"; done
-	@echo "variables: PYTHON=$(PYTHON)  VENV=$(VENV)  DETECTRON2_SOURCE=URL, folder or none"
+	@echo "variables: PYTHON=$(PYTHON)  VENV=$(VENV)  TEST_PROCESSES=$(TEST_PROCESSES)  DETECTRON2_SOURCE=URL, folder or none"
 
 # The stamp is written last, so an installation that was interrupted is taken up again.
 $(STAMP): requirements.txt setup.py tools/install.py tools/install_detectron2.py
@@ -29,8 +30,8 @@ install: $(STAMP) ## set up the environment (.venv) and nothing else
 demo: $(STAMP) ## pre-train, fine-tune and compare on a small data set of its own; no download, no GPU
 	@"$(BIN)/python" tools/demo.py
 
-test: $(STAMP) ## run the tests
-	@"$(BIN)/python" -m pytest
+test: $(STAMP) ## run the tests, in TEST_PROCESSES at a time
+	@"$(BIN)/python" -m pytest -n $(TEST_PROCESSES) --dist loadfile
 
 slow-tests: $(STAMP) ## run the long accuracy tests
 	@"$(BIN)/python" -m pytest -m slow

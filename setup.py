@@ -63,7 +63,7 @@ setup(
     ],
     extras_require={
         "pretrain": ["simplejpeg", "tensorboard", "psutil"],
-        "test": ["pytest", "hypothesis", "ruff", "psutil", "shapely"],
+        "test": ["pytest", "pytest-xdist", "hypothesis", "ruff", "psutil", "shapely"],
     },
     classifiers=[
         "Development Status :: 4 - Beta",
