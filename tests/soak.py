@@ -114,8 +114,14 @@ def soak(kills: int, steps: int, processes: int, seed: int, folder: Path) -> lis
     make_images(images)
     length = [f"train.max_iter={steps}", "train.checkpoint_period=5"]
     length += ["--num-gpus", str(processes)]
-    begun = time.monotonic()
-    if start(command(images, whole, *length), folder / "whole.log").wait():
+    begun, first_row = time.monotonic(), 0.0
+    process = start(command(images, whole, *length), folder / "whole.log")
+    while process.poll() is None:
+        metrics = whole / "metrics.json"
+        if not first_row and metrics.is_file() and metrics.stat().st_size:
+            first_row = time.monotonic() - begun
+        time.sleep(0.05)
+    if process.returncode:
         raise SystemExit(f"the uninterrupted run failed; see {folder / 'whole.log'}")
     duration = time.monotonic() - begun
     print(f"uninterrupted: {steps} steps in {duration:.0f} s", flush=True)
@@ -124,7 +130,7 @@ def soak(kills: int, steps: int, processes: int, seed: int, folder: Path) -> lis
     resumed = command(images, parts, "--resume", *length)
     while done < kills:
         process = start(resumed, log)
-        moment = rng.uniform(0.1, 1.0) * duration
+        moment = rng.uniform(0.7 * first_row, duration)  # seldom while it still starts
         number = signal.SIGTERM if rng.random() < 0.25 else signal.SIGKILL
         try:
             status = process.wait(moment)

@@ -66,11 +66,6 @@ def test_killed_and_damaged_and_still_equal_to_the_bit(folder):
         file.write('{"iteration": 999, "loss": 0.0}\n{"iterati')
     (output / "model_0000099.pth.part").write_bytes(b"half")
 
-    refused, said = run(folder, "parts", *LENGTH)
-    assert refused == 2
-    assert "--resume" in said
-    assert "--overwrite" in said
-
     other = ("schedules.base_lr=1.0", "train.log_period=1")
     refused, said = run(folder, "parts", "--resume", *LENGTH, *other)
     assert refused == 2

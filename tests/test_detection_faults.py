@@ -1,0 +1,64 @@
+"""Signals on real detection runs: they stop with a checkpoint and go on from it."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+from test_train_net import PY, TINY_PY, TINY_YAML, TOOL, YAML, few_images  # noqa: F401
+
+STOPPED = 75
+LONG_PY = [*TINY_PY, "train.max_iter=100000", "train.checkpointer.period=2", "train.log_period=1"]
+LONG_YAML = [*TINY_YAML, "SOLVER.MAX_ITER", "100000", "SOLVER.CHECKPOINT_PERIOD", "2"]
+
+
+@pytest.mark.parametrize("kind", ["py", pytest.param("yaml", marks=pytest.mark.slow)])
+def test_stops_with_a_checkpoint_and_goes_on(kind, few_images, tmp_path):  # noqa: F811
+    output = tmp_path / "run"
+    arguments = (
+        [PY, *LONG_PY, f"train.output_dir={output}"]
+        if kind == "py"
+        else [YAML, *LONG_YAML, "OUTPUT_DIR", str(output)]
+    )
+    processes = "2" if kind == "py" else "1"
+    checkpoint = "model_0000001.pth"
+    for attempt in range(2):
+        options = ["--num-gpus", processes] if attempt == 0 else ["--resume"]
+        log = tmp_path / f"{attempt}.log"
+        with log.open("wb") as file:
+            process = subprocess.Popen(
+                [
+                    sys.executable,
+                    str(TOOL),
+                    "--config-file",
+                    arguments[0],
+                    *options,
+                    *arguments[1:],
+                ],
+                env={**os.environ, "DETECTRON2_DATASETS": str(few_images), "OMP_NUM_THREADS": "1"},
+                stdout=file,
+                stderr=file,
+            )
+        deadline = time.monotonic() + 200
+        while not (output / checkpoint).exists():
+            assert process.poll() is None, log.read_text()
+            assert time.monotonic() < deadline, log.read_text()
+            time.sleep(0.02)
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(100) == STOPPED, log.read_text()
+        assert "Traceback" not in log.read_text()
+        last = (output / "last_checkpoint").read_text()
+        iteration = torch.load(output / last, weights_only=True)["iteration"]
+        assert last == f"model_{iteration:07d}.pth"
+        if attempt:
+            assert "Resuming after step " in log.read_text()
+        checkpoint = f"model_{(iteration // 2 + 2) * 2 - 1:07d}.pth"
+    if kind == "py":
+        rows = [json.loads(row)["iteration"] for row in (output / "metrics.json").open()]
+        assert sorted(set(rows)) == rows
