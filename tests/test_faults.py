@@ -14,7 +14,7 @@ import pytest
 import soak
 import torch
 
-LENGTH = ["train.max_iter=40", "train.checkpoint_period=5", "dataloader.num_workers=0"]
+LENGTH = ["train.max_iter=25", "train.checkpoint_period=5", "dataloader.num_workers=0"]
 
 
 @pytest.fixture(scope="module")
@@ -54,7 +54,7 @@ def start_and_wait_for(folder: Path, output: str, checkpoint: str, *arguments: s
 
 
 def test_killed_and_damaged_and_still_equal_to_the_bit(folder):
-    process, log = start_and_wait_for(folder, "parts", "model_0000014.pth", *LENGTH)
+    process, log = start_and_wait_for(folder, "parts", "model_0000009.pth", *LENGTH)
     os.killpg(process.pid, signal.SIGKILL)
     assert process.wait(60) == -signal.SIGKILL, log.read_text()
     output = folder / "parts"
