@@ -142,7 +142,9 @@ def _compare(
         for name in differing
     }
     if harmless:
-        logger.info("Differs from the run so far, as it may: %s", "; ".join(changes[n] for n in harmless))
+        logger.info(
+            "Differs from the run so far, as it may: %s", "; ".join(changes[n] for n in harmless)
+        )
     if not serious:
         return
     shown = "; ".join(changes[name] for name in serious[:_SHOWN])
