@@ -9,7 +9,7 @@ import torch
 from detectron2.config import CfgNode, configurable
 from detectron2.layers import ShapeSpec
 from detectron2.modeling import BACKBONE_REGISTRY, Backbone
-from timm.layers import DropPath, LayerScale, Mlp, PatchEmbed
+from timm.layers import LayerScale, Mlp, PatchEmbed
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
@@ -32,6 +32,35 @@ def evenly_spread_blocks(depth: int, count: int = 4) -> tuple[int, ...]:
     """Indexes of ``count`` global blocks, each the last of an equal share (ViTDet, Sec. 3)."""
     share = max(depth // count, 1)
     return tuple(range(share - 1, depth, share))
+
+
+class StochasticDepth(nn.Module):
+    """Leaves a residual branch out, for each image by itself (arXiv 1603.09382).
+
+    The probability is a tensor, so that compiled blocks of different probabilities share their
+    code.
+
+    Args:
+        probability: of leaving a branch out in training; the others are scaled up to make up.
+    """
+
+    def __init__(self, probability: float) -> None:
+        super().__init__()
+        self.register_buffer("keep", torch.tensor(1.0 - probability), persistent=False)
+
+    def forward(self, branch: Tensor, shapes: PackedShapes | None) -> Tensor:
+        """A branch (B, H, W, D), or packed (T, D) with its ``shapes``."""
+        if not self.training:
+            return branch
+        if shapes is None:
+            return branch * self._factors(len(branch))[:, None, None, None].to(branch.dtype)
+        factors = [
+            self._factors(count)[:, None].expand(-1, length).flatten() for count, length in shapes
+        ]
+        return branch * torch.cat(factors)[:, None].to(branch.dtype)
+
+    def _factors(self, count: int) -> Tensor:
+        return torch.bernoulli(self.keep.expand(count)) / self.keep
 
 
 class Block(nn.Module):
@@ -71,7 +100,7 @@ class Block(nn.Module):
         )
         self.norm2 = nn.LayerNorm(dim, eps=1e-6)
         self.mlp = Mlp(dim, int(dim * mlp_ratio))
-        self.drop_path = DropPath(drop_path) if drop_path > 0 else nn.Identity()
+        self.drop_path = StochasticDepth(drop_path) if drop_path > 0 else nn.Identity()
         scaled = layer_scale_init is not None
         self.ls1 = LayerScale(dim, layer_scale_init) if scaled else nn.Identity()
         self.ls2 = LayerScale(dim, layer_scale_init) if scaled else nn.Identity()
@@ -84,9 +113,8 @@ class Block(nn.Module):
             shapes: where packed, how many images of how many tokens follow each other.
         """
         attend = self._attend if shapes is None else partial(self.attn.forward_packed, shapes)
-        branch = self.ls1(attend(self.norm1(tokens)))
-        tokens = tokens + self._drop_images(branch, shapes)
-        return tokens + self._drop_images(self.ls2(self.mlp(self.norm2(tokens))), shapes)
+        tokens = tokens + self._dropped(self.ls1(attend(self.norm1(tokens))), shapes)
+        return tokens + self._dropped(self.ls2(self.mlp(self.norm2(tokens))), shapes)
 
     def _attend(self, tokens: Tensor) -> Tensor:
         size = self.window_size
@@ -99,15 +127,10 @@ class Block(nn.Module):
             key_mask = window_key_mask(batch, tuple(grid), size, tokens.device)
         return merge_windows(self.attn(windows, key_mask), padded, tuple(grid))
 
-    def _drop_images(self, branch: Tensor, shapes: PackedShapes | None) -> Tensor:
-        """Stochastic depth: the branch of an image is left out with the block's probability."""
-        if shapes is None or not self.training or isinstance(self.drop_path, nn.Identity):
-            return self.drop_path(branch)
-        factors = [
-            self.drop_path(branch.new_ones(count, 1, 1)).expand(-1, length, -1).flatten(0, 1)
-            for count, length in shapes
-        ]
-        return branch * torch.cat(factors)
+    def _dropped(self, branch: Tensor, shapes: PackedShapes | None) -> Tensor:
+        if isinstance(self.drop_path, nn.Identity):
+            return branch
+        return self.drop_path(branch, shapes)
 
 
 @BACKBONE_REGISTRY.register()

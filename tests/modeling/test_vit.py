@@ -124,7 +124,7 @@ def test_forward_tokens_is_the_map_row_major():
 def test_patch_8_and_stochastic_depth():
     model = FLSLViT(img_size=64, patch_size=8, drop_path_rate=0.3, **SMALL)
     assert model(torch.randn(1, 3, 64, 32))["last_feat"].shape == (1, 48, 8, 4)
-    rates = [getattr(b.drop_path, "drop_prob", 0.0) for b in model.blocks]
+    rates = [1 - float(getattr(b.drop_path, "keep", 1.0)) for b in model.blocks]
     assert rates == pytest.approx([0, 0.1, 0.2, 0.3])
 
 
