@@ -31,7 +31,7 @@ demo: $(STAMP) ## pre-train, fine-tune and compare on a small data set of its ow
 	@"$(BIN)/python" tools/demo.py
 
 test: $(STAMP) ## run the tests, in TEST_PROCESSES at a time
-	@"$(BIN)/python" -m pytest -n $(TEST_PROCESSES) --dist loadfile
+	@"$(BIN)/python" -m pytest -n $(TEST_PROCESSES) --dist worksteal
 
 slow-tests: $(STAMP) ## run the long accuracy tests
 	@"$(BIN)/python" -m pytest -m slow
