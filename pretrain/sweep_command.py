@@ -47,7 +47,9 @@ def _evaluations(args: argparse.Namespace, tools: Path) -> list[Evaluation]:
     device = load_lazy_config(args.config_file, args.overrides).train.device
     names = comma_separated(args.measures) if args.eval_val else []
     found: list[Evaluation] = [
-        FeatureEvaluation(tools, name, args.eval_train, args.eval_val, device, args.max_images)
+        FeatureEvaluation(
+            tools, name, args.eval_train, args.eval_val, device, args.max_images, args.short_side
+        )
         for name in names
     ]
     if args.detection:

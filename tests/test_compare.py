@@ -19,6 +19,7 @@ from flsl_d2.modeling import FLSLViT
 
 ROOT = Path(__file__).resolve().parents[1]
 DATA = ["--train", "flsl_scenes_train", "--val", "flsl_scenes_val", "--max-images", "4"]
+DATA += ["--short-side", "96"]
 DETECTION = "detection=configs/demo/mask_rcnn_flsl_vit_scenes.py"
 
 

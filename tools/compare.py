@@ -54,6 +54,7 @@ def main() -> None:
     add("--train", default="", metavar="NAME", help="data set that the measures learn from")
     add("--val", default="", metavar="NAME", help="data set that they score")
     add("--max-images", type=int, metavar="N", help="most images of either (default: all)")
+    add("--short-side", type=int, metavar="PX", help="of those images (default: 448)")
     add("--seeds", default="0", metavar="0,1", help="of all evaluations (default: 0)")
     add("--output", required=True, type=Path, metavar="DIR", help="folder of everything")
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cuda or cpu")

@@ -55,6 +55,7 @@ def main() -> None:
         help="of frozen features, with --eval-train and --eval-val (default: %(default)s)",
     )
     add("--max-images", type=int, metavar="N", help="most images of either (default: all)")
+    add("--short-side", type=int, metavar="PX", help="of those images (default: 448)")
     add("--detection", default="", metavar="FILE", help="detection config to fine-tune from each")
     add(
         "--detection-override",

@@ -68,6 +68,8 @@ def _evaluations(text: str, args: argparse.Namespace, tools: Path) -> list[Evalu
     if not args.train or not args.val:
         raise InputError(f"--eval {text} needs data; give --train NAME and --val NAME.")
     return [
-        FeatureEvaluation(tools, name, args.train, args.val, args.device, args.max_images)
+        FeatureEvaluation(
+            tools, name, args.train, args.val, args.device, args.max_images, args.short_side
+        )
         for name in names
     ]

@@ -65,6 +65,7 @@ class FeatureEvaluation:
         train, val: data sets.
         device: ``cuda`` or ``cpu``.
         max_images: of either data set; None for all.
+        short_side: pixels of the images' shorter side; None for the tool's default.
     """
 
     tools: Path
@@ -73,6 +74,7 @@ class FeatureEvaluation:
     val: str
     device: str = "cpu"
     max_images: int | None = None
+    short_side: int | None = None
 
     def check(self) -> None:
         """Raise InputError for an unknown measure, and for data sets that cannot be used."""
@@ -88,6 +90,7 @@ class FeatureEvaluation:
             "train": _dataset_identity(self.train),
             "val": _dataset_identity(self.val),
             "max_images": self.max_images,
+            "short_side": self.short_side,
             "seed": encoder.seed,
         }
 
@@ -98,6 +101,8 @@ class FeatureEvaluation:
             arguments += ["--seed", str(encoder.seed), "--device", self.device]
             if self.max_images is not None:
                 arguments += ["--max-images", str(self.max_images)]
+            if self.short_side is not None:
+                arguments += ["--short-side", str(self.short_side)]
             return [*arguments, "--json", str(folder / "features.json")]
 
         def outcome(folder: Path) -> Outcome:
