@@ -6,6 +6,7 @@ import math
 
 import pytest
 import torch
+import torch.distributed as dist
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -14,6 +15,7 @@ from pretrain.objective import (
     FLSLLoss,
     gather_queries,
     intra_view_loss,
+    mean_over_ranks,
     query_indexes,
     volume_loss,
 )
@@ -110,6 +112,23 @@ def test_centering_follows_the_mean_in_training_only():
 def test_a_wrong_prior_is_named(prior, says):
     with pytest.raises(InputError, match=says):
         FLSLLoss(3, prior=prior)
+
+
+def test_the_mean_over_ranks_is_the_same_to_the_bit_on_each(monkeypatch):
+    """What ranks carry from step to step (the centre) would drift apart otherwise."""
+    ranks = torch.randn(2, 1000).softmax(dim=-1)
+    monkeypatch.setattr(dist, "is_initialized", lambda: True)
+    monkeypatch.setattr(dist, "get_world_size", lambda: 2)
+    means = []
+    for own, other in ((ranks[0], ranks[1]), (ranks[1], ranks[0])):
+        own = own.clone().requires_grad_()
+        monkeypatch.setattr(dist, "all_reduce", lambda total, other=other: total.add_(other))
+        means.append(mean_over_ranks(own))
+        weights = torch.randn(1000)
+        (gradient,) = torch.autograd.grad((means[-1] * weights).sum(), own)
+        assert torch.equal(gradient, weights)
+    assert torch.equal(*means)
+    torch.testing.assert_close(means[0], ranks.mean(dim=0))
 
 
 def test_gather_queries_keeps_order():
