@@ -17,20 +17,39 @@ from flsl_d2.checkpoint.sources import TIMM_NAMES
 from flsl_d2.errors import InputError
 from flsl_d2.modeling import FLSLViT
 
-__all__ = ["timm_arguments", "timm_call", "timm_state", "write_encoder", "write_timm"]
+__all__ = [
+    "encoder_file",
+    "timm_arguments",
+    "timm_call",
+    "timm_state",
+    "write_encoder",
+    "write_timm",
+]
 
 # Its other dimensions are all given, so any of timm's plain ViTs would do.
 _TIMM_MODEL = "vit_small_patch16_224"
 
 
+def encoder_file(encoder: FLSLViT) -> dict[str, Any]:
+    """What a ``.pth`` file of an encoder holds; it loads with ``weights_only=True``.
+
+    ``model`` (tensors by their bare names), ``encoder`` (constructor arguments of ``FLSLViT``),
+    ``format``, and ``matching_heuristics``, which tells Detectron2's own checkpointer to find
+    these names wherever the encoder sits in a detector.
+    """
+    return {
+        "model": _on_cpu(encoder.state_dict()),
+        "encoder": encoder.architecture,
+        "format": ENCODER_FORMAT,
+        "matching_heuristics": True,
+    }
+
+
 def write_encoder(encoder: FLSLViT, path: str | Path) -> None:
     """Write an encoder by its bare names, with the architecture it needs.
 
-    A ``.pth`` file holds ``model`` (tensors), ``encoder`` (constructor arguments of ``FLSLViT``),
-    ``format``, and ``matching_heuristics``, which tells Detectron2's own checkpointer to find
-    these names wherever the encoder sits in a detector; it loads with ``weights_only=True``. A
-    ``.safetensors`` file holds the tensors, and the rest as metadata. The file is whole or not
-    there.
+    A ``.pth`` file is :func:`encoder_file`. A ``.safetensors`` file holds the tensors, and the
+    rest as metadata. The file is whole or not there.
 
     Raises:
         InputError: another suffix, or the file cannot be written.
@@ -39,11 +58,7 @@ def write_encoder(encoder: FLSLViT, path: str | Path) -> None:
         path,
         encoder.state_dict(),
         {"format": ENCODER_FORMAT, "encoder": json.dumps(encoder.architecture)},
-        {
-            "encoder": encoder.architecture,
-            "format": ENCODER_FORMAT,
-            "matching_heuristics": True,
-        },
+        encoder_file(encoder),
     )
 
 
@@ -54,7 +69,7 @@ def write_timm(encoder: FLSLViT, path: str | Path) -> None:
         InputError: the encoder has parts that timm's ViT lacks, another suffix, or the file
             cannot be written.
     """
-    _write(path, timm_state(encoder), {"format": "pt"}, None)
+    _write(path, timm_state(encoder), {"format": "pt"}, _on_cpu(timm_state(encoder)))
 
 
 def timm_state(encoder: FLSLViT) -> dict[str, Tensor]:
@@ -122,21 +137,24 @@ def _write(
     path: str | Path,
     tensors: dict[str, Tensor],
     metadata: dict[str, str],
-    beside: dict[str, Any] | None,
+    torch_content: dict[str, Any],
 ) -> None:
     path = Path(path)
     if path.suffix not in (".pth", ".safetensors"):
         raise InputError(
             f"{str(path)!r} has no suffix that can be written; use .pth or .safetensors."
         )
-    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with replaced_file(path) as file:
             if path.suffix == ".safetensors":
-                file.write(safetensors.torch.save(tensors, metadata))
+                file.write(safetensors.torch.save(_on_cpu(tensors), metadata))
             else:
-                torch.save(tensors if beside is None else {"model": tensors, **beside}, file)
+                torch.save(torch_content, file)
     except (OSError, RuntimeError) as error:
         reason = " ".join(str(error).split())
         raise InputError(f"{str(path)!r} cannot be written ({reason}); choose another.") from error
+
+
+def _on_cpu(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
