@@ -7,8 +7,8 @@ import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from flsl_d2.checkpoint.safe_saving import replaced_file
 from flsl_d2.errors import TrainingError
+from flsl_d2.files import replaced_file
 from pretrain.data import ImageStream
 from pretrain.images import printable
 

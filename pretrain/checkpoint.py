@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 
 from flsl_d2.checkpoint.export import encoder_file
-from flsl_d2.checkpoint.safe_saving import replaced_file
+from flsl_d2.files import replaced_file
 from pretrain.model import FLSL
 
 __all__ = ["save_teacher_backbone"]

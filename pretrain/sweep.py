@@ -8,12 +8,13 @@ from pathlib import Path
 from statistics import median
 
 from flsl_d2.comparison.evaluations import EncoderFile
-from flsl_d2.comparison.jobs import Job, Outcome, Record, config_settings, write_atomically
+from flsl_d2.comparison.jobs import Job, Outcome, Record, config_settings
 from flsl_d2.comparison.results import Subject, results_table
 from flsl_d2.comparison.runner import run_jobs
 from flsl_d2.comparison.slots import make_slots
 from flsl_d2.comparison.table import Table
 from flsl_d2.engine.launch import WorkerError
+from flsl_d2.files import write_text
 from flsl_d2.visualization.curves import read_metrics
 from pretrain.grid import Point, grid_points, short_names
 from pretrain.sweep_page import Sweep, write_sweep_page
@@ -64,7 +65,7 @@ def run_sweep(sweep: Sweep) -> None:
 
     def write_tables(records: dict[str, Record]) -> None:
         _table(settings, records).write(sweep.output, "table")
-        write_atomically(sweep.output / "runs.csv", _table(runs, records).csv())
+        write_text(sweep.output / "runs.csv", _table(runs, records).csv())
 
     records = run_jobs(jobs, sweep.output, slots, write_tables)
     write_tables(records)

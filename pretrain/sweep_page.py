@@ -62,6 +62,7 @@ def write_sweep_page(
     records: dict[str, Record],
     names: Sequence[str],
 ) -> None:
+    """Write the plots and ``index.html``: table, measures over the grid, and loss curves."""
     plots = sweep.output / "plots"
     drawn = _draw_measures(table, plots, [name for name in names if _varies(table, name)])
     metrics = {

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -12,6 +11,7 @@ from tqdm import tqdm
 
 from flsl_d2.errors import InputError
 from flsl_d2.evaluation import extract_tokens
+from flsl_d2.files import writable_folder
 from flsl_d2.visualization import encoder_figure
 from flsl_d2.visualization.described import CLUSTER_SCALES, DescribedEncoder, describe_encoder
 from flsl_d2.visualization.html_page import write_page
@@ -76,7 +76,7 @@ def visualize(
     originals = [read_image(file) for file in files]
     shares = chosen_points(points, originals, files)
     encoders = chosen_encoders(weights, names, device)
-    folder = _output_folder(output)
+    folder = writable_folder(output, "--output")
     scales = sorted({*CLUSTER_SCALES, scale})
     described, shown = [], []
     for encoder in encoders:
@@ -117,19 +117,6 @@ def _check_numbers(short_side: int, scale: float, num_iterations: int, max_image
         raise InputError(f"--iterations is {num_iterations}; give 1 or more.")
     if max_images < 1:
         raise InputError(f"--max-images is {max_images}; give 1 or more.")
-
-
-def _output_folder(output: str) -> Path:
-    folder = Path(output)
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=folder):
-            pass
-    except OSError as error:
-        raise InputError(
-            f"--output '{output}' cannot be written ({error.strerror}); give a folder of yours."
-        ) from None
-    return folder
 
 
 def _describe(

@@ -63,6 +63,6 @@ def test_wrong_input_is_one_sentence(tmp_path: Path) -> None:
     assert not done.stdout
 
 
-def test_a_place_that_cannot_be_written_is_found_first(tmp_path: Path) -> None:
-    with pytest.raises(InputError, match="missing or cannot be written"):
-        report_features("absent.pth", "a", "b", json_file=tmp_path / "absent" / "scores.json")
+def test_a_place_that_cannot_be_written_is_found_first() -> None:
+    with pytest.raises(InputError, match="'/proc/no' cannot be written"):
+        report_features("absent.pth", "a", "b", json_file=Path("/proc/no/scores.json"))

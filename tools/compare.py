@@ -1,7 +1,6 @@
 #!/usr/bin/env python
 """Evaluate a list of encoders alike, and put the results side by side: tables and one page."""
 
-import argparse
 import sys
 from pathlib import Path
 
@@ -11,7 +10,7 @@ sys.path.insert(0, str(TOOLS.parent))
 import torch
 
 from flsl_d2.comparison.command_line import compare_command
-from flsl_d2.engine.command_line import parse_tool_arguments, run_tool
+from flsl_d2.engine.command_line import described_parser, parse_tool_arguments, run_tool
 
 EXAMPLES = """examples:
   two weight files and an untrained encoder, by measures of frozen features:
@@ -29,12 +28,7 @@ docs/COMPARE.md explains the table."""
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__,
-        epilog=EXAMPLES,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
+    parser = described_parser(__doc__, EXAMPLES)
     add = parser.add_argument
     add(
         "--encoder",

@@ -1,14 +1,13 @@
 #!/usr/bin/env python
 """Read an encoder from another project's weight file and write it for this one, or for timm."""
 
-import argparse
 import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from flsl_d2.checkpoint.convert import FORMATS, convert_checkpoint
-from flsl_d2.engine.command_line import run_tool
+from flsl_d2.engine.command_line import described_parser, run_tool
 
 EPILOG = """read: published FLSL, DINO, iBOT, SelfPatch, MAE, MoCo v3, DINOv2, DeiT, timm, ViTDet of
 Detectron2 (.pth, .pkl, .safetensors) and what this project writes. No code in a file is ever run.
@@ -28,12 +27,7 @@ Converting is optional: train.init_checkpoint and MODEL.WEIGHTS take the same fi
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__,
-        epilog=EPILOG,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
+    parser = described_parser(__doc__, EPILOG)
     add = parser.add_argument
     add("source", metavar="INPUT", help="weight file or URL")
     add("target", metavar="OUTPUT", help="file to write, .pth or .safetensors")

@@ -1,7 +1,6 @@
 #!/usr/bin/env python
 """Write UAVDT's annotations in COCO format, once, before training or evaluating on it."""
 
-import argparse
 import logging
 import sys
 from pathlib import Path
@@ -9,7 +8,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from flsl_d2.data.uavdt import convert_uavdt
-from flsl_d2.engine.command_line import run_tool
+from flsl_d2.engine.command_line import described_parser, run_tool
 
 EXAMPLE = """example:
   tools/convert_uavdt.py --root datasets/uavdt
@@ -20,12 +19,7 @@ and uavdt_test where the folder is $DETECTRON2_DATASETS/uavdt."""
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__,
-        epilog=EXAMPLE,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
+    parser = described_parser(__doc__, EXAMPLE)
     parser.add_argument(
         "--root", metavar="FOLDER", help="of UAVDT (default: $DETECTRON2_DATASETS/uavdt)"
     )

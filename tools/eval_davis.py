@@ -11,7 +11,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import torch
 from detectron2.utils.logger import setup_logger
 
-from flsl_d2.engine.command_line import run_tool
+from flsl_d2.engine.command_line import described_parser, run_tool
 from flsl_d2.evaluation.davis import DavisRun, Propagation, run_davis
 
 EXAMPLES = """examples:
@@ -28,12 +28,7 @@ reason, the others go on, and the exit status is 2."""
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__,
-        epilog=EXAMPLES,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
+    parser = described_parser(__doc__, EXAMPLES)
     add = parser.add_argument
     datasets = os.path.expanduser(os.getenv("DETECTRON2_DATASETS", "datasets"))
     add("--weights", required=True, metavar="FILE", help="encoder; 'random' for untrained ViT-S/16")

@@ -1,7 +1,6 @@
 #!/usr/bin/env python
 """Measure an encoder's frozen tokens: k-NN, linear probe and clusters, on any labelled data set."""
 
-import argparse
 import sys
 from pathlib import Path
 
@@ -9,7 +8,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from detectron2.utils.logger import setup_logger
 
-from flsl_d2.engine.command_line import run_tool
+from flsl_d2.engine.command_line import described_parser, run_tool
 from flsl_d2.evaluation.feature_report import report_features
 from flsl_d2.evaluation.measures import MEASURES
 
@@ -27,12 +26,7 @@ with the reason, the others go on, and the exit status is 2."""
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__,
-        epilog=EXAMPLES,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
+    parser = described_parser(__doc__, EXAMPLES)
     add = parser.add_argument
     add("--weights", required=True, metavar="FILE", help="encoder; 'random' for untrained ViT-S/16")
     add("--train", required=True, metavar="NAME", help="registered data set to learn labels from")

@@ -1,7 +1,6 @@
 #!/usr/bin/env python
 """Write the label images of a semantic data set, once, before training or evaluating on it."""
 
-import argparse
 import logging
 import sys
 from pathlib import Path
@@ -9,7 +8,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from flsl_d2.data.label_preparation import PREPARATIONS
-from flsl_d2.engine.command_line import run_tool
+from flsl_d2.engine.command_line import described_parser, run_tool
 
 EXAMPLE = """examples:
   tools/prepare_labels.py ade20k
@@ -21,12 +20,7 @@ coco/panoptic_stuff_*2017. An interrupted run is taken up again."""
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__,
-        epilog=EXAMPLE,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
+    parser = described_parser(__doc__, EXAMPLE)
     parser.add_argument("dataset", choices=PREPARATIONS, help="which data set")
     parser.add_argument(
         "--root", metavar="FOLDER", help="of all data sets (default: $DETECTRON2_DATASETS)"

@@ -1,14 +1,13 @@
 #!/usr/bin/env python
 """Pre-train over a grid of settings, evaluate each teacher, and write a table, plots and a page."""
 
-import argparse
 import sys
 from pathlib import Path
 
 TOOLS = Path(__file__).resolve().parent
 sys.path.insert(0, str(TOOLS.parent))
 
-from flsl_d2.engine.command_line import parse_tool_arguments, run_tool
+from flsl_d2.engine.command_line import described_parser, parse_tool_arguments, run_tool
 from pretrain.sweep_command import sweep_command
 
 EXAMPLES = """examples:
@@ -28,12 +27,7 @@ that it has in common with the earlier one. docs/SWEEP.md explains the table."""
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__,
-        epilog=EXAMPLES,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
+    parser = described_parser(__doc__, EXAMPLES)
     add = parser.add_argument
     add("--config-file", required=True, metavar="FILE", help="pre-training config of all runs")
     add(

@@ -9,8 +9,8 @@ from typing import Any
 from flsl_d2.checkpoint.build import open_encoder
 from flsl_d2.checkpoint.export import timm_call, write_encoder, write_timm
 from flsl_d2.checkpoint.report import LoadReport
-from flsl_d2.checkpoint.safe_saving import replaced_file
 from flsl_d2.errors import InputError
+from flsl_d2.files import replaced_file
 
 __all__ = ["FORMATS", "convert_checkpoint"]
 

@@ -12,9 +12,9 @@ from torch import Tensor
 
 from flsl_d2.checkpoint.layout import rename
 from flsl_d2.checkpoint.reading import ENCODER_FORMAT
-from flsl_d2.checkpoint.safe_saving import replaced_file
 from flsl_d2.checkpoint.sources import TIMM_NAMES
 from flsl_d2.errors import InputError
+from flsl_d2.files import replaced_file
 from flsl_d2.modeling import FLSLViT
 
 __all__ = [

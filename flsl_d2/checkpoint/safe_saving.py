@@ -3,58 +3,31 @@
 from __future__ import annotations
 
 import logging
-import os
 import zipfile
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import torch
 from detectron2.checkpoint import DetectionCheckpointer
 from detectron2.utils import comm
 
 from flsl_d2.errors import InputError
+from flsl_d2.files import UNFINISHED, replaced_file
 
 __all__ = [
     "SafeCheckpointer",
     "checkpoint_damage",
     "checkpoint_files",
     "remove_unfinished",
-    "replaced_file",
 ]
 
-_UNFINISHED = ".part"
 logger = logging.getLogger(__name__)
-
-
-@contextmanager
-def replaced_file(path: str | Path) -> Iterator[BinaryIO]:
-    """A file, open for writing, that takes the place of ``path`` once all of it is on the disk.
-
-    Until then, and after any failure, ``path`` is what it was before.
-
-    Raises:
-        OSError: it cannot be written.
-    """
-    path = Path(path)
-    part = path.with_name(path.name + _UNFINISHED)
-    try:
-        with part.open("wb") as file:
-            yield file
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(part, path)
-        _sync_folder(path.parent)
-    except BaseException:
-        with suppress(OSError):
-            part.unlink(missing_ok=True)
-        raise
 
 
 def remove_unfinished(folder: str | Path) -> None:
     """Delete what a run that was killed in the middle of a checkpoint left behind."""
-    for part in Path(folder).glob(f"*.pth{_UNFINISHED}"):
+    for part in Path(folder).glob(f"*.pth{UNFINISHED}"):
         logger.info("Removing %s, whose writing was interrupted.", part)
         part.unlink(missing_ok=True)
 
@@ -160,13 +133,3 @@ class SafeCheckpointer(DetectionCheckpointer):
             refused.append(f"{file.name}: {damage}")
             logger.warning("Checkpoint %s is damaged or gone (%s).", file, damage)
         return "", refused
-
-
-def _sync_folder(folder: Path) -> None:
-    """Make a renaming survive a loss of power; not all file systems know how."""
-    with suppress(OSError):
-        descriptor = os.open(folder, os.O_RDONLY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)

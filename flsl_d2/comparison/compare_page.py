@@ -55,6 +55,7 @@ def write_comparison_page(
     records: dict[str, Record],
     table: Table,
 ) -> None:
+    """Write ``index.html``: the table, what was run, bars, curves and pictures side by side."""
     page = Page("Comparison of encoders")
     page.text(
         f"Every encoder had the same data, seeds ({', '.join(map(str, comparison.seeds))}) and "

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -13,10 +12,12 @@ from typing import Any
 import torch
 
 from flsl_d2.checkpoint import build_encoder
+from flsl_d2.checkpoint.export import write_encoder
 from flsl_d2.checkpoint.reading import local_weights_path, split_weights_path
 from flsl_d2.comparison.evaluations import EncoderFile
 from flsl_d2.comparison.provenance import file_sha256
 from flsl_d2.errors import InputError
+from flsl_d2.files import writable_folder
 from flsl_d2.modeling import FLSLViT
 
 __all__ = ["Encoder", "read_encoders"]
@@ -122,18 +123,4 @@ def _write_untrained(architecture: dict[str, Any], seed: int, path: Path) -> Non
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         encoder = FLSLViT(**architecture)
-    content = {
-        "model": encoder.state_dict(),
-        "encoder": encoder.architecture,
-        "format": "flsl_d2 encoder",
-        "matching_heuristics": True,
-    }
-    part = path.with_name(path.name + ".part")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        torch.save(content, part)
-        os.replace(part, path)
-    except (OSError, RuntimeError) as error:  # PyTorch's for a file that it cannot open
-        raise InputError(
-            f"the untrained encoder '{path}' cannot be written ({error}); name another --output."
-        ) from error
+    write_encoder(encoder, writable_folder(path.parent, "--output") / path.name)

@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from flsl_d2.errors import InputError
+from flsl_d2.files import writable_folder
 
 __all__ = ["SIGNALS", "locked", "signals_interrupt"]
 
@@ -22,14 +23,7 @@ def locked(folder: Path) -> Iterator[int]:
     The jobs' processes inherit the lock: it holds while one of them lives, even where this process
     was killed and they were not.
     """
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        file = (folder / ".lock").open("w")
-    except OSError as error:
-        raise InputError(
-            f"the folder '{folder}' cannot be written ({error.strerror}); name another --output."
-        ) from error
-    with file:
+    with (writable_folder(folder) / ".lock").open("w") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:

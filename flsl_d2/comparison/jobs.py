@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -12,13 +11,14 @@ from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
+from flsl_d2.files import write_text
+
 __all__ = [
     "Job",
     "Outcome",
     "Record",
     "config_settings",
     "read_record",
-    "write_atomically",
     "write_record",
 ]
 
@@ -99,15 +99,7 @@ def write_record(folder: Path, job: Job, record: Record) -> None:
     """Write ``result.json``: the record with the job's label and settings."""
     content = asdict(record)
     content |= content.pop("outcome") | {"label": job.label, "settings": dict(job.settings)}
-    write_atomically(folder / "result.json", json.dumps(content, indent=1) + "\n")
-
-
-def write_atomically(path: Path, text: str) -> None:
-    """Write a text file so that a reader finds the old content or the new, never a part."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(path.name + ".part")
-    part.write_text(text, encoding="utf-8")
-    os.replace(part, path)
+    write_text(folder / "result.json", json.dumps(content, indent=1) + "\n")
 
 
 def config_settings(cfg: DictConfig, without: tuple[str, ...] = ()) -> dict[str, Any]:

@@ -7,8 +7,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from html import escape
 from pathlib import Path
 
-from flsl_d2.comparison.jobs import write_atomically
 from flsl_d2.comparison.table import Table
+from flsl_d2.files import write_text
 
 __all__ = ["Page"]
 
@@ -100,7 +100,7 @@ class Page:
 
     def write(self, path: Path) -> None:
         """Write the page."""
-        write_atomically(
+        write_text(
             path,
             f'<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
             f'<meta name="viewport" content="width=device-width">'

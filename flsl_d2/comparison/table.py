@@ -9,7 +9,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import mean, stdev
 
-from flsl_d2.comparison.jobs import Record, write_atomically
+from flsl_d2.comparison.jobs import Record
+from flsl_d2.files import write_text
 
 __all__ = ["Cell", "Measure", "Row", "Table", "cell_of"]
 
@@ -166,10 +167,10 @@ class Table:
 
     def write(self, folder: Path, name: str, latex: bool = False) -> None:
         """Write ``name.csv``, ``name.md`` and, if asked for, ``name.tex``."""
-        write_atomically(folder / f"{name}.csv", self.csv())
-        write_atomically(folder / f"{name}.md", self.markdown())
+        write_text(folder / f"{name}.csv", self.csv())
+        write_text(folder / f"{name}.md", self.markdown())
         if latex:
-            write_atomically(folder / f"{name}.tex", self.latex())
+            write_text(folder / f"{name}.tex", self.latex())
 
     def _lines(self, escaped: Callable[[str], str], bold: Callable[[str], str]) -> list[list[str]]:
         """Heading and rows as text."""

@@ -34,6 +34,7 @@ def check_box(box: Any, size: tuple[float, float], name: object, findings: Findi
 
 
 def check_polygons(polygons: list[Any], name: object, findings: Findings) -> None:
+    """Note polygons that are not coordinates of at least three points."""
     if not polygons:
         findings.annotation_degenerate("annotations with an empty segmentation", name)
     for polygon in polygons:

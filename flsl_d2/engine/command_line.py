@@ -12,7 +12,7 @@ from typing import Any
 from flsl_d2.engine.launch import WorkerError
 from flsl_d2.errors import InputError, TrainingError
 
-__all__ = ["parse_tool_arguments", "run_tool", "tool_argument_parser"]
+__all__ = ["described_parser", "parse_tool_arguments", "run_tool", "tool_argument_parser"]
 
 # Warnings of third parties that a user of the tools can do nothing about: (category, its start,
 # without a colon or comma, which PYTHONWARNINGS could not hold).
@@ -53,6 +53,21 @@ def run_tool(function: Callable[..., Any], *args: Any) -> None:
     sys.exit(status)
 
 
+def described_parser(description: str, epilog: str = "") -> argparse.ArgumentParser:
+    """A parser whose help shows both texts as they are written, and that takes whole options only.
+
+    Args:
+        description: what the tool does.
+        epilog: examples of complete commands.
+    """
+    return argparse.ArgumentParser(
+        description=description,
+        epilog=epilog,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+
+
 def tool_argument_parser(
     description: str, epilog: str = "", eval_only: bool = False
 ) -> argparse.ArgumentParser:
@@ -66,12 +81,7 @@ def tool_argument_parser(
     Returns:
         A parser; read the command line with :func:`parse_tool_arguments`.
     """
-    parser = argparse.ArgumentParser(
-        description=description,
-        epilog=epilog,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
+    parser = described_parser(description, epilog)
     add = parser.add_argument
     add(
         "--config-file",

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import logging
-import tempfile
 from pathlib import Path
 
 from detectron2.utils import comm
 from detectron2.utils.logger import setup_logger
 
 from flsl_d2.errors import InputError, TrainingError
+from flsl_d2.files import writable_folder
 
 __all__ = ["prepare_output"]
 
@@ -28,15 +28,7 @@ def prepare_output(folder: Path, key: str, loggers: list[str]) -> None:
         InputError: the folder cannot be written.
     """
     rank = comm.get_rank()
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=folder):
-            pass
-    except OSError as error:
-        raise InputError(
-            f"{key} is '{folder}', which cannot be written ({error.strerror}); set it to a folder "
-            "of yours."
-        ) from error
+    writable_folder(folder, key)
     for name in ("fvcore", "detectron2", *loggers):
         setup_logger(str(folder), distributed_rank=rank, name=name, abbrev_name=name)
     logging.getLogger("detectron2.engine.train_loop").addFilter(_tells_more_than_a_sentence)

@@ -14,8 +14,9 @@ from detectron2.config import CfgNode, LazyConfig
 from detectron2.utils import comm
 from omegaconf import DictConfig, OmegaConf
 
-from flsl_d2.checkpoint.safe_saving import checkpoint_files, replaced_file
+from flsl_d2.checkpoint.safe_saving import checkpoint_files
 from flsl_d2.errors import InputError
+from flsl_d2.files import replaced_file
 
 __all__ = ["RUN_FILE", "ResumeOptions", "check_and_keep_run", "flat_config", "keep_config"]
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import logging
-import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -14,6 +13,7 @@ from tabulate import tabulate
 from flsl_d2.errors import InputError
 from flsl_d2.evaluation.frozen_encoder import RANDOM, frozen_encoder, usable_device
 from flsl_d2.evaluation.measures import MEASURES, measure_all
+from flsl_d2.files import writable_folder, write_text
 
 __all__ = ["measures_table", "report_features"]
 
@@ -41,11 +41,8 @@ def report_features(
     Raises:
         InputError: nothing can be measured, or, after the table, a measure has failed.
     """
-    if json_file is not None and not os.access(json_file.absolute().parent, os.W_OK):
-        raise InputError(
-            f"the folder of '{json_file}' is missing or cannot be written; give a file in a folder "
-            "of yours."
-        )
+    if json_file is not None:
+        writable_folder(json_file.absolute().parent)
     usable_device(settings.get("device", "cpu"))
     encoder = frozen_encoder(weights, settings.get("seed", 0))
     if weights == RANDOM:
@@ -55,9 +52,7 @@ def report_features(
     if json_file is not None:
         named = {"weights": weights, "train": train, "val": val, "measures": list(measures)}
         content = {"settings": named | settings, "results": results, "failures": failures}
-        part = json_file.with_name(json_file.name + ".part")
-        part.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
-        os.replace(part, json_file)
+        write_text(json_file, json.dumps(content, indent=1) + "\n")
     if failures:
         raise InputError(
             f"{len(failures)} of {len(measures)} measures failed ({', '.join(failures)}): the "

@@ -17,6 +17,7 @@ import cv2
 import matplotlib
 import numpy as np
 
+from flsl_d2.files import write_text
 from flsl_d2.visualization.clusters import attention_values, mode_similarity_values, pca_colours
 from flsl_d2.visualization.described import DescribedEncoder
 from flsl_d2.visualization.measures import patch_colours, position_r2
@@ -85,12 +86,8 @@ def write_page(
     for mark, text in inserted.items():
         before, after = page.split(mark)
         page = before + text + after
-    encoded = page.encode("utf-8")
-    part = Path(f"{path}.part")
-    part.parent.mkdir(parents=True, exist_ok=True)
-    part.write_bytes(encoded)
-    os.replace(part, path)
-    return len(encoded)
+    write_text(path, page)
+    return len(page.encode("utf-8"))
 
 
 def _encoder(

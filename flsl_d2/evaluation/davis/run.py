@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import logging
-import os
 import shutil
 from collections.abc import Sequence as Ordered
 from concurrent.futures import ThreadPoolExecutor
@@ -24,6 +23,7 @@ from flsl_d2.evaluation.davis.results import Results, Scores
 from flsl_d2.evaluation.davis.segmentation import frame_size, segment_sequence
 from flsl_d2.evaluation.davis.sequences import Sequence, find_sequence, read_mask, sequence_names
 from flsl_d2.evaluation.frozen_encoder import RANDOM, frozen_encoder, usable_device
+from flsl_d2.files import writable_folder, write_text
 from flsl_d2.modeling import FLSLViT
 
 __all__ = ["DavisRun", "evaluate_davis", "run_davis", "score_sequence"]
@@ -82,14 +82,14 @@ def run_davis(run: DavisRun, weights: str, device: str, json_file: Path | None =
     on = usable_device(device)
     sequence_names(run.root, run.year, run.split, run.resolution)
     json_file = json_file or run.output / "results.json"
-    _check_writable(json_file.parent)
+    writable_folder(json_file.parent)
     encoder = frozen_encoder(weights).to(on)
     if weights == RANDOM:
         logger.warning("The encoder is an untrained ViT-S/16: its scores are a floor, no result.")
     results = evaluate_davis(encoder, run)
     settings = {"weights": weights, "encoder": encoder.architecture, **asdict(run)}
     content = {"settings": settings, **results.as_json()}
-    _write_json(json_file, content)
+    write_text(json_file, json.dumps(content, indent=1, default=str) + "\n")
     print(results.table())
     print(f"masks: {run.output / 'masks'}\nresults: {json_file}")
     if results.failed:
@@ -115,7 +115,7 @@ def evaluate_davis(encoder: FLSLViT, run: DavisRun) -> Results:
             smaller than a patch.
     """
     frame_size((run.short_side, run.short_side), run.short_side, encoder.patch_size)
-    _check_writable(run.output / "masks")
+    writable_folder(run.output / "masks")
     results, sequences = Results(), []
     for name in sequence_names(run.root, run.year, run.split, run.resolution):
         # Masks of an earlier run must not pass for those of a sequence that fails in this one.
@@ -193,20 +193,3 @@ def _segment_and_write(
 def _report_failure(results: Results, name: str, error: InputError) -> None:
     results.failed[name] = str(error)
     logger.warning("sequence %s failed: %s", name, error)
-
-
-def _check_writable(folder: Path) -> None:
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        if not os.access(folder, os.W_OK):
-            raise PermissionError(13, os.strerror(13))
-    except OSError as error:
-        raise InputError(
-            f"'{folder}' cannot be written ({error.strerror}); give a folder of yours."
-        ) from error
-
-
-def _write_json(path: Path, content: dict) -> None:
-    part = path.with_name(path.name + ".part")
-    part.write_text(json.dumps(content, indent=1, default=str) + "\n", encoding="utf-8")
-    os.replace(part, path)

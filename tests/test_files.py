@@ -1,0 +1,49 @@
+"""Files that are whole or not there, and folders that are tried beforehand."""
+
+from pathlib import Path
+
+import pytest
+
+from flsl_d2.errors import InputError
+from flsl_d2.files import replaced_file, writable_folder, write_text
+
+
+def test_readers_never_see_half(tmp_path: Path) -> None:
+    target = tmp_path / "file"
+    target.write_bytes(b"a" * 100)
+    with replaced_file(target) as file:
+        file.write(b"b" * 50)
+        file.flush()
+        assert target.read_bytes() == b"a" * 100
+    assert target.read_bytes() == b"b" * 50
+
+
+def test_a_failure_leaves_what_was_there(tmp_path: Path) -> None:
+    target = tmp_path / "file"
+    target.write_bytes(b"before")
+    with pytest.raises(TypeError), replaced_file(target) as file:
+        file.write("no bytes")
+    assert [each.name for each in tmp_path.iterdir()] == ["file"]
+    assert target.read_bytes() == b"before"
+
+
+def test_text_makes_its_folders(tmp_path: Path) -> None:
+    write_text(tmp_path / "a" / "b" / "text", "größer\n")
+    assert (tmp_path / "a" / "b" / "text").read_bytes() == "größer\n".encode()
+
+
+def test_a_folder_is_made_and_left_empty(tmp_path: Path) -> None:
+    assert writable_folder(tmp_path / "a" / "b") == tmp_path / "a" / "b"
+    assert not list((tmp_path / "a" / "b").iterdir())
+
+
+@pytest.mark.parametrize("path", ["/proc/no", "file/below"])
+def test_a_folder_that_cannot_be_made(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, path: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "file").touch()
+    with pytest.raises(InputError, match=f"^'{path}' cannot be written .*folder of yours"):
+        writable_folder(path)
+    with pytest.raises(InputError, match=f"^--output is '{path}', which cannot be written"):
+        writable_folder(path, "--output")
