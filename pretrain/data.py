@@ -23,10 +23,10 @@ from pretrain.device_views import (
 from pretrain.images import (
     MAX_PIXELS,
     MAX_PIXELS_LIMIT,
+    ImageFile,
     find_images,
     image_files,
     printable,
-    read_rgb,
 )
 from pretrain.views import NestedViews, Views
 from pretrain.workers import WorkerLoader
@@ -39,7 +39,6 @@ __all__ = [
     "check_failed_share",
     "find_images",
     "image_files",
-    "read_rgb",
 ]
 
 MAX_REPLACEMENTS = 20
@@ -164,7 +163,7 @@ class PretrainDataset(Dataset):
         for _ in range(MAX_REPLACEMENTS):
             file = self.files[index]
             try:
-                image = read_rgb(file, self.max_pixels)
+                return self.views(ImageFile(file, self.max_pixels), rng), failed
             except OSError as error:
                 if self.on_error == "raise":
                     raise InputError(
@@ -173,8 +172,6 @@ class PretrainDataset(Dataset):
                     ) from None
                 failed.append(f"{printable(file)}\t{error}")
                 index = int(rng.integers(len(self.files)))
-                continue
-            return self.views(image, rng), failed
         name, reason = failed[-1].split("\t", 1)
         raise InputError(
             f"{MAX_REPLACEMENTS} images in a row cannot be used, the last is '{name}' ({reason}); "

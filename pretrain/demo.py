@@ -30,7 +30,7 @@ from flsl_d2.visualization import (
     loss_curves,
     token_at,
 )
-from pretrain.data import read_rgb
+from pretrain.images import read_rgb
 
 __all__ = ["run_demo"]
 

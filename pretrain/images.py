@@ -7,8 +7,11 @@ import logging
 import os
 import stat
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
+import cv2
 import numpy as np
 import simplejpeg
 from PIL import Image
@@ -16,16 +19,27 @@ from PIL import Image
 from flsl_d2.data.annotations import check_registered_dataset
 from flsl_d2.errors import InputError
 
-__all__ = ["MAX_PIXELS", "MAX_PIXELS_LIMIT", "find_images", "image_files", "printable", "read_rgb"]
+__all__ = [
+    "MAX_PIXELS",
+    "MAX_PIXELS_LIMIT",
+    "ImageFile",
+    "find_images",
+    "image_files",
+    "printable",
+    "read_rgb",
+]
 
 IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png", ".bmp", ".tif", ".tiff", ".webp", ".ppm", ".gif"}
 MAX_PIXELS = 100_000_000  # 300 MB decoded
+# The discrete cosine transforms of a block that decoders have fast code for.
+JPEG_REDUCTIONS = (8, 4, 2, 1)
 MAX_PIXELS_LIMIT = 178_000_000  # Pillow refuses more as a decompression bomb
 
 # Nothing else is tried on a file, whatever its first bytes say: Pillow hands PostScript, for one,
 # to another program.
 _FORMATS = ("JPEG", "PNG", "GIF", "BMP", "TIFF", "WEBP", "PPM")
 _ORIENTATION = 0x0112  # EXIF tag
+_TURNED = range(5, 9)  # orientations with rows and columns exchanged
 logger = logging.getLogger("pretrain")
 
 # Of files that are odd and still readable. Not around each call: entering catch_warnings makes
@@ -104,21 +118,72 @@ def printable(path: str) -> str:
 
 
 def read_rgb(path: str, max_pixels: int = MAX_PIXELS) -> np.ndarray:
-    """Decode an image file to (H, W, 3) uint8 RGB, turned upright as its EXIF data say.
+    """Decode an image file to (H, W, 3) uint8 RGB; see :class:`ImageFile`.
 
-    Of several frames the first is taken; transparency is put on white, as a viewer shows it, since
-    the colour of a transparent pixel is arbitrary; of 16 bits the upper 8 are kept; CMYK is
-    converted without its colour profile. The format is that of the content, not of the name.
+    Raises:
+        OSError: not readable, not an image, or one that lacks a part; the text is the reason.
+    """
+    return ImageFile(path, max_pixels).pixels()
+
+
+class ImageFile:
+    """An image file whose size is known, and whose pixels can be decoded.
+
+    It is upright as its EXIF data say. Of several frames the first is taken; transparency is put on
+    white, as a viewer shows it, since the colour of a transparent pixel is arbitrary; of 16 bits
+    the upper 8 are kept; CMYK is converted without its colour profile. The format is that of the
+    content, not of the name.
 
     Args:
         path: of a regular file: a pipe or a device would be read for ever.
         max_pixels: images of more are refused before they are decoded.
 
+    Attributes:
+        shape: height and width in pixels.
+        reductions: divisors of the size that the file can be decoded at, 1 among them.
+
     Raises:
-        OSError: not readable, not an image, or one that lacks a part; the text is the reason.
+        OSError: not readable or not an image; the text is the reason.
     """
+
+    def __init__(self, path: str, max_pixels: int = MAX_PIXELS) -> None:
+        with _any_error_as_oserror():
+            self._data = _read_bytes(path, max_pixels)
+            if not self._data:
+                raise OSError("empty file")
+            size = _plain_jpeg_size(self._data)
+            self._decoded, self.reductions = None, JPEG_REDUCTIONS
+            if size is None:
+                image = _open(self._data, max_pixels)
+                pixels = _convert(image)
+                # Some formats Pillow has turned upright by now, and forgotten the orientation.
+                self._decoded, self.reductions = _upright(pixels, _orientation(image)), (1,)
+                self.shape = self._decoded.shape[:2]
+            else:
+                _check_size(*size, max_pixels)
+                self._orientation = _jpeg_orientation(self._data)
+                self.shape = size[::-1] if self._orientation in _TURNED else size
+
+    def pixels(self, reduction: int = 1) -> np.ndarray:
+        """(H, W, 3) uint8 RGB.
+
+        Args:
+            reduction: one of ``reductions``. Sides are divided by it and rounded up; a JPEG's
+                blocks are decoded at that size, which is faster than decoding all and resampling.
+
+        Raises:
+            OSError: the image lacks a part, or cannot be decoded; the text is the reason.
+        """
+        if self._decoded is not None:
+            return self._decoded
+        with _any_error_as_oserror():
+            return _upright(_decode_jpeg(self._data, reduction), self._orientation)
+
+
+@contextmanager
+def _any_error_as_oserror() -> Iterator[None]:
     try:
-        return _decode(_read_bytes(path, max_pixels), max_pixels)
+        yield
     except Exception as error:
         # Decoders answer broken bytes with nearly any exception: ValueError, SyntaxError,
         # struct.error, MemoryError of a size that is wrong...
@@ -137,36 +202,73 @@ def _read_bytes(path: str, max_pixels: int) -> bytes:
         return file.read()
 
 
-def _decode(data: bytes, max_pixels: int) -> np.ndarray:
-    if not data:
-        raise OSError("empty file")
+def _check_size(height: int, width: int, max_pixels: int) -> None:
+    if height * width > max_pixels:
+        raise OSError(f"{width} x {height} pixels are more than max_pixels")
+
+
+def _open(data: bytes, max_pixels: int = MAX_PIXELS_LIMIT) -> Image.Image:
     try:
         image = Image.open(io.BytesIO(data), formats=_FORMATS)
     except Image.UnidentifiedImageError:
         raise OSError("not an image of a known format") from None
-    if image.width * image.height > max_pixels:
-        raise OSError(f"{image.width} x {image.height} pixels are more than max_pixels")
-    pixels = (
-        _decode_jpeg(data) if image.format in ("JPEG", "MPO") and image.mode != "CMYK" else None
-    )
-    if pixels is None:
-        pixels = _convert(image)
-    try:
-        orientation = image.getexif().get(_ORIENTATION)
-    except Exception:  # broken EXIF data do not make the pixels worse
-        orientation = None
-    return _upright(pixels, orientation)
+    _check_size(image.height, image.width, max_pixels)
+    return image
 
 
-def _decode_jpeg(data: bytes) -> np.ndarray | None:
-    """The fast path; None leaves what is odd, and not known to be damaged, to Pillow."""
+def _plain_jpeg_size(data: bytes) -> tuple[int, int] | None:
+    """Height and width of what the fast decoder takes."""
     try:
-        return simplejpeg.decode_jpeg(data, "RGB")
+        height, width, colours, _ = simplejpeg.decode_jpeg_header(data)
+    except ValueError:
+        return None
+    return None if colours in ("CMYK", "YCCK") else (height, width)
+
+
+def _decode_jpeg(data: bytes, reduction: int) -> np.ndarray:
+    height, width, _, _ = simplejpeg.decode_jpeg_header(data)
+    smallest = {"min_height": -(-height // reduction), "min_width": -(-width // reduction)}
+    try:
+        return simplejpeg.decode_jpeg(data, "RGB", **(smallest if reduction > 1 else {}))
     except ValueError as error:
         # libjpeg makes up what is lost and only warns; most decoders, Pillow too, keep it silent.
         # Superfluous bytes are among it: they are what remains where others were overwritten.
         if str(error).startswith(("Corrupt", "Premature")):
             raise
+        pixels = _convert(_open(data))  # what is odd, and not known to be damaged
+        if reduction == 1:
+            return pixels
+        size = (smallest["min_width"], smallest["min_height"])
+        return cv2.resize(pixels, size, interpolation=cv2.INTER_AREA)
+
+
+def _jpeg_orientation(data: bytes) -> int | None:
+    # Pillow reads it from EXIF or XMP data. Most files have neither, and opening them once more
+    # takes a tenth of the time of decoding them.
+    header = data[: _end_of_jpeg_header(data)]
+    if b"Exif" not in header and b"Orientation" not in header:
+        return None
+    try:
+        image = Image.open(io.BytesIO(data), formats=("JPEG", "MPO"))
+    except Exception:
+        return None
+    return _orientation(image)
+
+
+def _end_of_jpeg_header(data: bytes) -> int:
+    """Where the first scan starts (ITU-T T.81, B.1.1); the end of data that are put otherwise."""
+    place = 2
+    while data[place : place + 1] == b"\xff":
+        if data[place + 1 : place + 2] == b"\xda":
+            return place
+        place += 2 + int.from_bytes(data[place + 2 : place + 4], "big")
+    return len(data)
+
+
+def _orientation(image: Image.Image) -> int | None:
+    try:
+        return image.getexif().get(_ORIENTATION)
+    except Exception:  # broken EXIF data do not make the pixels worse
         return None
 
 
@@ -189,7 +291,7 @@ def _upright(pixels: np.ndarray, orientation: int | None) -> np.ndarray:
     """Undo EXIF orientations 2 to 8 (CIPA DC-008, tag 0x0112); others change nothing."""
     if orientation not in range(2, 9):
         return pixels
-    if orientation >= 5:
+    if orientation in _TURNED:
         pixels = pixels.swapaxes(0, 1)
     if orientation in (3, 4, 7, 8):
         pixels = pixels[::-1]

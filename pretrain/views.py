@@ -17,10 +17,12 @@ from torch import Tensor
 
 from flsl_d2.errors import InputError
 from pretrain.augmentation import Augmentation, apply_augmentation, draw_augmentation
+from pretrain.images import ImageFile
 
 __all__ = ["DEVICE_WORK", "NestedViews", "Views", "crop_box", "pooled_queries", "resized_crop"]
 
 ASPECT_RATIOS = (3 / 4, 4 / 3)
+_LOG_RATIOS = (math.log(ASPECT_RATIOS[0]), math.log(ASPECT_RATIOS[1]))
 # What is left to the training device: nothing, the augmentation, or that and the student's crops.
 DEVICE_WORK = ("nothing", "augmentation", "crops")
 
@@ -60,10 +62,9 @@ def crop_box(
     Returns:
         top, left, height, width in pixels.
     """
-    log_ratios = np.log(ASPECT_RATIOS)
     for _ in range(10):
         area = height * width * rng.uniform(*scale)
-        ratio = math.exp(rng.uniform(*log_ratios))
+        ratio = math.exp(rng.uniform(*_LOG_RATIOS))
         w, h = round(math.sqrt(area * ratio)), round(math.sqrt(area / ratio))
         if 0 < w <= width and 0 < h <= height:
             top, left = rng.integers(0, height - h + 1), rng.integers(0, width - w + 1)
@@ -82,8 +83,10 @@ def resized_crop(image: np.ndarray, box: tuple[int, int, int, int], size: int) -
         size: side of the result in pixels.
     """
     top, left, height, width = box
-    crop = torch.from_numpy(image)[top : top + height, left : left + width]
-    crop = crop.permute(2, 0, 1)[None]  # channels last in memory, the kernel's fast path
+    # Indexed as a batch before it is cut, or PyTorch does not see that the channels come last, and
+    # takes twice as long.
+    crop = torch.from_numpy(image)[None, top : top + height, left : left + width]
+    crop = crop.permute(0, 3, 1, 2)
     out = F.interpolate(crop, size=(size, size), mode="bicubic", antialias=True)
     return np.ascontiguousarray(out[0].permute(1, 2, 0).numpy())
 
@@ -105,14 +108,13 @@ def pooled_queries(rng: np.random.Generator, grid: int, window: int, random: boo
     count = grid // window
     # As many draws whatever the arguments, so that they change the queries of a view and not the
     # views that come after it.
-    inside = np.floor(window * random * rng.random((2, grid, grid))[:, :count, :count])
+    inside = window * random * rng.random((2, grid, grid))[:, :count, :count]
     margin = rng.integers(0, 2, 2) * (grid - count * window)
     corner = np.arange(count) * window
-    rows = (margin[0] + corner[:, None] + inside[0]).astype(int)
-    columns = (margin[1] + corner[None, :] + inside[1]).astype(int)
-    mask = np.zeros((grid, grid), dtype=bool)
-    mask[rows, columns] = True
-    return mask.reshape(-1)
+    rows, columns = inside.astype(np.intp) + margin[:, None, None]
+    mask = np.zeros(grid * grid, dtype=bool)
+    mask[(rows + corner[:, None]) * grid + columns + corner] = True
+    return mask
 
 
 class NestedViews:
@@ -133,6 +135,9 @@ class NestedViews:
             shows to the teacher of the previous stage.
         on_device: what is left to the training device, one of :data:`DEVICE_WORK`; the draws are
             the same wherever they are applied.
+        reduced_decoding: decode a JPEG file at 1/2, 1/4 or 1/8 of its size where the teacher's
+            crop, the same one, keeps at least its view's size; its corners are rounded to the
+            reduced pixels.
 
     Raises:
         InputError: an unknown ``on_device``, a size that the patch does not divide, or a window
@@ -153,6 +158,7 @@ class NestedViews:
         random_pooling: bool = True,
         keep_crops: bool = False,
         on_device: str = "nothing",
+        reduced_decoding: bool = False,
     ) -> None:
         if on_device not in DEVICE_WORK:
             raise InputError(
@@ -174,15 +180,18 @@ class NestedViews:
                 )
         self.patch_size, self.random_pooling = patch_size, random_pooling
         self.keep_crops, self.on_device = keep_crops, on_device
+        self.reduced_decoding = reduced_decoding
         self.global_size, self.teacher_scale = global_size, tuple(teacher_scale)
         self.student_views = [(global_size, tuple(global_scale), global_window)]
         self.student_views += [(local_size, tuple(local_scale), local_window)] * num_local
 
-    def __call__(self, image: np.ndarray, rng: np.random.Generator) -> Views:
-        """Views of an (H, W, 3) uint8 RGB image."""
-        teacher = resized_crop(
-            image, crop_box(rng, *image.shape[:2], self.teacher_scale), self.global_size
-        )
+    def __call__(self, image: np.ndarray | ImageFile, rng: np.random.Generator) -> Views:
+        """Views of an (H, W, 3) uint8 RGB image, or of a file.
+
+        Raises:
+            OSError: the file cannot be decoded; the text is the reason.
+        """
+        teacher = self._teacher_crop(image, rng)
         boxes, queries, augmentations = [], [], [draw_augmentation(rng)]
         for size, scale, window in self.student_views:
             boxes.append(crop_box(rng, self.global_size, self.global_size, scale))
@@ -199,6 +208,20 @@ class NestedViews:
             return Views(_channels_first(crops), queries, [], augmentations)
         images = map(apply_augmentation, crops, augmentations)
         return Views(_channels_first(images), queries, _channels_first(crops * self.keep_crops))
+
+    def _teacher_crop(self, image: np.ndarray | ImageFile, rng: np.random.Generator) -> np.ndarray:
+        box = crop_box(rng, *image.shape[:2], self.teacher_scale)
+        if isinstance(image, ImageFile):
+            reduction = 1
+            if self.reduced_decoding:
+                largest = min(box[2:]) // self.global_size
+                reduction = max((n for n in image.reductions if n <= largest), default=1)
+            image = image.pixels(reduction)
+            top, left = round(box[0] / reduction), round(box[1] / reduction)
+            bottom = round((box[0] + box[2]) / reduction)
+            right = round((box[1] + box[3]) / reduction)
+            box = (top, left, bottom - top, right - left)
+        return resized_crop(image, box, self.global_size)
 
 
 def _channels_first(images: Iterable[np.ndarray]) -> list[Tensor]:

@@ -48,6 +48,9 @@ views = L(NestedViews)(
     # What the training device does instead of the workers: "nothing", "augmentation", or "crops"
     # (the student's crops and the augmentation); for GPUs that wait for their images.
     on_device="nothing",
+    # Decode JPEG files at half their size or less where the teacher's crop stays large enough; for
+    # images of twice the view's size or more.
+    reduced_decoding=False,
 )
 
 dataloader = dict(

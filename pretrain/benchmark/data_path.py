@@ -46,11 +46,11 @@ def benchmark_data(args: argparse.Namespace) -> None:
         "augmentation": "crops on the CPU, augmentation on the device",
         "crops": "teacher's crop on the CPU, the rest on the device",
     }
-    for work in DEVICE_WORK:
-        cfg.views.on_device = work
+    for work, reduced in itertools.product(DEVICE_WORK, (False, True)):
+        cfg.views.update(on_device=work, reduced_decoding=reduced)
         dataset = PretrainDataset(files, instantiate(cfg.views))
         # Every repetition draws anew: the epoch is part of the seed.
-        steps[names[work]] = over_files(
+        steps[names[work] + "; reduced decoding" * reduced] = over_files(
             lambda index, _, dataset=dataset: dataset[next(places), index]
         )
     steps["decoding alone"] = over_files(lambda _, file: read_rgb(file))

@@ -19,8 +19,8 @@ from pretrain.data import (
     check_failed_share,
     find_images,
     image_files,
-    read_rgb,
 )
+from pretrain.images import read_rgb
 from pretrain.views import NestedViews
 
 SMALL_VIEWS = {"patch_size": 8, "global_size": 32, "local_size": 16}

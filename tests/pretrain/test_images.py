@@ -23,7 +23,7 @@ from PIL import Image, ImageOps
 
 from flsl_d2.errors import InputError
 from pretrain.data import PretrainDataset, build_pretrain_loader
-from pretrain.images import find_images, image_files, printable, read_rgb
+from pretrain.images import ImageFile, find_images, image_files, printable, read_rgb
 from pretrain.views import NestedViews
 
 # pretrain.images silences these; pytest puts filters of its own in their place.
@@ -245,6 +245,19 @@ def test_odd_images_are_converted(name: str, tmp_path: Path) -> None:
     assert [tuple(view.shape) for view in views.images] == [(3, 32, 32)] * 2 + [(3, 16, 16)] * 2
 
 
+@pytest.mark.parametrize("name", GOOD)
+def test_the_size_is_known_before_the_pixels(name: str, tmp_path: Path) -> None:
+    content, expected, _ = GOOD[name]
+    (tmp_path / name).write_bytes(content)
+    file = ImageFile(str(tmp_path / name))
+    assert file.shape == expected.shape[:2]
+    assert 1 in file.reductions
+    for reduction in file.reductions:
+        reduced = file.pixels(reduction)
+        assert reduced.shape == (*(-(-side // reduction) for side in expected.shape[:2]), 3)
+        assert reduced.flags.c_contiguous
+
+
 @pytest.mark.parametrize("name", BAD)
 def test_bad_images_are_refused(name: str, tmp_path: Path) -> None:
     (tmp_path / name).write_bytes(BAD[name])
@@ -277,6 +290,8 @@ def test_damage_never_raises_anything_else(name: str, data: st.DataObject) -> No
     path.write_bytes(content)
     with contextlib.suppress(OSError):
         assert read_rgb(str(path), MAX_PIXELS).shape[2] == 3
+        file = ImageFile(str(path), MAX_PIXELS)
+        assert file.pixels(file.reductions[0]).shape[2] == 3
 
 
 @pytest.fixture(autouse=True)

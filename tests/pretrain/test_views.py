@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
+import cv2
 import numpy as np
 import pytest
 import torch
@@ -15,6 +18,7 @@ from flsl_d2.errors import InputError
 from pretrain import augmentation
 from pretrain import views as module
 from pretrain.augmentation import apply_augmentation, draw_augmentation
+from pretrain.images import ImageFile
 from pretrain.views import NestedViews, crop_box, pooled_queries, resized_crop
 
 
@@ -168,3 +172,52 @@ def test_augmentation_happens_as_often_as_stated():
 def test_sizes_that_do_not_fit(arguments, says):
     with pytest.raises(InputError, match=says):
         NestedViews(**arguments)
+
+
+def jpeg(folder: Path, height: int, width: int, orientation: int = 1) -> ImageFile:
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    path = folder / f"{height}x{width}-{orientation}.jpg"
+    Image.fromarray(picture(height, width)).save(path, quality=95, exif=exif)
+    return ImageFile(str(path))
+
+
+@pytest.mark.parametrize("orientation", [1, 6])
+@pytest.mark.parametrize(("height", "width"), [(301, 407), (170, 170), (90, 600), (1200, 900)])
+def test_reduced_decoding_shows_the_same(tmp_path, height, width, orientation):
+    file = jpeg(tmp_path, height, width, orientation)
+    for seed in range(10):
+        full, reduced = (
+            NestedViews(8, 64, 32, on_device="crops", reduced_decoding=switch)(
+                file, np.random.default_rng(seed)
+            )
+            for switch in (False, True)
+        )
+        assert full.boxes == reduced.boxes
+        assert full.augmentations == reduced.augmentations
+        assert all(map(torch.equal, full.queries, reduced.queries))
+        difference = (full.images[0].int() - reduced.images[0].int()).abs()
+        # Corners shift by half a reduced pixel at most: 2 of the file, at 7 levels a pixel.
+        assert difference.float().mean() < 10
+
+
+@pytest.mark.parametrize("reduction", [2, 4, 8])
+def test_reduced_pixels_are_means_of_blocks(tmp_path, reduction):
+    file = jpeg(tmp_path, 304, 408)
+    size = (408 // reduction, 304 // reduction)
+    means = cv2.resize(file.pixels(), size, interpolation=cv2.INTER_AREA)
+    difference = np.abs(file.pixels(reduction).astype(int) - means.astype(int))
+    assert difference.mean() < 1
+
+
+def test_only_what_stays_large_enough_is_reduced(tmp_path, monkeypatch):
+    file, taken = jpeg(tmp_path, 300, 300), []
+    decode = ImageFile.pixels
+    monkeypatch.setattr(
+        ImageFile, "pixels", lambda self, n=1: (taken.append(n), decode(self, n))[1]
+    )
+    for size in (32, 64, 128, 256):
+        views = NestedViews(8, size, 16, teacher_scale=(1, 1), reduced_decoding=True)
+        views(file, np.random.default_rng(0))
+    NestedViews(8, 32, 16)(file, np.random.default_rng(0))
+    assert taken == [8, 4, 2, 1, 1]
