@@ -69,6 +69,7 @@ model = L(FLSL)(
         num_heads=6,
         drop_path_rate=0.1,
         use_act_checkpoint=False,
+        recompute_gelu=True,
     ),
     head=L(FLSLHead)(
         in_dim="${model.backbone.embed_dim}",

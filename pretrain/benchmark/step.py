@@ -33,6 +33,7 @@ VARIANTS: dict[str, tuple[str, ...]] = {
     "compiled": ("model.pack_views=False", "train.compile=True"),
     "packed+compiled": ("model.pack_views=True", "train.compile=True"),
     "checkpointed": ("model.backbone.use_act_checkpoint=True",),
+    "gelu kept": ("model.backbone.recompute_gelu=False",),
     "augmented on device": ("views.on_device=augmentation",),
     "cropped on device": ("views.on_device=crops",),
 }

@@ -11,11 +11,13 @@ import torch
 from detectron2.modeling.backbone.vit import ViT
 from timm.models.vision_transformer import VisionTransformer
 from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
 
 from flsl_d2.errors import InputError
 from flsl_d2.modeling import FLSLViT
 from flsl_d2.modeling.attention import window_key_mask
 from flsl_d2.modeling.vit import evenly_spread_blocks
+from pretrain.benchmark.timing import stored_for_backward
 
 SMALL = {"embed_dim": 48, "depth": 4, "num_heads": 3}
 
@@ -87,16 +89,30 @@ def test_masked_padding_sees_real_tokens_only():
 
 
 @pytest.mark.parametrize("options", [{}, {"window_size": 3}, {"use_rel_pos": True}])
-def test_checkpointing_changes_memory_only(options):
+@pytest.mark.parametrize("switch", ["use_act_checkpoint", "recompute_gelu"])
+def test_recomputing_changes_memory_only(switch, options):
     images = torch.randn(1, 3, 64, 64)
-    gradients = []
+    gradients, kept = [], []
     for use in (False, True):
         torch.manual_seed(0)
-        model = FLSLViT(img_size=64, use_act_checkpoint=use, **SMALL, **options).train()
+        switches = {"recompute_gelu": False, switch: use}
+        model = FLSLViT(img_size=64, **switches, **SMALL, **options).train()
+        kept.append(stored_for_backward(lambda: model.forward_tokens(images), model))  # noqa: B023
         model.forward_tokens(images).square().sum().backward()
         gradients.append([p.grad for p in model.parameters() if p.requires_grad])
     for a, b in zip(*gradients, strict=True):
         torch.testing.assert_close(a, b)
+    assert kept[1] < 0.9 * kept[0]
+
+
+def test_recomputing_the_gelu_repeats_no_matrix_product():
+    images, operations = torch.randn(1, 3, 64, 64), []
+    for use in (False, True):
+        model = FLSLViT(img_size=64, recompute_gelu=use, **SMALL).train()
+        with FlopCounterMode(display=False) as counter:
+            model.forward_tokens(images).sum().backward()
+        operations.append(counter.get_total_flops())
+    assert operations[0] == operations[1]
 
 
 def test_every_parameter_is_initialised():

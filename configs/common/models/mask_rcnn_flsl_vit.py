@@ -46,6 +46,7 @@ model.backbone = L(SimpleFeaturePyramid)(
         learned_positions=False,
         # Recompute blocks in the backward pass: about a third slower, a fraction of the memory.
         use_act_checkpoint=False,
+        recompute_gelu=True,
     ),
     in_feature="last_feat",
     out_channels=256,
