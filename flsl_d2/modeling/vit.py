@@ -4,13 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import partial
+from typing import Any
 
 import torch
+import torch.nn.functional as F
 from detectron2.config import CfgNode, configurable
 from detectron2.layers import ShapeSpec
 from detectron2.modeling import BACKBONE_REGISTRY, Backbone
 from timm.layers import LayerScale, Mlp, PatchEmbed
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import checkpoint
 
 from flsl_d2.errors import InputError
@@ -61,6 +64,25 @@ class StochasticDepth(nn.Module):
 
     def _factors(self, count: int) -> Tensor:
         return torch.bernoulli(self.keep.expand(count)) / self.keep
+
+
+class _GeluLinear(torch.autograd.Function):
+    """GELU and a linear layer that keep their input, and not what is between them."""
+
+    @staticmethod
+    def forward(ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+        ctx.save_for_backward(hidden, weight)
+        return F.linear(F.gelu(hidden), weight, bias)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        hidden, weight = ctx.saved_tensors
+        rows = gradient.flatten(0, -2)
+        of_weight = rows.T @ F.gelu(hidden).flatten(0, -2)
+        # Under autocast the weight is wider than what it was multiplied with.
+        of_hidden = torch.ops.aten.gelu_backward(gradient @ weight.to(gradient.dtype), hidden)
+        return of_hidden, of_weight.to(weight.dtype), rows.sum(0, dtype=weight.dtype)
 
 
 class Block(nn.Module):
@@ -135,13 +157,8 @@ class Block(nn.Module):
         # Compilers make this choice themselves.
         if not (self.recompute_gelu and self.training) or torch.compiler.is_compiling():
             return self.mlp(tokens)
-        # The recomputation stops before the second layer, whose result nobody needs again.
-        return checkpoint(
-            lambda hidden: self.mlp.fc2(self.mlp.act(hidden)),
-            self.mlp.fc1(tokens),
-            use_reentrant=False,
-            preserve_rng_state=False,
-        )
+        fc2 = self.mlp.fc2
+        return _GeluLinear.apply(self.mlp.fc1(tokens), fc2.weight, fc2.bias)
 
     def _dropped(self, branch: Tensor, shapes: PackedShapes | None) -> Tensor:
         if isinstance(self.drop_path, nn.Identity):

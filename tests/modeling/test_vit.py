@@ -90,7 +90,8 @@ def test_masked_padding_sees_real_tokens_only():
 
 @pytest.mark.parametrize("options", [{}, {"window_size": 3}, {"use_rel_pos": True}])
 @pytest.mark.parametrize("switch", ["use_act_checkpoint", "recompute_gelu"])
-def test_recomputing_changes_memory_only(switch, options):
+@pytest.mark.parametrize("precision", [torch.float32, torch.bfloat16])
+def test_recomputing_changes_memory_only(precision, switch, options):
     images = torch.randn(1, 3, 64, 64)
     gradients, kept = [], []
     for use in (False, True):
@@ -98,10 +99,14 @@ def test_recomputing_changes_memory_only(switch, options):
         switches = {"recompute_gelu": False, switch: use}
         model = FLSLViT(img_size=64, **switches, **SMALL, **options).train()
         kept.append(stored_for_backward(lambda: model.forward_tokens(images), model))  # noqa: B023
-        model.forward_tokens(images).square().sum().backward()
+        with torch.autocast("cpu", precision, enabled=precision != torch.float32):
+            tokens = model.forward_tokens(images)
+        tokens.square().sum().backward()
         gradients.append([p.grad for p in model.parameters() if p.requires_grad])
     for a, b in zip(*gradients, strict=True):
-        torch.testing.assert_close(a, b)
+        assert a.dtype == b.dtype == torch.float32
+        tolerance = 1e-5 if precision == torch.float32 else 0.02
+        assert (a - b).norm() <= tolerance * a.norm()
     assert kept[1] < 0.9 * kept[0]
 
 
