@@ -85,7 +85,7 @@ def test_encoders_side_by_side_with_a_failed_row(compare, encoder_file, tmp_path
     assert "- failed: damaged: " in (output / "table.md").read_text()
     assert cv2.imread(str(output / "pictures" / "tokens.png")) is not None
     page = (output / "index.html").read_text()
-    assert 'class="number failed"' in page
+    assert '<td class="failed">failed</td>' in page
     assert "data:image/png;base64," in page
     assert "http" not in page
 

@@ -63,7 +63,7 @@ def write_comparison_page(
     )
     page.table(table)
     page.heading("Measures")
-    page.pictures(_bars(table, comparison.output / "plots"), width=560)
+    page.pictures(_bars(table, comparison.output / "plots"), captions=False)
     for evaluation in comparison.evaluations:
         if isinstance(evaluation, DetectionEvaluation):
             _detection_section(page, comparison, evaluation, subjects, records)

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from html import escape
 from pathlib import Path
 
-from flsl_d2.comparison.table import Table
+from flsl_d2.comparison.table import Shown, Table
 from flsl_d2.files import write_text
 
 __all__ = ["Page"]
@@ -20,10 +20,11 @@ h1 { font-size: 1.6rem } h2 { font-size: 1.25rem; margin-top: 2.2rem }
 table { border-collapse: collapse; font-variant-numeric: tabular-nums }
 th, td { border-bottom: 1px solid #ddd; padding: .35rem .7rem; text-align: left }
 th { border-bottom: 2px solid #333; vertical-align: bottom }
-td.number, th.number { text-align: right }
+.number, .best, .failed { text-align: right }
+ul.failed { text-align: left }
 td.best { font-weight: 700; background: #fdf0e6 }
-td.failed { color: #b00020; background: #fdecee }
-td.failed small { display: block; max-width: 22rem; white-space: normal }
+td.failed { background: #fdecee }
+.failed { color: #b00020 }
 .pictures { display: flex; flex-wrap: wrap; gap: 1rem; align-items: flex-start }
 figure { margin: 0 } figure img { max-width: 100% } figcaption { font-size: .9rem; color: #555 }
 pre { overflow-x: auto; background: #f6f6f6; padding: .7rem; font-size: .8rem }
@@ -50,32 +51,29 @@ class Page:
         self._parts.append(f"<p>{escape(text)}</p>")
 
     def table(self, table: Table) -> None:
-        """Best cells marked; failed ones with their reason."""
-        head = "".join(f"<th>{escape(name)}</th>" for name in table.label_names)
-        head += "".join(f'<th class="number">{escape(m.name)}</th>' for m in table.measures)
-        best = {measure.name: table.best(measure) for measure in table.measures}
-        lines = []
-        for i, row in enumerate(table.rows):
-            cells = "".join(f"<td>{escape(text)}</td>" for text in row.labels.values())
-            for measure in table.measures:
-                cell = row.cell(measure)
-                kind = "failed" if cell.failures else "best" if i in best[measure.name] else ""
-                reasons = "; ".join(dict.fromkeys(cell.failures))
-                told = f"<small>{escape(reasons)}</small>" if reasons else ""
-                shown = escape(cell.text(measure.digits)) + told
-                cells += f'<td class="number {kind}">{shown}</td>'
-            lines.append(f"<tr>{cells}</tr>")
+        """Best cells marked; the reasons of failed ones below."""
+        head, *lines = table.lines()
         self._parts.append(
-            f'<div class="wide"><table><thead><tr>{head}</tr></thead>'
-            f"<tbody>{''.join(lines)}</tbody></table></div>"
+            f'<div class="wide"><table><thead>{_line("th", head)}</thead>'
+            f"<tbody>{''.join(_line('td', line) for line in lines)}</tbody></table></div>"
         )
+        reasons = "".join(f"<li>{escape(note)}</li>" for note in table.notes())
+        if reasons:
+            self._parts.append(f'<p>Failed:</p><ul class="failed">{reasons}</ul>')
 
-    def pictures(self, files: Mapping[str, Path], width: int = 560) -> None:
-        """PNG files side by side by their captions; those that do not exist are left out."""
+    def pictures(self, files: Mapping[str, Path], width: int = 560, captions: bool = True) -> None:
+        """PNG files side by side by their captions; those that do not exist are left out.
+
+        Args:
+            files: by caption.
+            width: of each in pixels at most.
+            captions: show them; otherwise they are for those who cannot see the pictures.
+        """
         figures = [
             f'<figure style="max-width: {width}px">'
             f'<img alt="{escape(caption)}" src="{_data(path)}">'
-            f"<figcaption>{escape(caption)}</figcaption></figure>"
+            + f"<figcaption>{escape(caption)}</figcaption>" * captions
+            + "</figure>"
             for caption, path in files.items()
             if path.is_file()
         ]
@@ -109,6 +107,11 @@ class Page:
             + "\n".join(self._parts)
             + "\n</body></html>\n",
         )
+
+
+def _line(tag: str, line: Sequence[Shown]) -> str:
+    cells = (f'<{tag} class="{shown.kind}">{escape(shown.text)}</{tag}>' for shown in line)
+    return f"<tr>{''.join(cells)}</tr>"
 
 
 def _data(path: Path) -> str:

@@ -11,7 +11,15 @@ from flsl_d2.comparison.table import Cell, Measure, Row, Table, cell_of
 __all__ = ["Subject", "results_table"]
 
 # What describes a measurement and is no quality, by the last part of its name.
-_NEITHER = ("clusters", "kernel_width", "loss", "centroids_in_use", "entropy", "feature_std")
+_NEITHER = (
+    "clusters",
+    "tuned_clusters",
+    "kernel_width",
+    "loss",
+    "centroids_in_use",
+    "entropy",
+    "feature_std",
+)
 # Values of single classes stay in result.json: COCO has 80.
 _OF_ONE_CLASS = ("IoU-", "AP-")
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import csv
 import io
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import mean, stdev
@@ -12,7 +12,9 @@ from statistics import mean, stdev
 from flsl_d2.comparison.jobs import Record
 from flsl_d2.files import write_text
 
-__all__ = ["Cell", "Measure", "Row", "Table", "cell_of"]
+__all__ = ["Cell", "Measure", "Row", "Shown", "Table", "cell_of"]
+
+_MOST_COLUMNS = 8  # that a page of paper or a screen has room for
 
 
 @dataclass(frozen=True)
@@ -83,8 +85,24 @@ class Row:
 
 
 @dataclass(frozen=True)
+class Shown:
+    """What stands in one place of a table.
+
+    Attributes:
+        text: for people.
+        kind: ``label``, ``number``, ``best`` (a number, too) or ``failed``.
+    """
+
+    text: str
+    kind: str
+
+
+@dataclass(frozen=True)
 class Table:
     """Rows by measures.
+
+    For people, in Markdown, LaTeX and on the page, a table of many measures and few rows is turned
+    over: a line for each measure.
 
     Attributes:
         rows: all with the same label columns.
@@ -120,8 +138,30 @@ class Table:
             for reason, names in told.items()
         ]
 
-    def _notes(self, start: str) -> list[str]:
-        """A line for each reason, with the rows that it stopped."""
+    def lines(self) -> list[list[Shown]]:
+        """Heading and lines for people, all of the same length."""
+        best = {measure.name: self.best(measure) for measure in self.measures}
+        lines = [[Shown(name, "label") for name in self.label_names]]
+        lines[0] += [Shown(measure.name, "number") for measure in self.measures]
+        for i, row in enumerate(self.rows):
+            line = [Shown(text, "label") for text in row.labels.values()]
+            for measure in self.measures:
+                cell = row.cell(measure)
+                kind = "failed" if cell.failures else "number"
+                kind = "best" if i in best[measure.name] else kind
+                line.append(Shown(cell.text(measure.digits), kind))
+            lines.append(line)
+        if len(self.label_names) != 1 or len(self.measures) <= max(_MOST_COLUMNS, len(self.rows)):
+            return lines
+        lines[0] = [Shown("measure", "label")] + [
+            Shown(measure.name, "label") for measure in self.measures
+        ]
+        for line in lines[1:]:
+            line[0] = Shown(line[0].text, "number")
+        return [list(line) for line in zip(*lines, strict=True)]
+
+    def notes(self, start: str = "") -> list[str]:
+        """A line for each reason of a failure, with the rows that it stopped."""
         rows: dict[str, list[str]] = {}
         for row in self.rows:
             for reason in self.failures(row):
@@ -130,19 +170,29 @@ class Table:
 
     def markdown(self) -> str:
         """A table of GitHub's Markdown, best values in bold, the reasons of failures below it."""
-        lines = self._lines(lambda text: text.replace("|", r"\|"), lambda text: f"**{text}**")
+
+        def text(shown: Shown) -> str:
+            escaped = shown.text.replace("|", r"\|")
+            return f"**{escaped}**" if shown.kind == "best" else escaped
+
+        lines = [[text(shown) for shown in line] for line in self.lines()]
         rows = [f"| {' | '.join(cells)} |" for cells in lines]
         rows.insert(1, "| --- " * len(lines[0]) + "|")
-        notes = self._notes("- failed: ")
+        notes = self.notes("- failed: ")
         return "\n".join(rows + (["", *notes] if notes else [])) + "\n"
 
     def latex(self) -> str:
         """A ``tabular`` for the package booktabs, best values in bold, failures as comments."""
-        lines = self._lines(_latex_escaped, lambda text: rf"\textbf{{{text}}}")
-        columns = "l" * len(self.label_names) + "r" * len(self.measures)
-        body = [" & ".join(cells) + r" \\" for cells in lines]
+
+        def text(shown: Shown) -> str:
+            escaped = _latex_escaped(shown.text)
+            return rf"\textbf{{{escaped}}}" if shown.kind == "best" else escaped
+
+        lines = self.lines()
+        columns = "".join("l" if shown.kind == "label" else "r" for shown in lines[0])
+        body = [" & ".join(map(text, line)) + r" \\" for line in lines]
         body = [rf"\begin{{tabular}}{{{columns}}}", r"\toprule", body[0], r"\midrule", *body[1:]]
-        notes = self._notes("% failed: ")
+        notes = self.notes("% failed: ")
         return "\n".join([*body, r"\bottomrule", r"\end{tabular}", *notes]) + "\n"
 
     def csv(self) -> str:
@@ -171,18 +221,6 @@ class Table:
         write_text(folder / f"{name}.md", self.markdown())
         if latex:
             write_text(folder / f"{name}.tex", self.latex())
-
-    def _lines(self, escaped: Callable[[str], str], bold: Callable[[str], str]) -> list[list[str]]:
-        """Heading and rows as text."""
-        lines = [[escaped(text) for text in self.label_names + [m.name for m in self.measures]]]
-        best = {measure.name: self.best(measure) for measure in self.measures}
-        for i, row in enumerate(self.rows):
-            cells = [escaped(text) for text in row.labels.values()]
-            for measure in self.measures:
-                text = escaped(row.cell(measure).text(measure.digits))
-                cells.append(bold(text) if i in best[measure.name] else text)
-            lines.append(cells)
-        return lines
 
 
 def cell_of(records: Iterable[Record], name: str) -> Cell:

@@ -68,6 +68,22 @@ def test_markdown_marks_the_best_and_tells_of_failures():
     assert sum("no such file" in line for line in lines) == 1
 
 
+def test_many_measures_of_few_rows_are_read_downwards():
+    measures = [Measure(f"m{i}", "higher", 1) for i in range(9)]
+    rows = [
+        Row({"encoder": name}, {m.name: Cell((value + i,)) for i, m in enumerate(measures)})
+        for name, value in (("a", 1.0), ("b", 2.0))
+    ]
+    lines = Table(rows, measures).markdown().splitlines()
+    assert lines[0] == "| measure | a | b |"
+    assert lines[2] == "| m0 | 1.0 | **2.0** |"
+    assert len(lines) == 2 + len(measures)
+    assert r"\begin{tabular}{lrr}" in Table(rows, measures).latex()
+    assert Table(rows, measures[:8]).markdown().startswith("| encoder | m0 |")
+    assert Table(rows * 5, measures).markdown().startswith("| encoder | m0 |")
+    assert Table(rows, measures).csv().startswith("encoder,m0,")
+
+
 def test_csv_has_every_number_in_full():
     rows = list(csv.DictReader(io.StringIO(example().csv())))
     assert float(rows[0]["detection/box AP"]) == 12.0
