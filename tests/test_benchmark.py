@@ -19,7 +19,7 @@ from pretrain.benchmark.detection import pyramids
 from pretrain.benchmark.flops import peak_tflops
 from pretrain.benchmark.reference import reference_function
 from pretrain.benchmark.step import Step
-from pretrain.benchmark.timing import stored_for_backward, time_in_turn
+from pretrain.benchmark.timing import Timing, stored_for_backward, time_in_turn
 
 ROOT = Path(__file__).resolve().parents[1]
 CPU = torch.device("cpu")
@@ -54,6 +54,13 @@ def test_the_published_step_costs_what_was_counted_elsewhere():
     """ViT-S/16, views of 224, 224 and 2 x 96 pixels, windows of 2 tokens: 49.5 GFLOP an image."""
     step = Step(CONFIG, ["views.global_window=2"], 1, CPU, "fp32")
     assert step.flops_per_image / 1e9 == pytest.approx(49.5, rel=0.01)
+
+
+def test_ratios_are_of_rounds():
+    """A machine that is slow for half of the time is slow for both sides."""
+    reference, ours = Timing([2.0, 20.0, 2.0, 20.0, 20.0]), Timing([1.0, 10.0, 1.0, 10.0, 1.0])
+    assert ours.speed_against(reference) == 2
+    assert reference.speed_against(reference) == 1
 
 
 def test_stored_memory_of_a_known_case():

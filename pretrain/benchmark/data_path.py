@@ -56,12 +56,12 @@ def benchmark_data(args: argparse.Namespace) -> None:
     steps["decoding alone"] = over_files(lambda _, file: read_rgb(file))
     device = torch.device("cpu")
     timings = time_in_turn(steps, args.repeats, args.warmup, device)
-    first = next(iter(timings.values())).median
+    first = next(iter(timings))
     rows = [
         {
             "data path": name,
             "images/s per core": len(files) / timing.median,
-            f"ratio to {next(iter(timings))}": first / timing.median,
+            f"ratio to {first}": timing.speed_against(timings[first]),
             "spread": float(np.ptp(timing.seconds) / timing.median),
         }
         for name, timing in timings.items()

@@ -127,7 +127,7 @@ def benchmark_detection(args: argparse.Namespace) -> None:
             {
                 "what": name,
                 "images/s": args.batch_size / timing.median,
-                "ratio to detectron2": base.median / timing.median,
+                "ratio to detectron2": timing.speed_against(base),
                 "peak GiB": timing.peak_bytes / 2**30 if timing.peak_bytes else None,
                 "GiB/image kept for backward": stored[name] / args.batch_size / 2**30
                 if name in stored

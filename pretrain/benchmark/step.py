@@ -161,7 +161,7 @@ def benchmark_step(args: argparse.Namespace) -> None:
             {
                 "step": name,
                 "images/s": rate,
-                f"ratio to {first}": timings[first].median / timing.median,
+                f"ratio to {first}": timing.speed_against(timings[first]),
                 "s/step": timing.median,
                 "peak GiB": timing.peak_bytes / 2**30 if timing.peak_bytes else None,
                 "MiB/image kept for backward": step.stored_bytes() / args.batch_size / 2**20

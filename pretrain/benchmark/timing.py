@@ -32,6 +32,14 @@ class Timing:
         """Median of the seconds."""
         return statistics.median(self.seconds)
 
+    def speed_against(self, other: Timing) -> float:
+        """How many times as fast as another, measured in turn: the median over the rounds.
+
+        What slows the machine for a while slows both of a round, so their ratio stays.
+        """
+        pairs = zip(other.seconds, self.seconds, strict=True)
+        return statistics.median(theirs / ours for theirs, ours in pairs)
+
 
 def time_in_turn(
     functions: Mapping[str, Callable[[], Any]],
