@@ -102,8 +102,14 @@ class Attention(nn.Module):
         if self.use_rel_pos:
             q, k = self._append_relative_positions(q, k, (height, width))
             scale = 1.0
+        channels = v.shape[-1]
+        if self.use_rel_pos and v.device.type == "cpu":
+            # PyTorch's fused attention for CPUs wants values as wide as queries; without it the
+            # attention matrix is stored.
+            v = F.pad(v, (0, q.shape[-1] - channels))
         out = F.scaled_dot_product_attention(q, k, v, attn_mask=key_mask, scale=scale)
-        return self.proj(out.transpose(1, 2).reshape(batch, height, width, dim))
+        out = out[..., :channels].transpose(1, 2)
+        return self.proj(out.reshape(batch, height, width, dim))
 
     def forward_packed(self, shapes: PackedShapes, tokens: Tensor) -> Tensor:
         """(T, D) to (T, D): linear layers over all tokens, attention within each image."""
