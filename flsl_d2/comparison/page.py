@@ -22,6 +22,7 @@ th, td { border-bottom: 1px solid #ddd; padding: .35rem .7rem; text-align: left 
 th { border-bottom: 2px solid #333; vertical-align: bottom }
 .number, .best, .failed { text-align: right }
 ul.failed { text-align: left }
+.records td { overflow-wrap: anywhere; min-width: 5rem }
 td.best { font-weight: 700; background: #fdf0e6 }
 td.failed { background: #fdecee }
 .failed { color: #b00020 }
@@ -86,7 +87,7 @@ class Page:
             "<tr>" + "".join(f"<td>{escape(text)}</td>" for text in row) + "</tr>" for row in rows
         )
         self._parts.append(
-            f'<div class="wide"><table><thead><tr>{head}</tr></thead><tbody>{body}</tbody>'
+            f'<div class="wide"><table class="records"><thead><tr>{head}</tr></thead><tbody>{body}</tbody>'
             "</table></div>"
         )
 
