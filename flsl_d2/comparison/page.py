@@ -87,8 +87,8 @@ class Page:
             "<tr>" + "".join(f"<td>{escape(text)}</td>" for text in row) + "</tr>" for row in rows
         )
         self._parts.append(
-            f'<div class="wide"><table class="records"><thead><tr>{head}</tr></thead><tbody>{body}</tbody>'
-            "</table></div>"
+            f'<div class="wide"><table class="records"><thead><tr>{head}</tr></thead>'
+            f"<tbody>{body}</tbody></table></div>"
         )
 
     def details(self, summary: str, text: str) -> None:
