@@ -132,7 +132,7 @@ def _table(folder: Path, num_val: int) -> str:
     steps = _results(folder, "flsl")["iteration"]  # the evaluation follows the last step
     lines.append(
         f"\nMask R-CNN, {steps} steps each, same data and seed; {num_val} images, one "
-        "run each: differences of a point or two are noise.\n"
+        "run each: differences of a few points are noise.\n"
     )
     return "\n".join(lines)
 
