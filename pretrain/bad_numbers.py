@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from flsl_d2.errors import TrainingError
-from flsl_d2.files import replaced_file
+from flsl_d2.files import write_text
 from pretrain.data import ImageStream
 from pretrain.images import printable
 
@@ -96,8 +96,7 @@ def write_bad_numbers(
         for rank, (values, of_rank) in enumerate(zip(error.terms, files, strict=True))
     ]
     path = Path(folder, BAD_NUMBERS_FILE)
-    with replaced_file(path) as out:
-        out.write(json.dumps({"iteration": error.iteration, "ranks": ranks}, indent=1).encode())
+    write_text(path, json.dumps({"iteration": error.iteration, "ranks": ranks}, indent=1))
     first = [printable(file) for file in files[error.bad[0][0]]]
     names = ", ".join(first[:_SHOWN_FILES]) + (", ..." if len(first) > _SHOWN_FILES else "")
     return TrainingError(

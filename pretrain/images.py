@@ -151,7 +151,7 @@ class ImageFile:
             self._data = _read_bytes(path, max_pixels)
             if not self._data:
                 raise OSError("empty file")
-            size = _plain_jpeg_size(self._data)
+            size = self._size = _plain_jpeg_size(self._data)
             self._decoded, self.reductions = None, JPEG_REDUCTIONS
             if size is None:
                 image = _open(self._data, max_pixels)
@@ -177,7 +177,7 @@ class ImageFile:
         if self._decoded is not None:
             return self._decoded
         with _any_error_as_oserror():
-            return _upright(_decode_jpeg(self._data, reduction), self._orientation)
+            return _upright(_decode_jpeg(self._data, *self._size, reduction), self._orientation)
 
 
 @contextmanager
@@ -225,8 +225,7 @@ def _plain_jpeg_size(data: bytes) -> tuple[int, int] | None:
     return None if colours in ("CMYK", "YCCK") else (height, width)
 
 
-def _decode_jpeg(data: bytes, reduction: int) -> np.ndarray:
-    height, width, _, _ = simplejpeg.decode_jpeg_header(data)
+def _decode_jpeg(data: bytes, height: int, width: int, reduction: int) -> np.ndarray:
     smallest = {"min_height": -(-height // reduction), "min_width": -(-width // reduction)}
     try:
         return simplejpeg.decode_jpeg(data, "RGB", **(smallest if reduction > 1 else {}))

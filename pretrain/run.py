@@ -45,11 +45,8 @@ _MAY_DIFFER = (
     *("train.output_dir", "train.device", "train.compile", "train.log_period"),
     *("train.checkpoint_*", "train.pictures_period", "train.measures.*"),
     *("dataset.root", "dataset.name", "dataset.max_failed_share"),
-    *(
-        "dataloader.num_workers",
-        "model.backbone.use_act_checkpoint",
-        "model.backbone.recompute_gelu",
-    ),
+    *("model.backbone.use_act_checkpoint", "model.backbone.recompute_gelu"),
+    "dataloader.num_workers",
 )
 _DISK = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EFBIG, errno.EIO)
 

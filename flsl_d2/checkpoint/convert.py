@@ -10,7 +10,7 @@ from flsl_d2.checkpoint.build import open_encoder
 from flsl_d2.checkpoint.export import timm_call, write_encoder, write_timm
 from flsl_d2.checkpoint.report import LoadReport
 from flsl_d2.errors import InputError
-from flsl_d2.files import replaced_file
+from flsl_d2.files import write_text
 
 __all__ = ["FORMATS", "convert_checkpoint"]
 
@@ -70,9 +70,7 @@ def convert_checkpoint(
 
 def _write_report(path: str, account: LoadReport) -> None:
     try:
-        Path(path).parent.mkdir(parents=True, exist_ok=True)
-        with replaced_file(path) as file:
-            file.write((json.dumps(account.as_dict(), indent=2) + "\n").encode())
+        write_text(path, json.dumps(account.as_dict(), indent=2) + "\n")
     except OSError as error:
         raise InputError(
             f"the report {path!r} cannot be written ({error.strerror}); choose another."

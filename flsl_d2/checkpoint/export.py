@@ -54,12 +54,9 @@ def write_encoder(encoder: FLSLViT, path: str | Path) -> None:
     Raises:
         InputError: another suffix, or the file cannot be written.
     """
-    _write(
-        path,
-        encoder.state_dict(),
-        {"format": ENCODER_FORMAT, "encoder": json.dumps(encoder.architecture)},
-        encoder_file(encoder),
-    )
+    content = encoder_file(encoder)
+    metadata = {"format": ENCODER_FORMAT, "encoder": json.dumps(content["encoder"])}
+    _write(path, content["model"], metadata, content)
 
 
 def write_timm(encoder: FLSLViT, path: str | Path) -> None:
@@ -69,7 +66,8 @@ def write_timm(encoder: FLSLViT, path: str | Path) -> None:
         InputError: the encoder has parts that timm's ViT lacks, another suffix, or the file
             cannot be written.
     """
-    _write(path, timm_state(encoder), {"format": "pt"}, _on_cpu(timm_state(encoder)))
+    state = _on_cpu(timm_state(encoder))
+    _write(path, state, {"format": "pt"}, state)
 
 
 def timm_state(encoder: FLSLViT) -> dict[str, Tensor]:
@@ -148,7 +146,7 @@ def _write(
         path.parent.mkdir(parents=True, exist_ok=True)
         with replaced_file(path) as file:
             if path.suffix == ".safetensors":
-                file.write(safetensors.torch.save(_on_cpu(tensors), metadata))
+                file.write(safetensors.torch.save(tensors, metadata))
             else:
                 torch.save(torch_content, file)
     except (OSError, RuntimeError) as error:

@@ -17,7 +17,6 @@ from flsl_d2.checkpoint.reading import local_weights_path, split_weights_path
 from flsl_d2.comparison.evaluations import EncoderFile
 from flsl_d2.comparison.provenance import file_sha256
 from flsl_d2.errors import InputError
-from flsl_d2.files import writable_folder
 from flsl_d2.modeling import FLSLViT
 
 __all__ = ["Encoder", "read_encoders"]
@@ -123,4 +122,4 @@ def _write_untrained(architecture: dict[str, Any], seed: int, path: Path) -> Non
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         encoder = FLSLViT(**architecture)
-    write_encoder(encoder, writable_folder(path.parent, "--output") / path.name)
+    write_encoder(encoder, path)

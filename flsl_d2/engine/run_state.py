@@ -16,7 +16,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from flsl_d2.checkpoint.safe_saving import checkpoint_files
 from flsl_d2.errors import InputError
-from flsl_d2.files import replaced_file
+from flsl_d2.files import write_text
 
 __all__ = ["RUN_FILE", "ResumeOptions", "check_and_keep_run", "flat_config", "keep_config"]
 
@@ -96,8 +96,7 @@ def check_and_keep_run(
             file.unlink(missing_ok=True)
     keep_config(cfg, folder)
     content = {"processes": comm.get_world_size(), "settings": settings}
-    with replaced_file(folder / RUN_FILE) as out:
-        out.write(json.dumps(content, indent=1).encode())
+    write_text(folder / RUN_FILE, json.dumps(content, indent=1))
 
 
 def keep_config(cfg: DictConfig | CfgNode, folder: str | Path) -> None:

@@ -99,14 +99,14 @@ class Attention(nn.Module):
         qkv = self.qkv(tokens).view(batch, height * width, 3, self.num_heads, -1)
         q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind(0)  # each (B, h, N, C)
         scale = self.scale
+        channels = v.shape[-1]
         if self.use_rel_pos:
             q, k = self._append_relative_positions(q, k, (height, width))
             scale = 1.0
-        channels = v.shape[-1]
-        if self.use_rel_pos and v.device.type == "cpu":
-            # PyTorch's fused attention for CPUs wants values as wide as queries; without it the
-            # attention matrix is stored.
-            v = F.pad(v, (0, q.shape[-1] - channels))
+            if v.device.type == "cpu":
+                # PyTorch's fused attention for CPUs wants values as wide as queries; without it
+                # the attention matrix is stored.
+                v = F.pad(v, (0, q.shape[-1] - channels))
         out = F.scaled_dot_product_attention(q, k, v, attn_mask=key_mask, scale=scale)
         out = out[..., :channels].transpose(1, 2)
         return self.proj(out.reshape(batch, height, width, dim))

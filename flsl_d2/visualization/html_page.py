@@ -87,7 +87,7 @@ def write_page(
         before, after = page.split(mark)
         page = before + text + after
     write_text(path, page)
-    return len(page.encode("utf-8"))
+    return Path(path).stat().st_size
 
 
 def _encoder(
