@@ -101,8 +101,8 @@ class Shown:
 class Table:
     """Rows by measures.
 
-    For people, in Markdown, LaTeX and on the page, a table of many measures and few rows is turned
-    over: a line for each measure.
+    For people, in Markdown, LaTeX and on the page, a table of few encoders and many measures is
+    turned over: a line for each measure. The values of a grid would not tell which key they are of.
 
     Attributes:
         rows: all with the same label columns.
@@ -151,7 +151,8 @@ class Table:
                 kind = "best" if i in best[measure.name] else kind
                 line.append(Shown(cell.text(measure.digits), kind))
             lines.append(line)
-        if len(self.label_names) != 1 or len(self.measures) <= max(_MOST_COLUMNS, len(self.rows)):
+        few = len(self.measures) <= max(_MOST_COLUMNS, len(self.rows))
+        if few or self.label_names != ["encoder"]:
             return lines
         lines[0] = [Shown("measure", "label")] + [
             Shown(measure.name, "label") for measure in self.measures

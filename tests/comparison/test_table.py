@@ -82,6 +82,8 @@ def test_many_measures_of_few_rows_are_read_downwards():
     assert Table(rows, measures[:8]).markdown().startswith("| encoder | m0 |")
     assert Table(rows * 5, measures).markdown().startswith("| encoder | m0 |")
     assert Table(rows, measures).csv().startswith("encoder,m0,")
+    points = [Row({"volume_weight": "5"}, row.cells) for row in rows]
+    assert Table(points, measures).markdown().startswith("| volume_weight | m0 |")
 
 
 def test_csv_has_every_number_in_full():
