@@ -9,7 +9,8 @@ import warnings
 from collections.abc import Callable
 from typing import Any
 
-from flsl_d2.engine.launch import WorkerError
+from flsl_d2.engine.launch import WorkerError, leave, started_by_torchrun
+from flsl_d2.engine.stopping import STOPPED
 from flsl_d2.errors import InputError, TrainingError
 
 __all__ = ["described_parser", "parse_tool_arguments", "run_tool", "tool_argument_parser"]
@@ -47,8 +48,14 @@ def run_tool(function: Callable[..., Any], *args: Any) -> None:
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         status = 130
+    except SystemExit as stopped:
+        if stopped.code != STOPPED:
+            raise
+        status = STOPPED
     else:
         status = 0
+    if started_by_torchrun():
+        leave(status)
     sys.stdout.flush()
     sys.exit(status)
 

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import atexit
 import logging
 import os
 import signal
 import socket
+import sys
 import traceback
 from collections.abc import Callable
 from datetime import timedelta
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 import torch.distributed as dist
@@ -21,7 +23,7 @@ from torch import nn
 from flsl_d2.engine.stopping import STOP_SIGNALS, STOPPED, StopRequest, forwarding, signals_held
 from flsl_d2.errors import InputError, TrainingError
 
-__all__ = ["WorkerError", "launch", "started_by_torchrun", "wrap_ddp"]
+__all__ = ["WorkerError", "launch", "leave", "started_by_torchrun", "wrap_ddp"]
 
 # Reports of failed ranks wait in a pipe until the parent reads them; its buffer holds 64 KiB.
 _REPORT_CHARS = 4000
@@ -44,6 +46,22 @@ def started_by_torchrun() -> bool:
     return {"RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR"} <= os.environ.keys()
 
 
+def leave(status: int) -> NoReturn:
+    """End a process of a group: run what is registered with ``atexit``, then exit at once.
+
+    The interpreter is not torn down. A thread of gloo that still lets go of a tensor while it is
+    aborts the process, and a run that had done its work would count as failed (PyTorch issue
+    190489).
+
+    Args:
+        status: of the process, 0 to 255.
+    """
+    atexit._run_exitfuncs()  # what multiprocessing does before it ends a forked process likewise
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(status)
+
+
 def launch(
     main_func: Callable[..., None],
     num_processes_per_machine: int,
@@ -56,9 +74,9 @@ def launch(
     """Run ``main_func(*args)`` in every process, with Detectron2's ``comm`` set up.
 
     One process runs right here. Several GPU processes talk through NCCL, several CPU processes
-    through gloo. Under torchrun the processes exist already, so none are started and the counts
-    given here are not used. SIGTERM and SIGUSR1 are passed on to the processes; see
-    :mod:`flsl_d2.engine.stopping`.
+    through gloo. Under torchrun the processes exist already, so none are started, the counts
+    given here are not used, and the program itself ends with :func:`leave`. SIGTERM and SIGUSR1
+    are passed on to the processes; see :mod:`flsl_d2.engine.stopping`.
 
     Args:
         main_func: a function at the top level of a module (the workers import it).
@@ -204,7 +222,7 @@ def _worker(
         world_size=num_processes * num_machines,
         rank=machine_rank * num_processes + local_rank,
     )
-    _reporting(main_func, reports, args)
+    leave(_reported(main_func, reports, args))
 
 
 def _join_group(backend: str, num_local: int, **options: Any) -> None:
@@ -213,20 +231,29 @@ def _join_group(backend: str, num_local: int, **options: Any) -> None:
     comm.synchronize()
 
 
-def _reporting(main_func: Callable[..., None], reports: Any, args: tuple[Any, ...]) -> None:
-    """Run in a worker: leave a report of the exception for the parent, then fail."""
+def _leave_group() -> None:
+    # On every rank together, so that no rank's sockets close under another's.
+    comm.synchronize()
+    dist.destroy_process_group()
+
+
+def _reported(main_func: Callable[..., None], reports: Any, args: tuple[Any, ...]) -> int:
+    """Run in a worker, whose status is returned; an exception leaves a report for the parent."""
+    status = 0
     try:
         main_func(*args)
     except (InputError, TrainingError) as error:
         reports.put((type(error).__name__, comm.get_rank(), str(error)))
-        raise SystemExit(2) from None
+        return 2
     except Exception:
         reports.put(("", comm.get_rank(), traceback.format_exc()[-_REPORT_CHARS:]))
         raise
-    else:
-        # Ends cleanly on every rank together, so that no rank's sockets close under another's.
-        comm.synchronize()
-        dist.destroy_process_group()
+    except SystemExit as left:
+        if left.code != STOPPED:
+            raise
+        status = STOPPED  # agreed by all ranks
+    _leave_group()
+    return status
 
 
 def _run_under_torchrun(main_func: Callable[..., None], args: tuple[Any, ...], device: str) -> None:
@@ -239,5 +266,4 @@ def _run_under_torchrun(main_func: Callable[..., None], args: tuple[Any, ...], d
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
     _join_group("nccl" if _is_cuda(device) else "gloo", num_local)
     main_func(*args)
-    comm.synchronize()
-    dist.destroy_process_group()
+    _leave_group()

@@ -4,7 +4,9 @@ import os
 import socket
 import subprocess
 import sys
+import threading
 import time
+from itertools import count
 from pathlib import Path
 
 import pytest
@@ -107,6 +109,43 @@ def test_a_dying_rank_ends_the_others_and_shows_its_own_error(kind, message):
     with pytest.raises(WorkerError, match=message):
         launch(fail, 2, args=(kind,), device="cpu")
     assert time.monotonic() - start < 60
+
+
+def end_while_threads_compute(status: int) -> None:
+    # These stand for gloo's threads: PyTorch's code wants the interpreter again while it is torn
+    # down, which aborts the process.
+    operand = torch.randn(256, 256)
+    for _ in range(2):
+        threading.Thread(target=lambda: [operand @ operand for _ in count()], daemon=True).start()
+    time.sleep(0.2)
+    if status:
+        raise SystemExit(status)
+
+
+def test_workers_with_busy_threads_end_with_their_status():
+    launch(end_while_threads_compute, 2, args=(0,), device="cpu")
+    with pytest.raises(SystemExit) as left:
+        launch(end_while_threads_compute, 2, args=(STOPPED,), device="cpu")
+    assert left.value.code == STOPPED
+
+
+@pytest.mark.parametrize("status", [0, STOPPED])
+def test_a_tool_with_busy_threads_ends_with_its_status_under_torchrun(status):
+    code = (
+        "import atexit, sys, test_launch as t; from flsl_d2.engine.command_line import run_tool\n"
+        "atexit.register(print, 'registered')\n"
+        f"run_tool(t.end_while_threads_compute, {status})"
+    )
+    environment = {
+        **os.environ,
+        **{"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1"},
+        "PYTHONPATH": f"{REPOSITORY}:{REPOSITORY}/tests/engine",
+    }
+    command = [sys.executable, "-c", code]
+    done = subprocess.run(
+        command, env=environment, capture_output=True, text=True, timeout=120, check=False
+    )
+    assert (done.returncode, done.stdout) == (status, "registered\n"), done.stderr
 
 
 def leave(kind: str) -> None:
