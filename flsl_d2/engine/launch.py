@@ -210,6 +210,8 @@ def _worker(
     # A parent that is killed takes its workers along: they would write to the folder of the run
     # that is being resumed.
     mp._prctl_pr_set_pdeathsig(signal.SIGKILL)
+    if os.getppid() != mp.parent_process().pid:
+        os._exit(1)  # it was killed before, while this process was importing
     if _is_cuda(device):
         torch.cuda.set_device(local_rank)
     elif "OMP_NUM_THREADS" not in os.environ:

@@ -111,6 +111,49 @@ def test_a_dying_rank_ends_the_others_and_shows_its_own_error(kind, message):
     assert time.monotonic() - start < 60
 
 
+def test_workers_end_with_a_parent_that_is_killed_while_they_start(tmp_path):
+    script = tmp_path / "run.py"
+    script.write_text(
+        "import os, sys, time\n"
+        "from pathlib import Path\n"
+        "from flsl_d2.engine.launch import launch\n"
+        "folder = Path(sys.argv[1])\n"
+        "def work():\n"
+        "    (folder / 'trained').touch()\n"
+        "if __name__ == '__main__':\n"
+        "    launch(work, 2, device='cpu')\n"
+        "else:\n"
+        "    (folder / f'starting{os.getpid()}').touch()\n"
+        "    while not (folder / 'orphaned').exists():\n"
+        "        time.sleep(0.01)\n"
+    )
+    parent = subprocess.Popen([sys.executable, str(script), str(tmp_path)], cwd=REPOSITORY)
+    try:
+        starting = wait_for(lambda: len(found := [*tmp_path.glob("starting*")]) == 2 and found)
+    finally:
+        parent.kill()
+        parent.wait()
+        (tmp_path / "orphaned").touch()
+    processes = [Path("/proc", path.name.removeprefix("starting")) for path in starting]
+    wait_for(lambda: not any(map(runs, processes)))
+    assert not (tmp_path / "trained").exists()
+
+
+def runs(process):
+    try:  # in a container nobody may collect it: it stays, as a zombie
+        return "State:\tZ" not in (process / "status").read_text()
+    except (FileNotFoundError, ProcessLookupError):
+        return False
+
+
+def wait_for(condition):
+    deadline = time.monotonic() + 60
+    while not (value := condition()):
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+    return value
+
+
 def end_while_threads_compute(status: int) -> None:
     # These stand for gloo's threads: PyTorch's code wants the interpreter again while it is torn
     # down, which aborts the process.
