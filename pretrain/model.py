@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from flsl_d2.errors import InputError
 from flsl_d2.mean_shift import attention, mean_shift, mix_attention
 from flsl_d2.modeling import FLSLViT
+from flsl_d2.modeling.linear import Linear, linear
 from flsl_d2.modeling.packing import packed_tokens
 from flsl_d2.modeling.pixels import IMAGENET_MEAN, IMAGENET_STD
 from pretrain.objective import FLSLLoss, gather_queries
@@ -38,10 +39,14 @@ class WeightNormLinear(nn.Module):
         in_features: width of the input.
         out_features: number of centroids K.
         learn_scale: train ``g``; otherwise it stays at 1.
+        onednn: see :func:`flsl_d2.modeling.linear.linear`.
     """
 
-    def __init__(self, in_features: int, out_features: int, learn_scale: bool = False) -> None:
+    def __init__(
+        self, in_features: int, out_features: int, learn_scale: bool = False, onednn: bool = True
+    ) -> None:
         super().__init__()
+        self.onednn = onednn
         self.weight_g = nn.Parameter(torch.empty(out_features, 1), requires_grad=learn_scale)
         self.weight_v = nn.Parameter(torch.empty(out_features, in_features))
         self.reset_parameters()
@@ -54,7 +59,7 @@ class WeightNormLinear(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """(..., in_features) to (..., K)."""
         weight = self.weight_v / self.weight_v.norm(dim=1, keepdim=True)
-        return F.linear(x, self.weight_g * weight)
+        return linear(x, self.weight_g * weight, onednn=self.onednn)
 
 
 class FLSLHead(nn.Module):
@@ -66,6 +71,7 @@ class FLSLHead(nn.Module):
         hidden_dim: width of the hidden layers.
         bottleneck_dim: width of the space in which the centroids live.
         learn_scale: see :class:`WeightNormLinear`.
+        onednn_linear: see :func:`flsl_d2.modeling.linear.linear`.
     """
 
     def __init__(
@@ -75,16 +81,19 @@ class FLSLHead(nn.Module):
         hidden_dim: int = 2048,
         bottleneck_dim: int = 256,
         learn_scale: bool = False,
+        onednn_linear: bool = True,
     ) -> None:
         super().__init__()
         self.mlp = nn.Sequential(
-            nn.Linear(in_dim, hidden_dim),
+            Linear(in_dim, hidden_dim, onednn=onednn_linear),
             nn.GELU(),
-            nn.Linear(hidden_dim, hidden_dim),
+            Linear(hidden_dim, hidden_dim, onednn=onednn_linear),
             nn.GELU(),
-            nn.Linear(hidden_dim, bottleneck_dim),
+            Linear(hidden_dim, bottleneck_dim, onednn=onednn_linear),
         )
-        self.last_layer = WeightNormLinear(bottleneck_dim, num_centroids, learn_scale)
+        self.last_layer = WeightNormLinear(
+            bottleneck_dim, num_centroids, learn_scale, onednn_linear
+        )
         self.reset_parameters()
 
     def reset_parameters(self) -> None:

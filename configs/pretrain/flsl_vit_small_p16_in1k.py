@@ -70,6 +70,7 @@ model = L(FLSL)(
         drop_path_rate=0.1,
         use_act_checkpoint=False,
         recompute_gelu=True,
+        onednn_linear=True,
     ),
     head=L(FLSLHead)(
         in_dim="${model.backbone.embed_dim}",
@@ -77,6 +78,7 @@ model = L(FLSL)(
         hidden_dim=2048,
         bottleneck_dim=256,
         learn_scale=False,
+        onednn_linear="${model.backbone.onednn_linear}",
     ),
     loss=L(FLSLLoss)(
         num_centroids="${model.head.num_centroids}",

@@ -13,6 +13,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from flsl_d2.modeling.linear import Linear
+
 __all__ = [
     "Attention",
     "PackedShapes",
@@ -73,6 +75,7 @@ class Attention(nn.Module):
         qkv_bias: whether the query, key and value projections have a bias.
         rel_pos_size: side of the token grid that the relative position tables are made for;
             None for no relative positions.
+        onednn_linear: see :func:`flsl_d2.modeling.linear.linear`.
     """
 
     def __init__(
@@ -81,12 +84,13 @@ class Attention(nn.Module):
         num_heads: int,
         qkv_bias: bool = True,
         rel_pos_size: int | None = None,
+        onednn_linear: bool = True,
     ) -> None:
         super().__init__()
         self.num_heads = num_heads
         self.scale = (dim // num_heads) ** -0.5
-        self.qkv = nn.Linear(dim, dim * 3, bias=qkv_bias)
-        self.proj = nn.Linear(dim, dim)
+        self.qkv = Linear(dim, dim * 3, qkv_bias, onednn_linear)
+        self.proj = Linear(dim, dim, onednn=onednn_linear)
         self.use_rel_pos = rel_pos_size is not None
         if rel_pos_size is not None:
             table = (2 * rel_pos_size - 1, dim // num_heads)

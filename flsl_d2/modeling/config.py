@@ -39,6 +39,7 @@ def add_flsl_config(cfg: CfgNode) -> None:
                 "NUM_PREFIX_TOKENS": 0,
                 "USE_ACT_CHECKPOINT": False,
                 "RECOMPUTE_GELU": True,
+                "ONEDNN_LINEAR": True,
             }
         )
     if "FLSL_SFP" not in model:

@@ -4,16 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import partial
-from typing import Any
 
 import torch
-import torch.nn.functional as F
 from detectron2.config import CfgNode, configurable
 from detectron2.layers import ShapeSpec
 from detectron2.modeling import BACKBONE_REGISTRY, Backbone
-from timm.layers import LayerScale, Mlp, PatchEmbed
+from timm.layers import LayerScale, PatchEmbed
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import checkpoint
 
 from flsl_d2.errors import InputError
@@ -25,6 +22,7 @@ from flsl_d2.modeling.attention import (
     window_key_mask,
 )
 from flsl_d2.modeling.encoder_state import fit_encoder_state
+from flsl_d2.modeling.linear import Mlp
 from flsl_d2.modeling.pixels import PixelAdapter
 from flsl_d2.modeling.positions import resample_positions, sincos_positions
 
@@ -66,25 +64,6 @@ class StochasticDepth(nn.Module):
         return torch.bernoulli(self.keep.expand(count)) / self.keep
 
 
-class _GeluLinear(torch.autograd.Function):
-    """GELU and a linear layer that keep their input, and not what is between them."""
-
-    @staticmethod
-    def forward(ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-        ctx.save_for_backward(hidden, weight)
-        return F.linear(F.gelu(hidden), weight, bias)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        hidden, weight = ctx.saved_tensors
-        rows = gradient.flatten(0, -2)
-        of_weight = rows.T @ F.gelu(hidden).flatten(0, -2)
-        # Under autocast the weight is wider than what it was multiplied with.
-        of_hidden = torch.ops.aten.gelu_backward(gradient @ weight.to(gradient.dtype), hidden)
-        return of_hidden, of_weight.to(weight.dtype), rows.sum(0, dtype=weight.dtype)
-
-
 class Block(nn.Module):
     """Pre-norm transformer block whose attention sees the whole grid or windows of it.
 
@@ -99,8 +78,8 @@ class Block(nn.Module):
         mask_window_padding: leave the padding of windows out of attention. False attends to the
             padded zeros as well, as Detectron2's ViT does.
         layer_scale_init: start value of LayerScale (DINOv2); None for no LayerScale.
-        recompute_gelu: keep the MLP's hidden layer for the backward pass once, before the GELU,
-            and apply the GELU again there.
+        recompute_gelu: see :class:`flsl_d2.modeling.linear.Mlp`.
+        onednn_linear: see :func:`flsl_d2.modeling.linear.linear`.
     """
 
     def __init__(
@@ -115,17 +94,21 @@ class Block(nn.Module):
         mask_window_padding: bool,
         layer_scale_init: float | None,
         recompute_gelu: bool,
+        onednn_linear: bool,
     ) -> None:
         super().__init__()
         self.window_size = window_size
-        self.recompute_gelu = recompute_gelu
         self.mask_window_padding = mask_window_padding
         self.norm1 = nn.LayerNorm(dim, eps=1e-6)
         self.attn = Attention(
-            dim, num_heads, qkv_bias, window_size if rel_pos_size and window_size else rel_pos_size
+            dim,
+            num_heads,
+            qkv_bias,
+            window_size if rel_pos_size and window_size else rel_pos_size,
+            onednn_linear,
         )
         self.norm2 = nn.LayerNorm(dim, eps=1e-6)
-        self.mlp = Mlp(dim, int(dim * mlp_ratio))
+        self.mlp = Mlp(dim, int(dim * mlp_ratio), recompute_gelu, onednn_linear)
         self.drop_path = StochasticDepth(drop_path) if drop_path > 0 else nn.Identity()
         scaled = layer_scale_init is not None
         self.ls1 = LayerScale(dim, layer_scale_init) if scaled else nn.Identity()
@@ -140,7 +123,7 @@ class Block(nn.Module):
         """
         attend = self._attend if shapes is None else partial(self.attn.forward_packed, shapes)
         tokens = tokens + self._dropped(self.ls1(attend(self.norm1(tokens))), shapes)
-        return tokens + self._dropped(self.ls2(self._mlp(self.norm2(tokens))), shapes)
+        return tokens + self._dropped(self.ls2(self.mlp(self.norm2(tokens))), shapes)
 
     def _attend(self, tokens: Tensor) -> Tensor:
         size = self.window_size
@@ -152,13 +135,6 @@ class Block(nn.Module):
         if self.mask_window_padding and list(padded) != grid:
             key_mask = window_key_mask(batch, tuple(grid), size, tokens.device)
         return merge_windows(self.attn(windows, key_mask), padded, tuple(grid))
-
-    def _mlp(self, tokens: Tensor) -> Tensor:
-        # Compilers make this choice themselves.
-        if not (self.recompute_gelu and self.training) or torch.compiler.is_compiling():
-            return self.mlp(tokens)
-        fc2 = self.mlp.fc2
-        return _GeluLinear.apply(self.mlp.fc1(tokens), fc2.weight, fc2.bias)
 
     def _dropped(self, branch: Tensor, shapes: PackedShapes | None) -> Tensor:
         if isinstance(self.drop_path, nn.Identity):
@@ -203,6 +179,8 @@ class FLSLViT(Backbone):
         use_act_checkpoint: recompute each block in the backward pass to save memory.
         recompute_gelu: recompute the MLPs' GELUs there, a little of the time for a fifth of the
             memory; nothing is left to gain with ``use_act_checkpoint``.
+        onednn_linear: on a CPU in fp32, multiply by oneDNN instead of MKL; see
+            :func:`flsl_d2.modeling.linear.linear`.
         pixel_adapter: applied to the images first; see :class:`PixelAdapter`.
         out_feature: name of the output map.
 
@@ -237,6 +215,7 @@ class FLSLViT(Backbone):
         num_prefix_tokens: int = 0,
         use_act_checkpoint: bool = False,
         recompute_gelu: bool = True,
+        onednn_linear: bool = True,
         pixel_adapter: PixelAdapter | None = None,
         out_feature: str = "last_feat",
     ) -> None:
@@ -284,6 +263,7 @@ class FLSLViT(Backbone):
                 mask_window_padding=mask_window_padding,
                 layer_scale_init=layer_scale_init,
                 recompute_gelu=recompute_gelu and not use_act_checkpoint,
+                onednn_linear=onednn_linear,
             )
             for i in range(depth)
         )

@@ -47,6 +47,7 @@ model.backbone = L(SimpleFeaturePyramid)(
         # Recompute blocks in the backward pass: about a third slower, a fraction of the memory.
         use_act_checkpoint=False,
         recompute_gelu=True,
+        onednn_linear=True,
     ),
     in_feature="last_feat",
     out_channels=256,
