@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import copy
 import math
-import os
 from collections.abc import Sequence
 from itertools import groupby
 from typing import Any
@@ -249,9 +248,6 @@ class FLSL(nn.Module):
         All blocks of an encoder share their code, so it is compiled once for each size of view,
         during the first steps; the rest of the step is small beside them.
         """
-        # On a CPU the compiled code brings an OpenMP runtime of its own, which reads this when it
-        # is loaded. Its threads would wait busily, on the cores that PyTorch's need.
-        os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
         for encoder in (self.student, self.teacher):
             for block in encoder.backbone.blocks:
                 block.compile(dynamic=False)

@@ -15,8 +15,9 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from flsl_d2.errors import InputError
+from flsl_d2.modeling import FLSLViT
 from pretrain.benchmark.detection import pyramids
-from pretrain.benchmark.flops import peak_tflops
+from pretrain.benchmark.flops import encoder_flops, peak_tflops
 from pretrain.benchmark.reference import reference_function
 from pretrain.benchmark.step import Step
 from pretrain.benchmark.timing import Timing, stored_for_backward, time_in_turn
@@ -41,7 +42,7 @@ TINY = [
     "change", ["model.backbone.depth=3", "views.num_local=3", "views.global_window=2"]
 )
 def test_operations_equal_pytorchs_count(change):
-    step = Step(CONFIG, [*TINY, change], 2, CPU, "fp32")
+    step = Step(CONFIG, [*TINY, change, "model.backbone.drop_path_rate=0"], 2, CPU, "fp32")
     values = step.trainer.schedules(0)
     with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
         step.trainer._forward(step.batch, values)["loss"].backward()
@@ -52,8 +53,13 @@ def test_operations_equal_pytorchs_count(change):
 
 def test_the_published_step_costs_what_was_counted_elsewhere():
     """ViT-S/16, views of 224, 224 and 2 x 96 pixels, windows of 2 tokens: 49.5 GFLOP an image."""
-    step = Step(CONFIG, ["views.global_window=2"], 1, CPU, "fp32")
-    assert step.flops_per_image / 1e9 == pytest.approx(49.5, rel=0.01)
+    options = ["views.global_window=2", "model.backbone.drop_path_rate=0"]
+    full = Step(CONFIG, options, 1, CPU, "fp32").flops_per_image
+    assert full / 1e9 == pytest.approx(49.5, rel=0.01)
+    # With rates of 0 to 0.1, a twentieth of the student's blocks is left out.
+    left = Step(CONFIG, options[:1], 1, CPU, "fp32").flops_per_image
+    student = 3 * encoder_flops(FLSLViT(), 196) + 2 * 3 * encoder_flops(FLSLViT(), 36)
+    assert full - left == pytest.approx(0.05 * student, rel=0.03)
 
 
 def test_ratios_are_of_rounds():

@@ -68,6 +68,7 @@ model = L(FLSL)(
         depth=12,
         num_heads=6,
         drop_path_rate=0.1,
+        skip_dropped=True,
         use_act_checkpoint=False,
         recompute_gelu=True,
         onednn_linear=True,

@@ -116,14 +116,15 @@ class Attention(nn.Module):
         return self.proj(out.reshape(batch, height, width, dim))
 
     def forward_packed(self, shapes: PackedShapes, tokens: Tensor) -> Tensor:
-        """(T, D) to (T, D): linear layers over all tokens, attention within each image."""
+        """(T, D) to (T, D): one projection of all tokens, attention within each image."""
         sizes = [count * length for count, length in shapes]
         out = []
         for part, (count, length) in zip(self.qkv(tokens).split(sizes), shapes, strict=True):
             qkv = part.view(count, length, 3, self.num_heads, -1).permute(2, 0, 3, 1, 4)
             mixed = F.scaled_dot_product_attention(*qkv.unbind(0), scale=self.scale)
-            out.append(mixed.transpose(1, 2).reshape(count * length, -1))
-        return self.proj(torch.cat(out))
+            # Joined after this projection only: its input is kept, and would be a second copy.
+            out.append(self.proj(mixed.transpose(1, 2).reshape(count * length, -1)))
+        return torch.cat(out)
 
     def _append_relative_positions(
         self, q: Tensor, k: Tensor, grid: tuple[int, int]

@@ -38,6 +38,7 @@ def add_flsl_config(cfg: CfgNode) -> None:
                 "LAYER_SCALE_INIT": 0.0,  # 0: no LayerScale
                 "NUM_PREFIX_TOKENS": 0,
                 "USE_ACT_CHECKPOINT": False,
+                "SKIP_DROPPED": True,
                 "RECOMPUTE_GELU": True,
                 "ONEDNN_LINEAR": True,
             }

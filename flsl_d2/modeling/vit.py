@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from functools import partial
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from detectron2.config import CfgNode, configurable
@@ -11,6 +11,7 @@ from detectron2.layers import ShapeSpec
 from detectron2.modeling import BACKBONE_REGISTRY, Backbone
 from timm.layers import LayerScale, PatchEmbed
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import checkpoint
 
 from flsl_d2.errors import InputError
@@ -29,6 +30,10 @@ from flsl_d2.modeling.positions import resample_positions, sincos_positions
 __all__ = ["Block", "FLSLViT", "evenly_spread_blocks"]
 
 
+def _as_rows(factors: Tensor, tokens: Tensor) -> Tensor:
+    return factors.view(-1, *[1] * (tokens.dim() - 1)).to(tokens.dtype)
+
+
 def evenly_spread_blocks(depth: int, count: int = 4) -> tuple[int, ...]:
     """Indexes of ``count`` global blocks, each the last of an equal share (ViTDet, Sec. 3)."""
     share = max(depth // count, 1)
@@ -43,25 +48,74 @@ class StochasticDepth(nn.Module):
 
     Args:
         probability: of leaving a branch out in training; the others are scaled up to make up.
+        skip_dropped: do not compute what is left out (as DINOv2 does, arXiv 2304.07193, but with
+            independent draws). Compiled blocks compute it, as they want the same sizes each time.
     """
 
-    def __init__(self, probability: float) -> None:
+    def __init__(self, probability: float, skip_dropped: bool) -> None:
         super().__init__()
+        self.probability, self.skip_dropped = probability, skip_dropped
         self.register_buffer("keep", torch.tensor(1.0 - probability), persistent=False)
 
-    def forward(self, branch: Tensor, shapes: PackedShapes | None) -> Tensor:
-        """A branch (B, H, W, D), or packed (T, D) with its ``shapes``."""
-        if not self.training:
-            return branch
-        if shapes is None:
-            return branch * self._factors(len(branch))[:, None, None, None].to(branch.dtype)
+    def forward(
+        self,
+        branch: Callable[[Tensor, PackedShapes | None], Tensor],
+        tokens: Tensor,
+        shapes: PackedShapes | None,
+    ) -> Tensor:
+        """``tokens + branch(tokens, shapes)``: tokens (B, H, W, D), or packed (T, D)."""
+        if not self.training or self.probability == 0:
+            return tokens + branch(tokens, shapes)
+        if self.skip_dropped and not torch.compiler.is_compiling():
+            return self._of_kept(branch, tokens, shapes)
+        counts = [(len(tokens), 1)] if shapes is None else shapes
+        keep = self.keep.float()
         factors = [
-            self._factors(count)[:, None].expand(-1, length).flatten() for count, length in shapes
+            (torch.bernoulli(keep.expand(count)) / keep).repeat_interleave(length)
+            for count, length in counts
         ]
-        return branch * torch.cat(factors)[:, None].to(branch.dtype)
+        out = branch(tokens, shapes)
+        return tokens + out * _as_rows(torch.cat(factors), out)
 
-    def _factors(self, count: int) -> Tensor:
-        return torch.bernoulli(self.keep.expand(count)) / self.keep
+    def _of_kept(
+        self,
+        branch: Callable[[Tensor, PackedShapes | None], Tensor],
+        tokens: Tensor,
+        shapes: PackedShapes | None,
+    ) -> Tensor:
+        # Drawn on the CPU, so that a GPU need not be waited for to know how many are kept.
+        counts = [(len(tokens), 1)] if shapes is None else shapes
+        keep = 1 - self.probability
+        draws = [torch.bernoulli(torch.full((count,), keep)).bool() for count, _ in counts]
+        if not any(kept.any() for kept in draws):
+            # Without a gradient for the branch, several processes would wait for it in vain.
+            return tokens + 0 * branch(tokens, shapes)
+        lengths = [length for _, length in counts]
+        rows = [kept.repeat_interleave(n) for kept, n in zip(draws, lengths, strict=True)]
+        rows = torch.cat(rows).nonzero()[:, 0].to(tokens.device, non_blocking=True)
+        kept_shapes = None
+        if shapes is not None:
+            sums = [int(kept.sum()) for kept in draws]
+            kept_shapes = tuple((k, n) for k, n in zip(sums, lengths, strict=True) if k)
+        out = branch(tokens.index_select(0, rows), kept_shapes)
+        return _AddToRows.apply(tokens, rows, out, 1 / keep)
+
+
+class _AddToRows(torch.autograd.Function):
+    """``tokens.index_add(0, rows, branch, alpha=scale)``, which would keep ``branch``."""
+
+    @staticmethod
+    def forward(ctx: Any, tokens: Tensor, rows: Tensor, branch: Tensor, scale: float) -> Tensor:
+        ctx.save_for_backward(rows)
+        ctx.scale, ctx.dtype = scale, branch.dtype
+        return tokens.index_add(0, rows, branch.to(tokens.dtype), alpha=scale)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+        (rows,) = ctx.saved_tensors
+        of_branch = gradient.index_select(0, rows).to(ctx.dtype).mul_(ctx.scale)
+        return gradient, None, of_branch, None
 
 
 class Block(nn.Module):
@@ -72,7 +126,8 @@ class Block(nn.Module):
         num_heads: attention heads.
         mlp_ratio: hidden width of the MLP over ``dim``.
         qkv_bias: bias in the query, key and value projections.
-        drop_path: probability of skipping a residual branch in training (stochastic depth).
+        drop_path: probability of leaving a residual branch out in training.
+        skip_dropped: see :class:`StochasticDepth`.
         window_size: side of the attention windows in tokens; 0 for global attention.
         rel_pos_size: token grid of the relative positions, None for none.
         mask_window_padding: leave the padding of windows out of attention. False attends to the
@@ -89,6 +144,7 @@ class Block(nn.Module):
         mlp_ratio: float,
         qkv_bias: bool,
         drop_path: float,
+        skip_dropped: bool,
         window_size: int,
         rel_pos_size: int | None,
         mask_window_padding: bool,
@@ -109,7 +165,7 @@ class Block(nn.Module):
         )
         self.norm2 = nn.LayerNorm(dim, eps=1e-6)
         self.mlp = Mlp(dim, int(dim * mlp_ratio), recompute_gelu, onednn_linear)
-        self.drop_path = StochasticDepth(drop_path) if drop_path > 0 else nn.Identity()
+        self.drop_path = StochasticDepth(drop_path, skip_dropped)
         scaled = layer_scale_init is not None
         self.ls1 = LayerScale(dim, layer_scale_init) if scaled else nn.Identity()
         self.ls2 = LayerScale(dim, layer_scale_init) if scaled else nn.Identity()
@@ -121,9 +177,17 @@ class Block(nn.Module):
             tokens: (B, H, W, D); or, packed, (T, D) of images of several sizes.
             shapes: where packed, how many images of how many tokens follow each other.
         """
-        attend = self._attend if shapes is None else partial(self.attn.forward_packed, shapes)
-        tokens = tokens + self._dropped(self.ls1(attend(self.norm1(tokens))), shapes)
-        return tokens + self._dropped(self.ls2(self.mlp(self.norm2(tokens))), shapes)
+        tokens = self.drop_path(self._attention_branch, tokens, shapes)
+        return self.drop_path(self._mlp_branch, tokens, shapes)
+
+    def _attention_branch(self, tokens: Tensor, shapes: PackedShapes | None) -> Tensor:
+        tokens = self.norm1(tokens)
+        return self.ls1(
+            self._attend(tokens) if shapes is None else self.attn.forward_packed(shapes, tokens)
+        )
+
+    def _mlp_branch(self, tokens: Tensor, _: PackedShapes | None) -> Tensor:
+        return self.ls2(self.mlp(self.norm2(tokens)))
 
     def _attend(self, tokens: Tensor) -> Tensor:
         size = self.window_size
@@ -135,11 +199,6 @@ class Block(nn.Module):
         if self.mask_window_padding and list(padded) != grid:
             key_mask = window_key_mask(batch, tuple(grid), size, tokens.device)
         return merge_windows(self.attn(windows, key_mask), padded, tuple(grid))
-
-    def _dropped(self, branch: Tensor, shapes: PackedShapes | None) -> Tensor:
-        if isinstance(self.drop_path, nn.Identity):
-            return branch
-        return self.drop_path(branch, shapes)
 
 
 @BACKBONE_REGISTRY.register()
@@ -161,6 +220,7 @@ class FLSLViT(Backbone):
         mlp_ratio: hidden width of the MLPs over ``embed_dim``.
         qkv_bias: bias in the query, key and value projections.
         drop_path_rate: stochastic depth of the last block; grows linearly from 0 in the first.
+        skip_dropped: do not compute the branches that stochastic depth leaves out.
         window_size: side of attention windows in tokens; 0 for global attention everywhere.
         global_block_indexes: blocks that stay global when there are windows; None spreads four
             evenly (ViTDet).
@@ -202,6 +262,7 @@ class FLSLViT(Backbone):
         mlp_ratio: float = 4.0,
         qkv_bias: bool = True,
         drop_path_rate: float = 0.0,
+        skip_dropped: bool = True,
         window_size: int = 0,
         global_block_indexes: Sequence[int] | None = None,
         use_rel_pos: bool = False,
@@ -258,6 +319,7 @@ class FLSLViT(Backbone):
                 mlp_ratio,
                 qkv_bias,
                 drop_path=drop_path_rate * i / max(depth - 1, 1),
+                skip_dropped=skip_dropped,
                 window_size=0 if i in global_block_indexes else window_size,
                 rel_pos_size=rel_pos_img_size // patch_size if use_rel_pos else None,
                 mask_window_padding=mask_window_padding,

@@ -1,8 +1,9 @@
 """Floating-point operations of a pre-training step, counted by hand.
 
 A multiplication and an addition are two operations. Counted are matrix products and attention;
-norms, activations and softmaxes are small beside them. Recomputed activations do not count, so that
-the share of the peak (MFU, arXiv 2204.02311) is that of useful work.
+norms, activations and softmaxes are small beside them. Neither recomputed activations count nor
+branches that stochastic depth leaves out, computed or not, so that the share of the peak (MFU,
+arXiv 2204.02311) is that of useful work.
 """
 
 from __future__ import annotations
@@ -34,14 +35,22 @@ def peak_tflops(device_name: str) -> float | None:
     return next((peak for part, peak in PEAK_TFLOPS.items() if part in device_name), None)
 
 
-def encoder_flops(encoder: FLSLViT, num_tokens: int) -> int:
-    """Operations of one forward pass over an image of so many tokens."""
+def encoder_flops(encoder: FLSLViT, num_tokens: int, training: bool = False) -> int:
+    """Operations of one forward pass over an image of so many tokens.
+
+    Args:
+        encoder: the encoder.
+        num_tokens: of the image.
+        training: whether stochastic depth leaves branches out; then it is the mean.
+    """
     width = encoder.embed_dim
     pixels = encoder.patch_embed.proj.in_channels * encoder.patch_size**2
     hidden = encoder.blocks[0].mlp.fc1.out_features
     linear = 2 * num_tokens * (4 * width * width + 2 * width * hidden)
     attention = 4 * num_tokens**2 * width
-    return 2 * num_tokens * pixels * width + encoder.depth * (linear + attention)
+    dropped = sum(block.drop_path.probability for block in encoder.blocks) if training else 0
+    blocks = (encoder.depth - dropped) * (linear + attention)
+    return round(2 * num_tokens * pixels * width + blocks)
 
 
 def step_flops(model: FLSL, view_tokens: Sequence[int], view_queries: Sequence[int]) -> int:
@@ -59,7 +68,7 @@ def step_flops(model: FLSL, view_tokens: Sequence[int], view_queries: Sequence[i
     teacher_tokens, *student_tokens = view_tokens
     total = encoder_flops(encoder, teacher_tokens)
     for tokens, queries in zip(student_tokens, view_queries, strict=True):
-        total += 3 * encoder_flops(encoder, tokens)
+        total += 3 * encoder_flops(encoder, tokens, training=True)
         shift = 4 * queries * encoder.embed_dim
         total += 3 * shift * tokens + shift * teacher_tokens
     weights = sum(p.numel() for p in head.mlp.parameters() if p.ndim == 2)

@@ -34,6 +34,7 @@ VARIANTS: dict[str, tuple[str, ...]] = {
     "packed+compiled": ("model.pack_views=True", "train.compile=True"),
     "checkpointed": ("model.backbone.use_act_checkpoint=True",),
     "gelu kept": ("model.backbone.recompute_gelu=False",),
+    "dropped computed": ("model.backbone.skip_dropped=False",),
     "without onednn": ("model.backbone.onednn_linear=False",),
     "augmented on device": ("views.on_device=augmentation",),
     "cropped on device": ("views.on_device=crops",),

@@ -47,8 +47,10 @@ def test_gradients_equal(use_act_checkpoint, layer_scale_init):
         torch.testing.assert_close(gradient, gradients[1][name], rtol=1e-4, atol=1e-5, msg=name)
 
 
-def test_stochastic_depth_drops_whole_images_as_often_as_stated():
-    vit = encoder(depth=2, drop_path_rate=0.5).train()  # 0 in the first block, 0.5 in the second
+@pytest.mark.parametrize("skip", [True, False])
+def test_stochastic_depth_drops_whole_images_as_often_as_stated(skip):
+    # 0 in the first block, 0.5 in the second.
+    vit = encoder(depth=2, drop_path_rate=0.5, skip_dropped=skip).train()
     with torch.no_grad():
         for block in vit.blocks:
             block.mlp.fc2.weight.zero_()
@@ -61,6 +63,25 @@ def test_stochastic_depth_drops_whole_images_as_often_as_stated():
     assert two.shape == (200, 16, 24)
     kept = one[~dropped] - before
     torch.testing.assert_close(kept, kept[:1].expand_as(kept))
+
+
+def test_skipping_what_is_dropped_changes_no_result():
+    vit = encoder(depth=3, drop_path_rate=0.7).double().train()
+    batches = [torch.randn(2, 3, 32, 32).double(), torch.randn(3, 3, 16, 16).double()]
+    results = []
+    for skip in (True, False):
+        for block in vit.blocks:
+            block.drop_path.skip_dropped = skip
+        of_runs = []
+        for seed in range(8):  # with images of one size dropped, of both, of none
+            torch.manual_seed(seed)
+            vit.zero_grad()
+            tokens = packed_tokens(vit, batches)
+            sum(t.square().sum() for t in tokens).backward()
+            of_runs += [t.detach() for t in tokens]
+            of_runs += [p.grad.clone() for p in vit.parameters() if p.requires_grad]
+        results.append(of_runs)
+    torch.testing.assert_close(*results, rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize(

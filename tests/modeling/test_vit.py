@@ -145,8 +145,44 @@ def test_forward_tokens_is_the_map_row_major():
 def test_patch_8_and_stochastic_depth():
     model = FLSLViT(img_size=64, patch_size=8, drop_path_rate=0.3, **SMALL)
     assert model(torch.randn(1, 3, 64, 32))["last_feat"].shape == (1, 48, 8, 4)
-    rates = [1 - float(getattr(b.drop_path, "keep", 1.0)) for b in model.blocks]
+    rates = [1 - float(block.drop_path.keep) for block in model.blocks]
     assert rates == pytest.approx([0, 0.1, 0.2, 0.3])
+
+
+@pytest.mark.parametrize("options", [{}, {"use_act_checkpoint": True}, {"window_size": 3}])
+@pytest.mark.parametrize("rate", [0.4, 0.97])  # now and then nothing is kept of a batch
+def test_skipping_what_is_dropped_changes_no_result(options, rate):
+    torch.manual_seed(0)
+    images = torch.randn(3, 3, 64, 48).double()
+    model = FLSLViT(img_size=64, patch_size=8, drop_path_rate=rate, **SMALL, **options)
+    model.double().train()
+    results = []
+    for skip in (True, False):
+        for block in model.blocks:
+            block.drop_path.skip_dropped = skip
+        of_runs = []
+        for seed in range(5):
+            torch.manual_seed(seed)
+            model.zero_grad()
+            out = model(images)["last_feat"]
+            out.square().sum().backward()
+            of_runs += [out.detach()]
+            of_runs += [p.grad.clone() for p in model.parameters() if p.requires_grad]
+        results.append(of_runs)
+    torch.testing.assert_close(*results, rtol=1e-5, atol=1e-6)
+
+
+def test_skipping_what_is_dropped_computes_less():
+    model = FLSLViT(img_size=64, patch_size=8, drop_path_rate=0.8, **SMALL).train()
+    images = torch.randn(64, 3, 64, 64)
+    operations = []
+    for skip in (False, True):
+        for block in model.blocks:
+            block.drop_path.skip_dropped = skip
+        with FlopCounterMode(display=False) as counter:
+            model(images)
+        operations.append(counter.get_total_flops())
+    assert operations[1] < 0.75 * operations[0]  # branches are left out with 0.4 on average
 
 
 @pytest.mark.parametrize(

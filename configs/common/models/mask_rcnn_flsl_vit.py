@@ -32,6 +32,7 @@ model.backbone = L(SimpleFeaturePyramid)(
         final_norm=True,
         # Stochastic depth of the last block.
         drop_path_rate=0.1,
+        skip_dropped=True,
         # Side of the attention windows in tokens, and the blocks without windows (null: four,
         # evenly spread).
         window_size=14,
