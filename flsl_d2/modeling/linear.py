@@ -14,9 +14,8 @@ from torch.utils.flop_counter import register_flop_formula
 __all__ = ["Linear", "Mlp", "linear"]
 
 # What torch.compile puts in the place of linear layers on CPUs, where weights are constant.
-_ONEDNN = (
-    torch.ops.mkldnn._linear_pointwise.default if torch.backends.mkldnn.is_available() else None
-)
+_OVERLOADS = getattr(torch.ops.mkldnn, "_linear_pointwise", None)
+_ONEDNN = _OVERLOADS and _OVERLOADS.default
 
 # Below this many multiplications the calls cost more than the products gain.
 _MIN_TERMS = 2**27
@@ -46,7 +45,7 @@ def _onednn_can(x: Tensor, weight: Tensor) -> bool:
         # Exporters and counters of operations know linear layers and not oneDNN's.
         not torch.jit.is_tracing()
         and x.device.type == "cpu"
-        and _ONEDNN is not None
+        and _ONEDNN is not None  # builds of PyTorch differ
         and x.dtype == weight.dtype == torch.float32
         and x.dim() > 1
         and x.numel() * len(weight) >= _MIN_TERMS
@@ -74,7 +73,7 @@ def _(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
 
 if _ONEDNN is not None:
 
-    @register_flop_formula(torch.ops.mkldnn._linear_pointwise)
+    @register_flop_formula(_OVERLOADS)
     def _flops(x: tuple, weight: tuple, *_: Any, out_shape: Any = None, **__: Any) -> int:
         return 2 * math.prod(x) * weight[0]
 

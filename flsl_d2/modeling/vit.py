@@ -43,8 +43,7 @@ def evenly_spread_blocks(depth: int, count: int = 4) -> tuple[int, ...]:
 class StochasticDepth(nn.Module):
     """Leaves a residual branch out, for each image by itself (arXiv 1603.09382).
 
-    The probability is a tensor, so that compiled blocks of different probabilities share their
-    code.
+    Compiled blocks read the probability from a tensor, so that they share their code.
 
     Args:
         probability: of leaving a branch out in training; the others are scaled up to make up.
@@ -54,7 +53,7 @@ class StochasticDepth(nn.Module):
 
     def __init__(self, probability: float, skip_dropped: bool) -> None:
         super().__init__()
-        self.probability, self.skip_dropped = probability, skip_dropped
+        self.probability, self.drops, self.skip_dropped = probability, probability > 0, skip_dropped
         self.register_buffer("keep", torch.tensor(1.0 - probability), persistent=False)
 
     def forward(
@@ -64,7 +63,7 @@ class StochasticDepth(nn.Module):
         shapes: PackedShapes | None,
     ) -> Tensor:
         """``tokens + branch(tokens, shapes)``: tokens (B, H, W, D), or packed (T, D)."""
-        if not self.training or self.probability == 0:
+        if not (self.training and self.drops):
             return tokens + branch(tokens, shapes)
         if self.skip_dropped and not torch.compiler.is_compiling():
             return self._of_kept(branch, tokens, shapes)

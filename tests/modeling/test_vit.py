@@ -172,6 +172,21 @@ def test_skipping_what_is_dropped_changes_no_result(options, rate):
     torch.testing.assert_close(*results, rtol=1e-5, atol=1e-6)
 
 
+def test_compiled_blocks_of_all_probabilities_share_their_code():
+    graphs = []
+
+    def backend(graph, _):
+        graphs.append(graph)
+        return graph.forward
+
+    torch._dynamo.reset()
+    model = FLSLViT(img_size=64, patch_size=8, drop_path_rate=0.3, **{**SMALL, "depth": 6}).train()
+    for block in model.blocks:
+        block.compile(backend=backend, dynamic=False, fullgraph=True)
+    model(torch.randn(2, 3, 64, 64))
+    assert len(graphs) == 2  # of the first block, which drops nothing, and of all others
+
+
 def test_skipping_what_is_dropped_computes_less():
     model = FLSLViT(img_size=64, patch_size=8, drop_path_rate=0.8, **SMALL).train()
     images = torch.randn(64, 3, 64, 64)
