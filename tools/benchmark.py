@@ -7,7 +7,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from flsl_d2.engine.command_line import run_tool
+from flsl_d2.engine.command_line import described_parser, run_tool
 from pretrain.benchmark import reference
 from pretrain.benchmark.data_path import benchmark_data
 from pretrain.benchmark.detection import SIZES, benchmark_detection
@@ -31,13 +31,11 @@ def _integers(text: str) -> list[int]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, epilog=EXAMPLES, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = described_parser(__doc__, EXAMPLES)
     subparsers = parser.add_subparsers(required=True, metavar="BENCHMARK")
 
     def add(name: str, function, doc: str, batch_size: int = 8) -> argparse.ArgumentParser:
-        sub = subparsers.add_parser(name, help=doc, description=doc)
+        sub = subparsers.add_parser(name, help=doc, description=doc, allow_abbrev=False)
         sub.set_defaults(function=function)
         option = sub.add_argument
         option("--repeats", type=int, default=10, help="measurements of each (default: 10)")
