@@ -54,16 +54,20 @@ def _onednn_can(x: Tensor, weight: Tensor) -> bool:
     )
 
 
-def _product(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+def _product(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     if torch.compiler.is_compiling():
         return torch.ops.flsl_d2.onednn_linear(x, weight, bias)
+    return _by_onednn(x, weight, bias)
+
+
+def _by_onednn(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     return _ONEDNN(x, weight, bias, "none", [], "")
 
 
 # The compiler has rules of its own for oneDNN's operator, which take constant weights only.
 _library = torch.library.Library("flsl_d2", "DEF")
 _library.define("onednn_linear(Tensor x, Tensor weight, Tensor? bias) -> Tensor")
-_library.impl("onednn_linear", lambda *args: _ONEDNN(*args, "none", [], ""), "CPU")
+_library.impl("onednn_linear", _by_onednn, "CPU")
 
 
 @torch.library.register_fake("flsl_d2::onednn_linear")

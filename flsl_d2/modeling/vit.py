@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Sequence
 
 import torch
 from detectron2.config import CfgNode, configurable
@@ -11,7 +10,6 @@ from detectron2.layers import ShapeSpec
 from detectron2.modeling import BACKBONE_REGISTRY, Backbone
 from timm.layers import LayerScale, PatchEmbed
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import checkpoint
 
 from flsl_d2.errors import InputError
@@ -26,95 +24,15 @@ from flsl_d2.modeling.encoder_state import fit_encoder_state
 from flsl_d2.modeling.linear import Mlp
 from flsl_d2.modeling.pixels import PixelAdapter
 from flsl_d2.modeling.positions import resample_positions, sincos_positions
+from flsl_d2.modeling.stochastic_depth import StochasticDepth
 
 __all__ = ["Block", "FLSLViT", "evenly_spread_blocks"]
-
-
-def _as_rows(factors: Tensor, tokens: Tensor) -> Tensor:
-    return factors.view(-1, *[1] * (tokens.dim() - 1)).to(tokens.dtype)
 
 
 def evenly_spread_blocks(depth: int, count: int = 4) -> tuple[int, ...]:
     """Indexes of ``count`` global blocks, each the last of an equal share (ViTDet, Sec. 3)."""
     share = max(depth // count, 1)
     return tuple(range(share - 1, depth, share))
-
-
-class StochasticDepth(nn.Module):
-    """Leaves a residual branch out, for each image by itself (arXiv 1603.09382).
-
-    Compiled blocks read the probability from a tensor, so that they share their code.
-
-    Args:
-        probability: of leaving a branch out in training; the others are scaled up to make up.
-        skip_dropped: do not compute what is left out (as DINOv2 does, arXiv 2304.07193, but with
-            independent draws). Compiled blocks compute it, as they want the same sizes each time.
-    """
-
-    def __init__(self, probability: float, skip_dropped: bool) -> None:
-        super().__init__()
-        self.probability, self.drops, self.skip_dropped = probability, probability > 0, skip_dropped
-        self.register_buffer("keep", torch.tensor(1.0 - probability), persistent=False)
-
-    def forward(
-        self,
-        branch: Callable[[Tensor, PackedShapes | None], Tensor],
-        tokens: Tensor,
-        shapes: PackedShapes | None,
-    ) -> Tensor:
-        """``tokens + branch(tokens, shapes)``: tokens (B, H, W, D), or packed (T, D)."""
-        if not (self.training and self.drops):
-            return tokens + branch(tokens, shapes)
-        if self.skip_dropped and not torch.compiler.is_compiling():
-            return self._of_kept(branch, tokens, shapes)
-        counts = [(len(tokens), 1)] if shapes is None else shapes
-        keep = self.keep.float()
-        factors = [
-            (torch.bernoulli(keep.expand(count)) / keep).repeat_interleave(length)
-            for count, length in counts
-        ]
-        out = branch(tokens, shapes)
-        return tokens + out * _as_rows(torch.cat(factors), out)
-
-    def _of_kept(
-        self,
-        branch: Callable[[Tensor, PackedShapes | None], Tensor],
-        tokens: Tensor,
-        shapes: PackedShapes | None,
-    ) -> Tensor:
-        # Drawn on the CPU, so that a GPU need not be waited for to know how many are kept.
-        counts = [(len(tokens), 1)] if shapes is None else shapes
-        keep = 1 - self.probability
-        draws = [torch.bernoulli(torch.full((count,), keep)).bool() for count, _ in counts]
-        if not any(kept.any() for kept in draws):
-            # Without a gradient for the branch, several processes would wait for it in vain.
-            return tokens + 0 * branch(tokens, shapes)
-        lengths = [length for _, length in counts]
-        rows = [kept.repeat_interleave(n) for kept, n in zip(draws, lengths, strict=True)]
-        rows = torch.cat(rows).nonzero()[:, 0].to(tokens.device, non_blocking=True)
-        kept_shapes = None
-        if shapes is not None:
-            sums = [int(kept.sum()) for kept in draws]
-            kept_shapes = tuple((k, n) for k, n in zip(sums, lengths, strict=True) if k)
-        out = branch(tokens.index_select(0, rows), kept_shapes)
-        return _AddToRows.apply(tokens, rows, out, 1 / keep)
-
-
-class _AddToRows(torch.autograd.Function):
-    """``tokens.index_add(0, rows, branch, alpha=scale)``, which would keep ``branch``."""
-
-    @staticmethod
-    def forward(ctx: Any, tokens: Tensor, rows: Tensor, branch: Tensor, scale: float) -> Tensor:
-        ctx.save_for_backward(rows)
-        ctx.scale, ctx.dtype = scale, branch.dtype
-        return tokens.index_add(0, rows, branch.to(tokens.dtype), alpha=scale)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
-        (rows,) = ctx.saved_tensors
-        of_branch = gradient.index_select(0, rows).to(ctx.dtype).mul_(ctx.scale)
-        return gradient, None, of_branch, None
 
 
 class Block(nn.Module):
@@ -126,7 +44,7 @@ class Block(nn.Module):
         mlp_ratio: hidden width of the MLP over ``dim``.
         qkv_bias: bias in the query, key and value projections.
         drop_path: probability of leaving a residual branch out in training.
-        skip_dropped: see :class:`StochasticDepth`.
+        skip_dropped: see :class:`flsl_d2.modeling.stochastic_depth.StochasticDepth`.
         window_size: side of the attention windows in tokens; 0 for global attention.
         rel_pos_size: token grid of the relative positions, None for none.
         mask_window_padding: leave the padding of windows out of attention. False attends to the
