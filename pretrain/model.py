@@ -242,15 +242,26 @@ class FLSL(nn.Module):
         )
         return losses, _monitored(targets, teacher_tokens)
 
-    def compile_blocks(self) -> None:
+    def compile_blocks(self, backend: str = "inductor") -> None:
         """Compile the transformer blocks of student and teacher (``torch.compile``).
 
         All blocks of an encoder share their code, so it is compiled once for each size of view,
-        during the first steps; the rest of the step is small beside them.
+        during the first steps; the rest of the step is small beside them. Where stochastic depth
+        skips images, the student's blocks see other numbers of them at each step, and only their
+        branches are compiled, for any number.
+
+        Args:
+            backend: of ``torch.compile``.
         """
-        for encoder in (self.student, self.teacher):
-            for block in encoder.backbone.blocks:
-                block.compile(dynamic=False)
+        student, teacher = self.student.backbone.blocks, self.teacher.backbone.blocks
+        if any(block.drop_path.skips for block in student):
+            for block in student:
+                block.compile_branches(backend)
+        else:
+            for block in student:
+                block.compile(dynamic=False, backend=backend)
+        for block in teacher:
+            block.compile(dynamic=False, backend=backend)
 
     @torch.no_grad()
     def update_teacher(self, momentum: float) -> None:

@@ -6,6 +6,7 @@ Reads each ``*.npz`` in the folder that FLSL_GOLDEN names. Sizes come from the f
 from __future__ import annotations
 
 import ast
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -151,9 +152,27 @@ def test_losses_in_half_precision(golden: Golden, pack_views: bool) -> None:
         assert abs(losses[ours] - reference) < 0.02 * abs(reference), ours
 
 
-@pytest.mark.parametrize("pack_views", [False, True])
-def test_losses_and_gradients(golden: Golden, pack_views: bool) -> None:
+@pytest.mark.parametrize(
+    ("pack_views", "compiled", "backend"),
+    [
+        (False, "", ""),
+        (True, "", ""),
+        (False, "blocks", "aot_eager"),
+        (True, "blocks", "aot_eager"),
+        (False, "branches", "aot_eager"),
+        (True, "branches", "inductor"),  # slow: once
+    ],
+)
+def test_losses_and_gradients(
+    golden: Golden, pack_views: bool, compiled: str, backend: str
+) -> None:
+    if backend == "inductor" and not (shutil.which("g++") or shutil.which("clang++")):
+        pytest.skip("torch.compile needs a C++ compiler on CPUs")
     golden.model.pack_views = pack_views
+    if compiled == "blocks":
+        golden.model.compile_blocks(backend)
+    for block in golden.model.student.backbone.blocks if compiled == "branches" else ():
+        block.compile_branches(backend)
     views = [golden[f"view{i}"] for i in range(4)]
     queries = [query_indexes(golden[f"mask{i}"]) for i in range(1, 4)]
     losses, _ = golden.model(views, queries, golden.values())

@@ -20,6 +20,10 @@ _ONEDNN = _OVERLOADS and _OVERLOADS.default
 # Below this many multiplications the calls cost more than the products gain.
 _MIN_TERMS = 2**27
 
+# For the product of a weight's gradient oneDNN transposes the gradient of the output first, which
+# pays where each of its numbers is multiplied with this many of the input.
+_MIN_WIDTH = 1024
+
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, onednn: bool = True) -> Tensor:
     """``F.linear``; on a CPU in fp32 by oneDNN, equal up to rounding.
@@ -40,6 +44,20 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, onednn: bool =
     return _product(x, weight, bias)
 
 
+def _linear_gelu(x: Tensor, weight: Tensor, bias: Tensor | None, onednn: bool) -> Tensor:
+    """``F.gelu(linear(...))``, in one go where oneDNN multiplies and no gradient is wanted."""
+    if torch.is_grad_enabled() or not (onednn and _onednn_can(x, weight)):
+        return F.gelu(linear(x, weight, bias, onednn))
+    return _product(x, weight, bias, "gelu")
+
+
+def _weight_gradient(gradient: Tensor, x: Tensor, onednn: bool = True) -> Tensor:
+    """(T, out) and (T, in) to (out, in)."""
+    if x.shape[1] >= _MIN_WIDTH:
+        return linear(gradient.T, x.T, onednn=onednn)
+    return gradient.T @ x
+
+
 def _onednn_can(x: Tensor, weight: Tensor) -> bool:
     return (
         # Exporters and counters of operations know linear layers and not oneDNN's.
@@ -54,24 +72,24 @@ def _onednn_can(x: Tensor, weight: Tensor) -> bool:
     )
 
 
-def _product(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+def _product(x: Tensor, weight: Tensor, bias: Tensor | None, then: str = "none") -> Tensor:
     if torch.compiler.is_compiling():
-        return torch.ops.flsl_d2.onednn_linear(x, weight, bias)
-    return _by_onednn(x, weight, bias)
+        return torch.ops.flsl_d2.onednn_linear(x, weight, bias, then)
+    return _by_onednn(x, weight, bias, then)
 
 
-def _by_onednn(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    return _ONEDNN(x, weight, bias, "none", [], "")
+def _by_onednn(x: Tensor, weight: Tensor, bias: Tensor | None, then: str) -> Tensor:
+    return _ONEDNN(x, weight, bias, then, [], "none")
 
 
 # The compiler has rules of its own for oneDNN's operator, which take constant weights only.
 _library = torch.library.Library("flsl_d2", "DEF")
-_library.define("onednn_linear(Tensor x, Tensor weight, Tensor? bias) -> Tensor")
+_library.define("onednn_linear(Tensor x, Tensor weight, Tensor? bias, str then) -> Tensor")
 _library.impl("onednn_linear", _by_onednn, "CPU")
 
 
 @torch.library.register_fake("flsl_d2::onednn_linear")
-def _(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+def _(x: Tensor, weight: Tensor, bias: Tensor | None, then: str) -> Tensor:
     return x.new_empty(*x.shape[:-1], len(weight))
 
 
@@ -93,10 +111,9 @@ class _OneDNNLinear(torch.autograd.Function):
         x, weight = ctx.saved_tensors
         of_x, of_weight, of_bias = ctx.needs_input_grad
         rows = gradient.flatten(0, -2)
-        # MKL is as fast as oneDNN at the product for the weight.
         return (
             linear(gradient, weight.T) if of_x else None,
-            rows.T @ x.flatten(0, -2) if of_weight else None,
+            _weight_gradient(rows, x.flatten(0, -2)) if of_weight else None,
             rows.sum(0) if of_bias else None,
         )
 
@@ -143,10 +160,11 @@ class Mlp(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., dim) to (..., dim)."""
-        hidden = self.fc1(x)
         # Compilers choose themselves what to recompute.
         if not (self.recompute_gelu and self.training) or torch.compiler.is_compiling():
-            return self.fc2(F.gelu(hidden))
+            fc1 = self.fc1
+            return self.fc2(_linear_gelu(x, fc1.weight, fc1.bias, fc1.onednn))
+        hidden = self.fc1(x)
         return _GeluLinear.apply(hidden, self.fc2.weight, self.fc2.bias, self.fc2.onednn)
 
 
@@ -164,7 +182,7 @@ class _GeluLinear(torch.autograd.Function):
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
         hidden, weight = ctx.saved_tensors
         rows = gradient.flatten(0, -2)
-        of_weight = rows.T @ F.gelu(hidden).flatten(0, -2)
+        of_weight = _weight_gradient(rows, F.gelu(hidden).flatten(0, -2), ctx.onednn)
         # Under autocast the weight is wider than what it was multiplied with.
         of_gelu = linear(gradient, weight.to(gradient.dtype).T, onednn=ctx.onednn)
         of_hidden = torch.ops.aten.gelu_backward(of_gelu, hidden)

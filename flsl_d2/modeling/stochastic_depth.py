@@ -19,12 +19,13 @@ Branch: TypeAlias = Callable[[Tensor, PackedShapes | None], Tensor]
 class StochasticDepth(nn.Module):
     """Leaves a residual branch out, for each image by itself (arXiv 1603.09382).
 
-    Compiled blocks read the probability from a tensor, so that they share their code.
+    Blocks that are compiled whole read the probability from a tensor, to share their code.
 
     Args:
         probability: of leaving a branch out in training; the others are scaled up to make up.
         skip_dropped: do not compute what is left out (as DINOv2 does, arXiv 2304.07193, but with
-            independent draws). Compiled blocks compute it, as they want the same sizes each time.
+            independent draws). Blocks that are compiled whole compute it, as they want the same
+            sizes each time.
     """
 
     def __init__(self, probability: float, skip_dropped: bool) -> None:
@@ -32,6 +33,11 @@ class StochasticDepth(nn.Module):
         self.probability, self.skip_dropped = probability, skip_dropped
         self.drops = probability > 0  # compiled blocks are compiled anew for every number they read
         self.register_buffer("keep", torch.tensor(1.0 - probability), persistent=False)
+
+    @property
+    def skips(self) -> bool:
+        """Whether branches see fewer images in training than there are."""
+        return self.skip_dropped and self.drops
 
     def forward(
         self,

@@ -97,6 +97,11 @@ class Block(nn.Module):
         tokens = self.drop_path(self._attention_branch, tokens, shapes)
         return self.drop_path(self._mlp_branch, tokens, shapes)
 
+    def compile_branches(self, backend: str = "inductor") -> None:
+        """Compile both branches for any number of images, as stochastic depth leaves some out."""
+        for name in ("_attention_branch", "_mlp_branch"):
+            setattr(self, name, torch.compile(getattr(self, name), dynamic=True, backend=backend))
+
     def _attention_branch(self, tokens: Tensor, shapes: PackedShapes | None) -> Tensor:
         tokens = self.norm1(tokens)
         return self.ls1(
@@ -344,7 +349,8 @@ class FLSLViT(Backbone):
             )
         if self.pixel_adapter is not None:
             images = self.pixel_adapter(images)
-        tokens = self.patch_embed(images)  # (B, H, W, D)
+        # The convolution leaves the width outermost; all that follows would inherit its strides.
+        tokens = self.patch_embed(images).contiguous()  # (B, H, W, D)
         return tokens + resample_positions(
             self.pos_embed, tuple(tokens.shape[1:3]), self.position_offset, self.position_antialias
         )

@@ -23,6 +23,7 @@ needs_onednn = pytest.mark.skipif(
 def small_products_too():
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(module, "_MIN_TERMS", 1)
+        patch.setattr(module, "_MIN_WIDTH", 30)
         yield
 
 
@@ -120,6 +121,18 @@ def test_an_mlp_is_its_layers(recompute):
     torch.testing.assert_close(*results, rtol=1e-4, atol=1e-5)
 
 
+@needs_onednn
+def test_without_gradient_the_gelu_is_oneDNNs():
+    torch.manual_seed(0)
+    mlp, x = Mlp(8, 32).eval(), torch.randn(2, 5, 8)
+    expected = mlp(x.requires_grad_())
+    with torch.no_grad():
+        torch.testing.assert_close(mlp(x), expected, rtol=1e-5, atol=1e-6)
+        assert "aten::gelu" not in operators(lambda: mlp(x))
+    assert "aten::gelu" in operators(lambda: mlp(x))
+    assert expected.requires_grad
+
+
 def test_operations_are_counted_and_traced_as_those_of_a_linear_layer():
     layer, x = Linear(8, 16), torch.randn(2, 3, 8)
     with FlopCounterMode(display=False) as counter:
@@ -137,3 +150,5 @@ def test_compiled_whole():
     expected = torch.autograd.grad(mlp(x).sin().sum(), [*mlp.parameters()])
     actual = torch.autograd.grad(compiled(x).sin().sum(), [*mlp.parameters()])
     torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-5)
+    with torch.no_grad():
+        torch.testing.assert_close(compiled(x), mlp(x), rtol=1e-4, atol=1e-5)

@@ -16,6 +16,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from flsl_d2.errors import InputError
 from flsl_d2.modeling import FLSLViT
 from flsl_d2.modeling.attention import window_key_mask
+from flsl_d2.modeling.packing import packed_tokens
 from flsl_d2.modeling.vit import evenly_spread_blocks
 from pretrain.benchmark.timing import stored_for_backward
 
@@ -185,6 +186,29 @@ def test_compiled_blocks_of_all_probabilities_share_their_code():
         block.compile(backend=backend, dynamic=False, fullgraph=True)
     model(torch.randn(2, 3, 64, 64))
     assert len(graphs) == 2  # of the first block, which drops nothing, and of all others
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_compiled_branches_see_any_number_of_images(packed):
+    graphs = []
+
+    def backend(graph, _):
+        graphs.append(graph)
+        return graph.forward
+
+    torch._dynamo.reset()
+    torch.manual_seed(0)
+    model = FLSLViT(img_size=64, patch_size=8, drop_path_rate=0.5, **{**SMALL, "depth": 6}).train()
+    batches = [torch.randn(9, 3, 64, 64), torch.randn(12, 3, 32, 32)]
+    results = []
+    for compiled in (False, True):
+        for block in model.blocks if compiled else ():
+            block.compile_branches(backend)
+        for seed in range(8):
+            torch.manual_seed(seed)
+            results.append(packed_tokens(model, batches) if packed else model(batches[0]))
+    torch.testing.assert_close(results[:8], results[8:])
+    assert len(graphs) == 2  # attention and MLP, for all blocks and all that was drawn
 
 
 def test_skipping_what_is_dropped_computes_less():
