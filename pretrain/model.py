@@ -232,7 +232,7 @@ class FLSL(nn.Module):
         points, modes, cross_modes = (torch.cat(part) for part in zip(*parts, strict=True))
         with torch.no_grad():
             teacher_logits = self.teacher.logits(cross_modes)
-        losses, targets = self.loss(
+        losses, monitored = self.loss(
             points,
             modes,
             self.student.logits(modes),
@@ -240,7 +240,7 @@ class FLSL(nn.Module):
             intra_weight=values.intra_weight,
             teacher_temp=values.teacher_temp,
         )
-        return losses, _monitored(targets, teacher_tokens)
+        return losses, {**monitored, "feature_std": _feature_std(teacher_tokens)}
 
     def compile_blocks(self, backend: str = "inductor") -> None:
         """Compile the transformer blocks of student and teacher (``torch.compile``).
@@ -314,15 +314,11 @@ def _groups_of_one_size(views: list[Tensor], *others: Sequence[Any]) -> list[lis
 
 
 @torch.no_grad()
-def _monitored(targets: Tensor, teacher_tokens: Tensor) -> dict[str, Tensor]:
-    """Collapse shows as few centroids that are assigned, and as features that do not vary.
+def _feature_std(tokens: Tensor) -> Tensor:
+    """Collapse shows as features that do not vary.
 
-    ``feature_std`` is the standard deviation over tokens of the L2-normalised features, times
-    sqrt(D): about 1 for features that fill the space, 0 when all are the same.
+    The standard deviation over tokens (B, N, D) of the L2-normalised features, times sqrt(D):
+    about 1 for features that fill the space, 0 when all are the same.
     """
-    unit = F.normalize(teacher_tokens.float().flatten(0, 1), dim=-1)
-    return {
-        "assigned": targets.argmax(dim=-1).bincount(minlength=targets.shape[-1]),
-        "mean_assignment": targets.mean(dim=0),
-        "feature_std": unit.std(dim=0).mean() * unit.shape[-1] ** 0.5,
-    }
+    unit = F.normalize(tokens.float().flatten(0, 1), dim=-1)
+    return unit.std(dim=0).mean() * unit.shape[-1] ** 0.5

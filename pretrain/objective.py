@@ -11,6 +11,7 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from flsl_d2.errors import InputError
 
@@ -23,6 +24,10 @@ __all__ = [
     "query_indexes",
     "volume_loss",
 ]
+
+
+# So many probabilities, queries times centroids, are computed at a time (16 MiB).
+_CHUNK = 2**22
 
 
 def query_indexes(mask: Tensor) -> Tensor:
@@ -115,6 +120,8 @@ class FLSLLoss(nn.Module):
         centering: subtract a running mean from the teacher's logits, as DINO does (arXiv
             2104.14294, Eq. 4), usually with ``volume_weight`` 0.
         center_momentum: of that running mean.
+        recompute_probs: where logits are more than 16 MiB, keep nothing else of their size for the
+            backward pass, and compute softmaxes there again, for a part of the queries at a time.
 
     Raises:
         InputError: a prior of another length, with a share that is not positive, or whose sum is
@@ -130,8 +137,10 @@ class FLSLLoss(nn.Module):
         prior: list[float] | None = None,
         centering: bool = False,
         center_momentum: float = 0.9,
+        recompute_probs: bool = True,
     ) -> None:
         super().__init__()
+        self.recompute_probs = recompute_probs
         self.inter_weight, self.volume_weight = inter_weight, volume_weight
         self.student_temp = student_temp
         self.center_momentum = center_momentum
@@ -146,7 +155,7 @@ class FLSLLoss(nn.Module):
         teacher_logits: Tensor,
         intra_weight: float,
         teacher_temp: float,
-    ) -> tuple[dict[str, Tensor], Tensor]:
+    ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         """The three weighted terms, whose sum is the objective.
 
         Args:
@@ -158,19 +167,20 @@ class FLSLLoss(nn.Module):
             teacher_temp: tau_t, scheduled.
 
         Returns:
-            ``{"loss_intra", "loss_inter", "loss_volume"}``, each *unweighted*, the weighted sum
-            as ``"loss"``, and the teacher's assignment (Q, K) for monitoring.
+            ``{"loss_intra", "loss_inter", "loss_volume"}``, each *unweighted*, and the weighted
+            sum as ``"loss"``; for monitoring ``"assigned"`` (K,), how many queries the teacher
+            gives to each centroid, and ``"mean_assignment"`` (K,), its mean probabilities.
         """
-        student_logits, teacher_logits = student_logits.float(), teacher_logits.detach().float()
+        teacher_logits = teacher_logits.detach()
         if self.center is not None:
-            teacher_logits = self._centered(teacher_logits)
-        targets = (teacher_logits / teacher_temp).softmax(dim=-1)
-        log_probs = (student_logits / self.student_temp).log_softmax(dim=-1)
+            teacher_logits = self._centered(teacher_logits.float())
         intra = intra_view_loss(queries, modes)
-        inter = inter_view_loss(log_probs, targets)
+        inter, mean_probs, mean_targets = self._compare(
+            student_logits, teacher_logits, teacher_temp
+        )
         volume = intra.new_zeros(())
         if self.volume_weight:
-            volume = volume_loss(mean_over_ranks(log_probs.exp().mean(dim=0)), self.log_prior)
+            volume = volume_loss(mean_over_ranks(mean_probs), self.log_prior)
         total = intra_weight * intra + self.inter_weight * inter + self.volume_weight * volume
         losses = {
             "loss": total,
@@ -178,7 +188,32 @@ class FLSLLoss(nn.Module):
             "loss_inter": inter,
             "loss_volume": volume,
         }
-        return losses, targets
+        monitored = {
+            "assigned": teacher_logits.argmax(dim=-1).bincount(minlength=len(self.log_prior)),
+            "mean_assignment": mean_targets,
+        }
+        return losses, monitored
+
+    def _compare(
+        self, student_logits: Tensor, teacher_logits: Tensor, teacher_temp: float
+    ) -> list[Tensor]:
+        """Cross-entropy, and the mean probabilities (K,) of student and teacher."""
+
+        def of_rows(student: Tensor, teacher: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+            targets = (teacher.float() / teacher_temp).softmax(dim=-1)
+            log_probs = (student.float() / self.student_temp).log_softmax(dim=-1)
+            inter = inter_view_loss(log_probs, targets)
+            return inter, log_probs.exp().mean(dim=0), targets.mean(dim=0)
+
+        count, width = student_logits.shape
+        rows = max(_CHUNK // width, 1)
+        if not self.recompute_probs or count <= rows:
+            return list(of_rows(student_logits, teacher_logits))
+        parts = []
+        for part in zip(student_logits.split(rows), teacher_logits.split(rows), strict=True):
+            means = checkpoint(of_rows, *part, use_reentrant=False, preserve_rng_state=False)
+            parts.append([mean * (len(part[0]) / count) for mean in means])
+        return [sum(part) for part in zip(*parts, strict=True)]
 
     @torch.no_grad()
     def _centered(self, teacher_logits: Tensor) -> Tensor:

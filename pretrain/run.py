@@ -46,7 +46,8 @@ _MAY_DIFFER = (
     *("train.checkpoint_*", "train.pictures_period", "train.measures.*"),
     *("dataset.root", "dataset.name", "dataset.max_failed_share"),
     *("model.backbone.use_act_checkpoint", "model.backbone.recompute_gelu"),
-    *("model.backbone.skip_dropped", "model.*.onednn_linear", "dataloader.num_workers"),
+    *("model.backbone.skip_dropped", "model.*.onednn_linear", "model.loss.recompute_probs"),
+    "dataloader.num_workers",
 )
 _DISK = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EFBIG, errno.EIO)
 

@@ -89,6 +89,7 @@ model = L(FLSL)(
         prior=None,
         centering=False,
         center_momentum=0.9,
+        recompute_probs=True,
     ),
     norm_modes=False,
     # Training in stages: the teacher_backbone.pth of an earlier run, which must have the same

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 
 import pytest
@@ -9,8 +10,11 @@ import torch
 import torch.distributed as dist
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch import nn
 
 from flsl_d2.errors import InputError
+from pretrain import objective
+from pretrain.benchmark.timing import stored_for_backward
 from pretrain.objective import (
     FLSLLoss,
     gather_queries,
@@ -100,9 +104,42 @@ def test_centering_follows_the_mean_in_training_only():
     losses, _ = loss(*arguments)
     assert losses["loss_volume"].item() == 0
     torch.testing.assert_close(loss.center, torch.tensor([0.2, 0.2, 0.2]))
-    _, targets = loss.eval()(*arguments)
+    _, monitored = loss.eval()(*arguments)
     torch.testing.assert_close(loss.center, torch.tensor([0.2, 0.2, 0.2]))
-    torch.testing.assert_close(targets, ((t_logits - 0.2) / 0.04).softmax(-1))
+    targets = ((t_logits - 0.2) / 0.04).softmax(-1)
+    torch.testing.assert_close(monitored["mean_assignment"], targets.mean(0))
+    assert monitored["assigned"].tolist() == [1, 0, 1]
+
+
+@pytest.mark.parametrize("rows", [1, 3, 6])
+@pytest.mark.parametrize("volume_weight", [0.0, 2.0])
+def test_recomputed_in_parts_equals_kept_whole(monkeypatch, rows, volume_weight):
+    monkeypatch.setattr(objective, "_CHUNK", rows * 50)
+    torch.manual_seed(0)
+    z, m, *logits = torch.randn(2, 7, 6).unbind() + torch.randn(2, 7, 50).unbind()
+    results = []
+    for recompute in (True, False):
+        loss = FLSLLoss(50, volume_weight=volume_weight, recompute_probs=recompute)
+        student = logits[0].clone().requires_grad_()
+        losses, monitored = loss(z, m, student, logits[1], 0.03, 0.04)
+        losses["loss"].backward()
+        results.append([student.grad, *losses.values(), *monitored.values()])
+    torch.testing.assert_close(*results, rtol=1e-4, atol=1e-6)
+
+
+def test_recomputing_keeps_logits_once(monkeypatch):
+    """Of student and teacher, in the precision in which they came."""
+    monkeypatch.setattr(objective, "_CHUNK", 4 * 500)
+    z, m, logits = torch.randn(9, 6), torch.randn(9, 6), torch.randn(2, 9, 500).bfloat16()
+    student = logits[0].requires_grad_()
+    kept = {}
+    for recompute in (True, False):
+        loss = FLSLLoss(500, recompute_probs=recompute)
+        step = functools.partial(loss, z, m, student, logits[1], 0.03, 0.04)
+        kept[recompute] = stored_for_backward(step, nn.Identity())
+    of_logits = 2 * 9 * 500 * 2
+    assert of_logits <= kept[True] < 1.5 * of_logits
+    assert kept[False] > 2.5 * of_logits
 
 
 @pytest.mark.parametrize(
