@@ -6,6 +6,8 @@ TEST_PROCESSES ?= 2
 DETECTRON2_SOURCE ?= https://github.com/facebookresearch/detectron2.git
 
 BIN := $(VENV)/bin
+REFERENCE_OPTION = $(if $(REFERENCE),--reference-module "$(REFERENCE)")
+GPU_VARIANTS := eager,packed,compiled,compiled+dropped computed,eager+compiled,cropped on device
 STAMP := $(VENV)/.flsl-d2-installed
 
 .DEFAULT_GOAL := help
@@ -39,15 +41,21 @@ slow-tests: $(STAMP) ## run the long accuracy tests
 soak: $(STAMP) ## kill and resume a run 25 times and compare its weights to the bit
 	@"$(BIN)/python" tests/soak.py
 
-gpu-benchmarks: $(STAMP) ## measure speed and memory on a GPU; IMAGES=FOLDER holds JPEG files
+gpu-benchmarks: $(STAMP) ## measure speed and memory on a GPU; IMAGES=FOLDER of JPEG files, REFERENCE=FILE.py
 	@test -d "$(IMAGES)" || { echo 'error: IMAGES=$(IMAGES) is no folder; give one of JPEG files.' >&2; exit 2; }
 	@mkdir -p output/benchmarks
-	"$(BIN)/python" tools/benchmark.py data --images "$(IMAGES)" --json output/benchmarks/data.json
+	"$(BIN)/python" tools/benchmark.py data --images "$(IMAGES)" $(REFERENCE_OPTION) \
+		--json output/benchmarks/data.json
 	for batch in 64 256; do "$(BIN)/python" tools/benchmark.py pretrain-step --device cuda \
-		--batch-size $$batch --variants "eager,packed,compiled,packed+compiled,cropped on device" \
+		--batch-size $$batch --variants "$(GPU_VARIANTS)" $(REFERENCE_OPTION) \
 		--json output/benchmarks/step_$$batch.json || exit 1; done
+	for model in base_p16 small_p8; do "$(BIN)/python" tools/benchmark.py pretrain-step \
+		--device cuda --config-file configs/pretrain/flsl_vit_$${model}_in1k.py --batch-size 64 \
+		--variants "packed,packed+checkpointed" --json output/benchmarks/step_$$model.json \
+		model.backbone.use_act_checkpoint=False || exit 1; done
 	"$(BIN)/python" tools/benchmark.py end-to-end --images "$(IMAGES)" --device cuda \
-		--batch-size 256 --workers 16 --repeats 50 --json output/benchmarks/end_to_end.json \
+		--batch-size 256 --workers 16 --repeats 50 $(REFERENCE_OPTION) \
+		--json output/benchmarks/end_to_end.json \
 		views.on_device=crops model.pack_views=True train.compile=True
 	for positions in "" --rel-pos; do "$(BIN)/python" tools/benchmark.py detection --device cuda \
 		--model b --size 1024 --batch-size 2 $$positions \

@@ -14,12 +14,13 @@ from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
+from flsl_d2.engine.config_files import load_lazy_config
 from flsl_d2.errors import InputError
 from flsl_d2.modeling import FLSLViT
 from pretrain.benchmark.detection import pyramids
 from pretrain.benchmark.flops import encoder_flops, peak_tflops
 from pretrain.benchmark.reference import reference_function
-from pretrain.benchmark.step import Step
+from pretrain.benchmark.step import Step, _overrides_of
 from pretrain.benchmark.timing import Timing, stored_for_backward, time_in_turn
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -98,6 +99,13 @@ def test_variants_take_the_same_step():
     assert losses[0] == pytest.approx(losses[1], rel=1e-5)
 
 
+def test_variants_can_be_joined():
+    overrides = _overrides_of("eager+compiled+packed")
+    cfg = load_lazy_config(CONFIG, overrides)
+    assert cfg.train.compile
+    assert cfg.model.pack_views
+
+
 @pytest.mark.parametrize("use_rel_pos", [False, True])
 def test_both_detection_backbones_are_the_same(use_rel_pos):
     both = pyramids("s", 64, use_rel_pos)
@@ -164,6 +172,6 @@ def test_the_tool_compares_and_writes(tmp_path):
 
 
 def test_unknown_variants_are_refused():
-    result = run("pretrain-step", "--variants", "eager,fast")
+    result = run("pretrain-step", "--variants", "eager,packed+fast")
     assert result.returncode == 2
     assert "error: --variants has fast; known are" in result.stderr

@@ -62,7 +62,8 @@ def main() -> None:
         type=lambda names: names.split(","),
         default=["eager", "packed"],
         metavar="NAMES",
-        help=f"with commas, of: {', '.join(VARIANTS)} (default: eager,packed)",
+        help=f"with commas, of: {', '.join(VARIANTS)}; joined by + where several are to be taken "
+        "(default: eager,packed)",
     )
     whole = add("end-to-end", benchmark_end_to_end, "from image files to updated weights")
     whole.add_argument("--images", required=True, metavar="FOLDER")

@@ -26,19 +26,30 @@ from pretrain.views import NestedViews
 
 __all__ = ["VARIANTS", "Step", "benchmark_step", "random_batch"]
 
-# Switches that change the speed of a step and not its result.
+# Switches that change the speed of a step and not its result; "a+b" is both, the later one wins.
 VARIANTS: dict[str, tuple[str, ...]] = {
     "eager": ("model.pack_views=False", "train.compile=False"),
-    "packed": ("model.pack_views=True", "train.compile=False"),
-    "compiled": ("model.pack_views=False", "train.compile=True"),
-    "packed+compiled": ("model.pack_views=True", "train.compile=True"),
+    "packed": ("model.pack_views=True",),
+    "compiled": ("train.compile=True",),
     "checkpointed": ("model.backbone.use_act_checkpoint=True",),
     "gelu kept": ("model.backbone.recompute_gelu=False",),
+    "probabilities kept": ("model.loss.recompute_probs=False",),
     "dropped computed": ("model.backbone.skip_dropped=False",),
     "without onednn": ("model.backbone.onednn_linear=False",),
     "augmented on device": ("views.on_device=augmentation",),
     "cropped on device": ("views.on_device=crops",),
 }
+
+
+def _overrides_of(variant: str) -> list[str]:
+    parts = variant.split("+")
+    unknown = [part for part in parts if part not in VARIANTS]
+    if unknown:
+        raise InputError(
+            f"--variants has {', '.join(unknown)}; known are {', '.join(VARIANTS)}, and several "
+            "joined by +."
+        )
+    return [override for part in parts for override in VARIANTS[part]]
 
 
 def random_batch(views: NestedViews, batch_size: int, seed: int = 0) -> Batch:
@@ -138,9 +149,7 @@ class _Endless:
 
 def benchmark_step(args: argparse.Namespace) -> None:
     """Images/s, memory and share of the peak of each variant, and of a reference."""
-    unknown = [name for name in args.variants if name not in VARIANTS]
-    if unknown:
-        raise InputError(f"--variants has {', '.join(unknown)}; known are {', '.join(VARIANTS)}.")
+    overrides = {name: [*args.opts, *_overrides_of(name)] for name in args.variants}
     device = torch.device(args.device)
     if args.threads:
         torch.set_num_threads(args.threads)
@@ -148,9 +157,8 @@ def benchmark_step(args: argparse.Namespace) -> None:
     if args.reference_module:
         make_step = reference_function(args.reference_module, "make_step")
         steps["reference"] = make_step(args.batch_size, device, args.precision)
-    for name in args.variants:
-        overrides = [*args.opts, *VARIANTS[name]]
-        steps[name] = Step(args.config_file, overrides, args.batch_size, device, args.precision)
+    for name, opts in overrides.items():
+        steps[name] = Step(args.config_file, opts, args.batch_size, device, args.precision)
     timings = time_in_turn(steps, args.repeats, args.warmup, device)
     peak = peak_tflops(torch.cuda.get_device_name(device)) if device.type == "cuda" else None
     first = next(iter(timings))
