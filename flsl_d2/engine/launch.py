@@ -233,29 +233,31 @@ def _join_group(backend: str, num_local: int, **options: Any) -> None:
     comm.synchronize()
 
 
-def _leave_group() -> None:
+def _run_in_group(main_func: Callable[..., None], args: tuple[Any, ...]) -> int:
+    """Run, and leave the group if all ranks came to the same end: 0, or the status of a stop."""
+    status = 0
+    try:
+        main_func(*args)
+    except SystemExit as left:
+        if left.code != STOPPED:
+            raise
+        status = STOPPED
     # On every rank together, so that no rank's sockets close under another's.
     comm.synchronize()
     dist.destroy_process_group()
+    return status
 
 
 def _reported(main_func: Callable[..., None], reports: Any, args: tuple[Any, ...]) -> int:
     """Run in a worker, whose status is returned; an exception leaves a report for the parent."""
-    status = 0
     try:
-        main_func(*args)
+        return _run_in_group(main_func, args)
     except (InputError, TrainingError) as error:
         reports.put((type(error).__name__, comm.get_rank(), str(error)))
         return 2
     except Exception:
         reports.put(("", comm.get_rank(), traceback.format_exc()[-_REPORT_CHARS:]))
         raise
-    except SystemExit as left:
-        if left.code != STOPPED:
-            raise
-        status = STOPPED  # agreed by all ranks
-    _leave_group()
-    return status
 
 
 def _run_under_torchrun(main_func: Callable[..., None], args: tuple[Any, ...], device: str) -> None:
@@ -267,5 +269,6 @@ def _run_under_torchrun(main_func: Callable[..., None], args: tuple[Any, ...], d
         _check(num_local, 1, 0, "env://", device)
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
     _join_group("nccl" if _is_cuda(device) else "gloo", num_local)
-    main_func(*args)
-    _leave_group()
+    status = _run_in_group(main_func, args)
+    if status:
+        raise SystemExit(status)
