@@ -98,6 +98,6 @@ def _measure(name: str) -> Measure:
     if name == "images/s" or name.endswith(" seconds"):
         return Measure(name, digits=1)
     last = name.rpartition("/")[2]
-    neither = last.startswith(_NEITHER) or "token_limit" in last
+    neither = last.startswith(_NEITHER) or "token_limit" in last or last.endswith("_r2")
     digits = 0 if last == "centroids_in_use" else 3 if last.startswith(_NEITHER) else 2
     return Measure(name, "" if neither else "higher", digits)

@@ -12,6 +12,7 @@ from dataclasses import fields
 from flsl_d2.errors import InputError
 from flsl_d2.evaluation.box_knn import BoxKnn
 from flsl_d2.evaluation.cluster_quality import ClusterQuality
+from flsl_d2.evaluation.explained_variance import ExplainedVariance
 from flsl_d2.evaluation.knn_segmentation import KnnSegmentation
 from flsl_d2.evaluation.labelled_images import LabelledDataset, load_labelled
 from flsl_d2.evaluation.linear_segmentation import LinearSegmentation
@@ -25,6 +26,7 @@ MEASURES: dict[str, Callable[..., Measure]] = {
     "knn_segmentation": KnnSegmentation,
     "linear_segmentation": LinearSegmentation,
     "cluster_quality": ClusterQuality,
+    "explained_variance": ExplainedVariance,
 }
 
 

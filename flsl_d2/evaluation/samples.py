@@ -10,6 +10,7 @@ from copy import copy
 from dataclasses import dataclass
 from typing import Protocol, TypeVar
 
+import numpy as np
 import torch
 from torch import Tensor
 from tqdm import tqdm
@@ -61,6 +62,7 @@ class Sample:
         index: of the image in its data set.
         tokens: (N, D) float32, row-major over the grid.
         grid: rows and columns of tokens.
+        pixels: (H, W, 3) uint8 RGB as the encoder saw it.
         image: its labels.
         attended: what the last block's attention took in, (1, rows, columns, D), or with P prefix
             tokens (1, 1, P + N, D).
@@ -69,6 +71,7 @@ class Sample:
     index: int
     tokens: Tensor
     grid: tuple[int, int]
+    pixels: np.ndarray
     image: LabelledImage
     attended: Tensor
 
@@ -127,9 +130,9 @@ def encode(encoder: FLSLViT, dataset: LabelledDataset, short_side: int) -> Itera
         )
     with _attention_inputs(encoder) as latest:
         for index, image in enumerate(dataset.images):
-            tokens, grid, _ = extract_tokens(encoder, image.read(), short_side)
+            tokens, grid, pixels = extract_tokens(encoder, image.read(), short_side)
             # A copy, so that the labels which the measures have painted go with the sample.
-            yield Sample(index, tokens, grid, copy(image), latest[0])
+            yield Sample(index, tokens, grid, pixels, copy(image), latest[0])
 
 
 def progress(items: Iterable[_T], total: int, what: str) -> Iterator[_T]:

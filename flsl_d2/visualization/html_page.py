@@ -17,10 +17,11 @@ import cv2
 import matplotlib
 import numpy as np
 
+from flsl_d2.evaluation.explained_variance import patch_colours
 from flsl_d2.files import write_text
 from flsl_d2.visualization.clusters import attention_values, mode_similarity_values, pca_colours
 from flsl_d2.visualization.described import DescribedEncoder
-from flsl_d2.visualization.measures import patch_colours, position_r2
+from flsl_d2.visualization.measures import position_r2
 from flsl_d2.visualization.overlays import palette
 from flsl_d2.visualization.token_figures import chosen_token
 
@@ -141,7 +142,8 @@ def _encoder(
 def _position_r2_of_colours(images: Sequence[np.ndarray]) -> float | None:
     """How much of the images' own colours their layout explains, for comparison."""
     grids = [tuple(max(side // 16, 1) for side in image.shape[:2]) for image in images]
-    return position_r2(patch_colours(images, grids), grids)
+    colours = [patch_colours(image, grid) for image, grid in zip(images, grids, strict=True)]
+    return position_r2(colours, grids)
 
 
 def _turbo() -> np.ndarray:

@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 
-import cv2
 import numpy as np
 import torch
 from torch import Tensor
 
+from flsl_d2.evaluation.explained_variance import (
+    LinearFit,
+    colour_functions,
+    patch_colours,
+    position_functions,
+    position_order,
+)
 from flsl_d2.mean_shift import attention
 from flsl_d2.visualization.clusters import Array, Grid, as_tokens
-
-_MOST_HALF_WAVES = 12
-_TOKENS_A_FUNCTION = 10
 
 
 def attended_share(tokens: Array, grid: Grid, scale: float) -> float:
@@ -48,8 +50,8 @@ def position_r2(token_sets: Sequence[Array], grids: Sequence[Grid]) -> float | N
     """
     tokens = [as_tokens(t, grid) for t, grid in zip(token_sets, grids, strict=True)]
     sizes = [len(t) for t in tokens]
-    order = _order(grids, sum(sizes) - max(sizes))
-    return held_out_r2(tokens, [_position_functions(grid, order) for grid in grids])
+    order = position_order(grids, sum(sizes) - max(sizes))
+    return held_out_r2(tokens, [position_functions(grid, order) for grid in grids])
 
 
 def colour_r2(
@@ -66,22 +68,8 @@ def colour_r2(
         As of :func:`position_r2`, from a quadratic function of red, green and blue.
     """
     tokens = [as_tokens(t, grid) for t, grid in zip(token_sets, grids, strict=True)]
-    functions = []
-    for colours in patch_colours(images, grids):
-        with_one = torch.cat([torch.ones(len(colours), 1), colours / 255], dim=1).double()
-        first, second = torch.triu_indices(4, 4)
-        functions.append(with_one[:, first] * with_one[:, second])
-    return held_out_r2(tokens, functions)
-
-
-def patch_colours(images: Sequence[np.ndarray], grids: Sequence[Grid]) -> list[Tensor]:
-    """Mean colour of every patch, (N, 3) float32 in [0, 255] of each image."""
-    return [
-        torch.from_numpy(
-            cv2.resize(image.astype(np.float32), grid[::-1], interpolation=cv2.INTER_AREA)
-        ).reshape(-1, 3)
-        for image, grid in zip(images, grids, strict=True)
-    ]
+    colours = [patch_colours(image, grid) for image, grid in zip(images, grids, strict=True)]
+    return held_out_r2(tokens, [colour_functions(of_image) for of_image in colours])
 
 
 def held_out_r2(token_sets: Sequence[Tensor], functions: Sequence[Tensor]) -> float | None:
@@ -102,36 +90,14 @@ def held_out_r2(token_sets: Sequence[Tensor], functions: Sequence[Tensor]) -> fl
     if len(token_sets) < 2:
         return None
     tokens = [t.double() for t in token_sets]
-    gram = [f.T @ f for f in functions]
-    cross = [f.T @ t for f, t in zip(functions, tokens, strict=True)]
-    sums = [t.sum(dim=0) for t in tokens]
-    all_gram, all_cross, all_sums = sum(gram), sum(cross), sum(sums)
-    count = sum(len(t) for t in tokens)
+    fit = LinearFit()
+    for of_image in zip(functions, tokens, strict=True):
+        fit.add(*of_image)
     error = deviation = 0.0
-    for i, (f, t) in enumerate(zip(functions, tokens, strict=True)):
-        fitted = all_gram - gram[i]
-        # Next to nothing, for functions that are alike in the fitted images (one colour, say).
-        fitted.diagonal().add_(1e-9 * float(fitted.diagonal().mean()))
-        predicted = f @ torch.linalg.solve(fitted, all_cross - cross[i])
-        mean = (all_sums - sums[i]) / (count - len(t))
-        error += float((t - predicted).square().sum())
+    for f, t in zip(functions, tokens, strict=True):
+        fit.add(f, t, sign=-1)
+        weights, mean = fit.solve()
+        fit.add(f, t)
+        error += float((t - f @ weights).square().sum())
         deviation += float((t - mean).square().sum())
     return 1 - error / deviation if deviation > 0 else None
-
-
-def _order(grids: Sequence[Grid], num_fitted: int) -> int:
-    """The most half-waves that grids can show and that the fitted tokens suffice for."""
-    side = min(min(grid) for grid in grids)
-    fitting = (math.isqrt(8 * (num_fitted // _TOKENS_A_FUNCTION) + 1) - 3) // 2
-    return max(min(_MOST_HALF_WAVES, side - 1, fitting), 0)
-
-
-def _position_functions(grid: Grid, order: int) -> Tensor:
-    """cos(pi k y) cos(pi l x) with k + l <= order at the centres of the cells, (N, F)."""
-    lines = []
-    for cells in grid:
-        at = (torch.arange(cells, dtype=torch.float64) + 0.5) / cells
-        lines.append(torch.cos(math.pi * at[:, None] * torch.arange(order + 1)))
-    products = torch.einsum("yk,xl->yxkl", *lines)
-    used = torch.arange(order + 1)[:, None] + torch.arange(order + 1) <= order
-    return products[:, :, used].flatten(0, 1)

@@ -59,7 +59,8 @@ def samples(data: LabelledDataset, tokens_of=perfect_tokens) -> list[Sample]:
     result = []
     for index, image in enumerate(data.images):
         attended = torch.randn(1, *GRID, WIDTH)
-        result.append(Sample(index, tokens_of(image), GRID, image, attended))
+        pixels = np.zeros((*SIZE, 3), dtype=np.uint8)
+        result.append(Sample(index, tokens_of(image), GRID, pixels, image, attended))
     return result
 
 

@@ -20,7 +20,7 @@ SMALL = {
     "cluster_counts": (2, 4),
 }
 PENN = ("pennfudan_train", "pennfudan_val")
-SEGMENTING = ("knn_segmentation", "linear_segmentation", "cluster_quality")
+SEGMENTING = ("knn_segmentation", "linear_segmentation", "cluster_quality", "explained_variance")
 
 
 @pytest.fixture
@@ -40,6 +40,9 @@ def test_pennfudan(encoder: FLSLViT, datasets_root: Path) -> None:
     assert scores["cluster_quality/ari_token_limit"] > 30
     assert scores["cluster_quality/ari_token_limit"] > scores["cluster_quality/ari_mean_shift"]
     assert 0 < scores["knn_segmentation/mIoU"] < 100
+    assert {"position_r2", "colour_r2"} == {
+        name.split("/")[1] for name in scores if name.startswith("explained_variance/")
+    }
     other_seed = measure_features(encoder, *PENN, ["knn_segmentation"], seed=1, **SMALL)
     assert other_seed["knn_segmentation/mIoU"] != scores["knn_segmentation/mIoU"]
 

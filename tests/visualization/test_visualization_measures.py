@@ -8,8 +8,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from flsl_d2.evaluation.explained_variance import patch_colours
 from flsl_d2.modeling.positions import sincos_positions
-from flsl_d2.visualization.measures import attended_share, colour_r2, patch_colours, position_r2
+from flsl_d2.visualization.measures import attended_share, colour_r2, position_r2
 
 GRID = (20, 20)
 
@@ -105,7 +106,7 @@ def test_r2_of_one_image_or_constant_tokens_is_none() -> None:
 def test_colour_explains_colours_and_not_positions() -> None:
     rng = np.random.default_rng(0)
     images = [rng.integers(0, 256, (80, 80, 3)).astype(np.uint8) for _ in range(3)]
-    colours = patch_colours(images, [GRID] * 3)
+    colours = [patch_colours(image, GRID) for image in images]
     expected = images[0].reshape(20, 4, 20, 4, 3).mean(axis=(1, 3)).reshape(-1, 3)
     np.testing.assert_allclose(colours[0], expected, atol=1e-3)
     mixed = [c @ torch.randn(3, 16, generator=torch.Generator().manual_seed(1)) for c in colours]
