@@ -127,7 +127,7 @@ class ExplainedVariance:
         self.fits = {"position": LinearFit(), "colour": LinearFit()}
         self.maps: dict[str, tuple[Tensor, Tensor]] = {}
         self.errors = dict.fromkeys(self.fits, 0.0)
-        self.deviation = 0.0
+        self.deviation = self.energy = 0.0
 
     def _functions(self, sample: Sample) -> dict[str, Tensor]:
         return {
@@ -151,10 +151,11 @@ class ExplainedVariance:
             weights, mean = self.maps[name]
             self.errors[name] += float((tokens - functions @ weights).square().sum())
         self.deviation += float((tokens - mean).square().sum())
+        self.energy += float(tokens.square().sum())
 
     def results(self) -> dict[str, float]:
         """``position_r2`` and ``colour_r2``, in percent."""
-        if not self.deviation:
+        if self.deviation <= 1e-12 * self.energy:  # rounding
             raise InputError(
                 "all tokens of the validation images are the same, so there is no variance to "
                 "explain; look at the encoder with tools/visualize.py."

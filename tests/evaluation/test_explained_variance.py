@@ -70,9 +70,10 @@ def test_half_of_each() -> None:
     assert scores["colour_r2"] == pytest.approx(50, abs=5)
 
 
-def test_tokens_that_are_all_the_same() -> None:
+@pytest.mark.parametrize("value", [0.0, 0.1])
+def test_tokens_that_are_all_the_same(value: float) -> None:
     with pytest.raises(InputError, match="no variance"):
-        explained(lambda c, y, x: torch.zeros(*c.shape[:2], 4))
+        explained(lambda c, y, x: torch.full((*c.shape[:2], 4), value))
 
 
 def test_a_fit_without_an_image_is_the_fit_of_the_others() -> None:
