@@ -21,7 +21,6 @@ from flsl_d2.engine.overrides import apply_lazy_overrides, unknown_keys_error
 from flsl_d2.engine.own_data import add_own_data_config
 from flsl_d2.engine.solver import add_solver_config
 from flsl_d2.errors import InputError
-from flsl_d2.model_zoo import configs_folder
 from flsl_d2.modeling import add_flsl_config
 
 __all__ = [
@@ -33,7 +32,9 @@ __all__ = [
     "resolve_config_path",
 ]
 
-CONFIGS_FOLDER = configs_folder()
+# A wheel carries a copy of the checkout's folder.
+_SHIPPED = Path(__file__).parents[1] / "model_zoo" / "configs"
+CONFIGS_FOLDER = _SHIPPED if _SHIPPED.is_dir() else Path(__file__).parents[2] / "configs"
 
 
 def resolve_config_path(path: str) -> str:

@@ -9,19 +9,18 @@ from __future__ import annotations
 import difflib
 from pathlib import Path
 
-from detectron2.config import CfgNode, LazyConfig, get_cfg
+from detectron2.config import CfgNode
 from omegaconf import DictConfig
 
+from flsl_d2.engine.config_files import CONFIGS_FOLDER, load_config
 from flsl_d2.errors import InputError
-from flsl_d2.modeling import add_flsl_config
 
 __all__ = ["configs_folder", "get_config", "get_config_file"]
 
 
 def configs_folder() -> Path:
     """The folder of all recipes."""
-    shipped = Path(__file__).parent / "configs"
-    return shipped if shipped.is_dir() else Path(__file__).parents[2] / "configs"
+    return CONFIGS_FOLDER
 
 
 def get_config_file(name: str) -> str:
@@ -54,15 +53,4 @@ def get_config(name: str) -> DictConfig | CfgNode:
         name: see :func:`get_config_file`. Recipes below ``pretrain/`` need the checkout, because
             the package ``pretrain`` is not part of a wheel.
     """
-    path = get_config_file(name)
-    if path.endswith(".py"):
-        return LazyConfig.load(path)
-    from flsl_d2.engine.own_data import add_own_data_config
-    from flsl_d2.engine.solver import add_solver_config
-
-    cfg = get_cfg()
-    add_flsl_config(cfg)
-    add_solver_config(cfg)
-    add_own_data_config(cfg)
-    cfg.merge_from_file(path, allow_unsafe=False)
-    return cfg
+    return load_config(get_config_file(name))
