@@ -196,7 +196,7 @@ class FLSLLoss(nn.Module):
 
     def _compare(
         self, student_logits: Tensor, teacher_logits: Tensor, teacher_temp: float
-    ) -> list[Tensor]:
+    ) -> tuple[Tensor, ...]:
         """Cross-entropy, and the mean probabilities (K,) of student and teacher."""
 
         def of_rows(student: Tensor, teacher: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -208,12 +208,12 @@ class FLSLLoss(nn.Module):
         count, width = student_logits.shape
         rows = max(_CHUNK // width, 1)
         if not self.recompute_probs or count <= rows:
-            return list(of_rows(student_logits, teacher_logits))
+            return of_rows(student_logits, teacher_logits)
         parts = []
         for part in zip(student_logits.split(rows), teacher_logits.split(rows), strict=True):
             means = checkpoint(of_rows, *part, use_reentrant=False, preserve_rng_state=False)
             parts.append([mean * (len(part[0]) / count) for mean in means])
-        return [sum(part) for part in zip(*parts, strict=True)]
+        return tuple(sum(means) for means in zip(*parts, strict=True))
 
     @torch.no_grad()
     def _centered(self, teacher_logits: Tensor) -> Tensor:

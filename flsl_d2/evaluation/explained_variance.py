@@ -10,7 +10,9 @@ Shape suffixes: N tokens of an image, D width, F functions.
 from __future__ import annotations
 
 import math
+from collections import defaultdict
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import cv2
 import numpy as np
@@ -31,13 +33,11 @@ __all__ = [
     "position_order",
 ]
 
-Grid = tuple[int, int]
-
 _MOST_HALF_WAVES = 12
 _TOKENS_A_FUNCTION = 10
 
 
-def position_order(grids: Sequence[Grid], num_fitted: int) -> int:
+def position_order(grids: Sequence[tuple[int, int]], num_fitted: int) -> int:
     """The most half-waves that grids can show and that the fitted tokens suffice for, at most 12.
 
     Args:
@@ -49,7 +49,7 @@ def position_order(grids: Sequence[Grid], num_fitted: int) -> int:
     return max(min(_MOST_HALF_WAVES, side - 1, fitting), 0)
 
 
-def position_functions(grid: Grid, order: int) -> Tensor:
+def position_functions(grid: tuple[int, int], order: int) -> Tensor:
     """cos(pi k y) cos(pi l x) with k + l <= order at the centres of the cells, (N, F) float64."""
     lines = []
     for cells in grid:
@@ -60,7 +60,7 @@ def position_functions(grid: Grid, order: int) -> Tensor:
     return products[:, :, used].flatten(0, 1)
 
 
-def patch_colours(image: np.ndarray, grid: Grid) -> Tensor:
+def patch_colours(image: np.ndarray, grid: tuple[int, int]) -> Tensor:
     """Mean colour of every patch of an image (H, W, 3) uint8: (N, 3) float32 in [0, 255]."""
     pixels = image.astype(np.float32)
     return torch.from_numpy(
@@ -75,34 +75,50 @@ def colour_functions(colours: Tensor) -> Tensor:
     return with_one[:, first] * with_one[:, second]
 
 
+@dataclass(frozen=True)
 class LinearFit:
-    """Least squares from functions to tokens, from sums over images that can be taken out again."""
+    """Least squares from functions to tokens, as sums over images that add up and subtract.
 
-    def __init__(self) -> None:
-        self.gram: Tensor | float = 0.0
-        self.cross: Tensor | float = 0.0
-        self.sums: Tensor | float = 0.0
-        self.count = 0
+    Attributes:
+        gram: (F, F) products of the functions with each other.
+        cross: (F, D) products of the functions with the tokens.
+        sums: (D,) of the tokens.
+        count: of the tokens.
+    """
 
-    def add(self, functions: Tensor, tokens: Tensor, sign: int = 1) -> None:
-        """Fit to an image as well; with ``sign=-1`` no longer.
+    gram: Tensor
+    cross: Tensor
+    sums: Tensor
+    count: int
 
-        Args:
-            functions: (N, F) float64, one of them constant.
-            tokens: (N, D) float64.
-            sign: 1 or -1.
-        """
-        self.gram = self.gram + sign * functions.T @ functions
-        self.cross = self.cross + sign * functions.T @ tokens
-        self.sums = self.sums + sign * tokens.sum(dim=0)
-        self.count += sign * len(tokens)
+    @classmethod
+    def of(cls, functions: Tensor, tokens: Tensor) -> LinearFit:
+        """Of one image: functions (N, F) float64, one of them constant; tokens (N, D) float64."""
+        gram, cross = functions.T @ functions, functions.T @ tokens
+        return cls(gram, cross, tokens.sum(dim=0), len(tokens))
 
-    def solve(self) -> tuple[Tensor, Tensor]:
-        """The map (F, D), and the mean of the fitted tokens (D,)."""
+    def __add__(self, other: LinearFit) -> LinearFit:
+        return LinearFit(
+            self.gram + other.gram,
+            self.cross + other.cross,
+            self.sums + other.sums,
+            self.count + other.count,
+        )
+
+    def __sub__(self, other: LinearFit) -> LinearFit:
+        return self + LinearFit(-other.gram, -other.cross, -other.sums, -other.count)
+
+    @property
+    def mean(self) -> Tensor:
+        """Of the fitted tokens, (D,)."""
+        return self.sums / self.count
+
+    def solve(self) -> Tensor:
+        """The map (F, D)."""
         gram = self.gram.clone()
         # Next to nothing, for functions that are alike in the fitted images (one colour, say).
         gram.diagonal().add_(1e-9 * float(gram.diagonal().mean()))
-        return torch.linalg.solve(gram, self.cross), self.sums / self.count
+        return torch.linalg.solve(gram, self.cross)
 
 
 class ExplainedVariance:
@@ -124,9 +140,9 @@ class ExplainedVariance:
     ) -> None:
         side = max(options.short_side // encoder.patch_size, 1)
         self.order = position_order([(side, side)], len(train.images) * side**2)
-        self.fits = {"position": LinearFit(), "colour": LinearFit()}
-        self.maps: dict[str, tuple[Tensor, Tensor]] = {}
-        self.errors = dict.fromkeys(self.fits, 0.0)
+        self.fits: dict[str, LinearFit] = {}
+        self.maps: dict[str, Tensor] = {}
+        self.errors: dict[str, float] = defaultdict(float)
         self.deviation = self.energy = 0.0
 
     def _functions(self, sample: Sample) -> dict[str, Tensor]:
@@ -137,20 +153,23 @@ class ExplainedVariance:
 
     def observe_train(self, sample: Sample) -> None:
         """Fit to an image."""
+        tokens = sample.tokens.double().cpu()
         for name, functions in self._functions(sample).items():
-            self.fits[name].add(functions, sample.tokens.double().cpu())
+            fit = LinearFit.of(functions, tokens)
+            self.fits[name] = self.fits[name] + fit if name in self.fits else fit
 
     def fit(self) -> None:
         """Solve for the maps."""
         self.maps = {name: fit.solve() for name, fit in self.fits.items()}
+        self.mean = self.fits["position"].mean  # the same for all
 
     def observe_val(self, sample: Sample) -> None:
         """Predict an image's tokens."""
         tokens = sample.tokens.double().cpu()
         for name, functions in self._functions(sample).items():
-            weights, mean = self.maps[name]
-            self.errors[name] += float((tokens - functions @ weights).square().sum())
-        self.deviation += float((tokens - mean).square().sum())
+            error = tokens - functions @ self.maps[name]
+            self.errors[name] += float(error.square().sum())
+        self.deviation += float((tokens - self.mean).square().sum())
         self.energy += float(tokens.square().sum())
 
     def results(self) -> dict[str, float]:

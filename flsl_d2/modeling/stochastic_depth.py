@@ -48,7 +48,7 @@ class StochasticDepth(nn.Module):
         """``tokens + branch(tokens, shapes)``: tokens (B, H, W, D), or packed (T, D)."""
         if not (self.training and self.drops):
             return tokens + branch(tokens, shapes)
-        if self.skip_dropped and not torch.compiler.is_compiling():
+        if self.skips and not torch.compiler.is_compiling():
             return self._of_kept(branch, tokens, shapes)
         counts = [(len(tokens), 1)] if shapes is None else shapes
         keep = self.keep.float()

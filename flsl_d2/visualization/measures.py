@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import operator
 from collections.abc import Sequence
 
 import numpy as np
@@ -90,14 +92,11 @@ def held_out_r2(token_sets: Sequence[Tensor], functions: Sequence[Tensor]) -> fl
     if len(token_sets) < 2:
         return None
     tokens = [t.double() for t in token_sets]
-    fit = LinearFit()
-    for of_image in zip(functions, tokens, strict=True):
-        fit.add(*of_image)
+    fits = [LinearFit.of(f, t) for f, t in zip(functions, tokens, strict=True)]
+    whole = functools.reduce(operator.add, fits)
     error = deviation = 0.0
-    for f, t in zip(functions, tokens, strict=True):
-        fit.add(f, t, sign=-1)
-        weights, mean = fit.solve()
-        fit.add(f, t)
-        error += float((t - f @ weights).square().sum())
-        deviation += float((t - mean).square().sum())
+    for f, t, own in zip(functions, tokens, fits, strict=True):
+        others = whole - own
+        error += float((t - f @ others.solve()).square().sum())
+        deviation += float((t - others.mean).square().sum())
     return 1 - error / deviation if deviation > 0 else None

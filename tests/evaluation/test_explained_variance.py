@@ -79,14 +79,11 @@ def test_tokens_that_are_all_the_same(value: float) -> None:
 def test_a_fit_without_an_image_is_the_fit_of_the_others() -> None:
     torch.manual_seed(0)
     images = [(torch.randn(20, 3).double(), torch.randn(20, 5).double()) for _ in range(3)]
-    fit, others = LinearFit(), LinearFit()
-    for image in images:
-        fit.add(*image)
-    fit.add(*images[0], sign=-1)
-    for image in images[1:]:
-        others.add(*image)
-    torch.testing.assert_close(fit.solve(), others.solve())
+    first, *rest = [LinearFit.of(*image) for image in images]
+    others = rest[0] + rest[1]
+    fit = first + others - first
+    torch.testing.assert_close((fit.solve(), fit.mean), (others.solve(), others.mean))
     functions, tokens = (torch.cat(parts) for parts in zip(*images[1:], strict=True))
     torch.testing.assert_close(
-        fit.solve()[0], torch.linalg.lstsq(functions, tokens).solution, rtol=1e-6, atol=1e-6
+        fit.solve(), torch.linalg.lstsq(functions, tokens).solution, rtol=1e-6, atol=1e-6
     )

@@ -173,7 +173,8 @@ def test_skipping_what_is_dropped_changes_no_result(options, rate):
     torch.testing.assert_close(*results, rtol=1e-5, atol=1e-6)
 
 
-def test_compiled_blocks_of_all_probabilities_share_their_code():
+def recorded_graphs():
+    """A list, and a backend of ``torch.compile`` that puts there what it is given."""
     graphs = []
 
     def backend(graph, _):
@@ -181,6 +182,11 @@ def test_compiled_blocks_of_all_probabilities_share_their_code():
         return graph.forward
 
     torch._dynamo.reset()
+    return graphs, backend
+
+
+def test_compiled_blocks_of_all_probabilities_share_their_code():
+    graphs, backend = recorded_graphs()
     model = FLSLViT(img_size=64, patch_size=8, drop_path_rate=0.3, **{**SMALL, "depth": 6}).train()
     for block in model.blocks:
         block.compile(backend=backend, dynamic=False, fullgraph=True)
@@ -190,13 +196,7 @@ def test_compiled_blocks_of_all_probabilities_share_their_code():
 
 @pytest.mark.parametrize("packed", [False, True])
 def test_compiled_branches_see_any_number_of_images(packed):
-    graphs = []
-
-    def backend(graph, _):
-        graphs.append(graph)
-        return graph.forward
-
-    torch._dynamo.reset()
+    graphs, backend = recorded_graphs()
     torch.manual_seed(0)
     model = FLSLViT(img_size=64, patch_size=8, drop_path_rate=0.5, **{**SMALL, "depth": 6}).train()
     batches = [torch.randn(9, 3, 64, 64), torch.randn(12, 3, 32, 32)]
