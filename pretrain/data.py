@@ -29,7 +29,7 @@ from pretrain.images import (
     printable,
 )
 from pretrain.views import NestedViews, Views
-from pretrain.workers import WorkerLoader
+from pretrain.workers import WorkerLoader, keep_quiet_about_lost_trainer
 
 __all__ = [
     "Batch",
@@ -277,7 +277,7 @@ def build_pretrain_loader(
         batch_sampler=stream,
         num_workers=num_workers,
         collate_fn=_collate,
-        worker_init_fn=_one_thread,
+        worker_init_fn=_prepare_worker,
         pin_memory=torch.cuda.is_available(),
         persistent_workers=num_workers > 0,
     )
@@ -308,7 +308,8 @@ def _collate(samples: list[tuple[Views, list[str]]]) -> Batch:
     )
 
 
-def _one_thread(_worker: int) -> None:
+def _prepare_worker(_worker: int) -> None:
     # Workers are the parallelism; threads of their own would fight over the same cores.
     cv2.setNumThreads(0)
     torch.set_num_threads(1)
+    keep_quiet_about_lost_trainer()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -14,7 +15,7 @@ from torch.utils.data import DataLoader
 
 from flsl_d2.errors import InputError
 
-__all__ = ["WorkerLoader", "explain_worker_failure"]
+__all__ = ["WorkerLoader", "explain_worker_failure", "keep_quiet_about_lost_trainer"]
 
 _SHARED_MEMORY = "/dev/shm"
 _LOADER_SAYS = ("DataLoader worker", "Pin memory thread", "ulimit -n")
@@ -48,6 +49,21 @@ def _received(batches: Iterator[Any]) -> Any:
         # The worker died while it handed over the batch. Why, says its signal, soon to arrive.
         time.sleep(_SIGNAL_SECONDS)
         raise RuntimeError("DataLoader worker exited unexpectedly") from error
+
+
+def keep_quiet_about_lost_trainer() -> None:
+    """In a worker: no traceback when the training process is gone while it takes over a batch.
+
+    The thread that hands over file descriptors prints one through ``sys.excepthook``, below the
+    sentence that says why training has ended.
+    """
+    hook = sys.excepthook
+
+    def quiet(kind: type[BaseException], error: BaseException, trace: Any) -> None:
+        if not issubclass(kind, (ConnectionError, EOFError)):
+            hook(kind, error, trace)
+
+    sys.excepthook = quiet
 
 
 def explain_worker_failure(message: str) -> str | None:

@@ -15,7 +15,11 @@ import pytest
 import torch
 
 from flsl_d2.errors import InputError
-from pretrain.workers import WorkerLoader, explain_worker_failure
+from pretrain.workers import (
+    WorkerLoader,
+    explain_worker_failure,
+    keep_quiet_about_lost_trainer,
+)
 
 ROOT = Path(__file__).resolve().parents[2]
 SMALL_SHARED_MEMORY = (  # a /dev/shm of 1 MiB for one process and its children
@@ -116,6 +120,16 @@ def sentence_of(outcome: tuple[int, str, float]) -> str:
     assert len(lines) == 1, said
     assert said.endswith(lines[0] + "\n")
     return lines[0]
+
+
+def test_a_worker_keeps_quiet_about_a_lost_trainer_alone(monkeypatch) -> None:
+    said = []
+    monkeypatch.setattr(sys, "excepthook", lambda *about: said.append(about))
+    keep_quiet_about_lost_trainer()
+    fault = ValueError("of another kind")
+    for error in (ConnectionResetError(104, "reset"), BrokenPipeError(), EOFError(), fault):
+        sys.excepthook(type(error), error, None)
+    assert said == [(ValueError, fault, None)]
 
 
 def test_killed_while_batches_are_fetched(outcomes: dict) -> None:
