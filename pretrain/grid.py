@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import itertools
 import re
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -155,7 +156,9 @@ def _checked(point: Point) -> Point:
             total_batch_size=batch, iters_per_epoch=iters_per_epoch, total_iters=total_iters
         )
         resolve_precision(cfg.train.precision, cfg.train.device)
-        with torch.device("meta"):
+        with torch.device("meta"), warnings.catch_warnings():
+            # Weights of a previous stage are read to be checked; that they go nowhere is meant.
+            warnings.filterwarnings("ignore", r"for .*: copying from a non-meta parameter")
             for part in (cfg.schedules, cfg.views, cfg.model):
                 instantiate(part)
     except InputError as error:

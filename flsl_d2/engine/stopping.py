@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import signal
 import threading
@@ -33,14 +34,17 @@ class StopRequest:
     def __init__(self, on_first: Callable[[int], None], on_second: Callable[[int], None]) -> None:
         self.signal_name = ""
         self._on_first, self._on_second = on_first, on_second
-        self._since = 0.0
+        self._since = math.inf
+        # Python runs the handler of one signal in the middle of another's, so the one that comes
+        # first is told by what cannot be interrupted.
+        self._unclaimed = threading.Lock()
 
     def __bool__(self) -> bool:
         return bool(self.signal_name)
 
     def note(self, number: int, _frame: Any = None) -> None:
         """The handler of the signals."""
-        if not self:
+        if self._unclaimed.acquire(blocking=False):
             self.signal_name, self._since = signal.Signals(number).name, time.monotonic()
             self._on_first(number)
         elif time.monotonic() - self._since > _SAME_REQUEST_SECONDS:

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from flsl_d2.engine.stopping import forwarding, signals_held, stop_requests
+from flsl_d2.engine.stopping import StopRequest, forwarding, signals_held, stop_requests
 
 REPOSITORY = Path(__file__).parents[2]
 TRAINS = """
@@ -45,6 +45,39 @@ def test_a_request_is_noted_and_its_echo_is_not_a_second_one(number):
     assert process.returncode == 0
     assert said.strip() in ("SIGTERM", "SIGUSR1")
     assert errors.count("finishing the step") == 1
+
+
+def test_an_echo_in_the_middle_of_the_handler_is_not_a_second_request():
+    """At every bytecode of the handler, as Python runs handlers between any two of them."""
+
+    def interrupted_at(position: int) -> bool:
+        first, second, seen = [], [], 0
+        request = StopRequest(first.append, second.append)
+
+        def trace(frame, event, _argument):
+            nonlocal seen
+            if frame.f_code is not StopRequest.note.__code__:
+                return None
+            frame.f_trace_opcodes = True
+            if event == "opcode":
+                seen += 1
+                if seen == position:
+                    request.note(signal.SIGTERM)
+            return trace
+
+        before = sys.gettrace()
+        sys.settrace(trace)
+        try:
+            request.note(signal.SIGUSR1)
+        finally:
+            sys.settrace(before)
+        assert (len(first), second, bool(request)) == (1, [], True), f"at bytecode {position}"
+        return seen >= position
+
+    position = 1
+    while interrupted_at(position):
+        position += 1
+    assert position > 10
 
 
 def test_a_second_request_ends_at_once():

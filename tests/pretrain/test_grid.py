@@ -84,6 +84,7 @@ def test_without_a_grid_there_is_one_run(overrides):
     assert point.seed == 0
 
 
+@pytest.mark.filterwarnings("error")
 def test_a_previous_stage_is_checked_with_its_weights(overrides, tmp_path):
     encoder = FLSLViT(img_size=32, embed_dim=32, depth=2, num_heads=2)
     content = {"model": encoder.state_dict(), "encoder": encoder.architecture}
