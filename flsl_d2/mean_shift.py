@@ -74,15 +74,15 @@ def mean_shift(queries: Tensor, tokens: Tensor, scale: float, num_iterations: in
     Returns:
         (B, Q, D).
 
-    The first step goes through PyTorch's fused attention (keys serve as values), which never
-    stores the (Q, N) weights.
+    Each step is PyTorch's fused attention with one head (keys serve as values), which never stores
+    the (Q, N) weights.
     """
     if num_iterations < 1:
         raise InputError(f"num_iterations is {num_iterations}; mean-shift needs at least 1.")
-    modes = queries
+    modes, tokens = queries[:, None], tokens[:, None]  # without an axis of heads it is not fused
     for _ in range(num_iterations):
         modes = F.scaled_dot_product_attention(modes, tokens, tokens, scale=scale)
-    return modes
+    return modes[:, 0]
 
 
 @torch.no_grad()

@@ -16,7 +16,7 @@ from torch.utils.data import Dataset, Sampler, get_worker_info
 from flsl_d2.errors import InputError
 from pretrain.device_views import (
     AugmentationBatch,
-    augment_batch,
+    augment_views,
     crop_batch,
     stack_augmentations,
 )
@@ -28,6 +28,7 @@ from pretrain.images import (
     image_files,
     printable,
 )
+from pretrain.objective import query_indexes
 from pretrain.views import NestedViews, Views
 from pretrain.workers import WorkerLoader, keep_quiet_about_lost_trainer
 
@@ -37,6 +38,7 @@ __all__ = [
     "PretrainDataset",
     "build_pretrain_loader",
     "check_failed_share",
+    "collate",
     "find_images",
     "image_files",
 ]
@@ -52,7 +54,7 @@ class Batch:
     Attributes:
         views: uint8 (B, 3, S, S), the teacher's first; as far as the workers made them, see
             :class:`pretrain.views.Views`.
-        queries: for every student view (B, N) bool, True = query.
+        queries: for every student view (B, Q) int64, which of its tokens are queries.
         failed: files that could not be read and were replaced by other images; each the name as
             printable text, a tab and the reason.
         crops: the views before augmentation, where they are kept; else empty.
@@ -71,7 +73,7 @@ class Batch:
 
     def pin_memory(self) -> Batch:
         """What PyTorch's loader calls so that copies to the GPU need not wait."""
-        for tensors in (self.views, self.crops):
+        for tensors in (self.views, self.queries, self.crops):
             tensors[:] = [tensor.pin_memory() for tensor in tensors]
         return self
 
@@ -117,8 +119,7 @@ class Batch:
             cut = zip(boxes, self.sizes, strict=True)
             views += [crop_batch(views[0], box, size) for box, size in cut]
         if self.augmentations:
-            crops = views
-            views = list(map(augment_batch, crops, self.augmentations))
+            crops, views = views, augment_views(views, self.augmentations)
         return views, crops
 
 
@@ -276,21 +277,22 @@ def build_pretrain_loader(
         dataset,
         batch_sampler=stream,
         num_workers=num_workers,
-        collate_fn=_collate,
+        collate_fn=collate,
         worker_init_fn=_prepare_worker,
         pin_memory=torch.cuda.is_available(),
         persistent_workers=num_workers > 0,
     )
 
 
-def _collate(samples: list[tuple[Views, list[str]]]) -> Batch:
+def collate(samples: list[tuple[Views, list[str]]]) -> Batch:
+    """A batch of what :class:`PretrainDataset` gives for each image."""
     views, failed = zip(*samples, strict=True)
 
     def by_view(samples: Iterable[list[Any]]) -> Iterator[tuple[Any, ...]]:
         return zip(*samples, strict=True)
 
     def stacked(tensors: Iterable[list[Tensor]]) -> list[Tensor]:
-        return [handed_over(torch.stack(of_one)) for of_one in by_view(tensors)]
+        return [torch.stack(of_one) for of_one in by_view(tensors)]
 
     def handed_over(batch: Tensor) -> Tensor:
         # Left to the queue's own thread, a shared memory that is full would lose the batch with a
@@ -298,10 +300,10 @@ def _collate(samples: list[tuple[Views, list[str]]]) -> Batch:
         return batch.share_memory_() if get_worker_info() else batch
 
     return Batch(
-        stacked(sample.images for sample in views),
-        stacked(sample.queries for sample in views),
+        [handed_over(images) for images in stacked(sample.images for sample in views)],
+        [handed_over(query_indexes(mask)) for mask in stacked(sample.queries for sample in views)],
         [name for names in failed for name in names],
-        stacked(sample.crops for sample in views),
+        [handed_over(crops) for crops in stacked(sample.crops for sample in views)],
         [stack_augmentations(of_one) for of_one in by_view(v.augmentations for v in views)],
         [np.array(of_one) for of_one in by_view(v.boxes for v in views)],
         views[0].sizes,

@@ -9,6 +9,7 @@ Shape suffixes: B images, S side of a view in pixels.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from itertools import groupby
 from typing import NamedTuple
 
 import numpy as np
@@ -18,7 +19,13 @@ from torch import Tensor
 
 from pretrain.augmentation import JITTERS, Augmentation, blur_radius
 
-__all__ = ["AugmentationBatch", "augment_batch", "crop_batch", "stack_augmentations"]
+__all__ = [
+    "AugmentationBatch",
+    "augment_batch",
+    "augment_views",
+    "crop_batch",
+    "stack_augmentations",
+]
 
 LUMA = (0.299, 0.587, 0.114)  # ITU-R BT.601, as opencv's and Pillow's grey
 MAX_SIGMA = 2.0
@@ -102,6 +109,25 @@ def _resampling_matrix(start: Tensor, length: Tensor, pixels: int, size: int) ->
     return weights / weights.sum(dim=-1, keepdim=True)
 
 
+def augment_views(views: Sequence[Tensor], batches: Sequence[AugmentationBatch]) -> list[Tensor]:
+    """:func:`augment_batch` of several views.
+
+    Those of one size that follow each other go together: a GPU works off these operations faster
+    than Python issues them.
+
+    Args:
+        views: (B, 3, S, S) in 0 to 255, S of each its own.
+        batches: their augmentations.
+    """
+    done: list[Tensor] = []
+    pairs = zip(views, batches, strict=True)
+    for _, group in groupby(pairs, key=lambda pair: pair[0].shape[-1]):
+        images, augmentations = zip(*group, strict=True)
+        together = AugmentationBatch(*map(np.concatenate, zip(*augmentations, strict=True)))
+        done += augment_batch(torch.cat(images), together).split(len(images[0]))
+    return done
+
+
 def augment_batch(images: Tensor, batch: AugmentationBatch) -> Tensor:
     """Apply each image's own augmentation.
 
@@ -171,7 +197,7 @@ def _hue(images: Tensor, shift: Tensor) -> Tensor:
     sixth = over.gather(-1, brightest[..., None])[..., 0] / chroma.clamp(min=1e-6) + 2 * brightest
     turned = sixth + 6 * shift
     # Each channel falls from the value by the chroma where the hue is far from its own.
-    start = torch.tensor([5.0, 3.0, 1.0], device=images.device).view(1, 3, 1, 1)
+    start = 5 - 2 * torch.arange(3, device=images.device).view(1, 3, 1, 1)  # 5, 3, 1
     k = (start + turned) % 6
     return value - chroma * torch.minimum(k, 4 - k).clamp(0, 1)
 

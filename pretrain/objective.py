@@ -189,7 +189,7 @@ class FLSLLoss(nn.Module):
             "loss_volume": volume,
         }
         monitored = {
-            "assigned": teacher_logits.argmax(dim=-1).bincount(minlength=len(self.log_prior)),
+            "assigned": _counts(teacher_logits.argmax(dim=-1), len(self.log_prior)),
             "mean_assignment": mean_targets,
         }
         return losses, monitored
@@ -221,6 +221,12 @@ class FLSLLoss(nn.Module):
         if self.training:
             self.center.lerp_(mean_over_ranks(teacher_logits.mean(dim=0)), 1 - self.center_momentum)
         return centered
+
+
+def _counts(labels: Tensor, num_labels: int) -> Tensor:
+    """How often each label occurs; ``bincount`` makes a GPU wait, to look for the largest."""
+    counts = labels.new_zeros(num_labels)
+    return counts.index_add_(0, labels, torch.ones_like(labels))
 
 
 def _log_prior(prior: list[float] | None, num_centroids: int) -> Tensor:

@@ -42,11 +42,10 @@ def clip_gradients(gradients: list[Tensor], max_norm: float, mode: str = "per_te
     """
     if mode not in CLIP_MODES:
         raise InputError(f"train.clip_mode is '{mode}'; use one of {', '.join(CLIP_MODES)}.")
-    norms = torch._foreach_norm(gradients)
-    total = torch.linalg.vector_norm(torch.stack(norms))
+    norms = torch.stack(torch._foreach_norm(gradients))
+    total = torch.linalg.vector_norm(norms)
     if mode == "per_tensor":
-        factors = [(max_norm / (norm + 1e-6)).clamp(max=1.0) for norm in norms]
-        torch._foreach_mul_(gradients, factors)
+        torch._foreach_mul_(gradients, (max_norm / (norms + 1e-6)).clamp(max=1.0).unbind())
     elif mode == "global":
         torch._foreach_mul_(gradients, (max_norm / (total + 1e-6)).clamp(max=1.0))
     return total

@@ -19,7 +19,6 @@ from flsl_d2.errors import InputError
 from pretrain.bad_numbers import check_finite
 from pretrain.data import Batch
 from pretrain.model import FLSL
-from pretrain.objective import query_indexes
 from pretrain.optimizer import clip_gradients
 from pretrain.schedules import Schedules, StepValues
 
@@ -144,7 +143,7 @@ class PretrainTrainer(SimpleTrainer):
 
     def _forward(self, batch: Batch, values: StepValues) -> dict[str, Tensor]:
         views, crops = batch.views_on(self.device)
-        queries = [query_indexes(mask).to(self.device, non_blocking=True) for mask in batch.queries]
+        queries = [indexes.to(self.device, non_blocking=True) for indexes in batch.queries]
         mixed = torch.autocast(self.device.type, self.dtype) if self.dtype else nullcontext()
         with mixed:
             losses, self.monitored = self.model(views, queries, values, crops)

@@ -143,10 +143,14 @@ class Attention(nn.Module):
         columns = _relative_table(self.rel_pos_w, width)  # (W, W, C)
         biases.append(torch.einsum("bnhwc,hkc->bnhwk", by_place, rows))
         biases.append(torch.einsum("bnhwc,wkc->bnhwk", by_place, columns))
+        # In half precision, GPUs' fused attention takes multiples of 8 channels only.
+        spare = -(q.shape[-1] + height + width) % 8
+        biases.append(by_place.new_zeros(*by_place.shape[:-1], spare))
         q = torch.cat([q * self.scale, torch.cat(biases, dim=-1).flatten(2, 3)], dim=-1)
         row_code = torch.eye(height, dtype=k.dtype, device=k.device)[:, None].expand(-1, width, -1)
         column_code = torch.eye(width, dtype=k.dtype, device=k.device).expand(height, -1, -1)
         code = torch.cat([row_code, column_code], dim=-1).flatten(0, 1)  # (N, H + W)
+        code = F.pad(code, (0, spare))
         k = torch.cat([k, code.expand(*k.shape[:2], -1, -1)], dim=-1)
         return q, k
 

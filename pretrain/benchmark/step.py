@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Callable
-from typing import Any
+from dataclasses import replace
 
 import numpy as np
 import torch
@@ -18,11 +18,10 @@ from pretrain.benchmark.flops import peak_tflops, step_flops
 from pretrain.benchmark.reference import reference_function
 from pretrain.benchmark.report import print_table, write_json
 from pretrain.benchmark.timing import stored_for_backward, time_in_turn
-from pretrain.data import Batch
-from pretrain.device_views import stack_augmentations
+from pretrain.data import Batch, collate
 from pretrain.optimizer import build_adamw
 from pretrain.trainer import PretrainTrainer, resolve_precision
-from pretrain.views import NestedViews
+from pretrain.views import NestedViews, Views
 
 __all__ = ["VARIANTS", "Step", "benchmark_step", "random_batch"]
 
@@ -56,25 +55,14 @@ def random_batch(views: NestedViews, batch_size: int, seed: int = 0) -> Batch:
     """A batch of noise of the sizes that the views have."""
     rng = np.random.default_rng(seed)
     image = rng.integers(0, 256, (views.global_size, views.global_size, 3), dtype=np.uint8)
-    samples = [views(image, rng) for _ in range(min(batch_size, 4))]
-    samples = [samples[i % len(samples)] for i in range(batch_size)]
+    few = [views(image, rng) for _ in range(min(batch_size, 4))]
+    samples = [few[i % len(few)] for i in range(batch_size)]
 
-    def by_view(name: str) -> Any:
-        return zip(*(getattr(sample, name) for sample in samples), strict=True)
-
-    return Batch(
-        [torch.stack(view) for view in by_view("images")],
-        [torch.stack(mask) for mask in by_view("queries")],
-        [],
-        [torch.stack(crop) for crop in by_view("crops")],
+    def augmented(sample: Views) -> Views:
         # Each image its own draws, so that every operation has about its share of them.
-        [
-            stack_augmentations([draw_augmentation(rng) for _ in range(batch_size)])
-            for _ in samples[0].augmentations
-        ],
-        [np.array(boxes) for boxes in by_view("boxes")],
-        samples[0].sizes,
-    )
+        return replace(sample, augmentations=[draw_augmentation(rng) for _ in sample.augmentations])
+
+    return collate([(augmented(sample), []) for sample in samples])
 
 
 class Step:
@@ -121,7 +109,7 @@ class Step:
         self.flops_per_image = step_flops(
             self.model,
             [(size // views.patch_size) ** 2 for size in grids],
-            [int(mask[0].sum()) for mask in batch.queries],
+            [indexes.shape[1] for indexes in batch.queries],
         )
 
     def __call__(self) -> None:

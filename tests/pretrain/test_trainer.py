@@ -33,11 +33,15 @@ def batches(count: int) -> list[Batch]:
     def image(size: int) -> torch.Tensor:
         return torch.randint(0, 256, (4, 3, size, size), dtype=torch.uint8, generator=generator)
 
-    def mask(tokens: int) -> torch.Tensor:
-        return (torch.arange(tokens) % 4 == 0).expand(4, -1)
+    def every_fourth(tokens: int) -> torch.Tensor:
+        return torch.arange(0, tokens, 4).expand(4, -1)
 
     return [
-        Batch([image(32), image(32), image(16), image(16)], [mask(16), mask(4), mask(4)], [])
+        Batch(
+            [image(32), image(32), image(16), image(16)],
+            [every_fourth(16), every_fourth(4), every_fourth(4)],
+            [],
+        )
         for _ in range(count)
     ]
 

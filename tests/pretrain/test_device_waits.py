@@ -1,0 +1,119 @@
+"""A step hands its work to the device and waits for it once, at its end.
+
+PyTorch's meta device stands for a GPU: its tensors have shapes and no values, so whatever needs a
+value to go on, for which Python would have to wait, is an error there.
+"""
+
+from __future__ import annotations
+
+from contextlib import nullcontext
+
+import pytest
+import torch
+from detectron2.config import instantiate
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from flsl_d2.checkpoint.reading import ENCODER_FORMAT
+from flsl_d2.engine.config_files import load_lazy_config
+from flsl_d2.modeling import FLSLViT
+from pretrain.benchmark.step import random_batch
+from pretrain.collapse import CollapseWatch
+from pretrain.hooks import Monitor
+from pretrain.optimizer import clip_gradients
+from pretrain.trainer import PretrainTrainer
+
+CONFIG = "configs/pretrain/flsl_vit_small_p16_in1k.py"
+SMALL = [
+    *("model.backbone.embed_dim=48", "model.backbone.depth=3", "model.backbone.num_heads=3"),
+    *("model.head.hidden_dim=32", "model.head.bottleneck_dim=16", "model.head.num_centroids=64"),
+]
+
+
+class Dispatched(TorchDispatchMode):
+    """What reaches the device: operations, and copies from the CPU."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: list[str] = []
+        self.copies: list[bool] = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        tensors = [x for x in tree_leaves((args, kwargs, out)) if isinstance(x, torch.Tensor)]
+        devices = {x.device.type for x in tensors}
+        if "meta" in devices:
+            self.names.append(str(func))
+        if devices == {"cpu", "meta"} and all(x.dim() for x in tensors):
+            self.copies.append((kwargs or {}).get("non_blocking", False))
+        return out
+
+
+class Unread(PretrainTrainer):
+    """Stops where the numbers of a step are read."""
+
+    def _record(self, losses, grad_norm, data_time, values):
+        self.read = [*losses.values(), grad_norm]
+
+
+def run_step(overrides: list[str], folder) -> Dispatched:
+    cfg = load_lazy_config(CONFIG, [*SMALL, *overrides])
+    cfg.schedules.update(total_batch_size=4, iters_per_epoch=10, total_iters=100)
+    model = instantiate(cfg.model).train().to("meta")
+    views = instantiate(cfg.views)
+    views.keep_crops = model.previous_stage is not None
+    trained = [p for p in model.parameters() if p.requires_grad]
+    # The fused optimiser, which is the run's, has no form for the meta device.
+    optimizer = torch.optim.AdamW([{"params": trained}, {"params": []}], foreach=True)
+    trainer = Unread(
+        model,
+        [random_batch(views, 4)] * 2,
+        optimizer,
+        instantiate(cfg.schedules),
+        accumulation_steps=cfg.train.accumulation_steps,
+    )
+    hooks = [CollapseWatch(window=10), Monitor(10, 4, folder / "unreadable", 100)]
+    trainer.register_hooks(hooks)
+    trainer.iter, trainer.max_iter = 0, 100
+    trainer.before_train()
+    trainer.run_step()  # the first also moves the previous stage
+    with Dispatched() as dispatched:
+        trainer.run_step()
+        trainer.after_step()
+    assert {number.device.type for number in trainer.read} == {"meta"}
+    return dispatched
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        [],
+        ["model.pack_views=False"],
+        ["model.backbone.skip_dropped=False", "model.backbone.use_act_checkpoint=True"],
+        ["model.loss.centering=True", "model.norm_modes=True"],
+        ["views.on_device=augmentation", "train.accumulation_steps=2"],
+        ["views.on_device=crops"],
+        ["model.previous_stage.weights=previous.pth"],
+        ["model.head.num_centroids=8", "model.loss.recompute_probs=False"],
+    ],
+    ids=lambda overrides: overrides[0] if overrides else "default",
+)
+def test_no_step_waits_for_the_device(overrides, tmp_path, monkeypatch):
+    previous = FLSLViT(embed_dim=48, depth=2, num_heads=3)
+    content = {"model": previous.state_dict(), "encoder": previous.architecture}
+    torch.save({**content, "format": ENCODER_FORMAT}, tmp_path / "previous.pth")
+    overrides = [text.replace("previous.pth", str(tmp_path / "previous.pth")) for text in overrides]
+    # The meta device knows no autocast, whose casts wait for nothing.
+    monkeypatch.setattr(torch, "autocast", lambda *_, **__: nullcontext())
+    dispatched = run_step(overrides, tmp_path)
+    assert dispatched.copies
+    assert all(dispatched.copies), "a copy to the device that waits for it"
+
+
+def test_clipping_asks_for_little_beside_the_scaling():
+    """Each operation on a number costs a GPU's driver as much as one on a matrix."""
+    gradients = [torch.empty(3, 2, device="meta") for _ in range(50)]
+    with Dispatched() as dispatched:
+        clip_gradients(gradients, 3.0)
+    work = [n for n in dispatched.names if "_foreach" not in n and "unbind" not in n]
+    assert len(work) <= 6
