@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from PIL import Image
 from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
@@ -87,6 +88,17 @@ def test_functions_are_timed_in_turn():
     )
     assert calls == ["a", "b"] * 4
     assert [len(t.seconds) for t in timings.values()] == [3, 3]
+
+
+def test_what_does_not_fit_leaves_the_others_alone():
+    def too_large():
+        raise torch.cuda.OutOfMemoryError("CUDA out of memory")
+
+    timings = time_in_turn({"large": too_large, "small": lambda: None}, 3, 1, CPU)
+    large, small = timings.values()
+    assert (large.peak_gib, large.median, large.rate(8)) == ("out of memory", None, None)
+    assert large.speed_against(small) is small.speed_against(large) is None
+    assert len(small.seconds) == 3
 
 
 def test_variants_take_the_same_step():
@@ -169,6 +181,28 @@ def test_the_tool_compares_and_writes(tmp_path):
     ]  # fmt: skip
     assert all(len(seconds) == 2 for seconds in written["seconds"].values())
     assert written["machine"]["torch"] == torch.__version__
+
+
+def test_a_run_from_files_starts_and_ends_its_own_workers(tmp_path):
+    for i in range(6):
+        Image.new("RGB", (90, 70), (40 * i, 9, 99)).save(tmp_path / f"{i}.jpg")
+    reference = tmp_path / "theirs.py"
+    reference.write_text(
+        "import multiprocessing, time\n"
+        "def make_run(files, batch_size, workers, device, precision):\n"
+        "    assert len(files) == 6 and not multiprocessing.active_children()\n"
+        "    return lambda: time.sleep(0.01)\n"
+    )
+    out = tmp_path / "run.json"
+    result = run(
+        "end-to-end", "--images", str(tmp_path), "--repeats", "2", "--warmup", "1", "--rounds", "2",
+        "--batch-size", "2", "--workers", "2", "--reference-module", str(reference),
+        "--json", str(out), *TINY,
+    )  # fmt: skip
+    assert result.returncode == 0, result.stderr
+    rows = json.loads(out.read_text())["rows"]
+    assert [row["run"] for row in rows] == ["reference", "flsl_d2", "flsl_d2, a batch in memory"]
+    assert [0 <= row["data wait"] < 1 for row in rows if row["data wait"] is not None] == [True]
 
 
 def test_unknown_variants_are_refused():

@@ -68,6 +68,7 @@ def main() -> None:
     whole = add("end-to-end", benchmark_end_to_end, "from image files to updated weights")
     whole.add_argument("--images", required=True, metavar="FOLDER")
     whole.add_argument("--workers", type=int, default=0, help="data workers (default: 0)")
+    whole.add_argument("--rounds", type=int, default=3, help="turns of each side (default: 3)")
     detection = add(
         "detection", benchmark_detection, "Mask R-CNN against Detectron2's own ViT", batch_size=2
     )

@@ -60,7 +60,7 @@ def benchmark_data(args: argparse.Namespace) -> None:
     rows = [
         {
             "data path": name,
-            "images/s per core": len(files) / timing.median,
+            "images/s per core": timing.rate(len(files)),
             f"ratio to {first}": timing.speed_against(timings[first]),
             "spread": float(np.ptp(timing.seconds) / timing.median),
         }

@@ -126,9 +126,9 @@ def benchmark_detection(args: argparse.Namespace) -> None:
         rows.append(
             {
                 "what": name,
-                "images/s": args.batch_size / timing.median,
+                "images/s": timing.rate(args.batch_size),
                 "ratio to detectron2": timing.speed_against(base),
-                "peak GiB": timing.peak_bytes / 2**30 if timing.peak_bytes else None,
+                "peak GiB": timing.peak_gib,
                 "GiB/image kept for backward": stored[name] / args.batch_size / 2**30
                 if name in stored
                 else None,

@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 import argparse
+import gc
+import itertools
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
 from detectron2.config import instantiate
 from detectron2.utils.events import EventStorage
+from tqdm import tqdm
 
 from flsl_d2.engine.config_files import load_lazy_config
 from pretrain.benchmark.reference import reference_function
 from pretrain.benchmark.report import print_table, write_json
-from pretrain.benchmark.timing import time_in_turn
+from pretrain.benchmark.timing import Timing, seconds_of
 from pretrain.data import PretrainDataset, build_pretrain_loader
 from pretrain.images import find_images
 from pretrain.optimizer import build_adamw
@@ -22,11 +25,16 @@ from pretrain.trainer import PretrainTrainer, resolve_precision
 
 __all__ = ["benchmark_end_to_end"]
 
+OURS = "flsl_d2"
+NO_FILES = "flsl_d2, a batch in memory"
+
 
 class _Run:
-    """Steps of a real run."""
+    """Steps of a real run; without ``read``, of its first batch again and again."""
 
-    def __init__(self, args: argparse.Namespace, files: list[str], device: torch.device) -> None:
+    def __init__(
+        self, args: argparse.Namespace, files: list[str], device: torch.device, read: bool = True
+    ) -> None:
         cfg = load_lazy_config(args.config_file, args.opts)
         cfg.schedules.update(
             total_batch_size=args.batch_size, iters_per_epoch=1000, total_iters=10**6
@@ -35,7 +43,8 @@ class _Run:
         if cfg.train.compile:
             model.compile_blocks()
         dataset = PretrainDataset(files, instantiate(cfg.views))
-        self.loader = _Waiting(iter(build_pretrain_loader(dataset, args.batch_size, args.workers)))
+        batches = iter(build_pretrain_loader(dataset, args.batch_size, args.workers))
+        self.loader = _Waiting(batches if read else itertools.repeat(next(batches)))
         self.trainer = PretrainTrainer(
             model,
             self.loader,
@@ -54,9 +63,9 @@ class _Run:
 
 
 class _Waiting:
-    """A loader that adds up how long it was waited for."""
+    """A loader that notes how long it was waited for."""
 
-    def __init__(self, batches: Any) -> None:
+    def __init__(self, batches: Iterator[Any]) -> None:
         self.batches, self.seconds = batches, []
 
     def __iter__(self) -> _Waiting:
@@ -70,31 +79,48 @@ class _Waiting:
 
 
 def benchmark_end_to_end(args: argparse.Namespace) -> None:
-    """Images/s from files, and the share of the time in which the step waited for them."""
+    """Images/s from files, and the share of the time in which the step waited for them.
+
+    Each side runs by itself for a round, from starting its workers to ending them: in turn step by
+    step, the workers of one would fetch ahead during the step of the other.
+    """
     device = torch.device(args.device)
     if args.threads:
         torch.set_num_threads(args.threads)
     files = find_images(args.images)
-    steps: dict[str, Callable[[], None]] = {}
+    sides: dict[str, Callable[[], Callable[[], None]]] = {}
     if args.reference_module:
         make_run = reference_function(args.reference_module, "make_run")
-        steps["reference"] = make_run(files, args.batch_size, args.workers, device, args.precision)
-    run = steps["flsl_d2"] = _Run(args, files, device)
-    timings = time_in_turn(steps, args.repeats, args.warmup, device)
-    first = next(iter(timings))
-    waited = sum(run.loader.seconds[-args.repeats :]) / sum(timings["flsl_d2"].seconds)
+        sides["reference"] = lambda: make_run(
+            files, args.batch_size, args.workers, device, args.precision
+        )
+    sides[OURS] = lambda: _Run(args, files, device)
+    sides[NO_FILES] = lambda: _Run(args, files, device, read=False)
+    timings = {name: Timing() for name in sides}
+    waited = 0.0
+    rounds = [name for _ in range(args.rounds) for name in sides]
+    for name in tqdm(rounds, desc="end-to-end", unit="side", disable=None):
+        step = sides[name]()
+        for _ in range(args.warmup):
+            step()
+        timings[name].seconds.append(seconds_of(step, args.repeats, device))
+        if name == OURS:
+            waited += sum(step.loader.seconds[-args.repeats :])
+        del step
+        gc.collect()  # its workers with it
+    first = next(iter(sides))
     rows = [
         {
             "run": name,
-            "images/s": args.batch_size * len(timing.seconds) / sum(timing.seconds),
-            f"ratio to {first}": sum(timings[first].seconds) / sum(timing.seconds),
-            "data wait": waited if name == "flsl_d2" else None,
+            "images/s": timing.rate(args.batch_size * args.repeats),
+            f"ratio to {first}": timing.speed_against(timings[first]),
+            "data wait": waited / sum(timing.seconds) if name == OURS else None,
         }
         for name, timing in timings.items()
     ]
     print(
         f"{len(files)} files of {args.images}, batch {args.batch_size}, {args.workers} worker(s), "
-        f"{args.precision} on {device}, {args.repeats} steps"
+        f"{args.precision} on {device}, median of {args.rounds} rounds of {args.repeats} steps"
     )
     print_table(rows)
     write_json(args.json, device, batch_size=args.batch_size, workers=args.workers, rows=rows)

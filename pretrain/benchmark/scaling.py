@@ -41,9 +41,11 @@ def benchmark_scaling(args: argparse.Namespace) -> None:
                 "what": key,
                 "value": value,
                 "s/step": timing.median,
-                "images/s": batch / timing.median,
-                "peak GiB": timing.peak_bytes / 2**30 if timing.peak_bytes else None,
-                "MiB kept for backward": step.stored_bytes() / 2**20,
+                "images/s": timing.rate(batch),
+                "peak GiB": timing.peak_gib,
+                "MiB kept for backward": None
+                if timing.out_of_memory
+                else step.stored_bytes() / 2**20,
                 "GFLOP/image": step.flops_per_image / 1e9,
             }
         )

@@ -153,20 +153,22 @@ def benchmark_step(args: argparse.Namespace) -> None:
     rows = []
     for name, timing in timings.items():
         step = steps[name]
-        ours = isinstance(step, Step)
-        rate = args.batch_size / timing.median
+        rate = timing.rate(args.batch_size)
+        flops = kept = None
+        if isinstance(step, Step):
+            flops = step.flops_per_image
+            if not timing.out_of_memory and "compiled" not in name:
+                kept = step.stored_bytes() / args.batch_size / 2**20
         rows.append(
             {
                 "step": name,
                 "images/s": rate,
                 f"ratio to {first}": timing.speed_against(timings[first]),
                 "s/step": timing.median,
-                "peak GiB": timing.peak_bytes / 2**30 if timing.peak_bytes else None,
-                "MiB/image kept for backward": step.stored_bytes() / args.batch_size / 2**20
-                if ours and "compiled" not in name
-                else None,
-                "GFLOP/image": step.flops_per_image / 1e9 if ours else None,
-                "MFU": rate * step.flops_per_image / peak / 1e12 if ours and peak else None,
+                "peak GiB": timing.peak_gib,
+                "MiB/image kept for backward": kept,
+                "GFLOP/image": flops and flops / 1e9,
+                "MFU": rate * flops / peak / 1e12 if rate and flops and peak else None,
             }
         )
     print(

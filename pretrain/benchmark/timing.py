@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-__all__ = ["Timing", "stored_for_backward", "time_in_turn"]
+__all__ = ["Timing", "seconds_of", "stored_for_backward", "time_in_turn"]
 
 
 @dataclass
@@ -22,21 +22,36 @@ class Timing:
     Attributes:
         seconds: of each repetition, in the order of measurement.
         peak_bytes: the most memory that the GPU held during any of them; None on a CPU.
+        out_of_memory: whether the GPU was too small for it; there are no seconds then.
     """
 
     seconds: list[float] = field(default_factory=list)
     peak_bytes: int | None = None
+    out_of_memory: bool = False
 
     @property
-    def median(self) -> float:
+    def median(self) -> float | None:
         """Median of the seconds."""
-        return statistics.median(self.seconds)
+        return statistics.median(self.seconds) if self.seconds else None
 
-    def speed_against(self, other: Timing) -> float:
+    @property
+    def peak_gib(self) -> float | str | None:
+        """Peak memory for a table."""
+        if self.out_of_memory:
+            return "out of memory"
+        return self.peak_bytes / 2**30 if self.peak_bytes else None
+
+    def rate(self, count: int) -> float | None:
+        """So many things a repetition, as things per second."""
+        return count / self.median if self.seconds else None
+
+    def speed_against(self, other: Timing) -> float | None:
         """How many times as fast as another, measured in turn: the median over the rounds.
 
         What slows the machine for a while slows both of a round, so their ratio stays.
         """
+        if not (self.seconds and other.seconds):
+            return None
         pairs = zip(other.seconds, self.seconds, strict=True)
         return statistics.median(theirs / ours for theirs, ours in pairs)
 
@@ -49,6 +64,8 @@ def time_in_turn(
 ) -> dict[str, Timing]:
     """Time functions A, B, A, B, ..., so that what the machine does beside them hits all alike.
 
+    One that does not fit into the GPU's memory is left out from then on, and the others go on.
+
     Args:
         functions: by name.
         repeats: measurements of each.
@@ -59,20 +76,33 @@ def time_in_turn(
     rounds = tqdm(range(-warmup, repeats), desc="benchmark", unit="round", disable=None)
     for number in rounds:
         for name, function in functions.items():
-            _wait(device)
+            timing = timings[name]
+            if timing.out_of_memory:
+                continue
             if device.type == "cuda":
                 torch.cuda.reset_peak_memory_stats(device)
-            start = time.perf_counter()
-            function()
-            _wait(device)
-            seconds = time.perf_counter() - start
+            try:
+                seconds = seconds_of(function, 1, device)
+            except torch.cuda.OutOfMemoryError:
+                timings[name] = Timing(out_of_memory=True)
+                continue
             if number < 0:
                 continue
-            timings[name].seconds.append(seconds)
+            timing.seconds.append(seconds)
             if device.type == "cuda":
                 peak = torch.cuda.max_memory_allocated(device)
-                timings[name].peak_bytes = max(peak, timings[name].peak_bytes or 0)
+                timing.peak_bytes = max(peak, timing.peak_bytes or 0)
     return timings
+
+
+def seconds_of(function: Callable[[], Any], times: int, device: torch.device) -> float:
+    """How long so many calls take, from an idle device to an idle device."""
+    _wait(device)
+    start = time.perf_counter()
+    for _ in range(times):
+        function()
+    _wait(device)
+    return time.perf_counter() - start
 
 
 def _wait(device: torch.device) -> None:
