@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -66,7 +67,10 @@ def test_the_published_step_costs_what_was_counted_elsewhere():
 
 def test_ratios_are_of_rounds():
     """A machine that is slow for half of the time is slow for both sides."""
-    reference, ours = Timing([2.0, 20.0, 2.0, 20.0, 20.0]), Timing([1.0, 10.0, 1.0, 10.0, 1.0])
+    reference, ours = (
+        Timing(print, [2.0, 20.0, 2.0, 20.0, 20.0]),
+        Timing(print, [1.0, 10.0, 1.0, 10.0, 1.0]),
+    )
     assert ours.speed_against(reference) == 2
     assert reference.speed_against(reference) == 1
 
@@ -84,21 +88,60 @@ def test_stored_memory_of_a_known_case():
 def test_functions_are_timed_in_turn():
     calls = []
     timings = time_in_turn(
-        {"a": lambda: calls.append("a"), "b": lambda: calls.append("b")}, 3, 1, CPU
+        {name: lambda name=name: partial(calls.append, name) for name in "ab"}, 3, 1, CPU
     )
     assert calls == ["a", "b"] * 4
     assert [len(t.seconds) for t in timings.values()] == [3, 3]
 
 
-def test_what_does_not_fit_leaves_the_others_alone():
-    def too_large():
-        raise torch.cuda.OutOfMemoryError("CUDA out of memory")
+class Gpu:
+    """Memory of a GPU as ``torch.cuda`` reports it."""
 
-    timings = time_in_turn({"large": too_large, "small": lambda: None}, 3, 1, CPU)
-    large, small = timings.values()
+    def __init__(self, monkeypatch) -> None:
+        self.held = self.peak = 0
+        for name in ("synchronize", "empty_cache"):
+            monkeypatch.setattr(torch.cuda, name, lambda *_: None)
+        monkeypatch.setattr(torch.cuda, "reset_peak_memory_stats", self.reset)
+        monkeypatch.setattr(torch.cuda, "memory_allocated", lambda _: self.held)
+        monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda _: self.peak)
+
+    def reset(self, _) -> None:
+        self.peak = self.held
+
+    def hold(self, count: int) -> None:
+        self.held += count
+        self.peak = max(self.peak, self.held)
+        if self.held > 100:
+            raise torch.cuda.OutOfMemoryError("CUDA out of memory")
+
+
+class Work:
+    """Holds memory all along, and more while it runs."""
+
+    def __init__(self, gpu: Gpu, own: int, more: int) -> None:
+        self.gpu, self.own, self.more = gpu, own, more
+        gpu.hold(own)
+
+    def __call__(self) -> None:
+        try:
+            self.gpu.hold(self.more)
+        finally:
+            self.gpu.hold(-self.more)
+
+    def __del__(self) -> None:
+        self.gpu.hold(-self.own)
+
+
+def test_memory_is_of_each_alone_and_what_does_not_fit_leaves_the_others_alone(monkeypatch):
+    gpu = Gpu(monkeypatch)
+    sizes = {"a": (20, 50), "large": (20, 90), "b": (10, 5)}
+    makers = {name: partial(Work, gpu, *size) for name, size in sizes.items()}
+    timings = time_in_turn(makers, 3, 1, torch.device("cuda"))
+    assert {name: t.peak_bytes for name, t in timings.items()} == {"a": 70, "large": None, "b": 15}
+    assert [len(t.seconds) for t in timings.values()] == [3, 0, 3]
+    large = timings["large"]
     assert (large.peak_gib, large.median, large.rate(8)) == ("out of memory", None, None)
-    assert large.speed_against(small) is small.speed_against(large) is None
-    assert len(small.seconds) == 3
+    assert large.speed_against(timings["a"]) is timings["a"].speed_against(large) is None
 
 
 def test_variants_take_the_same_step():
@@ -203,6 +246,32 @@ def test_a_run_from_files_starts_and_ends_its_own_workers(tmp_path):
     rows = json.loads(out.read_text())["rows"]
     assert [row["run"] for row in rows] == ["reference", "flsl_d2", "flsl_d2, a batch in memory"]
     assert [0 <= row["data wait"] < 1 for row in rows if row["data wait"] is not None] == [True]
+
+
+@pytest.mark.parametrize("part", [[], ["--backbone-only"]], ids=["detector", "backbone"])
+def test_detectors_are_compared(part, tmp_path):
+    out = tmp_path / "detection.json"
+    result = run(
+        "detection", "--model", "s", "--size", "64", "--batch-size", "1", "--repeats", "1",
+        "--warmup", "0", "--rel-pos", "--json", str(out), *part,
+    )  # fmt: skip
+    assert result.returncode == 0, result.stderr
+    rows = {row["what"]: row for row in json.loads(out.read_text())["rows"]}
+    assert all(row["images/s"] > 0 for row in rows.values())
+    kept = "GiB/image kept for backward"
+    assert 0 < rows["flsl_d2, training"][kept] < rows["detectron2, training"][kept]
+
+
+def test_growth_is_measured_and_drawn(tmp_path):
+    result = run(
+        "scaling", "--batches", "2,3", "--batch-size", "2", "--repeats", "1", "--warmup", "0",
+        "--plot", str(tmp_path / "plot.png"), "--json", str(tmp_path / "growth.json"), *TINY,
+    )  # fmt: skip
+    assert result.returncode == 0, result.stderr
+    rows = json.loads((tmp_path / "growth.json").read_text())["rows"]
+    assert len(rows) == 14
+    assert all(row["MiB kept for backward"] > 0 for row in rows)
+    assert Image.open(tmp_path / "plot.png").width > 1000
 
 
 def test_unknown_variants_are_refused():

@@ -30,12 +30,12 @@ def benchmark_data(args: argparse.Namespace) -> None:
     files = find_images(args.images)[: args.num_images]
     places = itertools.count()
 
-    def over_files(make: Callable[[int, str], object]) -> Callable[[], None]:
+    def over_files(make: Callable[[int, str], object]) -> Callable[[], Callable[[], None]]:
         def run() -> None:
             for index, file in enumerate(files):
                 make(index, file)
 
-        return run
+        return lambda: run
 
     steps = {}
     if args.reference_module:

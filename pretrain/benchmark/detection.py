@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -12,6 +12,7 @@ from detectron2.config import instantiate
 from detectron2.modeling.backbone import vit as detectron2_vit
 from detectron2.modeling.backbone.fpn import LastLevelMaxPool
 from detectron2.structures import BitMasks, Boxes, Instances
+from detectron2.utils.events import EventStorage
 from torch import Tensor, nn
 
 from flsl_d2.engine.config_files import load_lazy_config
@@ -106,32 +107,35 @@ def benchmark_detection(args: argparse.Namespace) -> None:
         torch.bfloat16,
         enabled=args.precision in ("bf16", "auto") and device.type == "cuda",
     )
-    pixels = torch.randn(args.batch_size, 3, args.size, args.size, device=device)
-    inputs = _images(args.batch_size, args.size, device)
-    steps: dict[str, Callable[[], Any]] = {}
-    stored: dict[str, int] = {}
-    for name, backbone in pyramids(args.model, args.size, args.rel_pos).items():
+    if args.backbone_only:
+        inputs = torch.randn(args.batch_size, 3, args.size, args.size, device=device)
+    else:
+        inputs = _images(args.batch_size, args.size, device)
+
+    def made(name: str, run: type[_Training] | type[_Inference]) -> _Training | _Inference:
+        backbone = pyramids(args.model, args.size, args.rel_pos)[name]
         model = backbone if args.backbone_only else _mask_rcnn(backbone)
-        model.to(device)
-        forward = partial(_loss, model, pixels if args.backbone_only else inputs, mixed)
-        steps[f"{name}, training"] = partial(_train, model, forward)
-        steps[f"{name}, inference"] = partial(
-            _infer, model, pixels if args.backbone_only else inputs, mixed
-        )
-        stored[f"{name}, training"] = stored_for_backward(forward, model.train())
-    timings = time_in_turn(steps, args.repeats, args.warmup, device)
+        return run(model.to(device), inputs, mixed)
+
+    makers = {
+        f"{name}, {what}": partial(made, name, run)
+        for name in ("detectron2", "flsl_d2")
+        for what, run in (("training", _Training), ("inference", _Inference))
+    }
+    timings = time_in_turn(makers, args.repeats, args.warmup, device)
     rows = []
     for name, timing in timings.items():
         base = timings[name.replace("flsl_d2", "detectron2")]
+        step, kept = timing.function, None
+        if isinstance(step, _Training):
+            kept = stored_for_backward(step.loss, step.model) / args.batch_size / 2**30
         rows.append(
             {
                 "what": name,
                 "images/s": timing.rate(args.batch_size),
                 "ratio to detectron2": timing.speed_against(base),
                 "peak GiB": timing.peak_gib,
-                "GiB/image kept for backward": stored[name] / args.batch_size / 2**30
-                if name in stored
-                else None,
+                "GiB/image kept for backward": kept,
             }
         )
     what = "backbone and pyramid" if args.backbone_only else "Mask R-CNN"
@@ -152,22 +156,42 @@ def _mask_rcnn(backbone: nn.Module) -> nn.Module:
     return model
 
 
-def _loss(model: nn.Module, inputs: Any, mixed: torch.autocast) -> Tensor:
-    model.train()
-    with mixed:
-        out = model(inputs)
-        if isinstance(inputs, Tensor):
-            return sum(level.float().square().mean() for level in out.values())
-        return sum(out.values())
+@dataclass
+class _Training:
+    """Forward and backward pass."""
+
+    model: nn.Module
+    inputs: Any
+    mixed: torch.autocast
+
+    def __post_init__(self) -> None:
+        self.model.train()
+
+    def __call__(self) -> None:
+        self.model.zero_grad(set_to_none=True)
+        self.loss().backward()
+
+    def loss(self) -> Tensor:
+        """Of the detector; of a backbone alone a number that depends on all of its output."""
+        with self.mixed, EventStorage():  # which the detector's heads write to
+            out = self.model(self.inputs)
+            if isinstance(self.inputs, Tensor):
+                return sum(level.float().square().mean() for level in out.values())
+            return sum(out.values())
 
 
-def _train(model: nn.Module, forward: Callable[[], Tensor]) -> None:
-    model.zero_grad(set_to_none=True)
-    forward().backward()
+@dataclass
+class _Inference:
+    """Forward pass without gradients."""
 
+    model: nn.Module
+    inputs: Any
+    mixed: torch.autocast
 
-@torch.no_grad()
-def _infer(model: nn.Module, inputs: Any, mixed: torch.autocast) -> None:
-    model.eval()
-    with mixed:
-        model(inputs)
+    def __post_init__(self) -> None:
+        self.model.eval()
+
+    @torch.no_grad()
+    def __call__(self) -> None:
+        with self.mixed:
+            self.model(self.inputs)

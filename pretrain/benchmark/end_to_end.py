@@ -96,7 +96,7 @@ def benchmark_end_to_end(args: argparse.Namespace) -> None:
         )
     sides[OURS] = lambda: _Run(args, files, device)
     sides[NO_FILES] = lambda: _Run(args, files, device, read=False)
-    timings = {name: Timing() for name in sides}
+    timings = {name: Timing(make) for name, make in sides.items()}
     waited = 0.0
     rounds = [name for _ in range(args.rounds) for name in sides]
     for name in tqdm(rounds, desc="end-to-end", unit="side", disable=None):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -34,8 +35,9 @@ def benchmark_scaling(args: argparse.Namespace) -> None:
     for key, value in tqdm(plan, desc="scaling", disable=None):
         batch = value if key == "batch" else args.batch_size
         overrides = args.opts if key == "batch" else [*args.opts, f"{key}={value}"]
-        step = Step(args.config_file, overrides, batch, device, args.precision)
-        timing = time_in_turn({"step": step}, args.repeats, args.warmup, device)["step"]
+        make = partial(Step, args.config_file, overrides, batch, device, args.precision)
+        timing = time_in_turn({"step": make}, args.repeats, args.warmup, device)["step"]
+        step = timing.function
         rows.append(
             {
                 "what": key,
@@ -43,13 +45,11 @@ def benchmark_scaling(args: argparse.Namespace) -> None:
                 "s/step": timing.median,
                 "images/s": timing.rate(batch),
                 "peak GiB": timing.peak_gib,
-                "MiB kept for backward": None
-                if timing.out_of_memory
-                else step.stored_bytes() / 2**20,
-                "GFLOP/image": step.flops_per_image / 1e9,
+                "MiB kept for backward": step and step.stored_bytes() / 2**20,
+                "GFLOP/image": step and step.flops_per_image / 1e9,
             }
         )
-        del step
+        del step, timing
     print_table(rows)
     _draw(rows, args.plot)
     print(f"plot: {args.plot}")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 
 import numpy as np
 import torch
@@ -141,23 +142,24 @@ def benchmark_step(args: argparse.Namespace) -> None:
     device = torch.device(args.device)
     if args.threads:
         torch.set_num_threads(args.threads)
-    steps: dict[str, Callable[[], None]] = {}
+    makers: dict[str, Callable[[], Callable[[], None]]] = {}
     if args.reference_module:
         make_step = reference_function(args.reference_module, "make_step")
-        steps["reference"] = make_step(args.batch_size, device, args.precision)
+        makers["reference"] = partial(make_step, args.batch_size, device, args.precision)
     for name, opts in overrides.items():
-        steps[name] = Step(args.config_file, opts, args.batch_size, device, args.precision)
-    timings = time_in_turn(steps, args.repeats, args.warmup, device)
+        makers[name] = partial(
+            Step, args.config_file, opts, args.batch_size, device, args.precision
+        )
+    timings = time_in_turn(makers, args.repeats, args.warmup, device)
     peak = peak_tflops(torch.cuda.get_device_name(device)) if device.type == "cuda" else None
     first = next(iter(timings))
     rows = []
     for name, timing in timings.items():
-        step = steps[name]
-        rate = timing.rate(args.batch_size)
+        step, rate = timing.function, timing.rate(args.batch_size)
         flops = kept = None
         if isinstance(step, Step):
             flops = step.flops_per_image
-            if not timing.out_of_memory and "compiled" not in name:
+            if "compiled" not in name:
                 kept = step.stored_bytes() / args.batch_size / 2**20
         rows.append(
             {
@@ -168,7 +170,7 @@ def benchmark_step(args: argparse.Namespace) -> None:
                 "peak GiB": timing.peak_gib,
                 "MiB/image kept for backward": kept,
                 "GFLOP/image": flops and flops / 1e9,
-                "MFU": rate * flops / peak / 1e12 if rate and flops and peak else None,
+                "MFU": rate * flops / peak / 1e12 if flops and peak else None,
             }
         )
     print(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import statistics
 import time
 from collections.abc import Callable, Mapping
@@ -20,14 +21,14 @@ class Timing:
     """Repeated measurements of one thing.
 
     Attributes:
+        function: the thing; None where the GPU is too small for it, and there are no seconds then.
         seconds: of each repetition, in the order of measurement.
-        peak_bytes: the most memory that the GPU held during any of them; None on a CPU.
-        out_of_memory: whether the GPU was too small for it; there are no seconds then.
+        peak_bytes: the most memory that the GPU holds for it alone; None on a CPU.
     """
 
+    function: Callable[[], Any] | None
     seconds: list[float] = field(default_factory=list)
     peak_bytes: int | None = None
-    out_of_memory: bool = False
 
     @property
     def median(self) -> float | None:
@@ -37,7 +38,7 @@ class Timing:
     @property
     def peak_gib(self) -> float | str | None:
         """Peak memory for a table."""
-        if self.out_of_memory:
+        if self.function is None:
             return "out of memory"
         return self.peak_bytes / 2**30 if self.peak_bytes else None
 
@@ -57,42 +58,52 @@ class Timing:
 
 
 def time_in_turn(
-    functions: Mapping[str, Callable[[], Any]],
+    makers: Mapping[str, Callable[[], Callable[[], Any]]],
     repeats: int,
     warmup: int,
     device: torch.device,
 ) -> dict[str, Timing]:
     """Time functions A, B, A, B, ..., so that what the machine does beside them hits all alike.
 
-    One that does not fit into the GPU's memory is left out from then on, and the others go on.
+    On a GPU each is first made and run by itself, for its memory; those that do not fit are left
+    out.
 
     Args:
-        functions: by name.
+        makers: what makes each function, by name.
         repeats: measurements of each.
         warmup: runs of each before the first measurement (compilation, caches, clocks).
         device: is waited for before and after each run.
     """
-    timings = {name: Timing() for name in functions}
+    if device.type == "cuda":
+        peaks = {name: _peak_alone(make, device) for name, make in makers.items()}
+    else:
+        peaks = dict.fromkeys(makers, 0)
+    timings = {
+        name: Timing(None if peaks[name] is None else make(), peak_bytes=peaks[name] or None)
+        for name, make in makers.items()
+    }
+    timed = [timing for timing in timings.values() if timing.function]
     rounds = tqdm(range(-warmup, repeats), desc="benchmark", unit="round", disable=None)
     for number in rounds:
-        for name, function in functions.items():
-            timing = timings[name]
-            if timing.out_of_memory:
-                continue
-            if device.type == "cuda":
-                torch.cuda.reset_peak_memory_stats(device)
-            try:
-                seconds = seconds_of(function, 1, device)
-            except torch.cuda.OutOfMemoryError:
-                timings[name] = Timing(out_of_memory=True)
-                continue
-            if number < 0:
-                continue
-            timing.seconds.append(seconds)
-            if device.type == "cuda":
-                peak = torch.cuda.max_memory_allocated(device)
-                timing.peak_bytes = max(peak, timing.peak_bytes or 0)
+        for timing in timed:
+            seconds = seconds_of(timing.function, 1, device)
+            if number >= 0:
+                timing.seconds.append(seconds)
     return timings
+
+
+def _peak_alone(make: Callable[[], Callable[[], Any]], device: torch.device) -> int | None:
+    """Peak of making it and running it twice, as optimisers take memory in the first step only."""
+    gc.collect()
+    torch.cuda.empty_cache()
+    torch.cuda.reset_peak_memory_stats(device)
+    before = torch.cuda.memory_allocated(device)
+    try:
+        function = make()
+        seconds_of(function, 2, device)
+    except torch.cuda.OutOfMemoryError:
+        return None
+    return torch.cuda.max_memory_allocated(device) - before
 
 
 def seconds_of(function: Callable[[], Any], times: int, device: torch.device) -> float:
