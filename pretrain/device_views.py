@@ -81,7 +81,7 @@ def crop_batch(images: Tensor, boxes: Tensor, size: int) -> Tensor:
     top, left, height, width = boxes.float().unbind(1)
     rows = _resampling_matrix(top, height, images.shape[-2], size)  # (B, S, H)
     columns = _resampling_matrix(left, width, images.shape[-1], size)  # (B, S, W)
-    # In TF32 or half precision the products would be off by more than a grey level.
+    # In half precision the products would be off by more than a grey level.
     with torch.autocast(images.device.type, enabled=False):
         out = rows[:, None] @ images.float() @ columns[:, None].transpose(-2, -1)
     return out.clamp_(0, 255)
