@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+from argparse import Namespace
 from functools import partial
 from pathlib import Path
 
@@ -19,9 +20,10 @@ from torch.utils.flop_counter import FlopCounterMode
 from flsl_d2.engine.config_files import load_lazy_config
 from flsl_d2.errors import InputError
 from flsl_d2.modeling import FLSLViT
-from pretrain.benchmark.detection import pyramids
+from pretrain.benchmark.detection import benchmark_detection, pyramids
 from pretrain.benchmark.flops import encoder_flops, peak_tflops
 from pretrain.benchmark.reference import reference_function
+from pretrain.benchmark.scaling import benchmark_scaling
 from pretrain.benchmark.step import Step, _overrides_of
 from pretrain.benchmark.timing import Timing, stored_for_backward, time_in_turn
 
@@ -248,14 +250,17 @@ def test_a_run_from_files_starts_and_ends_its_own_workers(tmp_path):
     assert [0 <= row["data wait"] < 1 for row in rows if row["data wait"] is not None] == [True]
 
 
-@pytest.mark.parametrize("part", [[], ["--backbone-only"]], ids=["detector", "backbone"])
-def test_detectors_are_compared(part, tmp_path):
+def arguments(json_file: Path, **others) -> Namespace:
+    """What the command line gives a benchmark; called here, it need not import everything anew."""
+    common = {"device": "cpu", "threads": None, "precision": "fp32", "repeats": 1, "warmup": 0}
+    return Namespace(**common, json=str(json_file), **others)
+
+
+@pytest.mark.parametrize("backbone_only", [False, True])
+def test_detectors_are_compared(backbone_only, tmp_path):
     out = tmp_path / "detection.json"
-    result = run(
-        "detection", "--model", "s", "--size", "64", "--batch-size", "1", "--repeats", "1",
-        "--warmup", "0", "--rel-pos", "--json", str(out), *part,
-    )  # fmt: skip
-    assert result.returncode == 0, result.stderr
+    what = {"model": "s", "size": 64, "rel_pos": True, "backbone_only": backbone_only}
+    benchmark_detection(arguments(out, batch_size=1, **what))
     rows = {row["what"]: row for row in json.loads(out.read_text())["rows"]}
     assert all(row["images/s"] > 0 for row in rows.values())
     kept = "GiB/image kept for backward"
@@ -263,15 +268,13 @@ def test_detectors_are_compared(part, tmp_path):
 
 
 def test_growth_is_measured_and_drawn(tmp_path):
-    result = run(
-        "scaling", "--batches", "2,3", "--batch-size", "2", "--repeats", "1", "--warmup", "0",
-        "--plot", str(tmp_path / "plot.png"), "--json", str(tmp_path / "growth.json"), *TINY,
-    )  # fmt: skip
-    assert result.returncode == 0, result.stderr
-    rows = json.loads((tmp_path / "growth.json").read_text())["rows"]
+    out, plot = tmp_path / "growth.json", tmp_path / "plot.png"
+    config = {"config_file": CONFIG, "opts": TINY}
+    benchmark_scaling(arguments(out, batch_size=2, batches=[2, 3], plot=str(plot), **config))
+    rows = json.loads(out.read_text())["rows"]
     assert len(rows) == 14
     assert all(row["MiB kept for backward"] > 0 for row in rows)
-    assert Image.open(tmp_path / "plot.png").width > 1000
+    assert Image.open(plot).width > 1000
 
 
 def test_unknown_variants_are_refused():
