@@ -19,6 +19,7 @@ from flsl_d2.engine.config_files import load_lazy_config
 from flsl_d2.modeling import FLSLViT, SimpleFeaturePyramid
 from pretrain.benchmark.report import print_table, write_json
 from pretrain.benchmark.timing import stored_for_backward, time_in_turn
+from pretrain.trainer import PRECISIONS, resolve_precision
 
 __all__ = ["benchmark_detection", "pyramids"]
 
@@ -102,17 +103,16 @@ def benchmark_detection(args: argparse.Namespace) -> None:
     device = torch.device(args.device)
     if args.threads:
         torch.set_num_threads(args.threads)
-    mixed = torch.autocast(
-        device.type,
-        torch.bfloat16,
-        enabled=args.precision in ("bf16", "auto") and device.type == "cuda",
-    )
+    precision = resolve_precision(args.precision, device.type)
+    dtype = PRECISIONS[precision]
+    mixed = torch.autocast(device.type, dtype or torch.bfloat16, enabled=dtype is not None)
     if args.backbone_only:
         inputs = torch.randn(args.batch_size, 3, args.size, args.size, device=device)
     else:
         inputs = _images(args.batch_size, args.size, device)
 
     def made(name: str, run: type[_Training] | type[_Inference]) -> _Training | _Inference:
+        torch.manual_seed(0)  # the same detector around both
         backbone = pyramids(args.model, args.size, args.rel_pos)[name]
         model = backbone if args.backbone_only else _mask_rcnn(backbone)
         return run(model.to(device), inputs, mixed)
@@ -141,7 +141,7 @@ def benchmark_detection(args: argparse.Namespace) -> None:
     what = "backbone and pyramid" if args.backbone_only else "Mask R-CNN"
     print(
         f"{what}, ViT-{args.model.upper()}/16, {args.size} x {args.size}, batch {args.batch_size}, "
-        f"relative positions {'on' if args.rel_pos else 'off'}, {device}, "
+        f"relative positions {'on' if args.rel_pos else 'off'}, {precision} on {device}, "
         f"{torch.get_num_threads()} thread(s), median of {args.repeats} in turn"
     )
     print_table(rows)
