@@ -84,7 +84,7 @@ def run_demo(
 
 def _run_tool(tool: str, config: str, folder: Path, run: str, overrides: list[str]) -> None:
     """Run a tool as a user would; its progress lines go to the console, all of it to a log."""
-    processes = min(os.cpu_count() or 1, 2)
+    processes = min(_usable_cores(), 2)
     arguments = [f"tools/{tool}", "--config-file", config, "--num-gpus", str(processes)]
     arguments += ["--overwrite", f"train.output_dir={folder / run}", *overrides]
     settings = {
@@ -114,6 +114,13 @@ def _run_tool(tool: str, config: str, folder: Path, run: str, overrides: list[st
     if process.returncode:
         end = "".join(log.read_text().splitlines(keepends=True)[-8:])
         raise InputError(f"tools/{tool} failed with status {process.returncode}; see {log}:\n{end}")
+
+
+def _usable_cores() -> int:
+    """Of this process; a container or a job may have fewer than the machine."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
 
 
 def _results(folder: Path, run: str) -> dict[str, float]:
