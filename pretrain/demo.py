@@ -21,6 +21,7 @@ from detectron2.data import DatasetCatalog
 from flsl_d2.checkpoint import read_weights
 from flsl_d2.data import register_scenes
 from flsl_d2.data.scenes import make_scenes
+from flsl_d2.engine.launch import usable_cores
 from flsl_d2.errors import InputError
 from flsl_d2.modeling import FLSLViT
 from flsl_d2.modeling.pixels import IMAGENET_MEAN, IMAGENET_STD
@@ -84,7 +85,7 @@ def run_demo(
 
 def _run_tool(tool: str, config: str, folder: Path, run: str, overrides: list[str]) -> None:
     """Run a tool as a user would; its progress lines go to the console, all of it to a log."""
-    processes = min(_usable_cores(), 2)
+    processes = min(usable_cores(), 2)
     arguments = [f"tools/{tool}", "--config-file", config, "--num-gpus", str(processes)]
     arguments += ["--overwrite", f"train.output_dir={folder / run}", *overrides]
     settings = {
@@ -114,13 +115,6 @@ def _run_tool(tool: str, config: str, folder: Path, run: str, overrides: list[st
     if process.returncode:
         end = "".join(log.read_text().splitlines(keepends=True)[-8:])
         raise InputError(f"tools/{tool} failed with status {process.returncode}; see {log}:\n{end}")
-
-
-def _usable_cores() -> int:
-    """Of this process; a container or a job may have fewer than the machine."""
-    if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
 
 
 def _results(folder: Path, run: str) -> dict[str, float]:

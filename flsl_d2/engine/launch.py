@@ -23,7 +23,7 @@ from torch import nn
 from flsl_d2.engine.stopping import STOP_SIGNALS, STOPPED, StopRequest, forwarding, signals_held
 from flsl_d2.errors import InputError, TrainingError
 
-__all__ = ["WorkerError", "launch", "leave", "started_by_torchrun", "wrap_ddp"]
+__all__ = ["WorkerError", "launch", "leave", "started_by_torchrun", "usable_cores", "wrap_ddp"]
 
 # Reports of failed ranks wait in a pipe until the parent reads them; its buffer holds 64 KiB.
 _REPORT_CHARS = 4000
@@ -39,6 +39,13 @@ _PLAIN = {"InputError": InputError, "TrainingError": TrainingError}
 
 class WorkerError(RuntimeError):
     """A worker process failed; the message holds its rank and its traceback."""
+
+
+def usable_cores() -> int:
+    """Of this process; a container or a job may have fewer than the machine."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
 
 
 def started_by_torchrun() -> bool:
