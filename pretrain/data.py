@@ -13,14 +13,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset, Sampler, get_worker_info
 
-from flsl_d2.errors import InputError
-from pretrain.device_views import (
-    AugmentationBatch,
-    augment_views,
-    crop_batch,
-    stack_augmentations,
-)
-from pretrain.images import (
+from flsl_d2.data.images import (
     MAX_PIXELS,
     MAX_PIXELS_LIMIT,
     ImageFile,
@@ -28,7 +21,14 @@ from pretrain.images import (
     image_files,
     printable,
 )
-from pretrain.objective import query_indexes
+from flsl_d2.errors import InputError
+from pretrain.device_views import (
+    AugmentationBatch,
+    augment_views,
+    crop_batch,
+    stack_augmentations,
+)
+from pretrain.methods.flsl_objective import query_indexes
 from pretrain.views import NestedViews, Views
 from pretrain.workers import WorkerLoader, keep_quiet_about_lost_trainer
 

@@ -20,10 +20,28 @@ from detectron2.utils.events import EventWriter, get_event_storage
 from torch import Tensor
 
 from flsl_d2.errors import TrainingError
-from pretrain.checkpoint import save_teacher_backbone
+from flsl_d2.files import replaced_file
+from flsl_d2.weights.export import encoder_file
 from pretrain.data import check_failed_share
+from pretrain.methods.flsl import FLSL
 
-__all__ = ["ConsoleProgress", "ExportTeacher", "Monitor"]
+__all__ = [
+    "ConsoleProgress",
+    "ExportTeacher",
+    "Monitor",
+    "save_teacher_backbone",
+]
+
+
+def save_teacher_backbone(model: FLSL, path: str | Path) -> None:
+    """Write the teacher's encoder (:func:`encoder_file`); a reader never sees half of it.
+
+    Raises:
+        OSError: it cannot be written; a file that was there before still is.
+    """
+    with replaced_file(path) as file:
+        torch.save(encoder_file(model.teacher.backbone), file)
+
 
 logger = logging.getLogger("pretrain")
 

@@ -16,24 +16,31 @@ from detectron2.utils.env import seed_all_rng
 from detectron2.utils.events import JSONWriter, TensorboardXWriter
 from omegaconf import DictConfig
 
-from flsl_d2.checkpoint import FLSLCheckpointer
 from flsl_d2.engine.checkpoints import Checkpoints
 from flsl_d2.engine.config_files import load_lazy_config
 from flsl_d2.engine.launch import launch, wrap_ddp
-from flsl_d2.engine.metrics_file import PeriodicWriter, trim_metrics
-from flsl_d2.engine.output_folder import prepare_output
-from flsl_d2.engine.run_state import ResumeOptions, check_and_keep_run
+from flsl_d2.engine.run_folder import (
+    PeriodicWriter,
+    ResumeOptions,
+    check_and_keep_run,
+    prepare_output,
+    trim_metrics,
+)
 from flsl_d2.engine.stopping import StopRequest, stop_requests
 from flsl_d2.errors import InputError, TrainingError
-from pretrain.bad_numbers import BadNumbersError, step_files, write_bad_numbers
-from pretrain.collapse import CollapseWatch
+from flsl_d2.weights import FLSLCheckpointer
 from pretrain.data import PretrainDataset, build_pretrain_loader, image_files
-from pretrain.feature_measures import FeatureMeasures
 from pretrain.hooks import ConsoleProgress, ExportTeacher, Monitor
+from pretrain.monitor import CollapseWatch, EncoderPictures, FeatureMeasures
 from pretrain.optimizer import build_adamw
-from pretrain.pictures import EncoderPictures
 from pretrain.schedules import Schedules
-from pretrain.trainer import PretrainTrainer, resolve_precision
+from pretrain.trainer import (
+    BadNumbersError,
+    PretrainTrainer,
+    resolve_precision,
+    step_files,
+    write_bad_numbers,
+)
 from pretrain.views import NestedViews
 
 __all__ = ["images_digest", "launch_pretraining", "run_pretraining"]
@@ -92,7 +99,7 @@ def run_pretraining(
     Args:
         cfg: as of ``configs/pretrain/*.py``.
         resume: continue from the last checkpoint of the output folder, where there is one.
-        allow_changes: see :class:`flsl_d2.engine.run_state.ResumeOptions`.
+        allow_changes: see :class:`flsl_d2.engine.run_folder.ResumeOptions`.
         overwrite: likewise.
 
     Raises:

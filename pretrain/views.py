@@ -15,9 +15,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from flsl_d2.data.images import ImageFile
 from flsl_d2.errors import InputError
 from pretrain.augmentation import Augmentation, apply_augmentation, draw_augmentation
-from pretrain.images import ImageFile
 
 __all__ = ["DEVICE_WORK", "NestedViews", "Views", "crop_box", "pooled_queries", "resized_crop"]
 

@@ -20,12 +20,15 @@ from torch.utils.flop_counter import FlopCounterMode
 from flsl_d2.engine.config_files import load_lazy_config
 from flsl_d2.errors import InputError
 from flsl_d2.modeling import FLSLViT
-from pretrain.benchmark.detection import benchmark_detection, pyramids
-from pretrain.benchmark.flops import encoder_flops, peak_tflops
-from pretrain.benchmark.reference import reference_function
-from pretrain.benchmark.scaling import benchmark_scaling
-from pretrain.benchmark.step import Step, _overrides_of
-from pretrain.benchmark.timing import Timing, stored_for_backward, time_in_turn
+from pretrain.studies.benchmark.detection import benchmark_detection, pyramids
+from pretrain.studies.benchmark.measuring import (
+    Timing,
+    reference_function,
+    stored_for_backward,
+    time_in_turn,
+)
+from pretrain.studies.benchmark.scaling import benchmark_scaling
+from pretrain.studies.benchmark.step import Step, _overrides_of, encoder_flops, peak_tflops
 
 ROOT = Path(__file__).resolve().parents[1]
 CPU = torch.device("cpu")

@@ -11,9 +11,9 @@ import pytest
 import torch
 from timm.models.vision_transformer import VisionTransformer
 
-from flsl_d2.checkpoint import build_encoder
-from flsl_d2.checkpoint.convert import convert_checkpoint
 from flsl_d2.errors import InputError
+from flsl_d2.weights import build_encoder
+from flsl_d2.weights.export import convert_checkpoint
 
 
 def vit(**options) -> VisionTransformer:

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from flsl_d2.errors import InputError
-from flsl_d2.evaluation.feature_report import report_features
+from flsl_d2.evaluation.measures import report_features
 
 ROOT = Path(__file__).resolve().parents[1]
 DATA = ("--train", "pennfudan_train", "--val", "pennfudan_val")

@@ -16,9 +16,10 @@ from conftest import GOLDEN, GOLDEN_FILES
 
 from flsl_d2.mean_shift import attention, mean_shift, mix_attention, sharpened_prior
 from flsl_d2.modeling import FLSLViT
-from pretrain.model import FLSL, FLSLHead
-from pretrain.objective import FLSLLoss, gather_queries, query_indexes
-from pretrain.previous_stage import PreviousStage
+from flsl_d2.modeling.projection_head import FLSLHead
+from pretrain.methods.flsl import FLSL
+from pretrain.methods.flsl_objective import FLSLLoss, gather_queries, query_indexes
+from pretrain.methods.previous_stage import PreviousStage
 from pretrain.schedules import StepValues
 
 TOLERANCE = 1e-4

@@ -20,8 +20,8 @@ import torch
 from flsl_d2.data import register_scenes
 from flsl_d2.data.scenes import make_scenes
 from flsl_d2.visualization.curves import read_metrics
-from pretrain.grid import Axis, grid_points
 from pretrain.run import run_pretraining
+from pretrain.studies.grid import Axis, grid_points
 
 ROOT = Path(__file__).resolve().parents[1]
 CONFIG = "configs/demo/flsl_vit_scenes.py"

@@ -8,12 +8,11 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from flsl_d2.engine.command_line import described_parser, run_tool
-from pretrain.benchmark import reference
-from pretrain.benchmark.data_path import benchmark_data
-from pretrain.benchmark.detection import SIZES, benchmark_detection
-from pretrain.benchmark.end_to_end import benchmark_end_to_end
-from pretrain.benchmark.scaling import benchmark_scaling
-from pretrain.benchmark.step import VARIANTS, benchmark_step
+from pretrain.studies.benchmark import reference
+from pretrain.studies.benchmark.data import benchmark_data, benchmark_end_to_end
+from pretrain.studies.benchmark.detection import SIZES, benchmark_detection
+from pretrain.studies.benchmark.scaling import benchmark_scaling
+from pretrain.studies.benchmark.step import VARIANTS, benchmark_step
 
 CONFIG = "configs/pretrain/flsl_vit_small_p16_in1k.py"
 EXAMPLES = f"""examples:

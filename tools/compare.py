@@ -9,8 +9,8 @@ sys.path.insert(0, str(TOOLS.parent))
 
 import torch
 
-from flsl_d2.comparison.command_line import compare_command
 from flsl_d2.engine.command_line import described_parser, parse_tool_arguments, run_tool
+from flsl_d2.experiments.compare import compare_command
 
 EXAMPLES = """examples:
   two weight files and an untrained encoder, by measures of frozen features:

@@ -6,8 +6,8 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from flsl_d2.checkpoint.convert import FORMATS, convert_checkpoint
 from flsl_d2.engine.command_line import described_parser, run_tool
+from flsl_d2.weights.export import FORMATS, convert_checkpoint
 
 EPILOG = """read: published FLSL, DINO, iBOT, SelfPatch, MAE, MoCo v3, DINOv2, DeiT, timm, ViTDet of
 Detectron2 (.pth, .pkl, .safetensors) and what this project writes. No code in a file is ever run.

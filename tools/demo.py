@@ -8,7 +8,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from flsl_d2.engine.command_line import run_tool
-from pretrain.demo import run_demo
+from pretrain.studies.demo import run_demo
 
 
 def main() -> None:

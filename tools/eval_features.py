@@ -9,8 +9,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from detectron2.utils.logger import setup_logger
 
 from flsl_d2.engine.command_line import described_parser, run_tool
-from flsl_d2.evaluation.feature_report import report_features
-from flsl_d2.evaluation.measures import MEASURES
+from flsl_d2.evaluation.measures import MEASURES, report_features
 
 EXAMPLES = f"""examples:
   all measures, on 200 images each of COCO's splits:

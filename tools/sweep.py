@@ -8,7 +8,7 @@ TOOLS = Path(__file__).resolve().parent
 sys.path.insert(0, str(TOOLS.parent))
 
 from flsl_d2.engine.command_line import described_parser, parse_tool_arguments, run_tool
-from pretrain.sweep_command import sweep_command
+from pretrain.studies.sweep import sweep_command
 
 EXAMPLES = """examples:
   v (weight of the intra-view loss) against gamma (of volume maximisation), on the CPU:

@@ -10,7 +10,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from flsl_d2.engine.command_line import described_parser, run_tool
-from pretrain.visualize import visualize
+from flsl_d2.visualization.visualize import visualize
 
 EXAMPLES = """examples:
   a pre-trained encoder beside an untrained one, on 8 images of a folder:

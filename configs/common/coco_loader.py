@@ -16,7 +16,7 @@ from detectron2.data import (
 from detectron2.evaluation import COCOEvaluator
 from omegaconf import OmegaConf
 
-from flsl_d2.data.file_pairs import detection_records
+from flsl_d2.data.datasets import detection_records
 
 dataloader = OmegaConf.create(
     dict(

@@ -4,7 +4,7 @@ import torch
 from detectron2.config import LazyCall as L
 from detectron2.solver import get_default_optimizer_params
 
-from flsl_d2.engine.solver import layer_decay
+from flsl_d2.detection.solver import layer_decay
 
 optimizer = L(torch.optim.AdamW)(
     params=L(get_default_optimizer_params)(

@@ -12,8 +12,7 @@ projects/ViTDet/configs/LVIS/mask_rcnn_vitdet_b_100ep.py. Needs the package lvis
 from detectron2.config import LazyCall as L
 from detectron2.data.samplers import RepeatFactorTrainingSampler
 
-from flsl_d2.data.lvis import federated_loss_weights
-from flsl_d2.evaluation.lvis_ap import LVISEvaluator
+from flsl_d2.detection.lvis import LVISEvaluator, federated_loss_weights
 
 from ..coco.mask_rcnn_flsl_vit_b16_100ep import dataloader, lr_multiplier, model, optimizer, train
 

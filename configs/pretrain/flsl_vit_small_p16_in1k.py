@@ -15,9 +15,10 @@ import os
 from detectron2.config import LazyCall as L
 
 from flsl_d2.modeling import FLSLViT
-from pretrain.model import FLSL, FLSLHead
-from pretrain.objective import FLSLLoss
-from pretrain.previous_stage import load_previous_stage
+from flsl_d2.modeling.projection_head import FLSLHead
+from pretrain.methods.flsl import FLSL
+from pretrain.methods.flsl_objective import FLSLLoss
+from pretrain.methods.previous_stage import load_previous_stage
 from pretrain.schedules import Schedules
 from pretrain.views import NestedViews
 

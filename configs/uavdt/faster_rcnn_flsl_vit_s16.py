@@ -13,7 +13,7 @@ and with COCO's. Hardware, time and score: not measured.
 from detectron2.config import LazyCall as L
 from detectron2.evaluation import COCOEvaluator
 
-from flsl_d2.evaluation.uavdt_ap import UAVDTEvaluator
+from flsl_d2.detection.uavdt_ap import UAVDTEvaluator
 
 from ..coco.faster_rcnn_flsl_vit_s16_1x import dataloader, lr_multiplier, model, optimizer, train
 

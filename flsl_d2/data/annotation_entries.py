@@ -8,13 +8,13 @@ from collections.abc import Iterable
 from typing import Any
 
 from flsl_d2.data.annotation_shapes import (
+    Findings,
     check_box,
     check_mask,
     check_polygons,
     is_number,
     is_side,
 )
-from flsl_d2.data.findings import Findings
 
 Sizes = dict[Any, tuple[float, float]]  # image id -> height, width
 

@@ -5,8 +5,107 @@ from __future__ import annotations
 import math
 from typing import Any
 
-from flsl_d2.data.findings import Findings
-from flsl_d2.data.run_length import runs_of_text
+import numpy as np
+
+# Of 5 bits each: runs of up to 2^34 pixels, whose sums still fit 64 bits.
+_MAX_CHARACTERS = 7
+
+
+def runs_of_text(text: str) -> list[int]:
+    """Runs of a mask in COCO's compressed text form.
+
+    The form, as in pycocotools' `maskApi.c`: a character is 48 plus six bits, of which the lowest
+    five are part of a number, least significant part first, and the sixth says that another
+    follows; the highest bit of a number's last part is its sign; from the fourth number on, each
+    is the difference to the run two before.
+
+    Args:
+        text: `counts` of a mask.
+
+    Returns:
+        The runs of 0 and 1 in turn, column by column. They may be negative in a faulty text.
+
+    Raises:
+        ValueError: a character, or an end, that the form does not have.
+    """
+    bits = np.frombuffer(text.encode("ascii"), np.uint8).astype(np.int64) - 48
+    if not len(bits):
+        return []
+    follows = bits & 0x20
+    if bits.min() < 0 or bits.max() > 63 or follows[-1]:
+        raise ValueError("not a run-length mask")
+    starts = np.flatnonzero(np.append(32, ~follows[:-1] & 0x20))
+    lengths = np.diff(np.append(starts, len(bits)))
+    if lengths.max() > _MAX_CHARACTERS:
+        raise ValueError("a run of a run-length mask is too long")
+    places = np.arange(len(bits)) - np.repeat(starts, lengths)
+    numbers = np.add.reduceat((bits & 0x1F) << (5 * places), starts)
+    negative = bits[starts + lengths - 1] & 0x10
+    numbers -= np.where(negative, 1 << (5 * lengths), 0)
+    numbers[1::2], numbers[2::2] = np.cumsum(numbers[1::2]), np.cumsum(numbers[2::2])
+    return numbers.tolist()
+
+
+class Findings:
+    """Kinds of findings, each with its count and its first examples.
+
+    A kind is a text; the count comes before it, or where it says `{count}`.
+
+    Args:
+        max_report: how many examples of a kind are kept.
+    """
+
+    def __init__(self, max_report: int) -> None:
+        self._max_report = max(max_report, 1)
+        self._counts: dict[str, dict[str, int]] = {"fault": {}, "degenerate": {}, "remark": {}}
+        self._examples: dict[str, list[str]] = {}
+        self._degenerate_ids: set[Any] = set()
+
+    def _note(self, level: str, kind: str, example: object) -> None:
+        counts = self._counts[level]
+        counts[kind] = counts.get(kind, 0) + 1
+        examples = self._examples.setdefault(kind, [])
+        if len(examples) < self._max_report:
+            examples.append(str(example)[:120])
+
+    def fault(self, kind: str, example: object) -> None:
+        """Something that makes the file unusable."""
+        self._note("fault", kind, example)
+
+    def annotation_degenerate(self, kind: str, annotation_id: object) -> None:
+        """An annotation that cannot be learned from, while the others can."""
+        self._note("degenerate", kind, annotation_id)
+        self._degenerate_ids.add(str(annotation_id))
+
+    def remark(self, kind: str, example: object) -> None:
+        """Something that is right and still good to know."""
+        self._note("remark", kind, example)
+
+    def _lines(self, level: str) -> list[str]:
+        lines = []
+        for kind, count in self._counts[level].items():
+            examples = self._examples[kind]
+            more = f" and {count - len(examples)} more" if count > len(examples) else ""
+            what = kind if "{count}" in kind else "{count} x " + kind
+            lines.append(f"{what.replace('{count}', str(count))}: {', '.join(examples)}{more}")
+        return lines
+
+    def faults(self) -> list[str]:
+        """One line a kind of fault."""
+        return self._lines("fault")
+
+    def degenerate(self) -> list[str]:
+        """One line a kind of degenerate annotation."""
+        return self._lines("degenerate")
+
+    def remarks(self) -> list[str]:
+        """One line a kind of remark."""
+        return self._lines("remark")
+
+    @property
+    def degenerate_count(self) -> int:
+        """How many annotations are degenerate in any way."""
+        return len(self._degenerate_ids)
 
 
 def is_number(value: object) -> bool:

@@ -18,7 +18,7 @@ from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.utils.file_io import PathManager
 
 from flsl_d2.data.annotation_entries import check_annotations, check_images
-from flsl_d2.data.findings import Findings
+from flsl_d2.data.annotation_shapes import Findings
 from flsl_d2.errors import InputError
 
 logger = logging.getLogger(__name__)

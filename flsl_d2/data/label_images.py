@@ -1,18 +1,38 @@
-"""Data sets for semantic segmentation: one label image for each picture."""
+"""Label images in the numbering that Detectron2's semantic data sets expect.
+
+Detectron2 has scripts for this in its repository, not in what is installed.
+"""
 
 from __future__ import annotations
 
+import json
+import logging
 import os
+from collections.abc import Callable, Iterable
+from concurrent.futures import ProcessPoolExecutor
+from functools import partial
+from pathlib import Path
+from typing import Any
 
 import cv2
 import numpy as np
 from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.utils.file_io import PathManager
 from PIL import Image
+from tqdm import tqdm
 
+from flsl_d2.data.datasets import datasets_root
 from flsl_d2.errors import InputError
 
-__all__ = ["check_label_images", "read_labels"]
+__all__ = [
+    "PREPARATIONS",
+    "ade20k_labels",
+    "check_label_images",
+    "prepare_ade20k",
+    "prepare_coco_stuff",
+    "read_labels",
+    "stuff_labels",
+]
 
 _PREPARATION = "tools/prepare_labels.py makes those of ADE20K and of COCO"
 # Of a data set; a wrong preparation shows in the first ones.
@@ -86,3 +106,115 @@ def _check_labels(path: str, num_classes: int, ignored: int) -> None:
             f"{path} has the label {wrong[0]}, but there are the classes 0 to {num_classes - 1} "
             f"and {ignored} for none; {_PREPARATION}."
         )
+
+
+IGNORED = 255
+
+logger = logging.getLogger(__name__)
+
+
+def ade20k_labels(labels: np.ndarray) -> np.ndarray:
+    """ADE20K's labels (H, W), uint8: 0 for none and classes from 1, to 255 and classes from 0."""
+    return np.where(labels == 0, IGNORED, labels - 1).astype(np.uint8)
+
+
+def stuff_labels(
+    panoptic: np.ndarray, segments: Iterable[dict[str, Any]], numbers: dict[int, int]
+) -> np.ndarray:
+    """COCO's panoptic image to classes of stuff.
+
+    Args:
+        panoptic: (H, W, 3) uint8; the segment's number is R + 256 G + 65536 B, 0 for none.
+        segments: with ``id`` and ``category_id``, those of the image.
+        numbers: of the categories of stuff; all others are things, 0.
+
+    Returns:
+        Labels (H, W), uint8; 255 where there is no segment.
+    """
+    weights = np.array([1, 256, 65536], np.int64)
+    found, index = np.unique(panoptic.astype(np.int64) @ weights, return_inverse=True)
+    category = {segment["id"]: segment["category_id"] for segment in segments}
+    table = [numbers.get(category[i], 0) if i in category else IGNORED for i in found.tolist()]
+    return np.array(table, np.uint8)[index].reshape(panoptic.shape[:2])
+
+
+def prepare_ade20k(root: str | os.PathLike[str] | None = None, num_workers: int = 0) -> None:
+    """Write ``ADEChallengeData2016/annotations_detectron2`` from its ``annotations``.
+
+    Args:
+        root: the folder of all data sets; ``$DETECTRON2_DATASETS`` by default.
+        num_workers: processes; 0 for one a core.
+
+    Raises:
+        InputError: ADE20K is not there.
+    """
+    folder = Path(root or datasets_root()).expanduser() / "ADEChallengeData2016"
+    for split in ("training", "validation"):
+        source = folder / "annotations" / split
+        _check(source.is_dir(), source, "unpack ADEChallengeData2016 there")
+        target = folder / "annotations_detectron2" / split
+        work = [(file, target / file.name, None) for file in sorted(source.glob("*.png"))]
+        _convert(_ade20k_file, work, target, num_workers)
+
+
+def prepare_coco_stuff(root: str | os.PathLike[str] | None = None, num_workers: int = 0) -> None:
+    """Write ``coco/panoptic_stuff_train2017`` and ``_val2017`` from COCO's panoptic annotations.
+
+    Args:
+        root: the folder of all data sets; ``$DETECTRON2_DATASETS`` by default.
+        num_workers: processes; 0 for one a core.
+
+    Raises:
+        InputError: the panoptic annotations are not there.
+    """
+    folder = Path(root or datasets_root()).expanduser() / "coco"
+    metadata = MetadataCatalog.get("coco_2017_train_panoptic_stuffonly")
+    numbers = dict(metadata.stuff_dataset_id_to_contiguous_id)
+    for split in ("val2017", "train2017"):
+        file, source = folder / "annotations" / f"panoptic_{split}.json", f"panoptic_{split}"
+        _check(file.is_file(), file, "unpack panoptic_annotations_trainval2017 there")
+        _check((folder / source).is_dir(), folder / source, f"unpack {source}.zip there")
+        target = folder / f"panoptic_stuff_{split}"
+        work = [
+            (folder / source / entry["file_name"], target / entry["file_name"], segments)
+            for entry in json.loads(file.read_text())["annotations"]
+            for segments in [entry["segments_info"]]
+        ]
+        _convert(partial(_stuff_file, numbers), work, target, num_workers)
+
+
+PREPARATIONS = {"ade20k": prepare_ade20k, "coco-stuff": prepare_coco_stuff}
+
+
+def _check(there: bool, path: Path, remedy: str) -> None:
+    if not there:
+        raise InputError(f"{path} does not exist; {remedy}, or set DETECTRON2_DATASETS.")
+
+
+def _convert(function: Callable, work: list[tuple], target: Path, num_workers: int) -> None:
+    """Convert the files that are not there yet, so that an interrupted run is taken up again."""
+    target.mkdir(parents=True, exist_ok=True)
+    missing = [entry for entry in work if not entry[1].exists()]
+    with ProcessPoolExecutor(num_workers or os.cpu_count()) as pool:
+        done = pool.map(function, missing, chunksize=16)
+        for _ in tqdm(done, desc=str(target), total=len(missing), unit="image"):
+            pass
+    logger.info("%s: %d label images, %d of them new.", target, len(work), len(missing))
+
+
+def _ade20k_file(entry: tuple[Path, Path, None]) -> None:
+    source, target, _ = entry
+    with Image.open(source) as image:
+        _save(ade20k_labels(np.asarray(image)), target)
+
+
+def _stuff_file(numbers: dict[int, int], entry: tuple[Path, Path, list[dict[str, Any]]]) -> None:
+    source, target, segments = entry
+    with Image.open(source) as image:
+        _save(stuff_labels(np.asarray(image.convert("RGB")), segments, numbers), target)
+
+
+def _save(labels: np.ndarray, target: Path) -> None:
+    unfinished = target.with_suffix(".unfinished")
+    Image.fromarray(labels).save(unfinished, "PNG")
+    unfinished.replace(target)

@@ -10,9 +10,9 @@ from pathlib import Path
 from detectron2.engine import HookBase
 from detectron2.utils import comm
 
-from flsl_d2.checkpoint.safe_saving import SafeCheckpointer, remove_unfinished
 from flsl_d2.engine.stopping import STOPPED, StopRequest, agreed_by_all
 from flsl_d2.errors import TrainingError
+from flsl_d2.weights.checkpointer import SafeCheckpointer, remove_unfinished
 
 __all__ = ["Checkpoints", "LeaveWhenAsked"]
 

@@ -17,9 +17,9 @@ import yaml
 from detectron2.config import CfgNode, LazyConfig, get_cfg
 from omegaconf import DictConfig
 
+from flsl_d2.detection.own_data import add_own_data_config
+from flsl_d2.detection.solver import add_solver_config
 from flsl_d2.engine.overrides import apply_lazy_overrides, unknown_keys_error
-from flsl_d2.engine.own_data import add_own_data_config
-from flsl_d2.engine.solver import add_solver_config
 from flsl_d2.errors import InputError
 from flsl_d2.modeling import add_flsl_config
 

@@ -23,15 +23,15 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from flsl_d2.errors import InputError
-from flsl_d2.evaluation.kmeans import kmeans
 from flsl_d2.evaluation.labelled_images import IGNORED, LabelledDataset
 from flsl_d2.evaluation.partitions import (
     adjusted_rand_index,
     boundary_f_score,
     enlarge_labels,
+    kmeans,
 )
 from flsl_d2.evaluation.samples import Options, Sample
-from flsl_d2.evaluation.segmentation_scores import patch_distributions
+from flsl_d2.evaluation.segmentation import patch_distributions
 from flsl_d2.mean_shift import cluster
 from flsl_d2.modeling import FLSLViT
 from flsl_d2.modeling.attention import Attention

@@ -12,8 +12,52 @@ from torch import Tensor
 from flsl_d2.errors import InputError
 from flsl_d2.modeling import FLSLViT
 from flsl_d2.modeling.pixels import IMAGENET_MEAN, IMAGENET_STD
+from flsl_d2.weights import build_encoder
 
-__all__ = ["TokenFeatures", "extract_tokens"]
+__all__ = [
+    "RANDOM",
+    "TokenFeatures",
+    "extract_tokens",
+    "frozen_encoder",
+    "usable_device",
+]
+
+RANDOM = "random"
+
+
+def usable_device(name: str) -> torch.device:
+    """A device by its name.
+
+    Raises:
+        InputError: PyTorch does not know it, or sees none here.
+    """
+    try:
+        device = torch.device(name)
+    except RuntimeError as error:
+        raise InputError(f"the device {name!r} is unknown to PyTorch; give cuda or cpu.") from error
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise InputError(f"the device is {name!r}, but PyTorch sees no GPU here; give cpu.")
+    return device
+
+
+def frozen_encoder(weights: str, seed: int = 0) -> FLSLViT:
+    """An encoder in evaluation mode, on the CPU, whose parameters take no gradient.
+
+    Args:
+        weights: file or URL, see :func:`flsl_d2.weights.build_encoder`; ``random`` for an
+            untrained ViT-S/16.
+        seed: of untrained weights. The global generators are not touched.
+
+    Raises:
+        InputError: the file cannot be used.
+    """
+    if weights == RANDOM:
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            encoder = FLSLViT()
+    else:
+        encoder = build_encoder(weights)
+    return encoder.eval().requires_grad_(False)
 
 
 class TokenFeatures(NamedTuple):

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from matplotlib.ticker import MaxNLocator
 
 from flsl_d2.errors import InputError
-from flsl_d2.visualization.figure_files import new_figure, save_figure
+from flsl_d2.visualization.figures import new_figure, save_figure
 
 Series = dict[str, tuple[list[int], list[float]]]
 

@@ -10,8 +10,15 @@ import torch
 from torch import Tensor
 
 from flsl_d2.errors import InputError
-from flsl_d2.visualization.clusters import Array, Grid, as_tokens, cluster_labels
-from flsl_d2.visualization.measures import attended_share, colour_r2, position_r2
+from flsl_d2.visualization.clusters import (
+    Array,
+    Grid,
+    as_tokens,
+    attended_share,
+    cluster_labels,
+    colour_r2,
+    position_r2,
+)
 from flsl_d2.visualization.patches import PatchGroup, kmeans_groups, most_used_groups
 
 # What scales are multiplied by 1 / sqrt(D), as in the schedules of pre-training; 0.1 is the
@@ -32,7 +39,7 @@ class DescribedEncoder:
         attended: for every scale the share of the image that a token attends to, mean over images.
         groups: the most used centroids, or groups of k-means.
         groups_note: which of both they are, in words.
-        position_r2, colour_r2: see :mod:`flsl_d2.visualization.measures`.
+        position_r2, colour_r2: see :mod:`flsl_d2.visualization.clusters`.
     """
 
     name: str

@@ -19,10 +19,14 @@ import numpy as np
 
 from flsl_d2.evaluation.explained_variance import patch_colours
 from flsl_d2.files import write_text
-from flsl_d2.visualization.clusters import attention_values, mode_similarity_values, pca_colours
+from flsl_d2.visualization.clusters import (
+    attention_values,
+    mode_similarity_values,
+    pca_colours,
+    position_r2,
+)
 from flsl_d2.visualization.described import DescribedEncoder
-from flsl_d2.visualization.measures import position_r2
-from flsl_d2.visualization.overlays import palette
+from flsl_d2.visualization.figures import palette
 from flsl_d2.visualization.token_figures import chosen_token
 
 _PARTS = Path(__file__).parent / "page"

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from flsl_d2.evaluation.kmeans import kmeans
+from flsl_d2.evaluation.partitions import kmeans
 from flsl_d2.visualization.clusters import Array, Grid, as_tokens
 
 # Patches this near in one image show the same thing twice.

@@ -20,7 +20,7 @@ from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
 from flsl_d2.data import check_coco_files, check_registered_dataset
-from flsl_d2.data.run_length import runs_of_text
+from flsl_d2.data.annotation_shapes import runs_of_text
 from flsl_d2.data.scenes import make_scenes
 from flsl_d2.errors import InputError
 

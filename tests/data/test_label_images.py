@@ -14,7 +14,7 @@ from detectron2.evaluation import SemSegEvaluator
 from PIL import Image
 
 from flsl_d2.data.label_images import check_label_images, read_labels
-from flsl_d2.engine.checks import check_datasets
+from flsl_d2.detection.checks import check_datasets
 from flsl_d2.errors import InputError
 
 

@@ -13,7 +13,7 @@ import pytest
 from detectron2.data.datasets.builtin_meta import COCO_CATEGORIES
 from PIL import Image
 
-from flsl_d2.data.label_preparation import ade20k_labels, prepare_coco_stuff, stuff_labels
+from flsl_d2.data.label_images import ade20k_labels, prepare_coco_stuff, stuff_labels
 from flsl_d2.errors import InputError
 
 TOOL = Path(__file__).parents[2] / "tools" / "prepare_labels.py"

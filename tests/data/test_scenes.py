@@ -18,9 +18,8 @@ from hypothesis.extra.numpy import arrays
 from pycocotools.coco import COCO
 
 from flsl_d2.data.scenes import CLASS_NAMES, make_scenes, render_scene
-from flsl_d2.data.scenes.files import coco_annotations
+from flsl_d2.data.scenes.files import coco_annotations, mask_to_polygons
 from flsl_d2.data.scenes.layout import MAX_OBJECTS, MIN_VISIBLE_PIXELS, MIN_VISIBLE_SHARE
-from flsl_d2.data.scenes.polygons import mask_to_polygons
 from flsl_d2.errors import InputError
 
 sizes = st.tuples(st.integers(64, 230), st.integers(64, 230))

@@ -9,8 +9,7 @@ from hypothesis import strategies as st
 from omegaconf import OmegaConf
 from torch import nn
 
-from flsl_d2.engine.metrics_file import trim_metrics
-from flsl_d2.engine.run_state import ResumeOptions, check_and_keep_run, flat_config
+from flsl_d2.engine.run_folder import ResumeOptions, check_and_keep_run, flat_config, trim_metrics
 from flsl_d2.errors import InputError
 
 

@@ -7,7 +7,7 @@ import torch
 from labelled_rectangles import GRID, WIDTH, dataset, run
 
 from flsl_d2.errors import InputError
-from flsl_d2.evaluation.box_knn import BoxKnn, cell_tokens
+from flsl_d2.evaluation.knn_box import BoxKnn, cell_tokens
 
 
 def test_cells_of_the_whole_image() -> None:

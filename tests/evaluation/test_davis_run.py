@@ -32,7 +32,7 @@ from flsl_d2.evaluation.davis import (
     segment_sequence,
     write_indexed_png,
 )
-from flsl_d2.evaluation.davis.results import average
+from flsl_d2.evaluation.davis.run import average
 from flsl_d2.modeling import FLSLViT
 
 HEIGHT, WIDTH = 96, 160

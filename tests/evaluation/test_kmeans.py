@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from flsl_d2.evaluation.kmeans import kmeans
-from flsl_d2.evaluation.partitions import adjusted_rand_index
+from flsl_d2.evaluation.partitions import adjusted_rand_index, kmeans
 
 
 def test_finds_far_groups_whatever_the_seed() -> None:

@@ -8,8 +8,13 @@ import pytest
 import torch
 
 from flsl_d2.errors import InputError
-from flsl_d2.evaluation.feature_report import measures_table
-from flsl_d2.evaluation.measures import MEASURES, measure_all, measure_features, prepare_measures
+from flsl_d2.evaluation.measures import (
+    MEASURES,
+    measure_all,
+    measure_features,
+    measures_table,
+    prepare_measures,
+)
 from flsl_d2.modeling import FLSLViT
 
 SMALL = {

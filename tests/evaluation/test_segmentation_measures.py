@@ -9,11 +9,17 @@ import torch.nn.functional as F
 from labelled_rectangles import CLASSES, GRID, SIZE, WIDTH, dataset, run, samples
 
 from flsl_d2.errors import InputError
-from flsl_d2.evaluation.knn_segmentation import KnnSegmentation
-from flsl_d2.evaluation.linear_segmentation import WEIGHT_DECAY, LinearSegmentation, fit_linear
-from flsl_d2.evaluation.neighbours import nearest
-from flsl_d2.evaluation.patch_bank import PatchBank
-from flsl_d2.evaluation.segmentation_scores import Confusion, label_pixels, patch_distributions
+from flsl_d2.evaluation.knn_box import nearest
+from flsl_d2.evaluation.segmentation import (
+    WEIGHT_DECAY,
+    Confusion,
+    KnnSegmentation,
+    LinearSegmentation,
+    PatchBank,
+    fit_linear,
+    label_pixels,
+    patch_distributions,
+)
 
 BOTH = pytest.mark.parametrize("kind", [KnnSegmentation, LinearSegmentation])
 
@@ -79,7 +85,7 @@ def test_nearest_equals_a_slow_loop() -> None:
 def test_nearest_in_parts_equals_at_once(monkeypatch) -> None:
     queries, bank = F.normalize(torch.randn(40, 6)), F.normalize(torch.randn(70, 6))
     whole = nearest(queries, bank, 9, 0.07)
-    monkeypatch.setattr("flsl_d2.evaluation.neighbours._ENTRIES_AT_ONCE", 150)
+    monkeypatch.setattr("flsl_d2.evaluation.knn_box._ENTRIES_AT_ONCE", 150)
     parts = nearest(queries, bank, 9, 0.07)
     assert torch.equal(whole[0], parts[0])
 

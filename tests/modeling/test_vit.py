@@ -18,7 +18,7 @@ from flsl_d2.modeling import FLSLViT
 from flsl_d2.modeling.attention import window_key_mask
 from flsl_d2.modeling.packing import packed_tokens
 from flsl_d2.modeling.vit import evenly_spread_blocks
-from pretrain.benchmark.timing import stored_for_backward
+from pretrain.studies.benchmark.measuring import stored_for_backward
 
 SMALL = {"embed_dim": 48, "depth": 4, "num_heads": 3}
 

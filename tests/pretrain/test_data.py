@@ -11,6 +11,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from flsl_d2.data.images import read_rgb
 from flsl_d2.errors import InputError
 from pretrain.data import (
     ImageStream,
@@ -20,7 +21,6 @@ from pretrain.data import (
     find_images,
     image_files,
 )
-from pretrain.images import read_rgb
 from pretrain.views import NestedViews
 
 SMALL_VIEWS = {"patch_size": 8, "global_size": 32, "local_size": 16}

@@ -14,13 +14,13 @@ from detectron2.config import instantiate
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from flsl_d2.checkpoint.reading import ENCODER_FORMAT
 from flsl_d2.engine.config_files import load_lazy_config
 from flsl_d2.modeling import FLSLViT
-from pretrain.benchmark.step import random_batch
-from pretrain.collapse import CollapseWatch
+from flsl_d2.weights.reading import ENCODER_FORMAT
 from pretrain.hooks import Monitor
+from pretrain.monitor import CollapseWatch
 from pretrain.optimizer import clip_gradients
+from pretrain.studies.benchmark.step import random_batch
 from pretrain.trainer import PretrainTrainer
 
 CONFIG = "configs/pretrain/flsl_vit_small_p16_in1k.py"

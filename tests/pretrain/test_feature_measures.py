@@ -13,7 +13,7 @@ from detectron2.utils.events import EventStorage
 from test_trainer import batches, small_model
 
 from flsl_d2.errors import InputError
-from pretrain.feature_measures import FeatureMeasures
+from pretrain.monitor import FeatureMeasures
 from pretrain.optimizer import build_adamw
 from pretrain.schedules import Schedules
 from pretrain.trainer import PretrainTrainer

@@ -10,13 +10,13 @@ import pytest
 import torch
 from torch import nn
 
-from flsl_d2.checkpoint.safe_saving import SafeCheckpointer
 from flsl_d2.engine.checkpoints import Checkpoints
 from flsl_d2.engine.stopping import STOPPED
 from flsl_d2.errors import InputError, TrainingError
+from flsl_d2.weights.checkpointer import SafeCheckpointer
 from pretrain import hooks
-from pretrain.collapse import CollapseWatch, collapse_signs
 from pretrain.hooks import ExportTeacher, Monitor
+from pretrain.monitor import CollapseWatch, collapse_signs
 from pretrain.run import images_digest
 
 

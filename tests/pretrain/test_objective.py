@@ -13,9 +13,8 @@ from hypothesis import strategies as st
 from torch import nn
 
 from flsl_d2.errors import InputError
-from pretrain import objective
-from pretrain.benchmark.timing import stored_for_backward
-from pretrain.objective import (
+from pretrain.methods import flsl_objective as objective
+from pretrain.methods.flsl_objective import (
     FLSLLoss,
     gather_queries,
     intra_view_loss,
@@ -23,6 +22,7 @@ from pretrain.objective import (
     query_indexes,
     volume_loss,
 )
+from pretrain.studies.benchmark.measuring import stored_for_backward
 
 
 def by_loops(z, m, s_logits, t_logits, tau_s, tau_t, log_prior):

@@ -14,9 +14,9 @@ import torch
 from detectron2.utils.events import EventStorage, TensorboardXWriter
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-import pretrain.pictures
+import pretrain.monitor
 from flsl_d2.modeling import FLSLViT
-from pretrain.pictures import EncoderPictures
+from pretrain.monitor import EncoderPictures
 
 
 @pytest.fixture(scope="module")

@@ -7,9 +7,10 @@ import torch
 
 from flsl_d2.errors import InputError
 from flsl_d2.modeling import FLSLViT
-from pretrain.model import FLSL, FLSLHead
-from pretrain.objective import FLSLLoss
-from pretrain.previous_stage import PreviousStage, load_previous_stage
+from flsl_d2.modeling.projection_head import FLSLHead
+from pretrain.methods.flsl import FLSL
+from pretrain.methods.flsl_objective import FLSLLoss
+from pretrain.methods.previous_stage import PreviousStage, load_previous_stage
 
 
 def encoder(patch_size: int = 8, depth: int = 3) -> FLSLViT:

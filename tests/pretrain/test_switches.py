@@ -10,8 +10,8 @@ from detectron2.config import instantiate
 from detectron2.utils.events import EventStorage
 
 from flsl_d2.engine.config_files import load_lazy_config
-from pretrain.checkpoint import save_teacher_backbone
 from pretrain.data import PretrainDataset, build_pretrain_loader
+from pretrain.hooks import save_teacher_backbone
 from pretrain.optimizer import build_adamw
 from pretrain.trainer import PretrainTrainer
 

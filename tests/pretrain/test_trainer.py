@@ -10,14 +10,14 @@ from detectron2.utils.events import EventStorage
 
 from flsl_d2.errors import InputError
 from flsl_d2.modeling import FLSLViT
-from pretrain.bad_numbers import BadNumbersError
-from pretrain.checkpoint import save_teacher_backbone
+from flsl_d2.modeling.projection_head import FLSLHead
 from pretrain.data import Batch
-from pretrain.model import FLSL, FLSLHead
-from pretrain.objective import FLSLLoss
+from pretrain.hooks import save_teacher_backbone
+from pretrain.methods.flsl import FLSL
+from pretrain.methods.flsl_objective import FLSLLoss
 from pretrain.optimizer import build_adamw, clip_gradients
 from pretrain.schedules import Schedules
-from pretrain.trainer import PretrainTrainer, resolve_precision
+from pretrain.trainer import BadNumbersError, PretrainTrainer, resolve_precision
 
 
 def small_model(**options) -> FLSL:

@@ -14,11 +14,11 @@ from PIL import Image, ImageEnhance
 from torchvision.transforms import RandomResizedCrop
 from torchvision.transforms import functional as tvf
 
+from flsl_d2.data.images import ImageFile
 from flsl_d2.errors import InputError
 from pretrain import augmentation
 from pretrain import views as module
 from pretrain.augmentation import apply_augmentation, draw_augmentation
-from pretrain.images import ImageFile
 from pretrain.views import NestedViews, crop_box, pooled_queries, resized_crop
 
 

@@ -19,7 +19,7 @@ from flsl_d2.visualization import (
     token_at,
 )
 from flsl_d2.visualization.clusters import attention_values, mode_similarity_values
-from flsl_d2.visualization.overlays import enlarge, mark_cell, overlay_heat, overlay_masks, palette
+from flsl_d2.visualization.figures import enlarge, mark_cell, overlay_heat, overlay_masks, palette
 
 GRID = (6, 8)
 WIDTH = 32

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from flsl_d2.evaluation.explained_variance import patch_colours
 from flsl_d2.modeling.positions import sincos_positions
-from flsl_d2.visualization.measures import attended_share, colour_r2, position_r2
+from flsl_d2.visualization.clusters import attended_share, colour_r2, position_r2
 
 GRID = (20, 20)
 

@@ -9,18 +9,17 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from flsl_d2.data.scenes import shapes, textures
-from flsl_d2.data.scenes.shapes import Outlines
-from flsl_d2.data.scenes.textures import Pattern
+from flsl_d2.data.scenes import drawing
+from flsl_d2.data.scenes.drawing import Outlines, Pattern
 
 # A class is a shape and the texture on it; the order gives the category.
 CLASSES: tuple[tuple[str, Pattern], ...] = (
-    ("disc", textures.stripes),
-    ("ring", textures.speckle),
-    ("star", textures.checks),
-    ("triangle", textures.dots),
-    ("box", textures.zigzag),
-    ("cross", textures.gradient),
+    ("disc", drawing.stripes),
+    ("ring", drawing.speckle),
+    ("star", drawing.checks),
+    ("triangle", drawing.dots),
+    ("box", drawing.zigzag),
+    ("cross", drawing.gradient),
 )
 CLASS_NAMES: tuple[str, ...] = tuple(name for name, _ in CLASSES)
 
@@ -73,10 +72,10 @@ def _layer(
     turn = np.array([[np.cos(angle), -np.sin(angle)], [np.sin(angle), np.cos(angle)]])
     stretch = np.diag([1.0, rng.uniform(0.8, 1.0)])
     centre = rng.uniform(0.05, 0.95, 2) * image_size
-    outlines = shapes.place(outlines, centre, diameter / 2 * turn @ stretch)
+    outlines = drawing.place(outlines, centre, diameter / 2 * turn @ stretch)
     corner = np.floor(outlines[0].min(axis=0)).astype(int) - 2
     width, height = np.ceil(outlines[0].max(axis=0)).astype(int) + 2 - corner
-    covered = shapes.coverage([points - corner for points in outlines], height, width)
+    covered = drawing.coverage([points - corner for points in outlines], height, width)
     return Layer((int(corner[0]), int(corner[1])), covered, turn, texture, category)
 
 
@@ -119,12 +118,12 @@ def arrange(
         low, high = np.log(SIZE_RANGE)
         for _ in range(_PLACEMENTS):
             if category is None:
-                outline = shapes.CLUTTER[rng.integers(len(shapes.CLUTTER))]
-                texture = textures.CLUTTER[rng.integers(len(textures.CLUTTER))]
+                outline = drawing.CLUTTER_SHAPES[rng.integers(len(drawing.CLUTTER_SHAPES))]
+                texture = drawing.CLUTTER_TEXTURES[rng.integers(len(drawing.CLUTTER_TEXTURES))]
                 diameter = side * rng.uniform(0.1, 0.5)
             else:
                 name, texture = CLASSES[category]
-                outline = shapes.SHAPES[name]
+                outline = drawing.SHAPES[name]
                 diameter = side * float(np.exp(rng.uniform(low, high)))
             layer = _layer(rng, outline(rng), texture, diameter, image_size, category)
             covered = _cover(owners, layer, len(layers) + 1)

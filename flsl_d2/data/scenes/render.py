@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import cv2
 import numpy as np
 
-from flsl_d2.data.scenes import textures
+from flsl_d2.data.scenes import drawing
 from flsl_d2.data.scenes.layout import CLASS_NAMES, Layer, arrange
 
 
@@ -75,11 +75,11 @@ def _background(rng: np.random.Generator, image_size: tuple[int, int]) -> np.nda
     width, height = image_size
     angle = rng.uniform(0, np.pi)
     turn = np.array([[np.cos(angle), -np.sin(angle)], [np.sin(angle), np.cos(angle)]])
-    pattern = textures.BACKGROUNDS[rng.integers(len(textures.BACKGROUNDS))]
+    pattern = drawing.BACKGROUNDS[rng.integers(len(drawing.BACKGROUNDS))]
     first, second = _colours(rng, contrast=20.0)
     second = first + rng.uniform(0.3, 0.8) * (second - first)
     canvas = _mix(pattern(rng, *_coordinates(height, width, turn)), first, second)
-    clouds = textures.octaves(rng, height, width, coarsest=min(image_size) / 2)
+    clouds = drawing.octaves(rng, height, width, coarsest=min(image_size) / 2)
     canvas *= (0.75 + 0.5 * clouds)[..., None]
     return canvas * _ramp(height, width, rng.uniform(0, 2 * np.pi), 0.75, 1.2)
 

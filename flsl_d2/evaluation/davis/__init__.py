@@ -1,17 +1,34 @@
 """DAVIS 2017: video object segmentation by propagating labels between frozen tokens."""
 
-from flsl_d2.evaluation.davis.indexed_png import davis_palette, read_indexed_png, write_indexed_png
 from flsl_d2.evaluation.davis.measures import (
     Statistics,
     boundary_accuracy,
     region_similarity,
     statistics,
 )
-from flsl_d2.evaluation.davis.propagation import Propagation, propagate, propagate_through
-from flsl_d2.evaluation.davis.results import Results, Scores
-from flsl_d2.evaluation.davis.run import DavisRun, evaluate_davis, run_davis, score_sequence
-from flsl_d2.evaluation.davis.segmentation import frame_size, segment_sequence
-from flsl_d2.evaluation.davis.sequences import Sequence, find_sequence, sequence_names
+from flsl_d2.evaluation.davis.propagation import (
+    Propagation,
+    frame_size,
+    propagate,
+    propagate_through,
+    segment_sequence,
+)
+from flsl_d2.evaluation.davis.run import (
+    DavisRun,
+    Results,
+    Scores,
+    evaluate_davis,
+    run_davis,
+    score_sequence,
+)
+from flsl_d2.evaluation.davis.sequences import (
+    Sequence,
+    davis_palette,
+    find_sequence,
+    read_indexed_png,
+    sequence_names,
+    write_indexed_png,
+)
 
 __all__ = [
     "DavisRun",

@@ -1,0 +1,1 @@
+"""Detectors: training, evaluation and checks of their input."""

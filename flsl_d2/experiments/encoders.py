@@ -1,0 +1,125 @@
+"""The encoders of a comparison: named files, and untrained ones of the same architecture."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from flsl_d2.errors import InputError
+from flsl_d2.experiments.evaluations import EncoderFile
+from flsl_d2.experiments.jobs import file_sha256
+from flsl_d2.modeling import FLSLViT
+from flsl_d2.weights import build_encoder
+from flsl_d2.weights.export import write_encoder
+from flsl_d2.weights.reading import local_weights_path, split_weights_path
+
+__all__ = ["Encoder", "read_encoders"]
+
+
+@dataclass(frozen=True)
+class Encoder:
+    """One row of a comparison.
+
+    Attributes:
+        name: of the row.
+        source: path or URL; ``random`` for an untrained encoder.
+        architecture: arguments of ``FLSLViT``.
+        sha256: of the file; empty for an untrained encoder.
+        failure: why it cannot be used; empty if it can.
+    """
+
+    name: str
+    source: str
+    architecture: dict[str, Any] = field(default_factory=dict)
+    sha256: str = ""
+    failure: str = ""
+
+    def file(self, seed: int, folder: Path) -> EncoderFile:
+        """The encoder as evaluations take it; an untrained one is written into the folder."""
+        label = f"{self.name}, seed {seed}"
+        if self.source != "random":
+            return EncoderFile(label, self.source, {"sha256": self.sha256}, seed=seed)
+        identity = {"random": self.architecture, "seed": seed}
+        text = json.dumps(identity, sort_keys=True)
+        path = folder / f"random-{hashlib.sha256(text.encode()).hexdigest()[:12]}.pth"
+        if not path.is_file():
+            _write_untrained(self.architecture, seed, path)
+        return EncoderFile(label, str(path), identity, seed=seed)
+
+
+def read_encoders(specifications: Sequence[str]) -> list[Encoder]:
+    """Read every file once: what cannot be used is told as a failure of its encoder.
+
+    Args:
+        specifications: ``NAME=PATH``, ``PATH``, ``random`` or ``NAME=random``. An untrained
+            encoder has the architecture of the first file that can be read; ``random:NAME`` that
+            of another; without a file, that of ViT-S/16.
+
+    Raises:
+        InputError: no encoders, two of one name, or an architecture of an unknown name.
+    """
+    if not specifications:
+        raise InputError("there is no encoder to evaluate; give --encoder NAME=FILE or random.")
+    pairs = [_name_and_source(text) for text in specifications]
+    names = [name for name, _ in pairs]
+    twice = [name for i, name in enumerate(names) if name in names[:i]]
+    if twice:
+        raise InputError(f"two encoders are called {twice[0]!r}; give each a name: NAME=FILE.")
+    files = {name: _read(name, source) for name, source in pairs if not _is_random(source)}
+    return [
+        files[name] if name in files else _untrained(name, source, files) for name, source in pairs
+    ]
+
+
+def _is_random(source: str) -> bool:
+    return source == "random" or source.startswith("random:")
+
+
+def _name_and_source(text: str) -> tuple[str, str]:
+    name, equals, source = text.partition("=")
+    # A "=" behind a slash or a question mark is part of a path without a name.
+    if not equals or "/" in name or "?" in name:
+        name, source = (text if _is_random(text) else Path(text).stem), text
+    if not name or not source:
+        raise InputError(
+            f"--encoder {text!r} is not of the form NAME=FILE; write flsl=teacher.pth."
+        )
+    return name, source
+
+
+def _read(name: str, source: str) -> Encoder:
+    try:
+        path, which = split_weights_path(source)
+        sha256 = file_sha256(local_weights_path(path)) + (f"?which={which}" if which else "")
+        return Encoder(name, source, dict(build_encoder(source).architecture), sha256)
+    except InputError as error:
+        return Encoder(name, source, failure=str(error))
+
+
+def _untrained(name: str, source: str, files: dict[str, Encoder]) -> Encoder:
+    like = source.partition(":")[2]
+    if like and like not in files:
+        raise InputError(
+            f"encoder {source!r} names no file of this comparison; choose from "
+            f"{', '.join(files) or 'none, so write random'}."
+        )
+    usable = [file.architecture for file in files.values() if not file.failure]
+    if like:
+        if files[like].failure:
+            return Encoder(name, "random", failure=files[like].failure)
+        usable = [files[like].architecture]
+    architecture = usable[0] if usable else FLSLViT().architecture
+    return Encoder(name, "random", dict(architecture))
+
+
+def _write_untrained(architecture: dict[str, Any], seed: int, path: Path) -> None:
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        encoder = FLSLViT(**architecture)
+    write_encoder(encoder, path)

@@ -1,0 +1,223 @@
+"""A job is one command of a tool, identified by what its result depends on."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import subprocess
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, field
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import detectron2
+import timm
+import torch
+from omegaconf import DictConfig, OmegaConf
+
+import flsl_d2
+from flsl_d2.errors import InputError
+from flsl_d2.files import write_text
+
+__all__ = [
+    "Job",
+    "Outcome",
+    "Record",
+    "Slot",
+    "config_settings",
+    "file_sha256",
+    "make_slots",
+    "read_record",
+    "versions",
+    "write_record",
+]
+
+
+@cache
+def versions() -> dict[str, str]:
+    """Versions of what computes the numbers; "commit" only in a git checkout.
+
+    A commit with ``+changes`` had files that differ from it.
+    """
+    packages = (flsl_d2, torch, detectron2, timm)
+    found = {package.__name__: str(package.__version__) for package in packages}
+    commit = _git("rev-parse", "--short=12", "HEAD")
+    if commit:
+        changed = _git("status", "--porcelain", "--untracked-files=no")
+        found["commit"] = commit + ("+changes" if changed else "")
+    return found
+
+
+def file_sha256(path: str | Path) -> str:
+    """SHA-256 of a file, in hexadecimal."""
+    digest = hashlib.sha256()
+    with open(path, "rb") as stream:
+        while chunk := stream.read(2**20):
+            digest.update(chunk)
+    return digest.hexdigest()
+
+
+def _git(*arguments: str) -> str:
+    folder = Path(flsl_d2.__file__).parents[1]
+    if not (folder / ".git").exists():  # an installed package inside someone else's repository
+        return ""
+    try:
+        done = subprocess.run(
+            ["git", *arguments], cwd=folder, capture_output=True, text=True, timeout=10
+        )
+    except (OSError, subprocess.TimeoutExpired):
+        return ""
+    return done.stdout.strip() if done.returncode == 0 else ""
+
+
+@dataclass(frozen=True)
+class Slot:
+    """Room for one job.
+
+    Attributes:
+        environment: variables that keep the job to its share of the machine.
+        num_processes: what the job's tool gets as ``--num-gpus``.
+    """
+
+    environment: dict[str, str]
+    num_processes: int = 1
+
+
+def make_slots(device: str, num_gpus: int = 1, gpus_per_job: int = 1) -> list[Slot]:
+    """Share the machine among jobs.
+
+    Args:
+        device: ``cuda`` or ``cpu``, what the jobs compute on.
+        num_gpus: GPUs to use, of those that CUDA_VISIBLE_DEVICES leaves; on the CPU, processes.
+        gpus_per_job: how many of them each job gets.
+
+    Raises:
+        InputError: counts or a device that this machine does not have.
+    """
+    if gpus_per_job < 1 or num_gpus < gpus_per_job:
+        raise InputError(
+            f"{num_gpus} GPUs with {gpus_per_job} for each job leave no job any; "
+            "give --num-gpus of at least --gpus-per-job."
+        )
+    count = num_gpus // gpus_per_job
+    if not device.startswith("cuda"):
+        environment = {}
+        if num_gpus > 1 and "OMP_NUM_THREADS" not in os.environ:
+            # Every process would otherwise take all cores, and they would wait for one another.
+            environment["OMP_NUM_THREADS"] = str(max((os.cpu_count() or 1) // num_gpus, 1))
+        return [Slot(environment, gpus_per_job)] * count
+    available = torch.cuda.device_count()
+    if available < num_gpus:
+        raise InputError(
+            f"the jobs are for {num_gpus} GPU(s), but PyTorch sees {available} here; ask for "
+            "fewer, check CUDA_VISIBLE_DEVICES, or compute on the CPU (sweep: train.device=cpu, "
+            "compare: --device cpu)."
+        )
+    listed = os.environ.get("CUDA_VISIBLE_DEVICES", "")
+    names = listed.split(",") if listed else [str(i) for i in range(available)]
+    shares = [names[i * gpus_per_job : (i + 1) * gpus_per_job] for i in range(count)]
+    return [Slot({"CUDA_VISIBLE_DEVICES": ",".join(share)}, gpus_per_job) for share in shares]
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What a job measured.
+
+    Attributes:
+        values: number by measure.
+        failures: reason by measure, for those that could not be computed.
+    """
+
+    values: dict[str, float] = field(default_factory=dict)
+    failures: dict[str, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Job:
+    """One command, run once.
+
+    Attributes:
+        kind: what it does in one word; starts the name of its folder.
+        label: which of its kind, for people.
+        settings: all that the result depends on, as JSON values. Jobs of equal kind and settings
+            are the same job, in this run of the tool and in later ones.
+        command: gives the arguments after ``python``, from the job's folder and the number of
+            processes that it may use.
+        outcome: reads the measures, and the reasons of those that failed, off the folder.
+        needs: a job that has to be done first.
+    """
+
+    kind: str
+    label: str
+    settings: Mapping[str, Any]
+    command: Callable[[Path, int], list[str]] = field(compare=False)
+    outcome: Callable[[Path], Outcome] = field(compare=False)
+    needs: Job | None = None
+
+    @property
+    def key(self) -> str:
+        """Name of the job's folder: its kind and a hash of its settings."""
+        text = json.dumps(self.settings, sort_keys=True)
+        return f"{self.kind}-{hashlib.sha256(text.encode()).hexdigest()[:12]}"
+
+
+@dataclass(frozen=True)
+class Record:
+    """What is known of a job that was started; ``result.json`` in its folder.
+
+    Attributes:
+        status: ``done``, ``failed``, or ``interrupted``.
+        outcome: the measures; empty unless done or partly failed.
+        error: why it failed, in a sentence; empty otherwise.
+        seconds: it ran, all attempts together.
+        about: versions of the software of the last attempt.
+    """
+
+    status: str
+    outcome: Outcome = field(default_factory=Outcome)
+    error: str = ""
+    seconds: float = 0.0
+    about: dict[str, str] = field(default_factory=dict)
+
+
+def read_record(folder: Path) -> Record | None:
+    """The record in a job's folder; None where there is none that can be read."""
+    try:
+        content = json.loads((folder / "result.json").read_text())
+        outcome = Outcome(content["values"], content["failures"])
+        known = {key: content[key] for key in ("status", "error", "seconds", "about")}
+        return Record(outcome=outcome, **known)
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+
+
+def write_record(folder: Path, job: Job, record: Record) -> None:
+    """Write ``result.json``: the record with the job's label and settings."""
+    content = asdict(record)
+    content |= content.pop("outcome") | {"label": job.label, "settings": dict(job.settings)}
+    write_text(folder / "result.json", json.dumps(content, indent=1) + "\n")
+
+
+def config_settings(cfg: DictConfig, without: tuple[str, ...] = ()) -> dict[str, Any]:
+    """A LazyConfig as JSON values, for :attr:`Job.settings`.
+
+    Args:
+        cfg: any; classes and functions become their names.
+        without: dotted keys that do not change a result, such as where it is written.
+    """
+    container = OmegaConf.to_container(cfg, resolve=False)
+    for key in without:
+        *groups, last = key.split(".")
+        node = container
+        for name in groups:
+            node = node.get(name, {})
+        node.pop(last, None)
+    return json.loads(json.dumps(container, default=_name))
+
+
+def _name(value: Any) -> str:
+    """A class or function by its name, anything else as it prints."""
+    module, name = getattr(value, "__module__", None), getattr(value, "__qualname__", None)
+    return f"{module}.{name}" if module and name else repr(value)

@@ -1,0 +1,215 @@
+"""Plots of many runs: bars, a measure over a grid, and the curves of all runs in one picture."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import numpy as np
+from matplotlib import colormaps
+from matplotlib.axes import Axes
+from matplotlib.patches import Rectangle
+from matplotlib.ticker import MaxNLocator
+
+from flsl_d2.errors import InputError
+from flsl_d2.experiments.tables import Cell, Measure, Row, Table
+from flsl_d2.visualization.curves import read_metrics
+from flsl_d2.visualization.figures import new_figure, save_figure
+
+__all__ = ["bars", "heat_maps", "lines", "overlaid_curves"]
+
+_COLOUR = "#0072b2"
+_BEST = "#d55e00"
+_DASHES = ("-", (0, (6, 2)), (0, (2, 1)), (0, (8, 2, 2, 2)))
+
+
+def bars(table: Table, measure: Measure, path: Path) -> None:
+    """A bar for each row that has the measure, with its spread over seeds; the best in orange."""
+    rows = [row for row in table.rows if row.cell(measure).values]
+    best = [table.rows[i] for i in table.best(measure)]
+    figure = new_figure(7.5, 0.9 + 0.42 * len(rows))
+    axes = figure.subplots()
+    axes.set_title(_heading(measure), fontsize=11)
+    means = [row.cell(measure).mean for row in rows]
+    axes.barh(
+        range(len(rows)),
+        means,
+        xerr=[row.cell(measure).std or 0.0 for row in rows],
+        color=[_BEST if row in best else _COLOUR for row in rows],
+        capsize=3,
+        height=0.66,
+    )
+    axes.set_yticks(range(len(rows)), [", ".join(row.labels.values()) for row in rows], fontsize=9)
+    for place, row in enumerate(rows):
+        text = row.cell(measure).text(measure.digits)
+        axes.annotate(
+            text, (0.0, place), xytext=(4, 0), textcoords="offset points", va="center",
+            color="white", fontsize=9, fontweight="bold", clip_on=True,
+            bbox={"boxstyle": "square,pad=0.15", "facecolor": "#00000088", "edgecolor": "none"},
+        )  # fmt: skip
+    axes.invert_yaxis()
+    axes.grid(axis="x", alpha=0.3)
+    axes.tick_params(axis="x", labelsize=8)
+    save_figure(figure, path)
+
+
+def lines(table: Table, measure: Measure, axis: str, path: Path) -> None:
+    """A measure against one key of the grid, a line for each setting of the other keys.
+
+    Args:
+        table: its label columns are the grid's keys.
+        measure: drawn upwards.
+        axis: label column drawn to the right.
+        path: the PNG to write.
+    """
+    figure = new_figure(6.0, 4.2)
+    axes = figure.subplots()
+    axes.set_title(_heading(measure), fontsize=11)
+    values = _values_of(table.rows, axis)
+    others = [name for name in table.label_names if name != axis]
+    for setting in dict.fromkeys(tuple(row.labels[name] for name in others) for row in table.rows):
+        rows = [
+            row
+            for row in table.rows
+            if tuple(row.labels[name] for name in others) == setting and row.cell(measure).values
+        ]
+        rows.sort(key=lambda row: values.index(row.labels[axis]))
+        axes.errorbar(
+            [values.index(row.labels[axis]) for row in rows],
+            [row.cell(measure).mean for row in rows],
+            yerr=[row.cell(measure).std or 0.0 for row in rows],
+            marker="o",
+            capsize=3,
+            label=", ".join(f"{n}={v}" for n, v in zip(others, setting, strict=True)),
+        )
+    axes.set_xticks(range(len(values)), values)  # evenly spread: grids are seldom linear
+    axes.set_xlabel(axis)
+    axes.grid(alpha=0.3)
+    if others:
+        axes.legend(fontsize=8)
+    save_figure(figure, path)
+
+
+def heat_maps(table: Table, measure: Measure, down: str, across: str, path: Path) -> None:
+    """A measure over two keys of the grid, the best framed; a map for each setting of the others.
+
+    Args:
+        table: its label columns are the grid's keys.
+        measure: shown as colour and number.
+        down, across: the label columns of the two axes.
+        path: the PNG to write.
+    """
+    others = [name for name in table.label_names if name not in (down, across)]
+    settings = list(dict.fromkeys(tuple(row.labels[n] for n in others) for row in table.rows))
+    rows_of, columns_of = _values_of(table.rows, down), _values_of(table.rows, across)
+    means = [row.cell(measure).mean for row in table.rows if row.cell(measure).values]
+    width, height = 1.6 + 1.1 * len(columns_of), 1.7 + 0.6 * len(rows_of)
+    figure = new_figure(max(width * len(settings), 5.5), height)
+    figure.suptitle(_heading(measure), fontsize=11)
+    best = [table.rows[i] for i in table.best(measure)]
+    plots = figure.subplots(1, len(settings), squeeze=False)[0]
+    for axes, setting in zip(plots, settings, strict=True):
+        mine = [r for r in table.rows if tuple(r.labels[n] for n in others) == setting]
+        cells = {(row.labels[down], row.labels[across]): row.cell(measure) for row in mine}
+        grid = np.full((len(rows_of), len(columns_of)), np.nan)
+        for (one, other), cell in cells.items():
+            if cell.values:
+                grid[rows_of.index(one), columns_of.index(other)] = cell.mean
+        axes.imshow(grid, "viridis", vmin=min(means), vmax=max(means), aspect="auto")
+        _write_numbers(axes, grid, rows_of, columns_of, cells, measure)
+        for row in [row for row in best if row in mine]:
+            corner = (
+                columns_of.index(row.labels[across]) - 0.5,
+                rows_of.index(row.labels[down]) - 0.5,
+            )
+            axes.add_patch(Rectangle(corner, 1, 1, fill=False, edgecolor=_BEST, linewidth=4))
+        axes.set_xticks(range(len(columns_of)), columns_of)
+        axes.set_yticks(range(len(rows_of)), rows_of)
+        axes.set_xlabel(across)
+        axes.set_ylabel(down)
+        title = ", ".join(f"{n}={v}" for n, v in zip(others, setting, strict=True))
+        axes.set_title(title, fontsize=9)
+    save_figure(figure, path)
+
+
+def overlaid_curves(
+    files: Mapping[str, Path], keys: Mapping[str, str], path: Path, title: str
+) -> bool:
+    """Curves of several runs in one plot for each key.
+
+    Args:
+        files: metrics.json by the run's label; those that cannot be read are left out.
+        keys: of metrics.json, and what to call them.
+        path: the PNG to write.
+        title: the page's heading.
+
+    Returns:
+        Whether there was anything to draw.
+    """
+    series = {}
+    for label, file in files.items():
+        try:
+            series[label] = read_metrics(file)[0]
+        except InputError:
+            continue
+    keys = {key: name for key, name in keys.items() if any(key in s for s in series.values())}
+    if not keys:
+        return False
+    columns = min(3, len(keys))
+    rows = -(-len(keys) // columns)
+    figure = new_figure(4.4 * columns, 0.6 + 2.9 * rows + 0.12 * len(series))
+    figure.suptitle(title, fontsize=13)
+    plots = figure.subplots(rows, columns, squeeze=False).ravel()
+    colours = colormaps["turbo"](np.linspace(0.05, 0.95, len(series)))
+    for axes, (key, name) in zip(plots, keys.items(), strict=False):
+        for i, ((label, run), colour) in enumerate(zip(series.items(), colours, strict=True)):
+            # Dashes of different length keep curves apart that lie on one another.
+            dashes = _DASHES[i % len(_DASHES)]
+            steps, values = run.get(key, ([], []))
+            marker = "o" if len(steps) == 1 else None
+            axes.plot(
+                steps,
+                values,
+                marker=marker,
+                label=label,
+                color=colour,
+                linewidth=1.5,
+                linestyle=dashes,
+            )
+        axes.set_title(name, fontsize=11)
+        axes.set_xlabel("step", fontsize=9)
+        axes.xaxis.set_major_locator(MaxNLocator(5, integer=True))
+        axes.tick_params(labelsize=8)
+        axes.grid(alpha=0.3)
+    for spare in plots[len(keys) :]:
+        spare.set_visible(False)
+    handles = plots[0].get_legend_handles_labels()
+    figure.legend(*handles, loc="outside lower center", fontsize=8, ncols=min(3, len(series)))
+    save_figure(figure, path)
+    return True
+
+
+def _heading(measure: Measure) -> str:
+    return f"{measure.name} ({measure.better} is better)" if measure.better else measure.name
+
+
+def _values_of(rows: Sequence[Row], name: str) -> list[str]:
+    """The values of a label in the order of the rows."""
+    return list(dict.fromkeys(row.labels[name] for row in rows))
+
+
+def _write_numbers(
+    axes: Axes,
+    grid: np.ndarray,
+    rows_of: list[str],
+    columns_of: list[str],
+    cells: Mapping[tuple[str, str], Cell],
+    measure: Measure,
+) -> None:
+    low, high = np.nanmin(grid, initial=np.inf), np.nanmax(grid, initial=-np.inf)
+    for (one, other), cell in cells.items():
+        y, x = rows_of.index(one), columns_of.index(other)
+        bright = cell.values and grid[y, x] > low + 0.6 * (high - low)
+        colour = "black" if bright or not cell.values else "white"
+        text = cell.text(measure.digits).replace(" ± ", "\n± ")
+        axes.text(x, y, text, ha="center", va="center", color=colour, fontsize=9)

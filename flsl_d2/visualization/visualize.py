@@ -1,0 +1,300 @@
+"""Pictures of one or several encoders for some images: PNG files and a page to click in."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+from tqdm import tqdm
+
+from flsl_d2.data.images import find_images, image_files, read_rgb
+from flsl_d2.errors import InputError
+from flsl_d2.evaluation import extract_tokens
+from flsl_d2.evaluation.features import RANDOM, frozen_encoder, usable_device
+from flsl_d2.files import writable_folder
+from flsl_d2.modeling import FLSLViT
+from flsl_d2.modeling.projection_head import FLSLHead
+from flsl_d2.visualization import encoder_figure
+from flsl_d2.visualization.centroids import assign_centroids, read_head
+from flsl_d2.visualization.described import CLUSTER_SCALES, DescribedEncoder, describe_encoder
+from flsl_d2.visualization.html_page import write_page
+from flsl_d2.visualization.token_figures import (
+    chosen_token,
+    comparison_figure,
+    groups_figure,
+    modes_figure,
+    nearest_figure,
+)
+
+__all__ = [
+    "NamedEncoder",
+    "chosen_encoders",
+    "chosen_images",
+    "chosen_points",
+    "read_image",
+    "visualize",
+]
+
+
+class NamedEncoder(NamedTuple):
+    """An encoder, how pages call it, and its projection head where the file has one."""
+
+    name: str
+    backbone: FLSLViT
+    head: FLSLHead | None
+
+
+def chosen_images(images: Sequence[str], dataset: str, max_images: int) -> list[str]:
+    """The files that paths and a registered data set stand for.
+
+    Args:
+        images: files, all of which are taken, and folders.
+        dataset: name of a registered data set; empty for none.
+        max_images: of each folder and data set.
+
+    Raises:
+        InputError: there is no image, or no such path or data set.
+    """
+    if not images and not dataset:
+        raise InputError("there are no images to draw; give --images or --dataset.")
+    files = []
+    for path in images:
+        if not Path(path).exists():
+            raise InputError(f"--images {path!r} does not exist; give image files or folders.")
+        if not Path(path).is_dir():
+            files.append(path)
+            continue
+        try:
+            found = find_images(path)
+        except InputError:
+            raise InputError(
+                f"--images {path!r} is a folder without image files; give one that holds some."
+            ) from None
+        files += _evenly(found, max_images, path)
+    if dataset:
+        found = image_files(name=dataset)
+        if not found:
+            raise InputError(f"the data set {dataset!r} has no images; give another --dataset.")
+        files += _evenly(found, max_images, dataset)
+    return files
+
+
+def _evenly(files: list[str], count: int, source: str) -> list[str]:
+    """At most `count` files, spread over all; always the same ones."""
+    if len(files) <= count:
+        return files
+    print(f"{count} of the {len(files)} images of {source}; --max-images takes more")
+    return [files[i] for i in np.linspace(0, len(files) - 1, count).round().astype(int)]
+
+
+def read_image(file: str) -> np.ndarray:
+    """(H, W, 3) uint8 RGB; an InputError names the file that cannot be read, and why."""
+    try:
+        return read_rgb(file)
+    except OSError as error:
+        raise InputError(
+            f"the image {file!r} cannot be read ({error}); repair it or leave it out."
+        ) from None
+
+
+def chosen_points(
+    points: Sequence[tuple[float, float]], images: Sequence[np.ndarray], files: Sequence[str]
+) -> list[list[tuple[float, float]]]:
+    """Of each image the points (x, y) in pixels as shares of its width and height; without any, its
+    middle.
+
+    Raises:
+        InputError: a point lies outside an image.
+    """
+    shares = []
+    for image, file in zip(images, files, strict=True):
+        height, width = image.shape[:2]
+        for x, y in points:
+            if not (0 <= x < width and 0 <= y < height):
+                raise InputError(
+                    f"--token {x:g},{y:g} lies outside {file!r}, which is {width} x {height} "
+                    "pixels; give X from 0 on to the right and Y from 0 on downwards."
+                )
+        shares.append([(x / width, y / height) for x, y in points] or [(0.5, 0.5)])
+    return shares
+
+
+def chosen_encoders(
+    weights: Sequence[str], names: Sequence[str], device: str
+) -> list[NamedEncoder]:
+    """The encoders of weight files, on a device, with names that differ.
+
+    Raises:
+        InputError: weights or device cannot be used.
+    """
+    names = list(names) or [_name(path) for path in weights]
+    place = usable_device(device)
+    encoders = []
+    for i, (name, path) in enumerate(zip(names, weights, strict=True)):
+        unique = name if names.count(name) == 1 else f"{name} ({i + 1})"
+        head = None if path == RANDOM else read_head(path)
+        encoders.append(NamedEncoder(unique, frozen_encoder(path).to(place), head))
+    return encoders
+
+
+def _name(path: str) -> str:
+    """A file by its name and that of its folder, since many are called alike."""
+    if path == RANDOM:
+        return "random ViT-S/16"
+    return "/".join(Path(path).with_suffix("").parts[-2:])
+
+
+_LARGE_PAGE = 25e6
+
+
+def visualize(
+    weights: Sequence[str],
+    images: Sequence[str] = (),
+    dataset: str = "",
+    output: str = "output/pictures",
+    points: Sequence[tuple[float, float]] = (),
+    names: Sequence[str] = (),
+    short_side: int = 448,
+    scale: float = 1.0,
+    num_iterations: int = 5,
+    max_images: int = 8,
+    device: str = "cpu",
+) -> None:
+    """Write ``index.html`` and the PNG files, and print what they hold.
+
+    Args:
+        weights: files or URLs that :func:`flsl_d2.weights.build_encoder` reads, or ``random``
+            for an untrained ViT-S/16.
+        images: files, and folders of which ``max_images`` are taken.
+        dataset: a data set registered in Detectron2, of which ``max_images`` are taken.
+        output: folder of all files.
+        points: tokens to look from, (x, y) in pixels of the original image; each is taken in every
+            image. The middle of the image by default.
+        names: of the encoders on the pages; by default those of the files and their folders.
+        short_side: pixels that the shorter side of images is resized to; 0 keeps their size.
+        scale: of attention and clusters, times sqrt(D).
+        num_iterations: mean-shift steps from a token to its mode.
+        max_images: of each folder and data set.
+        device: to run the encoders on.
+
+    Raises:
+        InputError: weights, images or numbers that cannot be used; nothing is written then.
+    """
+    _check_numbers(short_side, scale, num_iterations, max_images)
+    if names and len(names) != len(weights):
+        raise InputError(f"{len(names)} names for {len(weights)} weights; give one for each.")
+    files = chosen_images(images, dataset, max_images)
+    originals = [read_image(file) for file in files]
+    shares = chosen_points(points, originals, files)
+    encoders = chosen_encoders(weights, names, device)
+    folder = writable_folder(output, "--output")
+    scales = sorted({*CLUSTER_SCALES, scale})
+    described, shown = [], []
+    for encoder in encoders:
+        size = short_side or None
+        progress = tqdm(originals, f"encoding {encoder.name}", unit="image")
+        features = [extract_tokens(encoder.backbone, image, size) for image in progress]
+        described.append(_describe(encoder, features, scales, scale))
+        shown = shown or [each.image for each in features]
+    rows = [(i, *share) for i in range(len(files)) for share in shares[i]]
+    made = f"Weights: {', '.join(weights)}. Shorter side of the images: " + (
+        f"{short_side} pixels." if short_side else "as it is."
+    )
+    _write_figures(folder, described, shown, rows, scale, num_iterations)
+    first = [share[0] for share in shares]
+    size = write_page(
+        folder / "index.html",
+        described,
+        shown,
+        [Path(file).name for file in files],
+        first,
+        scale,
+        num_iterations,
+        made,
+    )
+    for each in described:
+        print(_summary(each, scale))
+    print(f"page: {folder / 'index.html'} ({size / 1e6:.1f} MB); PNG files beside it")
+    if size > _LARGE_PAGE:
+        print("the page is large: a smaller --short-side or --max-images makes it lighter")
+
+
+def _check_numbers(short_side: int, scale: float, num_iterations: int, max_images: int) -> None:
+    if short_side < 0:
+        raise InputError(f"--short-side is {short_side}; give pixels, or 0 to keep the size.")
+    if not 0 < scale < float("inf"):
+        raise InputError(f"--scale is {scale:g}; give a positive number.")
+    if num_iterations < 1:
+        raise InputError(f"--iterations is {num_iterations}; give 1 or more.")
+    if max_images < 1:
+        raise InputError(f"--max-images is {max_images}; give 1 or more.")
+
+
+def _describe(
+    encoder: NamedEncoder, features: Sequence, scales: Sequence[float], scale: float
+) -> DescribedEncoder:
+    tokens = [each.tokens.cpu() for each in features]
+    grids, images = [each.grid for each in features], [each.image for each in features]
+    assigned, num_centroids = None, 0
+    if encoder.head is not None:
+        assigned = assign_centroids(encoder.head, tokens, scale / tokens[0].shape[1] ** 0.5)
+        num_centroids = len(encoder.head.last_layer.weight_v)
+    return describe_encoder(encoder.name, tokens, grids, images, scales, assigned, num_centroids)
+
+
+def _write_figures(
+    folder: Path,
+    encoders: Sequence[DescribedEncoder],
+    images: Sequence[np.ndarray],
+    rows: Sequence[tuple[int, float, float]],
+    scale: float,
+    num_iterations: int,
+) -> None:
+    several = len(encoders) > 1
+    total = 4 * len(encoders) + several
+    progress = tqdm(total=total, desc="drawing", unit="page")
+    for i, encoder in enumerate(encoders):
+        start = f"{i + 1}_{_plain(encoder.name)}_" if several else ""
+        encoder_figure(
+            [images[row[0]] for row in rows],
+            [encoder.tokens[row[0]] for row in rows],
+            [encoder.grids[row[0]] for row in rows],
+            folder / f"{start}overview.png",
+            [chosen_token(encoder, row) for row in rows],
+            scale / encoder.width**0.5,
+            num_iterations,
+            title=f"What the encoder's tokens group: {encoder.name}, scale {scale:g} / sqrt(D)",
+        )
+        progress.update()
+        modes_figure(encoder, images, rows, folder / f"{start}modes.png", scale, num_iterations)
+        progress.update()
+        if len(images) > 1:
+            nearest_figure(encoder, images, rows, folder / f"{start}nearest_patches.png")
+        progress.update()
+        groups_figure(encoder, images, folder / f"{start}centroids.png")
+        progress.update()
+    if several:
+        comparison_figure(encoders, images, rows, folder / "comparison.png", scale, num_iterations)
+        progress.update()
+    progress.close()
+
+
+def _plain(name: str) -> str:
+    return re.sub(r"[^A-Za-z0-9]+", "_", name).strip("_")
+
+
+def _summary(encoder: DescribedEncoder, scale: float) -> str:
+    labels = encoder.labels[scale]
+    counts = [int(each.max()) + 1 for each in labels]
+    number = " to ".join(str(count) for count in sorted({min(counts), max(counts)}))
+    largest = np.mean([(each == 0).mean() for each in labels])
+    r2 = [encoder.position_r2, encoder.colour_r2]
+    position, colour = ("n/a" if value is None else f"{value:.2f}" for value in r2)
+    return (
+        f"{encoder.name}: {number} clusters an image, the largest "
+        f"{largest:.0%} of it; a token attends to {encoder.attended[scale]:.0%} of the image; "
+        f"position R^2 {position}; colour R^2 {colour}; {encoder.groups_note}"
+    )

@@ -1,0 +1,234 @@
+"""Detectron2's checkpointer with safe reading and without guessing."""
+
+from __future__ import annotations
+
+import logging
+import zipfile
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import torch
+from detectron2.checkpoint import DetectionCheckpointer
+from detectron2.utils import comm
+from torch import Tensor
+
+from flsl_d2.errors import InputError
+from flsl_d2.files import UNFINISHED, replaced_file
+from flsl_d2.weights.loading import encoders_of, fit_encoder_in_detector, load_encoder
+from flsl_d2.weights.reading import local_weights_path, read_weights, split_weights_path
+from flsl_d2.weights.sources import KNOWN_LAYOUTS, find_encoder_weights
+
+__all__ = [
+    "FLSLCheckpointer",
+    "SafeCheckpointer",
+    "checkpoint_damage",
+    "checkpoint_files",
+    "remove_unfinished",
+]
+
+logger = logging.getLogger(__name__)
+
+
+def remove_unfinished(folder: str | Path) -> None:
+    """Delete what a run that was killed in the middle of a checkpoint left behind."""
+    for part in Path(folder).glob(f"*.pth{UNFINISHED}"):
+        logger.info("Removing %s, whose writing was interrupted.", part)
+        part.unlink(missing_ok=True)
+
+
+def checkpoint_files(folder: str | Path) -> list[Path]:
+    """Checkpoints of a run, the one that ``last_checkpoint`` names first, then from the newest.
+
+    Empty for a folder without any, and for the empty name.
+    """
+    if not folder:
+        return []
+    folder = Path(folder)
+    found = sorted(folder.glob("model_*.pth"), key=lambda file: -file.stat().st_mtime_ns)
+    with suppress(OSError, ValueError):
+        tagged = folder / (folder / "last_checkpoint").read_text().strip()
+        # A damaged tag may hold anything.
+        if tagged.suffix == ".pth":
+            found = [tagged, *(file for file in found if file != tagged)]
+    return found
+
+
+def checkpoint_damage(path: str | Path) -> str:
+    """What is wrong with a file of ``torch.save``; empty for nothing.
+
+    Compares the checksum of every tensor, which reading it does not.
+    """
+    try:
+        with zipfile.ZipFile(path) as archive:
+            damaged = archive.testzip()
+    except Exception as error:  # damaged files fail in every layer of the reader
+        return " ".join(str(error).split()) or type(error).__name__
+    return f"the checksum of {damaged} in it is wrong" if damaged else ""
+
+
+class SafeCheckpointer(DetectionCheckpointer):
+    """Detectron2's checkpointer, but a file is complete before it has its name.
+
+    ``last_checkpoint`` is written the same way, after the file that it names. Resuming takes that
+    file; where it is damaged or gone, the newest other checkpoint of the folder that is whole.
+    """
+
+    def save(self, name: str, **kwargs: Any) -> None:
+        """Write ``<name>.pth`` and make it the last checkpoint.
+
+        Raises:
+            OSError: it cannot be written; the checkpoints before it are untouched.
+        """
+        if not self.save_dir or not self.save_to_disk:
+            return
+        states = {key: value.state_dict() for key, value in self.checkpointables.items()}
+        path = Path(self.save_dir, f"{name}.pth")
+        logger.info("Saving checkpoint to %s", path)
+        try:
+            with replaced_file(path) as file:
+                torch.save({"model": self.model.state_dict(), **states, **kwargs}, file)
+        except RuntimeError as error:  # PyTorch's writer hides what the file said
+            cause: BaseException | None = error
+            while cause is not None and not isinstance(cause, OSError):
+                cause = cause.__cause__ or cause.__context__
+            if cause is None:
+                raise
+            raise cause from None
+        self.tag_last_checkpoint(path.name)
+
+    def tag_last_checkpoint(self, last_filename_basename: str) -> None:
+        """As Detectron2's, all or nothing."""
+        with replaced_file(Path(self.save_dir, "last_checkpoint")) as file:
+            file.write(last_filename_basename.encode())
+
+    def has_checkpoint(self) -> bool:
+        """Whether the folder holds a checkpoint, whole or not."""
+        return bool(checkpoint_files(self.save_dir))
+
+    def resume_or_load(self, path: str, *, resume: bool = True) -> dict[str, Any]:
+        """Load the newest whole checkpoint when resuming and there is one, else ``path``.
+
+        Raises:
+            InputError: there are checkpoints, and none can be read; or as of loading.
+        """
+        if resume and self.has_checkpoint():
+            return self.load(self._newest_whole())
+        return self.load(path, checkpointables=[])
+
+    def _newest_whole(self) -> str:
+        # One process decides for all: they must not resume from different steps.
+        chosen, refused = self._choose() if comm.is_main_process() else ("", [])
+        chosen, refused = comm.all_gather((chosen, refused))[0]
+        if not chosen:
+            raise InputError(
+                f"no checkpoint in '{self.save_dir}' can be read ({'; '.join(refused)}); restore "
+                "one from a copy, or start anew in another output folder."
+            )
+        return chosen
+
+    def _choose(self) -> tuple[str, list[str]]:
+        refused: list[str] = []
+        for file in checkpoint_files(self.save_dir):
+            damage = checkpoint_damage(file)
+            if not damage:
+                if refused:
+                    logger.warning("Falling back to the checkpoint before: %s", file)
+                return str(file), refused
+            refused.append(f"{file.name}: {damage}")
+            logger.warning("Checkpoint %s is damaged or gone (%s).", file, damage)
+        return "", refused
+
+
+class FLSLCheckpointer(SafeCheckpointer):
+    """Loads encoders, detectors and whole runs; saves as :class:`SafeCheckpointer` does.
+
+    A file that holds an encoder (``teacher_backbone.pth``, or a layout of
+    :data:`flsl_d2.weights.sources.SOURCES`) goes into every ``FLSLViT`` of the model by exact
+    name, with one line that says how many weights matched. Any other file is a checkpoint of the
+    model itself. Every file is read by :func:`flsl_d2.weights.read_weights`. A path may end in
+    ``?which=student`` to take that encoder of a file that holds a teacher, too.
+
+    Attributes:
+        loaded_encoder_only: whether the last file held an encoder and nothing else of the model.
+    """
+
+    loaded_encoder_only = False
+
+    def load(self, path: str, *args: Any, **kwargs: Any) -> dict[str, Any]:
+        """Load a file; see the class.
+
+        Args:
+            path: file or URL; empty for none.
+
+        Returns:
+            What else the file holds.
+
+        Raises:
+            InputError: the file cannot be read, or its weights do not cover the encoder.
+        """
+        self._path, self._which = split_weights_path(path or "")
+        if path:
+            local_weights_path(path)
+        try:
+            return super().load(self._path, *args, **kwargs)
+        finally:
+            self._parsed_url_during_load = None  # Detectron2 leaves it set after an exception
+
+    def save(self, name: str, **kwargs: Any) -> None:
+        """As :class:`SafeCheckpointer`, with the architecture of the encoder in it as ``encoder``.
+
+        Shapes alone do not tell it all: the number of attention heads changes none.
+        """
+        architectures = [encoder.architecture for _, encoder in encoders_of(self.model)]
+        if architectures and all(each == architectures[0] for each in architectures):
+            kwargs.setdefault("encoder", architectures[0])
+        super().save(name, **kwargs)
+
+    def _load_file(self, filename: str) -> dict[str, Any]:
+        content = read_weights(filename)
+        if filename.endswith(".pkl") and "__author__" not in content:
+            # Detectron2 takes such files for Caffe2's and renames their weights.
+            blobs = _tensors(content.get("blobs", content))
+            blobs = {name: blobs[name] for name in blobs if not name.endswith("_momentum")}
+            return {"model": blobs, "__author__": "Caffe2", "matching_heuristics": True}
+        model_names = set(self.model.state_dict())
+        encoders = encoders_of(self.model)
+        nested = content.get("model")
+        state = _tensors(nested if isinstance(nested, dict) else content)
+        weights = find_encoder_weights(content, self._which) if encoders else None
+        # A checkpoint of the model has names outside the encoder, or the encoder's full names.
+        if weights is not None and not _is_of_model(state, model_names, encoders[0][0]):
+            return {"model": {}, "_encoder": weights}
+        if state and model_names.isdisjoint(state) and not content.get("matching_heuristics"):
+            raise InputError(
+                f"none of the weights in {self._path!r} ({next(iter(state))}, ...) has a name of "
+                f"this model; known layouts of encoder files are {KNOWN_LAYOUTS}."
+            )
+        return {**content, "model": state} if isinstance(nested, dict) else {"model": state}
+
+    def _load_model(self, checkpoint: dict[str, Any]) -> Any:
+        weights = checkpoint.pop("_encoder", None)
+        self.loaded_encoder_only = weights is not None
+        if weights is None:
+            for prefix, encoder in encoders_of(self.model):
+                fit_encoder_in_detector(encoder, checkpoint["model"], prefix, self._path)
+            return super()._load_model(checkpoint)
+        checkpoint.pop("model")
+        for _, encoder in encoders_of(self.model):
+            load_encoder(encoder, weights, self._path)
+        return None  # the rest of the model starts as it is, which is nothing to warn of
+
+
+def _tensors(state: dict[str, Any]) -> dict[str, Tensor]:
+    return {
+        str(name).removeprefix("module."): value
+        for name, value in state.items()
+        if isinstance(value, Tensor)
+    }
+
+
+def _is_of_model(state: dict[str, Tensor], model_names: set[str], prefix: str) -> bool:
+    if not prefix:  # the model is a bare encoder: its own names are an encoder's names
+        return False
+    return any(name in model_names for name in state if name.startswith(prefix))

@@ -1,0 +1,225 @@
+"""One weight file into another, with the account of every weight."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import safetensors.torch
+import torch
+from torch import Tensor
+
+from flsl_d2.errors import InputError
+from flsl_d2.files import replaced_file, write_text
+from flsl_d2.modeling import FLSLViT
+from flsl_d2.weights.layout import rename
+from flsl_d2.weights.loading import open_encoder
+from flsl_d2.weights.reading import ENCODER_FORMAT
+from flsl_d2.weights.report import LoadReport
+from flsl_d2.weights.sources import TIMM_NAMES
+
+__all__ = [
+    "FORMATS",
+    "convert_checkpoint",
+    "encoder_file",
+    "timm_arguments",
+    "timm_call",
+    "timm_state",
+    "write_encoder",
+    "write_timm",
+]
+
+# Its other dimensions are all given, so any of timm's plain ViTs would do.
+_TIMM_MODEL = "vit_small_patch16_224"
+
+
+def encoder_file(encoder: FLSLViT) -> dict[str, Any]:
+    """What a ``.pth`` file of an encoder holds; it loads with ``weights_only=True``.
+
+    ``model`` (tensors by their bare names), ``encoder`` (constructor arguments of ``FLSLViT``),
+    ``format``, and ``matching_heuristics``, which tells Detectron2's own checkpointer to find
+    these names wherever the encoder sits in a detector.
+    """
+    return {
+        "model": _on_cpu(encoder.state_dict()),
+        "encoder": encoder.architecture,
+        "format": ENCODER_FORMAT,
+        "matching_heuristics": True,
+    }
+
+
+def write_encoder(encoder: FLSLViT, path: str | Path) -> None:
+    """Write an encoder by its bare names, with the architecture it needs.
+
+    A ``.pth`` file is :func:`encoder_file`. A ``.safetensors`` file holds the tensors, and the
+    rest as metadata. The file is whole or not there.
+
+    Raises:
+        InputError: another suffix, or the file cannot be written.
+    """
+    content = encoder_file(encoder)
+    metadata = {"format": ENCODER_FORMAT, "encoder": json.dumps(content["encoder"])}
+    _write(path, content["model"], metadata, content)
+
+
+def write_timm(encoder: FLSLViT, path: str | Path) -> None:
+    """Write the tensors that the model of :func:`timm_call` loads strictly.
+
+    Raises:
+        InputError: the encoder has parts that timm's ViT lacks, another suffix, or the file
+            cannot be written.
+    """
+    state = _on_cpu(timm_state(encoder))
+    _write(path, state, {"format": "pt"}, state)
+
+
+def timm_state(encoder: FLSLViT) -> dict[str, Tensor]:
+    """The encoder's tensors by timm's names.
+
+    Raises:
+        InputError: the encoder has windows or relative positions.
+    """
+    _refuse_windows(encoder)
+    back = [(ours, theirs) for theirs, ours in TIMM_NAMES]
+    state = {rename(name, back): tensor for name, tensor in encoder.state_dict().items()}
+    prefix = state.pop("prefix_tokens", None)
+    if prefix is not None:
+        state["cls_token"] = prefix[:, :1]
+        if prefix.shape[1] > 1:
+            state["reg_token"] = prefix[:, 1:]
+    return state
+
+
+def timm_arguments(encoder: FLSLViT) -> dict[str, Any]:
+    """Arguments of ``timm.create_model`` that make the same network.
+
+    The tokens after the last norm are ``model.forward_features(images)`` without the first
+    ``num_prefix_tokens``. At other sizes than ``img_size`` (``dynamic_img_size=True``) timm
+    resamples positions in its own way, which is this encoder's only with ``position_offset=0``
+    and ``position_antialias=True``.
+    """
+    known = encoder.architecture
+    same = ("img_size", "patch_size", "in_chans", "embed_dim", "depth", "num_heads", "mlp_ratio")
+    arguments = {key: known[key] for key in (*same, "qkv_bias", "final_norm")}
+    arguments["init_values"] = known["layer_scale_init"]
+    arguments["num_classes"] = 0
+    arguments["no_embed_class"] = True  # the prefix tokens have their positions in them
+    if encoder.num_prefix_tokens:
+        arguments["reg_tokens"] = encoder.num_prefix_tokens - 1
+    else:
+        # timm would move the last norm behind the pooling.
+        arguments |= {"class_token": False, "global_pool": "avg", "fc_norm": False}
+    return arguments
+
+
+def timm_call(encoder: FLSLViT, path: str | Path) -> str:
+    """Python that loads a file of :func:`write_timm`, as text."""
+    arguments = ", ".join(f"{key}={value!r}" for key, value in timm_arguments(encoder).items())
+    reader = (
+        f"safetensors.torch.load_file({str(path)!r})"
+        if Path(path).suffix == ".safetensors"
+        else f"torch.load({str(path)!r}, weights_only=True)"
+    )
+    return (
+        f"model = timm.create_model({_TIMM_MODEL!r}, {arguments})\nmodel.load_state_dict({reader})"
+    )
+
+
+def _refuse_windows(encoder: FLSLViT) -> None:
+    found = [key for key in ("window_size", "use_rel_pos") if encoder.architecture.get(key)]
+    if found:
+        raise InputError(
+            f"the encoder has {' and '.join(found)}, which timm's ViT has not; convert it to "
+            "another format."
+        )
+
+
+def _write(
+    path: str | Path,
+    tensors: dict[str, Tensor],
+    metadata: dict[str, str],
+    torch_content: dict[str, Any],
+) -> None:
+    path = Path(path)
+    if path.suffix not in (".pth", ".safetensors"):
+        raise InputError(
+            f"{str(path)!r} has no suffix that can be written; use .pth or .safetensors."
+        )
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with replaced_file(path) as file:
+            if path.suffix == ".safetensors":
+                file.write(safetensors.torch.save(tensors, metadata))
+            else:
+                torch.save(torch_content, file)
+    except (OSError, RuntimeError) as error:
+        reason = " ".join(str(error).split())
+        raise InputError(f"{str(path)!r} cannot be written ({reason}); choose another.") from error
+
+
+def _on_cpu(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+
+
+# What can be written, and the suffixes of the files.
+FORMATS = {
+    "d2": (".pth",),
+    "safetensors": (".safetensors",),
+    "timm": (".pth", ".safetensors"),
+}
+
+
+def convert_checkpoint(
+    source: str,
+    target: str,
+    to: str | None = None,
+    which: str | None = None,
+    report: str | None = None,
+    **changes: Any,
+) -> LoadReport:
+    """Read an encoder in any known layout and write it; print what became of every weight.
+
+    Args:
+        source: file or URL.
+        target: file to write.
+        to: a key of :data:`FORMATS`; None goes by the suffix of ``target``.
+        which: ``teacher`` or ``student``, where the file holds both.
+        report: JSON file for the account; None for none.
+        **changes: arguments of ``FLSLViT`` that differ from what the file says.
+
+    Raises:
+        InputError: before anything is written, or where writing fails.
+    """
+    to = to or ("safetensors" if target.endswith(".safetensors") else "d2")
+    if Path(target).suffix not in FORMATS[to]:
+        raise InputError(
+            f"the output {target!r} does not have the suffix of {to} files; use "
+            f"{' or '.join(FORMATS[to])}."
+        )
+    if Path(target).resolve() == Path(source).resolve():
+        raise InputError(f"the output {target!r} is the input; give another name.")
+    encoder, account = open_encoder(f"{source}?which={which}" if which else source, **changes)
+    if to == "timm":
+        write_timm(encoder, target)
+    else:
+        write_encoder(encoder, target)
+    if report is not None:
+        _write_report(report, account)
+    print(account.table())
+    print(f"{'written':<10} {target} ({to})")
+    if to == "timm":
+        print(f"\nLoad it with:\n{timm_call(encoder, target)}")
+        own = encoder.architecture
+        if own["position_offset"] or not own["position_antialias"]:
+            print("At other image sizes timm resamples positions, but not as this encoder does.")
+    return account
+
+
+def _write_report(path: str, account: LoadReport) -> None:
+    try:
+        write_text(path, json.dumps(account.as_dict(), indent=2) + "\n")
+    except OSError as error:
+        raise InputError(
+            f"the report {path!r} cannot be written ({error.strerror}); choose another."
+        ) from error

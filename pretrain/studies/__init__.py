@@ -1,0 +1,1 @@
+"""What stands on the method: sweeps, benchmarks and the demo."""

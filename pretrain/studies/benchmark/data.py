@@ -1,0 +1,192 @@
+"""From image files to updated weights, with the loader's own workers."""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import itertools
+import time
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import cv2
+import numpy as np
+import torch
+from detectron2.config import instantiate
+from detectron2.utils.events import EventStorage
+from tqdm import tqdm
+
+from flsl_d2.data.images import find_images, read_rgb
+from flsl_d2.engine.config_files import load_lazy_config
+from pretrain.data import PretrainDataset, build_pretrain_loader
+from pretrain.optimizer import build_adamw
+from pretrain.studies.benchmark.measuring import (
+    Timing,
+    print_table,
+    reference_function,
+    seconds_of,
+    time_in_turn,
+    write_json,
+)
+from pretrain.trainer import PretrainTrainer, resolve_precision
+from pretrain.views import DEVICE_WORK
+
+__all__ = [
+    "benchmark_data",
+    "benchmark_end_to_end",
+]
+
+
+def benchmark_data(args: argparse.Namespace) -> None:
+    """Images/s of each division of work between worker and device, and of decoding alone."""
+    torch.set_num_threads(1)
+    cv2.setNumThreads(0)
+    cfg = load_lazy_config(args.config_file, args.opts)
+    files = find_images(args.images)[: args.num_images]
+    places = itertools.count()
+
+    def over_files(make: Callable[[int, str], object]) -> Callable[[], Callable[[], None]]:
+        def run() -> None:
+            for index, file in enumerate(files):
+                make(index, file)
+
+        return lambda: run
+
+    steps = {}
+    if args.reference_module:
+        make_views = reference_function(args.reference_module, "make_views")
+        steps["reference"] = over_files(lambda _, file: make_views(file))
+    names = {
+        "nothing": "all views on the CPU",
+        "augmentation": "crops on the CPU, augmentation on the device",
+        "crops": "teacher's crop on the CPU, the rest on the device",
+    }
+    for work, reduced in itertools.product(DEVICE_WORK, (False, True)):
+        cfg.views.update(on_device=work, reduced_decoding=reduced)
+        dataset = PretrainDataset(files, instantiate(cfg.views))
+        # Every repetition draws anew: the epoch is part of the seed.
+        steps[names[work] + "; reduced decoding" * reduced] = over_files(
+            lambda index, _, dataset=dataset: dataset[next(places), index]
+        )
+    steps["decoding alone"] = over_files(lambda _, file: read_rgb(file))
+    device = torch.device("cpu")
+    timings = time_in_turn(steps, args.repeats, args.warmup, device)
+    first = next(iter(timings))
+    rows = [
+        {
+            "data path": name,
+            "images/s per core": timing.rate(len(files)),
+            f"ratio to {first}": timing.speed_against(timings[first]),
+            "spread": float(np.ptp(timing.seconds) / timing.median),
+        }
+        for name, timing in timings.items()
+    ]
+    print(f"{len(files)} files of {args.images}, {args.repeats} repetitions in turn, one thread")
+    print_table(rows)
+    write_json(
+        args.json,
+        device,
+        num_images=len(files),
+        seconds={name: timing.seconds for name, timing in timings.items()},
+    )
+
+
+OURS = "flsl_d2"
+NO_FILES = "flsl_d2, a batch in memory"
+
+
+class _Run:
+    """Steps of a real run; without ``read``, of its first batch again and again."""
+
+    def __init__(
+        self, args: argparse.Namespace, files: list[str], device: torch.device, read: bool = True
+    ) -> None:
+        cfg = load_lazy_config(args.config_file, args.opts)
+        cfg.schedules.update(
+            total_batch_size=args.batch_size, iters_per_epoch=1000, total_iters=10**6
+        )
+        model = instantiate(cfg.model).to(device).train()
+        if cfg.train.compile:
+            model.compile_blocks()
+        dataset = PretrainDataset(files, instantiate(cfg.views))
+        batches = iter(build_pretrain_loader(dataset, args.batch_size, args.workers))
+        self.loader = _Waiting(batches if read else itertools.repeat(next(batches)))
+        self.trainer = PretrainTrainer(
+            model,
+            self.loader,
+            build_adamw(model),
+            instantiate(cfg.schedules),
+            resolve_precision(args.precision, device.type),
+            cfg.train.clip_norm,
+            cfg.train.clip_mode,
+        )
+        self.trainer.iter = 0
+
+    def __call__(self) -> None:
+        with EventStorage(self.trainer.iter) as self.trainer.storage:
+            self.trainer.run_step()
+        self.trainer.iter += 1
+
+
+class _Waiting:
+    """A loader that notes how long it was waited for."""
+
+    def __init__(self, batches: Iterator[Any]) -> None:
+        self.batches, self.seconds = batches, []
+
+    def __iter__(self) -> _Waiting:
+        return self
+
+    def __next__(self) -> Any:
+        start = time.perf_counter()
+        batch = next(self.batches)
+        self.seconds.append(time.perf_counter() - start)
+        return batch
+
+
+def benchmark_end_to_end(args: argparse.Namespace) -> None:
+    """Images/s from files, and the share of the time in which the step waited for them.
+
+    Each side runs by itself for a round, from starting its workers to ending them: in turn step by
+    step, the workers of one would fetch ahead during the step of the other.
+    """
+    device = torch.device(args.device)
+    if args.threads:
+        torch.set_num_threads(args.threads)
+    files = find_images(args.images)
+    sides: dict[str, Callable[[], Callable[[], None]]] = {}
+    if args.reference_module:
+        make_run = reference_function(args.reference_module, "make_run")
+        sides["reference"] = lambda: make_run(
+            files, args.batch_size, args.workers, device, args.precision
+        )
+    sides[OURS] = lambda: _Run(args, files, device)
+    sides[NO_FILES] = lambda: _Run(args, files, device, read=False)
+    timings = {name: Timing(make) for name, make in sides.items()}
+    waited = 0.0
+    rounds = [name for _ in range(args.rounds) for name in sides]
+    for name in tqdm(rounds, desc="end-to-end", unit="side", disable=None):
+        step = sides[name]()
+        for _ in range(args.warmup):
+            step()
+        timings[name].seconds.append(seconds_of(step, args.repeats, device))
+        if name == OURS:
+            waited += sum(step.loader.seconds[-args.repeats :])
+        del step
+        gc.collect()  # its workers with it
+    first = next(iter(sides))
+    rows = [
+        {
+            "run": name,
+            "images/s": timing.rate(args.batch_size * args.repeats),
+            f"ratio to {first}": timing.speed_against(timings[first]),
+            "data wait": waited / sum(timing.seconds) if name == OURS else None,
+        }
+        for name, timing in timings.items()
+    ]
+    print(
+        f"{len(files)} files of {args.images}, batch {args.batch_size}, {args.workers} worker(s), "
+        f"{args.precision} on {device}, median of {args.rounds} rounds of {args.repeats} steps"
+    )
+    print_table(rows)
+    write_json(args.json, device, batch_size=args.batch_size, workers=args.workers, rows=rows)

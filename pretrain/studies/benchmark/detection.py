@@ -1,0 +1,201 @@
+"""Mask R-CNN and its backbone against Detectron2's own ViT and pyramid, with the same weights."""
+
+from __future__ import annotations
+
+import argparse
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from detectron2.config import instantiate
+from detectron2.modeling.backbone import vit as detectron2_vit
+from detectron2.modeling.backbone.fpn import LastLevelMaxPool
+from detectron2.structures import BitMasks, Boxes, Instances
+from detectron2.utils.events import EventStorage
+from torch import Tensor, nn
+
+from flsl_d2.engine.config_files import load_lazy_config
+from flsl_d2.modeling import FLSLViT, SimpleFeaturePyramid
+from pretrain.studies.benchmark.measuring import (
+    print_table,
+    stored_for_backward,
+    time_in_turn,
+    write_json,
+)
+from pretrain.trainer import PRECISIONS, resolve_precision
+
+__all__ = ["benchmark_detection", "pyramids"]
+
+SIZES = {"s": (384, 12, 6), "b": (768, 12, 12), "l": (1024, 24, 16)}
+
+
+def pyramids(size: str, image_side: int, use_rel_pos: bool) -> dict[str, nn.Module]:
+    """ViTDet's backbone by Detectron2 and by this project: windows of 14, four global blocks.
+
+    Args:
+        size: ``s``, ``b`` or ``l``, patch 16.
+        image_side: pixels of the square images that positions are made for.
+        use_rel_pos: decomposed relative positions.
+    """
+    width, depth, heads = SIZES[size]
+    blocks = [i for i in range(depth) if (i + 1) % (depth // 4)]
+    theirs = detectron2_vit.ViT(
+        img_size=image_side,
+        patch_size=16,
+        embed_dim=width,
+        depth=depth,
+        num_heads=heads,
+        norm_layer=partial(nn.LayerNorm, eps=1e-6),
+        window_size=14,
+        window_block_indexes=blocks,
+        use_rel_pos=use_rel_pos,
+        pretrain_use_cls_token=False,
+        pretrain_img_size=image_side,
+        out_feature="last_feat",
+    )
+    ours = FLSLViT(
+        img_size=image_side,
+        embed_dim=width,
+        depth=depth,
+        num_heads=heads,
+        window_size=14,
+        global_block_indexes=[i for i in range(depth) if i not in blocks],
+        use_rel_pos=use_rel_pos,
+        final_norm=False,
+        learned_positions=True,
+    )
+    shared = {k: v for k, v in theirs.state_dict().items() if k in ours.state_dict()}
+    ours.load_state_dict(shared)
+    arguments: dict[str, Any] = {
+        "in_feature": "last_feat",
+        "out_channels": 256,
+        "scale_factors": (4.0, 2.0, 1.0, 0.5),
+        "top_block": LastLevelMaxPool(),
+        "norm": "LN",
+    }
+    return {
+        "detectron2": detectron2_vit.SimpleFeaturePyramid(
+            net=theirs, square_pad=image_side, **arguments
+        ),
+        "flsl_d2": SimpleFeaturePyramid(net=ours, square_pad=image_side, **arguments),
+    }
+
+
+def _images(batch_size: int, side: int, device: torch.device) -> list[dict[str, Any]]:
+    """Noise with ten boxes and masks an image, as Detectron2's models take it."""
+    generator = torch.Generator().manual_seed(0)
+    inputs = []
+    for _ in range(batch_size):
+        corner = torch.rand(10, 2, generator=generator) * side * 0.6
+        extent = (torch.rand(10, 2, generator=generator) * 0.3 + 0.1) * side
+        boxes = torch.cat([corner, corner + extent], dim=1)
+        masks = torch.zeros(10, side, side, dtype=torch.bool)
+        for mask, (x0, y0, x1, y1) in zip(masks, boxes.long().tolist(), strict=True):
+            mask[y0:y1, x0:x1] = True
+        instances = Instances((side, side))
+        instances.gt_boxes = Boxes(boxes)
+        instances.gt_classes = torch.randint(0, 80, (10,), generator=generator)
+        instances.gt_masks = BitMasks(masks)
+        pixels = torch.randint(0, 256, (3, side, side), generator=generator, dtype=torch.uint8)
+        inputs.append({"image": pixels, "instances": instances.to(device)})
+    return inputs
+
+
+def benchmark_detection(args: argparse.Namespace) -> None:
+    """Images/s and memory of training steps and inference, ours and Detectron2's in turn."""
+    device = torch.device(args.device)
+    if args.threads:
+        torch.set_num_threads(args.threads)
+    precision = resolve_precision(args.precision, device.type)
+    dtype = PRECISIONS[precision]
+    mixed = torch.autocast(device.type, dtype or torch.bfloat16, enabled=dtype is not None)
+    if args.backbone_only:
+        inputs = torch.randn(args.batch_size, 3, args.size, args.size, device=device)
+    else:
+        inputs = _images(args.batch_size, args.size, device)
+
+    def made(name: str, run: type[_Training] | type[_Inference]) -> _Training | _Inference:
+        torch.manual_seed(0)  # the same detector around both
+        backbone = pyramids(args.model, args.size, args.rel_pos)[name]
+        model = backbone if args.backbone_only else _mask_rcnn(backbone)
+        return run(model.to(device), inputs, mixed)
+
+    makers = {
+        f"{name}, {what}": partial(made, name, run)
+        for name in ("detectron2", "flsl_d2")
+        for what, run in (("training", _Training), ("inference", _Inference))
+    }
+    timings = time_in_turn(makers, args.repeats, args.warmup, device)
+    rows = []
+    for name, timing in timings.items():
+        base = timings[name.replace("flsl_d2", "detectron2")]
+        step, kept = timing.function, None
+        if isinstance(step, _Training):
+            kept = stored_for_backward(step.loss, step.model) / args.batch_size / 2**30
+        rows.append(
+            {
+                "what": name,
+                "images/s": timing.rate(args.batch_size),
+                "ratio to detectron2": timing.speed_against(base),
+                "peak GiB": timing.peak_gib,
+                "GiB/image kept for backward": kept,
+            }
+        )
+    what = "backbone and pyramid" if args.backbone_only else "Mask R-CNN"
+    print(
+        f"{what}, ViT-{args.model.upper()}/16, {args.size} x {args.size}, batch {args.batch_size}, "
+        f"relative positions {'on' if args.rel_pos else 'off'}, {precision} on {device}, "
+        f"{torch.get_num_threads()} thread(s), median of {args.repeats} in turn"
+    )
+    print_table(rows)
+    write_json(args.json, device, rows=rows, arguments={k: str(v) for k, v in vars(args).items()})
+
+
+def _mask_rcnn(backbone: nn.Module) -> nn.Module:
+    cfg = load_lazy_config("coco/mask_rcnn_flsl_vit_s16_1x.py", [])
+    cfg.model.backbone = None
+    model = instantiate(cfg.model)
+    model.backbone = backbone
+    return model
+
+
+@dataclass
+class _Training:
+    """Forward and backward pass."""
+
+    model: nn.Module
+    inputs: Any
+    mixed: torch.autocast
+
+    def __post_init__(self) -> None:
+        self.model.train()
+
+    def __call__(self) -> None:
+        self.model.zero_grad(set_to_none=True)
+        self.loss().backward()
+
+    def loss(self) -> Tensor:
+        """Of the detector; of a backbone alone a number that depends on all of its output."""
+        with self.mixed, EventStorage():  # which the detector's heads write to
+            out = self.model(self.inputs)
+            if isinstance(self.inputs, Tensor):
+                return sum(level.float().square().mean() for level in out.values())
+            return sum(out.values())
+
+
+@dataclass
+class _Inference:
+    """Forward pass without gradients."""
+
+    model: nn.Module
+    inputs: Any
+    mixed: torch.autocast
+
+    def __post_init__(self) -> None:
+        self.model.eval()
+
+    @torch.no_grad()
+    def __call__(self) -> None:
+        with self.mixed:
+            self.model(self.inputs)

@@ -1,0 +1,263 @@
+"""A whole pre-training step on a fixed batch: views to updated teacher."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from functools import partial
+
+import numpy as np
+import torch
+from detectron2.config import instantiate
+from detectron2.utils.events import EventStorage
+
+from flsl_d2.engine.config_files import load_lazy_config
+from flsl_d2.errors import InputError
+from flsl_d2.modeling import FLSLViT
+from pretrain.augmentation import draw_augmentation
+from pretrain.data import Batch, collate
+from pretrain.methods.flsl import FLSL
+from pretrain.optimizer import build_adamw
+from pretrain.studies.benchmark.measuring import (
+    print_table,
+    reference_function,
+    stored_for_backward,
+    time_in_turn,
+    write_json,
+)
+from pretrain.trainer import PretrainTrainer, resolve_precision
+from pretrain.views import NestedViews, Views
+
+__all__ = [
+    "PEAK_TFLOPS",
+    "VARIANTS",
+    "Step",
+    "benchmark_step",
+    "encoder_flops",
+    "peak_tflops",
+    "random_batch",
+    "step_flops",
+]
+
+# Dense bf16 / fp16 peak of cards by a part of the name that PyTorch reports (vendor's data sheets).
+PEAK_TFLOPS = {
+    "H200": 989,
+    "H100 PCIe": 756,
+    "H100": 989,
+    "A100": 312,
+    "L40S": 362,
+    "L4": 121,
+    "A10": 125,
+    "V100": 125,
+    "RTX 4090": 165,
+    "RTX 3090": 71,
+}
+
+
+def peak_tflops(device_name: str) -> float | None:
+    """The peak of a card; None where it is not listed."""
+    return next((peak for part, peak in PEAK_TFLOPS.items() if part in device_name), None)
+
+
+def encoder_flops(encoder: FLSLViT, num_tokens: int, training: bool = False) -> int:
+    """Operations of one forward pass over an image of so many tokens.
+
+    Args:
+        encoder: the encoder.
+        num_tokens: of the image.
+        training: whether stochastic depth leaves branches out; then it is the mean.
+    """
+    width = encoder.embed_dim
+    pixels = encoder.patch_embed.proj.in_channels * encoder.patch_size**2
+    hidden = encoder.blocks[0].mlp.fc1.out_features
+    linear = 2 * num_tokens * (4 * width * width + 2 * width * hidden)
+    attention = 4 * num_tokens**2 * width
+    dropped = sum(block.drop_path.probability for block in encoder.blocks) if training else 0
+    blocks = (encoder.depth - dropped) * (linear + attention)
+    return round(2 * num_tokens * pixels * width + blocks)
+
+
+def step_flops(model: FLSL, view_tokens: Sequence[int], view_queries: Sequence[int]) -> int:
+    """Operations of a step for one image.
+
+    A backward pass costs twice its forward pass (gradients of inputs and of weights), so the
+    student counts three times and the teacher once.
+
+    Args:
+        model: student and teacher.
+        view_tokens: tokens of each view, the teacher's first.
+        view_queries: queries of each student view.
+    """
+    encoder, head = model.student.backbone, model.student.head
+    teacher_tokens, *student_tokens = view_tokens
+    total = encoder_flops(encoder, teacher_tokens)
+    for tokens, queries in zip(student_tokens, view_queries, strict=True):
+        total += 3 * encoder_flops(encoder, tokens, training=True)
+        shift = 4 * queries * encoder.embed_dim
+        total += 3 * shift * tokens + shift * teacher_tokens
+    weights = sum(p.numel() for p in head.mlp.parameters() if p.ndim == 2)
+    weights += head.last_layer.weight_v.numel()
+    return total + (3 + 1) * 2 * weights * sum(view_queries)
+
+
+# Switches that change the speed of a step and not its result; "a+b" is both, the later one wins.
+VARIANTS: dict[str, tuple[str, ...]] = {
+    "eager": ("model.pack_views=False", "train.compile=False"),
+    "packed": ("model.pack_views=True",),
+    "compiled": ("train.compile=True",),
+    "checkpointed": ("model.backbone.use_act_checkpoint=True",),
+    "gelu kept": ("model.backbone.recompute_gelu=False",),
+    "probabilities kept": ("model.loss.recompute_probs=False",),
+    "dropped computed": ("model.backbone.skip_dropped=False",),
+    "without onednn": ("model.backbone.onednn_linear=False",),
+    "augmented on device": ("views.on_device=augmentation",),
+    "cropped on device": ("views.on_device=crops",),
+}
+
+
+def _overrides_of(variant: str) -> list[str]:
+    parts = variant.split("+")
+    unknown = [part for part in parts if part not in VARIANTS]
+    if unknown:
+        raise InputError(
+            f"--variants has {', '.join(unknown)}; known are {', '.join(VARIANTS)}, and several "
+            "joined by +."
+        )
+    return [override for part in parts for override in VARIANTS[part]]
+
+
+def random_batch(views: NestedViews, batch_size: int, seed: int = 0) -> Batch:
+    """A batch of noise of the sizes that the views have."""
+    rng = np.random.default_rng(seed)
+    image = rng.integers(0, 256, (views.global_size, views.global_size, 3), dtype=np.uint8)
+    few = [views(image, rng) for _ in range(min(batch_size, 4))]
+    samples = [few[i % len(few)] for i in range(batch_size)]
+
+    def augmented(sample: Views) -> Views:
+        # Each image its own draws, so that every operation has about its share of them.
+        return replace(sample, augmentations=[draw_augmentation(rng) for _ in sample.augmentations])
+
+    return collate([(augmented(sample), []) for sample in samples])
+
+
+class Step:
+    """The trainer's own step, on one batch again and again.
+
+    Args:
+        config_file: a pre-training config.
+        overrides: of its keys.
+        batch_size: images a step.
+        device: where to train.
+        precision: as ``train.precision``.
+    """
+
+    def __init__(
+        self,
+        config_file: str,
+        overrides: list[str],
+        batch_size: int,
+        device: torch.device,
+        precision: str,
+    ) -> None:
+        cfg = load_lazy_config(config_file, overrides)
+        cfg.schedules.update(total_batch_size=batch_size, iters_per_epoch=1000, total_iters=10**6)
+        torch.manual_seed(0)
+        self.model = instantiate(cfg.model).to(device).train()
+        if cfg.train.compile:
+            self.model.compile_blocks()
+        views: NestedViews = instantiate(cfg.views)
+        batch = random_batch(views, batch_size)
+        if device.type == "cuda":
+            batch.pin_memory()
+        self.trainer = PretrainTrainer(
+            self.model,
+            _Endless(batch),
+            build_adamw(self.model),
+            instantiate(cfg.schedules),
+            resolve_precision(precision, device.type),
+            cfg.train.clip_norm,
+            cfg.train.clip_mode,
+        )
+        self.batch, self.batch_size = batch, batch_size
+        self.trainer.iter = 0
+        grids = [views.global_size, *(size for size, _, _ in views.student_views)]
+        self.flops_per_image = step_flops(
+            self.model,
+            [(size // views.patch_size) ** 2 for size in grids],
+            [indexes.shape[1] for indexes in batch.queries],
+        )
+
+    def __call__(self) -> None:
+        """One step."""
+        with EventStorage(self.trainer.iter) as self.trainer.storage:
+            self.trainer.run_step()
+        self.trainer.iter += 1
+
+    def stored_bytes(self) -> int:
+        """What the forward pass keeps for the backward pass."""
+        values = self.trainer.schedules(0)
+        return stored_for_backward(lambda: self.trainer._forward(self.batch, values), self.model)
+
+
+class _Endless:
+    def __init__(self, batch: Batch) -> None:
+        self.batch = batch
+
+    def __iter__(self) -> _Endless:
+        return self
+
+    def __next__(self) -> Batch:
+        return self.batch
+
+
+def benchmark_step(args: argparse.Namespace) -> None:
+    """Images/s, memory and share of the peak of each variant, and of a reference."""
+    overrides = {name: [*args.opts, *_overrides_of(name)] for name in args.variants}
+    device = torch.device(args.device)
+    if args.threads:
+        torch.set_num_threads(args.threads)
+    makers: dict[str, Callable[[], Callable[[], None]]] = {}
+    if args.reference_module:
+        make_step = reference_function(args.reference_module, "make_step")
+        makers["reference"] = partial(make_step, args.batch_size, device, args.precision)
+    for name, opts in overrides.items():
+        makers[name] = partial(
+            Step, args.config_file, opts, args.batch_size, device, args.precision
+        )
+    timings = time_in_turn(makers, args.repeats, args.warmup, device)
+    peak = peak_tflops(torch.cuda.get_device_name(device)) if device.type == "cuda" else None
+    first = next(iter(timings))
+    rows = []
+    for name, timing in timings.items():
+        step, rate = timing.function, timing.rate(args.batch_size)
+        flops = kept = None
+        if isinstance(step, Step):
+            flops = step.flops_per_image
+            if "compiled" not in name:
+                kept = step.stored_bytes() / args.batch_size / 2**20
+        rows.append(
+            {
+                "step": name,
+                "images/s": rate,
+                f"ratio to {first}": timing.speed_against(timings[first]),
+                "s/step": timing.median,
+                "peak GiB": timing.peak_gib,
+                "MiB/image kept for backward": kept,
+                "GFLOP/image": flops and flops / 1e9,
+                "MFU": rate * flops / peak / 1e12 if flops and peak else None,
+            }
+        )
+    print(
+        f"batch {args.batch_size}, {args.precision} on {device}, {torch.get_num_threads()} "
+        f"thread(s), median of {args.repeats} steps in turn"
+    )
+    print_table(rows)
+    write_json(
+        args.json,
+        device,
+        batch_size=args.batch_size,
+        precision=args.precision,
+        rows=rows,
+        seconds={name: timing.seconds for name, timing in timings.items()},
+    )

@@ -1,0 +1,72 @@
+"""Checks of a run's input that need no real data."""
+
+from __future__ import annotations
+
+import json
+
+import numpy as np
+import pytest
+from PIL import Image
+from torch import nn
+
+from flsl_d2.data import register_coco_format
+from flsl_d2.detection.checks import check_batch, check_datasets, describe_model, mixed_precision
+from flsl_d2.errors import InputError
+
+
+@pytest.fixture
+def registered(tmp_path, request) -> str:
+    """A data set of one image with two categories, one annotation with and one without mask."""
+    box = {"image_id": 1, "bbox": [1, 1, 4, 4], "area": 16, "iscrowd": 0}
+    content = {
+        "images": [{"id": 1, "file_name": "a.png", "width": 8, "height": 8}],
+        "categories": [{"id": 1, "name": "cat"}, {"id": 2, "name": "dog"}],
+        "annotations": [
+            {**box, "id": 1, "category_id": 1, "segmentation": [[1, 1, 5, 1, 5, 5]]},
+            {**box, "id": 2, "category_id": 2},
+        ],
+    }
+    (tmp_path / "a.json").write_text(json.dumps(content))
+    Image.fromarray(np.zeros((8, 8, 3), np.uint8)).save(tmp_path / "a.png")
+    name = f"checked_{request.node.name}"
+    register_coco_format(name, tmp_path / "a.json", tmp_path)
+    return name
+
+
+def test_a_fitting_data_set_passes(registered):
+    check_datasets([registered], [registered], 2, "classes=")
+    check_datasets([registered], [], None, "classes=")
+
+
+def test_another_number_of_classes_names_both_and_the_override(registered):
+    with pytest.raises(InputError, match=r"2 categories \(cat, dog\).*80 classes; set classes=2\."):
+        check_datasets([], [registered], 80, "classes=")
+
+
+def test_missing_masks_matter_where_they_are_learnt(registered):
+    with pytest.raises(InputError, match=r"1 annotations without .* masks=off\."):
+        check_datasets([registered], [], 2, "classes=", "masks=off")
+    check_datasets([], [registered], 2, "classes=", "masks=off")
+
+
+@pytest.mark.parametrize("size", [0, -2])
+def test_a_batch_holds_images(size):
+    check_batch(3, "batch")
+    with pytest.raises(InputError, match=f"batch is {size}"):
+        check_batch(size, "batch")
+
+
+def test_mixed_precision_is_for_gpus():
+    assert mixed_precision(True, "cuda")
+    assert mixed_precision(True, "cuda:1")
+    assert not mixed_precision(True, "cpu")
+    assert not mixed_precision(False, "cuda")
+
+
+def test_a_model_is_described_in_one_line(caplog):
+    model = nn.ModuleDict({"a": nn.Linear(999, 1000), "b": nn.Linear(1, 1)})
+    model["a"].requires_grad_(False)
+    with caplog.at_level("INFO"):
+        describe_model(model)
+    (record,) = caplog.records
+    assert "1.0M parameters, 0.0M trained (a 1.0M, b 0.0M)" in record.getMessage()

@@ -1,0 +1,140 @@
+"""Files named on the command line take the place of a recipe's data set."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from detectron2.config import instantiate
+from detectron2.data import DatasetCatalog, MetadataCatalog
+
+from flsl_d2.detection.own_data import use_own_data, use_own_data_yaml
+from flsl_d2.engine.config_files import load_lazy_config, load_yaml_config
+from flsl_d2.errors import InputError
+
+RECIPE = "coco/mask_rcnn_flsl_vit_s16_1x.py"
+YAML = "coco/mask_rcnn_flsl_vit_s16_1x.yaml"
+
+
+def write(path: Path, categories: dict[int, str], images: int = 2) -> str:
+    content = {
+        "images": [
+            {"id": i, "file_name": f"{i}.jpg", "width": 9, "height": 9} for i in range(images)
+        ],
+        "categories": [{"id": i, "name": name} for i, name in categories.items()],
+        "annotations": [
+            {
+                "id": 1,
+                "image_id": 0,
+                "category_id": min(categories),
+                "bbox": [1, 1, 4, 4],
+                "area": 16,
+                "iscrowd": 0,
+            }
+        ],
+    }
+    path.write_text(json.dumps(content))
+    return str(path)
+
+
+@pytest.fixture
+def files(tmp_path):
+    train = write(tmp_path / "train.json", {3: "nut", 1: "bolt"})
+    test = write(tmp_path / "test.json", {1: "bolt", 3: "nut"})
+    yield train, test, str(tmp_path)
+    for name in (train, test):
+        if name in DatasetCatalog:
+            DatasetCatalog.remove(name)
+        MetadataCatalog.pop(name, None)
+
+
+def lazy(split: str, file: str, root: str) -> list[str]:
+    node = f"dataloader.{split}.dataset"
+    return [f"{node}.json_file={file}", f"{node}.image_root={root}"]
+
+
+def test_two_overrides_and_nothing_else(files, caplog):
+    train, _, root = files
+    cfg = load_lazy_config(RECIPE, lazy("train", train, root))
+    use_own_data(cfg, eval_only=False)
+    assert cfg.model.roi_heads.num_classes == 2
+    assert "evaluator" not in cfg.dataloader
+    assert "without evaluation" in caplog.text
+    records = instantiate(cfg.dataloader.train.dataset)
+    assert [r["file_name"] for r in records] == [f"{root}/0.jpg"]  # the other one is empty
+    assert MetadataCatalog.get(train).thing_classes == ["bolt", "nut"]
+    model = instantiate(cfg.model)
+    assert model.roi_heads.box_predictor.cls_score.out_features == 3
+
+
+def test_training_and_evaluation(files):
+    train, test, root = files
+    overrides = lazy("train", train, root) + lazy("test", test, root)
+    for recipe, key in (
+        (RECIPE, "roi_heads.num_classes"),
+        ("coco/retinanet_flsl_vit_s16_1x.py", "num_classes"),
+        ("coco/cascade_mask_rcnn_flsl_vit_b16_1x.py", "roi_heads.num_classes"),
+    ):
+        cfg = load_lazy_config(recipe, overrides)
+        use_own_data(cfg, eval_only=False)
+        *parents, last = key.split(".")
+        node = cfg.model[parents[0]] if parents else cfg.model
+        assert node[last] == 2
+        assert cfg.dataloader.evaluator.dataset_name == test
+        assert len(instantiate(cfg.dataloader.test.dataset)) == 2
+
+
+def test_another_number_of_classes_is_replaced_and_the_same_is_kept_silent(files, caplog):
+    train, test, root = files
+    overrides = lazy("train", train, root) + lazy("test", test, root)
+    with caplog.at_level("INFO"):
+        use_own_data(load_lazy_config(RECIPE, [*overrides, "model.roi_heads.num_classes=2"]), False)
+    assert "after the annotation file" not in caplog.text
+    with caplog.at_level("INFO"):
+        use_own_data(load_lazy_config(RECIPE, overrides), False)
+    assert "model.roi_heads.num_classes is 2, after the annotation file" in caplog.text
+
+
+def test_recipes_without_own_files_stay_as_they_are():
+    cfg, untouched = load_lazy_config(RECIPE), load_lazy_config(RECIPE)
+    use_own_data(cfg, eval_only=False)
+    assert cfg == untouched
+
+
+def test_what_cannot_be_used_is_said(files, tmp_path):
+    train, _, root = files
+    other = write(tmp_path / "other.json", {1: "bolt", 2: "washer"})
+    nothing = tmp_path / "nothing.json"
+    nothing.write_text('{"images": []}')
+    for overrides, eval_only, message in (
+        ([f"dataloader.train.dataset.json_file={train}"], False, "image_root is empty"),
+        ([f"dataloader.test.dataset.image_root={root}"], False, "json_file is empty"),
+        (lazy("train", f"{root}/none.json", root), False, "No such file"),
+        (lazy("train", str(nothing), root), False, "no list of categories"),
+        (lazy("train", train, root) + lazy("test", other, root), False, "'nut', 'washer'"),
+        (lazy("train", train, root), True, "--eval-only"),
+        (lazy("train", f"[{train},{train}]", root), False, "takes one path"),
+        (lazy("train", train, root) + lazy("test", train, "elsewhere"), False, "two folders"),
+    ):
+        with pytest.raises(InputError, match=message):
+            use_own_data(load_lazy_config(RECIPE, overrides), eval_only)
+
+
+def test_yaml(files):
+    train, test, root = files
+    own = ["DATASETS.TRAIN_JSON_FILE", train, "DATASETS.TRAIN_IMAGE_ROOT", root]
+    cfg = load_yaml_config(YAML, own)
+    use_own_data_yaml(cfg, eval_only=False)
+    assert list(cfg.DATASETS.TRAIN) == [train]
+    assert not cfg.DATASETS.TEST
+    assert cfg.MODEL.ROI_HEADS.NUM_CLASSES == 2
+    both = [*own, "DATASETS.TEST_JSON_FILE", test, "DATASETS.TEST_IMAGE_ROOT", root]
+    cfg = load_yaml_config(YAML, both)
+    use_own_data_yaml(cfg, eval_only=True)
+    assert list(cfg.DATASETS.TEST) == [test]
+    with pytest.raises(InputError, match=r"DATASETS\.TRAIN_IMAGE_ROOT is empty"):
+        use_own_data_yaml(load_yaml_config(YAML, own[:2]), eval_only=False)
+    untouched = load_yaml_config(YAML)
+    use_own_data_yaml(untouched, eval_only=False)
+    assert untouched.DATASETS.TRAIN == ("coco_2017_train",)

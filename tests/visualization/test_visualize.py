@@ -1,0 +1,204 @@
+"""tools/visualize.py as a command: its files, its numbers, and what it says about bad input."""
+
+from __future__ import annotations
+
+import argparse
+import base64
+import json
+import os
+import re
+import runpy
+import subprocess
+import sys
+from pathlib import Path
+
+import cv2
+import numpy as np
+import pytest
+import torch
+
+from flsl_d2.data.images import read_rgb
+from flsl_d2.errors import InputError
+from flsl_d2.evaluation import extract_tokens
+from flsl_d2.modeling import FLSLViT
+from flsl_d2.modeling.projection_head import FLSLHead
+from flsl_d2.visualization.visualize import chosen_encoders, chosen_images, visualize
+from flsl_d2.weights import FLSLCheckpointer, build_encoder
+from pretrain.methods.flsl import FLSL
+from pretrain.methods.flsl_objective import FLSLLoss
+
+ROOT = Path(__file__).resolve().parents[1]
+TINY = {"img_size": 64, "patch_size": 8, "embed_dim": 32, "depth": 2, "num_heads": 2}
+
+
+@pytest.fixture(scope="module")
+def weights(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    """A pre-training checkpoint, which has a head, and an encoder with other patches."""
+    folder = tmp_path_factory.mktemp("weights")
+    torch.manual_seed(0)
+    model = FLSL(FLSLViT(**TINY), FLSLHead(32, 16, 24, 12), FLSLLoss(16))
+    FLSLCheckpointer(model, str(folder)).save("model_final")
+    coarse = FLSLViT(**{**TINY, "patch_size": 16, "embed_dim": 48})
+    content = {
+        "model": coarse.state_dict(),
+        "encoder": coarse.architecture,
+        "format": "flsl_d2 encoder",
+    }
+    torch.save(content, folder / "coarse.pth")
+    return {name: str(folder / f"{name}.pth") for name in ("model_final", "coarse")}
+
+
+@pytest.fixture(scope="module")
+def photos(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("photos")
+    rng = np.random.default_rng(0)
+    for i in range(3):
+        coarse = rng.integers(0, 256, (6, 8, 3), dtype=np.uint8)
+        cv2.imwrite(str(folder / f"{i}.png"), cv2.resize(coarse, (120, 90)))
+    return folder
+
+
+def command(*arguments: str, root: str = "") -> subprocess.CompletedProcess:
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    if root:
+        environment["DETECTRON2_DATASETS"] = root
+    return subprocess.run(
+        [sys.executable, "tools/visualize.py", *arguments],
+        cwd=ROOT,
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+
+
+def embedded(output: Path) -> dict:
+    text = (output / "index.html").read_text(encoding="utf-8")
+    found = re.search(r'<script type="application/json" id="data">(.*?)</script>', text, re.DOTALL)
+    return json.loads(found[1])
+
+
+def test_two_encoders_on_real_images(
+    weights: dict[str, str], datasets_root: Path, tmp_path: Path
+) -> None:
+    if not (datasets_root / "coco").is_dir():
+        pytest.skip(f"no coco in {datasets_root}")
+    ran = command(
+        "--weights", *weights.values(), "--names", "fine", "coarse", "--dataset", "coco_2017_val",
+        "--max-images", "2", "--short-side", "96", "--iterations", "2", "--output", str(tmp_path),
+        root=str(datasets_root),
+    )  # fmt: skip
+    assert ran.returncode == 0, ran.stderr
+    assert sorted(file.name for file in tmp_path.iterdir()) == sorted(
+        [f"{i}_{name}_{page}.png" for i, name in ((1, "fine"), (2, "coarse"))
+         for page in ("overview", "modes", "nearest_patches", "centroids")]
+        + ["comparison.png", "index.html"]
+    )  # fmt: skip
+    for file in tmp_path.glob("*.png"):
+        assert cv2.imread(str(file)).std() > 10, file.name
+    assert "2 of the 50 images of coco_2017_val" in ran.stdout
+    assert re.search(r"fine: \d+( to \d+)? clusters .* position R\^2 -?\d\.\d\d", ran.stdout)
+    data = embedded(tmp_path)
+    fine, coarse = data["encoders"]
+    assert "of 16 are used" in fine["groupsNote"]
+    assert "k-means" in coarse["groupsNote"]
+    for encoder, name in ((fine, "model_final"), (coarse, "coarse")):
+        # The tokens in the page are those of the encoder for the image of that name.
+        backbone = build_encoder(weights[name])
+        for image, at in zip(data["images"], encoder["images"], strict=True):
+            original = read_rgb(str(datasets_root / "coco" / "val2017" / image["name"]))
+            expected = extract_tokens(backbone, original, 96)
+            assert (at["rows"], at["columns"]) == expected.grid
+            tokens = np.frombuffer(base64.b64decode(at["tokens"]), "<f2").astype(np.float32)
+            expected = expected.tokens.numpy().ravel()
+            np.testing.assert_allclose(tokens, expected, rtol=2e-3, atol=1e-4)
+
+
+def test_tokens_are_chosen_in_pixels_of_the_original(
+    weights: dict[str, str], photos: Path, tmp_path: Path
+) -> None:
+    files = [str(file) for file in sorted(photos.iterdir())[:2]]
+    visualize(
+        [weights["model_final"]], files, output=str(tmp_path), points=[(119, 0), (0, 89)],
+        short_side=48, num_iterations=1,
+    )  # fmt: skip
+    data = embedded(tmp_path)
+    assert [image["name"] for image in data["images"]] == ["0.png", "1.png"]
+    for at in data["encoders"][0]["images"]:
+        assert (at["rows"], at["columns"]) == (6, 8)
+        assert at["check"]["token"] == 7  # the upper right one
+    overview = cv2.imread(str(tmp_path / "overview.png"))
+    visualize(
+        [weights["model_final"]], files[:1], output=str(tmp_path / "one"), short_side=0,
+        num_iterations=1,
+    )  # fmt: skip
+    assert cv2.imread(str(tmp_path / "one" / "overview.png")).shape[0] < overview.shape[0] / 2
+    assert not (tmp_path / "one" / "nearest_patches.png").exists()
+    assert embedded(tmp_path / "one")["encoders"][0]["positionR2"] is None
+    assert embedded(tmp_path / "one")["images"][0]["width"] == 120
+
+
+def test_folders_give_some_images_and_files_all(
+    photos: Path, capsys: pytest.CaptureFixture
+) -> None:
+    chosen = chosen_images([str(photos), str(photos / "1.png")], "", max_images=2)
+    assert [Path(file).name for file in chosen] == ["0.png", "2.png", "1.png"]
+    assert "2 of the 3 images" in capsys.readouterr().out
+    assert len(chosen_images([str(photos)], "", max_images=3)) == 3
+
+
+def test_encoders_called_alike_get_numbers(weights: dict[str, str]) -> None:
+    encoders = chosen_encoders([weights["coarse"]] * 2 + ["random"], [], "cpu")
+    assert encoders[0].name.endswith("/coarse (1)")
+    assert encoders[1].name.endswith("/coarse (2)")
+    assert encoders[2].name == "random ViT-S/16"
+
+
+def test_bad_input_is_one_sentence_and_writes_nothing(
+    weights: dict[str, str], photos: Path, tmp_path: Path
+) -> None:
+    good = {"weights": [weights["coarse"]], "images": [str(photos)], "output": str(tmp_path / "o")}
+    empty, broken = tmp_path / "empty", tmp_path / "broken.jpg"
+    empty.mkdir()
+    broken.write_bytes(b"no image")
+    cases = [
+        ({"images": []}, "no images to draw"),
+        ({"images": [str(tmp_path / "none.jpg")]}, "does not exist"),
+        ({"images": [str(empty)]}, "without image files"),
+        ({"images": [str(broken)]}, r"broken.jpg' cannot be read"),
+        ({"images": [], "dataset": "nothing_val"}, "nothing_val"),
+        ({"points": [(120, 5)]}, r"--token 120,5 lies outside .*0.png', which is 120 x 90 pixels"),
+        ({"points": [(float("nan"), 5)]}, "lies outside"),
+        ({"weights": [str(tmp_path / "none.pth")]}, "do not exist"),
+        ({"weights": [str(broken)]}, "broken.jpg"),
+        ({"names": ["a", "b"]}, "2 names for 1 weights"),
+        ({"short_side": -1}, "--short-side is -1"),
+        ({"scale": 0.0}, "--scale is 0"),
+        ({"scale": float("nan")}, "--scale is nan"),
+        ({"num_iterations": 0}, "--iterations is 0"),
+        ({"max_images": 0}, "--max-images is 0"),
+        ({"device": "tpu0"}, "device 'tpu0'"),
+        ({"output": str(broken / "x")}, "cannot be written"),
+    ]
+    for change, message in cases:
+        with pytest.raises(InputError, match=message):
+            visualize(**{**good, **change})
+        assert not (tmp_path / "o").exists(), change
+
+
+def test_bad_input_on_the_command_line(photos: Path) -> None:
+    ran = command("--weights", "none.pth", "--images", str(photos))
+    assert ran.returncode == 2
+    assert ran.stderr.strip().splitlines()[-1].startswith("error: weights 'none.pth'")
+    assert "Traceback" not in ran.stderr
+
+
+@pytest.mark.parametrize(("text", "expected"), [("12,4", (12.0, 4.0)), ("1.5,0", (1.5, 0.0))])
+def test_points_on_the_command_line(text: str, expected: tuple[float, float]) -> None:
+    assert runpy.run_path(str(ROOT / "tools" / "visualize.py"))["point"](text) == expected
+
+
+@pytest.mark.parametrize("text", ["12;4", "12", "1,2,3", "a,b", ""])
+def test_what_is_no_point_is_named(text: str) -> None:
+    with pytest.raises(argparse.ArgumentTypeError, match=re.escape(f"{text!r} is not X,Y")):
+        runpy.run_path(str(ROOT / "tools" / "visualize.py"))["point"](text)
