@@ -1,6 +1,7 @@
 """Every number of one training step against the published implementation.
 
-Reads each ``*.npz`` in the folder that FLSL_GOLDEN names. Sizes come from the file.
+Reads each ``*.npz`` in ``tests/golden``, or in the folder that FLSL_GOLDEN names. Sizes come from
+the file.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import GOLDEN, GOLDEN_FILES
+from conftest import GOLDEN_FILES
 
 from flsl_d2.mean_shift import attention, mean_shift, mix_attention, sharpened_prior
 from flsl_d2.modeling import FLSLViT
@@ -22,13 +23,12 @@ from pretrain.methods.flsl_objective import FLSLLoss, gather_queries, query_inde
 from pretrain.methods.previous_stage import PreviousStage
 from pretrain.schedules import StepValues
 
+# Relative, in the Euclidean norm of a tensor. Both sides compute in float32, whose relative rounding
+# error of 6e-8 grows by the order of summation through the blocks, the head and their gradients:
+# about 1e-6 to 1e-5 is seen. A wrong epsilon, scale or position changes results by 1e-3 and more.
 TOLERANCE = 1e-4
-# The prior's parameters are the reference run's, stated beside the files.
+# Parameters of the prior in the reference run (tests/golden/README.md).
 PRIOR_SHARPNESS, PRIOR_SCALE, MIXTURE = 1e3, 0.2, 0.3
-
-pytestmark = pytest.mark.skipif(
-    not GOLDEN_FILES, reason=f"no *.npz in {GOLDEN}; set FLSL_GOLDEN to the reference values"
-)
 
 
 class Golden:
@@ -161,14 +161,23 @@ def test_losses_in_half_precision(golden: Golden, pack_views: bool) -> None:
         (False, "blocks", "aot_eager"),
         (True, "blocks", "aot_eager"),
         (False, "branches", "aot_eager"),
-        (True, "branches", "inductor"),  # slow: once
     ],
 )
 def test_losses_and_gradients(
     golden: Golden, pack_views: bool, compiled: str, backend: str
 ) -> None:
-    if backend == "inductor" and not (shutil.which("g++") or shutil.which("clang++")):
+    assert_step_equals(golden, pack_views, compiled, backend)
+
+
+def test_losses_and_gradients_of_generated_code() -> None:
+    """Compare one step of inductor's code, which takes a compiler and many seconds."""
+    if not (shutil.which("g++") or shutil.which("clang++")):
         pytest.skip("torch.compile needs a C++ compiler on CPUs")
+    assert_step_equals(Golden(GOLDEN_FILES[0]), True, "branches", "inductor")
+
+
+def assert_step_equals(golden: Golden, pack_views: bool, compiled: str, backend: str) -> None:
+    """Compare every loss and gradient of a step with the reference."""
     golden.model.pack_views = pack_views
     if compiled == "blocks":
         golden.model.compile_blocks(backend)
