@@ -4,12 +4,13 @@ PYTHON ?= python3
 VENV ?= .venv
 TEST_PROCESSES ?= 2
 FUZZ_MINUTES ?= 10
+SEED ?= $(shell date +%s)
 DETECTRON2_SOURCE ?= https://github.com/facebookresearch/detectron2.git
 
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.flsl-d2-installed
 OWN := $(VENV)/.made-by-flsl-d2
-PIP := "$(BIN)/python" -m pip install --quiet --disable-pip-version-check --no-input
+PIP := "$(BIN)/python" -m pip install -qq --disable-pip-version-check --no-input
 
 .DEFAULT_GOAL := help
 .PHONY: help install demo test test-random fuzz slow-tests soak gpu-benchmarks lint format docs lock clean
@@ -49,8 +50,10 @@ demo: $(STAMP) ## pre-train, fine-tune and compare on a small data set of its ow
 test: $(STAMP) ## run the tests, in TEST_PROCESSES at a time
 	@"$(BIN)/python" -m pytest -n $(TEST_PROCESSES) --dist worksteal
 
-test-random: $(STAMP) ## run the tests in random order; the header gives the seed that repeats it
-	@"$(BIN)/python" -m pytest -n $(TEST_PROCESSES) --random-order-bucket global
+test-random: $(STAMP) ## run the tests in random order; SEED=N repeats an order
+	@echo "make test-random SEED=$(SEED)"
+	@"$(BIN)/python" -m pytest -n $(TEST_PROCESSES) --random-order-bucket global \
+		--random-order-seed $(SEED)
 
 fuzz: $(STAMP) ## draw new examples for the property tests, for FUZZ_MINUTES; print what repeats a failure
 	@end=$$(($$(date +%s) + 60 * $(FUZZ_MINUTES))); while [ $$(date +%s) -lt $$end ]; do \
