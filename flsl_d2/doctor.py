@@ -128,8 +128,8 @@ def check_gpus() -> Iterator[Finding]:
             FAIL,
             "GPU",
             f"driver {driver} is there, but PyTorch for CUDA {built_for} cannot use it; CUDA 13 "
-            "needs driver 580 or newer, CUDA 12 needs 525 or newer: update the driver, or install a "
-            "PyTorch for an older CUDA",
+            "needs driver 580 or newer, CUDA 12 needs 525 or newer: update the driver, or "
+            "install a PyTorch for an older CUDA",
         )
 
 
