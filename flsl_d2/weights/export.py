@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -13,11 +14,10 @@ from torch import Tensor
 from flsl_d2.errors import InputError
 from flsl_d2.files import replaced_file, write_text
 from flsl_d2.modeling import FLSLViT
-from flsl_d2.weights.layout import rename
+from flsl_d2.weights.alignment import TIMM_NAMES, rename
 from flsl_d2.weights.loading import open_encoder
-from flsl_d2.weights.reading import ENCODER_FORMAT
+from flsl_d2.weights.reading import ENCODER_FORMAT, split_weights_path
 from flsl_d2.weights.report import LoadReport
-from flsl_d2.weights.sources import TIMM_NAMES
 
 __all__ = [
     "FORMATS",
@@ -184,7 +184,7 @@ def convert_checkpoint(
         source: file or URL.
         target: file to write.
         to: a key of :data:`FORMATS`; None goes by the suffix of ``target``.
-        which: ``teacher`` or ``student``, where the file holds both.
+        which: name of a set of weights (``student``, ``state_dict_ema``) in a file with several.
         report: JSON file for the account; None for none.
         **changes: arguments of ``FLSLViT`` that differ from what the file says.
 
@@ -197,9 +197,10 @@ def convert_checkpoint(
             f"the output {target!r} does not have the suffix of {to} files; use "
             f"{' or '.join(FORMATS[to])}."
         )
-    if Path(target).resolve() == Path(source).resolve():
+    target = os.path.expanduser(target)
+    if Path(target).resolve() == Path(split_weights_path(source)[0]).resolve():
         raise InputError(f"the output {target!r} is the input; give another name.")
-    encoder, account = open_encoder(f"{source}?which={which}" if which else source, **changes)
+    encoder, account = open_encoder(source, which, **changes)
     if to == "timm":
         write_timm(encoder, target)
     else:
@@ -218,7 +219,7 @@ def convert_checkpoint(
 
 def _write_report(path: str, account: LoadReport) -> None:
     try:
-        write_text(path, json.dumps(account.as_dict(), indent=2) + "\n")
+        write_text(os.path.expanduser(path), json.dumps(account.as_dict(), indent=2) + "\n")
     except OSError as error:
         raise InputError(
             f"the report {path!r} cannot be written ({error.strerror}); choose another."

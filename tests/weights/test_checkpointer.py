@@ -132,7 +132,7 @@ def test_positions_of_another_grid_are_resampled(encoder, tmp_path, caplog):
     model = Detector(img_size=96)
     with caplog.at_level(logging.INFO):
         FLSLCheckpointer(model).load(path)
-    assert "positions resampled from 16 to 36" in caplog.text
+    assert "positions resampled from 4 x 4 to 6 x 6" in caplog.text
     assert model.backbone.net.pos_embed.shape == (1, 36, 48)
     FLSLCheckpointer(model, str(tmp_path)).save("detector")
     other = Detector(img_size=64)
