@@ -51,7 +51,7 @@ _FOREIGN_NETWORKS = {
     r"(.*\.)?stages\.\d+\.": "a network of several stages",
     r"(.*\.)?layers\.\d+\.blocks\.": "a Swin transformer",
     r"(.*\.)?layer1\.\d+\.conv1\.": "a ResNet",
-    r"(.*/)?Transformer/": "a Flax transformer without a patch embedding",
+    r"(.*/)?Transformer/": "a transformer of JAX (Flax) that lacks blocks or the patch embedding",
 }
 
 

@@ -103,9 +103,7 @@ def find_encoder_weights(
     source = recognise(content, chosen, layout, renamed)
     others = tuple(each.label for each in sets if each is not chosen)
     weights = align(source, chosen, renamed, others)
-    is_transformer = "blocks.0.attn.qkv.weight" in weights.tensors or any(
-        name.startswith("blocks.") for name in weights.unsupported
-    )
+    is_transformer = any(name.startswith("blocks.") for name in weights.tensors)
     return weights if is_transformer else None
 
 

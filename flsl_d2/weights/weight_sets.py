@@ -58,8 +58,9 @@ class WeightSet:
 
     @property
     def components(self) -> list[str]:
-        """Parts of containers and prefix."""
-        return [*self.containers, *(part for part in re.split("[./]", self.prefix) if part)]
+        """Parts of containers and prefix, without wrappers."""
+        parts = [*self.containers, *re.split("[./]", self.prefix)]
+        return [part for part in parts if part and part not in _WRAPPERS]
 
     @property
     def location(self) -> str:
