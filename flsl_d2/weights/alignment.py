@@ -12,7 +12,7 @@ from torch import Tensor
 
 from flsl_d2.modeling.positions import num_leading_positions
 from flsl_d2.weights.foreign_names import Renamed
-from flsl_d2.weights.sources import Recognised
+from flsl_d2.weights.sources import Source
 from flsl_d2.weights.weight_sets import WeightSet
 
 __all__ = ["TIMM_NAMES", "EncoderWeights", "align", "rename"]
@@ -42,7 +42,7 @@ _SWIGLU = "SwiGLU instead of an MLP"
 _ROTARY = "rotary positions"
 # Parts that FLSLViT does not compute, by the names of their weights.
 _UNSUPPORTED = {
-    r"rope\.": _ROTARY,
+    r"rope": _ROTARY,
     r"blocks\.\d+\.mlp\.(w12|w3|w1|w2|fc1_g|fc1_x)\b": _SWIGLU,
     r"blocks\.\d+\.attn\.([qk]_norm|norm_[qk])\b": "normalised queries and keys",
     r"blocks\.\d+\.attn\.(relative_position|rel_pos\.)": "relative position biases",
@@ -110,9 +110,21 @@ def rename(name: str, pairs: Iterable[tuple[str, str]]) -> str:
 
 
 def align(
-    source: Recognised, chosen: WeightSet, renamed: Renamed, other_sets: tuple[str, ...]
+    source: Source,
+    architecture: dict[str, Any],
+    chosen: WeightSet,
+    renamed: Renamed,
+    other_sets: tuple[str, ...],
 ) -> EncoderWeights:
-    """Sort every tensor of a set into the encoder's, those dropped, and those unused."""
+    """Sort every tensor of a set into the encoder's, those dropped, and those unused.
+
+    Args:
+        source: kind of the file.
+        architecture: arguments of ``FLSLViT`` that the source gives.
+        chosen: the set of weights.
+        renamed: its tensors by timm's names.
+        other_sets: labels of further sets in the file.
+    """
     tensors: dict[str, Tensor] = {}
     file_names: dict[str, str] = {}
     dropped: dict[str, str] = {}
@@ -140,7 +152,7 @@ def align(
         source.name,
         tensors,
         dropped,
-        source.architecture,
+        architecture,
         file_names,
         tuple(unused),
         unsupported,
@@ -155,7 +167,7 @@ def _reason(name: str, reasons: Mapping[str, str]) -> str:
 
 
 def _reason_outside(
-    name: str, source: Recognised, chosen: WeightSet, other_sets: tuple[str, ...]
+    name: str, source: Source, chosen: WeightSet, other_sets: tuple[str, ...]
 ) -> str:
     parts = name.split(".")
     others = [other for other in other_sets if set(other.split(".")) & set(parts)]

@@ -24,6 +24,7 @@ from flsl_d2.weights.loading import (
 )
 from flsl_d2.weights.reading import local_weights_path, read_weights, split_weights_path
 from flsl_d2.weights.report import listed
+from flsl_d2.weights.weight_sets import plain_name
 
 __all__ = [
     "FLSLCheckpointer",
@@ -243,9 +244,7 @@ class FLSLCheckpointer(SafeCheckpointer):
 
 def _tensors(state: dict[str, Any]) -> dict[str, Tensor]:
     return {
-        str(name).removeprefix("module."): value
-        for name, value in state.items()
-        if isinstance(value, Tensor)
+        plain_name(str(name)): value for name, value in state.items() if isinstance(value, Tensor)
     }
 
 

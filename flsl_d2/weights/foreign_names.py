@@ -44,10 +44,11 @@ _SAM_BLOCK = [(r"mlp\.lin([12])\.", r"mlp.fc\1.")]
 _FOREIGN_NETWORKS = {
     r"(.*\.)?_flat_param$": "weights that FSDP has flattened; save them with FULL_STATE_DICT",
     r"(.*\.)?transformer\.resblocks\.": "OpenAI's or OpenCLIP's CLIP",
-    r"(.*\.)?vision_model\.(encoder|embeddings)\.": "a CLIP or SigLIP of transformers",
+    r"(.*\.)?embeddings\.(class|patch)_embedding\b": "a CLIP or SigLIP of transformers",
     r"(.*\.)?vision_encoder\.layers\.\d+\.": "a Segment Anything of transformers",
     r"(.*\.)?embeddings\.(rope|register_tokens|patch_embeddings\.weight)": "a DINOv3 of "
     "transformers, which has rotary positions",
+    r"(.*\.)?encoder\.layers\.encoder_layer_\d+\.": "a ViT of torchvision",
     r"(.*\.)?stages\.\d+\.": "a network of several stages",
     r"(.*\.)?layers\.\d+\.blocks\.": "a Swin transformer",
     r"(.*\.)?layer1\.\d+\.conv1\.": "a ResNet",

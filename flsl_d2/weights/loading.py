@@ -100,9 +100,9 @@ def find_encoder_weights(
         return None
     chosen = choose_set(sets, which, path)
     layout, renamed = to_timm_names(chosen.tensors, chosen.file_names)
-    source = recognise(content, chosen, layout, renamed)
+    source, architecture = recognise(content, chosen, layout, renamed)
     others = tuple(each.label for each in sets if each is not chosen)
-    weights = align(source, chosen, renamed, others)
+    weights = align(source, architecture, chosen, renamed, others)
     is_transformer = any(name.startswith("blocks.") for name in weights.tensors)
     return weights if is_transformer else None
 

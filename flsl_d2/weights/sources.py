@@ -1,4 +1,4 @@
-"""Where an encoder's weights can come from: one entry for each kind of file.
+"""Kinds of files with an encoder's weights: one entry for each.
 
 An entry says how the kind is told from others, which tensors are left out and why, and what the
 source computes that no tensor tells: how positions are resampled, and the number of heads. The
@@ -20,7 +20,7 @@ from flsl_d2.weights.foreign_names import Renamed
 from flsl_d2.weights.reading import ENCODER_FORMAT
 from flsl_d2.weights.weight_sets import WeightSet
 
-__all__ = ["KNOWN_LAYOUTS", "SOURCES", "USUAL_HEADS", "Recognised", "Source", "recognise"]
+__all__ = ["KNOWN_LAYOUTS", "SOURCES", "USUAL_HEADS", "Source", "recognise"]
 
 KNOWN_LAYOUTS = (
     "this project's own, published FLSL, DINO, iBOT, SelfPatch, MAE, MoCo v3, DINOv2, DeiT, plain "
@@ -49,7 +49,7 @@ _UNUSED_CLASS_TOKEN = {r"cls_token$": "stored by the published code, but unused"
 
 @dataclass(frozen=True)
 class Candidate:
-    """What entries look at.
+    """The part of a file that entries look at.
 
     Attributes:
         content: outermost dict of the file.
@@ -64,7 +64,7 @@ class Candidate:
     layout: str
 
     def is_in(self, *containers: str) -> bool:
-        """Whether the tensors lie in exactly these dicts, without a common prefix."""
+        """Tell whether the tensors lie in exactly these dicts, without a common prefix."""
         return self.chosen.containers == containers and not self.chosen.prefix
 
     @property
@@ -101,22 +101,14 @@ class Source:
     note: str = ""
 
 
-@dataclass(frozen=True)
-class Recognised:
-    """A source with the arguments of ``FLSLViT`` that it gives for one file."""
-
-    name: str
-    architecture: dict[str, Any]
-    dropped: Mapping[str, str]
-    dropped_outside: Mapping[str, str]
-    refusal: str
-    note: str
-
-
 def recognise(
     content: Mapping[str, Any], chosen: WeightSet, layout: str, renamed: Renamed
-) -> Recognised:
-    """Find the first entry of :data:`SOURCES` that fits; the last one fits everything."""
+) -> tuple[Source, dict[str, Any]]:
+    """Find the first entry of :data:`SOURCES` that fits; the last one fits everything.
+
+    Returns:
+        The entry, and the arguments of ``FLSLViT`` that it gives for this file.
+    """
     state = {name: tensor for name, (tensor, _) in renamed.items()}
     candidate = Candidate(content, chosen, state, layout)
     source = next(source for source in SOURCES if source.fits(candidate))
@@ -125,18 +117,11 @@ def recognise(
         architecture["num_heads"] = source.heads[candidate.width]
     if source.architecture_key:
         architecture.update(content.get(source.architecture_key) or {})
-    return Recognised(
-        source.name,
-        architecture,
-        source.dropped,
-        source.dropped_outside,
-        source.refusal,
-        source.note,
-    )
+    return source, architecture
 
 
 def _of_run(key: str) -> Callable[[Candidate], bool]:
-    """Fits a run's checkpoint with this key beside its teacher and student."""
+    """Make a test for runs' checkpoints with this key beside teacher and student."""
     return lambda file: key in file.content and bool({"teacher", "student"} & _keys(file))
 
 
@@ -145,7 +130,7 @@ def _keys(file: Candidate) -> set[str]:
 
 
 def _says_rotary(file: Candidate) -> bool:
-    """Whether the options of a training script name a model with rotary positions."""
+    """Tell whether the options of a training script name a model with rotary positions."""
     options = file.content.get("args")
     names = [file.content.get("arch"), getattr(options, "model", None)]
     return any("rope" in str(name) for name in names)
@@ -156,7 +141,7 @@ def _is_square(count: int) -> bool:
 
 
 def _is_rotary(file: Candidate) -> bool:
-    """timm writes LayerScale as ``gamma_1`` for models with rotary positions alone."""
+    """Recognise timm's models with rotary positions: they alone call LayerScale ``gamma_1``."""
     table = file.state.get("pos_embed")
     without_class = table is not None and table.dim() == 3 and _is_square(table.shape[1])
     from_timm = "blocks.0.gamma_1" in file.state and without_class and "cls_token" in file.state
@@ -174,7 +159,7 @@ def _is_post_norm(file: Candidate) -> bool:
 
 
 def _is_published_flsl(file: Candidate) -> bool:
-    """Whether fixed positions of patches alone stand beside a class token that nothing uses."""
+    """Tell whether a class token stands beside fixed positions that leave it no place."""
     table = file.state.get("pos_embed")
     if "cls_token" not in file.state or table is None or table.dim() != 3:
         return False
@@ -199,7 +184,7 @@ def _in_detector(file: Candidate) -> bool:
 
 
 def _is_timm(file: Candidate) -> bool:
-    """Whether the file has what DINO's own backbones never have."""
+    """Tell whether the file has what DINO's own backbones never have."""
     marks = ("head.weight", "fc_norm.weight", "reg_token", "blocks.0.ls1.gamma")
     return "cls_token" not in file.state or any(mark in file.state for mark in marks)
 
@@ -292,6 +277,7 @@ SOURCES = (
     Source(
         "detector of this project",
         lambda file: _in_detector(file) and "final_norm.weight" in file.state,
+        architecture_key="encoder",
         **_DETECTOR,
     ),
     Source("Detectron2's ViTDet", _in_detector, **_SIZED, **_DETECTOR),
@@ -299,7 +285,8 @@ SOURCES = (
     Source(
         "timm's ViT with residual post-norm",
         _is_post_norm,
-        refusal="norms after the residual branches",
+        refusal="norms after the residual branches (as timm's vit_base_patch16_rpn_224, which "
+        "alone has neither a class token nor biases of queries, keys and values)",
     ),
     Source(
         "timm, without class token",

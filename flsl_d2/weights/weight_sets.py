@@ -8,14 +8,14 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from torch import Tensor
 
 from flsl_d2.errors import InputError
 
-__all__ = ["WeightSet", "choose_set", "find_weight_sets", "tensor_dicts"]
+__all__ = ["WeightSet", "choose_set", "find_weight_sets", "plain_name", "tensor_dicts"]
 
 # Modules that PyTorch and Lightning put around others: DDP, torch.compile, FSDP, checkpointing.
 _WRAPPERS = {
@@ -64,11 +64,11 @@ class WeightSet:
 
     @property
     def location(self) -> str:
-        """Containers and prefix, for people."""
+        """Containers and prefix as one text, for messages."""
         return " / ".join([*self.containers, *([f"{self.prefix}*"] if self.prefix else [])])
 
     def has_key(self, key: str) -> bool:
-        """Whether ``which=key`` can mean this set."""
+        """Tell whether ``which=key`` can mean this set."""
         known = self.components
         return key in (self.label, *known, *(_SYNONYMS.get(part) for part in known))
 
@@ -133,6 +133,11 @@ def _evaluated(sets: list[WeightSet]) -> list[WeightSet]:
     return [each for each in sets if each not in averaged] or averaged
 
 
+def plain_name(name: str) -> str:
+    """Take the names of wrappers out of a tensor's name, wherever they stand."""
+    return ".".join(part for part in name.split(".") if part not in _WRAPPERS)
+
+
 def tensor_dicts(
     node: Mapping[Any, Any], containers: tuple[str, ...] = ()
 ) -> Iterator[tuple[tuple[str, ...], dict[str, Tensor]]]:
@@ -150,8 +155,10 @@ def _without_wrappers(mapping: Mapping[str, Tensor]) -> dict[str, str]:
     """Names without wrappers and without DINOv2's chunks of blocks: the names in the file."""
     names: dict[str, str] = {}
     for original in mapping:
-        name = ".".join(part for part in original.split(".") if part not in _WRAPPERS)
-        name = re.sub(r"(^|\.)blocks\.\d+\.(\d+)\.", r"\1blocks.\2.", name)
+        name = plain_name(original)
+        without_chunk = re.sub(r"(^|\.)blocks\.\d+\.(\d+)\.", r"\1blocks.\2.", name)
+        if without_chunk not in names:  # in networks of several stages the numbers repeat
+            name = without_chunk
         if name in names:
             raise InputError(
                 f"the weights {names[name]!r} and {original!r} have the same name without their "
@@ -168,7 +175,4 @@ def _labelled(sets: list[WeightSet]) -> list[WeightSet]:
     labels = [".".join(p for p in each.components if p not in shared) or "model" for each in sets]
     if len(set(labels)) < len(labels):
         labels = [".".join(each.components) or "model" for each in sets]
-    return [
-        WeightSet(label, each.containers, each.prefix, each.tensors, each.file_names, each.outside)
-        for label, each in zip(labels, sets, strict=True)
-    ]
+    return [replace(each, label=label) for label, each in zip(labels, sets, strict=True)]

@@ -34,7 +34,7 @@ KINDS = {
     "vit_small_patch16_dinov3": "rotary",
     "vit_base_patch16_rpn_224": "norms after the residual branches",
     "vit_base_patch16_gap_224": "give num_heads",
-    "vit_base_patch16_xp_224": "parallel blocks",
+    "vit_base_patch16_18x2_224": "parallel blocks",
     "vit_dlittle_patch16_reg1_gap_256": "differential attention",
     "vit_relpos_small_patch16_224": "relative position biases",
     "eva02_tiny_patch14_224": "biases of queries and values",
@@ -78,9 +78,11 @@ def refusal_or_difference(name: str, path) -> str | float:
     """
     model = make(name)
     assert model is not None, name
-    shapes = {key: tensor for key, tensor in model.state_dict().items()}
+    shapes = dict(model.state_dict())
     try:  # names and shapes suffice to refuse
         weights = find_encoder_weights(shapes)
+    except InputError as error:
+        return str(error)
     except (NotImplementedError, RuntimeError):  # values are needed, which meta tensors lack
         weights = None
         refused = False

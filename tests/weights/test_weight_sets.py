@@ -99,7 +99,7 @@ def test_every_set_of_a_file_is_named_and_can_be_taken(tmp_path, layout, names, 
             assert report.other_sets[0] in report.line()
             assert report.other_sets[0] in report.table()
     if default is None:
-        with pytest.raises(InputError, match="hold 2 sets of encoder weights .left, right"):
+        with pytest.raises(InputError, match=r"hold 2 sets of encoder weights \(left, right"):
             open_encoder(path)
     else:
         encoder, _ = open_encoder(path)
