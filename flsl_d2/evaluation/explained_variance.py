@@ -131,9 +131,7 @@ class LinearFit:
         return torch.linalg.solve(gram, self.cross)
 
 
-def position_r2(
-    token_sets: Sequence[Tensor], grids: Sequence[tuple[int, int]]
-) -> float | None:
+def position_r2(token_sets: Sequence[Tensor], grids: Sequence[tuple[int, int]]) -> float | None:
     """Share of the tokens' variance that their position alone predicts, in images not fitted to.
 
     Args:

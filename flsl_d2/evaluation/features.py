@@ -12,6 +12,8 @@ from torch import Tensor, nn
 
 from flsl_d2.errors import InputError
 from flsl_d2.modeling import FLSLViT
+from flsl_d2.modeling.pixels import IMAGENET_MEAN, IMAGENET_STD
+from flsl_d2.modeling.timm_backbone import TIMM_PREFIX, TimmBackbone, build_timm_backbone
 from flsl_d2.weights import build_encoder
 
 __all__ = [
@@ -29,13 +31,12 @@ RANDOM = "random"
 
 
 class Encoder(Protocol):
-    """Encoder as evaluations and pictures take it; ``FLSLViT`` is one.
+    """Encoder as evaluations and pictures take it, such as ``FLSLViT`` and ``TimmBackbone``.
 
     Attributes:
-        patch_size: side in pixels of the square that a token stands for.
+        patch_size: side in pixels of the square that a token stands for; sides of images are
+            multiples of it.
         embed_dim: width D of the tokens.
-        pixel_mean: mean of red, green and blue in [0, 255] that images are normalised with.
-        pixel_std: standard deviation of the same.
         training: whether the encoder is in training mode.
     """
 
@@ -43,14 +44,13 @@ class Encoder(Protocol):
     embed_dim: int
     training: bool
 
-    @property
-    def pixel_mean(self) -> tuple[float, float, float]: ...
-
-    @property
-    def pixel_std(self) -> tuple[float, float, float]: ...
-
     def forward_tokens(self, images: Tensor) -> Tensor:
-        """Encode normalised images (B, 3, H, W) to tokens (B, N, D), row-major."""
+        """Encode images (B, 3, H, W) to tokens (B, N, D), row-major.
+
+        Args:
+            images: RGB, normalised with ImageNet's mean and standard deviation. An encoder that
+                was trained on other pixels changes them itself.
+        """
         ...
 
     def parameters(self) -> Iterator[nn.Parameter]: ...
@@ -80,24 +80,29 @@ def usable_device(name: str) -> torch.device:
     return device
 
 
-def frozen_encoder(weights: str, seed: int = 0) -> FLSLViT:
+def frozen_encoder(weights: str, seed: int = 0) -> Encoder:
     """Build an encoder in evaluation mode, on the CPU, whose parameters take no gradient.
 
     Args:
-        weights: file or URL, see :func:`flsl_d2.weights.build_encoder`; ``random`` for an
-            untrained ViT-S/16.
+        weights: file or URL, see :func:`flsl_d2.weights.build_encoder`; ``timm:NAME``, see
+            :func:`flsl_d2.modeling.timm_backbone.parse_timm_name`; or ``random`` for an untrained
+            ViT-S/16.
         seed: seed for untrained weights. The global generators are not touched.
 
     Raises:
         InputError: the file cannot be used, or does not cover the whole encoder.
     """
-    if weights == RANDOM:
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(seed)
+    encoder: FLSLViT | TimmBackbone
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        if weights == RANDOM:
             encoder = FLSLViT()
-    else:
-        encoder = build_encoder(weights)
-    return encoder.eval().requires_grad_(False)
+        elif weights.startswith(TIMM_PREFIX):
+            encoder = build_timm_backbone(weights)
+        else:
+            encoder = build_encoder(weights)
+    encoder.eval().requires_grad_(False)
+    return encoder
 
 
 class TokenFeatures(NamedTuple):
@@ -127,8 +132,8 @@ def encode_images(encoder: Encoder, images: np.ndarray) -> Tensor:
     """
     device = device_of(encoder)
     pixels = torch.from_numpy(images).to(device).permute(0, 3, 1, 2).float()
-    mean = torch.tensor(encoder.pixel_mean, device=device).view(3, 1, 1)
-    std = torch.tensor(encoder.pixel_std, device=device).view(3, 1, 1)
+    mean = torch.tensor(IMAGENET_MEAN, device=device).view(3, 1, 1)
+    std = torch.tensor(IMAGENET_STD, device=device).view(3, 1, 1)
     return encoder.forward_tokens((pixels - mean) / std).float()
 
 

@@ -201,9 +201,7 @@ def prepare_measures(
     return load_labelled(train, max_images, seed), load_labelled(val, max_images, seed)
 
 
-def run_measures(
-    task: Task, names: Sequence[str]
-) -> tuple[dict[str, float], dict[str, str]]:
+def run_measures(task: Task, names: Sequence[str]) -> tuple[dict[str, float], dict[str, str]]:
     """Run measures on one pass over the training and one over the validation images.
 
     Args:

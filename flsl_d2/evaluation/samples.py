@@ -138,9 +138,7 @@ def _attention_inputs(encoder: Encoder) -> Iterator[list[Tensor]]:
             handle.remove()
 
 
-def encode_dataset(
-    encoder: Encoder, dataset: LabelledDataset, short_side: int
-) -> Iterator[Sample]:
+def encode_dataset(encoder: Encoder, dataset: LabelledDataset, short_side: int) -> Iterator[Sample]:
     """Yield every image of a data set with its tokens, in order.
 
     Args:
