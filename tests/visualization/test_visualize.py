@@ -27,7 +27,7 @@ from flsl_d2.weights import FLSLCheckpointer, build_encoder
 from pretrain.methods.flsl import FLSL
 from pretrain.methods.flsl_objective import FLSLLoss
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 TINY = {"img_size": 64, "patch_size": 8, "embed_dim": 32, "depth": 2, "num_heads": 2}
 
 
