@@ -131,7 +131,8 @@ def _draw_scale(
     colours = matplotlib.colormaps[COLOUR_MAP](np.linspace(1, 0, 256))[:, None, :3]
     sheet.show((255 * colours).astype(np.uint8), x, y, 0.1, height)
     for value, place, alignment in ((span[1], y, "top"), (span[0], y + height, "bottom")):
-        sheet.write(f"{value:.3g}", x + 0.14, place, 7, ha="left", va=alignment)
+        text = f"{value:.2f}" if abs(value) < 10 else f"{value:.0f}"
+        sheet.write(text, x + 0.14, place, 7, ha="left", va=alignment)
 
 
 class _Sheet:
@@ -188,7 +189,7 @@ def label_plot(axes: Axes, title: str, x_label: str, y_label: str = "") -> None:
     axes.set_title(title, fontsize=11)
     axes.set_xlabel(x_label, fontsize=9)
     axes.set_ylabel(y_label, fontsize=9)
-    axes.tick_params(labelsize=8)
+    axes.tick_params(which="both", labelsize=8)
     axes.grid(alpha=0.3)
     axes.xaxis.set_major_locator(MaxNLocator(5, integer=True))
 
