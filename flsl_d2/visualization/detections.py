@@ -126,7 +126,7 @@ def detector(
     Raises:
         InputError: the file of results cannot be read.
     """
-    if callable(source):
+    if not isinstance(source, (str, os.PathLike, Sequence)):
 
         def predict(record: dict[str, Any], image_bgr: np.ndarray) -> DrawnObjects:
             output = source(image_bgr)
@@ -135,21 +135,23 @@ def detector(
 
         return predict
 
-    if isinstance(source, (str, os.PathLike)):
-        try:
-            with PathManager.open(os.fspath(source), "r") as stream:
-                source = json.load(stream)
-        except (OSError, ValueError) as error:
-            raise InputError(
-                f"the detections {source} cannot be read ({error}): name the "
-                "coco_instances_results.json that an evaluation wrote."
-            ) from None
-    results: Sequence[dict[str, Any]] = source
+    results = _read_results(source) if isinstance(source, (str, os.PathLike)) else source
 
     def look_up(record: dict[str, Any], image_bgr: np.ndarray) -> DrawnObjects:
         return _from_results(results, record, score_threshold, contiguous)
 
     return look_up
+
+
+def _read_results(path: str | os.PathLike[str]) -> list[dict[str, Any]]:
+    try:
+        with PathManager.open(os.fspath(path), "r") as stream:
+            return json.load(stream)
+    except (OSError, ValueError) as error:
+        raise InputError(
+            f"the detections {path} cannot be read ({error}): name the "
+            "coco_instances_results.json that an evaluation wrote."
+        ) from None
 
 
 def choose_records(records: list[dict[str, Any]], count: int) -> list[dict[str, Any]]:
@@ -178,8 +180,8 @@ def draw_objects(image: np.ndarray, objects: DrawnObjects, class_names: list[str
     if not objects.classes:
         return large
     colours = palette(max(*objects.classes, len(class_names) - 1) + 1)[objects.classes]
-    masked = [i for i, mask in enumerate(objects.masks) if mask is not None]
-    large = overlay_masks(large, [objects.masks[i] for i in masked], colours[masked])
+    masks = [(mask, i) for i, mask in enumerate(objects.masks) if mask is not None]
+    large = overlay_masks(large, [mask for mask, _ in masks], colours[[i for _, i in masks]])
     labels = [class_names[c] if c < len(class_names) else str(c) for c in objects.classes]
     if objects.scores is not None:
         pairs = zip(labels, objects.scores, strict=True)
