@@ -152,7 +152,8 @@ def chosen_encoders(
     Raises:
         InputError: weights or device cannot be used.
     """
-    names = list(names) or [_name(path) for path in weights]
+    names = names or [""] * len(weights)
+    names = [name or _name(path) for name, path in zip(names, weights, strict=True)]
     place = usable_device(device)
     encoders = []
     for i, (name, path) in enumerate(zip(names, weights, strict=True)):
@@ -193,7 +194,8 @@ def visualize(
         output: folder of all files that are written.
         points: tokens to look from, (x, y) in pixels of the original image; each is taken in every
             image. The middle of the image by default.
-        names: names of the encoders on the pages; by default those of the files and their folders.
+        names: names of the encoders on the pages; an empty one, and no list, stand for the name of
+            the file and its folder.
         short_side: pixels that the shorter side of images is resized to; 0 keeps their size.
         scale: of attention and clusters, times sqrt(D).
         num_iterations: mean-shift steps from a token to its mode.
