@@ -15,7 +15,9 @@ from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.structures import BoxMode
 
 from flsl_d2.data import check_registered_dataset
-from flsl_d2.data.images import find_images, read_rgb
+from flsl_d2.data.datasets import use_own_loader
+from flsl_d2.data.image_files import find_images
+from flsl_d2.data.images import printable, read_image
 from flsl_d2.data.label_images import read_labels
 from flsl_d2.errors import InputError
 
@@ -85,20 +87,14 @@ class LabelledImage:
             InputError: the file cannot be read, or has another size than the annotations say.
         """
         name = self.record["file_name"]
-        try:
-            image = read_rgb(name)
-        except OSError as error:
-            raise InputError(
-                f"the image {name} of {self.dataset!r} cannot be used ({error}); replace it or "
-                "take it out of the annotations."
-            ) from error
+        image = read_image(name)
         height, width = image.shape[:2]
         expected = self.record.get("height", height), self.record.get("width", width)
         if (height, width) != expected:
             raise InputError(
-                f"the image {name} of {self.dataset!r} cannot be used (it has {height} x {width} "
-                f"pixels, and the annotations say {expected[0]} x {expected[1]}); replace it or "
-                "correct the annotations."
+                f"the image '{printable(name)}' of {self.dataset!r} cannot be used (it has "
+                f"{height} x {width} pixels, and the annotations say {expected[0]} x "
+                f"{expected[1]}); replace it or correct the annotations."
             )
         return image
 
@@ -258,6 +254,7 @@ def _load_class_folders(folder: Path) -> LabelledDataset:
 
 def _load_registered(name: str) -> LabelledDataset:
     check_registered_dataset(name)
+    use_own_loader(name)
     try:
         records = DatasetCatalog.get(name)
     except InputError:

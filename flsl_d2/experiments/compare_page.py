@@ -10,7 +10,7 @@ from typing import Any
 
 from detectron2.data import DatasetCatalog
 
-from flsl_d2.data.images import read_rgb
+from flsl_d2.data.images import read_image
 from flsl_d2.evaluation import extract_tokens
 from flsl_d2.experiments.encoders import Encoder
 from flsl_d2.experiments.evaluations import DetectionEvaluation, Evaluation
@@ -72,7 +72,7 @@ def token_pictures(encoders: Mapping[str, str], dataset: str, num_images: int, p
         path: PNG file to write.
     """
     records = choose_records(DatasetCatalog.get(dataset), num_images)
-    images = [read_rgb(record["file_name"]) for record in records]
+    images = [read_image(record["file_name"]) for record in records]
     described = []
     for name, file in encoders.items():
         encoder = build_encoder(file)

@@ -15,7 +15,8 @@ from detectron2.utils.file_io import PathManager
 from detectron2.utils.visualizer import Visualizer
 
 from flsl_d2.data import check_registered_dataset
-from flsl_d2.data.images import read_rgb
+from flsl_d2.data.datasets import use_own_loader
+from flsl_d2.data.images import read_image
 from flsl_d2.errors import InputError
 from flsl_d2.evaluation.labelled_images import decode_mask
 from flsl_d2.visualization.figures import (
@@ -216,6 +217,7 @@ def detections_beside_ground_truth(
             image.
     """
     check_registered_dataset(dataset_name)
+    use_own_loader(dataset_name)
     if num_images < 1:
         raise InputError(f"num_images={num_images} draws nothing: give 1 or more.")
     records = choose_records(DatasetCatalog.get(dataset_name), num_images)
@@ -228,7 +230,7 @@ def detections_beside_ground_truth(
     )
     rows = []
     for record in records:
-        image = _read(record["file_name"])
+        image = read_image(record["file_name"])
         truth = ground_truth(record)
         found = detect(record, np.ascontiguousarray(image[..., ::-1]))
         rows.append(
@@ -240,15 +242,6 @@ def detections_beside_ground_truth(
         )
     headings = ("image", "ground truth", f"detections (score at least {score_threshold:.0%})")
     picture_table(path, f"Detections on {dataset_name}", rows, headings, width=_PANEL_INCHES)
-
-
-def _read(file: str) -> np.ndarray:
-    try:
-        return read_rgb(file)
-    except OSError as error:
-        raise InputError(
-            f"the image {file!r} cannot be read ({error}); repair it or leave it out."
-        ) from None
 
 
 def _counted(objects: DrawnObjects, noun: str) -> str:

@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from flsl_d2.data.images import read_rgb
+from flsl_d2.data.images import picture_size, read_rgb
 from flsl_d2.errors import InputError
 
 __all__ = [
@@ -224,13 +224,11 @@ def _check_no_more(folder: Path, masks: list[Path]) -> None:
 
 
 def _size(path: Path) -> tuple[int, int]:
+    """Height and width of an image file, without decoding its pixels."""
     try:
-        with Image.open(path) as image:
-            return image.height, image.width
-    except Exception as error:  # Pillow's readers raise many kinds for damaged files
-        raise InputError(
-            f"'{path}' cannot be read ({type(error).__name__}); download it again."
-        ) from error
+        return picture_size(str(path))[0]
+    except OSError as error:
+        raise InputError(f"'{path}' cannot be read ({error}); download it again.") from error
 
 
 def _text(size: tuple[int, int]) -> str:
