@@ -127,6 +127,6 @@ def fit_linear(tokens: Tensor, shares: Tensor, num_steps: int) -> tuple[Tensor, 
         return loss
 
     with torch.enable_grad():
-        solver.step(objective)  # type: ignore[no-untyped-call]
+        solver.step(objective)
     fitted = weight.detach() * gain[:, None]
     return fitted, bias.detach() - mean @ fitted

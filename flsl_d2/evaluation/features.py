@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any, NamedTuple, Protocol
 
 import cv2
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from flsl_d2.errors import InputError
 from flsl_d2.modeling import FLSLViT
@@ -53,7 +52,7 @@ class Encoder(Protocol):
         """
         ...
 
-    def parameters(self) -> Iterator[nn.Parameter]: ...
+    def state_dict(self) -> dict[str, Any]: ...
 
     def train(self, mode: bool = True) -> Any: ...
 
@@ -62,7 +61,7 @@ class Encoder(Protocol):
 
 def device_of(encoder: Encoder) -> torch.device:
     """Return the device that holds an encoder's weights."""
-    return next(encoder.parameters()).device
+    return next(iter(encoder.state_dict().values())).device
 
 
 def usable_device(name: str) -> torch.device:

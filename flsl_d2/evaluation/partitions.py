@@ -61,11 +61,10 @@ def _run(
     max_iterations: int,
 ) -> tuple[Tensor, float]:
     centroids = points[_plus_plus(between, num_clusters, generator)]
-    labels = None
+    labels = torch.full((len(points),), -1, device=points.device)
     for _ in range(max_iterations):
-        distances = _squared_distances(points, centroids)
-        previous, labels = labels, distances.argmin(dim=1)
-        if previous is not None and torch.equal(previous, labels):
+        previous, labels = labels, _squared_distances(points, centroids).argmin(dim=1)
+        if torch.equal(previous, labels):
             break
         sums = torch.zeros_like(centroids).index_add_(0, labels, points)
         counts = labels.bincount(minlength=num_clusters)

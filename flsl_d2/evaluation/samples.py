@@ -115,7 +115,7 @@ class Sample:
 def global_attention(encoder: Encoder) -> Attention | None:
     """Return the attention of an encoder's last block; None where it does not see all tokens."""
     blocks = getattr(encoder, "blocks", None)
-    if not isinstance(blocks, nn.ModuleList) or getattr(blocks[-1], "window_size", 1):
+    if not isinstance(blocks, nn.ModuleList) or getattr(blocks[-1], "window_size", None) != 0:
         return None
     attention = getattr(blocks[-1], "attn", None)
     return attention if isinstance(attention, Attention) else None

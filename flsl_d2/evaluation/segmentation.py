@@ -188,7 +188,7 @@ class Confusion:
             "pixel_accuracy": float(100.0 * hits.sum() / true.sum()),
         }
         if len(names) <= _MAX_LISTED_CLASSES:
-            scores |= {f"IoU-{names[i]}": float(iou[i]) for i in np.flatnonzero(occurs)}
+            scores |= {f"IoU-{names[i]}": float(iou[i]) for i in np.flatnonzero(occurs).tolist()}
         return scores
 
 

@@ -16,6 +16,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
+from matplotlib.textpath import TextPath
 from matplotlib.ticker import MaxNLocator
 
 __all__ = [
@@ -43,6 +44,7 @@ _GAP_INCHES = 0.08
 _SCALE_INCHES = 0.55
 _LINE_INCHES = 0.17
 _PLOTS_ACROSS = 3
+_TITLE_SIZE = 13
 
 
 def new_figure(width: float, height: float) -> Figure:
@@ -102,10 +104,9 @@ def picture_table(
     heights = [width * row[0].image.shape[0] / row[0].image.shape[1] for row in rows]
     note_inches = _LINE_INCHES + 0.03 if any(panel.note for row in rows for panel in row) else 0.0
     top = 0.25 + 0.22 * _num_lines([title]) + _LINE_INCHES * _num_lines(headings)
-    # A character of the title is about a tenth of an inch wide.
-    page_width = max(float(x_of[-1]), 0.1 * max(map(len, title.split("\n"))) + 0.3)
+    page_width = max(float(x_of[-1]), _text_inches(title, _TITLE_SIZE) + 0.3)
     sheet = _Sheet(page_width, top + sum(heights) + (note_inches + _GAP_INCHES) * len(rows))
-    sheet.write(title, page_width / 2, 0.1, 13, va="top")
+    sheet.write(title, page_width / 2, 0.1, _TITLE_SIZE, va="top")
     for x, heading in zip(x_of, headings, strict=False):
         sheet.write(heading, x + width / 2, top - 0.06, 10, va="bottom")
     y = top
@@ -119,6 +120,12 @@ def picture_table(
                 _draw_scale(sheet, panel.span, x + width + 0.05, y, height)
         y += height + note_inches + _GAP_INCHES
     sheet.save(path)
+
+
+def _text_inches(text: str, size: float) -> float:
+    """Width of a text in inches."""
+    lines = [TextPath((0, 0), line, size=size) for line in text.split("\n") if line.strip()]
+    return max((float(line.get_extents().width) for line in lines), default=0.0) / 72
 
 
 def _num_lines(texts: Sequence[str]) -> int:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -23,7 +23,8 @@ __all__ = ["PatchGroup", "assign_centroids", "kmeans_groups", "most_used_groups"
 _KMEANS_TOKENS = 4096
 
 
-class PatchGroup(NamedTuple):
+@dataclass(frozen=True)
+class PatchGroup:
     """Tokens of several images that belong to one centroid.
 
     Attributes:

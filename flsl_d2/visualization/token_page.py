@@ -77,7 +77,7 @@ def write_page(
         "colourPositionR2": _position_r2_of_colours(images),
         "made": made,
     }
-    write_text(path, render("tokens.html.j2", data=content))
+    write_text(Path(path), render("tokens.html.j2", data=content))
     return Path(path).stat().st_size
 
 
@@ -151,4 +151,4 @@ def _base64(array: np.ndarray) -> str:
 def _jpeg(image: np.ndarray) -> str:
     bgr = cv2.cvtColor(image, cv2.COLOR_RGB2BGR)
     _, encoded = cv2.imencode(".jpg", bgr, [cv2.IMWRITE_JPEG_QUALITY, _JPEG_QUALITY])
-    return "data:image/jpeg;base64," + base64.b64encode(encoded).decode("ascii")
+    return "data:image/jpeg;base64," + base64.b64encode(encoded.tobytes()).decode("ascii")

@@ -200,7 +200,8 @@ def visualize(
     encoders = chosen_encoders(weights, names, device)
     folder = writable_folder(output, "--output")
     scales = sorted({*CLUSTER_SCALES, scale})
-    described, shown = [], []
+    described: list[DescribedEncoder] = []
+    shown: list[np.ndarray] = []
     for encoder in encoders:
         progress = tqdm(originals, f"encoding {encoder.name}", unit="image")
         features = [

@@ -6,7 +6,7 @@ Shape suffixes: N tokens of a frame, D width, C frames of the context, K labels,
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Generator, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
@@ -194,7 +194,7 @@ def segment_sequence(
     settings: Propagation | None = None,
     short_side: int = 480,
     batch_size: int = 8,
-) -> Iterator[np.ndarray]:
+) -> Generator[np.ndarray, None, None]:
     """Segment all frames of a sequence; the mask of the first one is given.
 
     All objects are propagated at once. Memory holds one batch of frames and the tokens of the

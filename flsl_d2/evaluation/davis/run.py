@@ -266,7 +266,7 @@ def score_sequence(sequence: Sequence, masks: Ordered[np.ndarray]) -> dict[int, 
         frames = list(pool.map(score, masks[1:-1], sequence.masks[1:-1]))
     values = np.array(frames)  # (frames, objects, 2)
     return {
-        index: Scores(statistics(values[:, i, 0]), statistics(values[:, i, 1]))
+        index: Scores(*(statistics(values[:, i, j].tolist()) for j in (0, 1)))
         for i, index in enumerate(objects)
     }
 
