@@ -33,7 +33,7 @@ TINY = {"img_size": 64, "patch_size": 8, "embed_dim": 32, "depth": 2, "num_heads
 
 @pytest.fixture(scope="module")
 def weights(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
-    """A pre-training checkpoint, which has a head, and an encoder with other patches."""
+    """Write a pre-training checkpoint, which has a head, and an encoder with other patches."""
     folder = tmp_path_factory.mktemp("weights")
     torch.manual_seed(0)
     model = FLSL(FLSLViT(**TINY), FLSLHead(32, 16, 24, 12), FLSLLoss(16))
