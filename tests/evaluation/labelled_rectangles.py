@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import torch
 
@@ -64,8 +66,14 @@ def samples(data: LabelledDataset, tokens_of=perfect_tokens) -> list[Sample]:
     return result
 
 
-def run(kind, tokens_of=perfect_tokens, data: LabelledDataset | None = None, **options) -> dict:
-    """All steps of a measure on tokens that are given."""
+def run(
+    kind,
+    tokens_of=perfect_tokens,
+    data: LabelledDataset | None = None,
+    with_attention: bool = True,
+    **options,
+) -> dict:
+    """Run all steps of a measure on tokens that are given."""
     data = dataset() if data is None else data
     encoder = FLSLViT(img_size=48, patch_size=8, embed_dim=WIDTH, depth=1, num_heads=2)
     measure = kind(Task(encoder, data, data, Options(**options)))
@@ -73,5 +81,5 @@ def run(kind, tokens_of=perfect_tokens, data: LabelledDataset | None = None, **o
         measure.observe_train(sample)
     measure.fit()
     for sample in samples(data, tokens_of):
-        measure.observe_val(sample)
+        measure.observe_val(sample if with_attention else replace(sample, attended=None))
     return measure.results()

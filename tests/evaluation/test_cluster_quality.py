@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 import torch
 from labelled_rectangles import GRID, WIDTH, dataset, run
@@ -9,6 +10,7 @@ from labelled_rectangles import GRID, WIDTH, dataset, run
 from flsl_d2.errors import InputError
 from flsl_d2.evaluation.cluster_quality import ClusterQuality, attention_rows
 from flsl_d2.evaluation.measures import measure_features
+from flsl_d2.evaluation.samples import encode_dataset, global_attention
 from flsl_d2.modeling import FLSLViT
 from flsl_d2.modeling.attention import Attention
 
@@ -95,6 +97,30 @@ def test_prefix_tokens_are_left_out() -> None:
     rows = attention_rows(attention, tokens, 10)
     everything = attention_rows(attention, tokens, 13)[3:, 3:]
     assert torch.allclose(rows, everything / everything.sum(dim=1, keepdim=True), atol=1e-6)
+
+
+def test_raw_attention_is_left_out_where_the_last_block_has_no_global_attention() -> None:
+    tiny = {"img_size": 64, "patch_size": 8, "embed_dim": 32, "depth": 2, "num_heads": 2}
+    assert global_attention(FLSLViT(**tiny)) is not None
+    windowed = FLSLViT(**tiny, window_size=3, global_block_indexes=[0])
+    assert global_attention(windowed) is None
+    (sample,) = encode_dataset(windowed.eval(), _Picture(), 64)
+    assert sample.attended is None
+    everything = run(ClusterQuality)
+    without = run(ClusterQuality, with_attention=False)
+    attention = {key for key in everything if key.endswith("_attention")}
+    assert len(attention) == 3
+    assert {key: everything[key] for key in everything if key not in attention} == without
+
+
+class _Picture:
+    """Data set and image in one."""
+
+    def __init__(self) -> None:
+        self.images = [self]
+
+    def read(self) -> np.ndarray:
+        return np.zeros((64, 80, 3), np.uint8)
 
 
 def test_an_encoder_with_prefix_tokens(datasets_root) -> None:

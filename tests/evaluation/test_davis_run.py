@@ -33,6 +33,7 @@ from flsl_d2.evaluation.davis import (
     write_indexed_png,
 )
 from flsl_d2.evaluation.davis.run import average
+from flsl_d2.evaluation.davis.sequences import read_mask
 from flsl_d2.modeling import FLSLViT
 
 HEIGHT, WIDTH = 96, 160
@@ -271,6 +272,24 @@ def test_object_numbers_with_a_gap_and_void_pixels(tmp_path: Path) -> None:
     assert scores[3].region.mean > 0.75
     # The benchmark counts the absent number as an object; absent in both masks, it is perfect.
     assert scores[2].both == 1.0
+
+
+def test_greyscale_masks_of_davis_2016_have_one_object(tmp_path: Path) -> None:
+    masks = moving_masks(4, 1)
+    write_sequence(tmp_path, "old", masks)
+    folder = tmp_path / "Annotations" / "480p" / "old"
+    sequence = find_sequence(tmp_path, "480p", "old")
+    expected = score_sequence(sequence, list(masks))
+    for path, mask in zip(sorted(folder.iterdir()), masks, strict=True):
+        Image.fromarray(255 * mask).save(path)
+        np.testing.assert_array_equal(read_mask(path), mask)
+    assert score_sequence(sequence, list(masks)) == expected
+    # In an indexed file, 255 is void, and so it is beside an object in a greyscale one.
+    write_indexed_png(folder / "00000.png", 255 * masks[0])
+    assert not read_mask(folder / "00000.png").any()
+    masks[0, :4] = 255
+    Image.fromarray(masks[0]).save(folder / "00000.png")
+    assert set(np.unique(read_mask(folder / "00000.png"))) == {0, 1}
 
 
 def slow_bilinear(map_: np.ndarray, factor: int) -> np.ndarray:
