@@ -182,6 +182,11 @@ SHARED_OPTIONS: dict[str, dict[str, Any]] = {
         "metavar": "A,B",
         "help": "measures of frozen features",
     },
+    "--davis-root": {
+        "type": user_path,
+        "metavar": "DIR",
+        "help": "folder of DAVIS 2017, with JPEGImages, Annotations and ImageSets",
+    },
     "--max-images": {
         "type": int,
         "metavar": "N",

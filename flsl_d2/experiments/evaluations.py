@@ -14,7 +14,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from flsl_d2.data import check_registered_dataset
 from flsl_d2.detection.checks import check_datasets, names_of
-from flsl_d2.engine.command_line import add_option, user_path
+from flsl_d2.engine.command_line import add_option
 from flsl_d2.engine.config_files import is_yaml, load_lazy_config
 from flsl_d2.engine.run_folder import flat_config
 from flsl_d2.errors import InputError
@@ -300,17 +300,15 @@ def add_evaluation_options(parser: argparse.ArgumentParser, old_prefix: str = ""
         help="measures of frozen features, with --train and --val (default: "
         f"{','.join(_DEFAULT_MEASURES)})",
     )
-    add_option(parser, "--max-images")
-    add_option(parser, "--short-side")
-    add = parser.add_argument
-    add("--davis-root", type=user_path, metavar="DIR", help="DAVIS 2017, to segment its videos")
+    for name in ("--max-images", "--short-side", "--davis-root"):
+        add_option(parser, name)
     for name, text in (
         ("--detection", "detection config to fine-tune from each encoder; may be repeated"),
         ("--frozen-detection", "the same with the encoder's weights held fixed"),
         ("--detection-override", "change to the detection configs; may be repeated"),
     ):
         metavar = "KEY=VALUE" if name.endswith("override") else "FILE"
-        add(name, action="append", default=[], metavar=metavar, help=text)
+        parser.add_argument(name, action="append", default=[], metavar=metavar, help=text)
 
 
 def chosen_evaluations(args: argparse.Namespace, device: str) -> list[Evaluation]:

@@ -33,11 +33,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser = described_parser(DESCRIPTION, EXAMPLES)
     add = parser.add_argument
     add_option(parser, "--weights", required=True)
-    add(
+    add_option(
+        parser,
         "--davis-root",
-        type=user_path,
         default=Path(user_path(os.getenv("DETECTRON2_DATASETS", "datasets")), "DAVIS"),
-        metavar="DIR",
         help="with JPEGImages, Annotations and ImageSets (default: $DETECTRON2_DATASETS/DAVIS)",
     )
     add("--split", default="val", help="list of sequences (default: %(default)s)")
