@@ -22,6 +22,7 @@ from flsl_d2.errors import InputError, TrainingError
 
 __all__ = [
     "SHARED_OPTIONS",
+    "add_defaults",
     "add_option",
     "add_overrides",
     "comma_separated",
@@ -159,68 +160,37 @@ class _CollectLists(argparse.Action):
         setattr(namespace, self.dest, list(dict.fromkeys(items)))
 
 
+def _option(metavar: str, help_text: str, **settings: Any) -> dict[str, Any]:
+    return {"metavar": metavar, "help": help_text, **settings}
+
+
+_WEIGHTS = "encoder: file or URL of any known layout, or 'random' for an untrained ViT-S/16"
+_DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 SHARED_OPTIONS: dict[str, dict[str, Any]] = {
-    "--config-file": {
-        "required": True,
-        "metavar": "FILE",
-        "help": "config to run; a path, or a name below configs/",
-    },
-    "--weights": {
-        "type": os.path.expanduser,
-        "metavar": "FILE",
-        "help": "encoder: file or URL of any known layout, or 'random' for an untrained ViT-S/16",
-    },
-    "--train": {
-        "default": "",
-        "metavar": "NAME",
-        "help": "registered data set that the measures learn labels from",
-    },
-    "--val": {"default": "", "metavar": "NAME", "help": "registered data set that they score"},
-    "--measures": {
-        "action": _CollectLists,
-        "type": comma_separated,
-        "metavar": "A,B",
-        "help": "measures of frozen features",
-    },
-    "--davis-root": {
-        "type": user_path,
-        "metavar": "DIR",
-        "help": "folder of DAVIS 2017, with JPEGImages, Annotations and ImageSets",
-    },
-    "--max-images": {
-        "type": int,
-        "metavar": "N",
-        "help": "largest number of images of each data set, drawn by seed (default: all)",
-    },
-    "--short-side": {
-        "type": int,
-        "default": 448,
-        "metavar": "PX",
-        "help": "shorter side that images are resized to, in pixels (default: %(default)s)",
-    },
-    "--seeds": {"type": seed_list, "metavar": "0,1", "help": "seeds, one run each"},
-    "--output": {
-        "type": user_path,
-        "metavar": "DIR",
-        "help": "folder of everything that is written (default: %(default)s)",
-    },
-    "--json": {"type": user_path, "metavar": "FILE", "help": "JSON file to write the results to"},
-    "--device": {
-        "default": "cuda" if torch.cuda.is_available() else "cpu",
-        "help": "cuda or cpu (default here: %(default)s)",
-    },
-    "--num-gpus": {
-        "type": int,
-        "default": 1,
-        "metavar": "N",
-        "help": "GPUs on this machine; on the CPU, processes (default: %(default)s)",
-    },
-    "--gpus-per-job": {
-        "type": int,
-        "default": 1,
-        "metavar": "N",
-        "help": "GPUs of each job, so that several jobs run at a time (default: %(default)s)",
-    },
+    "--config-file": _option(
+        "FILE", "config to run; a path, or a name below configs/", required=True
+    ),
+    "--weights": _option("FILE", _WEIGHTS, type=os.path.expanduser),
+    "--train": _option("NAME", "registered data set to learn labels from", default=""),
+    "--val": _option("NAME", "registered data set to score on", default=""),
+    "--measures": _option(
+        "A,B", "measures of frozen features", action=_CollectLists, type=comma_separated
+    ),
+    "--davis-root": _option(
+        "DIR", "DAVIS 2017, with JPEGImages, Annotations and ImageSets", type=user_path
+    ),
+    "--max-images": _option("N", "most images of each data set (default: all)", type=int),
+    "--short-side": _option(
+        "PX", "shorter side of images in pixels (default: %(default)s)", type=int, default=448
+    ),
+    "--seeds": _option("0,1", "seeds, one run each", type=seed_list),
+    "--output": _option("DIR", "folder to write to (default: %(default)s)", type=user_path),
+    "--json": _option("FILE", "JSON file to write the results to", type=user_path),
+    "--device": _option("NAME", "cuda or cpu (default here: %(default)s)", default=_DEVICE),
+    "--num-gpus": _option(
+        "N", "GPUs of this machine; on the CPU, processes (default: 1)", type=int, default=1
+    ),
+    "--gpus-per-job": _option("N", "GPUs of each job (default: 1)", type=int, default=1),
 }
 
 
@@ -244,6 +214,14 @@ def add_option(
         )
 
 
+def add_defaults(parser: argparse.ArgumentParser, *options: tuple[str, Any, str]) -> None:
+    """Add options of one tool that have a default: their names, defaults and helps."""
+    for name, default, text in options:
+        parser.add_argument(
+            name, type=type(default), default=default, help=f"{text} (default: %(default)s)"
+        )
+
+
 def add_overrides(parser: argparse.ArgumentParser, help_text: str) -> None:
     """Add ``key=value`` arguments as ``opts``, for :func:`parse_tool_arguments` to read."""
     parser.add_argument("opts", nargs="*", metavar="key=value", help=help_text)
@@ -263,33 +241,22 @@ def tool_argument_parser(
         A parser; :func:`parse_tool_arguments` reads the command line with it.
     """
     parser = described_parser(description, epilog)
-    add = parser.add_argument
     add_option(parser, "--config-file")
-    add(
-        "--resume",
-        action="store_true",
-        help="continue from the last checkpoint in the output folder, if there is one",
-    )
-    add(
-        "--allow-changes",
-        action="store_true",
-        help="with --resume: go on although the config differs from that of the run",
-    )
-    add(
-        "--overwrite",
-        action="store_true",
-        help="without --resume: start anew although the output folder holds a run",
-    )
+    switches = {
+        "--resume": "continue from the last checkpoint in the output folder, if there is one",
+        "--allow-changes": "with --resume: continue although the config differs from the run's",
+        "--overwrite": "without --resume: start anew although the output folder holds a run",
+    }
     if eval_only:
-        add("--eval-only", action="store_true", help="evaluate the weights and stop")
+        switches["--eval-only"] = "evaluate the weights and stop"
+    for name, text in switches.items():
+        parser.add_argument(name, action="store_true", help=text)
     add_option(parser, "--num-gpus")
-    add("--num-machines", type=int, default=1, metavar="N", help="machines (default: 1)")
-    add("--machine-rank", type=int, default=0, metavar="I", help="this machine, from 0")
-    add(
-        "--dist-url",
-        default="auto",
-        metavar="URL",
-        help="tcp://HOST:PORT where the processes meet; needed with several machines",
+    add_defaults(
+        parser,
+        ("--num-machines", 1, "number of machines"),
+        ("--machine-rank", 0, "number of this machine, from 0"),
+        ("--dist-url", "auto", "tcp://HOST:PORT where the processes of several machines meet"),
     )
     add_overrides(
         parser,

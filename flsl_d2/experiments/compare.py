@@ -7,6 +7,7 @@ import json
 from collections.abc import Sequence
 
 from flsl_d2.engine.command_line import (
+    add_defaults,
     add_option,
     add_overrides,
     comma_separated,
@@ -132,12 +133,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--eval", action="append", default=[], help=argparse.SUPPRESS)
     add_option(parser, "--seeds", default=[0], help="seeds of all evaluations (default: 0)")
     add_option(parser, "--output", required=True, help="folder of everything that is written")
-    add_option(parser, "--device")
-    add_option(parser, "--num-gpus")
-    add_option(parser, "--gpus-per-job")
-    parser.add_argument(
-        "--pictures", type=int, default=3, metavar="N", help="images to show; 0: none (default: 3)"
-    )
+    for name in ("--device", "--num-gpus", "--gpus-per-job"):
+        add_option(parser, name)
+    add_defaults(parser, ("--pictures", 3, "images to show the encoders on; 0: none"))
     add_overrides(parser, "changes to the detection configs, like --detection-override")
     run_tool(_run, parse_tool_arguments(parser, arguments))
 

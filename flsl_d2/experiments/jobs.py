@@ -7,6 +7,7 @@ import json
 import os
 import subprocess
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from functools import cache
 from pathlib import Path
@@ -43,33 +44,25 @@ def versions() -> dict[str, str]:
     """
     packages = (flsl_d2, torch, detectron2, timm)
     found = {package.__name__: str(package.__version__) for package in packages}
-    commit = _git("rev-parse", "--short=12", "HEAD")
-    if commit:
-        changed = _git("status", "--porcelain", "--untracked-files=no")
-        found["commit"] = commit + ("+changes" if changed else "")
+    root = Path(flsl_d2.__file__).parents[1]
+    describe = ["git", "describe", "--always", "--abbrev=12", "--exclude=*", "--dirty=+changes"]
+    # The repository around an installed package is someone else's.
+    if (root / ".git").exists():
+        with suppress(OSError, subprocess.SubprocessError):
+            done = subprocess.run(
+                describe, cwd=root, capture_output=True, text=True, timeout=10, check=True
+            )
+            found["commit"] = done.stdout.strip()
     return found
 
 
 def file_sha256(path: str | Path) -> str:
-    """SHA-256 of a file, in hexadecimal."""
+    """Return the SHA-256 of a file in hexadecimal digits."""
     digest = hashlib.sha256()
     with open(path, "rb") as stream:
         while chunk := stream.read(2**20):
             digest.update(chunk)
     return digest.hexdigest()
-
-
-def _git(*arguments: str) -> str:
-    folder = Path(flsl_d2.__file__).parents[1]
-    if not (folder / ".git").exists():  # an installed package inside someone else's repository
-        return ""
-    try:
-        done = subprocess.run(
-            ["git", *arguments], cwd=folder, capture_output=True, text=True, timeout=10
-        )
-    except (OSError, subprocess.TimeoutExpired):
-        return ""
-    return done.stdout.strip() if done.returncode == 0 else ""
 
 
 @dataclass(frozen=True)

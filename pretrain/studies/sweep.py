@@ -202,8 +202,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     )
     add_option(parser, "--output", required=True, help="folder of everything that is written")
     add_evaluation_options(parser, old_prefix="eval-")
-    add_option(parser, "--num-gpus")
-    add_option(parser, "--gpus-per-job")
+    for name in ("--num-gpus", "--gpus-per-job"):
+        add_option(parser, name)
     add_overrides(parser, "changes to the config of all runs")
     run_tool(_run, parse_tool_arguments(parser, arguments))
 

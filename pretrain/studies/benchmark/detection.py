@@ -18,10 +18,10 @@ from torch import Tensor, nn
 from flsl_d2.engine.config_files import load_lazy_config
 from flsl_d2.modeling import FLSLViT, SimpleFeaturePyramid
 from pretrain.studies.benchmark.measuring import (
-    print_table,
+    prepared_device,
+    report,
     stored_for_backward,
     time_in_turn,
-    write_json,
 )
 from pretrain.trainer import PRECISIONS, resolve_precision
 
@@ -106,9 +106,7 @@ def _images(batch_size: int, side: int, device: torch.device) -> list[dict[str, 
 
 def benchmark_detection(args: argparse.Namespace) -> None:
     """Measure training steps and inference of this project and of Detectron2 in turn."""
-    device = torch.device(args.device)
-    if args.threads:
-        torch.set_num_threads(args.threads)
+    device = prepared_device(args)
     precision = resolve_precision(args.precision, device.type)
     dtype = PRECISIONS[precision]
     mixed = torch.autocast(device.type, dtype or torch.bfloat16, enabled=dtype is not None)
@@ -146,13 +144,13 @@ def benchmark_detection(args: argparse.Namespace) -> None:
             }
         )
     what = "backbone and pyramid" if args.backbone_only else "Mask R-CNN"
-    print(
+    title = (
         f"{what}, ViT-{args.model.upper()}/16, {args.size} x {args.size}, batch {args.batch_size}, "
         f"relative positions {'on' if args.rel_pos else 'off'}, {precision} on {device}, "
         f"{torch.get_num_threads()} thread(s), median of {args.repeats} in turn"
     )
-    print_table(rows)
-    write_json(args.json, device, rows=rows, arguments={k: str(v) for k, v in vars(args).items()})
+    given = {key: str(value) for key, value in vars(args).items()}
+    report(title, rows, device, args.json, arguments=given)
 
 
 def _mask_rcnn(backbone: nn.Module) -> nn.Module:
