@@ -165,14 +165,15 @@ def _option(metavar: str, help_text: str, **settings: Any) -> dict[str, Any]:
 
 
 _WEIGHTS = "encoder: file or URL of any known layout, or 'random' for an untrained ViT-S/16"
+_DATA = "registered data set, or folder with a subfolder for each class,"
 _DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 SHARED_OPTIONS: dict[str, dict[str, Any]] = {
     "--config-file": _option(
         "FILE", "config to run; a path, or a name below configs/", required=True
     ),
     "--weights": _option("FILE", _WEIGHTS, type=os.path.expanduser),
-    "--train": _option("NAME", "registered data set to learn labels from", default=""),
-    "--val": _option("NAME", "registered data set to score on", default=""),
+    "--train": _option("NAME", f"{_DATA} to learn labels from", default=""),
+    "--val": _option("NAME", f"{_DATA} to score on", default=""),
     "--measures": _option(
         "A,B", "measures of frozen features", action=_CollectLists, type=comma_separated
     ),

@@ -11,11 +11,14 @@ from flsl_d2.evaluation.measures import MEASURES, report_features
 
 __all__ = ["main"]
 
-DESCRIPTION = "Measure an encoder's frozen tokens: k-NN, linear probe and clusters."
+DESCRIPTION = "Measure an encoder's frozen tokens: k-NN, linear probes and clusters."
 EXAMPLES = f"""examples:
   all measures, on 200 images each of COCO's splits:
     tools/eval_features.py --weights output/flsl_vit_small_p16_in1k/teacher_backbone.pth \\
       --train coco_2017_train --val coco_2017_val --max-images 200
+  naming the class of whole images, from folders by class:
+    tools/eval_features.py --weights timm:vit_tiny_patch16_224 --short-side 224 \\
+      --train imagenette/train --val imagenette/val
   naming the object in ImageNet's boxes:
     tools/eval_features.py --weights teacher_backbone.pth --measures knn_box \\
       --train imagenet_boxes_train --val imagenet_boxes_val --short-side 224
@@ -31,7 +34,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser = described_parser(DESCRIPTION, EXAMPLES)
     for name in ("--weights", "--train", "--val"):
         add_option(parser, name, required=True)
-    add_option(parser, "--measures", nargs="+", help="measures to compute (default: all)")
+    suited = "measures to compute (default: those that suit the labels of --train)"
+    add_option(parser, "--measures", nargs="+", help=suited)
     for name in ("--max-images", "--short-side", "--device", "--json"):
         add_option(parser, name)
     add_defaults(parser, ("--seed", 0, "seed of all draws"))
@@ -42,7 +46,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             args.weights,
             args.train,
             args.val,
-            args.measures or list(MEASURES),
+            args.measures,
             args.json,
             seed=args.seed,
             device=args.device,

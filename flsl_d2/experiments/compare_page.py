@@ -10,7 +10,7 @@ from typing import Any
 
 from detectron2.data import DatasetCatalog
 
-from flsl_d2.data.images import read_rgb
+from flsl_d2.data.images import read_image
 from flsl_d2.evaluation import extract_tokens
 from flsl_d2.experiments.encoders import Encoder
 from flsl_d2.experiments.evaluations import DetectionEvaluation, Evaluation
@@ -19,13 +19,11 @@ from flsl_d2.experiments.plots import draw_measures, overlaid_curves, plot_file
 from flsl_d2.experiments.tables import Subject, Table
 from flsl_d2.files import write_text
 from flsl_d2.visualization import (
-    cluster_labels,
-    cluster_overlay,
+    comparison_figure,
+    describe_encoder,
     detections_beside_ground_truth,
-    pca_rgb,
 )
 from flsl_d2.visualization.detections import choose_records
-from flsl_d2.visualization.figures import new_figure, save_figure, show_image
 from flsl_d2.visualization.html import render
 from flsl_d2.weights import build_encoder
 
@@ -35,7 +33,6 @@ __all__ = ["Comparison", "token_pictures", "write_comparison_page"]
 _SCALE = 1.0
 # Tokens on the shorter side: fine enough to look at, and clustered within seconds.
 _TOKENS = 32
-_PANEL_INCHES = 2.5
 _CURVES = {"total_loss": "loss of fine-tuning", "bbox/AP": "box AP", "segm/AP": "mask AP"}
 
 
@@ -75,28 +72,23 @@ def token_pictures(encoders: Mapping[str, str], dataset: str, num_images: int, p
         path: PNG file to write.
     """
     records = choose_records(DatasetCatalog.get(dataset), num_images)
-    images = [read_rgb(record["file_name"]) for record in records]
-    heights = [_PANEL_INCHES * image.shape[0] / image.shape[1] + 0.25 for image in images]
-    num_columns = 1 + 2 * len(encoders)
-    figure = new_figure(_PANEL_INCHES * num_columns, 0.5 + sum(heights))
-    axes = figure.subplots(
-        len(images), num_columns, squeeze=False, gridspec_kw={"height_ratios": heights}
-    )
-    axes[0, 0].set_title("image", fontsize=10)
-    for row, image in zip(axes, images, strict=True):
-        show_image(row[0], image)
-    for column, (name, file) in enumerate(encoders.items()):
+    images = [read_image(record["file_name"]) for record in records]
+    described = []
+    for name, file in encoders.items():
         encoder = build_encoder(file)
-        left, right = 1 + 2 * column, 2 + 2 * column
-        axes[0, left].set_title(f"{name}: components", fontsize=10)
-        axes[0, right].set_title(f"{name}: clusters", fontsize=10)
-        for row, image in zip(axes, images, strict=True):
-            tokens, grid, resized = extract_tokens(encoder, image, _TOKENS * encoder.patch_size)
-            labels = cluster_labels(tokens, grid, _SCALE / encoder.embed_dim**0.5)
-            show_image(row[left], pca_rgb(tokens, grid, resized.shape[:2]))
-            count = f"{labels.max() + 1} clusters"
-            show_image(row[right], cluster_overlay(resized, labels, grid), count)
-    save_figure(figure, path)
+        short_side = _TOKENS * encoder.patch_size
+        features = [extract_tokens(encoder, image, short_side) for image in images]
+        described.append(
+            describe_encoder(
+                name,
+                [each.tokens for each in features],
+                [each.grid for each in features],
+                [each.image for each in features],
+                (_SCALE,),
+            )
+        )
+    points = [(i, 0.5, 0.5) for i in range(len(images))]
+    comparison_figure(described, images, points, path, _SCALE, maps=("pca", "clusters"))
 
 
 def write_comparison_page(

@@ -9,15 +9,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
-from detectron2.data import MetadataCatalog
+from detectron2.data import DatasetCatalog, MetadataCatalog
 from omegaconf import DictConfig, OmegaConf
 
-from flsl_d2.data import check_registered_dataset
 from flsl_d2.detection.checks import check_datasets, names_of
 from flsl_d2.engine.command_line import add_option
 from flsl_d2.engine.config_files import is_yaml, load_lazy_config
 from flsl_d2.engine.run_folder import flat_config
 from flsl_d2.errors import InputError
+from flsl_d2.evaluation.labelled_images import load_labelled
 from flsl_d2.evaluation.measures import MEASURES
 from flsl_d2.experiments.jobs import Job, Outcome
 from flsl_d2.modeling import FLSLViT
@@ -98,8 +98,8 @@ class FeatureEvaluation:
 
     @property
     def shown_dataset(self) -> str:
-        """Data set that is scored."""
-        return self.val
+        """Data set that is scored; empty where it is a folder of images by class."""
+        return self.val if self.val in DatasetCatalog else ""
 
     def check(self) -> None:
         """Raise InputError for an unknown measure, and for data sets that cannot be used."""
@@ -107,8 +107,8 @@ class FeatureEvaluation:
             raise InputError(
                 f"there is no measure {self.name!r}; choose from {', '.join(MEASURES)}."
             )
-        for name in (self.train, self.val):
-            check_registered_dataset(name)
+        load_labelled(self.train)
+        load_labelled(self.val)
 
     def job(self, encoder: EncoderFile) -> Job:
         """Job that runs ``python -m flsl_d2.evaluation``."""

@@ -11,12 +11,11 @@ import numpy as np
 from matplotlib import colormaps
 from matplotlib.axes import Axes
 from matplotlib.patches import Rectangle
-from matplotlib.ticker import MaxNLocator
 
 from flsl_d2.errors import InputError
 from flsl_d2.experiments.tables import Cell, Measure, Row, Table
 from flsl_d2.visualization.curves import read_metrics
-from flsl_d2.visualization.figures import new_figure, save_figure
+from flsl_d2.visualization.figures import label_plot, new_figure, plot_grid, save_figure
 
 __all__ = ["bars", "draw_measures", "heat_maps", "lines", "overlaid_curves", "plot_file"]
 
@@ -180,13 +179,10 @@ def overlaid_curves(
     keys = {key: name for key, name in keys.items() if any(key in s for s in series.values())}
     if not keys:
         return False
-    columns = min(3, len(keys))
-    rows = -(-len(keys) // columns)
-    figure = new_figure(4.4 * columns, 0.6 + 2.9 * rows + 0.12 * len(series))
-    figure.suptitle(title, fontsize=13)
-    plots = figure.subplots(rows, columns, squeeze=False).ravel()
+    legend_columns = min(3, len(series))
+    figure, plots = plot_grid(len(keys), title, -(-len(series) // legend_columns))
     colours = colormaps["turbo"](np.linspace(0.05, 0.95, len(series)))
-    for axes, (key, name) in zip(plots, keys.items(), strict=False):
+    for axes, (key, name) in zip(plots, keys.items(), strict=True):
         for i, ((label, run), colour) in enumerate(zip(series.items(), colours, strict=True)):
             # Dashes of different lengths keep curves apart that lie on one another.
             dashes = _DASHES[i % len(_DASHES)]
@@ -196,15 +192,9 @@ def overlaid_curves(
                 steps, values, marker=marker, label=label, color=colour, linewidth=1.5,
                 linestyle=dashes,
             )  # fmt: skip
-        axes.set_title(name, fontsize=11)
-        axes.set_xlabel("step", fontsize=9)
-        axes.xaxis.set_major_locator(MaxNLocator(5, integer=True))
-        axes.tick_params(labelsize=8)
-        axes.grid(alpha=0.3)
-    for spare in plots[len(keys) :]:
-        spare.set_visible(False)
+        label_plot(axes, name, "step")
     handles = plots[0].get_legend_handles_labels()
-    figure.legend(*handles, loc="outside lower center", fontsize=8, ncols=min(3, len(series)))
+    figure.legend(*handles, loc="outside lower center", fontsize=8, ncols=legend_columns)
     save_figure(figure, path)
     return True
 

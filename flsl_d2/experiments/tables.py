@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import mean, stdev
 
+from flsl_d2.evaluation.measures import MEASURES, better
 from flsl_d2.experiments.jobs import Job, Record
 from flsl_d2.files import write_text
 
@@ -344,6 +345,7 @@ def _measure(name: str) -> Measure:
         return Measure(name, digits=1)
     last = name.rpartition("/")[2]
     descriptive = last.startswith(_DESCRIPTIVE)
-    better = "" if descriptive or "token_limit" in last or last.endswith("_r2") else "higher"
+    is_feature_measure = name.partition("/")[0] in MEASURES
+    direction = better(name) if is_feature_measure else "" if descriptive else "higher"
     digits = 0 if last == "centroids_in_use" else 3 if descriptive else 2
-    return Measure(name, better, digits)
+    return Measure(name, direction, digits)
