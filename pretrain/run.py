@@ -20,6 +20,7 @@ from flsl_d2.engine.checkpoints import Checkpoints
 from flsl_d2.engine.config_files import load_lazy_config
 from flsl_d2.engine.launch import launch, wrap_ddp
 from flsl_d2.engine.run_folder import (
+    PRETRAINING_KEYS,
     PeriodicWriter,
     ResumeOptions,
     check_and_keep_run,
@@ -33,7 +34,7 @@ from pretrain.data import PretrainDataset, build_pretrain_loader, image_files
 from pretrain.hooks import ConsoleProgress, ExportTeacher, Monitor
 from pretrain.monitor import CollapseWatch, EncoderPictures, FeatureMeasures
 from pretrain.optimizer import build_adamw
-from pretrain.schedules import Schedules
+from pretrain.schedules import Schedules, set_run_length
 from pretrain.trainer import (
     BadNumbersError,
     PretrainTrainer,
@@ -47,15 +48,6 @@ __all__ = ["images_digest", "launch_pretraining", "run_pretraining"]
 
 logger = logging.getLogger("pretrain")
 
-# Keys whose change leaves the result as it is. Which images there are is compared by their names.
-_MAY_DIFFER = (
-    *("train.output_dir", "train.device", "train.compile", "train.log_period"),
-    *("train.checkpoint_*", "train.pictures_period", "train.measures.*"),
-    *("dataset.root", "dataset.name", "dataset.max_failed_share"),
-    *("model.backbone.use_act_checkpoint", "model.backbone.recompute_gelu"),
-    *("model.backbone.skip_dropped", "model.*.onednn_linear", "model.loss.recompute_probs"),
-    "dataloader.num_workers",
-)
 _DISK = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EFBIG, errno.EIO)
 
 
@@ -116,15 +108,11 @@ def _run(cfg: DictConfig, options: ResumeOptions, request: StopRequest) -> None:
     prepare_output(output, "train.output_dir", ["pretrain", "flsl_d2"])
     files = image_files(**{key: cfg.dataset[key] for key in ("root", "name")})
     check_and_keep_run(
-        cfg, output, "train.output_dir", options, _MAY_DIFFER, {"images": images_digest(files)}
+        cfg, output, "train.output_dir", options, PRETRAINING_KEYS, {"images": images_digest(files)}
     )
     precision = resolve_precision(cfg.train.precision, cfg.train.device)
     batch_size = cfg.dataloader.total_batch_size
-    iters_per_epoch = len(files) / batch_size
-    max_iter = cfg.train.max_iter or round(cfg.train.epochs * iters_per_epoch)
-    cfg.schedules.update(
-        total_batch_size=batch_size, iters_per_epoch=iters_per_epoch, total_iters=max_iter
-    )
+    max_iter = set_run_length(cfg, len(files))
     schedules: Schedules = instantiate(cfg.schedules)
     views: NestedViews = instantiate(cfg.views)
     seed_all_rng(cfg.train.seed)
@@ -140,7 +128,7 @@ def _run(cfg: DictConfig, options: ResumeOptions, request: StopRequest) -> None:
         len(files),
         max_iter,
         batch_size,
-        max_iter / iters_per_epoch,
+        max_iter / cfg.schedules.iters_per_epoch,
         precision,
         cfg.train.device,
         comm.get_world_size(),

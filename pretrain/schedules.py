@@ -6,12 +6,32 @@ import logging
 from dataclasses import dataclass
 
 from fvcore.common.param_scheduler import CosineParamScheduler
+from omegaconf import DictConfig
 
 from flsl_d2.errors import InputError
 
-__all__ = ["Schedules", "StepValues"]
+__all__ = ["Schedules", "StepValues", "set_run_length"]
 
 logger = logging.getLogger("pretrain")
+
+
+def set_run_length(cfg: DictConfig, num_images: int) -> int:
+    """Set the keys of ``cfg.schedules`` that depend on the length of the run.
+
+    Args:
+        cfg: pre-training config, changed in place.
+        num_images: number of images of the data set.
+
+    Returns:
+        Number of steps of the run: ``train.max_iter``, or that of ``train.epochs``.
+    """
+    batch_size = cfg.dataloader.total_batch_size
+    iters_per_epoch = num_images / batch_size
+    total_iters = cfg.train.max_iter or round(cfg.train.epochs * iters_per_epoch)
+    cfg.schedules.update(
+        total_batch_size=batch_size, iters_per_epoch=iters_per_epoch, total_iters=total_iters
+    )
+    return total_iters
 
 
 @dataclass(frozen=True)

@@ -19,6 +19,7 @@ from detectron2.utils import comm
 from torch import Tensor, nn
 
 from flsl_d2.data.images import printable
+from flsl_d2.engine.launch import has_native_bf16
 from flsl_d2.errors import InputError, TrainingError
 from flsl_d2.files import write_text
 from pretrain.data import Batch, ImageStream
@@ -137,7 +138,7 @@ def resolve_precision(precision: str, device: str) -> str:
     if precision == "auto":
         if not device.startswith("cuda"):
             return "fp32"
-        return "bf16" if torch.cuda.is_bf16_supported() else "fp16"
+        return "bf16" if has_native_bf16() else "fp16"
     if precision not in PRECISIONS:
         known = ", ".join(["auto", *PRECISIONS])
         raise InputError(f"train.precision is '{precision}'; use one of {known}.")

@@ -6,7 +6,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from flsl_d2.detection.run import launch_detection
+from flsl_d2.detection.train import launch_detection
 from flsl_d2.engine.command_line import parse_tool_arguments, run_tool, tool_argument_parser
 
 EXAMPLES = """examples:

@@ -26,6 +26,8 @@ dataloader = OmegaConf.create(
                 names="coco_2017_train",
                 json_file="",
                 image_root="",
+                # Leave out images without objects; false trains on them as background.
+                filter_empty=True,
             ),
             mapper=L(DatasetMapper)(
                 is_train=True,
@@ -49,7 +51,11 @@ dataloader = OmegaConf.create(
         ),
         test=L(build_detection_test_loader)(
             dataset=L(detection_records)(
-                names="coco_2017_val", json_file="", image_root="", filter_empty=False
+                # A name or a list of names, each evaluated by itself.
+                names="coco_2017_val",
+                json_file="",
+                image_root="",
+                filter_empty=False,
             ),
             mapper=L(DatasetMapper)(
                 is_train=False,

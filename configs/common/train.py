@@ -18,8 +18,8 @@ train = dict(
     ddp=dict(
         broadcast_buffers=False,
         find_unused_parameters=False,
-        # Gradients travel between GPUs in float16. Set to false with amp.dtype=bfloat16, whose
-        # gradients are not scaled up.
+        # Whether gradients are sent between GPUs in float16; only used with amp.dtype=float16,
+        # whose gradients are scaled up.
         fp16_compression=True,
     ),
     # Steps between two checkpoints, and how many are kept.

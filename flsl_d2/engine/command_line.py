@@ -1,4 +1,4 @@
-"""What all tools share: their options, and errors as one sentence instead of a traceback."""
+"""Options that all tools share, and errors as one sentence instead of a traceback."""
 
 from __future__ import annotations
 
@@ -12,11 +12,12 @@ from typing import Any
 from flsl_d2.engine.launch import WorkerError, leave, started_by_torchrun
 from flsl_d2.engine.stopping import STOPPED
 from flsl_d2.errors import InputError, TrainingError
+from flsl_d2.files import expand_home
 
 __all__ = ["described_parser", "parse_tool_arguments", "run_tool", "tool_argument_parser"]
 
-# Warnings of third parties that a user of the tools can do nothing about: (category, its start,
-# without a colon or comma, which PYTHONWARNINGS could not hold).
+# Warnings of third parties that a user of the tools cannot act on, as (category, start). The start
+# has no colon and no comma, which PYTHONWARNINGS cannot hold.
 _HARMLESS = (
     (UserWarning, "pkg_resources is deprecated as an API"),
     (UserWarning, "torch.meshgrid"),
@@ -28,7 +29,7 @@ _HARMLESS = (
 def run_tool(function: Callable[..., Any], *args: Any) -> None:
     """Run a tool and end this process with its status.
 
-    Status 0 when it returns, 2 after an :class:`InputError` and 3 after a :class:`TrainingError`
+    The status is 0 when the function returns, 2 after an :class:`InputError` and 3 after a :class:`TrainingError`
     (``error: ...`` on stderr, no traceback), 1 when a worker process failed (that worker's own
     error on stderr), 75 after a request to stop (:mod:`flsl_d2.engine.stopping`), 130 after
     Ctrl-C. Any other exception is a defect and keeps its traceback.
@@ -60,14 +61,25 @@ def run_tool(function: Callable[..., Any], *args: Any) -> None:
     sys.exit(status)
 
 
+class _ToolParser(argparse.ArgumentParser):
+    """Parser that replaces ``~`` at the start of every path; see :func:`expand_home`."""
+
+    def parse_known_args(self, args=None, namespace=None):  # type: ignore[no-untyped-def, override]
+        """Parse as ``ArgumentParser`` does, then replace ``~``."""
+        found, rest = super().parse_known_args(args, namespace)
+        for name, value in vars(found).items():
+            setattr(found, name, expand_home(value))
+        return found, rest
+
+
 def described_parser(description: str, epilog: str = "") -> argparse.ArgumentParser:
-    """A parser whose help shows both texts as they are written, and that takes whole options only.
+    """Make a parser of a tool: help is printed as written, and options are not abbreviated.
 
     Args:
-        description: what the tool does.
+        description: purpose of the tool.
         epilog: examples of complete commands.
     """
-    return argparse.ArgumentParser(
+    return _ToolParser(
         description=description,
         epilog=epilog,
         formatter_class=argparse.RawDescriptionHelpFormatter,
@@ -78,15 +90,15 @@ def described_parser(description: str, epilog: str = "") -> argparse.ArgumentPar
 def tool_argument_parser(
     description: str, epilog: str = "", eval_only: bool = False
 ) -> argparse.ArgumentParser:
-    """The options that ``pretrain_net.py`` and ``train_net.py`` have in common.
+    """Make a parser with the options that ``pretrain_net.py`` and ``train_net.py`` share.
 
     Args:
-        description: what the tool does.
-        epilog: examples of complete commands; shown as written.
-        eval_only: whether there is ``--eval-only``.
+        description: purpose of the tool.
+        epilog: examples of complete commands.
+        eval_only: whether the tool has ``--eval-only``.
 
     Returns:
-        A parser; read the command line with :func:`parse_tool_arguments`.
+        A parser for :func:`parse_tool_arguments`.
     """
     parser = described_parser(description, epilog)
     add = parser.add_argument
@@ -94,7 +106,7 @@ def tool_argument_parser(
         "--config-file",
         required=True,
         metavar="FILE",
-        help="config to run; a path, or a name below configs/",
+        help="config to run: a path, or a name below configs/",
     )
     add(
         "--resume",
@@ -104,7 +116,7 @@ def tool_argument_parser(
     add(
         "--allow-changes",
         action="store_true",
-        help="with --resume: go on although the config differs from that of the run",
+        help="with --resume: continue although the config differs from the run's",
     )
     add(
         "--overwrite",

@@ -14,6 +14,7 @@ from omegaconf import DictConfig, OmegaConf
 from flsl_d2.data import check_registered_dataset
 from flsl_d2.detection.checks import check_datasets, names_of
 from flsl_d2.engine.config_files import is_yaml, load_lazy_config
+from flsl_d2.engine.run_folder import DETECTION_KEYS
 from flsl_d2.errors import InputError
 from flsl_d2.evaluation.measures import MEASURES
 from flsl_d2.experiments.jobs import Job, Outcome, config_settings
@@ -235,10 +236,11 @@ class DetectionEvaluation:
     def job(self, encoder: EncoderFile) -> Job:
         """Runs ``tools/train_net.py``."""
         cfg = self._config()
-        ignored = ("train.output_dir", "train.init_checkpoint", "train.seed", "train.checkpointer")
+        # Weights and seed are compared as "encoder" and "seed".
+        without = (*DETECTION_KEYS.no_effect, "train.init_checkpoint", "train.seed")
         settings = {
             "encoder": dict(encoder.identity),
-            "config": config_settings(cfg, ignored),
+            "config": config_settings(cfg, without),
             "seed": encoder.seed,
         }
 
@@ -251,10 +253,12 @@ class DetectionEvaluation:
 
         def outcome(folder: Path) -> Outcome:
             series, _ = read_metrics(folder / "metrics.json")
+            # With several test sets, the keys begin with the name of the set.
             values = {
-                f"{self.name}/{name}": series[key][1][-1]
-                for key, name in _AP.items()
-                if key in series
+                f"{self.name}/{key.removesuffix(suffix)}{name}": series[key][1][-1]
+                for suffix, name in _AP.items()
+                for key in series
+                if key == suffix or key.endswith(f"/{suffix}")
             }
             if not values:
                 raise InputError("the run ended without an evaluation.")

@@ -6,8 +6,9 @@ import hashlib
 import json
 import os
 import subprocess
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass, field
+from fnmatch import fnmatchcase
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ import torch
 from omegaconf import DictConfig, OmegaConf
 
 import flsl_d2
+from flsl_d2.engine.launch import usable_cores
 from flsl_d2.errors import InputError
 from flsl_d2.files import write_text
 
@@ -106,7 +108,7 @@ def make_slots(device: str, num_gpus: int = 1, gpus_per_job: int = 1) -> list[Sl
         environment = {}
         if num_gpus > 1 and "OMP_NUM_THREADS" not in os.environ:
             # Every process would otherwise take all cores, and they would wait for one another.
-            environment["OMP_NUM_THREADS"] = str(max((os.cpu_count() or 1) // num_gpus, 1))
+            environment["OMP_NUM_THREADS"] = str(max(usable_cores() // num_gpus, 1))
         return [Slot(environment, gpus_per_job)] * count
     available = torch.cuda.device_count()
     if available < num_gpus:
@@ -200,21 +202,25 @@ def write_record(folder: Path, job: Job, record: Record) -> None:
     write_text(folder / "result.json", json.dumps(content, indent=1) + "\n")
 
 
-def config_settings(cfg: DictConfig, without: tuple[str, ...] = ()) -> dict[str, Any]:
+def config_settings(cfg: DictConfig, without: Iterable[str] = ()) -> dict[str, Any]:
     """A LazyConfig as JSON values, for :attr:`Job.settings`.
 
     Args:
-        cfg: any; classes and functions become their names.
-        without: dotted keys that do not change a result, such as where it is written.
+        cfg: any config; classes and functions become their names.
+        without: patterns (``fnmatch``) of dotted keys that do not change a result.
     """
-    container = OmegaConf.to_container(cfg, resolve=False)
-    for key in without:
-        *groups, last = key.split(".")
-        node = container
-        for name in groups:
-            node = node.get(name, {})
-        node.pop(last, None)
+    container = _without(OmegaConf.to_container(cfg, resolve=False), "", tuple(without))
     return json.loads(json.dumps(container, default=_name))
+
+
+def _without(node: Any, prefix: str, patterns: tuple[str, ...]) -> Any:
+    if not isinstance(node, dict):
+        return node
+    return {
+        key: _without(value, f"{prefix}{key}.", patterns)
+        for key, value in node.items()
+        if not any(fnmatchcase(f"{prefix}{key}", pattern) for pattern in patterns)
+    }
 
 
 def _name(value: Any) -> str:

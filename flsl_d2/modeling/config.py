@@ -37,6 +37,7 @@ def add_flsl_config(cfg: CfgNode) -> None:
                 "MASK_WINDOW_PADDING": False,
                 "LAYER_SCALE_INIT": 0.0,  # 0: no LayerScale
                 "NUM_PREFIX_TOKENS": 0,
+                "FROZEN": False,
                 "USE_ACT_CHECKPOINT": False,
                 "SKIP_DROPPED": True,
                 "RECOMPUTE_GELU": True,

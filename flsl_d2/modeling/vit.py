@@ -158,6 +158,8 @@ class FLSLViT(Backbone):
         num_prefix_tokens: learned tokens before those of the patches, with their positions in
             them: the class token and registers of other encoders. They take part in attention and
             are not in the output. Only for global attention, since no window holds them.
+        frozen: whether the encoder is not trained: no parameter has a gradient, and it stays in
+            evaluation mode, without stochastic depth.
         use_act_checkpoint: recompute each block in the backward pass to save memory.
         recompute_gelu: recompute the MLPs' GELUs there, a little of the time for a fifth of the
             memory; nothing is left to gain with ``use_act_checkpoint``.
@@ -196,6 +198,7 @@ class FLSLViT(Backbone):
         mask_window_padding: bool = False,
         layer_scale_init: float | None = None,
         num_prefix_tokens: int = 0,
+        frozen: bool = False,
         use_act_checkpoint: bool = False,
         recompute_gelu: bool = True,
         onednn_linear: bool = True,
@@ -258,6 +261,14 @@ class FLSLViT(Backbone):
         self._out_feature_channels = {out_feature: embed_dim}
         self._out_feature_strides = {out_feature: patch_size}
         self.reset_parameters()
+        self.frozen = frozen
+        if frozen:
+            self.requires_grad_(False)
+            self.eval()
+
+    def train(self, mode: bool = True) -> FLSLViT:
+        """Set training mode, except that a frozen encoder stays in evaluation mode."""
+        return super().train(mode and not self.frozen)
 
     @classmethod
     def from_config(cls, cfg: CfgNode, input_shape: ShapeSpec | None = None) -> dict:

@@ -10,6 +10,7 @@ from statistics import median
 
 from flsl_d2.engine.config_files import load_lazy_config
 from flsl_d2.engine.launch import WorkerError
+from flsl_d2.engine.run_folder import PRETRAINING_KEYS
 from flsl_d2.errors import InputError
 from flsl_d2.experiments.compare import comma_separated, seeds_of
 from flsl_d2.experiments.evaluations import (
@@ -32,15 +33,6 @@ __all__ = [
     "sweep_command",
 ]
 
-# These change neither the weights nor what is logged of them.
-_NOT_RESULTS = (
-    "train.output_dir",
-    "train.checkpoint_period",
-    "train.checkpoint_keep",
-    "train.pictures_period",
-    "train.measures",
-    "dataloader.num_workers",
-)
 # Keys of metrics.json, and the columns they become: means over the last tenth of a run.
 _LAST = {
     "loss": "loss",
@@ -114,7 +106,7 @@ def _pretraining(sweep: Sweep, point: Point, label: str) -> Job:
             arguments.append("train.checkpoint_keep=1")
         return [*arguments, f"train.output_dir={folder}"]
 
-    settings = {"config": config_settings(point.cfg, _NOT_RESULTS)}
+    settings = {"config": config_settings(point.cfg, PRETRAINING_KEYS.no_effect)}
     return Job("pretrain", label, settings, command, _pretraining_outcome)
 
 

@@ -45,6 +45,8 @@ model.backbone = L(SimpleFeaturePyramid)(
         # How the position table is resampled (0.1: as in pre-training), and whether it is trained.
         position_offset=0.1,
         learned_positions=False,
+        # Train pyramid and heads alone; the encoder stays as its weights are.
+        frozen=False,
         # Recompute blocks in the backward pass: about a third slower, a fraction of the memory.
         use_act_checkpoint=False,
         recompute_gelu=True,
