@@ -1,4 +1,4 @@
-"""The simple feature pyramid of ViTDet (arXiv 2203.16527, Sec. 3), and its nodes in YAML configs."""
+"""The simple feature pyramid of ViTDet (arXiv 2203.16527, Sec. 3) and its nodes of YAML configs."""
 
 from __future__ import annotations
 
