@@ -1,4 +1,4 @@
-"""The encoder and the pyramid; importing this registers both in Detectron2."""
+"""Encoders and the pyramid; importing this registers them in Detectron2."""
 
 from flsl_d2.modeling.encoder import VIT_SIZES, Encoder
 from flsl_d2.modeling.feature_pyramid import (
@@ -6,6 +6,7 @@ from flsl_d2.modeling.feature_pyramid import (
     add_flsl_config,
     build_flsl_vit_sfp_backbone,
 )
+from flsl_d2.modeling.timm_backbone import TimmBackbone, build_timm_backbone, timm_pyramid
 from flsl_d2.modeling.vit import FLSLViT
 
 __all__ = [
@@ -13,6 +14,9 @@ __all__ = [
     "Encoder",
     "FLSLViT",
     "SimpleFeaturePyramid",
+    "TimmBackbone",
     "add_flsl_config",
     "build_flsl_vit_sfp_backbone",
+    "build_timm_backbone",
+    "timm_pyramid",
 ]

@@ -132,7 +132,7 @@ def add_flsl_config(cfg: CfgNode) -> None:
 
     Each key of ``MODEL.FLSL_VIT`` is the argument of :class:`flsl_d2.modeling.FLSLViT` of the same
     name, with its default; windows of 14 x 14 tokens and stochastic depth of 0.1 are detection's
-    own. Existing keys of ``cfg`` are left alone, so this may be called twice.
+    own. ``MODEL.TIMM`` belongs to :class:`flsl_d2.modeling.TimmBackbone`. Existing keys of ``cfg`` are left alone, so this may be called twice.
     """
     model = cfg.MODEL
     if "FLSL_VIT" not in model:
@@ -144,6 +144,9 @@ def add_flsl_config(cfg: CfgNode) -> None:
         model.FLSL_VIT = CfgNode({name.upper(): value for name, value in node.items()})
     if "FLSL_SFP" not in model:
         model.FLSL_SFP = CfgNode({"OUT_CHANNELS": 256, "NORM": "LN", "SQUARE_PAD": 0})
+    if "TIMM" not in model:
+        # timm's name of the model, options after "?", e.g. resnet50?pretrained=false.
+        model.TIMM = CfgNode({"NAME": "", "FROZEN": False, "USE_ACT_CHECKPOINT": False})
 
 
 @BACKBONE_REGISTRY.register()
