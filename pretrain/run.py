@@ -31,8 +31,9 @@ from flsl_d2.engine.stopping import StopRequest, stop_requests
 from flsl_d2.errors import InputError, TrainingError
 from flsl_d2.weights import FLSLCheckpointer
 from pretrain.data import PretrainDataset, build_pretrain_loader, image_files
-from pretrain.hooks import ConsoleProgress, ExportTeacher, Monitor
-from pretrain.monitor import CollapseWatch, EncoderPictures, FeatureMeasures
+from pretrain.hooks import EncoderPictures, ExportTeacher, FeatureMeasures
+from pretrain.methods import Method
+from pretrain.monitor import CollapseWatch, ConsoleProgress, Monitor
 from pretrain.optimizer import build_adamw
 from pretrain.schedules import Schedules, set_run_length
 from pretrain.trainer import (
@@ -52,7 +53,7 @@ _DISK = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EFBIG, err
 
 
 def launch_pretraining(args: argparse.Namespace) -> None:
-    """Load the config of a command line and run it in as many processes as asked for."""
+    """Load the config of a command line and run it in the number of processes it asks for."""
     launch(
         _run_in_process,
         args.num_gpus,
@@ -65,8 +66,8 @@ def launch_pretraining(args: argparse.Namespace) -> None:
 
 
 def _run_in_process(args: argparse.Namespace) -> None:
-    # Each process loads the config itself: one that registers data sets or defines functions
-    # takes effect only where it is loaded.
+    # Each process loads the config itself, because data sets that a config registers and functions
+    # that it defines exist only where it is loaded.
     run_pretraining(_load(args), args.resume, args.allow_changes, args.overwrite)
 
 
@@ -86,18 +87,18 @@ def run_pretraining(
 ) -> None:
     """Pre-train in this process, one of possibly several.
 
-    Everything that can be wrong with the input is found before the first step.
+    The input is checked before the first step.
 
     Args:
-        cfg: as of ``configs/pretrain/*.py``.
-        resume: continue from the last checkpoint of the output folder, where there is one.
+        cfg: config like those in ``configs/pretrain/``.
+        resume: whether to continue from the last checkpoint of the output folder, if there is one.
         allow_changes: see :class:`flsl_d2.engine.run_folder.ResumeOptions`.
-        overwrite: likewise.
+        overwrite: see :class:`flsl_d2.engine.run_folder.ResumeOptions`.
 
     Raises:
-        InputError: config, images, or an output folder that cannot be used.
-        TrainingError: numbers that are not finite, or a folder that can no longer be written.
-        SystemExit: of status 75, after a request to stop.
+        InputError: the config, the images or the output folder cannot be used.
+        TrainingError: numbers are not finite, or the folder can no longer be written.
+        SystemExit: the run was asked to stop; the status is 75.
     """
     with stop_requests() as request:
         _run(cfg, ResumeOptions(resume, allow_changes, overwrite), request)
@@ -117,9 +118,10 @@ def _run(cfg: DictConfig, options: ResumeOptions, request: StopRequest) -> None:
     views: NestedViews = instantiate(cfg.views)
     seed_all_rng(cfg.train.seed)
     model = instantiate(cfg.model).to(cfg.train.device)
+    method: Method = model
     if cfg.train.compile:
-        model.compile_blocks()
-    views.keep_crops = model.previous_stage is not None
+        method.compile_blocks()
+    views.keep_crops = method.needs_crops
     dataset = PretrainDataset(
         files, views, cfg.train.seed, cfg.dataset.on_error, cfg.dataset.max_pixels
     )
@@ -179,9 +181,9 @@ def _run(cfg: DictConfig, options: ResumeOptions, request: StopRequest) -> None:
 
 
 def images_digest(files: list[str]) -> str:
-    """Number of images and a hash of their names below their common folder.
+    """Return the number of images and a hash of their names below their common folder.
 
-    Says whether a data set that lies elsewhere now is the same, as far as names can.
+    Data sets in different folders have the same digest if their names are the same.
     """
     root = os.path.commonpath([os.path.dirname(file) for file in files])
     names = "\0".join(os.path.relpath(file, root) for file in files)
@@ -194,7 +196,7 @@ def _resume(
     options: ResumeOptions,
     output: Path,
 ) -> int:
-    """Load the last checkpoint, if asked to; the step to start from."""
+    """Load the last checkpoint, if asked to; return the step to start from."""
     start_iter = 0
     if options.resume and checkpointer.has_checkpoint():
         checkpointer.resume_or_load("", resume=True)
@@ -219,18 +221,18 @@ def _hooks(
     max_iter: int,
     start_iter: int,
 ) -> list[HookBase]:
-    """In the order in which they run: what a step logs is in the files before its checkpoint is."""
+    """Return the hooks in the order in which they run: a step is logged before it is saved."""
     output, period = Path(cfg.train.output_dir), cfg.train.log_period
-    num_centroids = len(trainer.flsl.loss.log_prior)
+    num_centroids = trainer.method.num_centroids
     registered: list[HookBase] = [CollapseWatch()]
     if cfg.train.measures.val:
         registered.append(FeatureMeasures(**cfg.train.measures))
     if comm.is_main_process():
         writers = [
             ConsoleProgress(max_iter, len(files) / monitor.total_batch_size, num_centroids),
-            # What each step was, unsmoothed.
+            # Each step is written unsmoothed.
             JSONWriter(str(output / "metrics.json"), window_size=1),
-            # TensorBoard hides what was logged after the checkpoint.
+            # TensorBoard hides the steps that were logged after the checkpoint.
             TensorboardXWriter(str(output), purge_step=start_iter),
         ]
         registered += [

@@ -73,8 +73,7 @@ PRETRAINING_KEYS = NeutralKeys(
         *("train.device", "train.compile", "train.log_period"),
         # The images are compared by their names below their common folder.
         *("dataset.root", "dataset.name", "dataset.max_failed_share"),
-        *("model.backbone.use_act_checkpoint", "model.backbone.recompute_gelu"),
-        *("model.backbone.skip_dropped", "model.*.onednn_linear", "model.loss.recompute_probs"),
+        "model.backbone.use_act_checkpoint",
     ),
 )
 DETECTION_KEYS = NeutralKeys(

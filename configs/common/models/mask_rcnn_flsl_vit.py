@@ -32,7 +32,6 @@ model.backbone = L(SimpleFeaturePyramid)(
         final_norm=True,
         # Stochastic depth of the last block.
         drop_path_rate=0.1,
-        skip_dropped=True,
         # Side of the attention windows in tokens, and the blocks without windows (null: four,
         # evenly spread).
         window_size=14,
@@ -49,8 +48,6 @@ model.backbone = L(SimpleFeaturePyramid)(
         frozen=False,
         # Recompute blocks in the backward pass: about a third slower, a fraction of the memory.
         use_act_checkpoint=False,
-        recompute_gelu=True,
-        onednn_linear=True,
     ),
     in_feature="last_feat",
     out_channels=256,

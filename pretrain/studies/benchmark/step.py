@@ -107,10 +107,6 @@ VARIANTS: dict[str, tuple[str, ...]] = {
     "packed": ("model.pack_views=True",),
     "compiled": ("train.compile=True",),
     "checkpointed": ("model.backbone.use_act_checkpoint=True",),
-    "gelu kept": ("model.backbone.recompute_gelu=False",),
-    "probabilities kept": ("model.loss.recompute_probs=False",),
-    "dropped computed": ("model.backbone.skip_dropped=False",),
-    "without onednn": ("model.backbone.onednn_linear=False",),
     "augmented on device": ("views.on_device=augmentation",),
     "cropped on device": ("views.on_device=crops",),
 }
