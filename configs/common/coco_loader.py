@@ -41,12 +41,12 @@ dataloader = OmegaConf.create(
                 ],
                 image_format="${model.input_format}",
                 use_instance_mask=True,
-                # Boxes from the masks, where a crop cuts them.
+                # Compute boxes from the masks, for crops that cut objects.
                 recompute_boxes=False,
             ),
-            # Images a step, of all processes together.
+            # Number of images in a step, of all processes.
             total_batch_size=16,
-            # Decoding processes for each training process; 0 decodes in the training process.
+            # Number of decoding processes of a training process; 0 decodes in the training process.
             num_workers=4,
         ),
         test=L(build_detection_test_loader)(

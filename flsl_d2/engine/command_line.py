@@ -29,10 +29,11 @@ _HARMLESS = (
 def run_tool(function: Callable[..., Any], *args: Any) -> None:
     """Run a tool and end this process with its status.
 
-    The status is 0 when the function returns, 2 after an :class:`InputError` and 3 after a :class:`TrainingError`
-    (``error: ...`` on stderr, no traceback), 1 when a worker process failed (that worker's own
-    error on stderr), 75 after a request to stop (:mod:`flsl_d2.engine.stopping`), 130 after
-    Ctrl-C. Any other exception is a defect and keeps its traceback.
+    The status is 0 when the function returns, 2 after an :class:`InputError` and 3 after a
+    :class:`TrainingError` (``error: ...`` on stderr, no traceback), 1 when a worker process failed
+    (with the worker's error on stderr), 75 after a request to stop
+    (:mod:`flsl_d2.engine.stopping`), and 130 after Ctrl-C. Any other exception is a defect of the
+    program and keeps its traceback.
     """
     _quiet_third_parties()
     try:

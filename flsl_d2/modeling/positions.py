@@ -94,6 +94,9 @@ def resample_positions(
     """
     side = grid_of_table(table.shape[1])
     square = table.reshape(1, side, side, -1)
+    if torch.jit.is_tracing():
+        # Scale factors are constants of a trace, so it holds for images of its example's size.
+        grid = (int(grid[0]), int(grid[1]))
     if grid == (side, side):
         return square
     square = square.permute(0, 3, 1, 2)
