@@ -6,7 +6,8 @@ import logging
 
 from omegaconf import DictConfig, OmegaConf
 
-from flsl_d2.data.datasets import category_names, register_files
+from flsl_d2.data.coco_file import category_names
+from flsl_d2.data.datasets import register_files
 from flsl_d2.errors import InputError
 
 __all__ = ["num_classes_key", "use_own_data"]

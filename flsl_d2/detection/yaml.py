@@ -11,18 +11,14 @@ from typing import Any
 import torch
 import yaml
 from detectron2.config import CfgNode, get_cfg
-from detectron2.data import (
-    DatasetMapper,
-    build_detection_test_loader,
-    build_detection_train_loader,
-)
+from detectron2.data import build_detection_test_loader, build_detection_train_loader
 from detectron2.engine import DefaultTrainer, HookBase, hooks
-from detectron2.evaluation import COCOEvaluator
 from detectron2.modeling import build_model
 from detectron2.utils import comm
 from torch import nn
 from torch.utils.data import DataLoader
 
+from flsl_d2.data.mapper import FLSLDatasetMapper
 from flsl_d2.detection.checks import (
     CheckedMapper,
     check_batch,
@@ -31,6 +27,7 @@ from flsl_d2.detection.checks import (
     describe_model,
     mixed_precision,
 )
+from flsl_d2.detection.coco_evaluator import FLSLCOCOEvaluator
 from flsl_d2.detection.setup import load_for_evaluation, resume_or_start, seed_run, start_run
 from flsl_d2.detection.solver import add_solver_config, build_yaml_optimizer
 from flsl_d2.engine.checkpoints import Checkpoints, LeaveWhenAsked
@@ -148,23 +145,23 @@ class DetectionTrainer(DefaultTrainer):
 
     @classmethod
     def build_train_loader(cls, cfg: CfgNode) -> DataLoader:
-        """Build Detectron2's loader; an image that cannot be used is named in one sentence."""
-        mapper = CheckedMapper(DatasetMapper(cfg, is_train=True))
+        """Build Detectron2's loader on the project's reader of images."""
+        mapper = CheckedMapper(FLSLDatasetMapper(cfg, is_train=True))
         return build_detection_train_loader(cfg, mapper=mapper)
 
     @classmethod
     def build_test_loader(cls, cfg: CfgNode, dataset_name: str) -> DataLoader:
-        """Build Detectron2's loader; an image that cannot be used is named in one sentence."""
-        mapper = CheckedMapper(DatasetMapper(cfg, is_train=False))
+        """Build Detectron2's loader on the project's reader of images."""
+        mapper = CheckedMapper(FLSLDatasetMapper(cfg, is_train=False))
         return build_detection_test_loader(cfg, dataset_name, mapper=mapper)
 
     @classmethod
-    def build_evaluator(cls, cfg: CfgNode, dataset_name: str) -> COCOEvaluator:
+    def build_evaluator(cls, cfg: CfgNode, dataset_name: str) -> FLSLCOCOEvaluator:
         """Build COCO's evaluator, which writes to a folder of the test set below ``inference``."""
         folder = os.path.join(cfg.OUTPUT_DIR, "inference")
         if len(cfg.DATASETS.TEST) > 1:
             folder = os.path.join(folder, dataset_name)
-        return COCOEvaluator(dataset_name, output_dir=folder)
+        return FLSLCOCOEvaluator(dataset_name, output_dir=folder)
 
 
 def run_yaml_detection(

@@ -15,6 +15,8 @@ from detectron2.structures import BoxMode, polygons_to_bitmask
 from pycocotools import mask as coco_mask
 
 from flsl_d2.data import check_registered_dataset
+from flsl_d2.data.datasets import use_own_loader
+from flsl_d2.data.images import MAX_PIXELS_LIMIT, printable, read_rgb
 from flsl_d2.errors import InputError
 
 __all__ = ["IGNORED", "LabelledBox", "LabelledDataset", "LabelledImage", "load_labelled"]
@@ -74,14 +76,14 @@ class LabelledImage:
         """
         name = self.record["file_name"]
         try:
-            image = utils.read_image(name, "RGB")
+            image = read_rgb(name, MAX_PIXELS_LIMIT)
             utils.check_image_size(dict(self.record), image)
         except (OSError, utils.SizeMismatchError) as error:
             raise InputError(
-                f"the image {name} of {self.dataset!r} cannot be used "
+                f"the image {printable(name)} of {self.dataset!r} cannot be used "
                 f"({' '.join(str(error).split())}); replace it or take it out of the annotations."
             ) from error
-        return np.ascontiguousarray(image, dtype=np.uint8)
+        return image
 
     @cached_property
     def semantic(self) -> np.ndarray:
@@ -159,7 +161,7 @@ class LabelledImage:
 
     def _mask(self, annotation: dict[str, Any], size: tuple[int, int]) -> np.ndarray:
         segmentation = annotation.get("segmentation")
-        if segmentation is None:
+        if segmentation is None or (isinstance(segmentation, list) and not segmentation):
             raise InputError(
                 f"the data set {self.dataset!r} has annotations without masks, for example in "
                 f"{self.record['file_name']}; use one with masks or semantic labels."
@@ -185,6 +187,7 @@ def load_labelled(name: str, max_images: int | None = None, seed: int = 0) -> La
     if max_images is not None and max_images < 1:
         raise InputError(f"max_images is {max_images}; give at least 1, or None for all images.")
     check_registered_dataset(name)
+    use_own_loader(name)
     try:
         records = DatasetCatalog.get(name)
     except (OSError, KeyError, AssertionError, ValueError) as error:

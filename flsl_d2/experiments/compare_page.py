@@ -8,8 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from detectron2.data import DatasetCatalog
-from detectron2.data.detection_utils import read_image
 
+from flsl_d2.data.images import read_image
 from flsl_d2.evaluation import extract_tokens
 from flsl_d2.experiments.encoders import Encoder
 from flsl_d2.experiments.evaluations import DetectionEvaluation, Evaluation, FeatureEvaluation

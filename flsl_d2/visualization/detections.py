@@ -11,12 +11,13 @@ from typing import Any
 import numpy as np
 import pycocotools.mask as mask_util
 from detectron2.data import DatasetCatalog, MetadataCatalog
-from detectron2.data.detection_utils import read_image
 from detectron2.structures import BoxMode, Instances
 from detectron2.utils.file_io import PathManager
 from detectron2.utils.visualizer import Visualizer
 
 from flsl_d2.data.annotations import check_registered_dataset
+from flsl_d2.data.datasets import use_own_loader
+from flsl_d2.data.images import read_image
 from flsl_d2.errors import InputError
 from flsl_d2.visualization.figures import (
     enlarge,
@@ -220,6 +221,7 @@ def detections_beside_ground_truth(
         InputError: unknown data set, faulty data set files, unreadable results, or no image.
     """
     check_registered_dataset(dataset_name)
+    use_own_loader(dataset_name)
     if num_images < 1:
         raise InputError(f"num_images={num_images} draws nothing: give 1 or more.")
     records = choose_records(DatasetCatalog.get(dataset_name), num_images)

@@ -10,7 +10,8 @@ from typing import NamedTuple
 import numpy as np
 from tqdm import tqdm
 
-from flsl_d2.data.images import find_images, image_files, read_rgb
+from flsl_d2.data.image_files import find_images, image_files
+from flsl_d2.data.images import read_image
 from flsl_d2.errors import InputError
 from flsl_d2.evaluation import extract_tokens
 from flsl_d2.evaluation.features import RANDOM, frozen_encoder, usable_device
@@ -34,7 +35,6 @@ __all__ = [
     "chosen_encoders",
     "chosen_images",
     "chosen_points",
-    "read_image",
     "visualize",
 ]
 
@@ -88,16 +88,6 @@ def _evenly(files: list[str], count: int, source: str) -> list[str]:
         return files
     print(f"{count} of the {len(files)} images of {source}; --max-images takes more")
     return [files[i] for i in np.linspace(0, len(files) - 1, count).round().astype(int)]
-
-
-def read_image(file: str) -> np.ndarray:
-    """(H, W, 3) uint8 RGB; an InputError names the file that cannot be read, and why."""
-    try:
-        return read_rgb(file)
-    except OSError as error:
-        raise InputError(
-            f"the image {file!r} cannot be read ({error}); repair it or leave it out."
-        ) from None
 
 
 def chosen_points(

@@ -16,7 +16,8 @@ from detectron2.config import instantiate
 from detectron2.utils.events import EventStorage
 from tqdm import tqdm
 
-from flsl_d2.data.images import find_images, read_rgb
+from flsl_d2.data.image_files import find_images
+from flsl_d2.data.images import read_rgb
 from flsl_d2.engine.config_files import load_lazy_config
 from pretrain.data import PretrainDataset, build_pretrain_loader
 from pretrain.optimizer import build_adamw
