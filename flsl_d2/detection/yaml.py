@@ -48,6 +48,10 @@ _CLASSES = {
     "RetinaNet": "RETINANET",
     "SemanticSegmentor": "SEM_SEG_HEAD",
 }
+# Exceptions of yacs for files and values that it cannot take.
+_YAML_ERRORS = (
+    *(yaml.YAMLError, AssertionError, AttributeError, KeyError, OSError, TypeError, ValueError),
+)
 
 
 def load_yaml_config(path: str, overrides: Sequence[str] = ()) -> CfgNode:
@@ -75,7 +79,7 @@ def load_yaml_config(path: str, overrides: Sequence[str] = ()) -> CfgNode:
     try:
         cfg.merge_from_file(path, allow_unsafe=False)
         cfg.merge_from_list([expand_home(text) for text in overrides])
-    except (yaml.YAMLError, AssertionError, OSError, TypeError, ValueError, KeyError) as error:
+    except _YAML_ERRORS as error:
         reason = " ".join(str(error).split()).strip("\"'")
         unknown = re.search(r"Non-existent (?:config )?key: ([\w.]+)", reason)
         if unknown:

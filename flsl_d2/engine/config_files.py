@@ -13,7 +13,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from detectron2.config import LazyConfig
-from omegaconf import DictConfig, ListConfig
+from omegaconf import DictConfig, ListConfig, Node
 
 from flsl_d2.engine.overrides import apply_lazy_overrides
 from flsl_d2.errors import InputError
@@ -93,7 +93,7 @@ def _expand_home_in(node: DictConfig | ListConfig) -> None:
         if isinstance(child, DictConfig | ListConfig):
             if not child._is_none() and not child._is_interpolation():
                 _expand_home_in(child)
-        elif isinstance(child._value(), str) and child._value().startswith("~"):
+        elif isinstance(child, Node) and str(child._value()).startswith("~"):
             node[key] = expand_home(child._value())
 
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import difflib
+import os
+import re
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, NamedTuple
 
@@ -93,6 +95,8 @@ def _parse(text: str) -> _Override:
             f"override {text!r} is not of the form key=value; write for example "
             "train.max_iter=100 (pairs KEY VALUE are for YAML configs)."
         )
+    # The grammar reserves "~", so that it would refuse lists of paths that begin with it.
+    raw = re.sub(r"(^|(?<=[\[,]))~(?=[/,\]]|$)", lambda _: os.path.expanduser("~"), raw)
     try:
         parsed = OverridesParser.create().parse_overrides([f"key={raw}"])[0]
         value = raw if parsed.is_sweep_override() else parsed.value()
