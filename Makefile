@@ -7,7 +7,7 @@ DETECTRON2_SOURCE ?= https://github.com/facebookresearch/detectron2.git
 
 BIN := $(VENV)/bin
 REFERENCE_OPTION = $(if $(REFERENCE),--reference-module "$(REFERENCE)")
-GPU_VARIANTS := eager,packed,compiled,compiled+dropped computed,eager+compiled,cropped on device
+GPU_VARIANTS := eager,packed,compiled,eager+compiled,cropped on device
 STAMP := $(VENV)/.flsl-d2-installed
 
 .DEFAULT_GOAL := help

@@ -19,6 +19,7 @@ import torch
 from flsl_d2.engine.launch import WorkerError, leave, started_by_torchrun
 from flsl_d2.engine.stopping import STOPPED
 from flsl_d2.errors import InputError, TrainingError
+from flsl_d2.files import expand_home
 
 __all__ = [
     "SHARED_OPTIONS",
@@ -32,7 +33,6 @@ __all__ = [
     "run_tool",
     "seed_list",
     "tool_argument_parser",
-    "user_path",
 ]
 
 # Warnings of third parties that a user of the tools can do nothing about: the category and the
@@ -49,10 +49,11 @@ _HARMLESS = (
 def run_tool(function: Callable[..., Any], *args: Any) -> None:
     """Run a tool and end this process with its status.
 
-    Status 0 when it returns, 2 after an :class:`InputError` and 3 after a :class:`TrainingError`
-    (``error: ...`` on stderr, no traceback), 1 when a worker process failed (that worker's own
-    error on stderr), 75 after a request to stop (:mod:`flsl_d2.engine.stopping`), 130 after
-    Ctrl-C. Any other exception is a defect and keeps its traceback.
+    The status is 0 when the function returns, 2 after an :class:`InputError` and 3 after a
+    :class:`TrainingError` (``error: ...`` on stderr, no traceback), 1 when a worker process failed
+    (with the worker's error on stderr), 75 after a request to stop
+    (:mod:`flsl_d2.engine.stopping`), and 130 after Ctrl-C. Any other exception is a defect of the
+    program and keeps its traceback.
     """
     _quiet_third_parties()
     try:
@@ -81,32 +82,36 @@ def run_tool(function: Callable[..., Any], *args: Any) -> None:
     sys.exit(status)
 
 
-class _Parser(argparse.ArgumentParser):
+class _ToolParser(argparse.ArgumentParser):
+    """Parser that expands ``~`` in paths, and whose errors are one sentence as all of a tool's."""
+
+    def parse_known_args(self, args=None, namespace=None):  # type: ignore[no-untyped-def, override]
+        """Parse as ``ArgumentParser`` does, then replace ``~``; see :func:`expand_home`."""
+        found, rest = super().parse_known_args(args, namespace)
+        for name, value in vars(found).items():
+            setattr(found, name, expand_home(value))
+        return found, rest
+
     def error(self, message: str) -> NoReturn:
-        """Report a wrong command line in one sentence, like every other error of a tool."""
+        """Report a wrong command line, and exit with status 2."""
         self.exit(2, f"error: {message}; --help lists the options.\n")
 
 
 def described_parser(description: str, epilog: str = "") -> argparse.ArgumentParser:
-    """Make a parser that shows both texts as they are written and takes whole options only.
+    """Make a parser of a tool: help is printed as written, and options are not abbreviated.
 
     Args:
-        description: what the tool does.
+        description: purpose of the tool.
         epilog: examples of complete commands.
     """
     spec = getattr(sys.modules["__main__"], "__spec__", None)
-    return _Parser(
+    return _ToolParser(
         prog=f"python -m {spec.name.removesuffix('.__main__')}" if spec else None,
         description=description,
         epilog=epilog,
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
-
-
-def user_path(text: str) -> Path:
-    """Path of an option, with a leading ``~`` expanded."""
-    return Path(text).expanduser()
 
 
 def comma_separated(text: str) -> list[str]:
@@ -171,22 +176,22 @@ SHARED_OPTIONS: dict[str, dict[str, Any]] = {
     "--config-file": _option(
         "FILE", "config to run; a path, or a name below configs/", required=True
     ),
-    "--weights": _option("FILE", _WEIGHTS, type=os.path.expanduser),
+    "--weights": _option("FILE", _WEIGHTS),
     "--train": _option("NAME", f"{_DATA} to learn labels from", default=""),
     "--val": _option("NAME", f"{_DATA} to score on", default=""),
     "--measures": _option(
         "A,B", "measures of frozen features", action=_CollectLists, type=comma_separated
     ),
     "--davis-root": _option(
-        "DIR", "DAVIS 2017, with JPEGImages, Annotations and ImageSets", type=user_path
+        "DIR", "DAVIS 2017, with JPEGImages, Annotations and ImageSets", type=Path
     ),
     "--max-images": _option("N", "most images of each data set (default: all)", type=int),
     "--short-side": _option(
         "PX", "shorter side of images in pixels (default: %(default)s)", type=int, default=448
     ),
     "--seeds": _option("0,1", "seeds, one run each", type=seed_list),
-    "--output": _option("DIR", "folder to write to (default: %(default)s)", type=user_path),
-    "--json": _option("FILE", "JSON file to write the results to", type=user_path),
+    "--output": _option("DIR", "folder to write to (default: %(default)s)", type=Path),
+    "--json": _option("FILE", "JSON file to write the results to", type=Path),
     "--device": _option("NAME", "cuda or cpu (default here: %(default)s)", default=_DEVICE),
     "--num-gpus": _option(
         "N", "GPUs of this machine; on the CPU, processes (default: 1)", type=int, default=1
@@ -234,12 +239,12 @@ def tool_argument_parser(
     """Make a parser with the options that pre-training and fine-tuning have in common.
 
     Args:
-        description: what the tool does.
-        epilog: examples of complete commands; shown as written.
-        eval_only: whether there is ``--eval-only``.
+        description: purpose of the tool.
+        epilog: examples of complete commands.
+        eval_only: whether the tool has ``--eval-only``.
 
     Returns:
-        A parser; :func:`parse_tool_arguments` reads the command line with it.
+        A parser for :func:`parse_tool_arguments`.
     """
     parser = described_parser(description, epilog)
     add_option(parser, "--config-file")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 from collections.abc import Sequence
+from pathlib import Path
 
 from flsl_d2.engine.command_line import (
     add_defaults,
@@ -15,7 +16,6 @@ from flsl_d2.engine.command_line import (
     named_weights,
     parse_tool_arguments,
     run_tool,
-    user_path,
 )
 from flsl_d2.engine.launch import WorkerError
 from flsl_d2.errors import InputError
@@ -146,7 +146,7 @@ def _run(args: argparse.Namespace) -> None:
         if equals and kind == "detection":
             args.detection.append(value)
         elif equals and kind == "davis":
-            args.davis_root = user_path(value)
+            args.davis_root = Path(value)
         else:
             args.measures = [*(args.measures or []), *comma_separated(text)]
     args.detection_override += args.opts

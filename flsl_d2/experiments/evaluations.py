@@ -15,11 +15,11 @@ from omegaconf import DictConfig, OmegaConf
 from flsl_d2.detection.checks import check_datasets, names_of
 from flsl_d2.engine.command_line import add_option
 from flsl_d2.engine.config_files import is_yaml, load_lazy_config
-from flsl_d2.engine.run_folder import flat_config
+from flsl_d2.engine.run_folder import DETECTION_KEYS
 from flsl_d2.errors import InputError
 from flsl_d2.evaluation.labelled_images import load_labelled
 from flsl_d2.evaluation.measures import MEASURES
-from flsl_d2.experiments.jobs import Job, Outcome
+from flsl_d2.experiments.jobs import Job, Outcome, result_settings
 from flsl_d2.modeling import FLSLViT
 from flsl_d2.visualization.curves import read_metrics
 from flsl_d2.weights import build_encoder
@@ -189,8 +189,6 @@ _CHOSEN_BY_DETECTOR = (
     "mask_window_padding",
     "num_prefix_tokens",
 )
-# Keys of the config that are set for each job, and that therefore do not identify it.
-_SET_FOR_EACH_JOB = ("train.output_dir", "train.init_checkpoint", "train.seed")
 
 
 @dataclass(frozen=True)
@@ -240,7 +238,9 @@ class DetectionEvaluation:
     def job(self, encoder: EncoderFile) -> Job:
         """Job that runs ``python -m flsl_d2.detection``."""
         cfg = self._config()
-        config = {k: v for k, v in flat_config(cfg).items() if k not in _SET_FOR_EACH_JOB}
+        # Weights and seed are compared as "encoder" and "seed".
+        without = (*DETECTION_KEYS.no_effect, "train.init_checkpoint", "train.seed")
+        config = result_settings(cfg, without)
         settings = {"encoder": dict(encoder.identity), "config": config, "seed": encoder.seed}
 
         def command(folder: Path, num_processes: int) -> list[str]:
@@ -256,10 +256,12 @@ class DetectionEvaluation:
 
         def outcome(folder: Path) -> Outcome:
             series, _ = read_metrics(folder / "metrics.json")
+            # With several test sets, the keys begin with the name of the set.
             values = {
-                f"{self.name}/{name}": series[key][1][-1]
-                for key, name in _AP.items()
-                if key in series
+                f"{self.name}/{key.removesuffix(suffix)}{name}": series[key][1][-1]
+                for suffix, name in _AP.items()
+                for key in series
+                if key == suffix or key.endswith(f"/{suffix}")
             }
             if not values:
                 raise InputError("the run ended without an evaluation.")

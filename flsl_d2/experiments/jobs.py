@@ -6,9 +6,10 @@ import hashlib
 import json
 import os
 import subprocess
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field
+from fnmatch import fnmatchcase
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -16,9 +17,11 @@ from typing import Any
 import detectron2
 import timm
 import torch
+from omegaconf import DictConfig
 
 import flsl_d2
 from flsl_d2.engine.launch import usable_cores
+from flsl_d2.engine.run_folder import flat_config
 from flsl_d2.errors import InputError
 from flsl_d2.files import write_text
 
@@ -30,6 +33,7 @@ __all__ = [
     "file_sha256",
     "make_slots",
     "read_record",
+    "result_settings",
     "versions",
     "write_record",
 ]
@@ -191,3 +195,18 @@ def write_record(folder: Path, job: Job, record: Record) -> None:
     content = asdict(record)
     content |= content.pop("outcome") | {"label": job.label, "settings": dict(job.settings)}
     write_text(folder / "result.json", json.dumps(content, indent=1) + "\n")
+
+
+def result_settings(cfg: DictConfig, without: Iterable[str]) -> dict[str, str]:
+    """Return the values of a config that a result depends on, for :attr:`Job.settings`.
+
+    Args:
+        cfg: any LazyConfig.
+        without: patterns (``fnmatch``) of keys that do not change the result.
+    """
+    patterns = tuple(without)
+    return {
+        key: value
+        for key, value in flat_config(cfg).items()
+        if not any(fnmatchcase(key, pattern) for pattern in patterns)
+    }

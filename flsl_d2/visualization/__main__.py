@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import os
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -61,7 +60,6 @@ def main(arguments: Sequence[str] | None = None) -> None:
     add(
         "--images",
         nargs="+",
-        type=os.path.expanduser,
         default=[],
         metavar="PATH",
         help="image files, folders of images",

@@ -32,7 +32,7 @@ logger = logging.getLogger(__name__)
 
 def remove_unfinished(folder: str | Path) -> None:
     """Delete what a run that was killed in the middle of a checkpoint left behind."""
-    for part in Path(folder).glob(f"*.pth{UNFINISHED}"):
+    for part in Path(folder).glob(f"*.pth*{UNFINISHED}"):
         logger.info("Removing %s, whose writing was interrupted.", part)
         part.unlink(missing_ok=True)
 

@@ -132,7 +132,7 @@ def test_the_device_makes_the_views_of_the_cpu(on_device, tmp_path):
     for i, image in enumerate(pictures(6, side=120)):
         files.append(str(tmp_path / f"{i}.png"))
         Image.fromarray(image).save(files[-1])
-    sizes = {"patch_size": 8, "global_size": 64, "local_size": 32}
+    sizes = {"patch_size": 8, "global_size": 64, "local_size": 32, "flip": 0.5}
     batches = {
         where: next(
             iter(
@@ -145,13 +145,15 @@ def test_the_device_makes_the_views_of_the_cpu(on_device, tmp_path):
         )
         for where in ("nothing", on_device)
     }
-    views, crops = batches["nothing"].views_on(torch.device("cpu"))
-    on_views, on_crops = batches[on_device].views_on(torch.device("cpu"))
-    for ours, theirs in zip(on_crops, crops, strict=True):
+    on_cpu, finished = (
+        batches[where].to_device(torch.device("cpu")) for where in ("nothing", on_device)
+    )
+    for ours, theirs in zip(finished.crops, on_cpu.crops, strict=True):
         assert (ours.float() - theirs).abs().max() <= 1.6
     solarised = batches[on_device].augmentations
-    for view, (ours, theirs) in enumerate(zip(on_views, views, strict=True)):
+    for view, (ours, theirs) in enumerate(zip(finished.views, on_cpu.views, strict=True)):
         kept = ~solarised[view].solarise
         assert (ours.float() - theirs)[kept].abs().mean() < 1.5
-    for ours, theirs in zip(batches[on_device].queries, batches["nothing"].queries, strict=True):
-        assert torch.equal(ours, theirs)
+    for name in ("queries", "places"):
+        assert all(map(torch.equal, getattr(finished, name), getattr(on_cpu, name)))
+    assert any(flips.any() and not flips.all() for flips in batches[on_device].flips)

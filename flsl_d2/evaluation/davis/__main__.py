@@ -14,7 +14,6 @@ from flsl_d2.engine.command_line import (
     add_option,
     described_parser,
     run_tool,
-    user_path,
 )
 from flsl_d2.evaluation.davis import DavisRun, Propagation, run_davis
 
@@ -41,7 +40,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     add_option(
         parser,
         "--davis-root",
-        default=Path(user_path(os.getenv("DETECTRON2_DATASETS", "datasets")), "DAVIS"),
+        default=Path(os.getenv("DETECTRON2_DATASETS", "datasets"), "DAVIS"),
         help="with JPEGImages, Annotations and ImageSets (default: $DETECTRON2_DATASETS/DAVIS)",
     )
     add_option(

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import os
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -66,12 +65,10 @@ def _add_benchmark(
         add_option(parser, "--config-file", required=False, default=CONFIG)
         add_overrides(parser, "changes to the config")
     if function in (benchmark_data, benchmark_end_to_end):
-        parser.add_argument("--images", required=True, type=os.path.expanduser, metavar="FOLDER")
+        parser.add_argument("--images", required=True, metavar="FOLDER")
     if function in (benchmark_data, benchmark_end_to_end, benchmark_step):
         text = "Python file to compare with"
-        parser.add_argument(
-            "--reference-module", type=os.path.expanduser, metavar="FILE", help=text
-        )
+        parser.add_argument("--reference-module", metavar="FILE", help=text)
     return parser
 
 
@@ -111,9 +108,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         benchmarks, "scaling", benchmark_scaling, "growth with batch, resolution, crops and K"
     )
     scaling.add_argument("--batches", type=_integers, default=[2, 4, 8, 16], metavar="N,N")
-    scaling.add_argument(
-        "--plot", default="scaling.png", type=os.path.expanduser, metavar="FILE", help="PNG file"
-    )
+    scaling.add_argument("--plot", default="scaling.png", metavar="FILE", help="PNG file")
     args = parser.parse_args(arguments)
     run_tool(args.function, args)
 
