@@ -15,6 +15,7 @@ ROOT = Path(__file__).resolve().parents[1]
 MODULES = {
     "benchmark": "pretrain.studies.benchmark.__main__",
     "compare": "flsl_d2.experiments.compare",
+    "convert_checkpoint": "flsl_d2.weights.__main__",
     "demo": "pretrain.studies.demo",
     "eval_davis": "flsl_d2.evaluation.davis.__main__",
     "eval_features": "flsl_d2.evaluation.__main__",
