@@ -33,7 +33,7 @@ if not GOLDEN_FILES:
 
 @pytest.fixture(scope="session")
 def datasets_root() -> Path:
-    """The folder of real data sets that DETECTRON2_DATASETS names."""
+    """Return the folder of real data sets that DETECTRON2_DATASETS names."""
     root = os.environ.get("DETECTRON2_DATASETS")
     if not root or not Path(root).is_dir():
         pytest.skip("DETECTRON2_DATASETS names no folder of data sets")

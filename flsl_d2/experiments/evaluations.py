@@ -73,7 +73,7 @@ class Evaluation(Protocol):
         """Raise InputError for what cannot work with any encoder."""
 
     def job(self, encoder: EncoderFile) -> Job:
-        """Job that evaluates an encoder."""
+        """Make the job that evaluates an encoder."""
 
 
 @dataclass(frozen=True)
@@ -111,7 +111,7 @@ class FeatureEvaluation:
         load_labelled(self.val)
 
     def job(self, encoder: EncoderFile) -> Job:
-        """Job that runs ``python -m flsl_d2.evaluation``."""
+        """Make the job that runs ``python -m flsl_d2.evaluation``."""
         settings = {
             "encoder": dict(encoder.identity),
             "measure": self.name,
@@ -160,7 +160,7 @@ class DavisEvaluation:
             raise InputError(f"the DAVIS folder '{self.root}' does not exist; check the path.")
 
     def job(self, encoder: EncoderFile) -> Job:
-        """Job that runs ``python -m flsl_d2.evaluation.davis``."""
+        """Make the job that runs ``python -m flsl_d2.evaluation.davis``."""
 
         def command(folder: Path, _num_processes: int) -> list[str]:
             return [
@@ -236,7 +236,7 @@ class DetectionEvaluation:
         return names_of(self._config().dataloader.test.dataset.names)[0]
 
     def job(self, encoder: EncoderFile) -> Job:
-        """Job that runs ``python -m flsl_d2.detection``."""
+        """Make the job that runs ``python -m flsl_d2.detection``."""
         cfg = self._config()
         # Weights and seed are compared as "encoder" and "seed".
         without = (*DETECTION_KEYS.no_effect, "train.init_checkpoint", "train.seed")

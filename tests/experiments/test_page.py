@@ -19,7 +19,7 @@ SCORE = Measure("knn/mIoU", "higher")
 
 
 def grid(keys: dict[str, list[str]]) -> Table:
-    """A row for each combination; the last one has failed."""
+    """Make a row for each combination; the last one has failed."""
     combinations = [{}]
     for key, values in keys.items():
         combinations = [{**c, key: value} for c in combinations for value in values]
