@@ -1,33 +1,56 @@
-"""Files that are whole or not there, and folders that are known to be writable beforehand."""
+"""Paths that users give, files that are whole or absent, and folders that can be written."""
 
 from __future__ import annotations
 
 import os
+import secrets
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 from flsl_d2.errors import InputError
 
-__all__ = ["UNFINISHED", "replaced_file", "writable_folder", "write_text"]
+__all__ = ["UNFINISHED", "expand_home", "replaced_file", "writable_folder", "write_text"]
 
-# What the name of a file ends in while it is written.
+# The ending of a file's name while the file is written.
 UNFINISHED = ".part"
+
+
+def expand_home(value: Any) -> Any:
+    """Replace a leading ``~`` by the home folder, in one path, in lists and in ``name=~/path``.
+
+    A shell expands ``~`` only at the start of a word, so ``--weights=~/a.pth`` and ``key=~/a.pth``
+    arrive as they were typed.
+
+    Args:
+        value: text, a path, or a list of either; anything else is returned unchanged.
+    """
+    if isinstance(value, list):
+        return [expand_home(each) for each in value]
+    if isinstance(value, Path):
+        return value.expanduser()
+    if not isinstance(value, str) or "~" not in value:
+        return value
+    name, equals, path = value.rpartition("=")
+    if equals and path.startswith("~"):
+        return f"{name}={os.path.expanduser(path)}"
+    return os.path.expanduser(value)
 
 
 @contextmanager
 def replaced_file(path: str | Path) -> Iterator[BinaryIO]:
-    """A file, open for writing, that takes the place of ``path`` once all of it is on the disk.
+    """Open a file for writing that replaces ``path`` once all of it is on the disk.
 
-    Until then, and after any failure, ``path`` is what it was before.
+    Until then, and after any failure, ``path`` is what it was before. Several processes may write
+    the same path at once: each has a temporary file of its own, and the last one to finish wins.
 
     Raises:
-        OSError: it cannot be written.
+        OSError: the file cannot be written.
     """
     path = Path(path)
-    part = path.with_name(path.name + UNFINISHED)
+    part = path.with_name(f"{path.name}.{secrets.token_hex(4)}{UNFINISHED}")
     try:
         with part.open("wb") as file:
             yield file
@@ -42,12 +65,10 @@ def replaced_file(path: str | Path) -> Iterator[BinaryIO]:
 
 
 def write_text(path: str | Path, text: str) -> None:
-    """Write a text file so that a reader finds the old content or the new, never a part.
-
-    Folders on the way to it are made.
+    """Write a text file and its parent folders; a reader finds the old or the new content.
 
     Raises:
-        OSError: it cannot be written.
+        OSError: the file cannot be written.
     """
     Path(path).parent.mkdir(parents=True, exist_ok=True)
     with replaced_file(path) as file:
@@ -55,14 +76,14 @@ def write_text(path: str | Path, text: str) -> None:
 
 
 def writable_folder(path: str | Path, name: str = "") -> Path:
-    """Make a folder, and try whether a file can be made in it.
+    """Make a folder and check that files can be written to it.
 
     Args:
-        path: of the folder.
-        name: of the option or config key that gave the path, for the message.
+        path: the folder.
+        name: the option or config key that gave the path, for the message.
 
     Raises:
-        InputError: it cannot be made or written.
+        InputError: the folder cannot be made or written.
     """
     folder = Path(path)
     try:
@@ -72,13 +93,13 @@ def writable_folder(path: str | Path, name: str = "") -> Path:
     except OSError as error:
         given = f"{name} is '{path}', which" if name else f"'{path}'"
         raise InputError(
-            f"{given} cannot be written ({error.strerror}); give a folder of yours."
+            f"{given} cannot be written ({error.strerror}); give a folder that you may write."
         ) from error
     return folder
 
 
 def _sync_folder(folder: Path) -> None:
-    """Make a renaming survive a loss of power; not all file systems know how."""
+    """Make a renaming survive a loss of power, where the file system can."""
     with suppress(OSError):
         descriptor = os.open(folder, os.O_RDONLY)
         try:

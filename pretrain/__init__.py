@@ -1,6 +1,6 @@
-"""FLSL pre-training: views, data, objective, model, schedules, trainer and hooks.
+"""Pre-training: methods, views, data, schedules, trainer and hooks. Imported from a checkout.
 
-Imported from a checkout. Follow one image: ``data`` reads it, ``views`` cuts and augments it,
-``model`` encodes it as student and teacher, ``objective`` compares, ``trainer`` steps and
-``checkpoint`` keeps the teacher for detection.
+An image goes through ``data`` (reads it), ``views`` (cuts and augments it), a method of ``methods``
+(encodes it as student and teacher, and compares) and ``trainer`` (steps); ``hooks`` writes the
+teacher's encoder for downstream use.
 """

@@ -1,7 +1,7 @@
-"""FLSL's photometric augmentation of one view: what is drawn, and how opencv applies it.
+"""FLSL's photometric augmentation of a view: the draws, and their application by opencv.
 
-Drawing is apart from applying, so that the same draws can be applied on the CPU, image by image,
-or on a GPU, batch by batch (``pretrain/device_views.py``).
+Drawing and applying are separate, so that the same draws can be applied on the CPU, image by
+image, or on a GPU, batch by batch (``pretrain/device_views.py``).
 """
 
 from __future__ import annotations
@@ -17,14 +17,15 @@ JITTERS = ("brightness", "contrast", "saturation", "hue")
 
 
 class Augmentation(NamedTuple):
-    """What happens to one view.
+    """The draws for one view.
 
     Attributes:
-        order: in which order the :data:`JITTERS` come, their indexes; empty for none.
-        factors: of brightness, contrast and saturation, and the shift of the hue in turns.
-        grey: turn the view grey.
+        order: indexes of the :data:`JITTERS` in the order in which they are applied; empty for
+            none.
+        factors: factors of brightness, contrast and saturation, and the shift of the hue in turns.
+        grey: whether the view is turned grey.
         sigma: standard deviation of the blur in pixels; 0 for none.
-        solarise: invert the values from 128 up.
+        solarise: whether values from 128 up are inverted.
     """
 
     order: tuple[int, ...]
@@ -35,16 +36,17 @@ class Augmentation(NamedTuple):
 
 
 def draw_augmentation(rng: np.random.Generator) -> Augmentation:
-    """Method of BYOL and DINO, without flips.
+    """Draw the augmentation of BYOL (arXiv 2006.07733) and DINO (arXiv 2104.14294), without flips.
 
     Colour jitter (p 0.8: brightness 0.4, contrast 0.4, saturation 0.2, hue 0.1, in random order),
     greyscale (p 0.2), then at even odds either blur (p 0.5) or blur (p 0.1) and solarise (p 0.2).
     The blur's standard deviation is uniform in 0.1 to 2 pixels.
     """
-    order, factors = (), (1.0, 1.0, 1.0, 0.0)
+    order: tuple[int, ...] = ()
+    factors = (1.0, 1.0, 1.0, 0.0)
     if rng.random() < 0.8:
-        factors = (rng.uniform(0.6, 1.4), rng.uniform(0.6, 1.4), rng.uniform(0.8, 1.2))
-        factors += (rng.uniform(-0.1, 0.1),)
+        brightness, contrast = rng.uniform(0.6, 1.4), rng.uniform(0.6, 1.4)
+        factors = (brightness, contrast, rng.uniform(0.8, 1.2), rng.uniform(-0.1, 0.1))
         order = tuple(int(i) for i in rng.permutation(4))
     grey = rng.random() < 0.2
     blur_only = rng.random() < 0.5
@@ -55,12 +57,12 @@ def draw_augmentation(rng: np.random.Generator) -> Augmentation:
 
 
 def blur_radius(sigma: float) -> int:
-    """Pixels on each side that the blur looks at: opencv's choice for 8-bit images."""
+    """Radius in pixels of the blur's kernel, as opencv chooses it for 8-bit images."""
     return (round(6 * sigma + 1) | 1) // 2
 
 
 def apply_augmentation(image: np.ndarray, augmentation: Augmentation) -> np.ndarray:
-    """Apply to an (S, S, 3) uint8 RGB image."""
+    """Apply an augmentation to an (S, S, 3) uint8 RGB image."""
     jitters = (_brightness, _contrast, _saturation, _hue)
     for index in augmentation.order:
         image = jitters[index](image, augmentation.factors[index])
@@ -89,7 +91,7 @@ def _saturation(image: np.ndarray, factor: float) -> np.ndarray:
 
 def _hue(image: np.ndarray, shift: float) -> np.ndarray:
     hsv = cv2.cvtColor(image, cv2.COLOR_RGB2HSV_FULL)
-    hsv[..., 0] += np.uint8(round(shift * 255) % 256)  # a circle of 256 steps, wraps by itself
+    hsv[..., 0] += np.uint8(round(shift * 255) % 256)  # the hue has 256 steps and wraps around
     return cv2.cvtColor(hsv, cv2.COLOR_HSV2RGB_FULL)
 
 

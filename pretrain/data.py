@@ -1,9 +1,9 @@
-"""Batches for pre-training: which images, in which order, and what becomes of bad ones."""
+"""Batches for pre-training: the images of each step, their views, and unreadable files."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, field
+from collections.abc import Iterator
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +11,7 @@ import cv2
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import Dataset, Sampler, get_worker_info
+from torch.utils.data import DataLoader, Dataset, Sampler, get_worker_info
 
 from flsl_d2.data.images import (
     MAX_PIXELS,
@@ -27,57 +27,61 @@ from pretrain.device_views import (
     stack_augmentations,
 )
 from pretrain.methods.flsl_objective import query_indexes
+from pretrain.methods.protocol import StepInputs
 from pretrain.views import NestedViews, Views
-from pretrain.workers import WorkerLoader, keep_quiet_about_lost_trainer
 
 __all__ = [
     "Batch",
     "ImageStream",
     "PretrainDataset",
+    "PretrainLoader",
     "build_pretrain_loader",
     "check_failed_share",
     "collate",
 ]
 
 MAX_REPLACEMENTS = 20
-ENOUGH_IMAGES = 1000  # a share of fewer says little
+ENOUGH_IMAGES = 1000  # a share of fewer images is too uncertain
 
 
 @dataclass
 class Batch:
-    """One rank's share of a step.
+    """The images of a step on one rank, as the workers send them.
 
     Attributes:
-        views: uint8 (B, 3, S, S), the teacher's first; as far as the workers made them, see
+        views: uint8 (B, 3, S, S), the teacher's view first; as far as the workers made them, see
             :class:`pretrain.views.Views`.
-        queries: for every student view (B, Q) int64, which of its tokens are queries.
+        queries: for each student view (B, Q) int64, the tokens that are queries.
         failed: files that could not be read and were replaced by other images; each the name as
             printable text, a tab and the reason.
-        crops: the views before augmentation, where they are kept; else empty.
-        augmentations: of each view, where they are left to the device; else empty.
-        boxes: (B, 4) of each student view, where the crops are left to the device; else empty.
+        boxes: for each student view (B, 4) int64, its box in the teacher's view in pixels (top,
+            left, height, width).
+        flips: for each student view (B,) bool, whether it is mirrored.
         sizes: side in pixels of each student view.
+        crops: the views before augmentation, where they are kept; else empty.
+        augmentations: for each view, where they are left to the device; else empty.
     """
 
     views: list[Tensor]
     queries: list[Tensor]
     failed: list[str]
+    boxes: list[np.ndarray] = field(default_factory=list)
+    flips: list[np.ndarray] = field(default_factory=list)
+    sizes: list[int] = field(default_factory=list)
     crops: list[Tensor] = field(default_factory=list)
     augmentations: list[AugmentationBatch] = field(default_factory=list)
-    boxes: list[np.ndarray] = field(default_factory=list)
-    sizes: list[int] = field(default_factory=list)
 
     def pin_memory(self) -> Batch:
-        """What PyTorch's loader calls so that copies to the GPU need not wait."""
+        """Pin the tensors for PyTorch's loader, so that copies to the GPU need not wait."""
         for tensors in (self.views, self.queries, self.crops):
             tensors[:] = [tensor.pin_memory() for tensor in tensors]
         return self
 
     def split(self, parts: int) -> list[Batch]:
-        """The batch in so many equal parts.
+        """Split the batch into equal parts.
 
         Raises:
-            InputError: the number does not divide the images.
+            InputError: the number of parts does not divide the images.
         """
         count = len(self.views[0])
         if not 1 <= parts <= count or count % parts:
@@ -88,50 +92,64 @@ class Batch:
         return [self._images(slice(i, i + count // parts)) for i in range(0, count, count // parts)]
 
     def _images(self, which: slice) -> Batch:
-        def of(arrays: list[Any]) -> list[Any]:
+        def select(arrays: list[Any]) -> list[Any]:
             return [array[which] for array in arrays]
 
-        augmentations = [AugmentationBatch(*of(list(view))) for view in self.augmentations]
-        return Batch(
-            of(self.views),
-            of(self.queries),
-            self.failed,
-            of(self.crops),
-            augmentations,
-            of(self.boxes),
-            self.sizes,
+        return replace(
+            self,
+            views=select(self.views),
+            queries=select(self.queries),
+            boxes=select(self.boxes),
+            flips=select(self.flips),
+            crops=select(self.crops),
+            augmentations=[AugmentationBatch(*select(list(a))) for a in self.augmentations],
         )
 
-    def views_on(self, device: torch.device) -> tuple[list[Tensor], list[Tensor]]:
-        """All views on a device, finished there, and the crops, if kept or made there.
+    def to_device(self, device: torch.device) -> StepInputs:
+        """Copy the batch to a device and finish its views there.
 
         Returns:
-            Views (B, 3, S, S) in 0 to 255, the teacher's first; and the same before augmentation.
+            All views, and the views before augmentation if they were kept or are made here.
         """
         views = [view.to(device, non_blocking=True) for view in self.views]
         crops = [crop.to(device, non_blocking=True) for crop in self.crops]
-        if self.boxes:
-            boxes = [torch.from_numpy(box).to(device, non_blocking=True) for box in self.boxes]
-            cut = zip(boxes, self.sizes, strict=True)
-            views += [crop_batch(views[0], box, size) for box, size in cut]
+        queries = [indexes.to(device, non_blocking=True) for indexes in self.queries]
+        if len(views) == 1:
+            for box, flip, size in zip(self.boxes, self.flips, self.sizes, strict=True):
+                boxes = torch.from_numpy(box).to(device, non_blocking=True)
+                view = crop_batch(views[0], boxes, size)
+                if flip.any():
+                    mirrored = torch.from_numpy(flip).to(device, non_blocking=True)
+                    view = torch.where(mirrored.view(-1, 1, 1, 1), view.flip(-1), view)
+                views.append(view)
         if self.augmentations:
             crops, views = views, augment_views(views, self.augmentations)
-        return views, crops
+        places = [torch.from_numpy(place).to(device, non_blocking=True) for place in self._places()]
+        return StepInputs(views, queries, places, crops)
+
+    def _places(self) -> list[np.ndarray]:
+        """Compute ``StepInputs.places`` of each student view, float32."""
+        places = []
+        for box, flip in zip(self.boxes, self.flips, strict=True):
+            top, left, height, width = (box / self.views[0].shape[-1]).T
+            left, width = np.where(flip, left + width, left), np.where(flip, -width, width)
+            places.append(np.stack([top, left, height, width], axis=1).astype(np.float32))
+        return places
 
 
 class PretrainDataset(Dataset):
     """Views of images, a function of (seed, epoch, index) alone.
 
     Args:
-        files: image files.
-        views: makes views of a decoded image.
-        seed: of all randomness.
-        on_error: ``skip`` puts another image of the set, drawn from the same seed, in the place
-            of one that cannot be read, and reports the file; ``raise`` stops.
-        max_pixels: an image of more counts as one that cannot be read.
+        files: paths of the images.
+        views: function from a file and a generator to views.
+        seed: seed of all randomness.
+        on_error: ``skip`` replaces an image that cannot be read by another image of the data set,
+            drawn from the same seed, and reports the file; ``raise`` stops.
+        max_pixels: largest number of pixels of an image; a larger one counts as unreadable.
 
     Raises:
-        InputError: at a key, when ``on_error`` is ``raise``, or nothing can be read any more.
+        InputError: an argument is out of range.
     """
 
     def __init__(
@@ -153,7 +171,12 @@ class PretrainDataset(Dataset):
         return len(self.files)
 
     def __getitem__(self, key: tuple[int, int]) -> tuple[Views, list[str]]:
-        """Views of sample ``(epoch, index)``, and the ``failed`` of :class:`Batch`."""
+        """Return the views of sample ``(epoch, index)``, and the ``failed`` of :class:`Batch`.
+
+        Raises:
+            InputError: the image cannot be read and ``on_error`` is ``raise``, or many images in
+                a row cannot be read.
+        """
         epoch, index = key
         rng = np.random.default_rng([self.seed, epoch, index])
         failed: list[str] = []
@@ -175,20 +198,33 @@ class PretrainDataset(Dataset):
             "check the files, or the mount they lie on."
         )
 
+    def __getitems__(
+        self, keys: list[tuple[int, int]]
+    ) -> list[tuple[Views, list[str]]] | InputError:
+        """Return the samples of a batch, or the error that stops the run.
+
+        PyTorch's loader calls this where it exists. An error that a worker raises would arrive
+        with the worker's traceback in front of its sentence.
+        """
+        try:
+            return [self[key] for key in keys]
+        except InputError as error:
+            return error
+
 
 def check_failed_share(
     num_failed: int, num_used: int, num_images: int, limit: float, log_file: str | Path
 ) -> None:
-    """Stop a run on a data set that is largely broken.
+    """Stop a run on a data set of which too many files cannot be read.
 
-    Nothing is judged before one epoch or :data:`ENOUGH_IMAGES`, whichever is shorter.
+    The check starts after one epoch or :data:`ENOUGH_IMAGES`, whichever is shorter.
 
     Args:
-        num_failed: files that could not be used so far, counted each time.
-        num_used: images that could.
-        num_images: of the data set.
-        limit: share of all attempts that may fail, 0 to 1.
-        log_file: where the files are named.
+        num_failed: number of attempts so far that failed.
+        num_used: number of attempts that succeeded.
+        num_images: number of images of the data set.
+        limit: largest share of attempts that may fail, 0 to 1.
+        log_file: path of the file that names the unreadable images.
 
     Raises:
         InputError: the share is larger than ``limit``.
@@ -203,18 +239,21 @@ def check_failed_share(
 
 
 class ImageStream(Sampler):
-    """Endless stream of shuffled epochs, dealt out to ranks; any position can be started from.
+    """Endless stream of shuffled epochs, divided among ranks, from any step on.
 
     Step ``i`` of the run takes positions ``i * B`` to ``(i + 1) * B`` of the stream, B being the
     images of a step of all ranks, so the images of a step do not depend on the number of ranks.
 
     Args:
-        num_images: images of the set.
+        num_images: number of images of the data set.
         total_batch_size: B.
-        seed: of the shuffling.
-        rank: of this process.
+        seed: seed of the shuffling.
+        rank: rank of this process.
         world_size: number of processes; divides B.
         start_iter: first step, for a run that is resumed.
+
+    Raises:
+        InputError: the processes do not divide the images of a step.
     """
 
     def __init__(
@@ -250,6 +289,16 @@ class ImageStream(Sampler):
             iteration += 1
 
 
+class PretrainLoader(DataLoader):
+    """Loader of :class:`Batch` that raises the errors of the data set as they are."""
+
+    def __iter__(self) -> Iterator[Batch]:
+        for batch in super().__iter__():
+            if isinstance(batch, InputError):
+                raise batch
+            yield batch
+
+
 def build_pretrain_loader(
     dataset: PretrainDataset,
     total_batch_size: int,
@@ -257,23 +306,23 @@ def build_pretrain_loader(
     rank: int = 0,
     world_size: int = 1,
     start_iter: int = 0,
-) -> WorkerLoader:
-    """Endless loader of :class:`Batch`; a worker that dies is an :class:`InputError`.
+) -> PretrainLoader:
+    """Build an endless loader of batches.
 
     Args:
-        dataset: the views.
-        total_batch_size: images a step, of all ranks together.
-        num_workers: decoding processes of this rank; 0 decodes in the training process.
-        rank: of this process.
+        dataset: the data set of views.
+        total_batch_size: number of images in a step, of all ranks together.
+        num_workers: number of decoding processes of this rank; 0 decodes in the training process.
+        rank: rank of this process.
         world_size: number of processes.
         start_iter: first step of the stream.
     """
     stream = ImageStream(len(dataset), total_batch_size, dataset.seed, rank, world_size, start_iter)
-    return WorkerLoader(
+    return PretrainLoader(
         dataset,
         batch_sampler=stream,
         num_workers=num_workers,
-        collate_fn=collate,
+        collate_fn=_collate_or_pass,
         worker_init_fn=_prepare_worker,
         pin_memory=torch.cuda.is_available(),
         persistent_workers=num_workers > 0,
@@ -281,33 +330,38 @@ def build_pretrain_loader(
 
 
 def collate(samples: list[tuple[Views, list[str]]]) -> Batch:
-    """A batch of what :class:`PretrainDataset` gives for each image."""
+    """Join the samples of :class:`PretrainDataset` into a batch."""
     views, failed = zip(*samples, strict=True)
 
-    def by_view(samples: Iterable[list[Any]]) -> Iterator[tuple[Any, ...]]:
-        return zip(*samples, strict=True)
+    def per_view(name: str) -> Iterator[tuple[Any, ...]]:
+        return zip(*(getattr(sample, name) for sample in views), strict=True)
 
-    def stacked(tensors: Iterable[list[Tensor]]) -> list[Tensor]:
-        return [torch.stack(of_one) for of_one in by_view(tensors)]
-
-    def handed_over(batch: Tensor) -> Tensor:
-        # Left to the queue's own thread, a shared memory that is full would lose the batch with a
-        # message that nobody waits for, and the training process would wait for ever.
-        return batch.share_memory_() if get_worker_info() else batch
+    def stack(name: str) -> list[Tensor]:
+        return [torch.stack(tensors) for tensors in per_view(name)]
 
     return Batch(
-        [handed_over(images) for images in stacked(sample.images for sample in views)],
-        [handed_over(query_indexes(mask)) for mask in stacked(sample.queries for sample in views)],
-        [name for names in failed for name in names],
-        [handed_over(crops) for crops in stacked(sample.crops for sample in views)],
-        [stack_augmentations(of_one) for of_one in by_view(v.augmentations for v in views)],
-        [np.array(of_one) for of_one in by_view(v.boxes for v in views)],
-        views[0].sizes,
+        views=[_to_shared_memory(images) for images in stack("images")],
+        queries=[_to_shared_memory(query_indexes(mask)) for mask in stack("queries")],
+        failed=[name for names in failed for name in names],
+        boxes=[np.array(boxes) for boxes in per_view("boxes")],
+        flips=[np.array(flips) for flips in per_view("flips")],
+        sizes=views[0].sizes,
+        crops=[_to_shared_memory(crops) for crops in stack("crops")],
+        augmentations=[stack_augmentations(drawn) for drawn in per_view("augmentations")],
     )
 
 
+def _collate_or_pass(samples: list[tuple[Views, list[str]]] | InputError) -> Batch | InputError:
+    return samples if isinstance(samples, InputError) else collate(samples)
+
+
+def _to_shared_memory(batch: Tensor) -> Tensor:
+    # PyTorch's queue would move the batch in a thread of its own. An error there, where shared
+    # memory is full, loses the batch, and the training process waits for it without end.
+    return batch.share_memory_() if get_worker_info() else batch
+
+
 def _prepare_worker(_worker: int) -> None:
-    # Workers are the parallelism; threads of their own would fight over the same cores.
+    # The workers run in parallel; threads of each would compete for the same cores.
     cv2.setNumThreads(0)
     torch.set_num_threads(1)
-    keep_quiet_about_lost_trainer()

@@ -1,7 +1,7 @@
 """Crops and augmentation of a whole batch on the training device.
 
-The draws come from the workers (``pretrain/augmentation.py``), so a view is the same picture as the
-CPU's up to rounding: the CPU rounds to 8 bits after every operation, this does not.
+The draws come from the workers (``pretrain/augmentation.py``), so a view is the same picture as on
+the CPU up to rounding: the CPU rounds to 8 bits after every operation, the device does not.
 
 Shape suffixes: B images, S side of a view in pixels.
 """
@@ -32,13 +32,13 @@ MAX_SIGMA = 2.0
 
 
 class AugmentationBatch(NamedTuple):
-    """:class:`Augmentation` of every image of a batch.
+    """The :class:`Augmentation` of every image of a batch.
 
-    They stay on the CPU as arrays, where it is chosen which operation runs over which images; as
-    such they also travel from the workers without shared memory.
+    These are arrays on the CPU, where the images of each operation are selected; as arrays they
+    also travel from the workers without shared memory.
 
     Attributes:
-        order: (B, 4) int64, the jitter of each place; -1 for none.
+        order: (B, 4) int64, the jitter at each position of the order; -1 for none.
         factors: (B, 4) float32.
         grey: (B,) bool.
         sigma: (B,) float32, 0 for no blur.
@@ -53,7 +53,7 @@ class AugmentationBatch(NamedTuple):
 
 
 def stack_augmentations(augmentations: Sequence[Augmentation]) -> AugmentationBatch:
-    """One view's augmentations of B images."""
+    """Stack the augmentations of one view of B images."""
     none = (-1,) * len(JITTERS)
     return AugmentationBatch(
         np.array([a.order or none for a in augmentations], dtype=np.int64),
@@ -65,7 +65,7 @@ def stack_augmentations(augmentations: Sequence[Augmentation]) -> AugmentationBa
 
 
 def crop_batch(images: Tensor, boxes: Tensor, size: int) -> Tensor:
-    """A box of each image, resampled bicubically and antialiased.
+    """Resample a box of each image, bicubically and antialiased.
 
     Resampling is linear and separable: one matrix for the rows and one for the columns of each
     box, so that a batch of different boxes is two batched matrix products.
@@ -73,7 +73,7 @@ def crop_batch(images: Tensor, boxes: Tensor, size: int) -> Tensor:
     Args:
         images: (B, 3, H, W) in 0 to 255.
         boxes: (B, 4) top, left, height, width in pixels, on the images' device.
-        size: S, the side of the result.
+        size: S, the side of the result in pixels.
 
     Returns:
         (B, 3, S, S) float32, in 0 to 255 and not rounded.
@@ -110,14 +110,14 @@ def _resampling_matrix(start: Tensor, length: Tensor, pixels: int, size: int) ->
 
 
 def augment_views(views: Sequence[Tensor], batches: Sequence[AugmentationBatch]) -> list[Tensor]:
-    """:func:`augment_batch` of several views.
+    """Augment several views, each like :func:`augment_batch`.
 
-    Those of one size that follow each other go together: a GPU works off these operations faster
-    than Python issues them.
+    Views of one size that follow each other are joined, because a GPU works off these operations
+    faster than Python issues them.
 
     Args:
-        views: (B, 3, S, S) in 0 to 255, S of each its own.
-        batches: their augmentations.
+        views: (B, 3, S, S) in 0 to 255; S may differ between views.
+        batches: augmentations of each view.
     """
     done: list[Tensor] = []
     pairs = zip(views, batches, strict=True)
@@ -129,14 +129,14 @@ def augment_views(views: Sequence[Tensor], batches: Sequence[AugmentationBatch])
 
 
 def augment_batch(images: Tensor, batch: AugmentationBatch) -> Tensor:
-    """Apply each image's own augmentation.
+    """Apply an augmentation to each image.
 
-    Each operation runs over the images that it was drawn for; which they are is known on the CPU,
-    so that nothing waits for the device.
+    Each operation runs over the images that it was drawn for; they are known on the CPU, so that
+    nothing waits for the device.
 
     Args:
         images: (B, 3, S, S) in 0 to 255; left unchanged.
-        batch: their augmentations.
+        batch: augmentations of the images.
 
     Returns:
         (B, 3, S, S) float32 in 0 to 255.
@@ -189,21 +189,21 @@ def _saturation(images: Tensor, factor: Tensor) -> Tensor:
 
 
 def _hue(images: Tensor, shift: Tensor) -> Tensor:
-    """Turn the hue of HSV by ``shift`` of a full turn; value and chroma stay."""
+    """Turn the hue of HSV by ``shift`` of a full turn, and keep value and chroma."""
     value, brightest = images.max(dim=1, keepdim=True)
     chroma = value - images.amin(dim=1, keepdim=True)
     red, green, blue = images.split(1, dim=1)
     over = torch.stack([green - blue, blue - red, red - green], dim=-1)  # by the brightest channel
     sixth = over.gather(-1, brightest[..., None])[..., 0] / chroma.clamp(min=1e-6) + 2 * brightest
     turned = sixth + 6 * shift
-    # Each channel falls from the value by the chroma where the hue is far from its own.
+    # Each channel lies below the value by up to the chroma, the more the farther the hue is.
     start = 5 - 2 * torch.arange(3, device=images.device).view(1, 3, 1, 1)  # 5, 3, 1
     k = (start + turned) % 6
     return value - chroma * torch.minimum(k, 4 - k).clamp(0, 1)
 
 
 def _blur(images: Tensor, sigma: np.ndarray) -> Tensor:
-    """Gaussian blur, a standard deviation for each image."""
+    """Blur each image with a Gaussian of a standard deviation ``sigma`` (B,) in pixels."""
     count, channels, height, width = images.shape
     reach = blur_radius(MAX_SIGMA)
     offsets = np.arange(-reach, reach + 1, dtype=np.float32)

@@ -1,221 +1,72 @@
-"""What happens beside the steps: collapse indicators, console progress, the exported teacher.
-
-Order and timing are those of Detectron2's ``HookBase``: ``after_step`` runs in the order of
-registration, so :class:`Monitor` comes before the writers that print what it puts into the
-storage.
-"""
+"""Uses of the exported encoder while it trains: its file, its scores, its pictures."""
 
 from __future__ import annotations
 
-import datetime
 import logging
+import random
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
+import cv2
+import numpy as np
 import torch
-import torch.distributed as dist
 from detectron2.engine import HookBase
 from detectron2.utils import comm
-from detectron2.utils.events import EventWriter, get_event_storage
-from torch import Tensor
 
+from flsl_d2.data.images import read_rgb
 from flsl_d2.errors import TrainingError
+from flsl_d2.evaluation import TokenFeatures, extract_tokens
+from flsl_d2.evaluation.measures import MEASURES, measure_all, prepare_measures
 from flsl_d2.files import replaced_file
+from flsl_d2.modeling import FLSLViT
+from flsl_d2.visualization import encoder_figure
 from flsl_d2.weights.export import encoder_file
-from pretrain.data import check_failed_share
-from pretrain.methods.flsl import FLSL
+from pretrain.methods import Method
 
 __all__ = [
-    "ConsoleProgress",
+    "EncoderPictures",
     "ExportTeacher",
-    "Monitor",
+    "FeatureMeasures",
     "save_teacher_backbone",
+    "untouched_generators",
 ]
-
-
-def save_teacher_backbone(model: FLSL, path: str | Path) -> None:
-    """Write the teacher's encoder (:func:`encoder_file`); a reader never sees half of it.
-
-    Raises:
-        OSError: it cannot be written; a file that was there before still is.
-    """
-    with replaced_file(path) as file:
-        torch.save(encoder_file(model.teacher.backbone), file)
-
 
 logger = logging.getLogger("pretrain")
 
 
-class Monitor(HookBase):
-    """Throughput, unreadable images, and the collapse indicators of the last ``period`` steps.
+@contextmanager
+def untouched_generators() -> Iterator[None]:
+    """Restore Python's, NumPy's and PyTorch's global generators at the end of the context."""
+    python, numpy = random.getstate(), np.random.get_state()
+    devices = [torch.cuda.current_device()] if torch.cuda.is_initialized() else []
+    try:
+        with torch.random.fork_rng(devices=devices):
+            yield
+    finally:
+        random.setstate(python)
+        np.random.set_state(numpy)
 
-    Puts into the storage: ``images_per_second``; ``centroids_in_use``, how many centroids were
-    the nearest of at least one query; ``assignment_entropy``, in nats, of the mean assignment
-    (log K when all centroids share alike, 0 when one takes all); ``unreadable_images`` so far.
 
-    Args:
-        period: steps between two reports.
-        total_batch_size: images a step, of all ranks.
-        log_file: where the name of each unreadable image is written once.
-        num_images: of the data set.
-        max_failed_share: see :func:`pretrain.data.check_failed_share`.
+def save_teacher_backbone(method: Method, path: str | Path) -> None:
+    """Write the method's encoder (:func:`encoder_file`) so that no reader sees half of the file.
 
     Raises:
-        InputError: too many images cannot be read.
+        OSError: the file cannot be written; a file that was there before is unchanged.
     """
-
-    def __init__(
-        self,
-        period: int,
-        total_batch_size: int,
-        log_file: Path,
-        num_images: int,
-        max_failed_share: float = 1.0,
-    ) -> None:
-        self.period, self.total_batch_size, self.log_file = period, total_batch_size, log_file
-        self.num_images, self.max_failed_share = num_images, max_failed_share
-        self._reset()
-
-    def _reset(self) -> None:
-        self.assigned: Tensor | None = None
-        self.mean_assignment: Tensor | None = None
-        self.steps = 0
-
-    def before_train(self) -> None:
-        """Know the files that a run which is resumed has named."""
-        self.named: set[str] = set()
-        if self.log_file.is_file():
-            self.named.update(self.log_file.read_text(errors="surrogateescape").splitlines())
-
-    def after_step(self) -> None:
-        """Accumulate on the device; report at the end of each period."""
-        self._add(self.trainer.monitored)
-        self._note_failed(self.trainer.last_batch.failed)
-        done = self.trainer.iter + 1
-        if done % self.period == 0 or done >= self.trainer.max_iter:
-            self._report()
-
-    def gather(self) -> None:
-        """Bring the sums of all ranks to the main process, whose checkpoint holds them."""
-        if self.assigned is not None and dist.is_initialized() and comm.get_world_size() > 1:
-            for total in (self.assigned, self.mean_assignment):
-                dist.all_reduce(total)
-                if not comm.is_main_process():
-                    total.zero_()
-
-    def state_dict(self) -> dict[str, Any]:
-        """The sums of a period that is not over."""
-        if self.assigned is None:
-            return {"steps": 0}
-        sums = {"assigned": self.assigned.cpu(), "mean_assignment": self.mean_assignment.cpu()}
-        return {"steps": self.steps, **sums}
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Inverse of :meth:`state_dict`; the main process goes on with what all had."""
-        self.steps = state["steps"]
-        if self.steps and comm.is_main_process():
-            self.assigned, self.mean_assignment = state["assigned"], state["mean_assignment"]
-
-    def _add(self, monitored: dict[str, Tensor]) -> None:
-        assigned, mean = monitored["assigned"], monitored["mean_assignment"].double()
-        if self.assigned is None:
-            self.assigned, self.mean_assignment = torch.zeros_like(assigned), torch.zeros_like(mean)
-        self.assigned = self.assigned.to(assigned.device) + assigned
-        self.mean_assignment = self.mean_assignment.to(mean.device) + mean
-        self.steps += 1
-
-    def _note_failed(self, names: list[str]) -> None:
-        new = [name for name in dict.fromkeys(names) if name not in self.named]
-        if new:
-            self.named.update(new)
-            with self.log_file.open("a", errors="surrogateescape") as file:
-                file.writelines(f"{name}\n" for name in new)
-        num_failed = self.trainer.num_failed
-        if new:
-            logger.warning("%d images cannot be read; named in %s", num_failed, self.log_file)
-        used = (self.trainer.iter + 1) * self.total_batch_size
-        check_failed_share(num_failed, used, self.num_images, self.max_failed_share, self.log_file)
-
-    def _report(self) -> None:
-        self.gather()
-        shares = self.mean_assignment / self.mean_assignment.sum()
-        storage = self.trainer.storage
-        storage.put_scalars(
-            smoothing_hint=False,
-            centroids_in_use=int((self.assigned > 0).sum()),
-            assignment_entropy=float(torch.special.entr(shares).sum()),
-            unreadable_images=self.trainer.num_failed,
-        )
-        times = storage.histories().get("time")
-        if times is not None and len(times.values()):
-            seconds = times.avg(min(self.steps, len(times.values())))
-            storage.put_scalar("images_per_second", self.total_batch_size / seconds)
-        self._reset()
-
-
-class ConsoleProgress(EventWriter):
-    """One line a period: ETA, losses, schedules, throughput, collapse indicators.
-
-    Args:
-        max_iter: steps of the run.
-        iters_per_epoch: steps an epoch.
-        num_centroids: K.
-        window: steps over which losses and times are smoothed (median).
-    """
-
-    def __init__(
-        self, max_iter: int, iters_per_epoch: float, num_centroids: int, window: int = 20
-    ) -> None:
-        self.max_iter, self.iters_per_epoch = max_iter, iters_per_epoch
-        self.num_centroids, self.window = num_centroids, window
-
-    def write(self) -> None:
-        """Print the latest values of the storage."""
-        storage = get_event_storage()
-        histories = storage.histories()
-        done = storage.iter + 1
-        if "loss" not in histories or storage.iter >= self.max_iter:
-            return
-
-        def latest(name: str, form: str = ".3g") -> str:
-            history = histories.get(name)
-            return format(history.latest(), form) if history else "n/a"
-
-        def smooth(name: str) -> str:
-            return format(histories[name].median(self.window), ".4g")
-
-        parts = [f"iter {done}/{self.max_iter}", f"epoch {done / self.iters_per_epoch:.2f}"]
-        parts += [
-            f"loss {smooth('loss')} (intra {smooth('loss_intra')}, inter {smooth('loss_inter')}, "
-            f"volume {smooth('loss_volume')})",
-            f"lr {latest('lr')}",
-            f"tau_t {latest('teacher_temp')}",
-            f"grad {smooth('grad_norm')}",
-            f"centroids {latest('centroids_in_use', '.0f')}/{self.num_centroids}",
-            f"entropy {latest('assignment_entropy', '.2f')}",
-            f"feat_std {latest('feature_std', '.2f')}",
-        ]
-        if "time" in histories:
-            seconds = histories["time"].median(1000)
-            eta = datetime.timedelta(seconds=int(seconds * (self.max_iter - done)))
-            storage.put_scalar("eta_seconds", eta.total_seconds(), smoothing_hint=False)
-            parts.insert(0, f"eta {eta}")
-            wait = histories["data_time"].avg(self.window) / histories["time"].avg(self.window)
-            parts += [f"{latest('images_per_second')} img/s", f"data wait {min(wait, 1):.0%}"]
-        if torch.cuda.is_available():
-            parts.append(f"mem {torch.cuda.max_memory_allocated() / 2**30:.1f} GiB")
-        logger.info("  ".join(parts))
+    with replaced_file(path) as file:
+        torch.save(encoder_file(method.exported_encoder()), file)
 
 
 class ExportTeacher(HookBase):
-    """Writes ``teacher_backbone.pth`` every ``period`` steps and at the end.
+    """Write ``teacher_backbone.pth`` every ``period`` steps and at the end.
 
     Args:
-        path: of the file.
-        period: steps between two exports; 0 exports only at the end.
+        path: path of the file.
+        period: number of steps between two exports; 0 exports only at the end.
 
     Raises:
-        TrainingError: it cannot be written at the end; before, that is an error in the log.
+        TrainingError: the file cannot be written at the end. Before the end, the log says so.
     """
 
     def __init__(self, path: Path, period: int = 0) -> None:
@@ -230,8 +81,8 @@ class ExportTeacher(HookBase):
                 logger.error("%s Training goes on.", error)
 
     def after_train(self) -> None:
-        """Export the teacher of a run that is complete."""
-        # A step that raised an exception leaves the number below, also in the last step.
+        """Export the encoder of a run that is complete."""
+        # After a step that raised an exception, even the last one, the number is lower.
         if self.trainer.iter >= self.trainer.max_iter:
             self._export()
             logger.info(
@@ -241,9 +92,155 @@ class ExportTeacher(HookBase):
 
     def _export(self) -> None:
         try:
-            save_teacher_backbone(self.trainer.flsl, self.path)
-        except (OSError, RuntimeError) as error:  # PyTorch's writer hides what the file said
+            save_teacher_backbone(self.trainer.method, self.path)
+        except (OSError, RuntimeError) as error:  # PyTorch's writer hides the error of the file
             raise TrainingError(
                 f"the encoder cannot be written to '{self.path}' ({error}); make room and run "
                 "again with --resume."
             ) from error
+
+
+class FeatureMeasures(HookBase):
+    """Score the frozen tokens of the encoder every ``period_iters`` steps and after the last.
+
+    The scores go into the storage under their names, for example ``knn_segmentation/mIoU``, so that
+    the writers registered after this hook put them beside the losses. The global generators and the
+    training mode are restored, so that a run with this hook ends with the weights of a run without.
+    A measure that fails is a warning in the log with its reason, and training goes on.
+
+    Only the main process measures, and the other processes wait for it, so the hook must be
+    registered in all of them. The wait counts against the process group's timeout (30 minutes in
+    Detectron2's launch), so bound the work with ``max_images``.
+
+    Args:
+        train: name of the registered data set with labels to learn from.
+        val: name of the registered data set to score on.
+        measures: names in :data:`flsl_d2.evaluation.measures.MEASURES`.
+        period_iters: number of steps between two measurements; 0 measures after the last step
+            only.
+        max_images: largest number of images of each data set.
+        short_side: length in pixels that the shorter side of an image is resized to; the default
+            is the resolution of pre-training, a quarter of the work of the final evaluation.
+
+    Raises:
+        InputError: data or names cannot be used; raised when the hook is made, before training.
+    """
+
+    def __init__(
+        self,
+        train: str,
+        val: str,
+        measures: Sequence[str] = tuple(MEASURES),
+        period_iters: int = 0,
+        max_images: int | None = 200,
+        short_side: int = 224,
+    ) -> None:
+        self.measures, self.period, self.short_side = tuple(measures), period_iters, short_side
+        self.data = ()
+        if comm.is_main_process():
+            self.data = prepare_measures(
+                train, val, measures, max_images=max_images, short_side=short_side
+            )
+        comm.synchronize()
+
+    def after_step(self) -> None:
+        """Measure when due."""
+        done = self.trainer.iter + 1
+        due = self.period and done % self.period == 0
+        if due or done >= self.trainer.max_iter:
+            if comm.is_main_process():
+                self._measure(self.trainer.method.exported_encoder())
+            comm.synchronize()
+
+    def _measure(self, encoder: FLSLViT) -> None:
+        device = str(encoder.pos_embed.device)
+        # Compiled blocks would be compiled anew for the size of every image.
+        with untouched_generators(), torch.compiler.set_stance("force_eager"):
+            results, failures = measure_all(
+                encoder, *self.data, self.measures, device=device, short_side=self.short_side
+            )
+        for name, reason in failures.items():
+            logger.warning("%s was not measured: %s", name, reason)
+        self.trainer.storage.put_scalars(smoothing_hint=False, **results)
+
+
+class EncoderPictures(HookBase):
+    """Draw attention, modes, clusters and PCA of a few fixed images, every so often and at the end.
+
+    Writes ``iter_0000999.png`` (the number of the last step, as in the names of checkpoints) and
+    puts the same page into TensorBoard, so it comes before the writers in the list of hooks. The
+    randomness of the run is unchanged, and the run goes on where a picture cannot be drawn.
+
+    Args:
+        files: paths of the images of the data set; the images drawn are spread evenly over them.
+        folder: folder of the PNG files.
+        period: number of steps between two pages; 0 draws none. A run of fewer steps has no page
+            at its end either.
+        short_side: length in pixels of the images' shorter side; the size of the views suits the
+            encoder.
+        num_images: number of rows of a page.
+        scale: scale of attention and clusters, times sqrt(D). It is larger than in training, where
+            the modes of an image soon meet in one.
+        num_iterations: number of mean-shift steps to the mode.
+    """
+
+    def __init__(
+        self,
+        files: Sequence[str],
+        folder: Path,
+        period: int,
+        short_side: int = 224,
+        num_images: int = 4,
+        scale: float = 1.0,
+        num_iterations: int = 3,
+    ) -> None:
+        places = np.linspace(0, len(files) - 1, min(num_images, len(files))).round().astype(int)
+        self.files = [files[i] for i in places]
+        self.folder, self.period, self.short_side = folder, period, short_side
+        self.scale, self.num_iterations = scale, num_iterations
+        self._has_failed = False
+
+    def after_step(self) -> None:
+        """Draw when due; a failure is logged once."""
+        done = self.trainer.iter + 1
+        last = self.trainer.max_iter
+        if not self.period or last < self.period or (done % self.period and done < last):
+            return
+        try:
+            # Compiled blocks would be compiled anew for the size of every image.
+            with untouched_generators(), torch.compiler.set_stance("force_eager"):
+                self._draw()
+        except Exception:
+            if not self._has_failed:
+                logger.warning("Pictures cannot be drawn; the run goes on.", exc_info=True)
+            self._has_failed = True
+
+    def _draw(self) -> None:
+        features = self._features()
+        width = features[0].tokens.shape[1]
+        path = self.folder / f"iter_{self.trainer.iter:07d}.png"
+        encoder_figure(
+            [each.image for each in features],
+            [each.tokens for each in features],
+            [each.grid for each in features],
+            path,
+            scale=self.scale / width**0.5,
+            num_iterations=self.num_iterations,
+            title=f"Teacher after {self.trainer.iter + 1} steps, scale {self.scale:g} / sqrt(D)",
+        )
+        page = cv2.cvtColor(cv2.imread(str(path)), cv2.COLOR_BGR2RGB)
+        page = np.ascontiguousarray(page.transpose(2, 0, 1))
+        self.trainer.storage.put_image("teacher/tokens", page)
+
+    def _features(self) -> list[TokenFeatures]:
+        backbone = self.trainer.method.exported_encoder()
+        features = []
+        for file in self.files:
+            try:
+                image = read_rgb(file)
+            except OSError:
+                continue  # the monitor names unreadable images
+            features.append(extract_tokens(backbone, image, self.short_side))
+        if not features:
+            raise OSError(f"none of {', '.join(self.files)} can be read.")
+        return features

@@ -1,48 +1,27 @@
-"""What the teacher's tokens group, drawn every so often while it trains."""
+"""Numbers of the steps: throughput, unreadable images, indicators of collapse, the console.
+
+Order and timing are those of Detectron2's ``HookBase``: ``after_step`` runs in the order of
+registration, so :class:`Monitor` comes before the writers that print its values.
+"""
 
 from __future__ import annotations
 
+import datetime
 import logging
-import random
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
-import cv2
-import numpy as np
 import torch
 import torch.distributed as dist
 from detectron2.engine import HookBase
 from detectron2.utils import comm
+from detectron2.utils.events import EventWriter, get_event_storage
 from torch import Tensor
 
-from flsl_d2.data.images import read_rgb
-from flsl_d2.evaluation import TokenFeatures, extract_tokens
-from flsl_d2.evaluation.measures import MEASURES, measure_all, prepare_measures
-from flsl_d2.modeling import FLSLViT
-from flsl_d2.visualization import encoder_figure
+from pretrain.data import check_failed_share
+from pretrain.methods import Monitored
 
-__all__ = [
-    "CollapseWatch",
-    "EncoderPictures",
-    "FeatureMeasures",
-    "collapse_signs",
-    "untouched_generators",
-]
-
-
-@contextmanager
-def untouched_generators() -> Iterator[None]:
-    """Python's, NumPy's and PyTorch's global generators go on as if nothing had been drawn."""
-    python, numpy = random.getstate(), np.random.get_state()
-    devices = [torch.cuda.current_device()] if torch.cuda.is_initialized() else []
-    try:
-        with torch.random.fork_rng(devices=devices):
-            yield
-    finally:
-        random.setstate(python)
-        np.random.set_state(numpy)
-
+__all__ = ["CollapseWatch", "ConsoleProgress", "Monitor", "collapse_signs"]
 
 logger = logging.getLogger("pretrain")
 
@@ -53,11 +32,14 @@ MIN_FEATURE_STD = 0.05
 
 
 def collapse_signs(assigned: Tensor, feature_std: float) -> list[str]:
-    """What speaks for a collapse, in words; nothing in a healthy run.
+    """Describe the signs of collapse in the monitored values.
 
     Args:
-        assigned: (K,) how many queries the teacher gave to each centroid.
-        feature_std: of the teacher's features, about 1 where they fill the space.
+        assigned: (K,) number of queries that the teacher assigned to each centroid.
+        feature_std: spread of the teacher's features, about 1 where they fill the space.
+
+    Returns:
+        A phrase for each sign; empty for a healthy run.
     """
     signs = []
     share, centroid = (assigned.double() / assigned.sum().clamp(min=1)).max(dim=0)
@@ -69,12 +51,12 @@ def collapse_signs(assigned: Tensor, feature_std: float) -> list[str]:
 
 
 class CollapseWatch(HookBase):
-    """Warns when two windows of steps in a row show signs of collapse; training goes on.
+    """Warn when two windows of steps in a row show signs of collapse; training goes on.
 
-    It belongs on every rank. The warning is repeated after every tenth further window.
+    It is registered on every rank. The warning is repeated after every tenth further window.
 
     Args:
-        window: steps that are judged together.
+        window: number of steps that are judged together.
     """
 
     def __init__(self, window: int = 100) -> None:
@@ -89,22 +71,24 @@ class CollapseWatch(HookBase):
 
     def after_step(self) -> None:
         """Accumulate on the device; judge at the end of each window."""
-        monitored = self.trainer.monitored
-        if self.assigned is None:
+        monitored: Monitored = self.trainer.monitored
+        if "assigned" not in monitored or "feature_std" not in monitored:
+            return
+        if self.assigned is None or self.feature_std is None:
             self.assigned = torch.zeros_like(monitored["assigned"])
             self.feature_std = torch.zeros_like(monitored["feature_std"])
         self.assigned += monitored["assigned"]
         self.feature_std += monitored["feature_std"]
         self.steps += 1
         if (self.trainer.iter + 1) % self.window == 0:
-            if self.steps == self.window:  # else resumed in the middle of it
-                self._judge()
+            if self.steps == self.window:  # fewer where the run was resumed within the window
+                self._judge(self.assigned, self.feature_std)
             self._reset()
 
-    def _judge(self) -> None:
+    def _judge(self, assigned: Tensor, feature_std: Tensor) -> None:
         if dist.is_initialized() and comm.get_world_size() > 1:
-            dist.all_reduce(self.assigned)
-        signs = collapse_signs(self.assigned, float(self.feature_std) / self.window)
+            dist.all_reduce(assigned)
+        signs = collapse_signs(assigned, float(feature_std) / self.window)
         self.bad_windows = self.bad_windows + 1 if signs else 0
         if self.bad_windows % 10 == 2:
             logger.warning(
@@ -117,147 +101,173 @@ class CollapseWatch(HookBase):
             )
 
 
-class FeatureMeasures(HookBase):
-    """Scores of the teacher's frozen tokens, every ``period_iters`` steps and after the last.
+class Monitor(HookBase):
+    """Report throughput, unreadable images, and indicators of collapse every ``period`` steps.
 
-    They go into the storage under their names, for example ``knn_segmentation/mIoU``, so that the
-    writers registered after this hook put them beside the losses. The measures draw from
-    generators of their own; the global ones and the training mode are left as they were, so that
-    a run with this hook ends with the weights of a run without. A measure that fails is a warning
-    in the log with its reason, and training goes on.
-
-    Only the main process measures, and the others wait for it: it must be registered in all of
-    them. The wait counts against the process group's timeout (30 minutes in Detectron2's launch),
-    so bound the work with ``max_images``.
+    Puts into the storage: ``images_per_second``; ``unreadable_images`` so far; and, for a method
+    with centroids, ``centroids_in_use``, the number of centroids that were the nearest of at least
+    one query, and ``assignment_entropy``, the entropy of the mean assignment in nats (log K when
+    all centroids have equal shares, 0 when one has everything).
 
     Args:
-        train: registered data set with labels to learn from.
-        val: registered data set to score on.
-        measures: names in :data:`flsl_d2.evaluation.measures.MEASURES`.
-        period_iters: steps between two measurements; 0 measures after the last step only.
-        max_images: bound of the images of each data set.
-        short_side: pixels that the shorter side of an image is resized to; the resolution of
-            pre-training by default, a quarter of the work of that of the final evaluation.
+        period: number of steps between two reports.
+        total_batch_size: number of images in a step, of all ranks.
+        log_file: path of the file in which each unreadable image is named once.
+        num_images: number of images of the data set.
+        max_failed_share: see :func:`pretrain.data.check_failed_share`.
 
     Raises:
-        InputError: data or names cannot be used; found when the hook is made, before training.
+        InputError: too many images cannot be read.
     """
 
     def __init__(
         self,
-        train: str,
-        val: str,
-        measures: Sequence[str] = tuple(MEASURES),
-        period_iters: int = 0,
-        max_images: int | None = 200,
-        short_side: int = 224,
+        period: int,
+        total_batch_size: int,
+        log_file: Path,
+        num_images: int,
+        max_failed_share: float = 1.0,
     ) -> None:
-        self.measures, self.period, self.short_side = tuple(measures), period_iters, short_side
-        self.data = ()
-        if comm.is_main_process():
-            self.data = prepare_measures(
-                train, val, measures, max_images=max_images, short_side=short_side
-            )
-        comm.synchronize()
+        self.period, self.total_batch_size, self.log_file = period, total_batch_size, log_file
+        self.num_images, self.max_failed_share = num_images, max_failed_share
+        self._reset()
+
+    def _reset(self) -> None:
+        self.assigned: Tensor | None = None
+        self.mean_assignment: Tensor | None = None
+        self.steps = 0
+
+    def before_train(self) -> None:
+        """Read the names of unreadable images of a run that is resumed."""
+        self.named: set[str] = set()
+        if self.log_file.is_file():
+            self.named.update(self.log_file.read_text(errors="surrogateescape").splitlines())
 
     def after_step(self) -> None:
-        """Measure when due."""
+        """Accumulate on the device; report at the end of each period."""
+        self._add(self.trainer.monitored)
+        self._note_failed(self.trainer.last_batch.failed)
         done = self.trainer.iter + 1
-        due = self.period and done % self.period == 0
-        if due or done >= self.trainer.max_iter:
-            if comm.is_main_process():
-                self._measure(self.trainer.flsl.teacher.backbone)
-            comm.synchronize()
+        if done % self.period == 0 or done >= self.trainer.max_iter:
+            self._report()
 
-    def _measure(self, encoder: FLSLViT) -> None:
-        device = str(encoder.pos_embed.device)
-        # Blocks that the run compiled would be compiled anew for the size of every image.
-        with untouched_generators(), torch.compiler.set_stance("force_eager"):
-            results, failures = measure_all(
-                encoder, *self.data, self.measures, device=device, short_side=self.short_side
-            )
-        for name, reason in failures.items():
-            logger.warning("%s was not measured: %s", name, reason)
-        self.trainer.storage.put_scalars(smoothing_hint=False, **results)
+    def gather(self) -> None:
+        """Bring the sums of all ranks to the main process, whose checkpoint holds them."""
+        if dist.is_initialized() and comm.get_world_size() > 1:
+            for total in (self.assigned, self.mean_assignment):
+                if total is not None:
+                    dist.all_reduce(total)
+                    if not comm.is_main_process():
+                        total.zero_()
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the sums of a period that is not over."""
+        if self.assigned is None or self.mean_assignment is None:
+            return {"steps": 0}
+        sums = {"assigned": self.assigned.cpu(), "mean_assignment": self.mean_assignment.cpu()}
+        return {"steps": self.steps, **sums}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Restore :meth:`state_dict`; the main process continues the sums of all."""
+        self.steps = state["steps"]
+        if self.steps and comm.is_main_process():
+            self.assigned, self.mean_assignment = state["assigned"], state["mean_assignment"]
+
+    def _add(self, monitored: Monitored) -> None:
+        self.steps += 1
+        if "assigned" not in monitored:
+            return
+        assigned, mean = monitored["assigned"], monitored["mean_assignment"].double()
+        if self.assigned is None or self.mean_assignment is None:
+            self.assigned, self.mean_assignment = torch.zeros_like(assigned), torch.zeros_like(mean)
+        self.assigned = self.assigned.to(assigned.device) + assigned
+        self.mean_assignment = self.mean_assignment.to(mean.device) + mean
+
+    def _note_failed(self, names: list[str]) -> None:
+        new = [name for name in dict.fromkeys(names) if name not in self.named]
+        if new:
+            self.named.update(new)
+            with self.log_file.open("a", errors="surrogateescape") as file:
+                file.writelines(f"{name}\n" for name in new)
+        num_failed = self.trainer.num_failed
+        if new:
+            logger.warning("%d images cannot be read; named in %s", num_failed, self.log_file)
+        used = (self.trainer.iter + 1) * self.total_batch_size
+        check_failed_share(num_failed, used, self.num_images, self.max_failed_share, self.log_file)
+
+    def _report(self) -> None:
+        self.gather()
+        scalars: dict[str, float] = {"unreadable_images": self.trainer.num_failed}
+        if self.assigned is not None and self.mean_assignment is not None:
+            shares = self.mean_assignment / self.mean_assignment.sum()
+            scalars["centroids_in_use"] = int((self.assigned > 0).sum())
+            scalars["assignment_entropy"] = float(torch.special.entr(shares).sum())
+        storage = self.trainer.storage
+        storage.put_scalars(smoothing_hint=False, **scalars)
+        times = storage.histories().get("time")
+        if times is not None and len(times.values()):
+            seconds = times.avg(min(self.steps, len(times.values())))
+            storage.put_scalar("images_per_second", self.total_batch_size / seconds)
+        self._reset()
 
 
-class EncoderPictures(HookBase):
-    """Draws attention, modes, clusters and PCA of a few fixed images, and at the end.
-
-    Writes ``iter_0000999.png`` (the number of the last step, as of checkpoints) and puts the same
-    page into TensorBoard, so it stands before the writers in the list of hooks. It changes nothing
-    of the run: neither its randomness, nor its end where a picture cannot be drawn.
+class ConsoleProgress(EventWriter):
+    """Print a line: time left, losses, schedules, throughput, indicators of collapse.
 
     Args:
-        files: of the data set; the images are spread evenly over them.
-        folder: of the PNG files.
-        period: steps between two pages; 0 draws none. A run of fewer steps has no page at its
-            end either.
-        short_side: pixels of the images' shorter side; the size of the views is what the encoder
-            knows.
-        num_images: rows of a page.
-        scale: of attention and clusters, times sqrt(D). Larger than in training, where the modes
-            of an image soon all meet in one.
-        num_iterations: mean-shift steps to the mode.
+        max_iter: number of steps of the run.
+        iters_per_epoch: number of steps in an epoch.
+        num_centroids: K; 0 for a method without centroids.
+        window: number of steps whose median loss and time are printed.
     """
 
     def __init__(
-        self,
-        files: Sequence[str],
-        folder: Path,
-        period: int,
-        short_side: int = 224,
-        num_images: int = 4,
-        scale: float = 1.0,
-        num_iterations: int = 3,
+        self, max_iter: int, iters_per_epoch: float, num_centroids: int, window: int = 20
     ) -> None:
-        places = np.linspace(0, len(files) - 1, min(num_images, len(files))).round().astype(int)
-        self.files = [files[i] for i in places]
-        self.folder, self.period, self.short_side = folder, period, short_side
-        self.scale, self.num_iterations = scale, num_iterations
-        self._has_failed = False
+        self.max_iter, self.iters_per_epoch = max_iter, iters_per_epoch
+        self.num_centroids, self.window = num_centroids, window
 
-    def after_step(self) -> None:
-        """Draw when due; a failure is logged once."""
-        done = self.trainer.iter + 1
-        last = self.trainer.max_iter
-        if not self.period or last < self.period or (done % self.period and done < last):
+    def write(self) -> None:
+        """Print the latest values of the storage."""
+        storage = get_event_storage()
+        histories = storage.histories()
+        done = storage.iter + 1
+        if "loss" not in histories or storage.iter >= self.max_iter:
             return
-        try:
-            # Blocks that the run compiled would be compiled anew for the size of every image.
-            with untouched_generators(), torch.compiler.set_stance("force_eager"):
-                self._draw()
-        except Exception:
-            if not self._has_failed:
-                logger.warning("Pictures cannot be drawn; the run goes on.", exc_info=True)
-            self._has_failed = True
 
-    def _draw(self) -> None:
-        features = self._features()
-        width = features[0].tokens.shape[1]
-        path = self.folder / f"iter_{self.trainer.iter:07d}.png"
-        encoder_figure(
-            [each.image for each in features],
-            [each.tokens for each in features],
-            [each.grid for each in features],
-            path,
-            scale=self.scale / width**0.5,
-            num_iterations=self.num_iterations,
-            title=f"Teacher after {self.trainer.iter + 1} steps, scale {self.scale:g} / sqrt(D)",
-        )
-        page = cv2.cvtColor(cv2.imread(str(path)), cv2.COLOR_BGR2RGB)
-        page = np.ascontiguousarray(page.transpose(2, 0, 1))
-        self.trainer.storage.put_image("teacher/tokens", page)
+        def latest(name: str, form: str = ".3g") -> str:
+            history = histories.get(name)
+            return format(history.latest(), form) if history else "n/a"
 
-    def _features(self) -> list[TokenFeatures]:
-        backbone = self.trainer.flsl.teacher.backbone
-        features = []
-        for file in self.files:
-            try:
-                image = read_rgb(file)
-            except OSError:
-                continue  # the data loader names unreadable images
-            features.append(extract_tokens(backbone, image, self.short_side))
-        if not features:
-            raise OSError(f"none of {', '.join(self.files)} can be read.")
-        return features
+        def smooth(name: str) -> str:
+            return format(histories[name].median(self.window), ".4g")
+
+        terms = [
+            f"{name.removeprefix('loss_')} {smooth(name)}"
+            for name in histories
+            if name.startswith("loss_") and name != "loss_scale"
+        ]
+        parts = [
+            f"iter {done}/{self.max_iter}",
+            f"epoch {done / self.iters_per_epoch:.2f}",
+            f"loss {smooth('loss')}" + (f" ({', '.join(terms)})" if terms else ""),
+            f"lr {latest('lr')}",
+            f"tau_t {latest('teacher_temp')}",
+            f"grad {smooth('grad_norm')}",
+        ]
+        if self.num_centroids:
+            parts += [
+                f"centroids {latest('centroids_in_use', '.0f')}/{self.num_centroids}",
+                f"entropy {latest('assignment_entropy', '.2f')}",
+                f"feat_std {latest('feature_std', '.2f')}",
+            ]
+        if "time" in histories:
+            seconds = histories["time"].median(1000)
+            eta = datetime.timedelta(seconds=int(seconds * (self.max_iter - done)))
+            storage.put_scalar("eta_seconds", eta.total_seconds(), smoothing_hint=False)
+            parts.insert(0, f"eta {eta}")
+            wait = histories["data_time"].avg(self.window) / histories["time"].avg(self.window)
+            parts += [f"{latest('images_per_second')} img/s", f"data wait {min(wait, 1):.0%}"]
+        if torch.cuda.is_available():
+            parts.append(f"mem {torch.cuda.max_memory_allocated() / 2**30:.1f} GiB")
+        logger.info("  ".join(parts))

@@ -1,4 +1,4 @@
-"""AdamW as FLSL uses it: two parameter groups, and gradients clipped tensor by tensor."""
+"""AdamW with two parameter groups, and clipping of gradients tensor by tensor."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ CLIP_MODES = ("per_tensor", "global", "none")
 
 
 def build_adamw(model: nn.Module, betas: tuple[float, float] = (0.9, 0.999)) -> torch.optim.AdamW:
-    """AdamW over the trainable parameters.
+    """Build AdamW over the trainable parameters.
 
     The first group has weight decay; biases and one-dimensional weights, in the second, have
     none. Learning rate and weight decay are set at every step by the schedules.
@@ -32,13 +32,16 @@ def clip_gradients(gradients: list[Tensor], max_norm: float, mode: str = "per_te
     """Scale gradients in place so that no norm exceeds ``max_norm``.
 
     Args:
-        gradients: of all parameters that have one.
-        max_norm: 3 in the published run.
+        gradients: gradients of all parameters that have one.
+        max_norm: largest norm; 3 in the published run.
         mode: ``per_tensor`` clips each parameter's gradient by its own norm, as published;
-            ``global`` all by their common norm; ``none`` only measures.
+            ``global`` clips all by their common norm; ``none`` only measures.
 
     Returns:
         The common norm before clipping, a scalar tensor on the gradients' device.
+
+    Raises:
+        InputError: the mode is unknown.
     """
     if mode not in CLIP_MODES:
         raise InputError(f"train.clip_mode is '{mode}'; use one of {', '.join(CLIP_MODES)}.")

@@ -21,6 +21,7 @@ from flsl_d2.engine.checkpoints import Checkpoints
 from flsl_d2.engine.config_files import load_lazy_config
 from flsl_d2.engine.launch import launch, wrap_ddp
 from flsl_d2.engine.run_folder import (
+    PRETRAINING_KEYS,
     PeriodicWriter,
     ResumeOptions,
     check_and_keep_run,
@@ -31,10 +32,11 @@ from flsl_d2.engine.stopping import StopRequest, stop_requests
 from flsl_d2.errors import InputError, TrainingError
 from flsl_d2.weights import FLSLCheckpointer
 from pretrain.data import PretrainDataset, build_pretrain_loader
-from pretrain.hooks import ConsoleProgress, ExportTeacher, Monitor
-from pretrain.monitor import CollapseWatch, EncoderPictures, FeatureMeasures
+from pretrain.hooks import EncoderPictures, ExportTeacher, FeatureMeasures
+from pretrain.methods import Method
+from pretrain.monitor import CollapseWatch, ConsoleProgress, Monitor
 from pretrain.optimizer import build_adamw
-from pretrain.schedules import Schedules
+from pretrain.schedules import Schedules, set_run_length
 from pretrain.trainer import (
     BadNumbersError,
     PretrainTrainer,
@@ -48,20 +50,11 @@ __all__ = ["images_digest", "launch_pretraining", "run_pretraining"]
 
 logger = logging.getLogger("pretrain")
 
-# Keys whose change leaves the result as it is. Which images there are is compared by their names.
-_MAY_DIFFER = (
-    *("train.output_dir", "train.device", "train.compile", "train.log_period"),
-    *("train.checkpoint_*", "train.pictures_period", "train.measures.*"),
-    *("dataset.root", "dataset.name", "dataset.max_failed_share"),
-    *("model.backbone.use_act_checkpoint", "model.backbone.recompute_gelu"),
-    *("model.backbone.skip_dropped", "model.*.onednn_linear", "model.loss.recompute_probs"),
-    "dataloader.num_workers",
-)
 _DISK = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EFBIG, errno.EIO)
 
 
 def launch_pretraining(args: argparse.Namespace) -> None:
-    """Load the config of a command line and run it in as many processes as asked for."""
+    """Load the config of a command line and run it in the number of processes it asks for."""
     launch(
         _run_in_process,
         args.num_gpus,
@@ -74,8 +67,8 @@ def launch_pretraining(args: argparse.Namespace) -> None:
 
 
 def _run_in_process(args: argparse.Namespace) -> None:
-    # Each process loads the config itself: one that registers data sets or defines functions
-    # takes effect only where it is loaded.
+    # Each process loads the config itself, because data sets that a config registers and functions
+    # that it defines exist only where it is loaded.
     run_pretraining(_load(args), args.resume, args.allow_changes, args.overwrite)
 
 
@@ -95,18 +88,18 @@ def run_pretraining(
 ) -> None:
     """Pre-train in this process, one of possibly several.
 
-    Everything that can be wrong with the input is found before the first step.
+    The input is checked before the first step.
 
     Args:
-        cfg: as of ``configs/pretrain/*.py``.
-        resume: continue from the last checkpoint of the output folder, where there is one.
+        cfg: config like those in ``configs/pretrain/``.
+        resume: whether to continue from the last checkpoint of the output folder, if there is one.
         allow_changes: see :class:`flsl_d2.engine.run_folder.ResumeOptions`.
-        overwrite: likewise.
+        overwrite: see :class:`flsl_d2.engine.run_folder.ResumeOptions`.
 
     Raises:
-        InputError: config, images, or an output folder that cannot be used.
-        TrainingError: numbers that are not finite, or a folder that can no longer be written.
-        SystemExit: of status 75, after a request to stop.
+        InputError: the config, the images or the output folder cannot be used.
+        TrainingError: numbers are not finite, or the folder can no longer be written.
+        SystemExit: the run was asked to stop; the status is 75.
     """
     with stop_requests() as request:
         _run(cfg, ResumeOptions(resume, allow_changes, overwrite), request)
@@ -117,22 +110,19 @@ def _run(cfg: DictConfig, options: ResumeOptions, request: StopRequest) -> None:
     prepare_output(output, "train.output_dir", ["pretrain", "flsl_d2"])
     files = image_files(**{key: cfg.dataset[key] for key in ("root", "name")})
     check_and_keep_run(
-        cfg, output, "train.output_dir", options, _MAY_DIFFER, {"images": images_digest(files)}
+        cfg, output, "train.output_dir", options, PRETRAINING_KEYS, {"images": images_digest(files)}
     )
     precision = resolve_precision(cfg.train.precision, cfg.train.device)
     batch_size = cfg.dataloader.total_batch_size
-    iters_per_epoch = len(files) / batch_size
-    max_iter = cfg.train.max_iter or round(cfg.train.epochs * iters_per_epoch)
-    cfg.schedules.update(
-        total_batch_size=batch_size, iters_per_epoch=iters_per_epoch, total_iters=max_iter
-    )
+    max_iter = set_run_length(cfg, len(files))
     schedules: Schedules = instantiate(cfg.schedules)
     views: NestedViews = instantiate(cfg.views)
     seed_all_rng(cfg.train.seed)
     model = instantiate(cfg.model).to(cfg.train.device)
+    method: Method = model
     if cfg.train.compile:
-        model.compile_blocks()
-    views.keep_crops = model.previous_stage is not None
+        method.compile_blocks()
+    views.keep_crops = method.needs_crops
     dataset = PretrainDataset(
         files, views, cfg.train.seed, cfg.dataset.on_error, cfg.dataset.max_pixels
     )
@@ -141,7 +131,7 @@ def _run(cfg: DictConfig, options: ResumeOptions, request: StopRequest) -> None:
         len(files),
         max_iter,
         batch_size,
-        max_iter / iters_per_epoch,
+        max_iter / cfg.schedules.iters_per_epoch,
         precision,
         cfg.train.device,
         comm.get_world_size(),
@@ -192,9 +182,9 @@ def _run(cfg: DictConfig, options: ResumeOptions, request: StopRequest) -> None:
 
 
 def images_digest(files: list[str]) -> str:
-    """Number of images and a hash of their names below their common folder.
+    """Return the number of images and a hash of their names below their common folder.
 
-    Says whether a data set that lies elsewhere now is the same, as far as names can.
+    Data sets in different folders have the same digest if their names are the same.
     """
     root = os.path.commonpath([os.path.dirname(file) for file in files])
     names = "\0".join(os.path.relpath(file, root) for file in files)
@@ -207,7 +197,7 @@ def _resume(
     options: ResumeOptions,
     output: Path,
 ) -> int:
-    """Load the last checkpoint, if asked to; the step to start from."""
+    """Load the last checkpoint, if asked to; return the step to start from."""
     start_iter = 0
     if options.resume and checkpointer.has_checkpoint():
         checkpointer.resume_or_load("", resume=True)
@@ -232,18 +222,18 @@ def _hooks(
     max_iter: int,
     start_iter: int,
 ) -> list[HookBase]:
-    """In the order in which they run: what a step logs is in the files before its checkpoint is."""
+    """Return the hooks in the order in which they run: a step is logged before it is saved."""
     output, period = Path(cfg.train.output_dir), cfg.train.log_period
-    num_centroids = len(trainer.flsl.loss.log_prior)
+    num_centroids = trainer.method.num_centroids
     registered: list[HookBase] = [CollapseWatch()]
     if cfg.train.measures.val:
         registered.append(FeatureMeasures(**cfg.train.measures))
     if comm.is_main_process():
         writers = [
             ConsoleProgress(max_iter, len(files) / monitor.total_batch_size, num_centroids),
-            # What each step was, unsmoothed.
+            # Each step is written unsmoothed.
             JSONWriter(str(output / "metrics.json"), window_size=1),
-            # TensorBoard hides what was logged after the checkpoint.
+            # TensorBoard hides the steps that were logged after the checkpoint.
             TensorboardXWriter(str(output), purge_step=start_iter),
         ]
         registered += [

@@ -1,4 +1,4 @@
-"""What changes from step to step: learning rate, weight decay, temperatures, scales, momentum."""
+"""Values that change from step to step: learning rate, weight decay, temperatures, scales."""
 
 from __future__ import annotations
 
@@ -6,12 +6,32 @@ import logging
 from dataclasses import dataclass
 
 from fvcore.common.param_scheduler import CosineParamScheduler
+from omegaconf import DictConfig
 
 from flsl_d2.errors import InputError
 
-__all__ = ["Schedules", "StepValues"]
+__all__ = ["Schedules", "StepValues", "set_run_length"]
 
 logger = logging.getLogger("pretrain")
+
+
+def set_run_length(cfg: DictConfig, num_images: int) -> int:
+    """Set the keys of ``cfg.schedules`` that depend on the length of the run.
+
+    Args:
+        cfg: pre-training config, changed in place.
+        num_images: number of images of the data set.
+
+    Returns:
+        Number of steps of the run: ``train.max_iter``, or that of ``train.epochs``.
+    """
+    batch_size = cfg.dataloader.total_batch_size
+    iters_per_epoch = num_images / batch_size
+    total_iters = cfg.train.max_iter or round(cfg.train.epochs * iters_per_epoch)
+    cfg.schedules.update(
+        total_batch_size=batch_size, iters_per_epoch=iters_per_epoch, total_iters=total_iters
+    )
+    return total_iters
 
 
 @dataclass(frozen=True)
@@ -32,31 +52,31 @@ class StepValues:
 class Schedules:
     """Values of every step of a run of ``total_iters`` steps.
 
-    A pair ``(start, end)`` moves from start to end by half a cosine over the whole run. Defaults
-    are those of the published ViT-S/16 run.
+    A pair ``(start, end)`` moves from start to end by half a cosine over the whole run. The
+    defaults are the values of the published ViT-S/16 run.
 
     Args:
         base_lr: learning rate for 256 images a step; scaled linearly with the batch.
         final_lr: learning rate at the end.
         warmup_fraction: share of the run over which the learning rate rises linearly from 0.
         weight_decay: start and end.
-        teacher_momentum: of the moving average, start and end.
+        teacher_momentum: momentum of the moving average, start and end.
         teacher_temp: tau_t, linear from start to end over ``teacher_temp_epochs``.
         teacher_temp_epochs: length of that rise.
         intra_weight: v, start and end.
         self_scale: s_sa times sqrt(D), start and end.
-        cross_scale: s_ca times sqrt(D), start and end; below ``self_scale`` training
-            collapses, which is warned of.
-        mixture_bias: in multi-stage training, what the previous stage's attention keeps at the
-            end; the share w of the teacher's own attention moves from 0 to ``1 - mixture_bias``.
-            The published default of 1 leaves the previous stage alone in charge.
-        frozen_last_layer_epochs: how long the centroids stay where they started.
-        total_batch_size: images a step, of all processes.
-        iters_per_epoch: steps an epoch; may be fractional.
-        total_iters: steps of the run.
+        cross_scale: s_ca times sqrt(D), start and end. Training collapses where it lies below
+            ``self_scale``; a warning says so.
+        mixture_bias: share of the previous stage's attention at the end of multi-stage training;
+            the share w of the teacher's own attention moves from 0 to ``1 - mixture_bias``. With
+            the published default of 1 only the previous stage's attention counts.
+        frozen_last_layer_epochs: number of epochs in which the centroids are not trained.
+        total_batch_size: number of images in a step, of all processes.
+        iters_per_epoch: number of steps in an epoch; may be fractional.
+        total_iters: number of steps of the run.
 
     Raises:
-        InputError: a length that is not positive, or a mixture bias outside 0 to 1.
+        InputError: the run has no step, or the mixture bias lies outside 0 to 1.
     """
 
     def __init__(
@@ -109,7 +129,7 @@ class Schedules:
         }
 
     def __call__(self, iteration: int) -> StepValues:
-        """The values of step ``iteration``, counted from 0."""
+        """Return the values of step ``iteration``, counted from 0."""
         where = min(iteration / self.total_iters, 1.0)
         cosines = {name: schedule(where) for name, schedule in self._cosines.items()}
         return StepValues(

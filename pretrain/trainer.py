@@ -1,4 +1,4 @@
-"""One step of pre-training, as a Detectron2 trainer."""
+"""The step of pre-training as a Detectron2 trainer, and what happens to bad numbers."""
 
 from __future__ import annotations
 
@@ -19,10 +19,11 @@ from detectron2.utils import comm
 from torch import Tensor, nn
 
 from flsl_d2.data.images import printable
+from flsl_d2.engine.launch import has_native_bf16
 from flsl_d2.errors import InputError, TrainingError
 from flsl_d2.files import write_text
 from pretrain.data import Batch, ImageStream
-from pretrain.methods.flsl import FLSL
+from pretrain.methods.protocol import Losses, Method, Monitored
 from pretrain.optimizer import clip_gradients
 from pretrain.schedules import Schedules, StepValues
 
@@ -42,12 +43,12 @@ _SHOWN_FILES = 3
 
 
 class BadNumbersError(TrainingError):
-    """Some number of a step is not finite.
+    """A number of a step is not finite.
 
     Attributes:
-        iteration: of the step, from 0.
-        terms: of every rank, the values of the step by name.
-        bad: ``(rank, name)`` of those that are not finite.
+        iteration: number of the step, from 0.
+        terms: for each rank, the values of the step by name.
+        bad: ``(rank, name)`` of the values that are not finite.
     """
 
     def __init__(
@@ -64,15 +65,15 @@ class BadNumbersError(TrainingError):
 def check_finite(
     iteration: int, terms: Sequence[Mapping[str, float]], exempt: Sequence[str] = ()
 ) -> None:
-    """Compare every rank's values of a step with infinity.
+    """Check that the values of a step are finite on every rank.
 
     Args:
-        iteration: of the step, from 0.
-        terms: of every rank, values by name.
-        exempt: names that may be anything.
+        iteration: number of the step, from 0.
+        terms: for each rank, values by name.
+        exempt: names whose values are not checked.
 
     Raises:
-        BadNumbersError: at a value that is not finite, the same on every rank.
+        BadNumbersError: a value is not finite; the same error on every rank.
     """
     bad = [
         (rank, name)
@@ -87,7 +88,7 @@ def check_finite(
 def step_files(
     files: Sequence[str], total_batch_size: int, seed: int, iteration: int, world_size: int
 ) -> list[list[str]]:
-    """Files of a step's images, for every rank, in the order of its batch."""
+    """List the files of a step's images, for each rank in the order of its batch."""
     streams = (
         ImageStream(len(files), total_batch_size, seed, rank, world_size, iteration)
         for rank in range(world_size)
@@ -101,22 +102,22 @@ def write_bad_numbers(
     """Write ``bad_numbers.json``: the step, its values and its files, rank by rank.
 
     Args:
-        error: what was found.
-        files: of the step, as of :func:`step_files`. An image that could not be read was replaced
-            by another, which ``unreadable_images.txt`` tells.
-        folder: of the output.
+        error: the step and its values.
+        files: files of the step from :func:`step_files`. An image that cannot be read was replaced
+            by another one; ``unreadable_images.txt`` names it.
+        folder: output folder of the run.
 
     Returns:
-        The error to raise, whose sentence names the file and some of the images.
+        The error to raise, which names the written file and some of the images.
     """
     ranks = [
         {
             "not_finite": [name for bad_rank, name in error.bad if bad_rank == rank],
             # JSON has no name for infinity.
             "values": {name: repr(value) for name, value in values.items()},
-            "files": [printable(file) for file in of_rank],
+            "files": [printable(file) for file in rank_files],
         }
-        for rank, (values, of_rank) in enumerate(zip(error.terms, files, strict=True))
+        for rank, (values, rank_files) in enumerate(zip(error.terms, files, strict=True))
     ]
     path = Path(folder, BAD_NUMBERS_FILE)
     write_text(path, json.dumps({"iteration": error.iteration, "ranks": ranks}, indent=1))
@@ -133,11 +134,11 @@ PRECISIONS = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 def resolve_precision(precision: str, device: str) -> str:
-    """``auto`` is bf16 on a GPU that computes in it, fp16 on an older one, fp32 on a CPU."""
+    """Resolve ``auto``: bf16 on a GPU that computes in it, fp16 on an older one, fp32 on a CPU."""
     if precision == "auto":
         if not device.startswith("cuda"):
             return "fp32"
-        return "bf16" if torch.cuda.is_bf16_supported() else "fp16"
+        return "bf16" if has_native_bf16() else "fp16"
     if precision not in PRECISIONS:
         known = ", ".join(["auto", *PRECISIONS])
         raise InputError(f"train.precision is '{precision}'; use one of {known}.")
@@ -147,32 +148,34 @@ def resolve_precision(precision: str, device: str) -> str:
 
 
 class PretrainTrainer(SimpleTrainer):
-    """Runs a step: schedules, forward, backward, clipping, optimiser, teacher.
+    """Trainer of a method: schedules, forward, backward, clipping, optimiser, teacher.
 
     The state of the run at a step is the weights, the optimiser and the number of the step:
     data and randomness of a step follow from the seed and that number alone.
 
     Args:
-        model: an :class:`FLSL`, or one wrapped for several processes.
+        model: a :class:`pretrain.methods.Method`, or one wrapped for several processes.
         data_loader: endless loader of :class:`Batch`.
-        optimizer: as of ``build_adamw``; its first group has weight decay.
+        optimizer: optimiser of ``build_adamw``; its first group has weight decay.
         schedules: values of each step.
         precision: ``fp32``, ``bf16`` or ``fp16``.
         clip_norm: see :func:`clip_gradients`.
         clip_mode: see :func:`clip_gradients`.
-        seed: of stochastic depth.
-        accumulation_steps: parts in which a process works off its share of a step, to save memory.
-            The gradients are those of the mean of the parts' losses: the volume term looks at the
-            mean assignment of a part instead of the whole step's.
+        seed: seed of what the step draws: stochastic depth, and positions that are dropped.
+        accumulation_steps: number of parts in which a process works off its images of a step, to
+            save memory. The gradients are those of the mean of the parts' losses; a term that
+            looks at the mean over a step, like FLSL's volume term, sees the mean of a part.
 
     Attributes:
-        stop_asked: whether this process was asked to stop.
-        stop_agreed: whether any process was, as of the last step; the same on all.
-        num_failed: images of all processes that could not be read so far.
-        num_overflows: steps that were left out because float16 gradients overflowed.
+        method: the method without its wrapper.
+        monitored: what the method monitored in the last step.
+        stop_asked: function that says whether this process was asked to stop.
+        stop_agreed: whether any process was asked to stop before the last step; equal on all.
+        num_failed: number of images of all processes that could not be read so far.
+        num_overflows: number of steps that were left out because float16 gradients overflowed.
 
     Raises:
-        BadNumbersError: by a step whose losses or gradients are not finite, on every process.
+        BadNumbersError: losses or gradients of a step are not finite; raised on every process.
     """
 
     def __init__(
@@ -189,14 +192,14 @@ class PretrainTrainer(SimpleTrainer):
     ) -> None:
         super().__init__(model, data_loader, optimizer)
         self.accumulation_steps = accumulation_steps
-        self.flsl: FLSL = getattr(model, "module", model)
+        self.method: Method = getattr(model, "module", model)
         self.schedules, self.seed = schedules, seed
         self.clip_norm, self.clip_mode = clip_norm, clip_mode
         self.dtype = PRECISIONS[precision]
-        self.device = self.flsl.pixel_mean.device
+        self.device = next(iter(model.parameters())).device
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=precision == "fp16")
         self.last_batch: Batch | None = None
-        self.monitored: dict[str, Tensor] = {}
+        self.monitored: Monitored = {}
         self.stop_asked: Callable[[], bool] = lambda: False
         self.stop_agreed = False
         self.num_failed = 0
@@ -204,7 +207,7 @@ class PretrainTrainer(SimpleTrainer):
         self.loss_scale = self.scaler.get_scale()
 
     def run_step(self) -> None:
-        """Steps 1 to 10 of the method, and the step's scalars into Detectron2's storage."""
+        """Run a step, and put its scalars into Detectron2's storage."""
         start = time.perf_counter()
         batch: Batch = next(self._data_loader_iter)
         data_time = time.perf_counter() - start
@@ -214,44 +217,43 @@ class PretrainTrainer(SimpleTrainer):
         self.optimizer.zero_grad()
         losses = self._accumulate(batch, values)
         grad_norm = self._step(values)
-        self.flsl.update_teacher(values.teacher_momentum)
+        self.method.update_teacher(values.teacher_momentum)
         self._record(losses, grad_norm, data_time, values)
 
     def _apply(self, values: StepValues) -> None:
         decayed, exempt = self.optimizer.param_groups
         decayed["lr"] = exempt["lr"] = values.lr
         decayed["weight_decay"] = values.weight_decay
-        # Stochastic depth draws from PyTorch's generator. Seeding it, and Python's and NumPy's for
-        # whatever is added, from the step's number makes a resumed run draw what the
-        # uninterrupted one would have drawn.
+        # Methods draw from PyTorch's generator. It is seeded from the step's number, as are
+        # Python's and NumPy's, so that a resumed run draws what the uninterrupted one would.
         sequence = np.random.SeedSequence([self.seed, self.iter, comm.get_rank()])
         seed = int(sequence.generate_state(1)[0])
         torch.manual_seed(seed)
         np.random.seed(seed)
         random.seed(seed)
 
-    def _accumulate(self, batch: Batch, values: StepValues) -> dict[str, Tensor]:
-        """Forward and backward of every part of the batch; the mean of the parts' losses."""
+    def _accumulate(self, batch: Batch, values: StepValues) -> Losses:
+        """Run forward and backward for every part of the batch; return the mean losses."""
         parts = batch.split(self.accumulation_steps)
-        losses, monitored = [], []
+        losses: list[Losses] = []
+        monitored: list[Monitored] = []
         for part in parts:
             # Gradients are exchanged between processes once, with the last part.
-            alone = part is not parts[-1] and self.model is not self.flsl
-            with self.model.no_sync() if alone else nullcontext():
+            wait = part is not parts[-1] and self.model is not self.method
+            with self.model.no_sync() if wait else nullcontext():
                 losses.append(self._forward(part, values))
                 self.scaler.scale(losses[-1]["loss"] / len(parts)).backward()
             monitored.append(self.monitored)
         if len(parts) > 1:
-            self.monitored = {k: _mean([m[k] for m in monitored]) for k in monitored[0]}
-            self.monitored["assigned"] = sum(m["assigned"] for m in monitored)
-        return {k: _mean([of_part[k].detach() for of_part in losses]) for k in losses[0]}
+            self.monitored = {k: _combine([m[k] for m in monitored]) for k in monitored[0]}
+        return {k: _combine([part[k].detach() for part in losses]) for k in losses[0]}
 
-    def _forward(self, batch: Batch, values: StepValues) -> dict[str, Tensor]:
-        views, crops = batch.views_on(self.device)
-        queries = [indexes.to(self.device, non_blocking=True) for indexes in batch.queries]
+    def _forward(self, batch: Batch, values: StepValues) -> Losses:
+        inputs = batch.to_device(self.device)
         mixed = torch.autocast(self.device.type, self.dtype) if self.dtype else nullcontext()
+        losses: Losses
         with mixed:
-            losses, self.monitored = self.model(views, queries, values, crops)
+            losses, self.monitored = self.model(inputs, values)
         return losses
 
     def _step(self, values: StepValues) -> Tensor:
@@ -259,24 +261,24 @@ class PretrainTrainer(SimpleTrainer):
         trained = [p for group in self.optimizer.param_groups for p in group["params"]]
         gradients = [p.grad for p in trained if p.grad is not None]
         grad_norm = clip_gradients(gradients, self.clip_norm, self.clip_mode)
-        if values.last_layer_frozen:
-            for parameter in self.flsl.student.head.last_layer.parameters():
-                parameter.grad = None
+        for parameter in self.method.frozen_parameters(values):
+            parameter.grad = None
         self.scaler.step(self.optimizer)
         self.scaler.update()
         return grad_norm
 
     def _record(
-        self, losses: dict[str, Tensor], grad_norm: Tensor, data_time: float, values: StepValues
+        self, losses: Losses, grad_norm: Tensor, data_time: float, values: StepValues
     ) -> None:
         scalars = {name: loss.detach() for name, loss in losses.items()}
         scalars["grad_norm"] = grad_norm
-        scalars["feature_std"] = self.monitored["feature_std"]
+        scalars.update((name, x) for name, x in self.monitored.items() if x.dim() == 0)
         # One transfer for all, so that the device is waited for once.
         numbers = torch.stack([x.float() for x in scalars.values()]).tolist()
-        mine = dict(zip(scalars, numbers, strict=True))
-        own = (mine, data_time, len(self.last_batch.failed), self.stop_asked())
-        terms, data_times, failed, stops = zip(*comm.all_gather(own), strict=True)
+        local_values = dict(zip(scalars, numbers, strict=True))
+        assert self.last_batch is not None
+        local = (local_values, data_time, len(self.last_batch.failed), self.stop_asked())
+        terms, data_times, failed, stops = zip(*comm.all_gather(local), strict=True)
         self.num_failed += sum(failed)
         self.stop_agreed = any(stops)
         self._count_overflow()
@@ -284,7 +286,7 @@ class PretrainTrainer(SimpleTrainer):
         check_finite(self.iter, terms, exempt=["grad_norm"] if self.scaler.is_enabled() else [])
         if not comm.is_main_process():
             return
-        for name in mine:
+        for name in local_values:
             self.storage.put_scalar(name, float(np.mean([rank[name] for rank in terms])))
         self.storage.put_scalar("data_time", max(data_times))
         scheduled = {name: float(value) for name, value in asdict(values).items()}
@@ -301,12 +303,12 @@ class PretrainTrainer(SimpleTrainer):
         )
 
     def state_dict(self) -> dict[str, Any]:
-        """Iteration, hooks, optimiser, gradient scaler and counts."""
+        """Return iteration, hooks, optimiser, gradient scaler and counts."""
         counts = {"num_failed": self.num_failed, "num_overflows": self.num_overflows}
         return {**super().state_dict(), "scaler": self.scaler.state_dict(), "counts": counts}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Inverse of :meth:`state_dict`."""
+        """Restore what :meth:`state_dict` returned."""
         super().load_state_dict(state_dict)
         self.scaler.load_state_dict(state_dict["scaler"])
         self.loss_scale = self.scaler.get_scale()
@@ -314,5 +316,8 @@ class PretrainTrainer(SimpleTrainer):
             setattr(self, name, int(count))
 
 
-def _mean(values: list[Tensor]) -> Tensor:
-    return torch.stack([value.float() for value in values]).mean(dim=0)
+def _combine(parts: list[Tensor]) -> Tensor:
+    """Sum counts, which are integers, and average other numbers."""
+    if not parts[0].is_floating_point():
+        return torch.stack(parts).sum(dim=0)
+    return torch.stack([part.float() for part in parts]).mean(dim=0)

@@ -1,7 +1,7 @@
-"""The views of one image: nested crops, and which of their tokens are queries.
+"""The views of an image: nested crops, and the tokens of them that are queries.
 
-Everything random comes from one ``numpy.random.Generator`` per image, so a view depends on the
-seed, the epoch and the image alone, not on workers, their number, or where a run was resumed.
+Everything random comes from one ``numpy.random.Generator`` for each image, so a view depends on
+the seed, the epoch and the image alone, not on the workers or on where a run was resumed.
 """
 
 from __future__ import annotations
@@ -23,38 +23,40 @@ __all__ = ["DEVICE_WORK", "NestedViews", "Views", "crop_box", "pooled_queries", 
 
 ASPECT_RATIOS = (3 / 4, 4 / 3)
 _LOG_RATIOS = (math.log(ASPECT_RATIOS[0]), math.log(ASPECT_RATIOS[1]))
-# What is left to the training device: nothing, the augmentation, or that and the student's crops.
+# Work that is left to the training device: none, the augmentation, or that and the student's crops.
 DEVICE_WORK = ("nothing", "augmentation", "crops")
 
 
 @dataclass
 class Views:
-    """What one image becomes.
+    """The views of one image.
 
     Attributes:
         images: uint8 (3, S, S) RGB, the teacher's view first, then the student's. Where the
             augmentation is left to the device, they are not augmented; where the crops are, the
             teacher's is the only one.
-        queries: for every student view (N,) bool over its tokens, True = query.
-        crops: like ``images`` before augmentation, where they are kept; else empty.
-        augmentations: of each view, where they are left to the device; else empty.
-        boxes: for every student view its place in the teacher's view (top, left, height, width),
-            where the crops are left to the device; else empty.
-        sizes: side of every student view in pixels.
+        queries: for each student view (N,) bool over its tokens, True = query.
+        boxes: for each student view its box in the teacher's view in pixels (top, left, height,
+            width).
+        flips: for each student view, whether it is mirrored.
+        sizes: side in pixels of each student view.
+        crops: the images before augmentation, where they are kept; else empty.
+        augmentations: for each view, where they are left to the device; else empty.
     """
 
     images: list[Tensor]
     queries: list[Tensor]
+    boxes: list[tuple[int, int, int, int]]
+    flips: list[bool]
+    sizes: list[int]
     crops: list[Tensor] = field(default_factory=list)
     augmentations: list[Augmentation] = field(default_factory=list)
-    boxes: list[tuple[int, int, int, int]] = field(default_factory=list)
-    sizes: list[int] = field(default_factory=list)
 
 
 def crop_box(
     rng: np.random.Generator, height: int, width: int, scale: tuple[float, float]
 ) -> tuple[int, int, int, int]:
-    """Box of a random resized crop (Inception's, arXiv 1409.4842).
+    """Draw the box of a random resized crop (arXiv 1409.4842).
 
     The area is uniform in ``scale`` of the image's, the aspect ratio log-uniform in 3/4 to 4/3.
     After ten boxes that do not fit, the largest central one of a permitted ratio is taken.
@@ -83,8 +85,8 @@ def resized_crop(image: np.ndarray, box: tuple[int, int, int, int], size: int) -
         size: side of the result in pixels.
     """
     top, left, height, width = box
-    # Indexed as a batch before it is cut, or PyTorch does not see that the channels come last, and
-    # takes twice as long.
+    # The image becomes a batch before it is cut; otherwise PyTorch does not see that the channels
+    # come last, and takes twice as long.
     crop = torch.from_numpy(image)[None, top : top + height, left : left + width]
     crop = crop.permute(0, 3, 1, 2)
     out = F.interpolate(crop, size=(size, size), mode="bicubic", antialias=True)
@@ -92,22 +94,22 @@ def resized_crop(image: np.ndarray, box: tuple[int, int, int, int], size: int) -
 
 
 def pooled_queries(rng: np.random.Generator, grid: int, window: int, random: bool) -> np.ndarray:
-    """Random pooling: one query a window of the token grid.
+    """Random pooling: one query for each window of the token grid.
 
-    Windows that do not fill the grid leave a strip over, on a random side along each axis.
+    Windows that do not fill the grid leave a strip, on a random side along each axis.
 
     Args:
         rng: source of randomness.
-        grid: tokens along each side.
-        window: tokens along each side of a window.
-        random: draw the token of each window; otherwise it is the first.
+        grid: number of tokens along each side.
+        window: number of tokens along each side of a window.
+        random: whether the token of a window is drawn; otherwise it is the first.
 
     Returns:
         (grid * grid,) bool, True = query; ``(grid // window) ** 2`` of them.
     """
     count = grid // window
-    # As many draws whatever the arguments, so that they change the queries of a view and not the
-    # views that come after it.
+    # The number of draws does not depend on the arguments, so that they change the queries of a
+    # view and not the views that come after it.
     inside = window * random * rng.random((2, grid, grid))[:, :count, :count]
     margin = rng.integers(0, 2, 2) * (grid - count * window)
     corner = np.arange(count) * window
@@ -124,24 +126,28 @@ class NestedViews:
         patch_size: side of a patch in pixels; divides both sizes.
         global_size: side in pixels of the teacher's view and of the student's global view.
         local_size: side of the student's local views.
-        num_local: how many of them.
-        teacher_scale: share of the image's area that the teacher's crop covers.
+        num_local: number of local views.
+        teacher_scale: share of the image's area that the teacher's crop covers, smallest and
+            largest.
         global_scale: share of the teacher's crop that the global view covers.
         local_scale: share of the teacher's crop that a local view covers.
-        global_window: tokens along each side of a pooling window in the global view.
-        local_window: likewise in local views.
-        random_pooling: draw a window's query at random; otherwise it is its first token.
-        keep_crops: return the views before augmentation as well, which multi-stage training
-            shows to the teacher of the previous stage.
-        on_device: what is left to the training device, one of :data:`DEVICE_WORK`; the draws are
-            the same wherever they are applied.
-        reduced_decoding: decode a JPEG file at 1/2, 1/4 or 1/8 of its size where the teacher's
-            crop, the same one, keeps at least its view's size; its corners are rounded to the
-            reduced pixels.
+        global_window: number of tokens along each side of a pooling window in the global view.
+        local_window: number of tokens along each side of a pooling window in local views.
+        random_pooling: whether a window's query is drawn; otherwise it is its first token.
+        flip: probability that a view is mirrored horizontally, drawn for each view by itself.
+            With ``model.partner=place`` a token's place in its own view then says less about where
+            it lies in the teacher's.
+        keep_crops: whether the views before augmentation are returned as well, which multi-stage
+            training shows to the teacher of the previous stage.
+        on_device: work that is left to the training device, one of :data:`DEVICE_WORK`; the draws
+            are the same wherever they are applied.
+        reduced_decoding: whether a JPEG file is decoded at 1/2, 1/4 or 1/8 of its size where the
+            teacher's crop stays at least as large as its view; the crop's corners are rounded to
+            the reduced pixels.
 
     Raises:
-        InputError: an unknown ``on_device``, a size that the patch does not divide, or a window
-            larger than the grid.
+        InputError: ``on_device`` is unknown, the patch does not divide a size, a window is larger
+            than the grid, or ``flip`` is not a probability.
     """
 
     def __init__(
@@ -156,6 +162,7 @@ class NestedViews:
         global_window: int = 3,
         local_window: int = 2,
         random_pooling: bool = True,
+        flip: float = 0.0,
         keep_crops: bool = False,
         on_device: str = "nothing",
         reduced_decoding: bool = False,
@@ -164,6 +171,8 @@ class NestedViews:
             raise InputError(
                 f"views.on_device is '{on_device}'; use one of {', '.join(DEVICE_WORK)}."
             )
+        if not 0 <= flip <= 1:
+            raise InputError(f"views.flip is {flip}, a probability; use a value from 0 to 1.")
         for name, size, window in (
             ("global_size", global_size, global_window),
             ("local_size", local_size, local_window),
@@ -178,7 +187,7 @@ class NestedViews:
                     f"the pooling window of views.{name} is {window} tokens, but that view is "
                     f"{size // patch_size} tokens wide; use 1 to {size // patch_size}."
                 )
-        self.patch_size, self.random_pooling = patch_size, random_pooling
+        self.patch_size, self.random_pooling, self.flip = patch_size, random_pooling, flip
         self.keep_crops, self.on_device = keep_crops, on_device
         self.reduced_decoding = reduced_decoding
         self.global_size, self.teacher_scale = global_size, tuple(teacher_scale)
@@ -186,7 +195,7 @@ class NestedViews:
         self.student_views += [(local_size, tuple(local_scale), local_window)] * num_local
 
     def __call__(self, image: np.ndarray | ImageFile, rng: np.random.Generator) -> Views:
-        """Views of an (H, W, 3) uint8 RGB image, or of a file.
+        """Cut the views of an (H, W, 3) uint8 RGB image, or of a file.
 
         Raises:
             OSError: the file cannot be decoded; the text is the reason.
@@ -199,15 +208,22 @@ class NestedViews:
             grid = size // self.patch_size
             mask = pooled_queries(rng, grid, window, self.random_pooling)
             queries.append(torch.from_numpy(mask))
+        # Drawn last and whatever the probability, so that nothing else changes with it.
+        flip_teacher, *flips = (rng.random(1 + len(boxes)) < self.flip).tolist()
+        teacher = np.ascontiguousarray(teacher[:, ::-1]) if flip_teacher else teacher
         sizes = [size for size, _, _ in self.student_views]
-        if self.on_device == "crops":
-            return Views(_channels_first([teacher]), queries, [], augmentations, boxes, sizes)
+        views = Views([], queries, boxes, flips, sizes)
         crops = [teacher]
-        crops += [resized_crop(teacher, box, size) for box, size in zip(boxes, sizes, strict=True)]
-        if self.on_device == "augmentation":
-            return Views(_channels_first(crops), queries, [], augmentations)
-        images = map(apply_augmentation, crops, augmentations)
-        return Views(_channels_first(images), queries, _channels_first(crops * self.keep_crops))
+        if self.on_device != "crops":
+            for box, flip, size in zip(boxes, flips, sizes, strict=True):
+                crop = resized_crop(teacher, box, size)
+                crops.append(np.ascontiguousarray(crop[:, ::-1]) if flip else crop)
+        if self.on_device == "nothing":
+            views.images = _channels_first(map(apply_augmentation, crops, augmentations))
+            views.crops = _channels_first(crops * self.keep_crops)
+        else:
+            views.images, views.augmentations = _channels_first(crops), augmentations
+        return views
 
     def _teacher_crop(self, image: np.ndarray | ImageFile, rng: np.random.Generator) -> np.ndarray:
         box = crop_box(rng, *image.shape[:2], self.teacher_scale)
@@ -216,11 +232,11 @@ class NestedViews:
             if self.reduced_decoding:
                 largest = min(box[2:]) // self.global_size
                 reduction = max((n for n in image.reductions if n <= largest), default=1)
-            image = image.pixels(reduction)
+            pixels = image.pixels(reduction)
             top, left = round(box[0] / reduction), round(box[1] / reduction)
             bottom = round((box[0] + box[2]) / reduction)
             right = round((box[1] + box[3]) / reduction)
-            box = (top, left, bottom - top, right - left)
+            return resized_crop(pixels, (top, left, bottom - top, right - left), self.global_size)
         return resized_crop(image, box, self.global_size)
 
 

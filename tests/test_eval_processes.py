@@ -17,7 +17,7 @@ from pycocotools.cocoeval import COCOeval
 
 from flsl_d2.data import register_scenes
 from flsl_d2.data.scenes import make_scenes
-from flsl_d2.detection.run import launch_detection
+from flsl_d2.detection.train import launch_detection
 from flsl_d2.engine.command_line import parse_tool_arguments, tool_argument_parser
 from flsl_d2.engine.config_files import load_lazy_config
 

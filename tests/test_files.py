@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from flsl_d2.errors import InputError
-from flsl_d2.files import replaced_file, writable_folder, write_text
+from flsl_d2.files import expand_home, replaced_file, writable_folder, write_text
 
 
 def test_readers_never_see_half(tmp_path: Path) -> None:
@@ -43,7 +43,27 @@ def test_a_folder_that_cannot_be_made(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     (tmp_path / "file").touch()
-    with pytest.raises(InputError, match=f"^'{path}' cannot be written .*folder of yours"):
+    with pytest.raises(
+        InputError, match=f"^'{path}' cannot be written .*folder that you may write"
+    ):
         writable_folder(path)
     with pytest.raises(InputError, match=f"^--output is '{path}', which cannot be written"):
         writable_folder(path, "--output")
+
+
+def test_processes_that_write_one_path_at_once(tmp_path: Path) -> None:
+    target = tmp_path / "file"
+    with replaced_file(target) as first, replaced_file(target) as second:
+        first.write(b"first")
+        second.write(b"second")
+    assert target.read_bytes() == b"first"  # the one that finished last
+    assert [each.name for each in tmp_path.iterdir()] == ["file"]
+
+
+def test_the_home_folder_is_put_in_wherever_a_shell_does_not(monkeypatch) -> None:
+    monkeypatch.setenv("HOME", "/home/me")
+    assert expand_home("~/a") == expand_home("/home/me/a") == "/home/me/a"
+    assert expand_home(Path("~/a")) == Path("/home/me/a")
+    assert expand_home(["x=~/a", "~", 3]) == ["x=/home/me/a", "/home/me", 3]
+    assert expand_home("a~b/~") == "a~b/~"
+    assert expand_home(None) is None

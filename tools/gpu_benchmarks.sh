@@ -7,7 +7,7 @@ cd "$(dirname "${BASH_SOURCE[0]}")/.."
 images=${1:-}
 reference=()
 [ -z "${2:-}" ] || reference=(--reference-module "$2")
-variants="eager,packed,compiled,compiled+dropped computed,eager+compiled,cropped on device"
+variants="eager,packed,compiled,eager+compiled,cropped on device"
 out=output/benchmarks
 
 [ -d "$images" ] || { echo "error: IMAGES=$images is no folder; give one of JPEG files." >&2; exit 2; }

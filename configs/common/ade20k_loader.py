@@ -27,7 +27,7 @@ dataloader = OmegaConf.create(
                         max_size=4096,
                         sample_style="choice",
                     ),
-                    # A crop shows more than one class: three quarters at most are of the same.
+                    # At most three quarters of a crop are of one class.
                     L(T.RandomCrop_CategoryAreaConstraint)(
                         crop_type="absolute",
                         crop_size=[512, 512],
@@ -39,9 +39,9 @@ dataloader = OmegaConf.create(
                 ],
                 image_format="RGB",
             ),
-            # Images a step, of all processes together.
+            # Number of images in a step, of all processes.
             total_batch_size=16,
-            # Decoding processes for each training process; 0 decodes in the training process.
+            # Number of decoding processes of a training process; 0 decodes in the training process.
             num_workers=4,
         ),
         test=L(build_detection_test_loader)(

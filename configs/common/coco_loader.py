@@ -26,6 +26,8 @@ dataloader = OmegaConf.create(
                 names="coco_2017_train",
                 json_file="",
                 image_root="",
+                # Leave out images without objects; false trains on them as background.
+                filter_empty=True,
             ),
             mapper=L(FLSLDatasetMapper)(
                 is_train=True,
@@ -39,17 +41,21 @@ dataloader = OmegaConf.create(
                 ],
                 image_format="${model.input_format}",
                 use_instance_mask=True,
-                # Boxes from the masks, where a crop cuts them.
+                # Compute boxes from the masks, for crops that cut objects.
                 recompute_boxes=False,
             ),
-            # Images a step, of all processes together.
+            # Number of images in a step, of all processes.
             total_batch_size=16,
-            # Decoding processes for each training process; 0 decodes in the training process.
+            # Number of decoding processes of a training process; 0 decodes in the training process.
             num_workers=4,
         ),
         test=L(build_detection_test_loader)(
             dataset=L(detection_records)(
-                names="coco_2017_val", json_file="", image_root="", filter_empty=False
+                # A name or a list of names, each evaluated by itself.
+                names="coco_2017_val",
+                json_file="",
+                image_root="",
+                filter_empty=False,
             ),
             mapper=L(FLSLDatasetMapper)(
                 is_train=False,

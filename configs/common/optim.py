@@ -11,13 +11,13 @@ optimizer = L(torch.optim.AdamW)(
         base_lr="${optimizer.lr}",
         weight_decay_norm=0.0,
         lr_factor_func=L(layer_decay)(
-            # Learning rate from one block to the one before it.
+            # Factor of the learning rate from one block to the one before it.
             decay_rate=0.7,
             num_layers="${model.backbone.net.depth}",
         ),
         overrides={"pos_embed": {"weight_decay": 0.0}},
     ),
-    # For the batch size of the recipe; in proportion for others.
+    # Learning rate for the recipe's batch; change it in proportion to the batch.
     lr=1e-4,
     betas=(0.9, 0.999),
     weight_decay=0.1,

@@ -1,16 +1,16 @@
-"""What every detection run has: where it writes, what it starts from, how long, on what."""
+"""Keys of every detection run: output, starting weights, length, device, precision, periods."""
 
 train = dict(
-    # Checkpoints, metrics.json, log.txt, TensorBoard events, config.yaml, results of evaluations.
+    # Folder of checkpoints, metrics.json, log.txt, TensorBoard events, config.yaml and evaluations.
     output_dir="./output",
     # Weights to start from: teacher_backbone.pth of a pre-training run, a detector's checkpoint,
     # a published FLSL file; path or URL. "" starts from random weights.
     init_checkpoint="",
-    # Steps; schedules are given in fractions of it.
+    # Number of steps; schedules are given in fractions of it.
     max_iter=90000,
     # "cuda" or "cpu".
     device="cuda",
-    # Of weights, order of images and augmentation; negative: a new one for each run.
+    # Seed of weights, order of images and augmentation; negative: a new one for each run.
     seed=-1,
     # Mixed precision on GPUs ("float16" or "bfloat16"); a CPU trains in float32.
     amp=dict(enabled=True, dtype="float16"),
@@ -18,13 +18,13 @@ train = dict(
     ddp=dict(
         broadcast_buffers=False,
         find_unused_parameters=False,
-        # Gradients travel between GPUs in float16. Set to false with amp.dtype=bfloat16, whose
-        # gradients are not scaled up.
+        # Whether gradients are sent between GPUs in float16; only used with amp.dtype=float16,
+        # whose gradients are scaled up.
         fp16_compression=True,
     ),
-    # Steps between two checkpoints, and how many are kept.
+    # Steps between two checkpoints, and the number of newest ones that are kept.
     checkpointer=dict(period=5000, max_to_keep=3),
-    # Steps between two evaluations; one follows the last step in any case.
+    # Steps between two evaluations; there is always one after the last step.
     eval_period=5000,
     # Steps between two lines on the console and in metrics.json.
     log_period=20,

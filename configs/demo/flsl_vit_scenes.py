@@ -21,10 +21,10 @@ model.head.update(num_centroids=256, hidden_dim=512, bottleneck_dim=128)
 views.update(global_size=80, local_size=48, global_window=2)
 dataloader.update(total_batch_size=32, num_workers=0)
 
-# A run of minutes: a higher learning rate, a faster teacher, nothing frozen or warmed up by epochs.
-# The scales give the narrower features the kernel width that 0.1 and 0.2 give those of ViT-S. With
-# 0.6 and 1.2 the losses fall much further, because tokens then find their own place in the
-# teacher's view by its position alone, and the features hold little else.
+# A run of minutes has a higher learning rate and a faster teacher, and freezes or warms up nothing
+# by epochs. The scales give the narrower features the kernel width that 0.1 and 0.2 give those of
+# ViT-S. With 0.6 and 1.2 the losses fall much further, because tokens find their own place in the
+# teacher's view by position alone, and the features hold little else.
 schedules.update(
     base_lr=8e-3,
     teacher_momentum=(0.98, 1.0),

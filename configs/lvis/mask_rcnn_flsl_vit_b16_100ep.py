@@ -3,7 +3,7 @@
     tools/train_net.py --config-file configs/lvis/mask_rcnn_flsl_vit_b16_100ep.py --num-gpus 64 \\
         train.init_checkpoint=output/flsl_vit_base_p16_in1k/teacher_backbone.pth
 
-Classes, sampling of rare ones (repeat factor at 0.001), federated loss, 300 detections above a
+Classes, sampling of rare classes (repeat factor at 0.001), federated loss, 300 detections above a
 score of 0.02 and the doubled learning rate are those of Detectron2's
 projects/ViTDet/configs/LVIS/mask_rcnn_vitdet_b_100ep.py. Needs the package lvis
 (pip install --no-deps lvis). Hardware, time and score: not measured.

@@ -3,9 +3,10 @@
     tools/train_net.py --config-file configs/objects365/faster_rcnn_flsl_vit_b16_1x.py \\
         --num-gpus 64 train.init_checkpoint=output/flsl_vit_base_p16_in1k/teacher_backbone.pth
 
-A start for detectors that are then trained on COCO: its checkpoint is train.init_checkpoint there.
-Images and batch of 64 are those of the COCO recipe of 100 epochs, the shape of the schedule is
-that of 1x. Nobody's published schedule; hardware, time and score: not measured.
+A first stage for detectors that are then trained on COCO with its checkpoint as
+train.init_checkpoint. Image sizes and the batch of 64 are those of the COCO recipe of 100 epochs,
+the shape of the schedule is that of 1x; the schedule is not a published one. Hardware, time and
+score: not measured.
 """
 
 from ..coco.mask_rcnn_flsl_vit_b16_1x import lr_multiplier

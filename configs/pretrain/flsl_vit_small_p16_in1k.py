@@ -7,13 +7,14 @@ ImageNet lies in $DETECTRON2_DATASETS/imagenet/train; any other tree of images:
 ``dataset.name=coco_2017_train``. On a CPU: ``train.device=cpu``.
 
 Hardware and time: the paper's run took 8 GPUs for 3.5 days. Mask R-CNN fine-tuned from its weights
-reaches 44.9 box and 40.8 mask AP on COCO (1x). Both are the paper's figures, not ours.
+reaches 44.9 box and 40.8 mask AP on COCO (1x). These are figures of the paper.
 """
 
 import os
 
 from detectron2.config import LazyCall as L
 
+from flsl_d2.modeling import VIT_SIZES as _SIZES
 from flsl_d2.modeling import FLSLViT
 from flsl_d2.modeling.projection_head import FLSLHead
 from pretrain.methods.flsl import FLSL
@@ -46,8 +47,10 @@ views = L(NestedViews)(
     global_window=3,
     local_window=2,
     random_pooling=True,
-    # What the training device does instead of the workers: "nothing", "augmentation", or "crops"
-    # (the student's crops and the augmentation); for GPUs that wait for their images.
+    # Probability that a view is mirrored; the published run has no flips.
+    flip=0.0,
+    # Work of the training device instead of the workers: "nothing", "augmentation", or "crops" (the
+    # student's crops and the augmentation); for GPUs that wait for their images.
     on_device="nothing",
     # Decode JPEG files at half their size or less where the teacher's crop stays large enough; for
     # images of twice the view's size or more.
@@ -55,9 +58,9 @@ views = L(NestedViews)(
 )
 
 dataloader = dict(
-    # Images a step, of all processes together. The learning rate scales with it.
+    # Number of images in a step, of all processes. The learning rate scales with it.
     total_batch_size=512,
-    # Decoding processes for each training process; 0 decodes in the training process.
+    # Number of decoding processes of a training process; 0 decodes in the training process.
     num_workers=8,
 )
 
@@ -65,14 +68,9 @@ model = L(FLSL)(
     backbone=L(FLSLViT)(
         img_size="${views.global_size}",
         patch_size=16,
-        embed_dim=384,
-        depth=12,
-        num_heads=6,
+        **_SIZES["small"],
         drop_path_rate=0.1,
-        skip_dropped=True,
         use_act_checkpoint=False,
-        recompute_gelu=True,
-        onednn_linear=True,
     ),
     head=L(FLSLHead)(
         in_dim="${model.backbone.embed_dim}",
@@ -80,7 +78,6 @@ model = L(FLSL)(
         hidden_dim=2048,
         bottleneck_dim=256,
         learn_scale=False,
-        onednn_linear="${model.backbone.onednn_linear}",
     ),
     loss=L(FLSLLoss)(
         num_centroids="${model.head.num_centroids}",
@@ -90,7 +87,6 @@ model = L(FLSL)(
         prior=None,
         centering=False,
         center_momentum=0.9,
-        recompute_probs=True,
     ),
     norm_modes=False,
     # Training in stages: the teacher_backbone.pth of an earlier run, which must have the same
@@ -98,6 +94,10 @@ model = L(FLSL)(
     previous_stage=L(load_previous_stage)(weights="", num_blocks=None, scale=0.2, sharpness=1e4),
     # Encode the student's views of all sizes in one pass; faster, same result.
     pack_views=True,
+    # Against features that are a map of places (docs/METHOD.md); the published run is as here.
+    partner="similarity",
+    teacher_positions=True,
+    position_drop=0.0,
 )
 
 # Pairs are start and end of a cosine over the run; see pretrain/schedules.py.
@@ -126,15 +126,15 @@ train = dict(
     device="cuda",
     # "fp32", "bf16", "fp16"; "auto": bf16 on GPUs that compute in it, fp16 on others, fp32 on CPU.
     precision="auto",
-    # Parts in which a process works off its images of a step, to save memory; the volume term then
-    # looks at the mean of a part.
+    # Number of parts in which a process works off its images of a step, to save memory; the volume
+    # term then looks at the mean of a part.
     accumulation_steps=1,
     # torch.compile for the transformer blocks; needs a C++ compiler on a CPU.
     compile=False,
-    # Largest norm of a gradient, and of what: "per_tensor" (as published), "global", "none".
+    # Largest norm of a gradient, taken "per_tensor" (as published), "global" or not ("none").
     clip_norm=3.0,
     clip_mode="per_tensor",
-    # Of weights, views, order of images and stochastic depth.
+    # Seed of weights, views, order of images and stochastic depth.
     seed=0,
     # Steps between two lines on the console.
     log_period=20,
@@ -143,10 +143,10 @@ train = dict(
     checkpoint_period=5000,
     checkpoint_keep=3,
     checkpoint_keep_every=0,
-    # Steps between two pages of what the teacher's tokens group, in pictures/ and TensorBoard;
+    # Steps between two pages of pictures of the teacher's tokens, in pictures/ and TensorBoard;
     # 0: none.
     pictures_period=1000,
-    # Scores of the teacher's frozen tokens beside the losses: registered data sets to learn from
-    # and to score on ("": none), steps between two (0: at the end), images of each at most.
+    # Scores of the teacher's frozen tokens: registered data sets to learn from and to score on ("":
+    # none), steps between two scores (0: at the end), largest number of images of each.
     measures=dict(train="", val="", period_iters=0, max_images=200),
 )

@@ -4,8 +4,8 @@
     tools/train_net.py --config-file configs/uavdt/faster_rcnn_flsl_vit_s16.py --num-gpus 8 \\
         train.init_checkpoint=output/flsl_vit_small_p16_in1k/teacher_backbone.pth
 
-The COCO recipe 1x, 12 epochs of UAVDT long: the FLSL paper (arXiv 2306.06203) reports UAVDT, but
-its schedule was not at hand. Anchors begin at 16 pixels, because vehicles are small, and up to 300
+The COCO recipe 1x, for 12 epochs of UAVDT; the schedule of the FLSL paper (arXiv 2306.06203), which
+reports UAVDT, is not known. Anchors begin at 16 pixels, because vehicles are small, and up to 300
 detections count, because a frame holds many. Evaluated with the AP of the UAVDT benchmark (IoU 0.7)
 and with COCO's. Hardware, time and score: not measured.
 """

@@ -22,6 +22,7 @@ from PIL import Image
 from tqdm import tqdm
 
 from flsl_d2.data.datasets import datasets_root
+from flsl_d2.engine.launch import usable_cores
 from flsl_d2.errors import InputError
 
 __all__ = [
@@ -195,7 +196,7 @@ def _convert(function: Callable, work: list[tuple], target: Path, num_workers: i
     """Convert the files that are not there yet, so that an interrupted run is taken up again."""
     target.mkdir(parents=True, exist_ok=True)
     missing = [entry for entry in work if not entry[1].exists()]
-    with ProcessPoolExecutor(num_workers or os.cpu_count()) as pool:
+    with ProcessPoolExecutor(num_workers or usable_cores()) as pool:
         done = pool.map(function, missing, chunksize=16)
         for _ in tqdm(done, desc=str(target), total=len(missing), unit="image"):
             pass

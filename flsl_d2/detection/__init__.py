@@ -1,1 +1,1 @@
-"""Detectors: training, evaluation and checks of their input."""
+"""Detectors: training, evaluation, and the checks of their input."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from flsl_d2.detection.run import launch_detection
+from flsl_d2.detection.train import launch_detection
 from flsl_d2.engine.command_line import parse_tool_arguments, run_tool, tool_argument_parser
 
 __all__ = ["main"]

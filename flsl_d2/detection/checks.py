@@ -1,14 +1,17 @@
-"""What is checked of a detection run's input before it starts, for configs of both kinds."""
+"""Checks of a detection run's input, for configs of both kinds."""
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
 
 import torch
 from detectron2.data import MetadataCatalog
+from detectron2.evaluation import DatasetEvaluator
 from detectron2.utils import comm
 from torch import nn
+from torch.utils.data import DataLoader
 
 from flsl_d2.data import Use, check_registered_dataset
 from flsl_d2.data.datasets import use_own_loader
@@ -16,16 +19,24 @@ from flsl_d2.data.label_images import check_label_images
 from flsl_d2.detection.lvis import check_lvis_dataset
 from flsl_d2.errors import InputError
 
-__all__ = ["check_batch", "check_datasets", "describe_model", "mixed_precision", "names_of"]
+__all__ = [
+    "CheckedMapper",
+    "check_batch",
+    "check_datasets",
+    "check_test_set",
+    "describe_model",
+    "mixed_precision",
+    "names_of",
+]
 
 logger = logging.getLogger(__name__)
 
-# What is checked of data sets that are not in COCO's format, by Detectron2's kind of evaluator.
+# Checks of data sets that are not in COCO's format, by Detectron2's kind of evaluator.
 _OTHER_CHECKS = {"lvis": check_lvis_dataset, "sem_seg": check_label_images}
 
 
 def names_of(names: str | Iterable[str]) -> list[str]:
-    """Data set names of a config, which may give one name or several."""
+    """List the data set names of a config, which may give one name or several."""
     return [names] if isinstance(names, str) else list(names)
 
 
@@ -36,23 +47,24 @@ def check_datasets(
     classes_key: str,
     masks_off: str = "",
 ) -> None:
-    """Check that data sets exist, with their files, and have what the model is to learn.
+    """Check data sets: their files, their number of classes, and that they have the same classes.
 
     Runs on the first rank; the others wait for it.
 
     Args:
-        train: names to train on.
-        test: names to evaluate on; they need no annotations.
-        num_classes: of the model; None where it has no such number.
+        train: names of the training sets.
+        test: names of the test sets; they need no annotations.
+        num_classes: number of classes of the model; None where it has no such number.
         classes_key: the config key of that number, as an override begins.
-        masks_off: overrides that take masks out of the model; empty where it learns none.
+        masks_off: overrides that remove the masks from the model; empty where it learns none.
 
     Raises:
-        InputError: naming the data set and what is wrong.
+        InputError: a data set cannot be used; the message names it and what is wrong.
     """
     for name in {*train, *test}:
         use_own_loader(name)
     if comm.is_main_process():
+        first: tuple[str, list[str]] | None = None
         for name in dict.fromkeys([*train, *test]):
             use = (Use.BOXES if name in train else Use(0)) | (Use.MASKS if masks_off else Use(0))
             if name in test:
@@ -64,6 +76,9 @@ def check_datasets(
             if other_check:
                 other_check(name)
             categories = categories or _known_categories(name)
+            if categories:
+                first = first or (name, categories)
+                _check_same_categories(*first, name, categories)
             if num_classes is not None and categories and len(categories) != num_classes:
                 some = ", ".join(categories[:3]) + (", ..." if len(categories) > 3 else "")
                 raise InputError(
@@ -73,30 +88,107 @@ def check_datasets(
     comm.synchronize()
 
 
+def _check_same_categories(first: str, expected: list[str], name: str, found: list[str]) -> None:
+    if found == expected:
+        return
+    differing = sorted(set(found) ^ set(expected))
+    reason = ", ".join(map(repr, differing[:6])) if differing else "their order differs"
+    raise InputError(
+        f"the data sets {first!r} and {name!r} have different categories ({reason}), so one class "
+        "number would mean two things; give the same categories in the same order of their ids."
+    )
+
+
+class CheckedMapper:
+    """A data set mapper whose exceptions name the image in one sentence.
+
+    Args:
+        mapper: function from a record in Detectron2's format to what the model takes.
+    """
+
+    def __init__(self, mapper: Callable[[dict[str, Any]], Any]) -> None:
+        self.mapper = mapper
+
+    def __call__(self, record: dict[str, Any]) -> Any:
+        """Map a record.
+
+        Raises:
+            InputError: the mapper failed; the message names the image file and the reason.
+        """
+        try:
+            return self.mapper(record)
+        except InputError:
+            raise
+        except Exception as error:
+            file = record.get("file_name", f"number {record.get('image_id')}")
+            raise InputError(
+                f"the image {file} or its annotations cannot be used ({_reason(error)}); correct "
+                "the file, or remove it from the data set."
+            ) from error
+
+
+def check_test_set(name: str, build: Callable[[], tuple[DataLoader, DatasetEvaluator]]) -> None:
+    """Build the loader and the evaluator of a test set, and map its first image.
+
+    Called before training, so that a test set that cannot be evaluated is found before the first
+    step and not after the last one. Runs on every rank.
+
+    Args:
+        name: name of the test set, for the message.
+        build: function that builds the loader and the evaluator.
+
+    Raises:
+        InputError: the test set cannot be evaluated.
+    """
+    try:
+        loader, evaluator = build()
+        evaluator.reset()
+        if hasattr(loader.dataset, "__getitem__"):
+            loader.dataset[0]
+    except InputError:
+        raise
+    except Exception as error:
+        logger.debug("The test set %s failed.", name, exc_info=True)
+        raise InputError(
+            f"the test set {name!r} cannot be evaluated ({_reason(error)}); correct its files or "
+            "its evaluator, or train without evaluation."
+        ) from error
+
+
+def _reason(error: BaseException) -> str:
+    """The text of an exception in one line, with its type where the text alone says little."""
+    text = " ".join((getattr(error, "strerror", None) or str(error)).split())[:300].rstrip(".")
+    return text if isinstance(error, OSError) and text else f"{type(error).__name__}: {text}"
+
+
 def check_batch(batch_size: int, key: str) -> None:
     """Check that every process gets the same whole number of images.
 
+    Args:
+        batch_size: images of a step, of all processes together.
+        key: the config key of the batch size, for the message.
+
     Raises:
-        InputError: otherwise.
+        InputError: the images cannot be shared equally.
     """
     world = comm.get_world_size()
     if batch_size < 1 or batch_size % world:
         raise InputError(
             f"{key} is {batch_size}, which {world} process(es) cannot share equally; "
-            f"use a multiple of {world}."
+            f"use a positive multiple of {world}."
         )
 
 
 def mixed_precision(enabled: bool, device: str) -> bool:
-    """Whether to train in mixed precision; on a CPU it is turned off, and the log says so."""
+    """Whether to train in mixed precision; it is turned off on a CPU, with a line in the log."""
     if enabled and not str(device).startswith("cuda"):
-        logger.info("Mixed precision is for GPUs; training on %s in float32.", device)
+        logger.info("Mixed precision is for GPUs only; training on %s in float32.", device)
         return False
     return enabled
 
 
 def describe_model(model: nn.Module) -> None:
-    """One line about a model, where Detectron2 prints all of its modules."""
+    """Log one line about a model, where Detectron2 prints all of its modules."""
     parts = {
         name: sum(p.numel() for p in part.parameters()) for name, part in model.named_children()
     }
@@ -113,7 +205,7 @@ def describe_model(model: nn.Module) -> None:
 
 
 def _known_categories(name: str) -> list[str]:
-    """Names of a data set's classes in its metadata; empty where they are not known."""
+    """List the classes in a data set's metadata; empty where they are unknown."""
     metadata = MetadataCatalog.get(name)
     if metadata.get("evaluator_type") == "sem_seg":
         return list(metadata.stuff_classes)

@@ -1,4 +1,4 @@
-"""LVIS's AP through Detectron2's evaluator, on today's numpy."""
+"""LVIS: AP by Detectron2's evaluator with a current numpy, and the federated loss's weights."""
 
 from __future__ import annotations
 
@@ -25,13 +25,13 @@ __all__ = [
 
 
 def require_lvis() -> None:
-    """Check that LVIS's own package is there; Detectron2 reads and evaluates LVIS with it.
+    """Check that the package lvis, with which Detectron2 reads and evaluates LVIS, is installed.
 
     Raises:
-        InputError: it is not installed.
+        InputError: the package is not installed.
     """
     if importlib.util.find_spec("lvis") is None:
-        # --no-deps: it asks for opencv-python, which overwrites any other build of cv2.
+        # --no-deps, because lvis requires opencv-python, which overwrites any other build of cv2.
         raise InputError(
             "LVIS is read and evaluated with the package lvis, which is not installed; "
             "run pip install --no-deps lvis."
@@ -39,10 +39,10 @@ def require_lvis() -> None:
 
 
 def check_lvis_dataset(name: str) -> None:
-    """Check that LVIS's package and a data set's files are there.
+    """Check that the package lvis and a data set's files exist.
 
     Raises:
-        InputError: naming what is missing.
+        InputError: the package, the annotation file or the image folder is missing.
     """
     require_lvis()
     metadata = MetadataCatalog.get(name)
@@ -60,22 +60,22 @@ def federated_loss_weights(
     """Weights by which the federated loss (arXiv 2103.07461) draws the classes of an image.
 
     Args:
-        names: of data sets whose metadata has ``class_image_count``.
-        power: of the number of images that show a class.
+        names: names of data sets whose metadata has ``class_image_count``.
+        power: exponent of the number of images that show a class.
 
     Returns:
-        A function that gives the weights, (K,), once the model is built.
+        A function without arguments that returns the weights, (K,).
     """
     return partial(get_fed_loss_cls_weights, names, power)
 
 
 class LVISEvaluator(Detectron2LVISEvaluator):
-    """Detectron2's evaluator of the same name; AP of at most ``max_dets_per_image`` detections.
+    """Detectron2's evaluator of the same name, with a current numpy and 300 detections an image.
 
     Args:
-        dataset_name: with LVIS's annotation file in its metadata.
-        output_dir: where predictions are written.
-        max_dets_per_image: LVIS counts 300.
+        dataset_name: name of a data set with LVIS's annotation file in its metadata.
+        output_dir: folder of the predictions.
+        max_dets_per_image: number of detections that count in an image; LVIS's own is 300.
 
     Raises:
         InputError: the package lvis is not installed.
@@ -88,9 +88,8 @@ class LVISEvaluator(Detectron2LVISEvaluator):
         super().__init__(dataset_name, output_dir=output_dir, max_dets_per_image=max_dets_per_image)
 
     def evaluate(self) -> dict[str, Any] | None:
-        """AP by IoU, size and frequency of the classes (APr, APc, APf), on the first rank."""
-        # lvis 0.5.3, its last release, uses this name of Python's float; numpy has had none since
-        # 1.24.
+        """Compute AP by IoU, size and frequency of the classes (APr, APc, APf), on rank 0."""
+        # lvis 0.5.3, its last release, uses np.float, which numpy removed in 1.24.
         added = not hasattr(np, "float")
         if added:
             np.float = float

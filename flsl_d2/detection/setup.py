@@ -1,4 +1,4 @@
-"""The start of a detection run: its folder, logs and seed, and a record of the environment."""
+"""The start of a detection run: folder, logs, seed, environment, and the weights to load."""
 
 from __future__ import annotations
 
@@ -13,7 +13,13 @@ from detectron2.utils.collect_env import collect_env_info
 from detectron2.utils.env import seed_all_rng
 from omegaconf import DictConfig
 
-from flsl_d2.engine.run_folder import ResumeOptions, check_and_keep_run, keep_config, prepare_output
+from flsl_d2.engine.run_folder import (
+    DETECTION_KEYS,
+    ResumeOptions,
+    check_and_keep_run,
+    keep_config,
+    prepare_output,
+)
 from flsl_d2.errors import InputError
 from flsl_d2.weights import FLSLCheckpointer
 
@@ -33,10 +39,10 @@ def resume_or_start(
     """Load the last checkpoint with the state of training, or the starting weights alone.
 
     Args:
-        checkpointer: of the run, with its trainer.
+        checkpointer: checkpointer that holds the model and the trainer.
         weights: path or URL; empty for random weights.
-        resume: prefer the last checkpoint in the output folder.
-        trainer: its ``iter`` is set by loading.
+        resume: whether the last checkpoint in the output folder is preferred.
+        trainer: trainer whose ``iter`` a checkpoint sets.
 
     Returns:
         The step to start from.
@@ -61,10 +67,10 @@ def load_for_evaluation(
     """Load what ``--eval-only`` evaluates.
 
     Args:
-        checkpointer: of the model.
+        checkpointer: checkpointer of the model.
         weights: path or URL.
-        resume: take the last checkpoint in the output folder instead.
-        key: how the config's key for weights is written, for messages.
+        resume: whether the last checkpoint in the output folder is taken instead.
+        key: the config key of the weights as an override begins, for messages.
 
     Raises:
         InputError: there is nothing to evaluate, only an encoder, or only a part of the model.
@@ -83,19 +89,9 @@ def load_for_evaluation(
         )
 
 
-# PyTorch's loggers of: no GPU while the environment is collected; a function that Detectron2 calls
-# and that has a newer name.
+# Loggers of warnings that need no action: no GPU while the environment is collected, and a renamed
+# function that Detectron2 calls.
 _HARMLESS_WARNINGS = ("torch.utils.cpp_extension", "torch.fx._symbolic_trace")
-
-# Keys whose change leaves the result of training as it is.
-_MAY_DIFFER = (
-    *("train.output_dir", "train.device", "train.log_period", "train.eval_period"),
-    "train.max_iter",  # its learning rates are those of lr_multiplier, a key of its own
-    *("train.checkpointer.*", "train.init_checkpoint", "dataloader.test.*"),
-    *("dataloader.evaluator.*", "dataloader.*.num_workers"),
-    *("OUTPUT_DIR", "MODEL.DEVICE", "MODEL.WEIGHTS", "DATALOADER.NUM_WORKERS", "DATASETS.TEST"),
-    *("SOLVER.CHECKPOINT_PERIOD", "TEST.*", "VIS_PERIOD"),
-)
 
 
 def start_run(
@@ -107,22 +103,22 @@ def start_run(
 ) -> None:
     """Make the output folder, send logs there, keep config and environment in it, and seed.
 
-    Stands for Detectron2's ``default_setup``, which prints the environment, the config file and
-    the whole config to the console.
+    Takes the place of Detectron2's ``default_setup``, which prints the environment and the whole
+    config to the console.
 
     Args:
-        cfg: of the run.
-        folder: to write to.
-        key: of the config that named the folder, for messages.
+        cfg: config of the run.
+        folder: output folder.
+        key: the config key of the folder, for messages.
         seed: see :func:`seed_run`.
-        options: of a run that trains, which is compared with what the folder holds.
+        options: how a run in the folder is treated; None for an evaluation, which needs no check.
 
     Raises:
         InputError: the folder cannot be written, or holds another run.
     """
     prepare_output(Path(folder), key, ["flsl_d2"])
     if options is not None:
-        check_and_keep_run(cfg, folder, key, options, _MAY_DIFFER)
+        check_and_keep_run(cfg, folder, key, options, DETECTION_KEYS)
     elif comm.is_main_process():
         keep_config(cfg, folder)
     seed_run(seed)
@@ -142,9 +138,9 @@ def seed_run(seed: int, start_iter: int = 0) -> None:
     """Seed Python, NumPy and PyTorch, each rank differently.
 
     Args:
-        seed: negative for a fresh one.
-        start_iter: step that a resumed run starts from; Detectron2's sampler always starts at its
-            beginning, and another seed keeps a resumed run from seeing the same images again.
+        seed: seed of the run; negative for a random one.
+        start_iter: first step of a resumed run; it changes the seed, because Detectron2's sampler
+            starts at its beginning and would repeat the images of the first steps.
     """
     seed_all_rng(None if seed < 0 else seed + comm.get_rank() + 1000 * start_iter)
     torch.backends.cudnn.benchmark = False  # images of many sizes

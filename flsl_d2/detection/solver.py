@@ -22,11 +22,11 @@ def layer_decay(decay_rate: float, num_layers: int) -> Callable[[str], float]:
 
     Args:
         decay_rate: factor from one block to the one before it; 1 for none.
-        num_layers: blocks L of the encoder.
+        num_layers: number of blocks L of the encoder.
 
     Returns:
         A function from a weight's name to its factor: ``decay_rate ** (L - i)`` for block i from
-        0, one step less for the patch embedding, 1 outside the blocks.
+        0, one step less for the patch embedding, 1 outside the encoder's blocks.
     """
     return partial(get_vit_lr_decay_rate, lr_decay_rate=decay_rate, num_layers=num_layers)
 
@@ -34,25 +34,24 @@ def layer_decay(decay_rate: float, num_layers: int) -> Callable[[str], float]:
 def add_solver_config(cfg: CfgNode) -> None:
     """Add ``SOLVER.OPTIMIZER`` ("SGD" or "ADAMW") and ``SOLVER.LAYER_DECAY`` to a YAML config.
 
-    The defaults leave Detectron2's optimiser as it is. Keys that a project has already are left
-    alone; calling this twice does no harm.
+    The defaults leave Detectron2's optimiser as it is. Existing keys keep their values.
     """
     cfg.SOLVER.setdefault("OPTIMIZER", "SGD")
     cfg.SOLVER.setdefault("LAYER_DECAY", 1.0)
 
 
 def build_yaml_optimizer(cfg: CfgNode, model: nn.Module) -> torch.optim.Optimizer:
-    """The optimiser of a YAML config.
+    """Build the optimiser of a YAML config over the parameters that are trained.
 
     With ``SOLVER.OPTIMIZER: ADAMW``, betas are (0.9, 0.999) and learning rates follow
     :func:`layer_decay`.
 
     Args:
-        cfg: with the nodes of :func:`add_solver_config`.
-        model: its encoder is found by ``MODEL.FLSL_VIT.DEPTH``.
+        cfg: config with the nodes of :func:`add_solver_config`.
+        model: detector; its encoder has ``MODEL.FLSL_VIT.DEPTH`` blocks.
 
     Raises:
-        InputError: another name of an optimiser.
+        InputError: an unknown name of an optimiser.
     """
     solver = cfg.SOLVER
     if solver.OPTIMIZER == "SGD":
@@ -66,6 +65,7 @@ def build_yaml_optimizer(cfg: CfgNode, model: nn.Module) -> torch.optim.Optimize
         bias_lr_factor=solver.BIAS_LR_FACTOR,
         weight_decay_bias=solver.WEIGHT_DECAY_BIAS,
         lr_factor_func=layer_decay(solver.LAYER_DECAY, cfg.MODEL.FLSL_VIT.DEPTH),
+        overrides={"pos_embed": {"weight_decay": 0.0}},
     )
     optimizer = torch.optim.AdamW(groups, lr=solver.BASE_LR, weight_decay=solver.WEIGHT_DECAY)
     return maybe_add_gradient_clipping(cfg, optimizer)

@@ -20,7 +20,7 @@ __all__ = ["UAVDTEvaluator", "average_precision"]
 
 logger = logging.getLogger(__name__)
 
-# Share of a detection that lies in one ignored region, above which it counts neither way.
+# A detection of which a larger share lies in one ignored region is left out.
 MAX_IGNORED_SHARE = 0.5
 
 
@@ -31,13 +31,13 @@ def average_precision(
 ) -> float:
     """PASCAL VOC's average precision (2010 and later: the area under the precision envelope).
 
-    By falling score, a detection is right if the box it overlaps most, in its image, overlaps by
-    the threshold and was not found before; a second detection of a box is wrong.
+    Detections are taken by falling score. A detection is right if the box of its image that it
+    overlaps most has an IoU of at least the threshold and was not found before.
 
     Args:
-        detections: image to (boxes (N, 4) as x0 y0 x1 y1, scores (N,)).
-        truth: image to boxes (M, 4).
-        iou_threshold: least intersection over union.
+        detections: boxes (N, 4) as x0 y0 x1 y1 and scores (N,), by image.
+        truth: boxes (M, 4) by image.
+        iou_threshold: smallest intersection over union of a right detection.
 
     Returns:
         AP in percent; nan where there are no boxes to find.
@@ -59,12 +59,12 @@ def average_precision(
 
 
 def _right(boxes: np.ndarray, truth: np.ndarray, iou_threshold: float) -> np.ndarray:
-    """Which boxes of one image, in the order of their scores, find an object: (N,) bool."""
+    """Mark the boxes of one image, sorted by falling score, that find an object: (N,) bool."""
     right = np.zeros(len(boxes), bool)
     if not len(truth) or not len(boxes):
         return right
     best, index = pairwise_iou(_boxes(boxes), _boxes(truth)).max(dim=1)
-    enough = best >= iou_threshold  # in the tensor's own precision: 7 of 10 is 0.7
+    enough = best >= iou_threshold  # compared in the tensor's precision, where 7 / 10 equals 0.7
     taken: set[int] = set()
     for i, match in enumerate(index.tolist()):
         if enough[i] and match not in taken:
@@ -78,16 +78,16 @@ def _boxes(array: np.ndarray) -> Boxes:
 
 
 class UAVDTEvaluator(DatasetEvaluator):
-    """Vehicles found on UAVDT.
+    """AP of the vehicles of UAVDT.
 
-    A detection that lies in an ignored region by more than half is left out. ``AP70``, the
-    benchmark's threshold, and ``AP50``, PASCAL's, take car, truck and bus as one class;
-    ``AP70-car`` and so on are those of the classes, ``mAP70`` and ``mAP50`` their means. Ignored
-    regions are the annotations with ``iscrowd``, as ``tools/convert_uavdt.py`` writes them. The
-    benchmark's own MATLAB toolkit was not available to compare with.
+    A detection that lies in an ignored region by more than half is left out. ``AP70`` (the
+    benchmark's threshold) and ``AP50`` (PASCAL's) take car, truck and bus as one class;
+    ``AP70-car`` and the like are of single classes, ``mAP70`` and ``mAP50`` the means over the
+    classes. Ignored regions are the annotations with ``iscrowd``, as ``tools/convert_uavdt.py``
+    writes them. The results were not compared with the benchmark's MATLAB toolkit.
 
     Args:
-        dataset_name: in COCO format, by UAVDT's converter.
+        dataset_name: name of a data set in COCO format, written by UAVDT's converter.
     """
 
     def __init__(self, dataset_name: str) -> None:
@@ -114,7 +114,7 @@ class UAVDTEvaluator(DatasetEvaluator):
         self._detections: list[tuple[int, np.ndarray, np.ndarray, np.ndarray]] = []
 
     def process(self, inputs: list[dict], outputs: list[dict]) -> None:
-        """Keep the detections of a batch."""
+        """Store the detections of a batch."""
         for image, output in zip(inputs, outputs, strict=True):
             instances = output["instances"].to("cpu")
             boxes, keep = instances.pred_boxes, slice(None)
@@ -126,7 +126,7 @@ class UAVDTEvaluator(DatasetEvaluator):
             self._detections.append((image["image_id"], *(v.numpy()[keep] for v in values)))
 
     def evaluate(self) -> dict[str, dict[str, float]] | None:
-        """The scores on the first rank, in percent."""
+        """Compute the scores in percent on rank 0; None on the others."""
         gathered = comm.gather(self._detections, dst=0)
         if not comm.is_main_process():
             return None
@@ -144,13 +144,15 @@ class UAVDTEvaluator(DatasetEvaluator):
         logger.info("UAVDT: %s", ", ".join(f"{k} {v:.2f}" for k, v in results.items()))
         return OrderedDict(uavdt=results)
 
-    def _ap(self, detections: list, threshold: float, of_class: int | None = None) -> float:
-        """AP of one class, or of all as one, among the images that were seen."""
+    def _ap(self, detections: list, threshold: float, only_class: int | None = None) -> float:
+        """AP of one class, or of all classes as one, over the images that were processed."""
         found, truth = {}, {}
         for image, boxes, scores, classes in detections:
-            mine = np.ones(len(boxes), bool) if of_class is None else classes == of_class
-            found[image] = boxes[mine], scores[mine]
-            theirs = np.array(self._truth_classes[image], int)
-            wanted = np.ones(len(theirs), bool) if of_class is None else theirs == of_class
-            truth[image] = np.array(self._truth[image], float).reshape(-1, 4)[wanted]
+            kept = np.ones(len(boxes), bool) if only_class is None else classes == only_class
+            found[image] = boxes[kept], scores[kept]
+            true_classes = np.array(self._truth_classes[image], int)
+            kept = np.ones(len(true_classes), bool)
+            if only_class is not None:
+                kept = true_classes == only_class
+            truth[image] = np.array(self._truth[image], float).reshape(-1, 4)[kept]
         return average_precision(found, truth, threshold)

@@ -1,70 +1,129 @@
-"""Training and evaluating a detector from a YAML config, on Detectron2's DefaultTrainer."""
+"""Train and evaluate a detector from a YAML config, on Detectron2's ``DefaultTrainer``."""
 
 from __future__ import annotations
 
 import os
+import re
 import weakref
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
-from detectron2.config import CfgNode
+import yaml
+from detectron2.config import CfgNode, get_cfg
 from detectron2.data import build_detection_test_loader, build_detection_train_loader
-from detectron2.engine import (
-    AMPTrainer,
-    DefaultTrainer,
-    HookBase,
-    SimpleTrainer,
-    TrainerBase,
-    hooks,
-)
+from detectron2.engine import DefaultTrainer, HookBase, hooks
 from detectron2.modeling import build_model
+from detectron2.utils import comm
 from torch import nn
+from torch.utils.data import DataLoader
 
 from flsl_d2.data.mapper import FLSLDatasetMapper
-from flsl_d2.detection.checks import check_batch, check_datasets, describe_model, mixed_precision
+from flsl_d2.detection.checks import (
+    CheckedMapper,
+    check_batch,
+    check_datasets,
+    check_test_set,
+    describe_model,
+    mixed_precision,
+)
 from flsl_d2.detection.coco_evaluator import FLSLCOCOEvaluator
-from flsl_d2.detection.own_data import num_classes_yaml, use_own_data_yaml
 from flsl_d2.detection.setup import load_for_evaluation, resume_or_start, seed_run, start_run
-from flsl_d2.detection.solver import build_yaml_optimizer
+from flsl_d2.detection.solver import add_solver_config, build_yaml_optimizer
 from flsl_d2.engine.checkpoints import Checkpoints, LeaveWhenAsked
-from flsl_d2.engine.launch import wrap_ddp
+from flsl_d2.engine.config_files import resolve_config_path
+from flsl_d2.engine.overrides import unknown_keys_error
 from flsl_d2.engine.run_folder import PeriodicWriter, ResumeOptions, trim_metrics
 from flsl_d2.engine.stopping import StopRequest, stop_requests
+from flsl_d2.errors import InputError
+from flsl_d2.files import expand_home
+from flsl_d2.modeling import add_flsl_config
 from flsl_d2.weights import FLSLCheckpointer
 
-__all__ = ["DetectionTrainer", "run_yaml_detection"]
+__all__ = ["DetectionTrainer", "load_yaml_config", "run_yaml_detection"]
+
+# The node that holds the number of classes of an architecture.
+_CLASSES = {
+    "GeneralizedRCNN": "ROI_HEADS",
+    "RetinaNet": "RETINANET",
+    "SemanticSegmentor": "SEM_SEG_HEAD",
+}
+# Exceptions of yacs for files and values that it cannot take.
+_YAML_ERRORS = (
+    *(yaml.YAMLError, AssertionError, AttributeError, KeyError, OSError, TypeError, ValueError),
+)
+
+
+def load_yaml_config(path: str, overrides: Sequence[str] = ()) -> CfgNode:
+    """Load a YAML config over Detectron2's defaults and this project's nodes.
+
+    Args:
+        path: config file; see :func:`flsl_d2.engine.config_files.resolve_config_path`. Tags that
+            run code are refused.
+        overrides: ``[KEY, VALUE, KEY, VALUE, ...]``.
+
+    Raises:
+        InputError: a missing or broken file, an unknown key, or a value of another type than the
+            one it replaces.
+    """
+    path = resolve_config_path(path)
+    cfg = get_cfg()
+    add_flsl_config(cfg)
+    add_solver_config(cfg)
+    odd = next((key for key in overrides[::2] if "=" in key), None)
+    if odd is not None or len(overrides) % 2:
+        raise InputError(
+            f"overrides of a YAML config are pairs KEY VALUE, but {odd or overrides[-1]!r} is not "
+            "followed by a value; write for example SOLVER.MAX_ITER 100."
+        )
+    try:
+        cfg.merge_from_file(path, allow_unsafe=False)
+        cfg.merge_from_list([expand_home(text) for text in overrides])
+    except _YAML_ERRORS as error:
+        reason = " ".join(str(error).split()).strip("\"'")
+        unknown = re.search(r"Non-existent (?:config )?key: ([\w.]+)", reason)
+        if unknown:
+            raise unknown_keys_error([unknown[1]], list(_key_paths(cfg)), f" ({path})") from error
+        raise InputError(
+            f"config file {path!r} with its overrides cannot be used: {reason}; correct it."
+        ) from error
+    cfg.MODEL.WEIGHTS, cfg.OUTPUT_DIR = expand_home(cfg.MODEL.WEIGHTS), expand_home(cfg.OUTPUT_DIR)
+    return cfg
+
+
+def _key_paths(node: Mapping[str, Any], prefix: str = "") -> Iterator[str]:
+    for key, value in node.items():
+        yield f"{prefix}{key}"
+        if isinstance(value, Mapping):
+            yield from _key_paths(value, f"{prefix}{key}.")
 
 
 class DetectionTrainer(DefaultTrainer):
-    """DefaultTrainer with COCO's evaluator, safe checkpoints, AdamW, and CPU processes.
+    """Detectron2's trainer with AdamW, COCO's evaluator, safe checkpoints, and stopping on request.
 
-    Its ``__init__`` is written out because the inherited one assumes GPUs, reads the data before
-    it looks at the weights, and makes a checkpointer of its own.
+    Args:
+        cfg: config from :func:`load_yaml_config`.
+        request: whether this process was asked to stop.
     """
 
     def __init__(self, cfg: CfgNode, request: StopRequest) -> None:
-        TrainerBase.__init__(self)
-        self.cfg, self.request = cfg, request
-        model = self.build_model(cfg)
-        optimizer = self.build_optimizer(cfg, model)
-        model = wrap_ddp(model, broadcast_buffers=False)
-        amp = mixed_precision(cfg.SOLVER.AMP.ENABLED, cfg.MODEL.DEVICE)
-        self._trainer = (AMPTrainer if amp else SimpleTrainer)(model, None, optimizer)
-        self.scheduler = self.build_lr_scheduler(cfg, optimizer)
-        self.checkpointer = FLSLCheckpointer(model, cfg.OUTPUT_DIR, trainer=weakref.proxy(self))
-        self.start_iter, self.max_iter = 0, cfg.SOLVER.MAX_ITER
-        self.register_hooks(self.build_hooks())
+        self.request = request
+        super().__init__(cfg)
 
     def resume_or_load(self, resume: bool = True) -> None:
-        """Load weights as DefaultTrainer does, then open the data."""
+        """Load the last checkpoint with the state of training, or the starting weights."""
         self.start_iter = resume_or_start(self.checkpointer, self.cfg.MODEL.WEIGHTS, resume, self)
         if self.start_iter:
+            # The sampler starts at its beginning: another seed gives another order of images.
             seed_run(self.cfg.SEED, self.start_iter)
+            self._trainer.data_loader = self.build_train_loader(self.cfg)
         trim_metrics(os.path.join(self.cfg.OUTPUT_DIR, "metrics.json"), self.start_iter)
-        self._trainer.data_loader = self.build_train_loader(self.cfg)
 
     def build_hooks(self) -> list[HookBase]:
-        """DefaultTrainer's, with checkpoints that are whole or absent, and a way to stop."""
+        """Replace Detectron2's checkpoints by ones that are whole or absent; stop on request."""
+        self.checkpointer = FLSLCheckpointer(
+            self.model, self.cfg.OUTPUT_DIR, trainer=weakref.proxy(self)
+        )
         checkpoints = Checkpoints(self.checkpointer, self.cfg.SOLVER.CHECKPOINT_PERIOD)
         registered: list[HookBase] = []
         for hook in super().build_hooks():
@@ -78,31 +137,35 @@ class DetectionTrainer(DefaultTrainer):
 
     @classmethod
     def build_model(cls, cfg: CfgNode) -> nn.Module:
-        """The model on its device, described in one line."""
+        """Build the model and describe it in one line."""
         model = build_model(cfg)
         describe_model(model)
         return model
 
     @classmethod
     def build_optimizer(cls, cfg: CfgNode, model: nn.Module) -> torch.optim.Optimizer:
-        """See :func:`flsl_d2.detection.solver.build_yaml_optimizer`."""
+        """Build the optimiser; see :func:`flsl_d2.detection.solver.build_yaml_optimizer`."""
         return build_yaml_optimizer(cfg, model)
 
     @classmethod
-    def build_train_loader(cls, cfg: CfgNode) -> Any:
-        """Detectron2's loader, on the project's reader of images."""
-        return build_detection_train_loader(cfg, mapper=FLSLDatasetMapper(cfg, is_train=True))
+    def build_train_loader(cls, cfg: CfgNode) -> DataLoader:
+        """Build Detectron2's loader on the project's reader of images."""
+        mapper = CheckedMapper(FLSLDatasetMapper(cfg, is_train=True))
+        return build_detection_train_loader(cfg, mapper=mapper)
 
     @classmethod
-    def build_test_loader(cls, cfg: CfgNode, dataset_name: str) -> Any:
-        """Detectron2's loader, on the project's reader of images."""
-        mapper = FLSLDatasetMapper(cfg, is_train=False)
+    def build_test_loader(cls, cfg: CfgNode, dataset_name: str) -> DataLoader:
+        """Build Detectron2's loader on the project's reader of images."""
+        mapper = CheckedMapper(FLSLDatasetMapper(cfg, is_train=False))
         return build_detection_test_loader(cfg, dataset_name, mapper=mapper)
 
     @classmethod
     def build_evaluator(cls, cfg: CfgNode, dataset_name: str) -> FLSLCOCOEvaluator:
-        """COCO's evaluator, with results in ``OUTPUT_DIR/inference``."""
-        return FLSLCOCOEvaluator(dataset_name, output_dir=os.path.join(cfg.OUTPUT_DIR, "inference"))
+        """Build COCO's evaluator, which writes to a folder of the test set below ``inference``."""
+        folder = os.path.join(cfg.OUTPUT_DIR, "inference")
+        if len(cfg.DATASETS.TEST) > 1:
+            folder = os.path.join(folder, dataset_name)
+        return FLSLCOCOEvaluator(dataset_name, output_dir=folder)
 
 
 def run_yaml_detection(
@@ -115,11 +178,11 @@ def run_yaml_detection(
     """Train, or only evaluate, in this process, one of possibly several.
 
     Args:
-        cfg: from :func:`flsl_d2.engine.config_files.load_yaml_config`.
+        cfg: config from :func:`load_yaml_config`.
         resume: continue from the last checkpoint in the output folder, where there is one.
         eval_only: evaluate ``MODEL.WEIGHTS`` (with ``resume``: the last checkpoint).
         allow_changes: see :class:`flsl_d2.engine.run_folder.ResumeOptions`.
-        overwrite: likewise.
+        overwrite: see :class:`flsl_d2.engine.run_folder.ResumeOptions`.
 
     Returns:
         The evaluator's results when only evaluating, else None.
@@ -127,25 +190,38 @@ def run_yaml_detection(
     Raises:
         InputError: the config, data, weights or output folder cannot be used.
         TrainingError: the last checkpoint cannot be written.
-        SystemExit: of status 75, after a request to stop.
+        SystemExit: a stop was requested; the status is 75.
     """
+    if comm.get_world_size() > 1 and not cfg.MODEL.DEVICE.startswith("cuda"):
+        raise InputError(
+            f"MODEL.DEVICE is {cfg.MODEL.DEVICE!r} with {comm.get_world_size()} processes, and a "
+            "YAML config runs in one process there; give --num-gpus 1, or a LazyConfig .py."
+        )
     options = None if eval_only else ResumeOptions(resume, allow_changes, overwrite)
     start_run(cfg, cfg.OUTPUT_DIR, "OUTPUT_DIR", cfg.SEED, options)
-    use_own_data_yaml(cfg, eval_only)
-    classes, num_classes = num_classes_yaml(cfg)
+    classes = _CLASSES.get(cfg.MODEL.META_ARCHITECTURE)
     check_datasets(
         [] if eval_only else cfg.DATASETS.TRAIN,
         cfg.DATASETS.TEST,
-        num_classes,
-        f"{classes} ",
+        cfg.MODEL[classes].NUM_CLASSES if classes else None,
+        f"MODEL.{classes}.NUM_CLASSES ",
         "MODEL.MASK_ON False" if cfg.MODEL.MASK_ON else "",
     )
     if eval_only:
         model = DetectionTrainer.build_model(cfg)
         checkpointer = FLSLCheckpointer(model, cfg.OUTPUT_DIR)
         load_for_evaluation(checkpointer, cfg.MODEL.WEIGHTS, resume, "MODEL.WEIGHTS ")
-        return DetectionTrainer.test(cfg, wrap_ddp(model, broadcast_buffers=False))
+        return DetectionTrainer.test(cfg, model)
     check_batch(cfg.SOLVER.IMS_PER_BATCH, "SOLVER.IMS_PER_BATCH")
+    for name in cfg.DATASETS.TEST:
+        check_test_set(
+            name,
+            lambda name=name: (
+                DetectionTrainer.build_test_loader(cfg, name),
+                DetectionTrainer.build_evaluator(cfg, name),
+            ),
+        )
+    cfg.SOLVER.AMP.ENABLED = mixed_precision(cfg.SOLVER.AMP.ENABLED, cfg.MODEL.DEVICE)
     with stop_requests() as request:
         trainer = DetectionTrainer(cfg, request)
         trainer.resume_or_load(resume)

@@ -1,1 +1,1 @@
-"""What the tools share: processes, configs, command lines and the detection loops."""
+"""Parts that every run needs: configs, command lines, processes, stopping, output folders."""

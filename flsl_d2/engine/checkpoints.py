@@ -1,4 +1,4 @@
-"""When checkpoints are written, which are kept, and leaving when asked to stop."""
+"""Hooks that write checkpoints, keep some of them, and stop a run on request."""
 
 from __future__ import annotations
 
@@ -20,23 +20,23 @@ logger = logging.getLogger(__name__)
 
 
 class Checkpoints(HookBase):
-    """Writes ``model_<step>.pth`` every ``period`` steps, and ``model_final.pth`` at the end.
+    """Write ``model_<step>.pth`` every ``period`` steps, and ``model_final.pth`` at the end.
 
-    It belongs on every rank, after the hooks whose work of this step a resumed run must not
-    repeat. A checkpoint that cannot be written is an error in the log, and training goes on from
-    the one before; the last one of a run must succeed.
+    The hook runs on every rank, after the hooks whose work of a step a resumed run must not
+    repeat. A checkpoint that cannot be written is an error in the log, and training goes on; the
+    last checkpoint of a run must succeed.
 
     Args:
-        checkpointer: writes on the main process alone.
-        period: steps between two checkpoints.
-        keep_last: how many of the newest stay; None for all.
-        keep_every: a checkpoint whose number of steps this divides stays, too; 0 for none.
-        stop_agreed: whether to stop; called after each step, the same answer on every rank.
-        prepare: called on every rank before a checkpoint is written.
+        checkpointer: checkpointer, which writes on the main process alone.
+        period: number of steps between two checkpoints.
+        keep_last: number of newest checkpoints to keep; None keeps all.
+        keep_every: number of steps whose multiples are kept for good; 0 for none.
+        stop_agreed: function called after each step on every rank; True on all of them stops.
+        prepare: function called on every rank before a checkpoint is written.
 
     Raises:
-        SystemExit: of status 75, once the checkpoint of a run that was asked to stop is written.
-        TrainingError: that one or the last one cannot be written.
+        SystemExit: the run was asked to stop and its checkpoint is written; the status is 75.
+        TrainingError: the last checkpoint cannot be written.
     """
 
     def __init__(
@@ -53,12 +53,12 @@ class Checkpoints(HookBase):
         self.stop_agreed, self.prepare = stop_agreed, prepare
 
     def before_train(self) -> None:
-        """Clear away what a killed run could not finish."""
+        """Remove unfinished files of a run that was killed."""
         if comm.is_main_process():
             remove_unfinished(self.checkpointer.save_dir)
 
     def after_step(self) -> None:
-        """Save when due; leave when asked to."""
+        """Write a checkpoint when it is due, and stop on request."""
         done = self.trainer.iter + 1
         stop = self.stop_agreed()
         if done >= self.trainer.max_iter:
@@ -69,11 +69,11 @@ class Checkpoints(HookBase):
             self._save(f"model_{self.trainer.iter:07d}")
 
     def save_and_leave(self) -> None:
-        """Write a checkpoint of this step and exit; called on every rank."""
+        """Write a checkpoint of this step and exit; every rank must call this."""
         self._save(f"model_{self.trainer.iter:07d}", last=True)
-        comm.synchronize()  # nobody leaves, and is missed, before the file is complete
+        comm.synchronize()  # no rank leaves before the file is complete
         logger.info(
-            "Stopped as asked after step %d; the same command with --resume continues.",
+            "Stopped on request after step %d; the same command with --resume continues.",
             self.trainer.iter + 1,
         )
         raise SystemExit(STOPPED)
@@ -112,17 +112,17 @@ class Checkpoints(HookBase):
 
 
 class LeaveWhenAsked(HookBase):
-    """The last hook of a run that writes its checkpoints before it evaluates and logs.
+    """Stop a run on request, as its last hook: after evaluation and logging of the step.
 
     Args:
-        checkpoints: of the run.
-        request: of this process; all ranks leave after the same step.
+        checkpoints: hook that writes the checkpoints of the run.
+        request: whether this process was asked to stop; all ranks leave after the same step.
     """
 
     def __init__(self, checkpoints: Checkpoints, request: StopRequest) -> None:
         self.checkpoints, self.request = checkpoints, request
 
     def after_step(self) -> None:
-        """Leave if any rank was asked to."""
+        """Leave if any rank was asked to stop."""
         if agreed_by_all(self.request) and self.trainer.iter + 1 < self.trainer.max_iter:
             self.checkpoints.save_and_leave()

@@ -19,9 +19,11 @@ import torch
 from flsl_d2.engine.launch import WorkerError, leave, started_by_torchrun
 from flsl_d2.engine.stopping import STOPPED
 from flsl_d2.errors import InputError, TrainingError
+from flsl_d2.files import expand_home
 
 __all__ = [
     "SHARED_OPTIONS",
+    "add_defaults",
     "add_option",
     "add_overrides",
     "comma_separated",
@@ -31,7 +33,6 @@ __all__ = [
     "run_tool",
     "seed_list",
     "tool_argument_parser",
-    "user_path",
 ]
 
 # Warnings of third parties that a user of the tools can do nothing about: the category and the
@@ -48,10 +49,11 @@ _HARMLESS = (
 def run_tool(function: Callable[..., Any], *args: Any) -> None:
     """Run a tool and end this process with its status.
 
-    Status 0 when it returns, 2 after an :class:`InputError` and 3 after a :class:`TrainingError`
-    (``error: ...`` on stderr, no traceback), 1 when a worker process failed (that worker's own
-    error on stderr), 75 after a request to stop (:mod:`flsl_d2.engine.stopping`), 130 after
-    Ctrl-C. Any other exception is a defect and keeps its traceback.
+    The status is 0 when the function returns, 2 after an :class:`InputError` and 3 after a
+    :class:`TrainingError` (``error: ...`` on stderr, no traceback), 1 when a worker process failed
+    (with the worker's error on stderr), 75 after a request to stop
+    (:mod:`flsl_d2.engine.stopping`), and 130 after Ctrl-C. Any other exception is a defect of the
+    program and keeps its traceback.
     """
     _quiet_third_parties()
     try:
@@ -80,32 +82,36 @@ def run_tool(function: Callable[..., Any], *args: Any) -> None:
     sys.exit(status)
 
 
-class _Parser(argparse.ArgumentParser):
+class _ToolParser(argparse.ArgumentParser):
+    """Parser that expands ``~`` in paths, and whose errors are one sentence as all of a tool's."""
+
+    def parse_known_args(self, args=None, namespace=None):  # type: ignore[no-untyped-def]
+        """Parse as ``ArgumentParser`` does, then replace ``~``; see :func:`expand_home`."""
+        found, rest = super().parse_known_args(args, namespace)
+        for name, value in vars(found).items():
+            setattr(found, name, expand_home(value))
+        return found, rest
+
     def error(self, message: str) -> NoReturn:
-        """Report a wrong command line in one sentence, like every other error of a tool."""
+        """Report a wrong command line, and exit with status 2."""
         self.exit(2, f"error: {message}; --help lists the options.\n")
 
 
 def described_parser(description: str, epilog: str = "") -> argparse.ArgumentParser:
-    """Make a parser that shows both texts as they are written and takes whole options only.
+    """Make a parser of a tool: help is printed as written, and options are not abbreviated.
 
     Args:
-        description: what the tool does.
+        description: purpose of the tool.
         epilog: examples of complete commands.
     """
     spec = getattr(sys.modules["__main__"], "__spec__", None)
-    return _Parser(
+    return _ToolParser(
         prog=f"python -m {spec.name.removesuffix('.__main__')}" if spec else None,
         description=description,
         epilog=epilog,
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
-
-
-def user_path(text: str) -> Path:
-    """Path of an option, with a leading ``~`` expanded."""
-    return Path(text).expanduser()
 
 
 def comma_separated(text: str) -> list[str]:
@@ -159,64 +165,38 @@ class _CollectLists(argparse.Action):
         setattr(namespace, self.dest, list(dict.fromkeys(items)))
 
 
+def _option(metavar: str, help_text: str, **settings: Any) -> dict[str, Any]:
+    return {"metavar": metavar, "help": help_text, **settings}
+
+
+_WEIGHTS = "encoder: file or URL of any known layout, or 'random' for an untrained ViT-S/16"
+_DATA = "registered data set, or folder with a subfolder for each class,"
+_DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 SHARED_OPTIONS: dict[str, dict[str, Any]] = {
-    "--config-file": {
-        "required": True,
-        "metavar": "FILE",
-        "help": "config to run; a path, or a name below configs/",
-    },
-    "--weights": {
-        "type": os.path.expanduser,
-        "metavar": "FILE",
-        "help": "encoder: file or URL of any known layout, or 'random' for an untrained ViT-S/16",
-    },
-    "--train": {
-        "default": "",
-        "metavar": "NAME",
-        "help": "registered data set, or folder with a subfolder for each class, that the measures "
-        "learn labels from",
-    },
-    "--val": {"default": "", "metavar": "NAME", "help": "the same, that they score"},
-    "--measures": {
-        "action": _CollectLists,
-        "type": comma_separated,
-        "metavar": "A,B",
-        "help": "measures of frozen features",
-    },
-    "--max-images": {
-        "type": int,
-        "metavar": "N",
-        "help": "largest number of images of each data set, drawn by seed (default: all)",
-    },
-    "--short-side": {
-        "type": int,
-        "default": 448,
-        "metavar": "PX",
-        "help": "shorter side that images are resized to, in pixels (default: %(default)s)",
-    },
-    "--seeds": {"type": seed_list, "metavar": "0,1", "help": "seeds, one run each"},
-    "--output": {
-        "type": user_path,
-        "metavar": "DIR",
-        "help": "folder of everything that is written (default: %(default)s)",
-    },
-    "--json": {"type": user_path, "metavar": "FILE", "help": "JSON file to write the results to"},
-    "--device": {
-        "default": "cuda" if torch.cuda.is_available() else "cpu",
-        "help": "cuda or cpu (default here: %(default)s)",
-    },
-    "--num-gpus": {
-        "type": int,
-        "default": 1,
-        "metavar": "N",
-        "help": "GPUs on this machine; on the CPU, processes (default: %(default)s)",
-    },
-    "--gpus-per-job": {
-        "type": int,
-        "default": 1,
-        "metavar": "N",
-        "help": "GPUs of each job, so that several jobs run at a time (default: %(default)s)",
-    },
+    "--config-file": _option(
+        "FILE", "config to run; a path, or a name below configs/", required=True
+    ),
+    "--weights": _option("FILE", _WEIGHTS),
+    "--train": _option("NAME", f"{_DATA} to learn labels from", default=""),
+    "--val": _option("NAME", f"{_DATA} to score on", default=""),
+    "--measures": _option(
+        "A,B", "measures of frozen features", action=_CollectLists, type=comma_separated
+    ),
+    "--davis-root": _option(
+        "DIR", "DAVIS 2017, with JPEGImages, Annotations and ImageSets", type=Path
+    ),
+    "--max-images": _option("N", "most images of each data set (default: all)", type=int),
+    "--short-side": _option(
+        "PX", "shorter side of images in pixels (default: %(default)s)", type=int, default=448
+    ),
+    "--seeds": _option("0,1", "seeds, one run each", type=seed_list),
+    "--output": _option("DIR", "folder to write to (default: %(default)s)", type=Path),
+    "--json": _option("FILE", "JSON file to write the results to", type=Path),
+    "--device": _option("NAME", "cuda or cpu (default here: %(default)s)", default=_DEVICE),
+    "--num-gpus": _option(
+        "N", "GPUs of this machine; on the CPU, processes (default: 1)", type=int, default=1
+    ),
+    "--gpus-per-job": _option("N", "GPUs of each job (default: 1)", type=int, default=1),
 }
 
 
@@ -240,6 +220,14 @@ def add_option(
         )
 
 
+def add_defaults(parser: argparse.ArgumentParser, *options: tuple[str, Any, str]) -> None:
+    """Add options of one tool that have a default: their names, defaults and helps."""
+    for name, default, text in options:
+        parser.add_argument(
+            name, type=type(default), default=default, help=f"{text} (default: %(default)s)"
+        )
+
+
 def add_overrides(parser: argparse.ArgumentParser, help_text: str) -> None:
     """Add ``key=value`` arguments as ``opts``, for :func:`parse_tool_arguments` to read."""
     parser.add_argument("opts", nargs="*", metavar="key=value", help=help_text)
@@ -251,41 +239,30 @@ def tool_argument_parser(
     """Make a parser with the options that pre-training and fine-tuning have in common.
 
     Args:
-        description: what the tool does.
-        epilog: examples of complete commands; shown as written.
-        eval_only: whether there is ``--eval-only``.
+        description: purpose of the tool.
+        epilog: examples of complete commands.
+        eval_only: whether the tool has ``--eval-only``.
 
     Returns:
-        A parser; :func:`parse_tool_arguments` reads the command line with it.
+        A parser for :func:`parse_tool_arguments`.
     """
     parser = described_parser(description, epilog)
-    add = parser.add_argument
     add_option(parser, "--config-file")
-    add(
-        "--resume",
-        action="store_true",
-        help="continue from the last checkpoint in the output folder, if there is one",
-    )
-    add(
-        "--allow-changes",
-        action="store_true",
-        help="with --resume: go on although the config differs from that of the run",
-    )
-    add(
-        "--overwrite",
-        action="store_true",
-        help="without --resume: start anew although the output folder holds a run",
-    )
+    switches = {
+        "--resume": "continue from the last checkpoint in the output folder, if there is one",
+        "--allow-changes": "with --resume: continue although the config differs from the run's",
+        "--overwrite": "without --resume: start anew although the output folder holds a run",
+    }
     if eval_only:
-        add("--eval-only", action="store_true", help="evaluate the weights and stop")
+        switches["--eval-only"] = "evaluate the weights and stop"
+    for name, text in switches.items():
+        parser.add_argument(name, action="store_true", help=text)
     add_option(parser, "--num-gpus")
-    add("--num-machines", type=int, default=1, metavar="N", help="machines (default: 1)")
-    add("--machine-rank", type=int, default=0, metavar="I", help="this machine, from 0")
-    add(
-        "--dist-url",
-        default="auto",
-        metavar="URL",
-        help="tcp://HOST:PORT where the processes meet; needed with several machines",
+    add_defaults(
+        parser,
+        ("--num-machines", 1, "number of machines"),
+        ("--machine-rank", 0, "number of this machine, from 0"),
+        ("--dist-url", "auto", "tcp://HOST:PORT where the processes of several machines meet"),
     )
     add_overrides(
         parser,

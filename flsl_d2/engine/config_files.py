@@ -1,36 +1,25 @@
-"""Loading config files, with every unknown key and unusable value found before anything is built.
+"""Finding and loading config files; every unknown key is an error before anything is built.
 
-``LazyConfig.apply_overrides`` creates whatever key it is given, so a typo trains with the default;
-yacs stops at the first unknown key.
+``LazyConfig.apply_overrides`` creates whatever key it is given, so a typing error would train with
+the default.
 """
 
 from __future__ import annotations
 
 import builtins
 import difflib
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
-import yaml
-from detectron2.config import CfgNode, LazyConfig, get_cfg
-from omegaconf import DictConfig
+from detectron2.config import LazyConfig
+from omegaconf import DictConfig, ListConfig, Node
 
-from flsl_d2.detection.own_data import add_own_data_config
-from flsl_d2.detection.solver import add_solver_config
-from flsl_d2.engine.overrides import apply_lazy_overrides, unknown_keys_error
+from flsl_d2.engine.overrides import apply_lazy_overrides
 from flsl_d2.errors import InputError
-from flsl_d2.modeling import add_flsl_config
+from flsl_d2.files import expand_home
 
-__all__ = [
-    "CONFIGS_FOLDER",
-    "is_yaml",
-    "load_config",
-    "load_lazy_config",
-    "load_yaml_config",
-    "resolve_config_path",
-]
+__all__ = ["CONFIGS_FOLDER", "is_yaml", "load_lazy_config", "resolve_config_path"]
 
 # A wheel carries a copy of the checkout's folder.
 _SHIPPED = Path(__file__).parents[1] / "model_zoo" / "configs"
@@ -38,13 +27,13 @@ CONFIGS_FOLDER = _SHIPPED if _SHIPPED.is_dir() else Path(__file__).parents[2] / 
 
 
 def resolve_config_path(path: str) -> str:
-    """The config file that a user means.
+    """Find a config file.
 
     Args:
-        path: as given, or relative to the ``configs`` folder of the checkout.
+        path: path of the file, or its name relative to the ``configs`` folder.
 
     Raises:
-        InputError: no such file, or neither ``.py`` nor ``.yaml``.
+        InputError: there is no such file, or it is neither ``.py`` nor ``.yaml``.
     """
     if not path:
         raise InputError("no config file was given; add --config-file configs/....py or ....yaml.")
@@ -56,29 +45,27 @@ def resolve_config_path(path: str) -> str:
                     "or a .yaml file."
                 )
             return str(candidate)
-    shipped = {p.name: str(p.relative_to(CONFIGS_FOLDER.parent)) for p in _shipped_configs()}
+    shipped = {
+        file.name: str(file.relative_to(CONFIGS_FOLDER.parent))
+        for file in CONFIGS_FOLDER.rglob("*")
+        if file.suffix in (".py", ".yaml")
+    }
     close = difflib.get_close_matches(Path(path).name, shipped, n=1)
     hint = f"did you mean {shipped[close[0]]}" if close else "check the path"
     raise InputError(f"config file {path!r} does not exist; {hint}?")
 
 
 def is_yaml(path: str) -> bool:
-    """Whether a config file is of the YAML kind (the other is LazyConfig ``.py``)."""
+    """Whether a config file is YAML; the other kind is a LazyConfig ``.py``."""
     return path.endswith((".yaml", ".yml"))
 
 
-def load_config(path: str, overrides: Sequence[str] = ()) -> DictConfig | CfgNode:
-    """A config of either kind; see :func:`load_lazy_config` and :func:`load_yaml_config`."""
-    return (load_yaml_config if is_yaml(path) else load_lazy_config)(path, overrides)
-
-
 def load_lazy_config(path: str, overrides: Iterable[str] = ()) -> DictConfig:
-    """Load a LazyConfig file and apply overrides.
+    """Load a LazyConfig file, apply overrides, and replace ``~`` at the start of paths.
 
     Args:
-        path: see :func:`resolve_config_path`.
-        overrides: ``key=value``; see
-            :func:`flsl_d2.engine.overrides.apply_lazy_overrides`.
+        path: config file; see :func:`resolve_config_path`.
+        overrides: ``key=value``; see :func:`flsl_d2.engine.overrides.apply_lazy_overrides`.
 
     Raises:
         InputError: a missing file, a syntax error in it, or an override that cannot be applied.
@@ -94,78 +81,27 @@ def load_lazy_config(path: str, overrides: Iterable[str] = ()) -> DictConfig:
             raise InputError(
                 f"{str(error).rstrip('!')}: {cause.msg} in line {cause.lineno}; correct it."
             ) from error
-    return apply_lazy_overrides(cfg, overrides)
-
-
-def load_yaml_config(path: str, overrides: Sequence[str] = ()) -> CfgNode:
-    """Load a YAML config over Detectron2's defaults and this project's nodes.
-
-    Args:
-        path: see :func:`resolve_config_path`. Plain YAML only, no tags that run code.
-        overrides: ``[KEY, VALUE, KEY, VALUE, ...]``.
-
-    Raises:
-        InputError: a missing or broken file, unknown keys (all of them at once), or a value of
-            another type than the one it replaces.
-    """
-    path = resolve_config_path(path)
-    cfg = get_cfg()
-    add_flsl_config(cfg)
-    add_solver_config(cfg)
-    add_own_data_config(cfg)
-    try:
-        loaded = dict(CfgNode.load_yaml_with_base(path, allow_unsafe=False))
-    except (yaml.YAMLError, AssertionError, OSError, TypeError, ValueError) as error:
-        raise InputError(
-            f"config file {path!r} cannot be read as YAML: {_one_line(error)}; correct it."
-        ) from error
-    keys = overrides[::2]
-    odd = next((key for key in keys if "=" in key), None)
-    if odd is not None or len(overrides) % 2:
-        raise InputError(
-            f"overrides of a YAML config are pairs KEY VALUE, but {odd or overrides[-1]!r} is not "
-            "followed by a value; write for example SOLVER.MAX_ITER 100."
-        )
-    known = list(_paths(cfg))
-    unknown = [path for path in [*_paths(loaded), *keys] if path not in known]
-    if unknown:
-        raise unknown_keys_error(_topmost(unknown), known, remedy=f" ({path})")
-    try:
-        cfg.merge_from_file(path, allow_unsafe=False)
-        cfg.merge_from_list(list(overrides))
-    except (ValueError, KeyError, AssertionError) as error:
-        raise InputError(
-            f"a value in {path!r} or its overrides cannot be used: {_one_line(error)}"
-        ) from error
+    _expand_home_in(apply_lazy_overrides(cfg, overrides))
     return cfg
 
 
-def _shipped_configs() -> Iterator[Path]:
-    for suffix in (".py", ".yaml"):
-        yield from CONFIGS_FOLDER.rglob(f"*{suffix}")
+def _expand_home_in(node: DictConfig | ListConfig) -> None:
+    """Replace ``~`` at the start of every text of a config; no other text begins with it."""
+    keys = range(len(node)) if isinstance(node, ListConfig) else list(node)
+    for key in keys:
+        child = node._get_node(key)
+        if isinstance(child, DictConfig | ListConfig):
+            if not child._is_none() and not child._is_interpolation():
+                _expand_home_in(child)
+        elif isinstance(child, Node) and str(child._value()).startswith("~"):
+            node[key] = expand_home(child._value())
 
 
 @contextmanager
 def _restored_import() -> Iterator[None]:
-    """LazyConfig patches Python's import while it loads, and leaves it so after an exception."""
+    """Undo LazyConfig's patch of Python's import, which stays in place after an exception."""
     original = builtins.__import__
     try:
         yield
     finally:
         builtins.__import__ = original
-
-
-def _paths(node: Any, prefix: str = "") -> Iterator[str]:
-    for key, value in node.items():
-        yield f"{prefix}{key}"
-        if isinstance(value, Mapping):
-            yield from _paths(value, f"{prefix}{key}.")
-
-
-def _topmost(paths: list[str]) -> list[str]:
-    """Without the paths below another path of the list."""
-    return [p for p in paths if not any(p.startswith(f"{other}.") for other in paths)]
-
-
-def _one_line(error: BaseException) -> str:
-    return " ".join(str(error).split())

@@ -1,4 +1,4 @@
-"""Starting a function in one or many processes: GPUs, CPU processes, or under torchrun."""
+"""Processes of a run, on GPUs or the CPU or started by torchrun, and what a machine offers them."""
 
 from __future__ import annotations
 
@@ -23,17 +23,25 @@ from torch import nn
 from flsl_d2.engine.stopping import STOP_SIGNALS, STOPPED, StopRequest, forwarding, signals_held
 from flsl_d2.errors import InputError, TrainingError
 
-__all__ = ["WorkerError", "launch", "leave", "started_by_torchrun", "usable_cores", "wrap_ddp"]
+__all__ = [
+    "WorkerError",
+    "has_native_bf16",
+    "launch",
+    "leave",
+    "started_by_torchrun",
+    "usable_cores",
+    "wrap_ddp",
+]
 
-# Reports of failed ranks wait in a pipe until the parent reads them; its buffer holds 64 KiB.
+# Reports of failed ranks wait in a pipe, whose buffer holds 64 KiB, until the parent reads them.
 _REPORT_CHARS = 4000
-# A rank ended by these left no report; those of other ranks only say that it is gone.
+# A rank ended by these signals leaves no report; the reports of other ranks only say it is gone.
 _KILLED = ("SIGKILL", "SIGSEGV", "SIGBUS")
-# How long the others may take to end themselves after one has, and again after SIGTERM.
+# Time for the other ranks to end by themselves after one has ended, and again after SIGTERM.
 _GRACE_SECONDS = 10
-# How long ranks wait for each other, as in Detectron2: the first may evaluate alone meanwhile.
-_PATIENCE = timedelta(minutes=30)
-# Exceptions of workers that are raised again as what they are.
+# Time that ranks wait for each other, as in Detectron2: the first may evaluate alone meanwhile.
+_TIMEOUT = timedelta(minutes=30)
+# Exceptions of workers that keep their type in the parent.
 _PLAIN = {"InputError": InputError, "TrainingError": TrainingError}
 
 
@@ -42,28 +50,32 @@ class WorkerError(RuntimeError):
 
 
 def usable_cores() -> int:
-    """Of this process; a container or a job may have fewer than the machine."""
+    """Number of CPU cores this process may use; a job may have fewer than the machine."""
     if hasattr(os, "sched_getaffinity"):
         return len(os.sched_getaffinity(0))
     return os.cpu_count() or 1
 
 
+def has_native_bf16() -> bool:
+    """Whether the GPU computes in bfloat16; cards before Ampere only emulate it."""
+    return torch.cuda.is_available() and torch.cuda.is_bf16_supported(including_emulation=False)
+
+
 def started_by_torchrun() -> bool:
-    """Whether this process is one of several that torchrun (or its like) started."""
+    """Whether torchrun, or a launcher with the same variables, started this process."""
     return {"RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR"} <= os.environ.keys()
 
 
 def leave(status: int) -> NoReturn:
-    """End a process of a group: run what is registered with ``atexit``, then exit at once.
+    """End a process of a group: run the functions registered with ``atexit``, then exit at once.
 
-    The interpreter is not torn down. A thread of gloo that still lets go of a tensor while it is
-    aborts the process, and a run that had done its work would count as failed (PyTorch issue
-    190489).
+    The interpreter is not finalised: a thread of gloo that frees a tensor meanwhile would abort
+    the process, and a run that had finished would count as failed (PyTorch issue 190489).
 
     Args:
-        status: of the process, 0 to 255.
+        status: exit status of the process, 0 to 255.
     """
-    atexit._run_exitfuncs()  # what multiprocessing does before it ends a forked process likewise
+    atexit._run_exitfuncs()  # multiprocessing does the same before it ends a forked process
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(status)
@@ -80,25 +92,27 @@ def launch(
 ) -> None:
     """Run ``main_func(*args)`` in every process, with Detectron2's ``comm`` set up.
 
-    One process runs right here. Several GPU processes talk through NCCL, several CPU processes
-    through gloo. Under torchrun the processes exist already, so none are started, the counts
-    given here are not used, and the program itself ends with :func:`leave`. SIGTERM and SIGUSR1
-    are passed on to the processes; see :mod:`flsl_d2.engine.stopping`.
+    A single process is not started: the function runs in this one. Several GPU processes
+    communicate by NCCL, several CPU processes by gloo. Under torchrun the processes exist
+    already: none are started, the counts given here are ignored, and the program ends with
+    :func:`leave`. SIGTERM and SIGUSR1 are passed on to the processes; see
+    :mod:`flsl_d2.engine.stopping`.
 
     Args:
-        main_func: a function at the top level of a module (the workers import it).
-        num_processes_per_machine: GPUs, or CPU processes, on each machine.
-        num_machines: machines that take part; each runs this same command.
-        machine_rank: which of them this is, from 0.
-        dist_url: where they meet, ``tcp://address:port``; ``auto`` takes a free local port.
-        args: arguments of ``main_func``; they travel to the workers by pickle.
-        device: ``cuda`` or ``cpu``, what the processes compute on.
+        main_func: function at the top level of a module, which the workers import.
+        num_processes_per_machine: number of GPUs, or of CPU processes, on each machine.
+        num_machines: number of machines; each runs this same command.
+        machine_rank: number of this machine, from 0.
+        dist_url: address where the processes meet, ``tcp://address:port``; ``auto`` takes a free
+            local port.
+        args: arguments of ``main_func``, which are pickled for the workers.
+        device: ``cuda`` or ``cpu``.
 
     Raises:
-        InputError: counts or a device that this machine does not have; or raised in a worker.
-        TrainingError: raised in a worker.
-        WorkerError: another exception in a worker. The other workers have been ended.
-        SystemExit: of status 75, when the workers stopped because they were asked to.
+        InputError: this machine lacks the device or the count, or a worker raised the error.
+        TrainingError: a worker raised the error.
+        WorkerError: a worker raised another exception; the other workers have been ended.
+        SystemExit: the workers stopped on request; the status is 75.
     """
     if started_by_torchrun():
         _run_under_torchrun(main_func, args, device)
@@ -109,11 +123,11 @@ def launch(
         return
     if dist_url == "auto":
         dist_url = f"tcp://127.0.0.1:{_free_port()}"
-    # Says only that other workers are being ended, before the error that says why.
+    # PyTorch's log says only that workers are being ended; the error raised below says why.
     logging.getLogger("torch.multiprocessing.spawn").setLevel(logging.CRITICAL)
     reports = mp.get_context("spawn").SimpleQueue()
     world = (num_processes_per_machine, num_machines, machine_rank, dist_url, device)
-    with signals_held():  # until the handlers here and in the workers are there
+    with signals_held():  # until this process and the workers have their handlers
         workers = mp.start_processes(
             _worker,
             (*world, main_func, reports, args),
@@ -136,7 +150,7 @@ def _wait(workers: mp.ProcessContext, reports: Any, stop: StopRequest) -> None:
             raise SystemExit(STOPPED) from None
         if reports.empty() or ended_by in _KILLED:
             raise WorkerError(f"{failure} (SIGKILL: most often, memory ran out)") from None
-        # The first report is the cause; later ones are ranks that lost their neighbour.
+        # The first report is the cause; later ones are of ranks that lost a neighbour.
         kind, rank, text = reports.get()
         if kind in _PLAIN:
             raise _PLAIN[kind](text) from None
@@ -148,11 +162,14 @@ def _wait(workers: mp.ProcessContext, reports: Any, stop: StopRequest) -> None:
 
 
 def wrap_ddp(model: nn.Module, **ddp_options: Any) -> nn.Module:
-    """Detectron2's ``create_ddp_model``, on CPU processes too; the model itself for one process.
+    """Wrap a model by Detectron2's ``create_ddp_model``, for CPU processes as well.
 
     Args:
-        model: a model that is on the device it trains on.
+        model: model on the device that it is trained on.
         ddp_options: arguments of ``DistributedDataParallel``, and ``fp16_compression``.
+
+    Returns:
+        The wrapped model; the model itself where there is one process.
     """
     if next(model.parameters()).device.type != "cuda":
         ddp_options["device_ids"] = None
@@ -212,18 +229,18 @@ def _worker(
     reports: Any,
     args: tuple[Any, ...],
 ) -> None:
-    # The parent held them back while this process had no say; a run sets handlers of its own.
+    # The parent blocked them while this process started; a run sets handlers of its own.
     signal.pthread_sigmask(signal.SIG_UNBLOCK, STOP_SIGNALS)
-    # A parent that is killed takes its workers along: they would write to the folder of the run
-    # that is being resumed.
+    # Workers end with a parent that is killed; otherwise they would go on writing to the folder of
+    # a run that is resumed.
     mp._prctl_pr_set_pdeathsig(signal.SIGKILL)
     if os.getppid() != mp.parent_process().pid:
-        os._exit(1)  # it was killed before, while this process was importing
+        os._exit(1)  # the parent was killed while this process was importing
     if _is_cuda(device):
         torch.cuda.set_device(local_rank)
     elif "OMP_NUM_THREADS" not in os.environ:
-        # Every process would otherwise take all cores, and they would wait for one another.
-        torch.set_num_threads(max((os.cpu_count() or 1) // num_processes, 1))
+        # Every process would otherwise start a thread for each core, and wait for the others.
+        torch.set_num_threads(max(usable_cores() // num_processes, 1))
     _join_group(
         "nccl" if _is_cuda(device) else "gloo",
         num_processes,
@@ -235,13 +252,13 @@ def _worker(
 
 
 def _join_group(backend: str, num_local: int, **options: Any) -> None:
-    dist.init_process_group(backend, timeout=_PATIENCE, **options)
+    dist.init_process_group(backend, timeout=_TIMEOUT, **options)
     comm.create_local_process_group(num_local)
     comm.synchronize()
 
 
 def _run_in_group(main_func: Callable[..., None], args: tuple[Any, ...]) -> int:
-    """Run, and leave the group if all ranks came to the same end: 0, or the status of a stop."""
+    """Run the function and leave the process group; return 0, or the status of a stop."""
     status = 0
     try:
         main_func(*args)
@@ -249,14 +266,14 @@ def _run_in_group(main_func: Callable[..., None], args: tuple[Any, ...]) -> int:
         if left.code != STOPPED:
             raise
         status = STOPPED
-    # On every rank together, so that no rank's sockets close under another's.
+    # All ranks leave together, so that no rank loses the sockets of another.
     comm.synchronize()
     dist.destroy_process_group()
     return status
 
 
 def _reported(main_func: Callable[..., None], reports: Any, args: tuple[Any, ...]) -> int:
-    """Run in a worker, whose status is returned; an exception leaves a report for the parent."""
+    """Run the function in a worker; return its status, or report its exception to the parent."""
     try:
         return _run_in_group(main_func, args)
     except (InputError, TrainingError) as error:

@@ -1,8 +1,10 @@
-"""``key=value`` overrides of a LazyConfig, checked against the keys and types that it has."""
+"""``key=value`` overrides of a LazyConfig, checked against its keys and their types."""
 
 from __future__ import annotations
 
 import difflib
+import os
+import re
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, NamedTuple
 
@@ -19,24 +21,24 @@ __all__ = ["apply_lazy_overrides", "unknown_keys_error"]
 class _Override(NamedTuple):
     key: str
     value: Any
-    adds: bool  # a leading "+": the key may be new
-    raw: str  # the value as typed
+    adds: bool  # whether a leading "+" allows a new key
+    raw: str  # the value as it was typed
 
 
 def apply_lazy_overrides(cfg: DictConfig, overrides: Iterable[str]) -> DictConfig:
     """Set ``key=value`` overrides in place, in hydra's basic grammar.
 
     Args:
-        cfg: a loaded config.
-        overrides: e.g. ``train.max_iter=100``, ``optimizer.lr=1e-4``,
+        cfg: loaded config.
+        overrides: texts such as ``train.max_iter=100``, ``optimizer.lr=1e-4``,
             ``dataloader.train.dataset.names=[a,b]``; a leading ``+`` allows a key that is new.
 
     Returns:
         ``cfg``.
 
     Raises:
-        InputError: what is not ``key=value``, unknown keys (all of them at once), or a value of
-            another type than the one it replaces.
+        InputError: a text that is not ``key=value``, unknown keys (all of them at once), or a
+            value of another type than the one it replaces.
     """
     parsed = [_parse(text) for text in overrides]
     unknown = [
@@ -62,12 +64,12 @@ def apply_lazy_overrides(cfg: DictConfig, overrides: Iterable[str]) -> DictConfi
 
 
 def unknown_keys_error(unknown: Iterable[str], known: list[str], remedy: str = "") -> InputError:
-    """The sentence for keys that a config does not have, each with the closest ones it has.
+    """Make the error for keys that a config does not have; it names the closest ones.
 
     Args:
-        unknown: dotted paths.
-        known: dotted paths of all keys of the config.
-        remedy: continues the sentence.
+        unknown: dotted names of the unknown keys.
+        known: dotted names of all keys of the config.
+        remedy: text that continues the sentence.
     """
     named = []
     for key in dict.fromkeys(unknown):
@@ -93,6 +95,8 @@ def _parse(text: str) -> _Override:
             f"override {text!r} is not of the form key=value; write for example "
             "train.max_iter=100 (pairs KEY VALUE are for YAML configs)."
         )
+    # The grammar reserves "~", so that it would refuse lists of paths that begin with it.
+    raw = re.sub(r"(^|(?<=[\[,]))~(?=[/,\]]|$)", lambda _: os.path.expanduser("~"), raw)
     try:
         parsed = OverridesParser.create().parse_overrides([f"key={raw}"])[0]
         value = raw if parsed.is_sweep_override() else parsed.value()
@@ -102,7 +106,7 @@ def _parse(text: str) -> _Override:
 
 
 def _child(node: Any, name: str) -> tuple[bool, Any]:
-    """Whether a config node has this child, and the child (None where it cannot be resolved)."""
+    """Find a child of a config node: (whether it exists, its value or None if unresolvable)."""
     if isinstance(node, DictConfig):
         if node._is_none() or name not in node.keys():  # noqa: SIM118 ("in" skips missing values)
             return False, None
@@ -116,7 +120,7 @@ def _child(node: Any, name: str) -> tuple[bool, Any]:
 
 
 def _unknown(cfg: Any, key: str, value: Any) -> Iterator[str]:
-    """Dotted paths below ``cfg`` that an override would create."""
+    """List the dotted keys below ``cfg`` that an override would create."""
     node = cfg
     for name in key.split("."):
         found, node = _child(node, name)
@@ -142,7 +146,7 @@ def _keys_of(node: Any, prefix: str = "") -> Iterator[str]:
 
 
 def _fitting(cfg: DictConfig, override: _Override) -> Any:
-    """The override's value, as the type of the value that it replaces."""
+    """Convert the override's value to the type of the value that it replaces."""
     node: Any = cfg
     for name in override.key.split("."):
         node = _child(node, name)[1]

@@ -1,4 +1,7 @@
-"""What a run was started with, so that its folder is not continued as another run by accident."""
+"""The output folder of a run: its logs, its metrics, and the settings it was started with.
+
+The settings keep a folder from being continued as another run by accident.
+"""
 
 from __future__ import annotations
 
@@ -21,7 +24,10 @@ from flsl_d2.files import writable_folder, write_text
 from flsl_d2.weights.checkpointer import checkpoint_files
 
 __all__ = [
+    "DETECTION_KEYS",
+    "PRETRAINING_KEYS",
     "RUN_FILE",
+    "NeutralKeys",
     "PeriodicWriter",
     "ResumeOptions",
     "check_and_keep_run",
@@ -31,16 +37,69 @@ __all__ = [
     "trim_metrics",
 ]
 
+RUN_FILE = "run.json"
+_SHOWN = 12
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class NeutralKeys:
+    """Config keys that do not change what a run learns, as patterns of ``fnmatch``.
+
+    Attributes:
+        no_effect: keys that change neither the weights nor the logged values; runs that differ in
+            them alone have the same result.
+        on_resume: further keys that may change when a run is resumed: they change how numbers are
+            rounded or how often they are logged, or they are compared in another way.
+    """
+
+    no_effect: tuple[str, ...]
+    on_resume: tuple[str, ...]
+
+    def may_differ(self, key: str) -> bool:
+        """Whether a resumed run may have another value of a key."""
+        return any(fnmatchcase(key, pattern) for pattern in (*self.no_effect, *self.on_resume))
+
+
+PRETRAINING_KEYS = NeutralKeys(
+    no_effect=(
+        "train.output_dir",
+        "train.checkpoint_*",
+        "train.pictures_period",
+        "train.measures.*",
+        "dataloader.num_workers",
+    ),
+    on_resume=(
+        *("train.device", "train.compile", "train.log_period"),
+        # The images are compared by their names below their common folder.
+        *("dataset.root", "dataset.name", "dataset.max_failed_share"),
+        "model.backbone.use_act_checkpoint",
+    ),
+)
+DETECTION_KEYS = NeutralKeys(
+    no_effect=(
+        *("train.output_dir", "train.checkpointer.*", "dataloader.*.num_workers"),
+        *("OUTPUT_DIR", "SOLVER.CHECKPOINT_PERIOD", "DATALOADER.NUM_WORKERS", "VIS_PERIOD"),
+    ),
+    on_resume=(
+        *("train.device", "train.log_period", "train.eval_period"),
+        "train.max_iter",  # the learning rates are those of lr_multiplier, a key of its own
+        # A resumed run starts from its checkpoint; evaluation does not change the weights.
+        *("train.init_checkpoint", "dataloader.test.*", "dataloader.evaluator.*"),
+        *("MODEL.DEVICE", "MODEL.WEIGHTS", "DATASETS.TEST", "TEST.*"),
+    ),
+)
+
 
 def prepare_output(folder: Path, key: str, loggers: list[str]) -> None:
-    """Make the folder, and send logs to it and to the console.
+    """Make the output folder, and send logs to it and to the console.
 
     Only the main process logs to the console; the others write ``log.txt.rank1`` and so on.
 
     Args:
-        folder: of the run.
-        key: of the config that named the folder, for the message.
-        loggers: names of loggers of the run, besides those of Detectron2 and fvcore.
+        folder: output folder.
+        key: the config key of the folder, for the message.
+        loggers: names of further loggers, besides those of Detectron2 and fvcore.
 
     Raises:
         InputError: the folder cannot be written.
@@ -49,23 +108,23 @@ def prepare_output(folder: Path, key: str, loggers: list[str]) -> None:
     writable_folder(folder, key)
     for name in ("fvcore", "detectron2", *loggers):
         setup_logger(str(folder), distributed_rank=rank, name=name, abbrev_name=name)
-    logging.getLogger("detectron2.engine.train_loop").addFilter(_tells_more_than_a_sentence)
+    logging.getLogger("detectron2.engine.train_loop").addFilter(_is_not_a_sentence)
 
 
-def _tells_more_than_a_sentence(record: logging.LogRecord) -> bool:
-    """False for what the tool will say itself, at the end and without a traceback."""
+def _is_not_a_sentence(record: logging.LogRecord) -> bool:
+    """Drop the tracebacks of errors that the tool reports itself in one sentence."""
     error = record.exc_info[1] if record.exc_info else None
     return not isinstance(error, InputError | TrainingError)
 
 
 def trim_metrics(path: str | Path, num_steps: int) -> int:
-    """Cut a metrics file off after the rows of the first ``num_steps`` steps.
+    """Remove the rows of a metrics file beyond the first ``num_steps`` steps.
 
-    Rows beyond were logged after the checkpoint that a run goes on from, and will be logged again.
-    A half-written row goes, too. The file is shortened in one operation.
+    Those rows were logged after the checkpoint that a run is resumed from, and will be logged
+    again. A half-written row is removed as well. The file is shortened in one operation.
 
     Returns:
-        How many lines were cut off.
+        Number of lines removed.
     """
     path = Path(path)
     if not path.is_file():
@@ -74,7 +133,7 @@ def trim_metrics(path: str | Path, num_steps: int) -> int:
     kept, size = 0, 0
     for line in lines:
         try:
-            # The iteration is that of the step which had just been done, counted from 0.
+            # A row's iteration is that of the step just done, counted from 0.
             whole = line.endswith(b"\n") and json.loads(line)["iteration"] < num_steps
         except (ValueError, KeyError, TypeError):
             whole = False
@@ -88,10 +147,10 @@ def trim_metrics(path: str | Path, num_steps: int) -> int:
 
 
 class PeriodicWriter(hooks.PeriodicWriter):
-    """Detectron2's, but a run that ends early leaves no row that a whole run would not have."""
+    """Detectron2's writer, except that a run that ends early adds no row of its own."""
 
     def after_train(self) -> None:
-        """Write what is left of a finished run; only close the files of another."""
+        """Write the last row of a finished run; close the files of any other."""
         if self.trainer.iter >= self.trainer.max_iter:
             super().after_train()
             return
@@ -99,19 +158,14 @@ class PeriodicWriter(hooks.PeriodicWriter):
             writer.close()
 
 
-RUN_FILE = "run.json"
-_SHOWN = 12
-logger = logging.getLogger(__name__)
-
-
 @dataclass(frozen=True)
 class ResumeOptions:
-    """What to do with a run that the output folder already holds.
+    """How to treat a run that the output folder already holds.
 
     Attributes:
-        resume: continue it.
-        allow_changes: continue it even with other settings.
-        overwrite: delete its checkpoints and start anew.
+        resume: continue the run.
+        allow_changes: continue the run even with other settings.
+        overwrite: delete the run's checkpoints and start anew.
     """
 
     resume: bool = False
@@ -120,10 +174,9 @@ class ResumeOptions:
 
 
 def flat_config(cfg: DictConfig | CfgNode) -> dict[str, str]:
-    """Every key of a config by its full name, with its value as text, interpolations resolved.
+    """Flatten a config to its full keys and their values as text, interpolations resolved.
 
-    Functions and classes are named; a value whose text would hold its address in memory is named
-    by its class.
+    Functions and classes are named; any other object is named by its class.
     """
     if isinstance(cfg, DictConfig):
         cfg = OmegaConf.to_container(cfg, resolve=True)
@@ -135,21 +188,21 @@ def check_and_keep_run(
     folder: str | Path,
     key: str,
     options: ResumeOptions,
-    may_differ: Iterable[str] = (),
+    neutral: NeutralKeys,
     also: Mapping[str, str] | None = None,
 ) -> None:
-    """Compare a run with the one that its folder holds, then keep its config there.
+    """Compare a run with the one in its output folder, then keep its config there.
 
-    Writes ``config.yaml`` to read and ``run.json`` to compare with. A folder without a checkpoint
-    holds no run. A number of processes that differs is said, not refused.
+    Writes ``config.yaml`` for people and ``run.json`` for the comparison. A folder without a
+    checkpoint holds no run. Another number of processes is a warning.
 
     Args:
-        cfg: of this run.
-        folder: of the output.
-        key: of the config that names the folder, for messages.
-        options: of the command line.
-        may_differ: keys that do not change the result, as patterns of ``fnmatch``.
-        also: settings beside those of the config that decide the result.
+        cfg: config of this run.
+        folder: output folder.
+        key: the config key of the folder, for messages.
+        options: how a run in the folder is treated.
+        neutral: keys that may differ.
+        also: settings that decide the result and are not in the config.
 
     Raises:
         InputError: the folder holds a run and ``resume`` was not given, or a run of other settings.
@@ -164,9 +217,9 @@ def check_and_keep_run(
         )
     if files and options.resume:
         before = _read(folder / RUN_FILE)
-        _compare(before.get("settings"), settings, folder, key, may_differ, options.allow_changes)
+        _compare(before.get("settings"), settings, folder, key, neutral, options.allow_changes)
         _compare_processes(before.get("processes"))
-    comm.synchronize()  # all have looked
+    comm.synchronize()  # no rank may look at the folder after it changes
     if not comm.is_main_process():
         return
     if files and not options.resume:
@@ -179,7 +232,7 @@ def check_and_keep_run(
 
 
 def keep_config(cfg: DictConfig | CfgNode, folder: str | Path) -> None:
-    """Write ``config.yaml``, for people; nothing reads it back."""
+    """Write ``config.yaml`` for people to read; no code reads it back."""
     path = Path(folder, "config.yaml")
     if isinstance(cfg, CfgNode):
         path.write_text(cfg.dump())
@@ -207,14 +260,13 @@ def _compare(
     now: Mapping[str, str],
     folder: Path,
     key: str,
-    may_differ: Iterable[str],
+    neutral: NeutralKeys,
     allow_changes: bool,
 ) -> None:
     if not before:
         return
     differing = [name for name in sorted({*before, *now}) if before.get(name) != now.get(name)]
-    may_differ = list(may_differ)
-    harmless = [name for name in differing if any(fnmatchcase(name, p) for p in may_differ)]
+    harmless = [name for name in differing if neutral.may_differ(name)]
     serious = [name for name in differing if name not in harmless]
     changes = {
         name: f"{name}: {before.get(name, 'absent')} -> {now.get(name, 'absent')}"
@@ -222,7 +274,8 @@ def _compare(
     }
     if harmless:
         logger.info(
-            "Differs from the run so far, as it may: %s", "; ".join(changes[n] for n in harmless)
+            "Settings that differ from the run so far without changing what it learns: %s",
+            "; ".join(changes[n] for n in harmless),
         )
     if not serious:
         return
@@ -260,7 +313,7 @@ def _flat(node: Any, prefix: str) -> Iterable[tuple[str, str]]:
 
 
 def _text(value: Any) -> str:
-    if isinstance(value, list | tuple):  # a resumed run may get either for the same value
+    if isinstance(value, list | tuple):  # the same value may be read as either
         return f"[{', '.join(map(_text, value))}]"
     if isinstance(value, str | int | float | bool | None):
         return str(value)

@@ -1,4 +1,4 @@
-"""Stopping on SIGTERM or SIGUSR1: finish the step, write a checkpoint, exit with status 75."""
+"""Stop on SIGTERM or SIGUSR1: finish the step, write a checkpoint, exit with status 75."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ from detectron2.utils import comm
 
 __all__ = ["STOPPED", "StopRequest", "agreed_by_all", "forwarding", "signals_held", "stop_requests"]
 
-STOPPED = 75  # EX_TEMPFAIL of sysexits.h: nothing is wrong, try again
+STOPPED = 75  # EX_TEMPFAIL of sysexits.h: a temporary failure, to be tried again
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
 
 # One request may reach a process twice: from a scheduler that signals all processes of a job, and
-# from the process that leads it.
+# from the parent process that passes the signal on.
 _SAME_REQUEST_SECONDS = 0.5
 _listening = False
 
@@ -28,22 +28,26 @@ class StopRequest:
     """Whether this process was asked to stop; a second request ends it at once.
 
     Attributes:
-        signal_name: of the first signal; empty as long as there was none.
+        signal_name: name of the first signal; empty if there was none.
+
+    Args:
+        on_first: function called with the number of the first signal.
+        on_second: function called with the number of a later signal.
     """
 
     def __init__(self, on_first: Callable[[int], None], on_second: Callable[[int], None]) -> None:
         self.signal_name = ""
         self._on_first, self._on_second = on_first, on_second
         self._since = math.inf
-        # Python runs the handler of one signal in the middle of another's, so the one that comes
-        # first is told by what cannot be interrupted.
+        # Python may run the handler of one signal in the middle of another's; acquiring a lock
+        # cannot be interrupted, so it decides which signal came first.
         self._unclaimed = threading.Lock()
 
     def __bool__(self) -> bool:
         return bool(self.signal_name)
 
     def note(self, number: int, _frame: Any = None) -> None:
-        """The handler of the signals."""
+        """Handle a signal."""
         if self._unclaimed.acquire(blocking=False):
             self.signal_name, self._since = signal.Signals(number).name, time.monotonic()
             self._on_first(number)
@@ -53,10 +57,10 @@ class StopRequest:
 
 @contextmanager
 def stop_requests() -> Iterator[StopRequest]:
-    """In a process that trains: note requests to stop instead of dying from them.
+    """Record requests to stop, instead of ending the process, in a process that trains.
 
-    Processes forked meanwhile (data workers) take no notice, as they are needed for the step that
-    is being finished. Does nothing outside the main thread, where Python allows no handlers.
+    Processes forked meanwhile (data workers) ignore the requests, because the step that is being
+    finished needs them. Outside the main thread, where Python allows no handlers, nothing is done.
     """
     global _listening
     request = StopRequest(_announce, lambda number: os._exit(128 + number))
@@ -74,13 +78,13 @@ def stop_requests() -> Iterator[StopRequest]:
 
 
 def agreed_by_all(request: StopRequest) -> bool:
-    """Whether any rank was asked to stop; the same answer on all, which all must ask for."""
+    """Whether any rank was asked to stop; every rank must call this and gets the same answer."""
     return any(comm.all_gather(bool(request)))
 
 
 @contextmanager
 def signals_held() -> Iterator[None]:
-    """Hold the signals back while processes are started that inherit this, until they are ready."""
+    """Block the signals while processes are started; the processes inherit the block."""
     held = signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
     try:
         yield
@@ -90,10 +94,10 @@ def signals_held() -> Iterator[None]:
 
 @contextmanager
 def forwarding(processes: Sequence[Any]) -> Iterator[StopRequest]:
-    """In a process that leads others: pass the first request on to them, kill them at the second.
+    """Pass the first request on to child processes, and kill them at the second.
 
     Args:
-        processes: those of ``multiprocessing``.
+        processes: processes of ``multiprocessing``.
     """
 
     def send(number: int) -> None:
@@ -120,32 +124,32 @@ def _handled(request: StopRequest) -> Iterator[None]:
         yield
     finally:
         for number, handler in before.items():
-            # After a request the process is about to leave, with a status that a late echo of the
-            # request must not change.
+            # After a request the process is about to exit, and a repeated signal must not change
+            # its status.
             signal.signal(number, signal.SIG_IGN if request else handler)
 
 
 def _announce(number: int) -> None:
-    # Not through logging: its stream may be in the middle of a line of the code interrupted here.
+    # Logging is not used, because the signal may have interrupted it in the middle of a line.
     if comm.is_main_process():
         name = signal.Signals(number).name
         text = f"{name}: finishing the step, then a checkpoint; a second signal exits at once\n"
         os.write(2, text.encode())
 
 
-def _take_no_notice() -> None:
-    """In a data worker: ignore requests to stop, but end when the parent itself says so."""
+def _ignore_requests() -> None:
+    """Ignore requests to stop in a data worker, except those that its parent sends."""
     if not _listening:
         return
     # PyTorch replaces a worker's handlers, but not its mask.
     signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
-    threading.Thread(target=_obey, args=(os.getppid(),), daemon=True).start()
+    threading.Thread(target=_exit_with_parent, args=(os.getppid(),), daemon=True).start()
 
 
-def _obey(parent: int) -> None:
+def _exit_with_parent(parent: int) -> None:
     while signal.sigwaitinfo(STOP_SIGNALS).si_pid != parent:
         pass
     os._exit(0)
 
 
-os.register_at_fork(after_in_child=_take_no_notice)
+os.register_at_fork(after_in_child=_ignore_requests)

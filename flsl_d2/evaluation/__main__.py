@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from detectron2.utils.logger import setup_logger
 
-from flsl_d2.engine.command_line import add_option, described_parser, run_tool
+from flsl_d2.engine.command_line import add_defaults, add_option, described_parser, run_tool
 from flsl_d2.evaluation.measures import MEASURES, report_features
 
 __all__ = ["main"]
@@ -32,20 +32,13 @@ exit status is 2."""
 def main(arguments: Sequence[str] | None = None) -> None:
     """Measure the encoder that a command line names."""
     parser = described_parser(DESCRIPTION, EXAMPLES)
-    add_option(parser, "--weights", required=True)
-    add_option(parser, "--train", required=True)
-    add_option(parser, "--val", required=True)
-    add_option(
-        parser,
-        "--measures",
-        nargs="+",
-        help="measures to compute (default: those that suit the labels of --train)",
-    )
-    add_option(parser, "--max-images")
-    add_option(parser, "--short-side")
-    parser.add_argument("--seed", type=int, default=0, help="seed of all draws (default: 0)")
-    add_option(parser, "--device")
-    add_option(parser, "--json")
+    for name in ("--weights", "--train", "--val"):
+        add_option(parser, name, required=True)
+    suited = "measures to compute (default: those that suit the labels of --train)"
+    add_option(parser, "--measures", nargs="+", help=suited)
+    for name in ("--max-images", "--short-side", "--device", "--json"):
+        add_option(parser, name)
+    add_defaults(parser, ("--seed", 0, "seed of all draws"))
     args = parser.parse_args(arguments)
     setup_logger(name="flsl_d2", abbrev_name="flsl_d2")
     run_tool(

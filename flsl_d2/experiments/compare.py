@@ -5,8 +5,10 @@ from __future__ import annotations
 import argparse
 import json
 from collections.abc import Sequence
+from pathlib import Path
 
 from flsl_d2.engine.command_line import (
+    add_defaults,
     add_option,
     add_overrides,
     comma_separated,
@@ -14,7 +16,6 @@ from flsl_d2.engine.command_line import (
     named_weights,
     parse_tool_arguments,
     run_tool,
-    user_path,
 )
 from flsl_d2.engine.launch import WorkerError
 from flsl_d2.errors import InputError
@@ -132,12 +133,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--eval", action="append", default=[], help=argparse.SUPPRESS)
     add_option(parser, "--seeds", default=[0], help="seeds of all evaluations (default: 0)")
     add_option(parser, "--output", required=True, help="folder of everything that is written")
-    add_option(parser, "--device")
-    add_option(parser, "--num-gpus")
-    add_option(parser, "--gpus-per-job")
-    parser.add_argument(
-        "--pictures", type=int, default=3, metavar="N", help="images to show; 0: none (default: 3)"
-    )
+    for name in ("--device", "--num-gpus", "--gpus-per-job"):
+        add_option(parser, name)
+    add_defaults(parser, ("--pictures", 3, "images to show the encoders on; 0: none"))
     add_overrides(parser, "changes to the detection configs, like --detection-override")
     run_tool(_run, parse_tool_arguments(parser, arguments))
 
@@ -148,7 +146,7 @@ def _run(args: argparse.Namespace) -> None:
         if equals and kind == "detection":
             args.detection.append(value)
         elif equals and kind == "davis":
-            args.davis_root = user_path(value)
+            args.davis_root = Path(value)
         else:
             args.measures = [*(args.measures or []), *comma_separated(text)]
     args.detection_override += args.opts

@@ -15,7 +15,7 @@ from flsl_d2.evaluation import extract_tokens
 from flsl_d2.experiments.encoders import Encoder
 from flsl_d2.experiments.evaluations import DetectionEvaluation, Evaluation
 from flsl_d2.experiments.jobs import Record, versions
-from flsl_d2.experiments.plots import bars, overlaid_curves, plot_file
+from flsl_d2.experiments.plots import draw_measures, overlaid_curves, plot_file
 from flsl_d2.experiments.tables import Subject, Table
 from flsl_d2.files import write_text
 from flsl_d2.visualization import (
@@ -116,7 +116,7 @@ def write_comparison_page(
         title="Comparison of encoders",
         seeds=comparison.seeds,
         table=table,
-        bars=_bars(table, comparison.output / "plots"),
+        bars=draw_measures(table, comparison.output / "plots"),
         detections=[
             _detection_section(comparison, evaluation, subjects, records)
             for evaluation in comparison.evaluations
@@ -137,16 +137,6 @@ def write_comparison_page(
         ],
     )
     write_text(comparison.output / "index.html", page)
-
-
-def _bars(table: Table, folder: Path) -> dict[str, Path]:
-    """Draw a bar chart of each measure that any encoder has; return the files by measure."""
-    drawn = {}
-    for measure in table.measures:
-        if any(row.cell(measure).values for row in table.rows):
-            drawn[measure.name] = plot_file(folder, measure.name)
-            bars(table, measure, drawn[measure.name])
-    return drawn
 
 
 def _detection_section(

@@ -13,13 +13,13 @@ from detectron2.data import DatasetCatalog, MetadataCatalog
 from omegaconf import DictConfig, OmegaConf
 
 from flsl_d2.detection.checks import check_datasets, names_of
-from flsl_d2.engine.command_line import add_option, user_path
+from flsl_d2.engine.command_line import add_option
 from flsl_d2.engine.config_files import is_yaml, load_lazy_config
-from flsl_d2.engine.run_folder import flat_config
+from flsl_d2.engine.run_folder import DETECTION_KEYS
 from flsl_d2.errors import InputError
 from flsl_d2.evaluation.labelled_images import load_labelled
 from flsl_d2.evaluation.measures import MEASURES
-from flsl_d2.experiments.jobs import Job, Outcome
+from flsl_d2.experiments.jobs import Job, Outcome, result_settings
 from flsl_d2.modeling import FLSLViT
 from flsl_d2.visualization.curves import read_metrics
 from flsl_d2.weights import build_encoder
@@ -73,7 +73,7 @@ class Evaluation(Protocol):
         """Raise InputError for what cannot work with any encoder."""
 
     def job(self, encoder: EncoderFile) -> Job:
-        """Job that evaluates an encoder."""
+        """Make the job that evaluates an encoder."""
 
 
 @dataclass(frozen=True)
@@ -111,7 +111,7 @@ class FeatureEvaluation:
         load_labelled(self.val)
 
     def job(self, encoder: EncoderFile) -> Job:
-        """Job that runs ``python -m flsl_d2.evaluation``."""
+        """Make the job that runs ``python -m flsl_d2.evaluation``."""
         settings = {
             "encoder": dict(encoder.identity),
             "measure": self.name,
@@ -160,7 +160,7 @@ class DavisEvaluation:
             raise InputError(f"the DAVIS folder '{self.root}' does not exist; check the path.")
 
     def job(self, encoder: EncoderFile) -> Job:
-        """Job that runs ``python -m flsl_d2.evaluation.davis``."""
+        """Make the job that runs ``python -m flsl_d2.evaluation.davis``."""
 
         def command(folder: Path, _num_processes: int) -> list[str]:
             return [
@@ -189,8 +189,6 @@ _CHOSEN_BY_DETECTOR = (
     "mask_window_padding",
     "num_prefix_tokens",
 )
-# Keys of the config that are set for each job, and that therefore do not identify it.
-_SET_FOR_EACH_JOB = ("train.output_dir", "train.init_checkpoint", "train.seed")
 
 
 @dataclass(frozen=True)
@@ -238,9 +236,11 @@ class DetectionEvaluation:
         return names_of(self._config().dataloader.test.dataset.names)[0]
 
     def job(self, encoder: EncoderFile) -> Job:
-        """Job that runs ``python -m flsl_d2.detection``."""
+        """Make the job that runs ``python -m flsl_d2.detection``."""
         cfg = self._config()
-        config = {k: v for k, v in flat_config(cfg).items() if k not in _SET_FOR_EACH_JOB}
+        # Weights and seed are compared as "encoder" and "seed".
+        without = (*DETECTION_KEYS.no_effect, "train.init_checkpoint", "train.seed")
+        config = result_settings(cfg, without)
         settings = {"encoder": dict(encoder.identity), "config": config, "seed": encoder.seed}
 
         def command(folder: Path, num_processes: int) -> list[str]:
@@ -256,10 +256,12 @@ class DetectionEvaluation:
 
         def outcome(folder: Path) -> Outcome:
             series, _ = read_metrics(folder / "metrics.json")
+            # With several test sets, the keys begin with the name of the set.
             values = {
-                f"{self.name}/{name}": series[key][1][-1]
-                for key, name in _AP.items()
-                if key in series
+                f"{self.name}/{key.removesuffix(suffix)}{name}": series[key][1][-1]
+                for suffix, name in _AP.items()
+                for key in series
+                if key == suffix or key.endswith(f"/{suffix}")
             }
             if not values:
                 raise InputError("the run ended without an evaluation.")
@@ -300,17 +302,15 @@ def add_evaluation_options(parser: argparse.ArgumentParser, old_prefix: str = ""
         help="measures of frozen features, with --train and --val (default: "
         f"{','.join(_DEFAULT_MEASURES)})",
     )
-    add_option(parser, "--max-images")
-    add_option(parser, "--short-side")
-    add = parser.add_argument
-    add("--davis-root", type=user_path, metavar="DIR", help="DAVIS 2017, to segment its videos")
+    for name in ("--max-images", "--short-side", "--davis-root"):
+        add_option(parser, name)
     for name, text in (
         ("--detection", "detection config to fine-tune from each encoder; may be repeated"),
         ("--frozen-detection", "the same with the encoder's weights held fixed"),
         ("--detection-override", "change to the detection configs; may be repeated"),
     ):
         metavar = "KEY=VALUE" if name.endswith("override") else "FILE"
-        add(name, action="append", default=[], metavar=metavar, help=text)
+        parser.add_argument(name, action="append", default=[], metavar=metavar, help=text)
 
 
 def chosen_evaluations(args: argparse.Namespace, device: str) -> list[Evaluation]:

@@ -6,8 +6,10 @@ import hashlib
 import json
 import os
 import subprocess
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field
+from fnmatch import fnmatchcase
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -15,9 +17,11 @@ from typing import Any
 import detectron2
 import timm
 import torch
+from omegaconf import DictConfig
 
 import flsl_d2
 from flsl_d2.engine.launch import usable_cores
+from flsl_d2.engine.run_folder import flat_config
 from flsl_d2.errors import InputError
 from flsl_d2.files import write_text
 
@@ -29,6 +33,7 @@ __all__ = [
     "file_sha256",
     "make_slots",
     "read_record",
+    "result_settings",
     "versions",
     "write_record",
 ]
@@ -43,33 +48,25 @@ def versions() -> dict[str, str]:
     """
     packages = (flsl_d2, torch, detectron2, timm)
     found = {package.__name__: str(package.__version__) for package in packages}
-    commit = _git("rev-parse", "--short=12", "HEAD")
-    if commit:
-        changed = _git("status", "--porcelain", "--untracked-files=no")
-        found["commit"] = commit + ("+changes" if changed else "")
+    root = Path(flsl_d2.__file__).parents[1]
+    describe = ["git", "describe", "--always", "--abbrev=12", "--exclude=*", "--dirty=+changes"]
+    # The repository around an installed package is someone else's.
+    if (root / ".git").exists():
+        with suppress(OSError, subprocess.SubprocessError):
+            done = subprocess.run(
+                describe, cwd=root, capture_output=True, text=True, timeout=10, check=True
+            )
+            found["commit"] = done.stdout.strip()
     return found
 
 
 def file_sha256(path: str | Path) -> str:
-    """SHA-256 of a file, in hexadecimal."""
+    """Return the SHA-256 of a file in hexadecimal digits."""
     digest = hashlib.sha256()
     with open(path, "rb") as stream:
         while chunk := stream.read(2**20):
             digest.update(chunk)
     return digest.hexdigest()
-
-
-def _git(*arguments: str) -> str:
-    folder = Path(flsl_d2.__file__).parents[1]
-    if not (folder / ".git").exists():  # an installed package inside someone else's repository
-        return ""
-    try:
-        done = subprocess.run(
-            ["git", *arguments], cwd=folder, capture_output=True, text=True, timeout=10
-        )
-    except (OSError, subprocess.TimeoutExpired):
-        return ""
-    return done.stdout.strip() if done.returncode == 0 else ""
 
 
 @dataclass(frozen=True)
@@ -198,3 +195,18 @@ def write_record(folder: Path, job: Job, record: Record) -> None:
     content = asdict(record)
     content |= content.pop("outcome") | {"label": job.label, "settings": dict(job.settings)}
     write_text(folder / "result.json", json.dumps(content, indent=1) + "\n")
+
+
+def result_settings(cfg: DictConfig, without: Iterable[str]) -> dict[str, str]:
+    """Return the values of a config that a result depends on, for :attr:`Job.settings`.
+
+    Args:
+        cfg: any LazyConfig.
+        without: patterns (``fnmatch``) of keys that do not change the result.
+    """
+    patterns = tuple(without)
+    return {
+        key: value
+        for key, value in flat_config(cfg).items()
+        if not any(fnmatchcase(key, pattern) for pattern in patterns)
+    }

@@ -17,7 +17,7 @@ from flsl_d2.experiments.tables import Cell, Measure, Row, Table
 from flsl_d2.visualization.curves import read_metrics
 from flsl_d2.visualization.figures import label_plot, new_figure, plot_grid, save_figure
 
-__all__ = ["bars", "heat_maps", "lines", "overlaid_curves", "plot_file"]
+__all__ = ["bars", "draw_measures", "heat_maps", "lines", "overlaid_curves", "plot_file"]
 
 _COLOUR = "#0072b2"
 _BEST_COLOUR = "#d55e00"
@@ -27,6 +27,29 @@ _DASHES: tuple[Any, ...] = ("-", (0, (6, 2)), (0, (2, 1)), (0, (8, 2, 2, 2)))
 def plot_file(folder: Path, name: str) -> Path:
     """Return the PNG file of a measure in a folder."""
     return folder / f"{name.replace('/', '_').replace(' ', '_')}.png"
+
+
+def draw_measures(table: Table, folder: Path, axes: Sequence[str] = ()) -> dict[str, Path]:
+    """Draw each measure that any row has, except durations; return the files by measure.
+
+    Args:
+        table: rows to compare.
+        folder: folder of the PNG files.
+        axes: label columns of a grid: none for bars, one for lines, two or more for heat maps.
+    """
+    drawn = {}
+    for measure in table.measures:
+        timing = measure.name == "images/s" or measure.name.endswith(" seconds")
+        if timing or not any(row.cell(measure).values for row in table.rows):
+            continue
+        path = drawn[measure.name] = plot_file(folder, measure.name)
+        if len(axes) >= 2:
+            heat_maps(table, measure, axes[0], axes[1], path)
+        elif axes:
+            lines(table, measure, axes[0], path)
+        else:
+            bars(table, measure, path)
+    return drawn
 
 
 def bars(table: Table, measure: Measure, path: Path) -> None:

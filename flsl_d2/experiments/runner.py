@@ -13,6 +13,7 @@ import site
 import subprocess
 import sys
 import time
+from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
@@ -57,13 +58,11 @@ def signals_interrupt() -> Iterator[None]:
     def interrupt(_signal: int, _frame: object) -> None:
         raise KeyboardInterrupt
 
-    before: list[tuple[int, Callable | int | None]] = [
-        (number, signal.signal(number, interrupt)) for number in _SIGNALS
-    ]
+    before = {number: signal.signal(number, interrupt) for number in _SIGNALS}
     try:
         yield
     finally:
-        for number, handler in before:
+        for number, handler in before.items():
             signal.signal(number, handler)
 
 
@@ -112,10 +111,12 @@ class Child:
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=subprocess.STDOUT,
-                env=os.environ
-                | module_search_path()
-                | {"PYTHONUNBUFFERED": "1"}
-                | slot.environment,
+                env={
+                    **os.environ,
+                    **module_search_path(),
+                    "PYTHONUNBUFFERED": "1",
+                    **slot.environment,
+                },
                 start_new_session=True,
                 pass_fds=keep_open,
             )
@@ -212,6 +213,8 @@ def run_jobs(
 
 
 class _Run:
+    """State of a list of jobs while they run."""
+
     def __init__(
         self,
         jobs: list[Job],
@@ -221,27 +224,19 @@ class _Run:
         on_end: Callable[[dict[str, Record]], None],
     ) -> None:
         self.folder, self.lock, self.on_end = folder, lock, on_end
-        self.records: dict[str, Record] = {}
-        self.earlier: dict[str, Record] = {}  # records of jobs that have to run again
-        self.waiting: list[Job] = []
-        for job in jobs:
-            record = read_record(folder / job.key)
-            if record is not None and record.status == "done":
-                self.records[job.key] = record
-            else:
-                self.waiting.append(job)
-                if record is not None:
-                    self.earlier[job.key] = record
-        self.numbers = {
-            job.key: f"[{number}/{len(jobs)}]" for number, job in enumerate(jobs, start=1)
+        found = {job.key: record for job in jobs if (record := read_record(folder / job.key))}
+        self.records = {key: record for key, record in found.items() if record.status == "done"}
+        self.earlier_seconds = {
+            key: record.seconds for key, record in found.items() if key not in self.records
         }
-        self.free = list(slots)
-        self.num_slots = len(slots)
+        self.waiting = [job for job in jobs if job.key not in self.records]
         self.running: list[Child] = []
-        self.seconds_by_kind: dict[str, list[float]] = {}
+        self.free, self.num_slots = list(slots), len(slots)
+        self.numbers = {job.key: f"[{i}/{len(jobs)}]" for i, job in enumerate(jobs, start=1)}
+        self.seconds_by_kind: defaultdict[str, list[float]] = defaultdict(list)
         for job in jobs:
             if job.key in self.records:
-                self._note_seconds(job.kind, self.records[job.key].seconds)
+                self.seconds_by_kind[job.kind].append(self.records[job.key].seconds)
         if self.records:
             _log(f"{len(self.records)} of {len(jobs)} jobs are done already")
 
@@ -279,8 +274,8 @@ class _Run:
                 reason = f"not run, because its {job.needs.kind} failed: {needed.error}"
                 self.records[job.key] = Record("failed", error=reason)
             elif self.free:
+                _log(f"{self.numbers[job.key]} {job.kind}: {job.label}{self._eta()}")
                 self.waiting.remove(job)
-                _log(f"{self.numbers[job.key]} {job.kind}: {job.label}{self._eta(job)}")
                 self._start(job)
 
     def _start(self, job: Job) -> None:
@@ -301,41 +296,33 @@ class _Run:
             self.running.remove(child)
             self.free.append(child.slot)
             self.records[job.key] = self._write(child, record)
-            self._note_seconds(job.kind, child.seconds)
+            self.seconds_by_kind[job.kind].append(child.seconds)
             reason = f" {record.error}; see {child.log}" if record.error else ""
             _log(f"{self.numbers[job.key]} {record.status} in {_clock(child.seconds)}{reason}")
             self.on_end(self.records)
 
     def _record_of(self, child: Child) -> Record:
-        ended_well = child.status() == 0
+        """Read the results of a process that has ended; even a failed one may leave some."""
+        failed = Record("failed", error=child.failure_reason())
         try:
             outcome = child.job.outcome(child.folder)
         except (InputError, OSError, ValueError, KeyError, TypeError) as error:
-            reason = (
-                f"its results cannot be read: {error}" if ended_well else child.failure_reason()
-            )
-            return Record("failed", error=reason)
+            unreadable = f"its results cannot be read: {error}"
+            return failed if child.status() else Record("failed", error=unreadable)
         if outcome.failures:
             reasons = "; ".join(f"{name}: {reason}" for name, reason in outcome.failures.items())
             return Record("failed", outcome, reasons)
-        if not ended_well:
-            return Record("failed", error=child.failure_reason())
-        return Record("done", outcome)
+        return failed if child.status() else Record("done", outcome)
 
     def _write(self, child: Child, record: Record) -> Record:
-        before = self.earlier.get(child.job.key, Record(""))
-        seconds = before.seconds + child.seconds
+        seconds = self.earlier_seconds.get(child.job.key, 0.0) + child.seconds
         record = replace(record, seconds=round(seconds, 1), about=versions())
         write_record(child.folder, child.job, record)
         return record
 
-    def _note_seconds(self, kind: str, seconds: float) -> None:
-        self.seconds_by_kind.setdefault(kind, []).append(seconds)
-
-    def _eta(self, starting: Job | None = None) -> str:
+    def _eta(self) -> str:
         """Return the remaining time, estimated from ended jobs of the same kinds, or nothing."""
         left = [*self.waiting, *(child.job for child in self.running)]
-        left += [] if starting is None else [starting]
         if not left or any(job.kind not in self.seconds_by_kind for job in left):
             return ""
         seconds = sum(mean(self.seconds_by_kind[job.kind]) for job in left)

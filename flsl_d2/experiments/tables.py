@@ -196,7 +196,7 @@ class Table:
         """Return a booktabs table, with the best values in bold and failures as comments."""
 
         def text(shown: Shown) -> str:
-            escaped = _latex_escaped(shown.text)
+            escaped = shown.text.translate(_LATEX)
             return rf"\textbf{{{escaped}}}" if shown.kind == "best" else escaped
 
         lines = self.lines()
@@ -249,15 +249,11 @@ def cell_of(records: Iterable[Record], name: str) -> Cell:
     return Cell(tuple(values), tuple(failures))
 
 
-_LATEX = {
+_LATEX = str.maketrans({
     "\\": r"\textbackslash{}", "&": r"\&", "%": r"\%", "$": r"\$", "#": r"\#", "_": r"\_",
     "{": r"\{", "}": r"\}", "~": r"\textasciitilde{}", "^": r"\textasciicircum{}", "±": r"$\pm$",
     "<": r"\textless{}", ">": r"\textgreater{}", "|": r"\textbar{}",
-}  # fmt: skip
-
-
-def _latex_escaped(text: str) -> str:
-    return "".join(_LATEX.get(character, character) for character in text)
+})  # fmt: skip
 
 
 # Measures of which neither higher nor lower is better, by the start of the last part of the name.

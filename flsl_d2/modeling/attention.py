@@ -13,8 +13,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from flsl_d2.modeling.linear import Linear
-
 __all__ = [
     "Attention",
     "PackedShapes",
@@ -23,7 +21,7 @@ __all__ = [
     "window_key_mask",
 ]
 
-# Of images of several sizes in one list of tokens: (how many images, tokens of each), ...
+# The sizes in one list of tokens of several images: (number of images, tokens of an image), ...
 PackedShapes = tuple[tuple[int, int], ...]
 
 
@@ -55,7 +53,7 @@ def merge_windows(windows: Tensor, padded: tuple[int, int], grid: tuple[int, int
 
 
 def window_key_mask(batch: int, grid: tuple[int, int], size: int, device: torch.device) -> Tensor:
-    """Which tokens of every window are real. True = real, False = padding.
+    """Mask of the real tokens of every window: True = real, False = padding.
 
     Returns:
         (B * windows, 1, 1, S * S) bool, the form that fused attention broadcasts over heads and
@@ -71,11 +69,10 @@ class Attention(nn.Module):
 
     Args:
         dim: width of the tokens.
-        num_heads: heads; divides ``dim``.
+        num_heads: number of heads; divides ``dim``.
         qkv_bias: whether the query, key and value projections have a bias.
         rel_pos_size: side of the token grid that the relative position tables are made for;
             None for no relative positions.
-        onednn_linear: see :func:`flsl_d2.modeling.linear.linear`.
     """
 
     def __init__(
@@ -84,13 +81,12 @@ class Attention(nn.Module):
         num_heads: int,
         qkv_bias: bool = True,
         rel_pos_size: int | None = None,
-        onednn_linear: bool = True,
     ) -> None:
         super().__init__()
         self.num_heads = num_heads
         self.scale = (dim // num_heads) ** -0.5
-        self.qkv = Linear(dim, dim * 3, qkv_bias, onednn_linear)
-        self.proj = Linear(dim, dim, onednn=onednn_linear)
+        self.qkv = nn.Linear(dim, dim * 3, bias=qkv_bias)
+        self.proj = nn.Linear(dim, dim)
         self.use_rel_pos = rel_pos_size is not None
         if rel_pos_size is not None:
             table = (2 * rel_pos_size - 1, dim // num_heads)
@@ -98,7 +94,12 @@ class Attention(nn.Module):
             self.rel_pos_w = nn.Parameter(torch.zeros(table))
 
     def forward(self, tokens: Tensor, key_mask: Tensor | None = None) -> Tensor:
-        """(B, H, W, D) to (B, H, W, D); ``key_mask`` as of :func:`window_key_mask`."""
+        """(B, H, W, D) to (B, H, W, D).
+
+        Args:
+            tokens: (B, H, W, D).
+            key_mask: mask of the tokens that count as keys, from :func:`window_key_mask`.
+        """
         batch, height, width, dim = tokens.shape
         qkv = self.qkv(tokens).view(batch, height * width, 3, self.num_heads, -1)
         q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind(0)  # each (B, h, N, C)
@@ -108,8 +109,8 @@ class Attention(nn.Module):
             q, k = self._append_relative_positions(q, k, (height, width))
             scale = 1.0
             if v.device.type == "cpu":
-                # PyTorch's fused attention for CPUs wants values as wide as queries; without it
-                # the attention matrix is stored.
+                # PyTorch's fused attention for CPUs needs values as wide as queries; otherwise the
+                # attention matrix is stored.
                 v = F.pad(v, (0, q.shape[-1] - channels))
         out = F.scaled_dot_product_attention(q, k, v, attn_mask=key_mask, scale=scale)
         out = out[..., :channels].transpose(1, 2)
@@ -122,7 +123,8 @@ class Attention(nn.Module):
         for part, (count, length) in zip(self.qkv(tokens).split(sizes), shapes, strict=True):
             qkv = part.view(count, length, 3, self.num_heads, -1).permute(2, 0, 3, 1, 4)
             mixed = F.scaled_dot_product_attention(*qkv.unbind(0), scale=self.scale)
-            # Joined after this projection only: its input is kept, and would be a second copy.
+            # The parts are joined after this projection, because its input is kept for the backward
+            # pass and a joined input would be a second copy.
             out.append(self.proj(mixed.transpose(1, 2).reshape(count * length, -1)))
         return torch.cat(out)
 
@@ -143,7 +145,7 @@ class Attention(nn.Module):
         columns = _relative_table(self.rel_pos_w, width)  # (W, W, C)
         biases.append(torch.einsum("bnhwc,hkc->bnhwk", by_place, rows))
         biases.append(torch.einsum("bnhwc,wkc->bnhwk", by_place, columns))
-        # In half precision, GPUs' fused attention takes multiples of 8 channels only.
+        # Fused attention on GPUs takes multiples of 8 channels in half precision.
         spare = -(q.shape[-1] + height + width) % 8
         biases.append(by_place.new_zeros(*by_place.shape[:-1], spare))
         q = torch.cat([q * self.scale, torch.cat(biases, dim=-1).flatten(2, 3)], dim=-1)

@@ -1,7 +1,8 @@
-"""The simple feature pyramid of ViTDet (arXiv 2203.16527, Sec. 3), for patch 16 and patch 8."""
+"""The simple feature pyramid of ViTDet (arXiv 2203.16527, Sec. 3) and its nodes of YAML configs."""
 
 from __future__ import annotations
 
+import inspect
 import math
 from collections.abc import Sequence
 
@@ -12,32 +13,33 @@ from detectron2.modeling.backbone.fpn import LastLevelMaxPool
 from torch import Tensor, nn
 
 from flsl_d2.errors import InputError
-from flsl_d2.modeling.vit import FLSLViT
+from flsl_d2.modeling.vit import NO_VALUE, FLSLViT
 
-__all__ = ["SimpleFeaturePyramid", "build_flsl_vit_sfp_backbone"]
+__all__ = ["SimpleFeaturePyramid", "add_flsl_config", "build_flsl_vit_sfp_backbone"]
 
 
 class SimpleFeaturePyramid(Backbone):
     """Maps of several strides from the one map of a plain backbone.
 
-    Parameter names are those of Detectron2's class of the same name, so its weights load. It
-    differs in two things: a stride-8 map has its levels too (each scale is any power of two), and
-    images are really padded to the coarsest stride (Detectron2 misspells the key of that
-    constraint, so its padding is skipped unless ``square_pad`` is set).
+    Parameter names are those of Detectron2's class of the same name, so its weights load. Two
+    things differ: a scale may be any power of two, so that a map of stride 8 has all levels, and
+    images are padded to the coarsest stride (Detectron2 misspells the key of that constraint, so
+    its padding is skipped unless ``square_pad`` is set).
 
     Args:
-        net: backbone that makes the map.
+        net: backbone that computes the map.
         in_feature: name of that map in the output of ``net``.
-        out_channels: channels of every level.
+        out_channels: number of channels of every level.
         scale_factors: size of each level over the size of the map, falling; None for strides
             4, 8, 16 and 32 whatever the stride of ``net`` is.
-        top_block: further levels from the last (p6 by max-pooling); has ``num_levels`` and
-            ``in_feature``.
-        norm: normalisation of the convolutions, a name that ``get_norm`` knows.
-        square_pad: pad images to squares of this side in pixels; 0 pads to the coarsest stride.
+        top_block: module that makes further levels from the last (p6 by max-pooling); it has
+            ``num_levels`` and ``in_feature``.
+        norm: name of the convolutions' normalisation, for Detectron2's ``get_norm``.
+        square_pad: side in pixels of the squares that images are padded to; 0 pads to multiples of
+            the coarsest stride.
 
     Raises:
-        InputError: a scale that is not a power of two.
+        InputError: a scale is not a power of two.
     """
 
     def __init__(
@@ -83,11 +85,12 @@ class SimpleFeaturePyramid(Backbone):
 
     @property
     def size_divisibility(self) -> int:
+        """Multiple in pixels of the sides of padded images."""
         return self._padding["size_divisibility"]
 
     @property
     def padding_constraints(self) -> dict[str, int]:
-        """What Detectron2's ``ImageList`` must pad images to, with the keys that it reads."""
+        """Multiples that Detectron2's ``ImageList`` must pad images to, under the keys it reads."""
         return self._padding
 
     def forward(self, images: Tensor) -> dict[str, Tensor]:
@@ -124,11 +127,33 @@ def _level(in_channels: int, out_channels: int, scale: float, norm: str) -> nn.S
     )
 
 
+def add_flsl_config(cfg: CfgNode) -> None:
+    """Add the nodes that the backbones ``build_flsl_vit_sfp_backbone`` and ``FLSLViT`` read.
+
+    Each key of ``MODEL.FLSL_VIT`` is the argument of :class:`flsl_d2.modeling.FLSLViT` of the same
+    name, with its default; windows of 14 x 14 tokens and stochastic depth of 0.1 are detection's
+    own. ``MODEL.TIMM`` belongs to :class:`flsl_d2.modeling.TimmBackbone`. Existing keys of ``cfg`` are left alone, so this may be called twice.
+    """
+    model = cfg.MODEL
+    if "FLSL_VIT" not in model:
+        parameters = inspect.signature(FLSLViT.__init__).parameters.values()
+        node = {p.name: p.default for p in parameters if p.kind is p.KEYWORD_ONLY}
+        for name in ("in_chans", "pixel_adapter", "out_feature"):  # follow from the other nodes
+            del node[name]
+        node.update(NO_VALUE, window_size=14, drop_path_rate=0.1)
+        model.FLSL_VIT = CfgNode({name.upper(): value for name, value in node.items()})
+    if "FLSL_SFP" not in model:
+        model.FLSL_SFP = CfgNode({"OUT_CHANNELS": 256, "NORM": "LN", "SQUARE_PAD": 0})
+    if "TIMM" not in model:
+        # timm's name of the model, options after "?", e.g. resnet50?pretrained=false.
+        model.TIMM = CfgNode({"NAME": "", "FROZEN": False, "USE_ACT_CHECKPOINT": False})
+
+
 @BACKBONE_REGISTRY.register()
 def build_flsl_vit_sfp_backbone(cfg: CfgNode, input_shape: ShapeSpec) -> SimpleFeaturePyramid:
-    """FLSLViT under a simple feature pyramid with p2 to p6, for R-CNN configs.
+    """Build FLSLViT under a simple feature pyramid with p2 to p6, for R-CNN configs.
 
-    Reads ``cfg.MODEL.FLSL_VIT`` and ``cfg.MODEL.FLSL_SFP``.
+    Reads ``cfg.MODEL.FLSL_VIT`` and ``cfg.MODEL.FLSL_SFP``; see :func:`add_flsl_config`.
     """
     node = cfg.MODEL.FLSL_SFP
     return SimpleFeaturePyramid(

@@ -1,4 +1,4 @@
-"""From the pixels that a Detectron2 model feeds to those that the encoder was trained on."""
+"""ImageNet's pixel statistics, and the change from a Detectron2 model's pixels to them."""
 
 from __future__ import annotations
 
@@ -10,24 +10,24 @@ from torch import Tensor, nn
 
 __all__ = ["IMAGENET_MEAN", "IMAGENET_STD", "PixelAdapter"]
 
-# Red, green, blue, on the scale of 0 to 255, as torchvision and every listed pre-training use them.
+# Red, green, blue, on the scale of 0 to 255; torchvision's values.
 IMAGENET_MEAN = (123.675, 116.28, 103.53)
 IMAGENET_STD = (58.395, 57.12, 57.375)
 
 
 class PixelAdapter(nn.Module):
-    """Exact change from one channel order and normalisation to RGB with ImageNet's statistics.
+    """Change from one channel order and normalisation to RGB with ImageNet's statistics.
 
     Detectron2's YAML defaults are BGR with a standard deviation of 1, made for its ResNets. An
-    encoder pre-trained on normalised RGB sees noise there, and nothing fails. With this adapter a
-    project keeps its ``INPUT.FORMAT`` and ``MODEL.PIXEL_MEAN/STD`` and the encoder gets its own.
+    encoder pre-trained on normalised RGB would see noise, and nothing would fail. With this adapter
+    a project keeps its ``INPUT.FORMAT`` and ``MODEL.PIXEL_MEAN/STD``. The change is exact.
 
     Args:
-        mean: the model's pixel mean, in its channel order.
-        std: the model's pixel standard deviation, likewise.
-        flip_channels: the model's order is BGR.
+        mean: pixel mean of the model, in its channel order.
+        std: pixel standard deviation of the model, in its channel order.
+        flip_channels: whether the model's order is BGR.
         own_mean: pixel mean that the encoder was trained with, RGB.
-        own_std: pixel standard deviation, likewise.
+        own_std: pixel standard deviation that the encoder was trained with, RGB.
     """
 
     def __init__(
@@ -42,6 +42,8 @@ class PixelAdapter(nn.Module):
         self.flip_channels = flip_channels
         order = slice(None, None, -1) if flip_channels else slice(None)
         fed_mean, fed_std = torch.tensor(mean[order]), torch.tensor(std[order])
+        self.gain: Tensor
+        self.shift: Tensor
         gain = fed_std / torch.tensor(own_std)
         shift = (fed_mean - torch.tensor(own_mean)) / torch.tensor(own_std)
         self.register_buffer("gain", gain.view(3, 1, 1), persistent=False)
@@ -49,7 +51,7 @@ class PixelAdapter(nn.Module):
 
     @classmethod
     def from_config(cls, cfg: CfgNode) -> PixelAdapter | None:
-        """The adapter that a YAML config needs; None where it feeds what the encoder expects."""
+        """Return the adapter that a YAML config needs; None where none is needed."""
         mean, std = list(cfg.MODEL.PIXEL_MEAN), list(cfg.MODEL.PIXEL_STD)
         if len(mean) != 3 or cfg.INPUT.FORMAT not in ("RGB", "BGR"):
             return None
@@ -59,7 +61,7 @@ class PixelAdapter(nn.Module):
 
     @property
     def is_identity(self) -> bool:
-        """Whether pixels stay as they are."""
+        """Whether pixels are unchanged."""
         same_gain = torch.allclose(self.gain, torch.ones(3, 1, 1))
         # Within a hundredth of a grey level, so that 0.485 and 123.675 / 255 are the same.
         same_shift = torch.allclose(self.shift, torch.zeros(3, 1, 1), atol=2e-4)

@@ -1,4 +1,4 @@
-"""Fixed sine-cosine positions, and position tables for other grids than they were made for."""
+"""Fixed sine-cosine positions, and resampling of position tables to other grids."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def sincos_positions(embed_dim: int, grid_size: int) -> Tensor:
 
 
 def grid_of_table(num_positions: int) -> int:
-    """Side of the square grid that a position table of ``num_positions`` tokens stands for."""
+    """Return the side of the square grid of a position table with ``num_positions`` rows."""
     side = math.isqrt(num_positions)
     if side * side != num_positions:
         raise InputError(
@@ -57,16 +57,16 @@ def grid_of_table(num_positions: int) -> int:
 
 
 def num_leading_positions(num_positions: int, most: int = 1) -> int:
-    """How many rows of a table stand before those of a square grid.
+    """Count the rows of a table before those of a square grid.
 
-    Class tokens and registers have their positions there. Sources differ in whether they have.
+    Class tokens and registers have their positions there, in some sources.
 
     Args:
         num_positions: rows of the table.
-        most: number of such tokens.
+        most: largest possible number of such rows.
 
     Returns:
-        The smallest number of rows that leaves a square; 0 where none up to ``most`` does.
+        The smallest number of rows whose removal leaves a square; 0 where there is none.
     """
     for count in range(most + 1):
         rest = num_positions - count
@@ -78,29 +78,36 @@ def num_leading_positions(num_positions: int, most: int = 1) -> int:
 def resample_positions(
     table: Tensor, grid: tuple[int, int], offset: float = 0.1, antialias: bool = False
 ) -> Tensor:
-    """Bicubically resample a position table to another grid.
+    """Resample a position table bicubically to another grid.
 
     Args:
         table: (1, G * G, D), row-major.
-        grid: rows and columns wanted.
-        offset: with 0 the new grid covers the table exactly, as Detectron2's ViT does it. With
-            0.1 the step between samples is ``G / (n + 0.1)``, as in DINO and the published FLSL
-            code, whose weights were trained with it.
-        antialias: widen the filter where the table shrinks, as timm does (with offset 0).
+        grid: rows and columns of the result.
+        offset: 0 makes the new grid cover the table exactly, as Detectron2's ViT does. 0.1 makes
+            the step between samples ``G / (n + 0.1)``, as in DINO and the published FLSL code,
+            whose weights were trained with it.
+        antialias: whether the filter is widened where the table shrinks, as timm does (with
+            offset 0).
 
     Returns:
-        (1, rows, columns, D); the table itself where the grid is its own.
+        (1, rows, columns, D); a view of the table where the grid is the same.
     """
     side = grid_of_table(table.shape[1])
     square = table.reshape(1, side, side, -1)
+    if torch.jit.is_tracing():
+        # Scale factors are constants of a trace, so it holds for images of its example's size.
+        grid = (int(grid[0]), int(grid[1]))
     if grid == (side, side):
         return square
     square = square.permute(0, 3, 1, 2)
-    kind = {"mode": "bicubic", "align_corners": False, "antialias": antialias}
-    if offset == 0:
-        out = F.interpolate(square, size=grid, **kind)
-    else:
-        factors = tuple((n + offset) / side for n in grid)
-        out = F.interpolate(square, scale_factor=factors, **kind)
-        out = out[:, :, : grid[0], : grid[1]]
+    size = grid if offset == 0 else None
+    factors = None if offset == 0 else [(n + offset) / side for n in grid]
+    out = F.interpolate(
+        square,
+        size=size,
+        scale_factor=factors,
+        mode="bicubic",
+        align_corners=False,
+        antialias=antialias,
+    )[:, :, : grid[0], : grid[1]]
     return out.permute(0, 2, 3, 1).to(table.dtype)

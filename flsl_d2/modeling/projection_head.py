@@ -11,42 +11,36 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from flsl_d2.modeling.linear import Linear, linear
-
 __all__ = ["FLSLHead", "WeightNormLinear"]
 
 
 class WeightNormLinear(nn.Module):
-    """Linear layer without bias whose rows have a norm of their own, ``w = g * v / |v|``.
+    """Linear layer without bias whose rows have a separate norm, ``w = g * v / |v|``.
 
-    Its rows are the centroids: with inputs of norm 1 and ``g`` fixed at 1, the output is the
+    The rows are the centroids: with inputs of norm 1 and ``g`` fixed at 1, the output is the
     cosine to each of them.
 
     Args:
         in_features: width of the input.
         out_features: number of centroids K.
-        learn_scale: train ``g``; otherwise it stays at 1.
-        onednn: see :func:`flsl_d2.modeling.linear.linear`.
+        learn_scale: whether ``g`` is trained; otherwise it stays at 1.
     """
 
-    def __init__(
-        self, in_features: int, out_features: int, learn_scale: bool = False, onednn: bool = True
-    ) -> None:
+    def __init__(self, in_features: int, out_features: int, learn_scale: bool = False) -> None:
         super().__init__()
-        self.onednn = onednn
         self.weight_g = nn.Parameter(torch.empty(out_features, 1), requires_grad=learn_scale)
         self.weight_v = nn.Parameter(torch.empty(out_features, in_features))
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """Directions uniform as of ``nn.Linear``, norms 1."""
+        """Initialise directions uniformly, like ``nn.Linear``, and norms to 1."""
         nn.init.ones_(self.weight_g)
         nn.init.kaiming_uniform_(self.weight_v, a=math.sqrt(5))
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., in_features) to (..., K)."""
         weight = self.weight_v / self.weight_v.norm(dim=1, keepdim=True)
-        return linear(x, self.weight_g * weight, onednn=self.onednn)
+        return F.linear(x, self.weight_g * weight)
 
 
 class FLSLHead(nn.Module):
@@ -58,7 +52,6 @@ class FLSLHead(nn.Module):
         hidden_dim: width of the hidden layers.
         bottleneck_dim: width of the space in which the centroids live.
         learn_scale: see :class:`WeightNormLinear`.
-        onednn_linear: see :func:`flsl_d2.modeling.linear.linear`.
     """
 
     def __init__(
@@ -68,23 +61,20 @@ class FLSLHead(nn.Module):
         hidden_dim: int = 2048,
         bottleneck_dim: int = 256,
         learn_scale: bool = False,
-        onednn_linear: bool = True,
     ) -> None:
         super().__init__()
         self.mlp = nn.Sequential(
-            Linear(in_dim, hidden_dim, onednn=onednn_linear),
+            nn.Linear(in_dim, hidden_dim),
             nn.GELU(),
-            Linear(hidden_dim, hidden_dim, onednn=onednn_linear),
+            nn.Linear(hidden_dim, hidden_dim),
             nn.GELU(),
-            Linear(hidden_dim, bottleneck_dim, onednn=onednn_linear),
+            nn.Linear(hidden_dim, bottleneck_dim),
         )
-        self.last_layer = WeightNormLinear(
-            bottleneck_dim, num_centroids, learn_scale, onednn_linear
-        )
+        self.last_layer = WeightNormLinear(bottleneck_dim, num_centroids, learn_scale)
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """Truncated normal (0.02) layers with zero bias."""
+        """Initialise layers from a truncated normal (0.02), with zero bias."""
         for layer in self.mlp:
             if isinstance(layer, nn.Linear):
                 nn.init.trunc_normal_(layer.weight, std=0.02)

@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 import argparse
-import os
 from collections.abc import Sequence
 from pathlib import Path
 
-from flsl_d2.engine.command_line import add_option, described_parser, named_weights, run_tool
+from flsl_d2.engine.command_line import (
+    add_defaults,
+    add_option,
+    described_parser,
+    named_weights,
+    run_tool,
+)
 from flsl_d2.visualization.visualize import visualize
 
 __all__ = ["main"]
@@ -55,18 +60,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
     add(
         "--images",
         nargs="+",
-        type=os.path.expanduser,
         default=[],
         metavar="PATH",
         help="image files, folders of images",
     )
-    add("--dataset", default="", metavar="NAME", help="a data set registered in Detectron2")
-    add_option(
-        parser,
-        "--max-images",
-        default=8,
-        help="largest number of images of a folder or data set (default: %(default)s)",
-    )
+    most = "most images of each folder and data set (default: %(default)s)"
+    add_option(parser, "--max-images", default=8, help=most)
     add_option(parser, "--output", default=Path("output/pictures"))
     add(
         "--token",
@@ -74,25 +73,22 @@ def main(arguments: Sequence[str] | None = None) -> None:
         action="append",
         default=[],
         metavar="X,Y",
-        help="token to look from, in pixels of the original image; may be repeated (default: the "
-        "middle)",
+        help="token to look from, in pixels of the image; may be repeated (default: the middle)",
     )
-    add_option(
-        parser,
-        "--short-side",
-        help="shorter side that images are resized to, in pixels; 0 keeps their size "
-        "(default: %(default)s)",
-    )
-    add(
-        "--scale",
-        type=float,
-        default=1.0,
-        metavar="S",
-        help="scale of attention and mean-shift, times sqrt(D); larger values give more, smaller "
-        "clusters, pre-training itself uses 0.1 (default: %(default)s)",
-    )
-    add("--iterations", type=int, default=5, metavar="N", help="mean-shift steps (%(default)s)")
+    side = "shorter side of images in pixels; 0 keeps their size (default: %(default)s)"
+    add_option(parser, "--short-side", help=side)
     add_option(parser, "--device")
+    add_defaults(
+        parser,
+        (
+            "--scale",
+            1.0,
+            "scale of attention and mean-shift, times sqrt(D); larger values give more, smaller "
+            "clusters, and pre-training uses 0.1",
+        ),
+        ("--iterations", 5, "mean-shift steps"),
+        ("--dataset", "", "data set registered in Detectron2"),
+    )
     args = parser.parse_args(arguments)
     names = args.names or [name for name, _ in args.weights]
     run_tool(

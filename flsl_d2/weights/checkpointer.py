@@ -39,7 +39,7 @@ logger = logging.getLogger(__name__)
 
 def remove_unfinished(folder: str | Path) -> None:
     """Delete unfinished files of a run that was killed while it wrote a checkpoint."""
-    for part in Path(folder).glob(f"*.pth{UNFINISHED}"):
+    for part in Path(folder).glob(f"*.pth*{UNFINISHED}"):
         logger.info("Removing %s, whose writing was interrupted.", part)
         part.unlink(missing_ok=True)
 

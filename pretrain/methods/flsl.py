@@ -1,4 +1,4 @@
-"""Student and teacher, and one step of FLSL from views to losses.
+"""FLSL: student and teacher, and one step from views to losses (arXiv 2306.06203).
 
 Shape suffixes: B images, N tokens, D width, Q queries, K centroids.
 """
@@ -6,7 +6,7 @@ Shape suffixes: B images, N tokens, D width, Q queries, K centroids.
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from itertools import groupby
 from typing import Any
 
@@ -17,36 +17,40 @@ from torch import Tensor, nn
 from flsl_d2.errors import InputError
 from flsl_d2.mean_shift import attention, mean_shift, mix_attention
 from flsl_d2.modeling import FLSLViT
-from flsl_d2.modeling.packing import packed_tokens
 from flsl_d2.modeling.pixels import IMAGENET_MEAN, IMAGENET_STD
 from flsl_d2.modeling.projection_head import FLSLHead
 from pretrain.methods.flsl_objective import FLSLLoss, gather_queries
+from pretrain.methods.places import places_of_queries, tokens_at
 from pretrain.methods.previous_stage import PreviousStage
+from pretrain.methods.protocol import Losses, Monitored, StepInputs
 from pretrain.schedules import StepValues
 
-__all__ = ["FLSL", "Encoder"]
+__all__ = ["FLSL", "PARTNERS", "EncoderWithHead"]
+
+# How the teacher finds the partner of a query.
+PARTNERS = ("similarity", "place")
 
 
-class Encoder(nn.Module):
-    """An FLSLViT with its head, as student or teacher.
+class EncoderWithHead(nn.Module):
+    """An encoder with its projection head, as student or teacher.
 
     Args:
-        backbone: the vision transformer.
-        head: maps modes to centroids.
-        norm_modes: apply the final LayerNorm to modes instead of tokens.
+        backbone: the encoder.
+        head: the head, which maps modes to centroids.
+        norm_modes: whether the final LayerNorm is applied to modes instead of tokens.
     """
 
     def __init__(self, backbone: FLSLViT, head: FLSLHead, norm_modes: bool = False) -> None:
         super().__init__()
         self.backbone, self.head, self.norm_modes = backbone, head, norm_modes
 
-    def tokens(self, images: Tensor) -> Tensor:
+    def tokens(self, images: Tensor, positions: bool = True) -> Tensor:
         """Images (B, 3, H, W) to tokens (B, N, D)."""
-        return self.backbone.forward_tokens(images, num_blocks=self._num_blocks)
+        return self.backbone.forward_tokens(images, self._num_blocks, positions)
 
-    def packed_tokens(self, batches: Sequence[Tensor]) -> list[Tensor]:
+    def packed_tokens(self, batches: Sequence[Tensor], positions: bool = True) -> list[Tensor]:
         """:meth:`tokens` of images of several sizes, in one pass."""
-        return packed_tokens(self.backbone, batches, num_blocks=self._num_blocks)
+        return self.backbone.forward_packed(batches, self._num_blocks, positions)
 
     @property
     def _num_blocks(self) -> int | None:
@@ -58,21 +62,35 @@ class Encoder(nn.Module):
 
 
 class FLSL(nn.Module):
-    """One image, several views: the student's modes are pulled to the teacher's.
+    """The modes of several student views are pulled to the modes of the teacher's view.
+
+    A :class:`pretrain.methods.protocol.Method`.
 
     Args:
         backbone: encoder of the student; the teacher is a copy without stochastic depth.
-        head: head of the student.
+        head: projection head of the student.
         loss: the objective.
-        norm_modes: see :class:`Encoder`.
-        previous_stage: the teacher of an earlier run, whose attention mixes into the teacher's;
+        norm_modes: see :class:`EncoderWithHead`.
+        previous_stage: teacher of an earlier run, whose attention is mixed into the teacher's;
             None for training in one stage.
-        pack_views: encode student views of all sizes in one pass; see
-            :mod:`flsl_d2.modeling.packing`.
+        pack_views: whether student views of all sizes are encoded in one pass; see
+            :meth:`flsl_d2.modeling.FLSLViT.forward_packed`.
+        partner: how the mode m+_i that a query z_i is compared with is found.
+            ``similarity``, as published: the mode of the student's query in the teacher's view,
+            ``m+_i = sum_j softmax_j(s_ca z_i.z+_j) z+_j``. ``place``: the mode of the teacher's
+            own token where the query's patch came from, ``u_i = Z+(place_i)``, interpolated
+            bilinearly in the teacher's grid,
+            ``m+_i = sum_j softmax_j(s_ca u_i.z+_j) z+_j``.
+        teacher_positions: whether positions are added to the teacher's patches. Without them no
+            target depends on a place other than through the image, so that features which are a
+            map of places earn nothing.
+        position_drop: probability that the student's patches get no positions in a step, drawn
+            from the step's seed. Without positions in the teacher it keeps the encoder usable
+            with positions and without.
 
     Raises:
-        InputError: head and loss disagree about the number of centroids, or the previous stage
-            has other patches.
+        InputError: head and loss disagree about the number of centroids, the previous stage has
+            other patches, or a switch has an unknown value.
     """
 
     def __init__(
@@ -82,7 +100,10 @@ class FLSL(nn.Module):
         loss: FLSLLoss,
         norm_modes: bool = False,
         previous_stage: PreviousStage | None = None,
-        pack_views: bool = False,
+        pack_views: bool = True,
+        partner: str = "similarity",
+        teacher_positions: bool = True,
+        position_drop: float = 0.0,
     ) -> None:
         super().__init__()
         num_centroids = len(head.last_layer.weight_v)
@@ -97,55 +118,65 @@ class FLSL(nn.Module):
                 f"one of {backbone.patch_size}, so their tokens do not match; use a previous stage "
                 f"with patches of {backbone.patch_size}."
             )
+        if partner not in PARTNERS:
+            raise InputError(f"model.partner is '{partner}'; use one of {', '.join(PARTNERS)}.")
+        if not 0 <= position_drop <= 1:
+            raise InputError(
+                f"model.position_drop is {position_drop}, a probability; use a value from 0 to 1."
+            )
         self.previous_stage, self.pack_views = previous_stage, pack_views
-        self.student = Encoder(backbone, head, norm_modes)
+        self.needs_crops = previous_stage is not None
+        self.num_centroids = num_centroids
+        self.partner, self.teacher_positions = partner, teacher_positions
+        self.position_drop = position_drop
+        self.student = EncoderWithHead(backbone, head, norm_modes)
         self.teacher = copy.deepcopy(self.student)
         self.teacher.requires_grad_(False).eval()
         self.loss = loss
+        self.pixel_mean: Tensor
+        self.pixel_std: Tensor
         self.register_buffer("pixel_mean", torch.tensor(IMAGENET_MEAN).view(3, 1, 1), False)
         self.register_buffer("pixel_std", torch.tensor(IMAGENET_STD).view(3, 1, 1), False)
 
     def train(self, mode: bool = True) -> FLSL:
-        """As of ``nn.Module``, but the teacher stays in evaluation: no stochastic depth."""
+        """Like ``nn.Module.train``, except that the teacher stays in evaluation mode."""
         super().train(mode)
         self.teacher.eval()
         return self
 
-    def forward(
-        self,
-        views: list[Tensor],
-        queries: list[Tensor],
-        values: StepValues,
-        crops: Sequence[Tensor] = (),
-    ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-        """One step's losses.
+    def forward(self, inputs: StepInputs, values: StepValues) -> tuple[Losses, Monitored]:
+        """Compute the losses of a step; see :class:`pretrain.methods.protocol.Method`.
 
         Args:
-            views: uint8 images (B, 3, S, S), the teacher's view first. Student views of the same
-                size that follow each other are encoded together.
-            queries: for every student view, which of its tokens are queries: (B, Q) int64.
-            values: the scheduled values of this step.
-            crops: the views before augmentation, in the same order; for a previous stage only.
+            inputs: the views; student views of the same size that follow each other are encoded
+                together.
+            values: the scheduled values of the step.
 
         Returns:
-            Losses of :class:`FLSLLoss`, and monitored tensors: ``assigned`` (K,) how many queries
-            the teacher gives to each centroid, ``mean_assignment`` (K,), and ``feature_std``.
+            The losses of :class:`FLSLLoss`, and what is monitored.
         """
         scale = self.student.backbone.embed_dim**-0.5
-        teacher_view, *student_views = [self._normalised(view) for view in views]
+        teacher_view, *student_views = [self._normalised(view) for view in inputs.views]
         with torch.no_grad():
-            teacher_tokens = self.teacher.tokens(teacher_view)  # (B, N, D)
-        priors = self._priors(crops, queries) if self.previous_stage else [None] * len(queries)
-        groups = _groups_of_one_size(student_views, queries, priors)
+            teacher_tokens = self.teacher.tokens(teacher_view, self.teacher_positions)  # (B, N, D)
+        queries = inputs.queries
+        priors = self._priors(inputs) if self.previous_stage else [None] * len(queries)
+        places = inputs.places if self.partner == "place" else [None] * len(queries)
+        groups = _groups_of_one_size(student_views, queries, priors, places)
         parts = []
         for group, tokens in zip(groups, self._student_tokens(groups), strict=True):
-            _, indexes, group_priors = zip(*group, strict=True)
-            points = gather_queries(tokens, torch.cat(indexes))  # (V * B, Q, D)
+            _, view_indexes, group_priors, group_places = zip(*group, strict=True)
+            indexes = torch.cat(view_indexes)
+            points = gather_queries(tokens, indexes)  # (V * B, Q, D)
             modes = mean_shift(points, tokens, values.self_scale * scale)
             with torch.no_grad():
                 keys = teacher_tokens.repeat(len(group), 1, 1)
+                starts = points
+                if self.partner == "place":
+                    xy = places_of_queries(indexes, tokens.shape[1], torch.cat(group_places))
+                    starts = tokens_at(keys, xy).to(points.dtype)
                 cross_modes = self._cross_modes(
-                    points, keys, values.cross_scale * scale, group_priors, values.own_attention
+                    starts, keys, values.cross_scale * scale, group_priors, values.own_attention
                 )
             parts.append([x.flatten(0, 1) for x in (points, modes, cross_modes)])
         points, modes, cross_modes = (torch.cat(part) for part in zip(*parts, strict=True))
@@ -165,28 +196,29 @@ class FLSL(nn.Module):
         """Compile the transformer blocks of student and teacher (``torch.compile``).
 
         All blocks of an encoder share their code, so it is compiled once for each size of view,
-        during the first steps; the rest of the step is small beside them. Where stochastic depth
-        skips images, the student's blocks see other numbers of them at each step, and only their
-        branches are compiled, for any number.
+        during the first steps; the rest of the step is small beside them.
 
         Args:
-            backend: of ``torch.compile``.
+            backend: backend of ``torch.compile``.
         """
-        student, teacher = self.student.backbone.blocks, self.teacher.backbone.blocks
-        if any(block.drop_path.skips for block in student):
-            for block in student:
-                block.compile_branches(backend)
-        else:
-            for block in student:
-                block.compile(dynamic=False, backend=backend)
-        for block in teacher:
+        for block in self.student.backbone.blocks:
+            block.compile_for_training(backend)
+        for block in self.teacher.backbone.blocks:
             block.compile(dynamic=False, backend=backend)
+
+    def frozen_parameters(self, values: StepValues) -> Iterable[nn.Parameter]:
+        """Return the centroids as long as the schedule freezes them."""
+        return self.student.head.last_layer.parameters() if values.last_layer_frozen else ()
+
+    def exported_encoder(self) -> FLSLViT:
+        """Return the teacher's encoder."""
+        return self.teacher.backbone
 
     @torch.no_grad()
     def update_teacher(self, momentum: float) -> None:
         """Exponential moving average: ``teacher = momentum * teacher + (1 - momentum) * student``.
 
-        Frozen parameters (fixed positions) are averaged, too, and stay what they are.
+        Fixed positions are averaged as well, which leaves them unchanged.
         """
         torch._foreach_lerp_(
             list(self.teacher.parameters()), list(self.student.parameters()), 1 - momentum
@@ -195,31 +227,36 @@ class FLSL(nn.Module):
     def _student_tokens(self, groups: list[list[tuple[Any, ...]]]) -> list[Tensor]:
         """Tokens (V * B, N, D) of each group's V views."""
         batches = [torch.cat([view for view, *_ in group]) for group in groups]
+        # Nothing is drawn without the switch, so that stochastic depth draws what it did.
+        dropped = self.training and self.position_drop > 0
+        positions = not (dropped and float(torch.rand(())) < self.position_drop)
         if self.pack_views:
-            return self.student.packed_tokens(batches)
-        return [self.student.tokens(images) for images in batches]
+            return self.student.packed_tokens(batches, positions)
+        return [self.student.tokens(images, positions) for images in batches]
 
     def _cross_modes(
         self,
-        queries: Tensor,
+        starts: Tensor,
         keys: Tensor,
         scale: float,
         priors: Sequence[Tensor | None],
         own_attention: float,
     ) -> Tensor:
-        """Modes in the teacher's view, its attention mixed with the previous stage's, if any."""
+        """Modes in the teacher's view, with the previous stage's attention mixed in, if any."""
         if priors[0] is None:
-            return mean_shift(queries, keys, scale)
-        own = attention(queries, keys, scale)
-        return mix_attention(own, torch.cat(list(priors)).to(own.dtype), own_attention) @ keys
+            return mean_shift(starts, keys, scale)
+        own = attention(starts, keys, scale)
+        prior = torch.cat([each for each in priors if each is not None])
+        return mix_attention(own, prior.to(own.dtype), own_attention) @ keys
 
-    def _priors(self, crops: Sequence[Tensor], queries: list[Tensor]) -> list[Tensor]:
-        """The previous stage's attention (B, Q, N) of each student view's queries."""
-        teacher_crop, *student_crops = [self._normalised(crop) for crop in crops]
+    def _priors(self, inputs: StepInputs) -> list[Tensor]:
+        """Attention (B, Q, N) of the previous stage for each student view's queries."""
+        assert self.previous_stage is not None
+        teacher_crop, *student_crops = [self._normalised(crop) for crop in inputs.crops]
         keys = self.previous_stage.tokens(teacher_crop)
         return [
             self.previous_stage.prior(crop, indexes, keys)
-            for crop, indexes in zip(student_crops, queries, strict=True)
+            for crop, indexes in zip(student_crops, inputs.queries, strict=True)
         ]
 
     def _normalised(self, images: Tensor) -> Tensor:
@@ -227,14 +264,14 @@ class FLSL(nn.Module):
 
 
 def _groups_of_one_size(views: list[Tensor], *others: Sequence[Any]) -> list[list[tuple[Any, ...]]]:
-    """Views that can be encoded in one batch, each with what belongs to it."""
+    """Group views that can be encoded in one batch, each with what belongs to it."""
     items = zip(views, *others, strict=True)
     return [list(group) for _, group in groupby(items, key=lambda item: item[0].shape[-1])]
 
 
 @torch.no_grad()
 def _feature_std(tokens: Tensor) -> Tensor:
-    """Collapse shows as features that do not vary.
+    """Spread of the features, an indicator of collapse.
 
     The standard deviation over tokens (B, N, D) of the L2-normalised features, times sqrt(D):
     about 1 for features that fill the space, 0 when all are the same.

@@ -1,4 +1,4 @@
-"""The FLSL objective (arXiv 2306.06203): tensor functions that know nothing of files or processes.
+"""The FLSL objective (arXiv 2306.06203), in functions of tensors.
 
 Shape suffixes: B images, N tokens, D width, Q queries (of all student views together), K centroids.
 """
@@ -26,18 +26,18 @@ __all__ = [
 ]
 
 
-# So many probabilities, queries times centroids, are computed at a time (16 MiB).
+# Number of probabilities, queries times centroids, that are computed at a time (16 MiB).
 _CHUNK = 2**22
 
 
 def query_indexes(mask: Tensor) -> Tensor:
-    """Where the queries are among the tokens.
+    """Indexes of the queries among the tokens.
 
-    Selecting by a mask makes a GPU wait, because the size of the result depends on values; so the
-    CPU, where the mask comes from, makes indexes of it.
+    Selecting by a mask would make the GPU wait, because the size of the result depends on values;
+    so the indexes are computed on the CPU, where the mask comes from.
 
     Args:
-        mask: (B, N) bool, True = query; every image has the same number of them.
+        mask: (B, N) bool, True = query; every image has the same number of queries.
 
     Returns:
         (B, Q) int64, ascending.
@@ -46,16 +46,18 @@ def query_indexes(mask: Tensor) -> Tensor:
 
 
 def gather_queries(tokens: Tensor, indexes: Tensor) -> Tensor:
-    """Tokens (B, N, D) at ``indexes`` (B, Q), as of :func:`query_indexes`: (B, Q, D)."""
+    """Tokens (B, N, D) at ``indexes`` (B, Q) of :func:`query_indexes`: (B, Q, D)."""
     return tokens.gather(1, indexes[..., None].expand(-1, -1, tokens.shape[-1]))
 
 
 def intra_view_loss(queries: Tensor, modes: Tensor) -> Tensor:
-    """Tokens move to their modes (Eq. 8): ``mean_i (2 - 2 cos(z_i, m_i))``, gradient through both.
+    """Distance of tokens to their modes (Eq. 8): ``mean_i (2 - 2 cos(z_i, m_i))``.
+
+    The gradient flows through both.
 
     Args:
         queries: (Q, D).
-        modes: (Q, D), the modes of those queries in the same view.
+        modes: (Q, D), the modes of the queries in the same view.
     """
     return 2 - 2 * F.cosine_similarity(queries.float(), modes.float(), dim=-1, eps=1e-12).mean()
 
@@ -71,7 +73,9 @@ def inter_view_loss(log_probs: Tensor, targets: Tensor) -> Tensor:
 
 
 def volume_loss(mean_probs: Tensor, log_prior: Tensor) -> Tensor:
-    """Keeps clusters non-empty: ``KL(mean p || prior) = sum_k p_k (log p_k - log prior_k)``.
+    """Divergence that keeps clusters filled: ``KL(mean p || prior)``.
+
+    It is ``sum_k p_k (log p_k - log prior_k)``.
 
     Args:
         mean_probs: (K,) mean assignment over all queries of all ranks.
@@ -83,10 +87,10 @@ def volume_loss(mean_probs: Tensor, log_prior: Tensor) -> Tensor:
 
 
 def mean_over_ranks(values: Tensor) -> Tensor:
-    """Mean of a tensor over all processes, differentiable, and the same to the bit on each.
+    """Mean of a tensor over all processes, differentiable, and equal to the bit on each.
 
-    The gradient reaches each rank's own values undivided: DistributedDataParallel then averages
-    the parameters' gradients over ranks, which supplies the ``1 / world_size`` of the mean.
+    The gradient reaches the values of each rank undivided, because DistributedDataParallel averages
+    the parameters' gradients over ranks and so supplies the ``1 / world_size`` of the mean.
     """
     if not (dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1):
         return values
@@ -111,21 +115,22 @@ class FLSLLoss(nn.Module):
         for k in range(K):
             volume += mean[k] * (log(mean[k]) - log(prior[k]))
 
+    Logits of more than 16 MiB are worked off a part of the queries at a time, and their softmaxes
+    are computed again in the backward pass, so that nothing else of their size is kept.
+
     Args:
         num_centroids: K.
         inter_weight: eta.
         volume_weight: gamma; 0 leaves the volume term out.
         student_temp: tau_s.
         prior: K shares that sum to 1; None for uniform.
-        centering: subtract a running mean from the teacher's logits, as DINO does (arXiv
-            2104.14294, Eq. 4), usually with ``volume_weight`` 0.
-        center_momentum: of that running mean.
-        recompute_probs: where logits are more than 16 MiB, keep nothing else of their size for the
-            backward pass, and compute softmaxes there again, for a part of the queries at a time.
+        centering: whether a running mean is subtracted from the teacher's logits, as DINO does
+            (arXiv 2104.14294, Eq. 4), usually with ``volume_weight`` 0.
+        center_momentum: momentum of that running mean.
 
     Raises:
-        InputError: a prior of another length, with a share that is not positive, or whose sum is
-            not 1.
+        InputError: the prior has another length, a share that is not positive, or a sum other
+            than 1.
     """
 
     def __init__(
@@ -137,13 +142,13 @@ class FLSLLoss(nn.Module):
         prior: list[float] | None = None,
         centering: bool = False,
         center_momentum: float = 0.9,
-        recompute_probs: bool = True,
     ) -> None:
         super().__init__()
-        self.recompute_probs = recompute_probs
         self.inter_weight, self.volume_weight = inter_weight, volume_weight
         self.student_temp = student_temp
         self.center_momentum = center_momentum
+        self.log_prior: Tensor
+        self.center: Tensor | None
         self.register_buffer("log_prior", _log_prior(prior, num_centroids), persistent=False)
         self.register_buffer("center", torch.zeros(num_centroids) if centering else None)
 
@@ -156,7 +161,7 @@ class FLSLLoss(nn.Module):
         intra_weight: float,
         teacher_temp: float,
     ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-        """The three weighted terms, whose sum is the objective.
+        """Compute the three terms and their weighted sum.
 
         Args:
             queries: (Q, D) student tokens.
@@ -168,12 +173,13 @@ class FLSLLoss(nn.Module):
 
         Returns:
             ``{"loss_intra", "loss_inter", "loss_volume"}``, each *unweighted*, and the weighted
-            sum as ``"loss"``; for monitoring ``"assigned"`` (K,), how many queries the teacher
-            gives to each centroid, and ``"mean_assignment"`` (K,), its mean probabilities.
+            sum as ``"loss"``; for monitoring ``"assigned"`` (K,), the number of queries that the
+            teacher assigns to each centroid, and ``"mean_assignment"`` (K,), its mean
+            probabilities.
         """
         teacher_logits = teacher_logits.detach()
         if self.center is not None:
-            teacher_logits = self._centered(teacher_logits.float())
+            teacher_logits = self._centered(teacher_logits.float(), self.center)
         intra = intra_view_loss(queries, modes)
         inter, mean_probs, mean_targets = self._compare(
             student_logits, teacher_logits, teacher_temp
@@ -197,9 +203,9 @@ class FLSLLoss(nn.Module):
     def _compare(
         self, student_logits: Tensor, teacher_logits: Tensor, teacher_temp: float
     ) -> tuple[Tensor, ...]:
-        """Cross-entropy, and the mean probabilities (K,) of student and teacher."""
+        """Compute the cross-entropy, and the mean probabilities (K,) of student and teacher."""
 
-        def of_rows(student: Tensor, teacher: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        def compare_rows(student: Tensor, teacher: Tensor) -> tuple[Tensor, Tensor, Tensor]:
             targets = (teacher.float() / teacher_temp).softmax(dim=-1)
             log_probs = (student.float() / self.student_temp).log_softmax(dim=-1)
             inter = inter_view_loss(log_probs, targets)
@@ -207,24 +213,24 @@ class FLSLLoss(nn.Module):
 
         count, width = student_logits.shape
         rows = max(_CHUNK // width, 1)
-        if not self.recompute_probs or count <= rows:
-            return of_rows(student_logits, teacher_logits)
+        if count <= rows:
+            return compare_rows(student_logits, teacher_logits)
         parts = []
         for part in zip(student_logits.split(rows), teacher_logits.split(rows), strict=True):
-            means = checkpoint(of_rows, *part, use_reentrant=False, preserve_rng_state=False)
+            means = checkpoint(compare_rows, *part, use_reentrant=False, preserve_rng_state=False)
             parts.append([mean * (len(part[0]) / count) for mean in means])
-        return tuple(sum(means) for means in zip(*parts, strict=True))
+        return tuple(torch.stack(means).sum(dim=0) for means in zip(*parts, strict=True))
 
     @torch.no_grad()
-    def _centered(self, teacher_logits: Tensor) -> Tensor:
-        centered = teacher_logits - self.center
+    def _centered(self, teacher_logits: Tensor, center: Tensor) -> Tensor:
+        centered = teacher_logits - center
         if self.training:
-            self.center.lerp_(mean_over_ranks(teacher_logits.mean(dim=0)), 1 - self.center_momentum)
+            center.lerp_(mean_over_ranks(teacher_logits.mean(dim=0)), 1 - self.center_momentum)
         return centered
 
 
 def _counts(labels: Tensor, num_labels: int) -> Tensor:
-    """How often each label occurs; ``bincount`` makes a GPU wait, to look for the largest."""
+    """Count each label, without ``bincount``, which makes a GPU wait for the largest label."""
     counts = labels.new_zeros(num_labels)
     return counts.index_add_(0, labels, torch.ones_like(labels))
 

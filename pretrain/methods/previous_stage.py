@@ -1,4 +1,4 @@
-"""Multi-stage training: where an earlier run's teacher would look, as a prior for attention.
+"""Multi-stage training: the attention of an earlier run's teacher as a prior.
 
 Shape suffixes: B images, N tokens, D width (of the earlier teacher), Q queries.
 """
@@ -20,18 +20,18 @@ __all__ = ["PreviousStage", "load_previous_stage"]
 class PreviousStage:
     """A frozen teacher of an earlier run and the attention that its features give.
 
-    It is no ``nn.Module``, so that its weights are neither trained, nor shared between processes,
-    nor written into this run's checkpoints: they lie in the file they were loaded from.
+    It is not an ``nn.Module``, so that its weights are neither trained, nor shared between
+    processes, nor written into this run's checkpoints: they are in the file they came from.
 
     Args:
         encoder: the earlier teacher.
-        num_blocks: depth at which its features are taken, without the final norm; None is all
-            blocks but the last.
+        num_blocks: number of blocks after which its features are taken, without the final norm;
+            None is all blocks but the last.
         scale: s_prev times sqrt(D).
         sharpness: slope of the sigmoid that makes its attention nearly binary.
 
     Raises:
-        InputError: more blocks than the encoder has.
+        InputError: ``num_blocks`` exceeds the blocks of the encoder.
     """
 
     def __init__(
@@ -60,15 +60,15 @@ class PreviousStage:
 
     @torch.no_grad()
     def prior(self, student_crops: Tensor, indexes: Tensor, teacher_tokens: Tensor) -> Tensor:
-        """Where the queries of student views belong in the teacher's view of their image.
+        """Attention of student queries to the teacher's view of their image.
 
         ``A = softmax(s_prev q.k)``, sharpened: ``A' = sigmoid(sharpness (A - mean_j A))``, rows
         normalised.
 
         Args:
             student_crops: (B, 3, H, W), normalised.
-            indexes: (B, Q), its queries among its tokens.
-            teacher_tokens: (B, M, D), :meth:`tokens` of the teacher's crops of the same images.
+            indexes: (B, Q), the queries among the tokens of a crop.
+            teacher_tokens: (B, M, D), :meth:`tokens` of the teacher's crops of the images.
 
         Returns:
             (B, Q, M) float32, rows sum to 1.
@@ -86,14 +86,14 @@ def load_previous_stage(
     scale: float = 0.2,
     sharpness: float = 1e4,
 ) -> PreviousStage | None:
-    """The teacher in a weight file as :class:`PreviousStage`; None where no file is named.
+    """Load the teacher of a weight file; None where no file is named.
 
     Args:
-        weights: any file that :func:`flsl_d2.weights.build_encoder` reads, most often the
-            ``teacher_backbone.pth`` of the earlier run.
+        weights: path of a file that :func:`flsl_d2.weights.build_encoder` reads, most often the
+            ``teacher_backbone.pth`` of the earlier run; empty for training in one stage.
         num_blocks: see :class:`PreviousStage`.
-        scale: likewise.
-        sharpness: likewise.
+        scale: see :class:`PreviousStage`.
+        sharpness: see :class:`PreviousStage`.
     """
     if not weights:
         return None

@@ -22,7 +22,7 @@ from detectron2.data import DatasetCatalog
 from flsl_d2.data import register_scenes
 from flsl_d2.data.images import read_rgb
 from flsl_d2.data.scenes import make_scenes
-from flsl_d2.engine.command_line import add_option, described_parser, run_tool
+from flsl_d2.engine.command_line import add_defaults, add_option, described_parser, run_tool
 from flsl_d2.engine.launch import usable_cores
 from flsl_d2.errors import InputError
 from flsl_d2.evaluation import extract_tokens
@@ -180,14 +180,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """Run the demo with the sizes that a command line gives."""
     parser = described_parser(DESCRIPTION)
     add_option(parser, "--output", default=Path("output/demo"))
-    sizes = (
-        ("--train-scenes", 600, "scenes to train on (default: %(default)s)"),
-        ("--val-scenes", 100, "scenes to evaluate on (default: %(default)s)"),
-        ("--pretrain-iters", 0, "steps of pre-training (default: the config's)"),
-        ("--detection-iters", 0, "steps of each fine-tuning (default: the config's)"),
+    add_defaults(
+        parser,
+        ("--train-scenes", 600, "scenes to train on"),
+        ("--val-scenes", 100, "scenes to evaluate on"),
+        ("--pretrain-iters", 0, "steps of pre-training; 0: as the config says"),
+        ("--detection-iters", 0, "steps of each fine-tuning; 0: as the config says"),
     )
-    for name, default, text in sizes:
-        parser.add_argument(name, type=int, default=default, metavar="N", help=text)
     run_tool(_run, parser.parse_args(arguments))
 
 

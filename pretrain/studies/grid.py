@@ -17,6 +17,7 @@ from flsl_d2.data.image_files import image_files
 from flsl_d2.engine.config_files import load_lazy_config
 from flsl_d2.engine.overrides import apply_lazy_overrides
 from flsl_d2.errors import InputError
+from pretrain.schedules import set_run_length
 from pretrain.trainer import resolve_precision
 
 __all__ = ["Axis", "Point", "grid_points", "parse_axis", "short_names"]
@@ -149,12 +150,7 @@ def _checked(point: Point) -> Point:
     cfg = copy.deepcopy(point.cfg)
     try:
         files = image_files(**{key: cfg.dataset[key] for key in ("root", "name")})
-        batch = cfg.dataloader.total_batch_size
-        iters_per_epoch = len(files) / batch
-        total_iters = cfg.train.max_iter or round(cfg.train.epochs * iters_per_epoch)
-        cfg.schedules.update(
-            total_batch_size=batch, iters_per_epoch=iters_per_epoch, total_iters=total_iters
-        )
+        total_iters = set_run_length(cfg, len(files))
         resolve_precision(cfg.train.precision, cfg.train.device)
         with torch.device("meta"), warnings.catch_warnings():
             # Weights of a previous stage are read only to check them, so they go nowhere.

@@ -17,9 +17,9 @@ from flsl_d2.engine.command_line import (
 )
 from flsl_d2.engine.config_files import load_lazy_config
 from flsl_d2.engine.launch import WorkerError
-from flsl_d2.engine.run_folder import flat_config
+from flsl_d2.engine.run_folder import PRETRAINING_KEYS
 from flsl_d2.experiments.evaluations import EncoderFile, add_evaluation_options, chosen_evaluations
-from flsl_d2.experiments.jobs import Job, Outcome, Record, make_slots
+from flsl_d2.experiments.jobs import Job, Outcome, Record, make_slots, result_settings
 from flsl_d2.experiments.runner import run_jobs
 from flsl_d2.experiments.tables import Subject, Table, results_table
 from flsl_d2.files import write_text
@@ -47,14 +47,6 @@ Interrupted (Ctrl-C, SIGTERM, power), the same command goes on: what is done sta
 cut off resumes from its last checkpoint, what failed is tried again. A changed grid uses the runs
 that it has in common with the earlier one. docs/SWEEP.md explains the table."""
 
-# Keys that change neither the weights nor the logged values.
-_NOT_RESULTS = (
-    "train.output_dir",
-    "train.checkpoint_",
-    "train.pictures_period",
-    "train.measures.",
-    "dataloader.num_workers",
-)
 # Columns for keys of metrics.json, as means over the last tenth of a run.
 _COLUMNS = {
     "loss": "loss",
@@ -129,8 +121,8 @@ def _pretraining(sweep: Sweep, point: Point, label: str) -> Job:
             f"train.output_dir={folder}",
         ]
 
-    config = {k: v for k, v in flat_config(point.cfg).items() if not k.startswith(_NOT_RESULTS)}
-    return Job("pretrain", label, {"config": config}, command, _pretraining_outcome)
+    settings = {"config": result_settings(point.cfg, PRETRAINING_KEYS.no_effect)}
+    return Job("pretrain", label, settings, command, _pretraining_outcome)
 
 
 def _checkpoint_period(point: Point) -> int:
@@ -202,8 +194,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     )
     add_option(parser, "--output", required=True, help="folder of everything that is written")
     add_evaluation_options(parser, old_prefix="eval-")
-    add_option(parser, "--num-gpus")
-    add_option(parser, "--gpus-per-job")
+    for name in ("--num-gpus", "--gpus-per-job"):
+        add_option(parser, name)
     add_overrides(parser, "changes to the config of all runs")
     run_tool(_run, parse_tool_arguments(parser, arguments))
 

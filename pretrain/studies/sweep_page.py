@@ -9,7 +9,7 @@ from pathlib import Path
 
 from flsl_d2.experiments.evaluations import Evaluation
 from flsl_d2.experiments.jobs import Record, versions
-from flsl_d2.experiments.plots import bars, heat_maps, lines, overlaid_curves, plot_file
+from flsl_d2.experiments.plots import draw_measures, overlaid_curves, plot_file
 from flsl_d2.experiments.tables import Subject, Table
 from flsl_d2.files import write_text
 from flsl_d2.visualization.html import render
@@ -80,7 +80,7 @@ def write_sweep_page(
         axes=sweep.axes,
         overrides=sweep.overrides,
         table=table,
-        plots=_draw_measures(table, sweep.output / "plots", varied),
+        plots=draw_measures(table, sweep.output / "plots", varied),
         curves=curves,
         run_columns=[*runs[0].labels, "folder", "seconds", "status"],
         run_rows=[
@@ -94,20 +94,3 @@ def write_sweep_page(
         ],
     )
     write_text(sweep.output / "index.html", page)
-
-
-def _draw_measures(table: Table, folder: Path, axes: Sequence[str]) -> dict[str, Path]:
-    """Draw a plot of each measure that any setting has; return the files by measure."""
-    drawn = {}
-    for measure in table.measures:
-        timing = measure.name == "images/s" or measure.name.endswith(" seconds")
-        if timing or not any(row.cell(measure).values for row in table.rows):
-            continue
-        path = drawn[measure.name] = plot_file(folder, measure.name)
-        if len(axes) >= 2:
-            heat_maps(table, measure, axes[0], axes[1], path)
-        elif axes:
-            lines(table, measure, axes[0], path)
-        else:
-            bars(table, measure, path)
-    return drawn

@@ -11,7 +11,8 @@ from detectron2.modeling import build_model
 from omegaconf import OmegaConf
 
 from flsl_d2.detection.solver import build_yaml_optimizer, layer_decay
-from flsl_d2.engine.config_files import load_lazy_config, load_yaml_config
+from flsl_d2.detection.yaml import load_yaml_config
+from flsl_d2.engine.config_files import load_lazy_config
 
 ONE_X = "coco/mask_rcnn_flsl_vit_s16_1x.py"
 LONG = "coco/mask_rcnn_flsl_vit_s16_100ep.py"

@@ -18,7 +18,7 @@ from PIL import Image
 
 from flsl_d2.data import register_coco_format
 from flsl_d2.data.scenes import CLASS_NAMES, make_scenes
-from flsl_d2.detection.lazy import run_lazy_detection
+from flsl_d2.detection.train import run_lazy_detection
 from flsl_d2.engine.config_files import CONFIGS_FOLDER, load_lazy_config
 from pretrain.run import run_pretraining
 

@@ -6,11 +6,20 @@ import json
 
 import numpy as np
 import pytest
+from detectron2.data.common import DatasetFromList, MapDataset
 from PIL import Image
 from torch import nn
+from torch.utils.data import DataLoader
 
 from flsl_d2.data import register_coco_format
-from flsl_d2.detection.checks import check_batch, check_datasets, describe_model, mixed_precision
+from flsl_d2.detection.checks import (
+    CheckedMapper,
+    check_batch,
+    check_datasets,
+    check_test_set,
+    describe_model,
+    mixed_precision,
+)
 from flsl_d2.errors import InputError
 
 
@@ -70,3 +79,62 @@ def test_a_model_is_described_in_one_line(caplog):
         describe_model(model)
     (record,) = caplog.records
     assert "1.0M parameters, 0.0M trained (a 1.0M, b 0.0M)" in record.getMessage()
+
+
+def register(tmp_path, name: str, categories: dict[int, str]) -> str:
+    content = {
+        "images": [{"id": 1, "file_name": "a.png", "width": 8, "height": 8}],
+        "categories": [{"id": i, "name": text} for i, text in categories.items()],
+        "annotations": [
+            {"id": 1, "image_id": 1, "bbox": [1, 1, 4, 4], "area": 16, "iscrowd": 0}
+            | {"category_id": min(categories)}
+        ],
+    }
+    (tmp_path / f"{name}.json").write_text(json.dumps(content))
+    Image.fromarray(np.zeros((8, 8, 3), np.uint8)).save(tmp_path / "a.png")
+    register_coco_format(name, tmp_path / f"{name}.json", tmp_path, replace=True)
+    return name
+
+
+def test_data_sets_of_one_run_have_the_same_categories(tmp_path):
+    first = register(tmp_path, "classes_first", {1: "cat", 2: "dog"})
+    same = register(tmp_path, "classes_same", {7: "dog", 3: "cat"})  # in the order of their ids
+    turned = register(tmp_path, "classes_turned", {1: "dog", 2: "cat"})
+    other = register(tmp_path, "classes_other", {1: "cat", 2: "cow"})
+    check_datasets([first, same], [same], 2, "classes=")
+    for train, test in (([first, turned], []), ([first], [turned])):
+        with pytest.raises(InputError, match=r"first'.*turned'.*their order differs"):
+            check_datasets(train, test, 2, "classes=")
+    with pytest.raises(InputError, match=r"'cow', 'dog'"):
+        check_datasets([first, other], [], 2, "classes=")
+
+
+def broken_mapper(record):
+    raise KeyError("bbox")
+
+
+@pytest.mark.parametrize("num_workers", [0, 1])
+def test_a_mapper_that_fails_names_the_file_in_one_sentence(num_workers):
+    records = MapDataset(DatasetFromList([{"file_name": "a.png"}]), CheckedMapper(broken_mapper))
+    loader = DataLoader(records, num_workers=num_workers)
+    sentence = r"^the image a\.png or its annotations cannot be used \(KeyError: 'bbox'\); [^\n]*$"
+    with pytest.raises(InputError, match=sentence):
+        next(iter(loader))
+
+
+class OneRecord:
+    def __init__(self, mapper):
+        self.dataset = MapDataset(DatasetFromList([{"file_name": "a.png"}]), mapper)
+
+
+class Evaluator:
+    def reset(self):
+        pass
+
+
+def test_a_test_set_is_tried():
+    check_test_set("a", lambda: (OneRecord(dict), Evaluator()))
+    with pytest.raises(InputError, match=r"a\.png"):
+        check_test_set("a", lambda: (OneRecord(CheckedMapper(broken_mapper)), Evaluator()))
+    with pytest.raises(InputError, match=r"test set 'a' cannot be evaluated \(AttributeError: "):
+        check_test_set("a", lambda: (OneRecord(dict), object()))

@@ -1,15 +1,10 @@
-"""Config files of both kinds: found, checked, and refused in one sentence."""
+"""Config files: found, checked, and refused in one sentence."""
 
 import builtins
 
 import pytest
 
-from flsl_d2.engine.config_files import (
-    load_config,
-    load_lazy_config,
-    load_yaml_config,
-    resolve_config_path,
-)
+from flsl_d2.engine.config_files import load_lazy_config, resolve_config_path
 from flsl_d2.errors import InputError
 
 
@@ -32,18 +27,17 @@ def refusal(function, *args) -> str:
 def test_lazy_config_with_a_relative_import(write):
     write("base.py", "train = dict(max_iter=1, seed=-1)")
     child = write("child.py", "from .base import train\ntrain.max_iter = 2")
-    assert load_config(child, ["train.seed=4"]).train == {"max_iter": 2, "seed": 4}
+    assert load_lazy_config(child, ["train.seed=4"]).train == {"max_iter": 2, "seed": 4}
 
 
 def test_missing_empty_and_foreign_files(write, tmp_path):
-    assert "does not exist" in refusal(load_config, str(tmp_path / "no.py"))
-    assert "does not exist" in refusal(load_yaml_config, str(tmp_path / "no.yaml"))
+    assert "does not exist" in refusal(load_lazy_config, str(tmp_path / "no.py"))
     assert "--config-file" in refusal(resolve_config_path, "")
-    assert ".json" in refusal(load_config, write("a.json", "{}"))
+    assert ".json" in refusal(load_lazy_config, write("a.json", "{}"))
     assert "is YAML" in refusal(load_lazy_config, write("a.yaml", "SEED: 1"))
     folder = tmp_path / "folder.py"
     folder.mkdir()
-    assert "does not exist" in refusal(load_config, str(folder))
+    assert "does not exist" in refusal(load_lazy_config, str(folder))
 
 
 def test_a_syntax_error_names_file_and_line(write):
@@ -64,39 +58,14 @@ def test_an_input_error_inside_a_config_is_kept_and_imports_still_work(write):
     assert builtins.__import__ is original
 
 
-def test_yaml_config_has_this_projects_nodes(write):
+def test_home_folder_in_every_text_of_a_config(write, monkeypatch):
+    monkeypatch.setenv("HOME", "/home/me")
     path = write(
-        "a.yaml",
-        "MODEL:\n  BACKBONE:\n    NAME: build_flsl_vit_sfp_backbone\n  FLSL_VIT:\n    DEPTH: 4\n"
-        "SOLVER:\n  OPTIMIZER: ADAMW\n",
+        "a.py",
+        "train = dict(weights='~/a.pth', same='${train.weights}', deep=[dict(x='~')], no='a~b')",
     )
-    cfg = load_yaml_config(path, ["SOLVER.LAYER_DECAY", "0.7", "MODEL.DEVICE", "cpu"])
-    assert (cfg.MODEL.FLSL_VIT.DEPTH, cfg.SOLVER.OPTIMIZER) == (4, "ADAMW")
-    assert (cfg.SOLVER.LAYER_DECAY, cfg.MODEL.DEVICE) == (0.7, "cpu")
-
-
-def test_yaml_names_all_unknown_keys_of_file_and_overrides(write):
-    path = write("a.yaml", "MODEL:\n  DEVISE: cpu\nSOLVERS:\n  BASE_LR: 1.0\n")
-    text = refusal(load_yaml_config, path, ["SOLVER.BASE_RL", "1", "SEED", "1"])
-    assert "MODEL.DEVISE (did you mean MODEL.DEVICE" in text
-    assert "SOLVERS" in text
-    assert "SOLVER.BASE_RL (did you mean SOLVER.BASE_LR" in text
-
-
-@pytest.mark.parametrize(
-    ("text", "overrides"),
-    [
-        ("MODEL: [1", []),
-        ("", []),
-        ("- 1\n- 2", []),
-        ("_BASE_: none.yaml", []),
-        ("SEED: !!python/object/apply:os.getpid []", []),
-        ("SEED: many", []),
-        ("SOLVER:\n  BASE_LR: [1]", []),
-        ("SEED: 1", ["SEED"]),
-        ("SEED: 1", ["SEED=2", "X"]),
-        ("SEED: 1", ["SOLVER.MAX_ITER", "many"]),
-    ],
-)
-def test_broken_yaml_is_refused(write, text, overrides):
-    refusal(load_yaml_config, write("a.yaml", text), overrides)
+    cfg = load_lazy_config(path, ["train.no=~/b", "+train.many=[~/c,d]"])
+    assert cfg.train.weights == cfg.train.same == "/home/me/a.pth"
+    assert cfg.train.deep[0].x == "/home/me"
+    assert (cfg.train.no, cfg.train.many) == ("/home/me/b", ["/home/me/c", "d"])
+    assert load_lazy_config(path).train.no == "a~b"

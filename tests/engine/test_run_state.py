@@ -9,7 +9,13 @@ from hypothesis import strategies as st
 from omegaconf import OmegaConf
 from torch import nn
 
-from flsl_d2.engine.run_folder import ResumeOptions, check_and_keep_run, flat_config, trim_metrics
+from flsl_d2.engine.run_folder import (
+    NeutralKeys,
+    ResumeOptions,
+    check_and_keep_run,
+    flat_config,
+    trim_metrics,
+)
 from flsl_d2.errors import InputError
 
 
@@ -21,9 +27,8 @@ def config(**train):
 
 
 def keep(folder, cfg, *options, **also):
-    check_and_keep_run(
-        cfg, folder, "train.output_dir", ResumeOptions(*options), ["train.log*"], also
-    )
+    neutral = NeutralKeys((), ("train.log*",))
+    check_and_keep_run(cfg, folder, "train.output_dir", ResumeOptions(*options), neutral, also)
 
 
 def test_every_key_by_its_full_name():

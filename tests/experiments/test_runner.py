@@ -19,7 +19,7 @@ ONE = [Slot({})]
 
 
 def job(name: str, code: str, needs: Job | None = None, **settings) -> Job:
-    """Runs Python code in which ``folder`` is the job's; it writes numbers to values.json."""
+    """Run Python code in which ``folder`` is the job's; it writes numbers to values.json."""
     start = f"import json, os, sys, time, pathlib; name = {name!r}; "
 
     def command(folder: Path, _num_processes: int) -> list[str]:

@@ -9,7 +9,6 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from flsl_d2.mean_shift import mean_shift
 from flsl_d2.modeling import FLSLViT
-from flsl_d2.modeling.packing import packed_tokens
 
 FEW = {"img_size": 64, "patch_size": 8, "embed_dim": 64, "depth": 2, "num_heads": 4}
 WINDOWS = {"window_size": 3, "global_block_indexes": [1], "mask_window_padding": True}
@@ -56,7 +55,7 @@ def test_in_every_kind_of_block(options, size, shapes):
 
 
 def test_in_packed_views(shapes):
-    packed_tokens(FLSLViT(**FEW), [torch.randn(2, 3, 64, 64), torch.randn(4, 3, 32, 32)])
+    FLSLViT(**FEW).forward_packed([torch.randn(2, 3, 64, 64), torch.randn(4, 3, 32, 32)])
     assert len(shapes) == 4
     assert fits_gpus(shapes)
 

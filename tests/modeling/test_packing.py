@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from flsl_d2.errors import InputError
 from flsl_d2.modeling import FLSLViT
-from flsl_d2.modeling.packing import packed_tokens
+from flsl_d2.modeling.blocks import StochasticDepth
 
 
 def encoder(**options) -> FLSLViT:
@@ -28,7 +28,7 @@ def encoder(**options) -> FLSLViT:
 def test_equals_size_by_size(shapes, num_blocks):
     vit = encoder().eval()
     batches = [torch.randn(b, 3, 8 * h, 8 * w) for b, h, w in shapes]
-    packed = packed_tokens(vit, batches, num_blocks)
+    packed = vit.forward_packed(batches, num_blocks)
     for ours, images in zip(packed, batches, strict=True):
         torch.testing.assert_close(ours, vit.forward_tokens(images, num_blocks))
 
@@ -39,7 +39,7 @@ def test_gradients_equal(use_act_checkpoint, layer_scale_init):
     vit = encoder(use_act_checkpoint=use_act_checkpoint, layer_scale_init=layer_scale_init)
     batches = [torch.randn(2, 3, 32, 32), torch.randn(4, 3, 16, 16)]
     gradients = []
-    for tokens in (packed_tokens(vit, batches), [vit.forward_tokens(x) for x in batches]):
+    for tokens in (vit.forward_packed(batches), [vit.forward_tokens(x) for x in batches]):
         vit.zero_grad()
         sum(t.square().sum() for t in tokens).backward()
         gradients.append({n: p.grad.clone() for n, p in vit.named_parameters() if p.requires_grad})
@@ -47,16 +47,15 @@ def test_gradients_equal(use_act_checkpoint, layer_scale_init):
         torch.testing.assert_close(gradient, gradients[1][name], rtol=1e-4, atol=1e-5, msg=name)
 
 
-@pytest.mark.parametrize("skip", [True, False])
-def test_stochastic_depth_drops_whole_images_as_often_as_stated(skip):
+def test_stochastic_depth_drops_whole_images_as_often_as_stated():
     # 0 in the first block, 0.5 in the second.
-    vit = encoder(depth=2, drop_path_rate=0.5, skip_dropped=skip).train()
+    vit = encoder(depth=2, drop_path_rate=0.5).train()
     with torch.no_grad():
         for block in vit.blocks:
             block.mlp.fc2.weight.zero_()
             block.mlp.fc2.bias.zero_()
     images = torch.randn(1, 3, 16, 16).expand(400, -1, -1, -1)
-    (one, two) = packed_tokens(vit, [images, torch.randn(200, 3, 32, 32)], 2)
+    (one, two) = vit.forward_packed([images, torch.randn(200, 3, 32, 32)], 2)
     before = vit.forward_tokens(images[:1], 1)
     dropped = torch.isclose(one, before).flatten(1).all(1)
     assert 0.4 < dropped.float().mean() < 0.6
@@ -65,18 +64,35 @@ def test_stochastic_depth_drops_whole_images_as_often_as_stated(skip):
     torch.testing.assert_close(kept, kept[:1].expand_as(kept))
 
 
-def test_skipping_what_is_dropped_changes_no_result():
-    vit = encoder(depth=3, drop_path_rate=0.7).double().train()
+def computing_all(self, branch, tokens, shapes):
+    """Stochastic depth by its definition: a factor for the branch of each image."""
+    counts = [(len(tokens), 1)] if shapes is None else shapes
+    if not (self.training and self.probability):
+        return tokens + branch(tokens, shapes)
+    keep = 1 - self.probability
+    factors = [
+        (torch.bernoulli(torch.full((count,), keep)) / keep).repeat_interleave(length)
+        for count, length in counts
+    ]
+    out = branch(tokens, shapes)
+    return tokens + out * torch.cat(factors).view(-1, *[1] * (out.dim() - 1))
+
+
+@pytest.mark.parametrize("packed", [True, False])
+@pytest.mark.parametrize("options", [{}, {"use_act_checkpoint": True}])
+@pytest.mark.parametrize("rate", [0.7, 0.97])  # the higher rate now and then leaves nothing
+def test_skipping_what_is_dropped_changes_no_result(monkeypatch, options, rate, packed):
+    vit = encoder(depth=3, drop_path_rate=rate, **options).double().train()
     batches = [torch.randn(2, 3, 32, 32).double(), torch.randn(3, 3, 16, 16).double()]
     results = []
     for skip in (True, False):
-        for block in vit.blocks:
-            block.drop_path.skip_dropped = skip
+        if not skip:
+            monkeypatch.setattr(StochasticDepth, "forward", computing_all)
         of_runs = []
         for seed in range(8):  # with images of one size dropped, of both, of none
             torch.manual_seed(seed)
             vit.zero_grad()
-            tokens = packed_tokens(vit, batches)
+            tokens = vit.forward_packed(batches) if packed else [vit.forward_tokens(batches[0])]
             sum(t.square().sum() for t in tokens).backward()
             of_runs += [t.detach() for t in tokens]
             of_runs += [p.grad.clone() for p in vit.parameters() if p.requires_grad]
@@ -89,4 +105,4 @@ def test_skipping_what_is_dropped_changes_no_result():
 )
 def test_what_cannot_be_packed_is_refused(options):
     with pytest.raises(InputError, match="can be packed only"):
-        packed_tokens(encoder(**options), [torch.zeros(1, 3, 32, 32)])
+        encoder(**options).forward_packed([torch.zeros(1, 3, 32, 32)])

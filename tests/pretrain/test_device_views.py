@@ -171,7 +171,7 @@ def test_the_device_makes_the_views_of_the_cpu(on_device, tmp_path):
     for i, image in enumerate(pictures(6, side=120)):
         files.append(str(tmp_path / f"{i}.png"))
         Image.fromarray(image).save(files[-1])
-    sizes = {"patch_size": 8, "global_size": 64, "local_size": 32}
+    sizes = {"patch_size": 8, "global_size": 64, "local_size": 32, "flip": 0.5}
     batches = {
         where: next(
             iter(
@@ -184,21 +184,25 @@ def test_the_device_makes_the_views_of_the_cpu(on_device, tmp_path):
         )
         for where in ("nothing", on_device)
     }
-    views, crops = batches["nothing"].views_on(torch.device("cpu"))
-    on_views, on_crops = batches[on_device].views_on(torch.device("cpu"))
-    assert torch.equal(on_crops[0], crops[0])
-    boxes = batches[on_device].boxes
-    for view, (ours, theirs) in enumerate(zip(on_crops[1:], crops[1:], strict=True)):
+    on_cpu, finished = (
+        batches[where].to_device(torch.device("cpu")) for where in ("nothing", on_device)
+    )
+    assert torch.equal(finished.crops[0], on_cpu.crops[0])
+    boxes, flips = batches[on_device].boxes, batches[on_device].flips
+    crops = zip(finished.crops[1:], on_cpu.crops[1:], strict=True)
+    for view, (ours, theirs) in enumerate(crops):
         if on_device == "augmentation":
             assert torch.equal(ours, theirs)
             continue
-        for i, teacher in enumerate(as_images(crops[0])):
+        for i, teacher in enumerate(as_images(on_cpu.crops[0])):
             _, bound = exact_crop(teacher, tuple(boxes[view][i].tolist()), ours.shape[-1])
+            bound = bound[:, ::-1] if flips[view][i] else bound
             difference = as_images((ours - theirs.float()).abs())[i]
             assert (difference <= bound + 0.01).all()  # 0.01 as for the crops above
     solarised = batches[on_device].augmentations
-    for view, (ours, theirs) in enumerate(zip(on_views, views, strict=True)):
+    for view, (ours, theirs) in enumerate(zip(finished.views, on_cpu.views, strict=True)):
         kept = ~solarised[view].solarise
         assert (ours.float() - theirs)[kept].abs().mean() < 1.5
-    for ours, theirs in zip(batches[on_device].queries, batches["nothing"].queries, strict=True):
-        assert torch.equal(ours, theirs)
+    for name in ("queries", "places"):
+        assert all(map(torch.equal, getattr(finished, name), getattr(on_cpu, name)))
+    assert any(flips.any() and not flips.all() for flips in batches[on_device].flips)

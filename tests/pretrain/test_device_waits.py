@@ -17,8 +17,7 @@ from torch.utils._pytree import tree_leaves
 from flsl_d2.engine.config_files import load_lazy_config
 from flsl_d2.modeling import FLSLViT
 from flsl_d2.weights.reading import ENCODER_FORMAT
-from pretrain.hooks import Monitor
-from pretrain.monitor import CollapseWatch
+from pretrain.monitor import CollapseWatch, Monitor
 from pretrain.optimizer import clip_gradients
 from pretrain.studies.benchmark.step import random_batch
 from pretrain.trainer import PretrainTrainer
@@ -61,7 +60,7 @@ def run_step(overrides: list[str], folder) -> Dispatched:
     cfg.schedules.update(total_batch_size=4, iters_per_epoch=10, total_iters=100)
     model = instantiate(cfg.model).train().to("meta")
     views = instantiate(cfg.views)
-    views.keep_crops = model.previous_stage is not None
+    views.keep_crops = model.needs_crops
     trained = [p for p in model.parameters() if p.requires_grad]
     # The fused optimiser, which is the run's, has no form for the meta device.
     optimizer = torch.optim.AdamW([{"params": trained}, {"params": []}], foreach=True)
@@ -89,14 +88,15 @@ def run_step(overrides: list[str], folder) -> Dispatched:
     [
         [],
         ["model.pack_views=False"],
-        ["model.backbone.skip_dropped=False", "model.backbone.use_act_checkpoint=True"],
+        ["model.backbone.use_act_checkpoint=True"],
         ["model.loss.centering=True", "model.norm_modes=True"],
         ["views.on_device=augmentation", "train.accumulation_steps=2"],
         ["views.on_device=crops"],
         ["model.previous_stage.weights=previous.pth"],
-        ["model.head.num_centroids=8", "model.loss.recompute_probs=False"],
+        ["model.partner=place", "model.teacher_positions=False", "model.position_drop=0.5"],
+        ["model.partner=place", "views.on_device=crops", "views.flip=0.5"],
     ],
-    ids=lambda overrides: overrides[0] if overrides else "default",
+    ids=lambda overrides: ",".join(overrides)[:60] or "default",
 )
 def test_no_step_waits_for_the_device(overrides, tmp_path, monkeypatch):
     previous = FLSLViT(embed_dim=48, depth=2, num_heads=3)

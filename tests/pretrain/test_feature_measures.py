@@ -13,7 +13,7 @@ from detectron2.utils.events import EventStorage
 from test_trainer import batches, small_model
 
 from flsl_d2.errors import InputError
-from pretrain.monitor import FeatureMeasures
+from pretrain.hooks import FeatureMeasures
 from pretrain.optimizer import build_adamw
 from pretrain.schedules import Schedules
 from pretrain.trainer import PretrainTrainer
@@ -47,11 +47,11 @@ def test_run_is_the_same_with_and_without(datasets_root: Path, caplog) -> None:
         measured, drawn = trained([hook])
     plain, drawn_without = trained([])
     assert drawn == drawn_without
-    for one, other in zip(measured.flsl.parameters(), plain.flsl.parameters(), strict=True):
+    for one, other in zip(measured.method.parameters(), plain.method.parameters(), strict=True):
         assert torch.equal(one, other)
     assert hook.steps == [2, 4, 5]
-    assert measured.flsl.student.training
-    assert not measured.flsl.teacher.training
+    assert measured.method.student.training
+    assert not measured.method.teacher.training
     history = measured.storage.histories()["knn_segmentation/mIoU"].values()
     assert [step for _, step in history] == [1, 3, 4]
     assert all(0 <= value <= 100 for value, _ in history)

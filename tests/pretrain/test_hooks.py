@@ -15,8 +15,8 @@ from flsl_d2.engine.stopping import STOPPED
 from flsl_d2.errors import InputError, TrainingError
 from flsl_d2.weights.checkpointer import SafeCheckpointer
 from pretrain import hooks
-from pretrain.hooks import ExportTeacher, Monitor
-from pretrain.monitor import CollapseWatch, collapse_signs
+from pretrain.hooks import ExportTeacher
+from pretrain.monitor import CollapseWatch, Monitor, collapse_signs
 from pretrain.run import images_digest
 
 
@@ -36,7 +36,7 @@ def trainer(max_iter: int = 1000):
         storage=Storage(),
         last_batch=SimpleNamespace(failed=[]),
         monitored={},
-        flsl=None,
+        method=None,
     )
 
 

@@ -114,12 +114,12 @@ def test_centering_follows_the_mean_in_training_only():
 @pytest.mark.parametrize("rows", [1, 3, 6])
 @pytest.mark.parametrize("volume_weight", [0.0, 2.0])
 def test_recomputed_in_parts_equals_kept_whole(monkeypatch, rows, volume_weight):
-    monkeypatch.setattr(objective, "_CHUNK", rows * 50)
     torch.manual_seed(0)
     z, m, *logits = torch.randn(2, 7, 6).unbind() + torch.randn(2, 7, 50).unbind()
     results = []
-    for recompute in (True, False):
-        loss = FLSLLoss(50, volume_weight=volume_weight, recompute_probs=recompute)
+    for size in (rows * 50, 10**6):
+        monkeypatch.setattr(objective, "_CHUNK", size)
+        loss = FLSLLoss(50, volume_weight=volume_weight)
         student = logits[0].clone().requires_grad_()
         losses, monitored = loss(z, m, student, logits[1], 0.03, 0.04)
         losses["loss"].backward()
@@ -129,12 +129,12 @@ def test_recomputed_in_parts_equals_kept_whole(monkeypatch, rows, volume_weight)
 
 def test_recomputing_keeps_logits_once(monkeypatch):
     """Of student and teacher, in the precision in which they came."""
-    monkeypatch.setattr(objective, "_CHUNK", 4 * 500)
     z, m, logits = torch.randn(9, 6), torch.randn(9, 6), torch.randn(2, 9, 500).bfloat16()
     student = logits[0].requires_grad_()
     kept = {}
     for recompute in (True, False):
-        loss = FLSLLoss(500, recompute_probs=recompute)
+        monkeypatch.setattr(objective, "_CHUNK", 4 * 500 if recompute else 10**6)
+        loss = FLSLLoss(500)
         step = functools.partial(loss, z, m, student, logits[1], 0.03, 0.04)
         kept[recompute] = stored_for_backward(step, nn.Identity())
     of_logits = 2 * 9 * 500 * 2

@@ -14,9 +14,9 @@ import torch
 from detectron2.utils.events import EventStorage, TensorboardXWriter
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-import pretrain.monitor
+import pretrain.hooks
 from flsl_d2.modeling import FLSLViT
-from pretrain.monitor import EncoderPictures
+from pretrain.hooks import EncoderPictures
 
 
 @pytest.fixture(scope="module")
@@ -31,10 +31,8 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
 
 def trainer(max_iter: int = 5) -> SimpleNamespace:
     backbone = FLSLViT(img_size=32, patch_size=8, embed_dim=16, depth=1, num_heads=2).eval()
-    teacher = SimpleNamespace(backbone=backbone)
-    return SimpleNamespace(
-        flsl=SimpleNamespace(teacher=teacher), iter=0, max_iter=max_iter, storage=EventStorage(0)
-    )
+    method = SimpleNamespace(exported_encoder=lambda: backbone)
+    return SimpleNamespace(method=method, iter=0, max_iter=max_iter, storage=EventStorage(0))
 
 
 def run(hook: EncoderPictures, one: SimpleNamespace) -> None:
@@ -85,16 +83,16 @@ def test_randomness_and_weights_stay_as_they_are(
         raise OSError("no space left")
 
     one = trainer(max_iter=1)
-    before = {name: t.clone() for name, t in one.flsl.teacher.backbone.state_dict().items()}
+    before = {name: t.clone() for name, t in one.method.exported_encoder().state_dict().items()}
     for disturb in (False, True):
         if disturb:
-            monkeypatch.setattr(pretrain.pictures, "encoder_figure", drawing)
+            monkeypatch.setattr(pretrain.hooks, "encoder_figure", drawing)
         states = torch.get_rng_state(), np.random.get_state()[1].copy(), random.getstate()
         run(EncoderPictures(files, tmp_path, 1, short_side=32, num_images=1), one)
         assert torch.equal(torch.get_rng_state(), states[0])
         np.testing.assert_array_equal(np.random.get_state()[1], states[1])
         assert random.getstate() == states[2]
-    for name, tensor in one.flsl.teacher.backbone.state_dict().items():
+    for name, tensor in one.method.exported_encoder().state_dict().items():
         assert torch.equal(tensor, before[name])
         assert tensor.grad is None
 

@@ -66,7 +66,11 @@ SWITCHES = {
         "loss",
         *LEARNT,
     },
+    "views.flip=1.0": {"views", "flips", *MODES},
     "model.norm_modes=True": MODES,
+    "model.partner=place": TARGETS,
+    "model.teacher_positions=False": TARGETS,
+    "model.position_drop=1.0": MODES,
     "model.head.learn_scale=True": {"gradients", "student", "teacher"},
     "train.clip_mode=global": LEARNT,
     "train.clip_mode=none": LEARNT,
@@ -103,7 +107,7 @@ def quantities(images: list[str], *overrides: str, at: int = 2) -> dict[str, obj
         if model.loss.center is not None:
             model.loss.center.normal_(generator=generator)
     views = instantiate(cfg.views)
-    views.keep_crops = model.previous_stage is not None
+    views.keep_crops = model.needs_crops
     loader = build_pretrain_loader(PretrainDataset(images, views), 4, 0, start_iter=at)
     batch = next(iter(loader))
     trainer = PretrainTrainer(
@@ -126,6 +130,7 @@ def quantities(images: list[str], *overrides: str, at: int = 2) -> dict[str, obj
     }
     head = dict(model.student.head.last_layer.named_parameters())
     seen.update(views=batch.views, queries=batch.queries, crops=batch.crops)
+    seen.update(boxes=[b.tolist() for b in batch.boxes], flips=[f.tolist() for f in batch.flips])
     seen["gradients"] = {
         name: p.grad for name, p in model.student.named_parameters() if "last_layer" not in name
     }
@@ -170,12 +175,16 @@ def test_every_key_of_the_method_is_tested():
     elsewhere = {
         # what is trained on, not the method's own switches
         "schedules.final_lr",
+        "model.backbone",
+        "model.head",
+        "model.loss",
+        "model.pack_views",  # changes speed and no result: test_golden, test_packing
         "model.loss.num_centroids",
         "model.loss.center_momentum",
-        "model.loss.recompute_probs",  # changes memory and no result: tests of the objective
         "model.previous_stage",
     }
-    for group, node in (("schedules", cfg.schedules), ("model.loss", cfg.model.loss)):
+    groups = {"schedules": cfg.schedules, "model": cfg.model, "model.loss": cfg.model.loss}
+    for group, node in groups.items():
         for key in node:
             name = f"{group}.{key}"
             assert key == "_target_" or name in tested | elsewhere, f"{name} has no test"

@@ -68,7 +68,7 @@ def test_student_learns_and_teacher_follows():
         for key, new in getattr(trainer.flsl, name).named_parameters():
             fixed = key in ("backbone.pos_embed", "head.last_layer.weight_g")
             assert torch.equal(old[key], new) == fixed, f"{name}.{key}"
-    assert not any(p.grad is not None for p in trainer.flsl.teacher.parameters())
+    assert not any(p.grad is not None for p in trainer.method.teacher.parameters())
 
 
 def test_accumulated_gradients_are_the_mean_of_the_parts():
@@ -111,20 +111,20 @@ def test_teacher_is_the_moving_average():
 
 def test_last_layer_is_frozen_for_its_epochs():
     start = small_model().student.head.last_layer.weight_v
-    assert torch.equal(trained(2).flsl.student.head.last_layer.weight_v, start)
-    assert not torch.equal(trained(3).flsl.student.head.last_layer.weight_v, start)
+    assert torch.equal(trained(2).method.student.head.last_layer.weight_v, start)
+    assert not torch.equal(trained(3).method.student.head.last_layer.weight_v, start)
 
 
 def test_a_run_interrupted_and_continued_is_the_same_to_the_bit():
     whole = trained(6)
     first = trained(3)
     state = copy.deepcopy(first.state_dict())
-    weights = copy.deepcopy(first.flsl.state_dict())
+    weights = copy.deepcopy(first.method.state_dict())
     model = small_model()
     model.load_state_dict(weights)
     second = trained(6, start=3, trainer_state=state, model=model)
     for (name, a), b in zip(
-        whole.flsl.state_dict().items(), second.flsl.state_dict().values(), strict=True
+        whole.method.state_dict().items(), second.method.state_dict().values(), strict=True
     ):
         assert torch.equal(a, b), name
 

@@ -13,16 +13,16 @@ from flsl_d2.modeling.pixels import IMAGENET_MEAN, IMAGENET_STD
 
 model = model_zoo.get_config("common/models/mask_rcnn_fpn.py").model
 
-# What the encoder was pre-trained on.
+# The pixels that the encoder was pre-trained on.
 model.input_format = "RGB"
 model.pixel_mean = list(IMAGENET_MEAN)
 model.pixel_std = list(IMAGENET_STD)
 
 model.backbone = L(SimpleFeaturePyramid)(
     net=L(FLSLViT)(
-        # Side of the images that the position table is made for: the pre-training's.
+        # Side of the images of pre-training, which the position table is made for.
         img_size=224,
-        # ViT-S/16; the values of the weights that train.init_checkpoint names.
+        # ViT-S/16; these must be the values of the weights in train.init_checkpoint.
         patch_size=16,
         embed_dim=384,
         depth=12,
@@ -32,23 +32,22 @@ model.backbone = L(SimpleFeaturePyramid)(
         final_norm=True,
         # Stochastic depth of the last block.
         drop_path_rate=0.1,
-        skip_dropped=True,
         # Side of the attention windows in tokens, and the blocks without windows (null: four,
         # evenly spread).
         window_size=14,
         global_block_indexes=None,
-        # Keep the padding of windows out of attention.
+        # Leave the padding of windows out of attention.
         mask_window_padding=False,
-        # Relative positions as in ViTDet; they start at zero where the weights have none.
+        # Relative positions as in ViTDet; they start at zero if the weights have none.
         use_rel_pos=False,
         rel_pos_img_size=None,
-        # How the position table is resampled (0.1: as in pre-training), and whether it is trained.
+        # Offset of the position table's resampling (0.1 as in pre-training), and its training.
         position_offset=0.1,
         learned_positions=False,
-        # Recompute blocks in the backward pass: about a third slower, a fraction of the memory.
+        # Train pyramid and heads alone; the encoder stays as its weights are.
+        frozen=False,
+        # Compute blocks again in the backward pass: about a third slower, a fraction of the memory.
         use_act_checkpoint=False,
-        recompute_gelu=True,
-        onednn_linear=True,
     ),
     in_feature="last_feat",
     out_channels=256,
@@ -56,7 +55,7 @@ model.backbone = L(SimpleFeaturePyramid)(
     scale_factors=None,
     top_block=L(LastLevelMaxPool)(),
     norm="LN",
-    # Pad images to squares of this side; 0: only to the coarsest stride.
+    # Side of the squares that images are padded to; 0 pads only to the coarsest stride.
     square_pad=0,
 )
 

@@ -9,7 +9,12 @@ from pathlib import Path
 
 from detectron2.utils.logger import setup_logger
 
-from flsl_d2.engine.command_line import add_option, described_parser, run_tool, user_path
+from flsl_d2.engine.command_line import (
+    add_defaults,
+    add_option,
+    described_parser,
+    run_tool,
+)
 from flsl_d2.evaluation.davis import DavisRun, Propagation, run_davis
 
 __all__ = ["main"]
@@ -31,18 +36,13 @@ and the exit status is 2."""
 def main(arguments: Sequence[str] | None = None) -> None:
     """Segment the sequences that a command line names."""
     parser = described_parser(DESCRIPTION, EXAMPLES)
-    add = parser.add_argument
     add_option(parser, "--weights", required=True)
-    add(
+    add_option(
+        parser,
         "--davis-root",
-        type=user_path,
-        default=Path(user_path(os.getenv("DETECTRON2_DATASETS", "datasets")), "DAVIS"),
-        metavar="DIR",
+        default=Path(os.getenv("DETECTRON2_DATASETS", "datasets"), "DAVIS"),
         help="with JPEGImages, Annotations and ImageSets (default: $DETECTRON2_DATASETS/DAVIS)",
     )
-    add("--split", default="val", help="list of sequences (default: %(default)s)")
-    add("--year", default="2017", help="year of the lists (default: %(default)s)")
-    add("--resolution", default="480p", help="folder of the frames (default: %(default)s)")
     add_option(
         parser,
         "--output",
@@ -50,14 +50,21 @@ def main(arguments: Sequence[str] | None = None) -> None:
         help="gets masks/<sequence>/<frame>.png and results.json (default: %(default)s)",
     )
     add_option(parser, "--json", help="results (default: results.json in --output)")
-    add("--masks-only", action="store_true", help="write masks and compute no scores")
+    masks_only = "write masks and compute no scores"
+    parser.add_argument("--masks-only", action="store_true", help=masks_only)
     add_option(parser, "--short-side", default=480)
-    add("--radius", type=int, default=12, help="of the neighbourhood in tokens, 0: all; default 12")
-    add("--context", type=int, default=7, help="last frames that give labels (default: 7)")
-    add("--top-k", type=int, default=5, help="neighbours that give labels (default: 5)")
-    add("--temperature", type=float, default=0.1, help="of the neighbours' weights (default: 0.1)")
     add_option(parser, "--device")
-    add("--batch-size", type=int, default=8, help="frames encoded at once (default: 8)")
+    add_defaults(
+        parser,
+        ("--split", "val", "list of sequences"),
+        ("--year", "2017", "year of the lists"),
+        ("--resolution", "480p", "folder of the frames"),
+        ("--radius", 12, "radius of the neighbourhood in tokens; 0: all tokens"),
+        ("--context", 7, "number of last frames that give labels"),
+        ("--top-k", 5, "number of neighbours that give labels"),
+        ("--temperature", 0.1, "temperature of the neighbours' weights"),
+        ("--batch-size", 8, "frames encoded at once"),
+    )
     run_tool(_run, parser.parse_args(arguments))
 
 

@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 import argparse
-import os
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from flsl_d2.engine.command_line import add_option, add_overrides, described_parser, run_tool
+from flsl_d2.engine.command_line import (
+    add_defaults,
+    add_option,
+    add_overrides,
+    described_parser,
+    run_tool,
+)
 from pretrain.studies.benchmark.data import benchmark_data, benchmark_end_to_end
 from pretrain.studies.benchmark.detection import SIZES, benchmark_detection
 from pretrain.studies.benchmark.scaling import benchmark_scaling
@@ -43,28 +48,27 @@ def _add_benchmark(
     """Add a benchmark with the options that it shares with others."""
     parser = subparsers.add_parser(name, help=text, description=text, allow_abbrev=False)
     parser.set_defaults(function=function)
-    add = parser.add_argument
-    add("--repeats", type=int, default=10, metavar="N", help="measurements of each (default: 10)")
-    add("--warmup", type=int, default=3, metavar="N", help="runs before the first (default: 3)")
     add_option(parser, "--json")
+    add_defaults(
+        parser, ("--repeats", 10, "measurements of each"), ("--warmup", 3, "runs before the first")
+    )
     if function is not benchmark_data:
         batch_size = 2 if function is benchmark_detection else 8
         add_option(parser, "--device")
-        add("--precision", default="auto", help="fp32, bf16, fp16 or auto (default)")
-        add("--threads", type=int, metavar="N", help="CPU threads (default: PyTorch's choice)")
-        add("--batch-size", type=int, default=batch_size, metavar="N", help="images of a step")
+        add_defaults(
+            parser,
+            ("--precision", "auto", "fp32, bf16, fp16 or auto"),
+            ("--threads", 0, "CPU threads; 0: as many as PyTorch chooses"),
+            ("--batch-size", batch_size, "images of a step"),
+        )
     if function is not benchmark_detection:
         add_option(parser, "--config-file", required=False, default=CONFIG)
         add_overrides(parser, "changes to the config")
     if function in (benchmark_data, benchmark_end_to_end):
-        add("--images", required=True, type=os.path.expanduser, metavar="FOLDER")
+        parser.add_argument("--images", required=True, metavar="FOLDER")
     if function in (benchmark_data, benchmark_end_to_end, benchmark_step):
-        add(
-            "--reference-module",
-            type=os.path.expanduser,
-            metavar="FILE",
-            help="Python file to compare with",
-        )
+        text = "Python file to compare with"
+        parser.add_argument("--reference-module", metavar="FILE", help=text)
     return parser
 
 
@@ -75,7 +79,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     data = _add_benchmark(
         benchmarks, "data", benchmark_data, "from image files to what the device receives, one core"
     )
-    data.add_argument("--num-images", type=int, default=50, help="files to use (default: 50)")
+    add_defaults(data, ("--num-images", 50, "files to use"))
     step = _add_benchmark(
         benchmarks, "pretrain-step", benchmark_step, "a pre-training step on a fixed batch"
     )
@@ -90,24 +94,21 @@ def main(arguments: Sequence[str] | None = None) -> None:
     end_to_end = _add_benchmark(
         benchmarks, "end-to-end", benchmark_end_to_end, "from image files to updated weights"
     )
-    end_to_end.add_argument("--workers", type=int, default=0, help="data workers (default: 0)")
-    end_to_end.add_argument(
-        "--rounds", type=int, default=3, help="runs of each side, in turn (default: 3)"
+    add_defaults(
+        end_to_end, ("--workers", 0, "data workers"), ("--rounds", 3, "runs of each side, in turn")
     )
     detection = _add_benchmark(
         benchmarks, "detection", benchmark_detection, "Mask R-CNN against Detectron2's own ViT"
     )
     detection.add_argument("--model", choices=list(SIZES), default="b", help="ViT (default: b)")
-    detection.add_argument("--size", type=int, default=1024, help="pixels (default: 1024)")
+    add_defaults(detection, ("--size", 1024, "side of the images in pixels"))
     detection.add_argument("--rel-pos", action="store_true", help="with relative positions")
     detection.add_argument("--backbone-only", action="store_true", help="without the detector")
     scaling = _add_benchmark(
         benchmarks, "scaling", benchmark_scaling, "growth with batch, resolution, crops and K"
     )
     scaling.add_argument("--batches", type=_integers, default=[2, 4, 8, 16], metavar="N,N")
-    scaling.add_argument(
-        "--plot", default="scaling.png", type=os.path.expanduser, metavar="FILE", help="PNG file"
-    )
+    scaling.add_argument("--plot", default="scaling.png", metavar="FILE", help="PNG file")
     args = parser.parse_args(arguments)
     run_tool(args.function, args)
 

@@ -13,23 +13,21 @@ import cv2
 import numpy as np
 import torch
 from detectron2.config import instantiate
-from detectron2.utils.events import EventStorage
 from tqdm import tqdm
 
 from flsl_d2.data.image_files import find_images
 from flsl_d2.data.images import read_rgb
 from flsl_d2.engine.config_files import load_lazy_config
 from pretrain.data import PretrainDataset, build_pretrain_loader
-from pretrain.optimizer import build_adamw
 from pretrain.studies.benchmark.measuring import (
     Timing,
-    print_table,
+    prepared_device,
     reference_function,
+    report,
     seconds_of,
     time_in_turn,
-    write_json,
 )
-from pretrain.trainer import PretrainTrainer, resolve_precision
+from pretrain.studies.benchmark.step import build_trainer, run_step
 from pretrain.views import DEVICE_WORK
 
 __all__ = [
@@ -83,11 +81,11 @@ def benchmark_data(args: argparse.Namespace) -> None:
         }
         for name, timing in timings.items()
     ]
-    print(f"{len(files)} files of {args.images}, {args.repeats} repetitions in turn, one thread")
-    print_table(rows)
-    write_json(
-        args.json,
+    report(
+        f"{len(files)} files of {args.images}, {args.repeats} repetitions in turn, one thread",
+        rows,
         device,
+        args.json,
         num_images=len(files),
         seconds={name: timing.seconds for name, timing in timings.items()},
     )
@@ -104,30 +102,13 @@ class _Run:
         self, args: argparse.Namespace, files: list[str], device: torch.device, read: bool = True
     ) -> None:
         cfg = load_lazy_config(args.config_file, args.opts)
-        cfg.schedules.update(
-            total_batch_size=args.batch_size, iters_per_epoch=1000, total_iters=10**6
-        )
-        model = instantiate(cfg.model).to(device).train()
-        if cfg.train.compile:
-            model.compile_blocks()
         dataset = PretrainDataset(files, instantiate(cfg.views))
         batches = iter(build_pretrain_loader(dataset, args.batch_size, args.workers))
         self.loader = _TimedLoader(batches if read else itertools.repeat(next(batches)))
-        self.trainer = PretrainTrainer(
-            model,
-            self.loader,
-            build_adamw(model),
-            instantiate(cfg.schedules),
-            resolve_precision(args.precision, device.type),
-            cfg.train.clip_norm,
-            cfg.train.clip_mode,
-        )
-        self.trainer.iter = 0
+        self.trainer = build_trainer(cfg, args.batch_size, device, args.precision, self.loader)
 
     def __call__(self) -> None:
-        with EventStorage(self.trainer.iter) as self.trainer.storage:
-            self.trainer.run_step()
-        self.trainer.iter += 1
+        run_step(self.trainer)
 
 
 class _TimedLoader:
@@ -153,9 +134,7 @@ def benchmark_end_to_end(args: argparse.Namespace) -> None:
     Each side runs alone for a round, from the start of its workers to their end. Were the sides to
     take turns at each step, the workers of one would fetch ahead during the step of the other.
     """
-    device = torch.device(args.device)
-    if args.threads:
-        torch.set_num_threads(args.threads)
+    device = prepared_device(args)
     files = find_images(args.images)
     sides: dict[str, Callable[[], Callable[[], None]]] = {}
     if args.reference_module:
@@ -187,9 +166,12 @@ def benchmark_end_to_end(args: argparse.Namespace) -> None:
         }
         for name, timing in timings.items()
     ]
-    print(
+    report(
         f"{len(files)} files of {args.images}, batch {args.batch_size}, {args.workers} worker(s), "
-        f"{args.precision} on {device}, median of {args.rounds} rounds of {args.repeats} steps"
+        f"{args.precision} on {device}, median of {args.rounds} rounds of {args.repeats} steps",
+        rows,
+        device,
+        args.json,
+        batch_size=args.batch_size,
+        workers=args.workers,
     )
-    print_table(rows)
-    write_json(args.json, device, batch_size=args.batch_size, workers=args.workers, rows=rows)

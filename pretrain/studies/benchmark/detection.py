@@ -16,18 +16,19 @@ from detectron2.utils.events import EventStorage
 from torch import Tensor, nn
 
 from flsl_d2.engine.config_files import load_lazy_config
-from flsl_d2.modeling import FLSLViT, SimpleFeaturePyramid
+from flsl_d2.modeling import VIT_SIZES, FLSLViT, SimpleFeaturePyramid
+from flsl_d2.modeling.vit import evenly_spread_blocks
 from pretrain.studies.benchmark.measuring import (
-    print_table,
+    prepared_device,
+    report,
     stored_for_backward,
     time_in_turn,
-    write_json,
 )
 from pretrain.trainer import PRECISIONS, resolve_precision
 
 __all__ = ["benchmark_detection", "pyramids"]
 
-SIZES = {"s": (384, 12, 6), "b": (768, 12, 12), "l": (1024, 24, 16)}
+SIZES = {"s": VIT_SIZES["small"], "b": VIT_SIZES["base"], "l": VIT_SIZES["large"]}
 
 
 def pyramids(size: str, image_side: int, use_rel_pos: bool) -> dict[str, nn.Module]:
@@ -40,32 +41,24 @@ def pyramids(size: str, image_side: int, use_rel_pos: bool) -> dict[str, nn.Modu
         image_side: side in pixels of the square images that positions are made for.
         use_rel_pos: whether attention has decomposed relative positions.
     """
-    width, depth, heads = SIZES[size]
-    blocks = [i for i in range(depth) if (i + 1) % (depth // 4)]
+    depth = SIZES[size]["depth"]
+    global_blocks = evenly_spread_blocks(depth)
+    common: dict[str, Any] = {
+        **SIZES[size],
+        "img_size": image_side,
+        "window_size": 14,
+        "use_rel_pos": use_rel_pos,
+    }
     reference = detectron2_vit.ViT(
-        img_size=image_side,
-        patch_size=16,
-        embed_dim=width,
-        depth=depth,
-        num_heads=heads,
+        **common,
         norm_layer=partial(nn.LayerNorm, eps=1e-6),
-        window_size=14,
-        window_block_indexes=blocks,
-        use_rel_pos=use_rel_pos,
+        window_block_indexes=[i for i in range(depth) if i not in global_blocks],
         pretrain_use_cls_token=False,
         pretrain_img_size=image_side,
         out_feature="last_feat",
     )
     own = FLSLViT(
-        img_size=image_side,
-        embed_dim=width,
-        depth=depth,
-        num_heads=heads,
-        window_size=14,
-        global_block_indexes=[i for i in range(depth) if i not in blocks],
-        use_rel_pos=use_rel_pos,
-        final_norm=False,
-        learned_positions=True,
+        **common, global_block_indexes=global_blocks, final_norm=False, learned_positions=True
     )
     shared = {k: v for k, v in reference.state_dict().items() if k in own.state_dict()}
     own.load_state_dict(shared)
@@ -106,9 +99,7 @@ def _images(batch_size: int, side: int, device: torch.device) -> list[dict[str, 
 
 def benchmark_detection(args: argparse.Namespace) -> None:
     """Measure training steps and inference of this project and of Detectron2 in turn."""
-    device = torch.device(args.device)
-    if args.threads:
-        torch.set_num_threads(args.threads)
+    device = prepared_device(args)
     precision = resolve_precision(args.precision, device.type)
     dtype = PRECISIONS[precision]
     mixed = torch.autocast(device.type, dtype or torch.bfloat16, enabled=dtype is not None)
@@ -146,13 +137,13 @@ def benchmark_detection(args: argparse.Namespace) -> None:
             }
         )
     what = "backbone and pyramid" if args.backbone_only else "Mask R-CNN"
-    print(
+    title = (
         f"{what}, ViT-{args.model.upper()}/16, {args.size} x {args.size}, batch {args.batch_size}, "
         f"relative positions {'on' if args.rel_pos else 'off'}, {precision} on {device}, "
         f"{torch.get_num_threads()} thread(s), median of {args.repeats} in turn"
     )
-    print_table(rows)
-    write_json(args.json, device, rows=rows, arguments={k: str(v) for k, v in vars(args).items()})
+    given = {key: str(value) for key, value in vars(args).items()}
+    report(title, rows, device, args.json, arguments=given)
 
 
 def _mask_rcnn(backbone: nn.Module) -> nn.Module:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import datetime
 import gc
 import importlib.util
@@ -27,12 +28,12 @@ from flsl_d2.files import write_text
 __all__ = [
     "Timing",
     "machine",
-    "print_table",
+    "prepared_device",
     "reference_function",
+    "report",
     "seconds_of",
     "stored_for_backward",
     "time_in_turn",
-    "write_json",
 ]
 
 
@@ -212,16 +213,35 @@ def machine(device: torch.device) -> dict[str, Any]:
     }
 
 
-def print_table(rows: Sequence[dict[str, Any]]) -> None:
-    """Print rows as a Markdown table; a value that is None was not measured."""
+def prepared_device(args: argparse.Namespace) -> torch.device:
+    """Return the device of a command line, after setting the number of CPU threads."""
+    if args.threads:
+        torch.set_num_threads(args.threads)
+    return torch.device(args.device)
+
+
+def report(
+    title: str,
+    rows: Sequence[dict[str, Any]],
+    device: torch.device,
+    json_file: str | Path | None,
+    **content: Any,
+) -> None:
+    """Print rows as a Markdown table, and write them with the machine as JSON.
+
+    Args:
+        title: line above the table: the conditions of the measurement.
+        rows: values by column; None where something was not measured.
+        device: device that was measured.
+        json_file: file to write; None for no file.
+        content: further content of the file.
+    """
     cells = [{column: _cell(value) for column, value in row.items()} for row in rows]
+    print(title)
     print(tabulate(cells, headers="keys", tablefmt="github", disable_numparse=True))
-
-
-def write_json(path: str | Path | None, device: torch.device, **content: Any) -> None:
-    """Write the figures with the machine that they were measured on; nothing without a path."""
-    if path:
-        write_text(path, json.dumps({"machine": machine(device), **content}, indent=1) + "\n")
+    if json_file:
+        text = json.dumps({"machine": machine(device), "rows": rows, **content}, indent=1)
+        write_text(json_file, text + "\n")
 
 
 def _cell(value: Any) -> str:

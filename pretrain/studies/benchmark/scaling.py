@@ -6,11 +6,10 @@ import argparse
 from functools import partial
 from typing import Any
 
-import torch
 from tqdm import tqdm
 
 from flsl_d2.visualization.figures import new_figure, save_figure
-from pretrain.studies.benchmark.measuring import print_table, time_in_turn, write_json
+from pretrain.studies.benchmark.measuring import prepared_device, report, time_in_turn
 from pretrain.studies.benchmark.step import Step
 
 __all__ = ["benchmark_scaling"]
@@ -25,9 +24,7 @@ AXES: dict[str, tuple[str, tuple[int, ...]]] = {
 
 def benchmark_scaling(args: argparse.Namespace) -> None:
     """Measure one axis at a time, print a table and draw a plot."""
-    device = torch.device(args.device)
-    if args.threads:
-        torch.set_num_threads(args.threads)
+    device = prepared_device(args)
     plan = [("batch", batch) for batch in args.batches]
     plan += [(key, value) for key, (_, values) in AXES.items() for value in values]
     rows = []
@@ -49,10 +46,8 @@ def benchmark_scaling(args: argparse.Namespace) -> None:
             }
         )
         del step, timing
-    print_table(rows)
     _draw(rows, args.plot)
-    print(f"plot: {args.plot}")
-    write_json(args.json, device, rows=rows)
+    report(f"growth on {device}, drawn in {args.plot}", rows, device, args.json)
 
 
 def _draw(rows: list[dict[str, Any]], path: str) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 import itertools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from detectron2.config import instantiate
 from detectron2.utils.events import EventStorage
+from omegaconf import DictConfig
 
 from flsl_d2.engine.config_files import load_lazy_config
 from flsl_d2.errors import InputError
@@ -22,11 +23,11 @@ from pretrain.data import Batch, collate
 from pretrain.methods.flsl import FLSL
 from pretrain.optimizer import build_adamw
 from pretrain.studies.benchmark.measuring import (
-    print_table,
+    prepared_device,
     reference_function,
+    report,
     stored_for_backward,
     time_in_turn,
-    write_json,
 )
 from pretrain.trainer import PretrainTrainer, resolve_precision
 from pretrain.views import NestedViews, Views
@@ -36,9 +37,11 @@ __all__ = [
     "VARIANTS",
     "Step",
     "benchmark_step",
+    "build_trainer",
     "encoder_flops",
     "peak_tflops",
     "random_batch",
+    "run_step",
     "step_flops",
 ]
 
@@ -141,6 +144,43 @@ def random_batch(views: NestedViews, batch_size: int, seed: int = 0) -> Batch:
     return collate([(augmented(sample), []) for sample in samples])
 
 
+def build_trainer(
+    cfg: DictConfig, batch_size: int, device: torch.device, precision: str, batches: Iterable[Batch]
+) -> PretrainTrainer:
+    """Build the trainer of a real run, with schedules of a run that does not end.
+
+    Args:
+        cfg: pre-training config.
+        batch_size: number of images of a step.
+        device: device to train on.
+        precision: value of ``train.precision``.
+        batches: batches of the steps.
+    """
+    cfg.schedules.update(total_batch_size=batch_size, iters_per_epoch=1000, total_iters=10**6)
+    torch.manual_seed(0)
+    model: FLSL = instantiate(cfg.model).to(device).train()
+    if cfg.train.compile:
+        model.compile_blocks()
+    trainer = PretrainTrainer(
+        model,
+        batches,
+        build_adamw(model),
+        instantiate(cfg.schedules),
+        resolve_precision(precision, device.type),
+        cfg.train.clip_norm,
+        cfg.train.clip_mode,
+    )
+    trainer.iter = 0
+    return trainer
+
+
+def run_step(trainer: PretrainTrainer) -> None:
+    """Run one step of a trainer without hooks."""
+    with EventStorage(trainer.iter) as trainer.storage:
+        trainer.run_step()
+    trainer.iter += 1
+
+
 class Step:
     """Step of the real trainer, always on the same batch.
 
@@ -161,26 +201,13 @@ class Step:
         precision: str,
     ) -> None:
         cfg = load_lazy_config(config_file, overrides)
-        cfg.schedules.update(total_batch_size=batch_size, iters_per_epoch=1000, total_iters=10**6)
-        torch.manual_seed(0)
-        self.model = instantiate(cfg.model).to(device).train()
-        if cfg.train.compile:
-            self.model.compile_blocks()
         views: NestedViews = instantiate(cfg.views)
-        batch = random_batch(views, batch_size)
+        self.batch = batch = random_batch(views, batch_size)
         if device.type == "cuda":
             batch.pin_memory()
-        self.trainer = PretrainTrainer(
-            self.model,
-            itertools.repeat(batch),
-            build_adamw(self.model),
-            instantiate(cfg.schedules),
-            resolve_precision(precision, device.type),
-            cfg.train.clip_norm,
-            cfg.train.clip_mode,
-        )
-        self.batch, self.batch_size = batch, batch_size
-        self.trainer.iter = 0
+        batches = itertools.repeat(batch)
+        self.trainer = build_trainer(cfg, batch_size, device, precision, batches)
+        self.model: FLSL = self.trainer.model
         grids = [views.global_size, *(size for size, _, _ in views.student_views)]
         self.flops_per_image = step_flops(
             self.model,
@@ -190,9 +217,7 @@ class Step:
 
     def __call__(self) -> None:
         """Run one step."""
-        with EventStorage(self.trainer.iter) as self.trainer.storage:
-            self.trainer.run_step()
-        self.trainer.iter += 1
+        run_step(self.trainer)
 
     def stored_bytes(self) -> int:
         """Count the bytes that the forward pass keeps for the backward pass."""
@@ -203,9 +228,7 @@ class Step:
 def benchmark_step(args: argparse.Namespace) -> None:
     """Measure speed, memory and share of the peak of each variant, and of a reference."""
     overrides = {name: [*args.opts, *_overrides_of(name)] for name in args.variants}
-    device = torch.device(args.device)
-    if args.threads:
-        torch.set_num_threads(args.threads)
+    device = prepared_device(args)
     makers: dict[str, Callable[[], Callable[[], None]]] = {}
     if args.reference_module:
         make_step = reference_function(args.reference_module, "make_step")
@@ -237,16 +260,13 @@ def benchmark_step(args: argparse.Namespace) -> None:
                 "MFU": rate * flops / peak / 1e12 if rate and flops and peak else None,
             }
         )
-    print(
+    report(
         f"batch {args.batch_size}, {args.precision} on {device}, {torch.get_num_threads()} "
-        f"thread(s), median of {args.repeats} steps in turn"
-    )
-    print_table(rows)
-    write_json(
-        args.json,
+        f"thread(s), median of {args.repeats} steps in turn",
+        rows,
         device,
+        args.json,
         batch_size=args.batch_size,
         precision=args.precision,
-        rows=rows,
         seconds={name: timing.seconds for name, timing in timings.items()},
     )

@@ -1,0 +1,56 @@
+"""The protocol of encoders, and the sizes of vision transformers."""
+
+from __future__ import annotations
+
+from typing import Any, Protocol
+
+from torch import Tensor
+
+__all__ = ["VIT_SIZES", "Encoder"]
+
+# ViT-T, ViT-S and ViT-B of DeiT (arXiv 2012.12877), ViT-L of ViT (arXiv 2010.11929).
+VIT_SIZES: dict[str, dict[str, int]] = {
+    "tiny": {"embed_dim": 192, "depth": 12, "num_heads": 3},
+    "small": {"embed_dim": 384, "depth": 12, "num_heads": 6},
+    "base": {"embed_dim": 768, "depth": 12, "num_heads": 12},
+    "large": {"embed_dim": 1024, "depth": 24, "num_heads": 16},
+}
+
+
+class Encoder(Protocol):
+    """Images to a grid of tokens: what measures, pictures and pre-training ask of an encoder.
+
+    :class:`flsl_d2.modeling.FLSLViT` is one. An encoder is an ``nn.Module`` as well; protocols
+    cannot say so, hence the members of ``nn.Module`` that callers use are listed.
+
+    Attributes:
+        patch_size: side in pixels of the square that a token stands for.
+        embed_dim: width D of the tokens.
+        training: whether the encoder is in training mode.
+    """
+
+    patch_size: int
+    embed_dim: int
+    training: bool
+
+    def forward_tokens(self, images: Tensor, num_blocks: int | None = None) -> Tensor:
+        """Encode images (B, 3, H, W) to tokens (B, N, D), row-major.
+
+        Args:
+            images: normalised RGB images whose sides are multiples of ``patch_size``.
+            num_blocks: number of blocks to run, without the final norm; None runs the whole
+                encoder.
+        """
+        ...
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the weights by name."""
+        ...
+
+    def train(self, mode: bool = True) -> Any:
+        """Set training mode."""
+        ...
+
+    def to(self, device: Any) -> Any:
+        """Move the weights to a device."""
+        ...

@@ -1,0 +1,99 @@
+"""The protocol between a pre-training method and the loop that trains it.
+
+A method is an ``nn.Module`` that holds its networks and turns the views of a step into losses.
+Everything else belongs to the loop and is the same for all methods: reading images, cutting views,
+schedules, mixed precision, accumulation, clipping, the optimiser, checkpoints, and hooks.
+:class:`pretrain.methods.flsl.FLSL` is the first method and the example to follow. A config names
+the method under ``model``, and its constructor arguments are the keys of that node.
+
+Shape suffixes: B images, S side of a view in pixels, Q queries of a view, K centroids.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from typing import Any, Protocol, TypeAlias
+
+from torch import Tensor, nn
+
+from flsl_d2.modeling import FLSLViT
+from pretrain.schedules import StepValues
+
+__all__ = ["Losses", "Method", "Monitored", "StepInputs"]
+
+Losses: TypeAlias = dict[str, Tensor]
+Monitored: TypeAlias = dict[str, Tensor]
+
+
+@dataclass
+class StepInputs:
+    """The views of a process's share of a step, on the training device.
+
+    Attributes:
+        views: images (B, 3, S, S) in 0 to 255, the teacher's view first.
+        queries: for each student view (B, Q) int64, the tokens that are queries.
+        places: for each student view (B, 4), its box in the teacher's view: top, left, height and
+            width as shares of that view. A mirrored view has its right side as ``left`` and a
+            negative width, so that ``left + x * width`` holds for every view.
+        crops: the views before augmentation, where the method needs them; else empty.
+    """
+
+    views: list[Tensor]
+    queries: list[Tensor]
+    places: list[Tensor] = field(default_factory=list)
+    crops: list[Tensor] = field(default_factory=list)
+
+
+class Method(Protocol):
+    """What the loop asks of a method.
+
+    Attributes:
+        needs_crops: whether ``StepInputs.crops`` is wanted.
+        num_centroids: number K of clusters, prototypes or outputs that views are assigned to; 0
+            for a method without.
+    """
+
+    needs_crops: bool
+    num_centroids: int
+
+    def __call__(self, inputs: StepInputs, values: StepValues) -> tuple[Losses, Monitored]:
+        """Compute the losses of a step.
+
+        Args:
+            inputs: the views.
+            values: the scheduled values of the step.
+
+        Returns:
+            The losses: ``loss`` is what is minimised, other names (``loss_...``) are its terms,
+            unweighted. And what is monitored, without gradient: scalars are logged under their
+            names; ``assigned`` (K,) int64, the number of queries that the teacher assigns to each
+            centroid, ``mean_assignment`` (K,), its mean probabilities, and the scalar
+            ``feature_std`` feed the indicators of collapse, which are left out without them. Over
+            accumulated parts of a step integers are summed and other numbers averaged.
+        """
+        ...
+
+    def frozen_parameters(self, values: StepValues) -> Iterable[nn.Parameter]:
+        """Return the parameters that the optimiser leaves alone in this step."""
+        ...
+
+    def update_teacher(self, momentum: float) -> None:
+        """Move the teacher after the optimiser's step; a method without one does nothing."""
+        ...
+
+    def exported_encoder(self) -> FLSLViT:
+        """Return the encoder that is measured, pictured and written for downstream use."""
+        ...
+
+    def compile_blocks(self, backend: str = "inductor") -> None:
+        """Compile the transformer blocks in place."""
+        ...
+
+    def parameters(self) -> Iterable[nn.Parameter]:
+        """Return all parameters, like ``nn.Module``."""
+        ...
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return all weights by name, like ``nn.Module``."""
+        ...

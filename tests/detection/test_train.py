@@ -1,0 +1,173 @@
+"""Training runs in this process on a few drawn scenes."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from detectron2.config import CfgNode
+from omegaconf import DictConfig
+
+from flsl_d2.data import register_coco_format
+from flsl_d2.data.scenes import make_scenes
+from flsl_d2.detection.train import run_lazy_detection
+from flsl_d2.detection.yaml import load_yaml_config, run_yaml_detection
+from flsl_d2.engine.config_files import load_lazy_config
+from flsl_d2.errors import InputError
+from flsl_d2.modeling import FLSLViT
+from flsl_d2.weights.export import write_encoder
+
+RECIPE = "demo/mask_rcnn_flsl_vit_scenes.py"
+YAML = "coco/mask_rcnn_flsl_vit_s16_1x.yaml"
+ENCODER = {"img_size": 80, "patch_size": 8, "embed_dim": 32, "depth": 2, "num_heads": 2}
+
+
+@pytest.fixture(scope="module")
+def scenes(tmp_path_factory) -> Path:
+    """Scenes under two names; in the training annotations of "empty" no image has an object."""
+    root = tmp_path_factory.mktemp("scenes") / "scenes"
+    make_scenes(root, num_train=3, num_val=2, image_size=(96, 80))
+    for split in ("train", "val"):
+        annotations = root / "annotations" / f"instances_{split}.json"
+        register_coco_format(f"runs_{split}", annotations, root / split, replace=True)
+    content = json.loads((root / "annotations" / "instances_train.json").read_text())
+    first = content["images"][0]["id"]
+    content["annotations"] = [a for a in content["annotations"] if a["image_id"] == first]
+    (root / "mostly_empty.json").write_text(json.dumps(content))
+    register_coco_format(
+        "runs_mostly_empty", root / "mostly_empty.json", root / "train", replace=True
+    )
+    return root
+
+
+@pytest.fixture(scope="module")
+def encoder_file(tmp_path_factory) -> str:
+    torch.manual_seed(0)
+    path = tmp_path_factory.mktemp("encoder") / "teacher_backbone.pth"
+    write_encoder(FLSLViT(**ENCODER), path)
+    return str(path)
+
+
+def config(output: Path, *overrides: str) -> DictConfig:
+    return load_lazy_config(
+        RECIPE,
+        [
+            *(f"model.backbone.net.{key}={value}" for key, value in ENCODER.items()),
+            "model.roi_heads.batch_size_per_image=8",
+            "model.proposal_generator.pre_nms_topk=[50,20]",
+            "model.proposal_generator.post_nms_topk=[20,10]",
+            "dataloader.train.dataset.names=runs_train",
+            "dataloader.test.dataset.names=runs_val",
+            "dataloader.train.total_batch_size=2",
+            "train.max_iter=2",
+            f"train.output_dir={output}",
+            *overrides,
+        ],
+    )
+
+
+def yaml_config(output: Path, *overrides: str) -> CfgNode:
+    settings = {f"MODEL.FLSL_VIT.{key.upper()}": value for key, value in ENCODER.items()} | {
+        "MODEL.DEVICE": "cpu",
+        "MODEL.ROI_HEADS.NUM_CLASSES": 6,
+        "MODEL.ROI_HEADS.BATCH_SIZE_PER_IMAGE": 8,
+        "MODEL.RPN.POST_NMS_TOPK_TRAIN": 20,
+        "MODEL.RPN.POST_NMS_TOPK_TEST": 10,
+        "MODEL.ROI_BOX_HEAD.NUM_CONV": 1,
+        "MODEL.ROI_BOX_HEAD.CONV_DIM": 16,
+        "MODEL.ROI_MASK_HEAD.NUM_CONV": 1,
+        "MODEL.ROI_MASK_HEAD.CONV_DIM": 16,
+        "INPUT.MIN_SIZE_TRAIN": (80,),
+        "INPUT.MIN_SIZE_TEST": 80,
+        "DATASETS.TRAIN": ("runs_train",),
+        "DATASETS.TEST": ("runs_val",),
+        "DATALOADER.NUM_WORKERS": 0,
+        "SOLVER.IMS_PER_BATCH": 2,
+        "SOLVER.MAX_ITER": 2,
+        "SEED": 1,
+        "OUTPUT_DIR": output,
+    }
+    return load_yaml_config(
+        YAML, [*(str(x) for pair in settings.items() for x in pair), *overrides]
+    )
+
+
+def weights(folder: Path) -> dict[str, torch.Tensor]:
+    return torch.load(folder / "model_final.pth", weights_only=True)["model"]
+
+
+def metrics(folder: Path) -> set[str]:
+    lines = (folder / "metrics.json").read_text().splitlines()
+    return set().union(*map(json.loads, lines))
+
+
+@pytest.mark.parametrize("kind", ["py", "yaml"])
+def test_a_frozen_encoder_keeps_its_weights(kind, scenes, encoder_file, tmp_path):
+    before = torch.load(encoder_file, weights_only=True)["model"]
+    if kind == "py":
+        on = ("model.backbone.net.frozen=true", "model.backbone.net.drop_path_rate=0.5")
+        cfg = config(tmp_path / "a", f"train.init_checkpoint={encoder_file}", *on)
+        run_lazy_detection(cfg, resume=False, eval_only=False)
+    else:
+        on = ("MODEL.FLSL_VIT.FROZEN", "True", "MODEL.FLSL_VIT.DROP_PATH_RATE", "0.5")
+        cfg = yaml_config(tmp_path / "a", "MODEL.WEIGHTS", encoder_file, *on)
+        run_yaml_detection(cfg, resume=False, eval_only=False)
+    after = weights(tmp_path / "a")
+    assert all(torch.equal(after[f"backbone.net.{name}"], before[name]) for name in before)
+    state = torch.load(tmp_path / "a" / "model_final.pth", weights_only=True)["trainer"]
+    optimizer = state.get("_trainer", state)["optimizer"]
+    trained = sum(len(group["params"]) for group in optimizer["param_groups"])
+    assert trained == len([n for n in after if not n.startswith(("backbone.net.", "pixel_"))])
+    assert "bbox/AP" in metrics(tmp_path / "a")
+
+
+def test_each_of_several_test_sets_is_evaluated(scenes, tmp_path):
+    cfg = config(tmp_path, "dataloader.test.dataset.names=[runs_val,runs_train]")
+    run_lazy_detection(cfg, resume=False, eval_only=False)
+    assert {"runs_val/bbox/AP", "runs_train/segm/AP"} <= metrics(tmp_path)
+    for name in ("runs_val", "runs_train"):
+        assert (tmp_path / "inference" / name / "coco_instances_results.json").is_file()
+    cfg = config(tmp_path, "dataloader.test.dataset.names=[runs_val]")
+    cfg.train.init_checkpoint = str(tmp_path / "model_final.pth")
+    assert set(run_lazy_detection(cfg, resume=False, eval_only=True)) == {"bbox", "segm"}
+
+
+def test_a_test_set_that_cannot_be_evaluated_is_found_before_training(scenes, tmp_path):
+    cfg = config(tmp_path, "+dataloader.evaluator.tasks=[keypoint_boxes]")
+    cfg.dataloader.evaluator._target_ = "detectron2.evaluation.PascalVOCDetectionEvaluator"
+    with pytest.raises(InputError, match="test set 'runs_val' cannot be evaluated"):
+        run_lazy_detection(cfg, resume=False, eval_only=False)
+    assert not list(tmp_path.glob("*.pth"))
+
+
+@pytest.mark.parametrize("recompute", ["false", "true"])
+def test_images_without_objects_train_as_background(scenes, tmp_path, recompute):
+    cfg = config(
+        tmp_path,
+        "dataloader.train.dataset.names=runs_mostly_empty",
+        "dataloader.train.dataset.filter_empty=false",
+        f"dataloader.train.mapper.recompute_boxes={recompute}",
+        "dataloader.train.total_batch_size=3",
+        "train.max_iter=1",
+    )
+    run_lazy_detection(cfg, resume=False, eval_only=False)
+    assert "bbox/AP" in metrics(tmp_path)
+
+
+def test_a_picture_that_breaks_off_is_one_sentence(scenes, tmp_path):
+    content = json.loads((scenes / "annotations" / "instances_train.json").read_text())
+    for image in content["images"]:
+        data = (scenes / "train" / image["file_name"]).read_bytes()
+        (tmp_path / image["file_name"]).write_bytes(data[: len(data) // 2])
+    (tmp_path / "a.json").write_text(json.dumps(content))
+    register_coco_format("runs_broken", tmp_path / "a.json", tmp_path, replace=True)
+    cfg = config(
+        tmp_path / "out",
+        "dataloader.train.dataset.names=runs_broken",
+        "dataloader.train.num_workers=1",
+    )
+    with pytest.raises(InputError, match=content["images"][0]["file_name"][:4]) as error:
+        run_lazy_detection(cfg, resume=False, eval_only=False)
+    assert "\n" not in str(error.value)

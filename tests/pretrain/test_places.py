@@ -1,0 +1,208 @@
+"""Places of queries in the teacher's view, and what features that are a map of places can earn."""
+
+from __future__ import annotations
+
+import itertools
+import math
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import nn
+
+from flsl_d2.errors import InputError
+from flsl_d2.modeling import FLSLViT
+from flsl_d2.modeling.projection_head import FLSLHead
+from pretrain import views as views_module
+from pretrain.augmentation import Augmentation
+from pretrain.data import collate
+from pretrain.methods.flsl import FLSL
+from pretrain.methods.flsl_objective import FLSLLoss, query_indexes
+from pretrain.methods.places import places_of_queries, tokens_at
+from pretrain.schedules import Schedules
+from pretrain.views import DEVICE_WORK, NestedViews
+
+NO_AUGMENTATION = Augmentation((), (1.0, 1.0, 1.0, 0.0), False, 0.0, False)
+SIZES = {"patch_size": 8, "global_size": 64, "local_size": 32}
+
+
+@settings(deadline=None, max_examples=50)
+@given(
+    st.integers(1, 6), st.lists(st.floats(-1, 1, width=32), min_size=4, max_size=4), st.booleans()
+)
+def test_places_equal_a_loop(side, box, mirrored):
+    top, left, height, width = box
+    if mirrored:
+        left, width = left + width, -width
+    indexes = torch.arange(side * side)[None]
+    xy = places_of_queries(indexes, side * side, torch.tensor([[top, left, height, width]]))
+    for row, column in itertools.product(range(side), range(side)):
+        across = (column + 0.5) / side
+        across = 1 - across if mirrored else across
+        x, y = box[1] + across * box[3], box[0] + (row + 0.5) / side * box[2]
+        # Products of numbers up to 1 in single precision.
+        assert xy[0, row * side + column].tolist() == pytest.approx([x, y], abs=1e-6)
+
+
+def test_tokens_at_the_centres_are_the_tokens_and_between_them_their_mix():
+    tokens = torch.randn(2, 16, 5)
+    centres = (torch.arange(4) + 0.5) / 4
+    grid = torch.stack(torch.meshgrid(centres, centres, indexing="xy"), dim=-1).view(1, 16, 2)
+    torch.testing.assert_close(tokens_at(tokens, grid.expand(2, -1, -1)), tokens)
+    between = tokens_at(tokens, torch.tensor([[[0.25, 0.125]]]).expand(2, -1, -1))
+    torch.testing.assert_close(between[:, 0], (tokens[:, 0] + tokens[:, 1]) / 2)
+    outside = tokens_at(tokens, torch.tensor([[[-3.0, 0.125]]]).expand(2, -1, -1))
+    torch.testing.assert_close(outside[:, 0], tokens[:, 0])
+
+
+@pytest.mark.parametrize("flip", [0.0, 0.5, 1.0])
+@pytest.mark.parametrize("on_device", DEVICE_WORK)
+def test_a_query_and_its_place_show_the_same(monkeypatch, on_device, flip):
+    """The colours of the image are its coordinates, so patches tell where they come from."""
+    monkeypatch.setattr(views_module, "draw_augmentation", lambda _: NO_AUGMENTATION)
+    rows, columns = np.mgrid[0:160, 0:200]
+    image = np.stack([rows, columns, np.full_like(rows, 90)], axis=2).astype(np.uint8)
+    views = NestedViews(**SIZES, flip=flip, on_device=on_device)
+    samples = [(views(image, np.random.default_rng(seed)), []) for seed in range(8)]
+    inputs = collate(samples).to_device(torch.device("cpu"))
+    teacher, *students = [F.avg_pool2d(view.float(), 8).flatten(2).mT for view in inputs.views]
+    for patches, indexes, places in zip(students, inputs.queries, inputs.places, strict=True):
+        xy = places_of_queries(indexes, patches.shape[1], places)
+        seen = patches.gather(1, indexes[..., None].expand(-1, -1, 3))
+        # Colours rise linearly, so interpolation between centres is exact up to rounding of two
+        # resamplings (a level each); places beyond the outermost centres are left out.
+        inner = ((xy > 1 / 16) & (xy < 15 / 16)).all(dim=-1)
+        assert inner.float().mean() > 0.5
+        assert (seen - tokens_at(teacher, xy))[inner].abs().max() < 2.5
+    assert {flip for sample, _ in samples for flip in sample.flips} == {
+        0.0: {False},
+        0.5: {False, True},
+        1.0: {True},
+    }[flip]
+
+
+class Recorder(nn.Module):
+    """Stands for the loss and keeps the teacher's logits."""
+
+    def __init__(self, num_centroids: int) -> None:
+        super().__init__()
+        self.log_prior = torch.zeros(num_centroids)
+
+    def forward(self, queries, modes, student_logits, teacher_logits, **_):
+        self.targets = (teacher_logits / 0.04).softmax(dim=-1)
+        return {"loss": modes.sum()}, {}
+
+
+def earned_by_a_map_of_places(flip: float = 0.0, **switches) -> tuple[float, float]:
+    """Nats of the target that a token's place in its own view tells, and the target's entropy.
+
+    The encoder's features depend on positions alone: its patches are zero and its blocks change
+    nothing. The best student with such features predicts the mean target of each place, and gains
+    the mutual information of target and place over one that predicts the mean target.
+    """
+    torch.manual_seed(0)
+    encoder = FLSLViT(img_size=64, patch_size=8, embed_dim=48, depth=1, num_heads=2)
+    with torch.no_grad():
+        for layer in (
+            encoder.patch_embed.proj,
+            encoder.blocks[0].attn.proj,
+            encoder.blocks[0].mlp.fc2,
+        ):
+            layer.weight.zero_()
+            layer.bias.zero_()
+    head = FLSLHead(48, num_centroids=64, hidden_dim=64, bottleneck_dim=16)
+    for layer in head.mlp[::2]:
+        nn.init.xavier_normal_(layer.weight, gain=2.0)
+    model = FLSL(encoder, head, FLSLLoss(64), **switches)
+    model.loss = Recorder(64)
+    views = NestedViews(**SIZES, num_local=0, global_window=1, flip=flip, on_device="crops")
+    image = np.zeros((80, 80, 3), np.uint8)
+    samples = [(views(image, np.random.default_rng(seed)), []) for seed in range(256)]
+    # Sharp kernels, so that a mode stays near its token.
+    values = Schedules(256, 1, 1, self_scale=(4.0, 4.0), cross_scale=(4.0, 4.0))(0)
+    with torch.no_grad():
+        model(collate(samples).to_device(torch.device("cpu")), values)
+    targets = model.loss.targets.view(256, 64, -1).double()  # (B, places, K)
+    entropy = torch.special.entr(targets.mean(dim=(0, 1))).sum()
+    left = torch.special.entr(targets.mean(dim=0)).sum(dim=-1).mean()
+    return float(entropy - left), float(entropy)
+
+
+def test_a_map_of_places_earns_the_published_objective_and_less_or_nothing_with_the_remedies():
+    published, entropy = earned_by_a_map_of_places()
+    assert published > 1.0  # of the entropy, which only the softness of the targets leaves
+    by_place, _ = earned_by_a_map_of_places(partner="place")
+    assert by_place < 0.9 * published
+    mirrored, _ = earned_by_a_map_of_places(partner="place", flip=0.5)
+    assert mirrored < 0.8 * by_place
+    # The own place answers for a partner by similarity, whatever the crops and flips.
+    same, _ = earned_by_a_map_of_places(flip=0.5)
+    assert same == pytest.approx(published, rel=0.01)
+    for partner in ("similarity", "place"):
+        nothing, left = earned_by_a_map_of_places(partner=partner, teacher_positions=False)
+        assert nothing == pytest.approx(0, abs=1e-6)  # rounding of single precision
+        assert left < entropy
+
+
+def test_positions_are_dropped_in_the_stated_share_of_steps_and_from_the_seed():
+    def encoded_with_positions(drop: float, seed: int, mode: bool = True) -> bool:
+        torch.manual_seed(0)
+        encoder = FLSLViT(img_size=16, patch_size=8, embed_dim=8, depth=1, num_heads=2)
+        model = FLSL(encoder, FLSLHead(8, 4, 8, 4), FLSLLoss(4), position_drop=drop).train(mode)
+        images = torch.zeros(1, 3, 16, 16)
+        torch.manual_seed(seed)
+        (tokens,) = model._student_tokens([[(images,)]])
+        return bool((tokens - tokens[:, :1]).abs().max() > 1e-6)
+
+    kept = [encoded_with_positions(0.3, seed) for seed in range(100)]
+    # Binomial with 100 draws: a standard deviation of 4.6 %; four of them on each side.
+    assert 0.51 < np.mean(kept) < 0.89
+    assert kept == [encoded_with_positions(0.3, seed) for seed in range(100)]
+    assert encoded_with_positions(0.0, 0)
+    assert not encoded_with_positions(1.0, 0)
+    assert encoded_with_positions(1.0, 0, mode=False)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [({"partner": "plcae"}, "'plcae'"), ({"position_drop": 1.5}, "position_drop is 1.5")],
+)
+def test_switches_out_of_range_are_refused(arguments, message):
+    encoder = FLSLViT(img_size=16, patch_size=8, embed_dim=8, depth=1, num_heads=2)
+    with pytest.raises(InputError, match=message):
+        FLSL(encoder, FLSLHead(8, 4, 8, 4), FLSLLoss(4), **arguments)
+    with pytest.raises(InputError, match=r"flip is -0\.5"):
+        NestedViews(flip=-0.5)
+
+
+def test_a_place_is_the_teachers_own_token_there():
+    """The mode that a query is compared with, by hand."""
+    torch.manual_seed(0)
+    encoder = FLSLViT(img_size=32, patch_size=8, embed_dim=8, depth=1, num_heads=2)
+    model = FLSL(encoder, FLSLHead(8, 4, 8, 4), FLSLLoss(4), partner="place").eval()
+    model.loss = Recorder(4)
+    image = np.random.default_rng(0).integers(0, 256, (40, 40, 3), dtype=np.uint8)
+    views = NestedViews(8, 32, 16, num_local=1, local_window=1)(image, np.random.default_rng(1))
+    inputs = collate([(views, [])]).to_device(torch.device("cpu"))
+    values = Schedules(1, 1, 1, cross_scale=(0.9, 0.9))(0)
+    with torch.no_grad():
+        model(inputs, values)
+        keys = model.teacher.tokens(model._normalised(inputs.views[0]))[0]
+    expected = []
+    for (top, left, height, width), mask in zip(views.boxes, views.queries, strict=True):
+        side = math.isqrt(len(mask))
+        for index in query_indexes(mask[None])[0].tolist():
+            x = (left + (index % side + 0.5) / side * width) / 32 * 4 - 0.5
+            y = (top + (index // side + 0.5) / side * height) / 32 * 4 - 0.5
+            x, y = min(max(x, 0), 3), min(max(y, 0), 3)
+            start = torch.zeros(8)
+            for r, c in itertools.product(range(4), range(4)):
+                start += max(0, 1 - abs(x - c)) * max(0, 1 - abs(y - r)) * keys[4 * r + c]
+            mode = (0.9 / math.sqrt(8) * keys @ start).softmax(dim=0) @ keys
+            with torch.no_grad():
+                expected.append((model.teacher.logits(mode) / 0.04).softmax(dim=-1))
+    # A temperature of 0.04 multiplies rounding of single precision by 25.
+    torch.testing.assert_close(model.loss.targets, torch.stack(expected), rtol=1e-3, atol=1e-4)
