@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import warnings
+from collections.abc import Callable
 from pathlib import Path
 
 # Tests run beside each other, and threads that wait for a core slow one another down many times.
@@ -28,3 +30,20 @@ def datasets_root() -> Path:
 @pytest.fixture(autouse=True)
 def _seeded() -> None:
     torch.manual_seed(0)
+
+
+@pytest.fixture
+def run_main(monkeypatch, capsys) -> Callable[..., tuple[int, str, str]]:
+    """Run the ``main`` of a tool in this process, which has imported everything already.
+
+    Returns status, standard output and standard error.
+    """
+    # A tool adds to this variable and to the filters of warnings.
+    monkeypatch.setenv("PYTHONWARNINGS", os.environ.get("PYTHONWARNINGS", ""))
+
+    def run(main: Callable[[list[str]], None], *arguments: str) -> tuple[int, str, str]:
+        with warnings.catch_warnings(), pytest.raises(SystemExit) as end:
+            main(list(arguments))
+        return end.value.code, *capsys.readouterr()
+
+    return run

@@ -1,11 +1,8 @@
-"""The benchmark's own numbers: operations, memory, turns; and the tool as a command."""
+"""Benchmarks: operations, memory and turns with known answers, and whole commands."""
 
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 from argparse import Namespace
 from functools import partial
 from pathlib import Path
@@ -20,6 +17,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from flsl_d2.engine.config_files import load_lazy_config
 from flsl_d2.errors import InputError
 from flsl_d2.modeling import FLSLViT
+from pretrain.studies.benchmark.__main__ import main
 from pretrain.studies.benchmark.detection import benchmark_detection, pyramids
 from pretrain.studies.benchmark.measuring import (
     Timing,
@@ -30,7 +28,6 @@ from pretrain.studies.benchmark.measuring import (
 from pretrain.studies.benchmark.scaling import benchmark_scaling
 from pretrain.studies.benchmark.step import Step, _overrides_of, encoder_flops, peak_tflops
 
-ROOT = Path(__file__).resolve().parents[1]
 CPU = torch.device("cpu")
 CONFIG = "pretrain/flsl_vit_small_p16_in1k.py"
 TINY = [
@@ -198,17 +195,7 @@ def test_reference_module(tmp_path):
         reference_function(str(tmp_path / "no.py"), "make_step")
 
 
-def run(*arguments: str) -> subprocess.CompletedProcess:
-    return subprocess.run(
-        [sys.executable, "tools/benchmark.py", *arguments],
-        cwd=ROOT,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-    )
-
-
-def test_the_tool_compares_and_writes(tmp_path):
+def test_the_tool_compares_and_writes(run_main, tmp_path):
     reference = tmp_path / "theirs.py"
     reference.write_text(
         "import torch\n"
@@ -216,13 +203,14 @@ def test_the_tool_compares_and_writes(tmp_path):
         "    return lambda: torch.randn(100, 100) @ torch.randn(100, 100)\n"
     )
     out = tmp_path / "step.json"
-    result = run(
-        "pretrain-step", "--repeats", "2", "--warmup", "1", "--batch-size", "2", "--variants",
-        "eager,packed,cropped on device", "--reference-module", str(reference), "--json", str(out),
+    status, output, errors = run_main(
+        main, "pretrain-step", "--device", "cpu", "--repeats", "2", "--warmup", "1",
+        "--batch-size", "2", "--variants", "eager,packed,cropped on device",
+        "--reference-module", str(reference), "--json", str(out),
         *TINY,
     )  # fmt: skip
-    assert result.returncode == 0, result.stderr
-    assert "ratio to reference" in result.stdout
+    assert status == 0, errors
+    assert "ratio to reference" in output
     written = json.loads(out.read_text())
     assert [row["step"] for row in written["rows"]] == [
         "reference", "eager", "packed", "cropped on device",
@@ -231,7 +219,7 @@ def test_the_tool_compares_and_writes(tmp_path):
     assert written["machine"]["torch"] == torch.__version__
 
 
-def test_a_run_from_files_starts_and_ends_its_own_workers(tmp_path):
+def test_a_run_from_files_starts_and_ends_its_own_workers(run_main, tmp_path):
     for i in range(6):
         Image.new("RGB", (90, 70), (40 * i, 9, 99)).save(tmp_path / f"{i}.jpg")
     reference = tmp_path / "theirs.py"
@@ -242,19 +230,20 @@ def test_a_run_from_files_starts_and_ends_its_own_workers(tmp_path):
         "    return lambda: time.sleep(0.01)\n"
     )
     out = tmp_path / "run.json"
-    result = run(
-        "end-to-end", "--images", str(tmp_path), "--repeats", "2", "--warmup", "1", "--rounds", "2",
+    status, _, errors = run_main(
+        main, "end-to-end", "--images", str(tmp_path), "--device", "cpu", "--repeats", "2",
+        "--warmup", "1", "--rounds", "2",
         "--batch-size", "2", "--workers", "2", "--reference-module", str(reference),
         "--json", str(out), *TINY,
     )  # fmt: skip
-    assert result.returncode == 0, result.stderr
+    assert status == 0, errors
     rows = json.loads(out.read_text())["rows"]
     assert [row["run"] for row in rows] == ["reference", "flsl_d2", "flsl_d2, a batch in memory"]
     assert [0 <= row["data wait"] < 1 for row in rows if row["data wait"] is not None] == [True]
 
 
 def arguments(json_file: Path, **others) -> Namespace:
-    """What the command line gives a benchmark; called here, it need not import everything anew."""
+    """Make the arguments that the command line gives a benchmark."""
     common = {"device": "cpu", "threads": None, "precision": "fp32", "repeats": 1, "warmup": 0}
     return Namespace(**common, json=str(json_file), **others)
 
@@ -280,7 +269,7 @@ def test_growth_is_measured_and_drawn(tmp_path):
     assert Image.open(plot).width > 1000
 
 
-def test_unknown_variants_are_refused():
-    result = run("pretrain-step", "--variants", "eager,packed+fast")
-    assert result.returncode == 2
-    assert "error: --variants has fast; known are" in result.stderr
+def test_unknown_variants_are_refused(run_main):
+    status, _, errors = run_main(main, "pretrain-step", "--variants", "eager,packed+fast")
+    assert status == 2
+    assert errors.startswith("error: --variants has fast; known are")

@@ -1,12 +1,12 @@
-"""tools/compare.py as a command: encoders x evaluations with a failing cell, resumed; bad input."""
+"""Comparisons as commands: a failing cell, continued runs, bad input, and an installed wheel."""
 
 from __future__ import annotations
 
 import csv
 import os
-import runpy
+import shutil
+import subprocess
 import sys
-import warnings
 from pathlib import Path
 
 import cv2
@@ -15,12 +15,14 @@ import torch
 
 from flsl_d2.data import register_scenes
 from flsl_d2.data.scenes import make_scenes
+from flsl_d2.experiments.compare import main
 from flsl_d2.modeling import FLSLViT
+from flsl_d2.weights.export import write_encoder
 
 ROOT = Path(__file__).resolve().parents[1]
 DATA = ["--train", "flsl_scenes_train", "--val", "flsl_scenes_val", "--max-images", "4"]
 DATA += ["--short-side", "96"]
-DETECTION = "detection=configs/demo/mask_rcnn_flsl_vit_scenes.py"
+DETECTION = "configs/demo/mask_rcnn_flsl_vit_scenes.py"
 
 
 @pytest.fixture(scope="module")
@@ -31,30 +33,20 @@ def datasets(tmp_path_factory) -> Path:
 
 
 @pytest.fixture
-def compare(datasets, monkeypatch, capsys):
-    """Runs the tool in this process, whose imports are done; its jobs are processes as always."""
+def compare(datasets, monkeypatch, run_main):
+    """Run the tool in this process; its jobs are processes as always."""
     register_scenes(datasets / "flsl_scenes")
     monkeypatch.chdir(ROOT)
     monkeypatch.setenv("DETECTRON2_DATASETS", str(datasets))
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
-    monkeypatch.setenv("PYTHONWARNINGS", os.environ.get("PYTHONWARNINGS", ""))
-
-    def run(*arguments: str) -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", ["tools/compare.py", "--device", "cpu", *arguments])
-        with warnings.catch_warnings(), pytest.raises(SystemExit) as end:
-            runpy.run_path("tools/compare.py", run_name="__main__")
-        return end.value.code, *capsys.readouterr()
-
-    return run
+    return lambda *arguments: run_main(main, "--device", "cpu", *arguments)
 
 
 @pytest.fixture(scope="module")
 def encoder_file(tmp_path_factory) -> str:
-    torch.manual_seed(5)  # another than that of the untrained encoder
-    encoder = FLSLViT(img_size=48, patch_size=16, embed_dim=32, depth=1, num_heads=2)
+    torch.manual_seed(5)  # not the seed of the untrained encoder
     path = tmp_path_factory.mktemp("encoder") / "teacher.pth"
-    content = {"model": encoder.state_dict(), "encoder": encoder.architecture}
-    torch.save({**content, "format": "flsl_d2 encoder", "matching_heuristics": True}, path)
+    write_encoder(FLSLViT(img_size=48, patch_size=16, embed_dim=32, depth=1, num_heads=2), path)
     return str(path)
 
 
@@ -67,9 +59,9 @@ def test_encoders_side_by_side_with_a_failed_row(compare, encoder_file, tmp_path
     (tmp_path / "damaged.pth").write_bytes(b"PK" + bytes(100))
     output = tmp_path / "out"
     given = [
-        *("--encoder", "random", "--encoder", f"small={encoder_file}"),
-        *("--encoder", f"damaged={tmp_path / 'damaged.pth'}"),
-        *("--eval", "knn_segmentation", *DATA, "--output", str(output), "--pictures", "2"),
+        *("--weights", "random", "--weights", f"small={encoder_file}"),
+        *("--weights", f"damaged={tmp_path / 'damaged.pth'}"),
+        *("--measures", "knn_segmentation", *DATA, "--output", str(output), "--pictures", "2"),
     ]
     status, said, errors = compare(*given)
     assert status == 1, said + errors
@@ -87,10 +79,12 @@ def test_encoders_side_by_side_with_a_failed_row(compare, encoder_file, tmp_path
     page = (output / "index.html").read_text()
     assert '<td class="failed">failed</td>' in page
     assert "data:image/png;base64," in page
-    assert "http" not in page
+    assert "://" not in page
 
     before = {file: file.stat().st_mtime_ns for file in output.glob("jobs/*/*")}
-    status, again, _ = compare(*given[:4], *given[6:], "--encoder", f"same={encoder_file}")
+    # The earlier names of the options work as well.
+    earlier = ["--eval" if text == "--measures" else text for text in given[6:]]
+    status, again, _ = compare(*given[:4], *earlier, "--encoder", f"same={encoder_file}")
     assert status == 0, again
     assert "2 of 2 jobs are done already" in again
     assert {file: file.stat().st_mtime_ns for file in output.glob("jobs/*/*")} == before
@@ -103,9 +97,10 @@ def test_detection_with_two_seeds_on_two_processes(compare, encoder_file, tmp_pa
     """Mask R-CNN of a few steps from two encoders: AP with spread, curves and detections."""
     output = tmp_path / "out"
     status, said, errors = compare(
-        *("--encoder", "random", "--encoder", f"small={encoder_file}", "--eval", DETECTION),
+        *("--weights", "random", "--weights", f"small={encoder_file}", "--detection", DETECTION),
         *("--seeds", "0,1", "--output", str(output), "--num-gpus", "2"),
-        *("train.max_iter=30", "train.log_period=5", "dataloader.train.total_batch_size=2"),
+        *("--detection-override", "train.max_iter=30", "train.log_period=5"),
+        "dataloader.train.total_batch_size=2",
         "model.roi_heads.box_predictor.test_score_thresh=0.0",
     )
     assert status == 0, said + errors
@@ -119,21 +114,25 @@ def test_detection_with_two_seeds_on_two_processes(compare, encoder_file, tmp_pa
 
 
 def test_bad_input_is_one_sentence_before_any_run(compare, encoder_file, tmp_path):
-    encoder, knn = ["--encoder", f"small={encoder_file}"], ["--eval", "knn_segmentation"]
+    encoder, knn = ["--weights", f"small={encoder_file}"], ["--measures", "knn_segmentation"]
+    detection = ["--detection", DETECTION]
     cases = [
         ([*encoder], "nothing to evaluate"),
         ([*knn, *DATA], "no encoder"),
         ([*encoder, *knn], "--train NAME"),
-        ([*encoder, "--eval", "knn_segmentaton", *DATA], "knn_segmentaton"),
-        ([*encoder, *knn, *knn, *DATA], "twice"),
+        ([*encoder, "--measures", "knn_segmentaton", *DATA], "knn_segmentaton"),
+        ([*encoder, *detection, *detection], "two evaluations"),
+        (["--weights", "=x.pth", *knn, *DATA], "NAME=FILE"),
+        ([*encoder, *knn, *DATA, "--short-side", "small"], "--short-side"),
+        ([*encoder, *knn, *DATA, "--nonsense"], "--nonsense"),
         ([*encoder, *knn, "--train", "flsl_scenes_tarin", *DATA[2:]], "flsl_scenes_tarin"),
         ([*encoder, *knn, *DATA, "optimizer.lr=1"], "detection config"),
-        ([*encoder, "--eval", DETECTION, "optimizer.rl=1"], "optimizer.lr"),
-        ([*encoder, "--eval", DETECTION, "model.roi_heads.num_classes=3"], "6 categories"),
-        ([*encoder, "--eval", "davis=/nowhere"], "/nowhere"),
+        ([*encoder, *detection, "optimizer.rl=1"], "optimizer.lr"),
+        ([*encoder, *detection, "model.roi_heads.num_classes=3"], "6 categories"),
+        ([*encoder, "--davis-root", "/nowhere"], "/nowhere"),
         ([*encoder, *knn, *DATA, "--seeds", "-1"], "--seeds"),
         ([*encoder, *knn, *DATA, "--output", "/proc/no"], "'/proc/no' cannot be written"),
-        (["--encoder", "random", *knn, *DATA, "--output", "/proc/no"], "cannot be written"),
+        (["--weights", "random", *knn, *DATA, "--output", "/proc/no"], "cannot be written"),
     ]
     for arguments, part in cases:
         status, _, errors = compare("--output", str(tmp_path / "out"), *arguments)
@@ -147,5 +146,59 @@ def test_bad_input_is_one_sentence_before_any_run(compare, encoder_file, tmp_pat
 def test_help_explains(compare):
     status, output, _ = compare("--help")
     assert status == 0
-    for part in ("random:NAME", "detection=", "--seeds", "the same command"):
+    for part in ("random:NAME", "--frozen-detection", "--seeds", "the same command"):
         assert part in output
+
+
+@pytest.fixture(scope="module")
+def installed(tmp_path_factory) -> Path:
+    """Folder with the package as its wheel installs it."""
+    source, wheels, target = (tmp_path_factory.mktemp(n) for n in ("source", "wheels", "target"))
+    for name in ("flsl_d2", "configs"):
+        shutil.copytree(ROOT / name, source / name, ignore=shutil.ignore_patterns("__pycache__"))
+    for file in ROOT.iterdir():
+        if file.is_file():
+            shutil.copy(file, source)
+    pip = [sys.executable, "-m", "pip", "--quiet", "--disable-pip-version-check"]
+    build = [*pip, "wheel", "--no-deps", "--no-build-isolation", "-w", str(wheels), str(source)]
+    subprocess.run(build, check=True)
+    (wheel,) = wheels.glob("*.whl")
+    subprocess.run([*pip, "install", "--no-deps", "--target", str(target), str(wheel)], check=True)
+    return target
+
+
+def test_installed_wheel_compares_in_an_empty_folder(installed, datasets, encoder_file, tmp_path):
+    """Every process runs from the installed files, without the checkout."""
+    other = tmp_path / "other.pth"
+    write_encoder(FLSLViT(img_size=48, patch_size=16, embed_dim=16, depth=1, num_heads=1), other)
+    folder = tmp_path / "empty"
+    folder.mkdir()
+    check = (
+        "import importlib.util, sys, flsl_d2\n"
+        "from flsl_d2.experiments.compare import main\n"
+        "print(flsl_d2.__file__, importlib.util.find_spec('pretrain'))\n"
+        "main(sys.argv[1:])"
+    )
+    command = [
+        *(sys.executable, "-c", check, "--device", "cpu", "--output", "out", *DATA),
+        *("--weights", f"one={encoder_file}", "--weights", f"two={other}"),
+        *("--measures", "knn_segmentation", "--pictures", "1"),
+    ]
+    settings = {"DETECTRON2_DATASETS": str(datasets), "PYTHONPATH": str(installed)}
+    result = subprocess.run(
+        command,
+        cwd=folder,
+        env=os.environ | settings | {"OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+    )
+    assert result.returncode == 0, result.stdout + result.stderr
+    assert result.stdout.splitlines()[0] == f"{installed / 'flsl_d2' / '__init__.py'} None"
+    one, two = rows(folder / "out")
+    assert float(one["knn_segmentation/mIoU"]) > 0
+    assert float(two["knn_segmentation/mIoU"]) > 0
+    logs = [file.read_text() for file in (folder / "out").glob("jobs/*/console.txt")]
+    assert len(logs) == 2
+    assert all(" -m flsl_d2.evaluation " in log for log in logs)
+    assert not any(str(ROOT / part) in log for log in logs for part in ("tools", "flsl_d2"))
+    assert "</html>" in (folder / "out" / "index.html").read_text()

@@ -1,4 +1,4 @@
-"""tools/sweep.py as a command: a real grid, interrupted and continued, evaluated, and bad input."""
+"""Sweeps as commands: a real grid, interrupted and continued, evaluated, and bad input."""
 
 from __future__ import annotations
 
@@ -6,11 +6,9 @@ import csv
 import json
 import multiprocessing
 import os
-import runpy
 import signal
 import sys
 import time
-import warnings
 from pathlib import Path
 
 import cv2
@@ -22,6 +20,7 @@ from flsl_d2.data.scenes import make_scenes
 from flsl_d2.visualization.curves import read_metrics
 from pretrain.run import run_pretraining
 from pretrain.studies.grid import Axis, grid_points
+from pretrain.studies.sweep import main
 
 ROOT = Path(__file__).resolve().parents[1]
 CONFIG = "configs/demo/flsl_vit_scenes.py"
@@ -56,21 +55,13 @@ def arguments_of(output: Path, *arguments: str) -> list[str]:
 
 
 @pytest.fixture
-def sweep(datasets, monkeypatch, capsys):
-    """Runs the tool in this process, whose imports are done; its jobs are processes as always."""
+def sweep(datasets, monkeypatch, run_main):
+    """Run the tool in this process; its jobs are processes as always."""
     register_scenes(datasets / "flsl_scenes")
     monkeypatch.chdir(ROOT)
     monkeypatch.setenv("DETECTRON2_DATASETS", str(datasets))
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
-    monkeypatch.setenv("PYTHONWARNINGS", os.environ.get("PYTHONWARNINGS", ""))
-
-    def run(*arguments: str) -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", ["tools/sweep.py", *arguments])
-        with warnings.catch_warnings(), pytest.raises(SystemExit) as end:
-            runpy.run_path("tools/sweep.py", run_name="__main__")
-        return end.value.code, *capsys.readouterr()
-
-    return run
+    return lambda *arguments: run_main(main, *arguments)
 
 
 def rows(file: Path) -> list[dict[str, str]]:
@@ -124,7 +115,7 @@ def test_interrupted_grid_goes_on_to_the_table_of_an_uninterrupted_one(sweep, tm
         assert cv2.imread(str(grid / "plots" / f"{name}.png")) is not None
     page = (grid / "index.html").read_text()
     assert page.count('src="data:image/png;base64,') >= 8
-    assert "http" not in page
+    assert "://" not in page
 
     # What the setting that was cut off gives without interruption and without the sweep.
     points = grid_points(CONFIG, [Axis("model.loss.volume_weight", ("5",))], [*TINY, LOW], [])
@@ -142,7 +133,7 @@ def test_interrupted_grid_goes_on_to_the_table_of_an_uninterrupted_one(sweep, tm
 
     # Another grid in the same folder: its run is there already and only has to be evaluated.
     capsys.readouterr()
-    measured = ["--eval-train", "flsl_scenes_train", "--eval-val", "flsl_scenes_val"]
+    measured = ["--eval-train", "flsl_scenes_train", "--val", "flsl_scenes_val"]  # old, new name
     status, output, errors = sweep(
         *arguments_of(grid, "--grid", "model.loss.volume_weight=5", LOW),
         *(*measured, "--measures", "knn_segmentation"),
@@ -169,16 +160,13 @@ def test_bad_input_is_one_sentence_before_any_run(sweep, tmp_path):
         (["--grid", "views.global_scale=0.5"], "holds a list"),
         (["--grid", "train.seed=0,1"], "--seeds"),
         ([*grid, "train.output_dir=x"], "--output"),
-        ([*grid, "--seeds", "0,one"], "--seeds '0,one'"),
+        ([*grid, "--seeds", "0,one"], "--seeds: '0,one'"),
         ([*grid, "--num-gpus", "0"], "--num-gpus"),
-        ([*grid, "--eval-val", val], "--eval-train and --eval-val"),
-        ([*grid, "--eval-train", "flsl_scenes_tarin", "--eval-val", val], "flsl_scenes_tarin"),
-        (
-            [*grid, "--eval-train", train, "--eval-val", val, "--measures", "knn_boxes"],
-            "knn_boxes",
-        ),
+        ([*grid, "--val", val], "--train and --val"),
+        ([*grid, "--train", "flsl_scenes_tarin", "--val", val], "flsl_scenes_tarin"),
+        ([*grid, "--train", train, "--val", val, "--measures", "knn_boxes"], "knn_boxes"),
         ([*grid, "--detection", "configs/pretrain/flsl_vit_small_p16_in1k.py"], "backbone.net"),
-        ([*grid, "--detection-override", "a=b"], "--detection, which is not given"),
+        ([*grid, "--detection-override", "a=b"], "add --detection"),
         ([*grid, "dataset.name=", "dataset.root=/nowhere"], "/nowhere"),
         ([*grid, "--output", "/proc/no"], "'/proc/no' cannot be written"),
     ]

@@ -1,4 +1,8 @@
-"""Options that all tools share, and errors as one sentence instead of a traceback."""
+"""Options and exit statuses that all command-line tools share.
+
+A tool is a module with a ``main`` function, run by ``python -m`` or by a file in ``tools/``. An
+option that means the same in several tools is declared once, in :data:`SHARED_OPTIONS`.
+"""
 
 from __future__ import annotations
 
@@ -6,18 +10,34 @@ import argparse
 import os
 import sys
 import warnings
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, NoReturn
+
+import torch
 
 from flsl_d2.engine.launch import WorkerError, leave, started_by_torchrun
 from flsl_d2.engine.stopping import STOPPED
 from flsl_d2.errors import InputError, TrainingError
 from flsl_d2.files import expand_home
 
-__all__ = ["described_parser", "parse_tool_arguments", "run_tool", "tool_argument_parser"]
+__all__ = [
+    "SHARED_OPTIONS",
+    "add_defaults",
+    "add_option",
+    "add_overrides",
+    "comma_separated",
+    "described_parser",
+    "named_weights",
+    "parse_tool_arguments",
+    "run_tool",
+    "seed_list",
+    "tool_argument_parser",
+]
 
-# Warnings of third parties that a user of the tools cannot act on, as (category, start). The start
-# has no colon and no comma, which PYTHONWARNINGS cannot hold.
+# Warnings of third parties that a user of the tools can do nothing about: the category and the
+# start of the message, without colons and commas, because they separate the fields and the
+# entries of PYTHONWARNINGS.
 _HARMLESS = (
     (UserWarning, "pkg_resources is deprecated as an API"),
     (UserWarning, "torch.meshgrid"),
@@ -63,14 +83,18 @@ def run_tool(function: Callable[..., Any], *args: Any) -> None:
 
 
 class _ToolParser(argparse.ArgumentParser):
-    """Parser that replaces ``~`` at the start of every path; see :func:`expand_home`."""
+    """Parser that expands ``~`` in paths, and whose errors are one sentence as all of a tool's."""
 
     def parse_known_args(self, args=None, namespace=None):  # type: ignore[no-untyped-def, override]
-        """Parse as ``ArgumentParser`` does, then replace ``~``."""
+        """Parse as ``ArgumentParser`` does, then replace ``~``; see :func:`expand_home`."""
         found, rest = super().parse_known_args(args, namespace)
         for name, value in vars(found).items():
             setattr(found, name, expand_home(value))
         return found, rest
+
+    def error(self, message: str) -> NoReturn:
+        """Report a wrong command line, and exit with status 2."""
+        self.exit(2, f"error: {message}; --help lists the options.\n")
 
 
 def described_parser(description: str, epilog: str = "") -> argparse.ArgumentParser:
@@ -80,7 +104,9 @@ def described_parser(description: str, epilog: str = "") -> argparse.ArgumentPar
         description: purpose of the tool.
         epilog: examples of complete commands.
     """
+    spec = getattr(sys.modules["__main__"], "__spec__", None)
     return _ToolParser(
+        prog=f"python -m {spec.name.removesuffix('.__main__')}" if spec else None,
         description=description,
         epilog=epilog,
         formatter_class=argparse.RawDescriptionHelpFormatter,
@@ -88,10 +114,129 @@ def described_parser(description: str, epilog: str = "") -> argparse.ArgumentPar
     )
 
 
+def comma_separated(text: str) -> list[str]:
+    """Items of a list such as ``a,b``, each once."""
+    return list(dict.fromkeys(part.strip() for part in text.split(",") if part.strip()))
+
+
+def seed_list(text: str) -> list[int]:
+    """Seeds of a list such as ``0,1``, each once.
+
+    Raises:
+        argparse.ArgumentTypeError: a part is not a whole number from 0 on.
+    """
+    parts = comma_separated(text)
+    if not parts or not all(part.isdecimal() for part in parts):
+        raise argparse.ArgumentTypeError(
+            f"{text!r} is not a list of whole numbers; write --seeds 0,1"
+        )
+    return [int(part) for part in parts]
+
+
+def named_weights(text: str) -> tuple[str, str]:
+    """Name and source of ``NAME=FILE``; the name is empty where only a file is given.
+
+    Raises:
+        argparse.ArgumentTypeError: the name or the file is missing.
+    """
+    name, equals, source = text.partition("=")
+    # A "=" behind a slash or a question mark is part of a path without a name.
+    if not equals or "/" in name or "?" in name:
+        name, source = "", text
+    if (equals and text.startswith("=")) or not source:
+        raise argparse.ArgumentTypeError(
+            f"{text!r} is not of the form NAME=FILE; write flsl=teacher.pth"
+        )
+    return name, os.path.expanduser(source)
+
+
+class _CollectLists(argparse.Action):
+    """Collect the items of all lists that an option is given, each item once."""
+
+    def __call__(
+        self,
+        parser: argparse.ArgumentParser,
+        namespace: argparse.Namespace,
+        values: Any,
+        option_string: str | None = None,
+    ) -> None:
+        lists = values if self.nargs else [values]
+        items = [*(getattr(namespace, self.dest) or []), *(i for part in lists for i in part)]
+        setattr(namespace, self.dest, list(dict.fromkeys(items)))
+
+
+def _option(metavar: str, help_text: str, **settings: Any) -> dict[str, Any]:
+    return {"metavar": metavar, "help": help_text, **settings}
+
+
+_WEIGHTS = "encoder: file or URL of any known layout, or 'random' for an untrained ViT-S/16"
+_DATA = "registered data set, or folder with a subfolder for each class,"
+_DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+SHARED_OPTIONS: dict[str, dict[str, Any]] = {
+    "--config-file": _option(
+        "FILE", "config to run; a path, or a name below configs/", required=True
+    ),
+    "--weights": _option("FILE", _WEIGHTS),
+    "--train": _option("NAME", f"{_DATA} to learn labels from", default=""),
+    "--val": _option("NAME", f"{_DATA} to score on", default=""),
+    "--measures": _option(
+        "A,B", "measures of frozen features", action=_CollectLists, type=comma_separated
+    ),
+    "--davis-root": _option(
+        "DIR", "DAVIS 2017, with JPEGImages, Annotations and ImageSets", type=Path
+    ),
+    "--max-images": _option("N", "most images of each data set (default: all)", type=int),
+    "--short-side": _option(
+        "PX", "shorter side of images in pixels (default: %(default)s)", type=int, default=448
+    ),
+    "--seeds": _option("0,1", "seeds, one run each", type=seed_list),
+    "--output": _option("DIR", "folder to write to (default: %(default)s)", type=Path),
+    "--json": _option("FILE", "JSON file to write the results to", type=Path),
+    "--device": _option("NAME", "cuda or cpu (default here: %(default)s)", default=_DEVICE),
+    "--num-gpus": _option(
+        "N", "GPUs of this machine; on the CPU, processes (default: 1)", type=int, default=1
+    ),
+    "--gpus-per-job": _option("N", "GPUs of each job (default: 1)", type=int, default=1),
+}
+
+
+def add_option(
+    parser: argparse.ArgumentParser, name: str, old_names: Sequence[str] = (), **changes: Any
+) -> None:
+    """Add an option of :data:`SHARED_OPTIONS` to a parser.
+
+    Args:
+        parser: parser of the tool.
+        name: name of the option.
+        old_names: earlier names of the option, which still work and are not shown.
+        changes: arguments of ``add_argument`` that differ for this tool.
+    """
+    settings = SHARED_OPTIONS[name] | changes
+    parser.add_argument(name, **settings)
+    hidden = {"dest": name.strip("-").replace("-", "_"), "help": argparse.SUPPRESS}
+    for old_name in old_names:
+        parser.add_argument(
+            old_name, **(settings | hidden | {"default": argparse.SUPPRESS, "required": False})
+        )
+
+
+def add_defaults(parser: argparse.ArgumentParser, *options: tuple[str, Any, str]) -> None:
+    """Add options of one tool that have a default: their names, defaults and helps."""
+    for name, default, text in options:
+        parser.add_argument(
+            name, type=type(default), default=default, help=f"{text} (default: %(default)s)"
+        )
+
+
+def add_overrides(parser: argparse.ArgumentParser, help_text: str) -> None:
+    """Add ``key=value`` arguments as ``opts``, for :func:`parse_tool_arguments` to read."""
+    parser.add_argument("opts", nargs="*", metavar="key=value", help=help_text)
+
+
 def tool_argument_parser(
     description: str, epilog: str = "", eval_only: bool = False
 ) -> argparse.ArgumentParser:
-    """Make a parser with the options that ``pretrain_net.py`` and ``train_net.py`` share.
+    """Make a parser with the options that pre-training and fine-tuning have in common.
 
     Args:
         description: purpose of the tool.
@@ -102,57 +247,33 @@ def tool_argument_parser(
         A parser for :func:`parse_tool_arguments`.
     """
     parser = described_parser(description, epilog)
-    add = parser.add_argument
-    add(
-        "--config-file",
-        required=True,
-        metavar="FILE",
-        help="config to run: a path, or a name below configs/",
-    )
-    add(
-        "--resume",
-        action="store_true",
-        help="continue from the last checkpoint in the output folder, if there is one",
-    )
-    add(
-        "--allow-changes",
-        action="store_true",
-        help="with --resume: continue although the config differs from the run's",
-    )
-    add(
-        "--overwrite",
-        action="store_true",
-        help="without --resume: start anew although the output folder holds a run",
-    )
+    add_option(parser, "--config-file")
+    switches = {
+        "--resume": "continue from the last checkpoint in the output folder, if there is one",
+        "--allow-changes": "with --resume: continue although the config differs from the run's",
+        "--overwrite": "without --resume: start anew although the output folder holds a run",
+    }
     if eval_only:
-        add("--eval-only", action="store_true", help="evaluate the weights and stop")
-    add(
-        "--num-gpus",
-        type=int,
-        default=1,
-        metavar="N",
-        help="GPUs on this machine; on the CPU, the number of processes (default: 1)",
+        switches["--eval-only"] = "evaluate the weights and stop"
+    for name, text in switches.items():
+        parser.add_argument(name, action="store_true", help=text)
+    add_option(parser, "--num-gpus")
+    add_defaults(
+        parser,
+        ("--num-machines", 1, "number of machines"),
+        ("--machine-rank", 0, "number of this machine, from 0"),
+        ("--dist-url", "auto", "tcp://HOST:PORT where the processes of several machines meet"),
     )
-    add("--num-machines", type=int, default=1, metavar="N", help="machines (default: 1)")
-    add("--machine-rank", type=int, default=0, metavar="I", help="this machine, from 0")
-    add(
-        "--dist-url",
-        default="auto",
-        metavar="URL",
-        help="tcp://HOST:PORT where the processes meet; needed with several machines",
-    )
-    add(
-        "opts",
-        nargs="*",
-        metavar="override",
-        help="changes to the config: key=value for a .py config, KEY VALUE pairs for a .yaml one; "
+    add_overrides(
+        parser,
+        "changes to the config: key=value for a .py config, KEY VALUE pairs for a .yaml one; "
         "a leading + adds a key that a .py config does not have",
     )
     return parser
 
 
 def parse_tool_arguments(
-    parser: argparse.ArgumentParser, arguments: list[str] | None = None
+    parser: argparse.ArgumentParser, arguments: Sequence[str] | None = None
 ) -> argparse.Namespace:
     """Read the command line; options and overrides may stand in any order."""
     return parser.parse_intermixed_args(arguments)

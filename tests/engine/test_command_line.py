@@ -1,11 +1,19 @@
 """Exit statuses and what is printed, in real processes."""
 
+import argparse
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
-from flsl_d2.engine.command_line import parse_tool_arguments, tool_argument_parser
+from flsl_d2.engine.command_line import (
+    add_option,
+    described_parser,
+    named_weights,
+    parse_tool_arguments,
+    tool_argument_parser,
+)
 
 SCRIPT = """
 import sys
@@ -65,3 +73,63 @@ def test_negative_yaml_values():
     parser = tool_argument_parser("x")
     args = parse_tool_arguments(parser, ["--config-file", "c.yaml", "SEED", "-1"])
     assert args.opts == ["SEED", "-1"]
+
+
+def shared_parser() -> argparse.ArgumentParser:
+    parser = described_parser("x")
+    for name in ("--output", "--seeds", "--short-side", "--json"):
+        add_option(parser, name)
+    add_option(parser, "--train", ["--eval-train"])
+    add_option(parser, "--measures", nargs="+")
+    add_option(parser, "--weights", type=named_weights, action="append")
+    return parser
+
+
+def test_lists_are_read_with_commas_and_spaces():
+    args = shared_parser().parse_args(["--measures", "a,b", "c", "--measures", "b, d"])
+    assert args.measures == ["a", "b", "c", "d"]
+    assert shared_parser().parse_args(["--seeds", "3,0,3"]).seeds == [3, 0]
+
+
+def test_paths_start_at_the_home_folder(monkeypatch):
+    monkeypatch.setenv("HOME", "/home/someone")
+    args = shared_parser().parse_args(
+        ["--output=~/out", "--json=~/x.json", "--weights=~/a=b.pth", "--weights=a=~/b.pth"]
+    )
+    assert args.output == Path("/home/someone/out")
+    assert args.json == Path("/home/someone/x.json")
+    assert args.weights == [("", "/home/someone/a=b.pth"), ("a", "/home/someone/b.pth")]
+
+
+@pytest.mark.parametrize(
+    ("text", "pair"),
+    [
+        ("random", ("", "random")),
+        ("fair=random:flsl", ("fair", "random:flsl")),
+        ("dir/epoch=1.pth", ("", "dir/epoch=1.pth")),
+        ("https://host/f.pth?which=student", ("", "https://host/f.pth?which=student")),
+        ("moco=https://host/f.pth?which=student", ("moco", "https://host/f.pth?which=student")),
+    ],
+)
+def test_names_are_told_from_paths(text, pair):
+    assert named_weights(text) == pair
+
+
+def test_earlier_names_of_options_work_and_are_hidden():
+    parser = shared_parser()
+    assert parser.parse_args(["--eval-train", "a"]).train == "a"
+    assert parser.parse_args([]).train == ""
+    assert "--eval-train" not in parser.format_help()
+
+
+@pytest.mark.parametrize(
+    "arguments", [["--seeds", "0,x"], ["--weights", "=a"], ["--short-side", "x"], ["--absent"]]
+)
+def test_a_wrong_command_line_is_one_sentence(capsys, arguments):
+    with pytest.raises(SystemExit) as end:
+        shared_parser().parse_args(arguments)
+    assert end.value.code == 2
+    errors = capsys.readouterr().err
+    assert errors.startswith("error: ")
+    assert arguments[0] in errors
+    assert errors.count("\n") == 1

@@ -1,4 +1,4 @@
-"""The page and the plots: complete, self-contained, safe against what names hold."""
+"""Pages and plots: complete, self-contained, safe against the content of names."""
 
 from __future__ import annotations
 
@@ -7,11 +7,13 @@ from html.parser import HTMLParser
 import cv2
 import numpy as np
 import pytest
+from jinja2 import UndefinedError
 
 from flsl_d2.experiments.jobs import Job, Outcome, Record
-from flsl_d2.experiments.page import Page
 from flsl_d2.experiments.plots import bars, heat_maps, lines, overlaid_curves
 from flsl_d2.experiments.tables import Cell, Measure, Row, Subject, Table, results_table
+from flsl_d2.visualization.html import render
+from pretrain.studies.grid import Axis
 
 SCORE = Measure("knn/mIoU", "higher")
 
@@ -42,26 +44,66 @@ class Reader(HTMLParser):
         self.sources += [value for name, value in attributes if name in ("src", "href")]
 
 
-def test_a_page_needs_nothing_but_itself(tmp_path):
-    table = grid({"v": ["0.01", "<script>alert(1)</script>"]})
-    bars(table, SCORE, tmp_path / "bars.png")
-    page = Page('A "page" & <more>')
-    page.heading("Measures <b>")
-    page.table(table)
-    page.pictures({"one > two": tmp_path / "bars.png", "absent": tmp_path / "absent.png"})
-    page.details("config", "a < b")
-    page.write(tmp_path / "index.html")
-    text = (tmp_path / "index.html").read_text()
+def parsed(text: str) -> Reader:
     reader = Reader()
     reader.feed(text)
-    assert "script" not in reader.tags
-    assert "b" not in reader.tags
+    return reader
+
+
+HOSTILE = "<script>alert(1)</script>"
+
+
+def test_a_page_needs_nothing_but_itself(tmp_path):
+    table = grid({"v": ["0.01", HOSTILE]})
+    bars(table, SCORE, tmp_path / "bars.png")
+    pictures = {f"one > two {HOSTILE}": tmp_path / "bars.png", "absent": tmp_path / "absent.png"}
+    page = render(
+        "sweep.html.j2",
+        title=f'A "page" & {HOSTILE}',
+        axes=[Axis("v", ("0.01", HOSTILE))],
+        overrides=[f"a={HOSTILE}"],
+        table=table,
+        plots=pictures,
+        curves=tmp_path / "no_curves.png",
+        run_columns=["v", "folder"],
+        run_rows=[[HOSTILE, "jobs/a"]],
+        versions={"torch": "2", "timm": "1"},
+        details=[("config", "a < b")],
+    )
+    reader = parsed(page)
+    assert not {"script", "b", "link"} & set(reader.tags)
     assert len(reader.sources) == 1
     assert reader.sources[0].startswith("data:image/png;base64,")
-    assert '<td class="failed">failed</td>' in text
-    assert "no memory</li>" in text
-    assert "url(" not in text
-    assert not list(tmp_path.glob("*.part"))
+    assert '<td class="failed">failed</td>' in page
+    assert "no memory</li>" in page
+    assert "<pre>a &lt; b</pre>" in page
+    assert "torch 2, timm 1" in page
+    assert "url(" not in page
+    for tag in ("html", "table", "figure", "details"):
+        assert page.count(f"<{tag}") == page.count(f"</{tag}>") > 0
+
+
+def test_comparisons_show_what_there_is(tmp_path):
+    table = grid({"encoder": ["flsl", "random"]})
+    values = {
+        "title": "Comparison", "seeds": (0, 1), "table": table, "bars": {}, "dataset": "scenes",
+        "encoder_columns": ["encoder"], "encoder_rows": [["flsl"]], "versions": {}, "details": [],
+    }  # fmt: skip
+    short = render("comparison.html.j2", **values, detections=[], tokens=None)
+    assert "seeds (0, 1)" in short
+    assert "img" not in parsed(short).tags
+    bars(table, SCORE, tmp_path / "bars.png")
+    section = {"title": "detection: c.py", "curves": tmp_path / "bars.png", "pictures": {}}
+    full = render(
+        "comparison.html.j2", **values, detections=[section], tokens=tmp_path / "bars.png"
+    )
+    assert parsed(full).tags.count("img") == 2
+    assert "<h2>Tokens on scenes</h2>" in full
+
+
+def test_a_value_that_is_missing_is_an_error():
+    with pytest.raises(UndefinedError, match="title"):
+        render("comparison.html.j2")
 
 
 @pytest.mark.parametrize("third", [{}, {"seed_of_views": ["0", "1", "2"]}])
