@@ -105,10 +105,10 @@ BOUNDARY_TOLERANCE = 0.0075
 
 
 def adjusted_rand_index(first: np.ndarray, second: np.ndarray) -> float:
-    """Adjusted Rand index: agreement of two partitions about pairs, corrected for chance.
+    """Measure the agreement of two partitions about pairs, corrected for chance.
 
-    Hubert and Arabie, Comparing partitions, 1985: 1 for equal partitions, 0 on average for random
-    ones, negative where they agree less than by chance.
+    The adjusted Rand index (Hubert and Arabie, Comparing partitions, 1985) is 1 for equal
+    partitions, 0 on average for random ones, negative where they agree less than by chance.
 
     Args:
         first: labels of any shape.

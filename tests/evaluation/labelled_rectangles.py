@@ -43,7 +43,7 @@ def dataset(count: int = 4, rectangles=RECTANGLES) -> LabelledDataset:
 
 
 def true_patches(array: np.ndarray) -> np.ndarray:
-    """What an array of pixels holds at the centre of every patch, flat."""
+    """Return the values at the centre of every patch, flat."""
     return array[PATCH // 2 :: PATCH, PATCH // 2 :: PATCH].ravel()
 
 

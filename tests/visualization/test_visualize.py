@@ -33,7 +33,7 @@ TINY = {"img_size": 64, "patch_size": 8, "embed_dim": 32, "depth": 2, "num_heads
 
 @pytest.fixture(scope="module")
 def weights(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
-    """A pre-training checkpoint, which has a head, and an encoder with other patches."""
+    """Write a pre-training checkpoint, which has a head, and an encoder with other patches."""
     folder = tmp_path_factory.mktemp("weights")
     torch.manual_seed(0)
     model = FLSL(FLSLViT(**TINY), FLSLHead(32, 16, 24, 12), FLSLLoss(16))
@@ -165,7 +165,7 @@ def test_bad_input_is_one_sentence_and_writes_nothing(
         ({"images": []}, "no images to draw"),
         ({"images": [str(tmp_path / "none.jpg")]}, "does not exist"),
         ({"images": [str(empty)]}, "without image files"),
-        ({"images": [str(broken)]}, r"broken.jpg' cannot be read"),
+        ({"images": [str(broken)]}, r"broken.jpg' cannot be used"),
         ({"images": [], "dataset": "nothing_val"}, "nothing_val"),
         ({"points": [(120, 5)]}, r"--token 120,5 lies outside .*0.png', which is 120 x 90 pixels"),
         ({"points": [(float("nan"), 5)]}, "lies outside"),
