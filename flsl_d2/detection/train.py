@@ -186,7 +186,7 @@ def _train(cfg: DictConfig, model: nn.Module, resume: bool, request: StopRequest
 
 
 def _amp_dtype(cfg: DictConfig) -> torch.dtype | None:
-    """The data type of mixed precision; None for training in float32."""
+    """Return the data type of mixed precision; None for training in float32."""
     if not mixed_precision(cfg.train.amp.enabled, cfg.train.device):
         return None
     name = OmegaConf.select(cfg, "train.amp.dtype", default="float16")

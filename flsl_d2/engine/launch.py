@@ -50,7 +50,7 @@ class WorkerError(RuntimeError):
 
 
 def usable_cores() -> int:
-    """Number of CPU cores this process may use; a job may have fewer than the machine."""
+    """Count the CPU cores this process may use; a job may have fewer than the machine."""
     if hasattr(os, "sched_getaffinity"):
         return len(os.sched_getaffinity(0))
     return os.cpu_count() or 1

@@ -25,7 +25,7 @@ from flsl_d2.errors import InputError
 
 @pytest.fixture
 def registered(tmp_path, request) -> str:
-    """A data set of one image with two categories, one annotation with and one without mask."""
+    """Register an image with two categories, one annotation with and one without mask."""
     box = {"image_id": 1, "bbox": [1, 1, 4, 4], "area": 16, "iscrowd": 0}
     content = {
         "images": [{"id": 1, "file_name": "a.png", "width": 8, "height": 8}],

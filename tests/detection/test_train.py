@@ -186,9 +186,7 @@ def test_gradients_are_sent_in_float16_only_with_the_scaler(dtype, tmp_path):
 
 def test_a_comparison_measures_frozen_encoders_on_several_test_sets(encoder_file, tmp_path):
     fine_tuned, frozen = (
-        DetectionEvaluation(RECIPE, overrides).job(
-            EncoderFile("a", encoder_file, {"sha256": "a"})
-        )
+        DetectionEvaluation(RECIPE, overrides).job(EncoderFile("a", encoder_file, {"sha256": "a"}))
         for overrides in ((), ("model.backbone.net.frozen=true",))
     )
     assert fine_tuned.key != frozen.key
