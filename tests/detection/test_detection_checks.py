@@ -52,10 +52,12 @@ def test_another_number_of_classes_names_both_and_the_override(registered):
         check_datasets([], [registered], 80, "classes=")
 
 
-def test_missing_masks_matter_where_they_are_learnt(registered):
+@pytest.mark.parametrize("split", ["train", "test"])
+def test_missing_masks_matter_where_they_are_learnt_or_measured(registered, split):
+    names = ([registered], []) if split == "train" else ([], [registered])
+    check_datasets(*names, 2, "classes=")
     with pytest.raises(InputError, match=r"learns masks \(for boxes alone: masks=off\)"):
-        check_datasets([registered], [], 2, "classes=", "masks=off")
-    check_datasets([], [registered], 2, "classes=", "masks=off")
+        check_datasets(*names, 2, "classes=", "masks=off")
 
 
 @pytest.mark.parametrize("size", [0, -2])
