@@ -156,7 +156,7 @@ def check_test_set(name: str, build: Callable[[], tuple[DataLoader, DatasetEvalu
 
 
 def _reason(error: BaseException) -> str:
-    """The text of an exception in one line, with its type where the text alone says little."""
+    """Return the text of an exception in one line, with its type unless it is an OSError."""
     text = " ".join((getattr(error, "strerror", None) or str(error)).split())[:300].rstrip(".")
     return text if isinstance(error, OSError) and text else f"{type(error).__name__}: {text}"
 

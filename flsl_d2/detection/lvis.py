@@ -90,11 +90,12 @@ class LVISEvaluator(Detectron2LVISEvaluator):
     def evaluate(self) -> dict[str, Any] | None:
         """Compute AP by IoU, size and frequency of the classes (APr, APc, APf), on rank 0."""
         # lvis 0.5.3, its last release, uses np.float, which numpy removed in 1.24.
-        added = not hasattr(np, "float")
+        numpy: Any = np
+        added = not hasattr(numpy, "float")
         if added:
-            np.float = float
+            numpy.float = float
         try:
             return super().evaluate()
         finally:
             if added:
-                del np.float
+                del numpy.float

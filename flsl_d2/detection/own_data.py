@@ -19,7 +19,7 @@ _CLASSES = ("model.roi_heads.num_classes", "model.sem_seg_head.num_classes", "mo
 
 
 def num_classes_key(cfg: DictConfig) -> str | None:
-    """The key of a LazyConfig that holds the model's number of classes, if it has one."""
+    """Return the key of a LazyConfig that holds the model's number of classes, if any."""
     return next((key for key in _CLASSES if OmegaConf.select(cfg, key) is not None), None)
 
 

@@ -172,11 +172,7 @@ def _train(cfg: DictConfig, model: nn.Module, resume: bool, request: StopRequest
     cfg.optimizer.params.model = model
     optimizer = instantiate(cfg.optimizer)
     dtype = _amp_dtype(cfg)
-    ddp_options = dict(cfg.train.ddp)
-    if dtype != torch.float16:
-        # Only the scaler of float16 keeps small gradients from vanishing in float16.
-        ddp_options["fp16_compression"] = False
-    wrapped = wrap_ddp(model, **ddp_options)
+    wrapped = wrap_ddp(model, **_ddp_options(cfg, dtype))
     trainer = _trainer(wrapped, optimizer, dtype)
     checkpointer = FLSLCheckpointer(wrapped, cfg.train.output_dir, trainer=trainer)
     # The data come last: reading COCO's annotations takes longer than finding unusable weights.
@@ -190,7 +186,7 @@ def _train(cfg: DictConfig, model: nn.Module, resume: bool, request: StopRequest
 
 
 def _amp_dtype(cfg: DictConfig) -> torch.dtype | None:
-    """The data type of mixed precision; None for training in float32."""
+    """Return the data type of mixed precision; None for training in float32."""
     if not mixed_precision(cfg.train.amp.enabled, cfg.train.device):
         return None
     name = OmegaConf.select(cfg, "train.amp.dtype", default="float16")
@@ -199,6 +195,14 @@ def _amp_dtype(cfg: DictConfig) -> torch.dtype | None:
     if name == "bfloat16" and not has_native_bf16():
         logger.warning("This GPU emulates bfloat16 and is slow at it; float16 is faster.")
     return _DTYPES[name]
+
+
+def _ddp_options(cfg: DictConfig, dtype: torch.dtype | None) -> dict[str, Any]:
+    """Arguments of DDP; gradients are sent in float16 only if they are scaled for it."""
+    options = dict(cfg.train.ddp)
+    if dtype != torch.float16:  # without its scaler, small gradients would vanish
+        options["fp16_compression"] = False
+    return options
 
 
 def _trainer(

@@ -50,7 +50,7 @@ class WorkerError(RuntimeError):
 
 
 def usable_cores() -> int:
-    """Number of CPU cores this process may use; a job may have fewer than the machine."""
+    """Count the CPU cores this process may use; a job may have fewer than the machine."""
     if hasattr(os, "sched_getaffinity"):
         return len(os.sched_getaffinity(0))
     return os.cpu_count() or 1
@@ -233,8 +233,9 @@ def _worker(
     signal.pthread_sigmask(signal.SIG_UNBLOCK, STOP_SIGNALS)
     # Workers end with a parent that is killed; otherwise they would go on writing to the folder of
     # a run that is resumed.
-    mp._prctl_pr_set_pdeathsig(signal.SIGKILL)
-    if os.getppid() != mp.parent_process().pid:
+    mp._prctl_pr_set_pdeathsig(signal.SIGKILL)  # type: ignore[attr-defined]
+    parent = mp.parent_process()
+    if parent is None or os.getppid() != parent.pid:
         os._exit(1)  # the parent was killed while this process was importing
     if _is_cuda(device):
         torch.cuda.set_device(local_rank)

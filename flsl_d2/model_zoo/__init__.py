@@ -22,7 +22,7 @@ __all__ = ["configs_folder", "get_config", "get_config_file"]
 
 
 def configs_folder() -> Path:
-    """The folder of all recipes."""
+    """Return the folder of all recipes."""
     return CONFIGS_FOLDER
 
 

@@ -25,7 +25,7 @@ from flsl_d2.errors import InputError
 
 @pytest.fixture
 def registered(tmp_path, request) -> str:
-    """A data set of one image with two categories, one annotation with and one without mask."""
+    """Register an image with two categories, one annotation with and one without mask."""
     box = {"image_id": 1, "bbox": [1, 1, 4, 4], "area": 16, "iscrowd": 0}
     content = {
         "images": [{"id": 1, "file_name": "a.png", "width": 8, "height": 8}],
@@ -52,10 +52,12 @@ def test_another_number_of_classes_names_both_and_the_override(registered):
         check_datasets([], [registered], 80, "classes=")
 
 
-def test_missing_masks_matter_where_they_are_learnt(registered):
-    with pytest.raises(InputError, match=r"1 annotations without .* masks=off\."):
-        check_datasets([registered], [], 2, "classes=", "masks=off")
-    check_datasets([], [registered], 2, "classes=", "masks=off")
+@pytest.mark.parametrize("split", ["train", "test"])
+def test_missing_masks_matter_where_they_are_learnt_or_measured(registered, split):
+    names = ([registered], []) if split == "train" else ([], [registered])
+    check_datasets(*names, 2, "classes=")
+    with pytest.raises(InputError, match=r"learns masks \(for boxes alone: masks=off\)"):
+        check_datasets(*names, 2, "classes=", "masks=off")
 
 
 @pytest.mark.parametrize("size", [0, -2])

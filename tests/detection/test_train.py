@@ -12,10 +12,11 @@ from omegaconf import DictConfig
 
 from flsl_d2.data import register_coco_format
 from flsl_d2.data.scenes import make_scenes
-from flsl_d2.detection.train import run_lazy_detection
+from flsl_d2.detection.train import _ddp_options, run_lazy_detection
 from flsl_d2.detection.yaml import load_yaml_config, run_yaml_detection
 from flsl_d2.engine.config_files import load_lazy_config
 from flsl_d2.errors import InputError
+from flsl_d2.experiments.evaluations import DetectionEvaluation, EncoderFile
 from flsl_d2.modeling import FLSLViT
 from flsl_d2.weights.export import write_encoder
 
@@ -171,3 +172,26 @@ def test_a_picture_that_breaks_off_is_one_sentence(scenes, tmp_path):
     with pytest.raises(InputError, match=content["images"][0]["file_name"][:4]) as error:
         run_lazy_detection(cfg, resume=False, eval_only=False)
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, None])
+def test_gradients_are_sent_in_float16_only_with_the_scaler(dtype, tmp_path):
+    options = _ddp_options(config(tmp_path), dtype)
+    assert options == {
+        "broadcast_buffers": False,
+        "find_unused_parameters": False,
+        "fp16_compression": dtype == torch.float16,
+    }
+
+
+def test_a_comparison_measures_frozen_encoders_on_several_test_sets(encoder_file, tmp_path):
+    fine_tuned, frozen = (
+        DetectionEvaluation(RECIPE, overrides).job(EncoderFile("a", encoder_file, {"sha256": "a"}))
+        for overrides in ((), ("model.backbone.net.frozen=true",))
+    )
+    assert fine_tuned.key != frozen.key
+    assert "model.backbone.net.frozen=true" in frozen.command(tmp_path, 1)
+    row = {"iteration": 9, "a/bbox/AP": 1.0, "b/bbox/AP": 2.0, "b/bbox/AP-person": 3.0}
+    (tmp_path / "metrics.json").write_text(json.dumps(row) + "\n")
+    expected = {"detection/a/box AP": 1.0, "detection/b/box AP": 2.0}
+    assert frozen.outcome(tmp_path).values == expected

@@ -105,7 +105,7 @@ def test_equals_the_slow_definition(objects, found, random, threshold):
 
 @pytest.fixture
 def name(tmp_path):
-    """A car and a truck in the first image, a region to ignore in the second."""
+    """Register a car and a truck in one image, a region to ignore in another."""
     entries = [
         (1, 1, [0, 0, 10, 10], 0),
         (1, 2, [20, 0, 10, 10], 0),
