@@ -41,6 +41,7 @@ KINDS = {
     "beit3_base_patch16_224": "norms inside",
     "vit_base_patch16_clip_quickgelu_224": "before the first block",
     "test_vit4": "RMSNorm",
+    "qwen3_vit_88m": "rotary positions",
 }
 OVERRIDES = ({"depth": 2}, {"depths": (1, 1, 1, 1)}, {})
 
