@@ -29,7 +29,8 @@ SMALL_SHARED_MEMORY = (  # a /dev/shm of 1 MiB for one process and its children
 SCENARIOS = """
 import json, multiprocessing, os, resource, signal, sys, tempfile, time
 from flsl_d2.engine.command_line import run_tool
-from pretrain.data import PretrainDataset, build_pretrain_loader, find_images
+from flsl_d2.data.image_files import find_images
+from pretrain.data import PretrainDataset, build_pretrain_loader
 from pretrain.views import NestedViews
 
 def batches(batch_size=4, patch_size=8, global_size=32, local_size=16):

@@ -2,11 +2,12 @@
 
 import ast
 import logging
+from argparse import Namespace
 
 import numpy as np
 import pytest
 import torch
-from conftest import GOLDEN
+from conftest import GOLDEN_FILES
 from detectron2.checkpoint import DetectionCheckpointer
 from layouts import LAYOUTS
 from torch import nn
@@ -233,14 +234,24 @@ def test_detectron2s_own_checkpointer_reads_the_encoder_file(encoder, tmp_path):
         DetectionCheckpointer(Detector(embed_dim=96)).load(path)
 
 
-@pytest.mark.skipif(
-    not (GOLDEN / "official_layout_tiny.pth").is_file(),
-    reason="FLSL_GOLDEN has no official_layout_tiny.pth",
-)
-def test_a_file_in_the_published_layout_gives_the_published_tokens(caplog):
-    golden = np.load(GOLDEN / "flsl_step_tiny.npz")
+@pytest.mark.parametrize("reference", GOLDEN_FILES, ids=lambda path: path.stem)
+def test_a_file_in_the_published_layout_gives_the_published_tokens(reference, tmp_path, caplog):
+    golden = np.load(reference)
     meta = ast.literal_eval(str(golden["__meta__"]))
-    path = str(GOLDEN / "official_layout_tiny.pth")
+    student, teacher = (
+        {
+            key.removeprefix(name): torch.from_numpy(golden[key])
+            for key in golden.files
+            if key.startswith(name)
+        }
+        for name in ("student.", "teacher.")
+    )
+    # The outer shape of the files that the published code writes.
+    file = {"student": {f"module.{key}": value for key, value in student.items()}}
+    file |= {"teacher": teacher, "optimizer": {"state": {}, "param_groups": []}, "epoch": 3}
+    file |= {"args": Namespace(arch="vit_small", patch_size=meta["p"]), "flsl_loss": {}}
+    path = str(tmp_path / "checkpoint.pth")
+    torch.save(file, path)
     width = {"embed_dim": meta["d"], "depth": meta["depth"], "num_heads": meta["h"]}
     grid = round(torch.as_tensor(golden["teacher.backbone.pos_embed"]).shape[1] ** 0.5)
     encoder = FLSLViT(img_size=grid * meta["p"], patch_size=meta["p"], **width)
