@@ -152,8 +152,11 @@ def _is_qwen(file: Candidate) -> bool:
     table = file.state.get("pos_embed")
     norms = ("norm.weight", "final_norm.weight", "fc_norm.weight")
     plain = file.layout == "timm" and not _in_detector(file) and _is_own(file)
-    return plain and table is not None and table.shape[1:2] == (2304,) and not any(
-        name in file.state for name in norms
+    return (
+        plain
+        and table is not None
+        and table.shape[1:2] == (2304,)
+        and not any(name in file.state for name in norms)
     )
 
 
