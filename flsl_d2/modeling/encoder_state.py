@@ -9,9 +9,10 @@ from __future__ import annotations
 
 import logging
 from dataclasses import dataclass, field
+from typing import Any, Protocol
 
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from flsl_d2.modeling.positions import (
     grid_of_table,
@@ -23,6 +24,15 @@ __all__ = ["Fit", "adapt_encoder_state", "fit_encoder_state"]
 
 # A child of Detectron2's logger, so that the line appears in projects that only set up that one.
 logger = logging.getLogger("detectron2.flsl_d2")
+
+
+class _Encoder(Protocol):
+    """The part of ``FLSLViT`` that the check needs."""
+
+    position_offset: float
+    position_antialias: bool
+
+    def state_dict(self) -> dict[str, Any]: ...
 
 
 @dataclass
@@ -51,7 +61,7 @@ class Fit:
 
 
 def fit_encoder_state(
-    encoder: nn.Module, state: dict[str, Tensor], prefix: str, errors: list[str]
+    encoder: _Encoder, state: dict[str, Tensor], prefix: str, errors: list[str]
 ) -> None:
     """Adapt and check the encoder's part of a state dict that PyTorch is loading.
 
@@ -72,7 +82,7 @@ def fit_encoder_state(
         logger.info("FLSLViT: all %d encoder tensors loaded (as %s*).", fit.total, place)
 
 
-def adapt_encoder_state(encoder: nn.Module, state: dict[str, Tensor], prefix: str) -> Fit:
+def adapt_encoder_state(encoder: _Encoder, state: dict[str, Tensor], prefix: str) -> Fit:
     """Adapt the encoder's part of a state dict in place, and compare it with the encoder.
 
     Adapted are the published name of the final norm (``norm.*``), a class token with its position
@@ -124,7 +134,7 @@ def _drop_class_token(state: dict[str, Tensor], prefix: str, fit: Fit) -> None:
         fit.notes.append("a class token was dropped, as this encoder has none")
 
 
-def _refit_table(table: Tensor, num_positions: int, encoder: nn.Module, fit: Fit) -> Tensor:
+def _refit_table(table: Tensor, num_positions: int, encoder: _Encoder, fit: Fit) -> Tensor:
     old, new = grid_of_table(table.shape[1]), grid_of_table(num_positions)
     resampled = resample_positions(
         table.float(), (new, new), encoder.position_offset, encoder.position_antialias

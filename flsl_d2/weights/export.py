@@ -101,7 +101,7 @@ def timm_arguments(encoder: FLSLViT) -> dict[str, Any]:
     """
     known = encoder.architecture
     same = ("img_size", "patch_size", "in_chans", "embed_dim", "depth", "num_heads", "mlp_ratio")
-    arguments = {key: known[key] for key in (*same, "qkv_bias", "final_norm")}
+    arguments: dict[str, Any] = {key: known[key] for key in (*same, "qkv_bias", "final_norm")}
     arguments["init_values"] = known["layer_scale_init"]
     arguments["num_classes"] = 0
     arguments["no_embed_class"] = True  # the prefix tokens have their positions in them

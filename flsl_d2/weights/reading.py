@@ -28,7 +28,7 @@ ENCODER_FORMAT = "flsl_d2 encoder"
 
 # Training scripts store their options in these: a plain container of attributes, NumPy's numbers,
 # and paths, which are read as pure ones because those cannot touch a disk.
-_PLAIN_CLASSES = [
+_PLAIN_CLASSES: list[Any] = [
     argparse.Namespace,
     *(
         (getattr(pathlib, pure), f"{module}.{name}")

@@ -148,6 +148,18 @@ def _is_rotary(file: Candidate) -> bool:
     return _says_rotary(file) or (from_timm and file.chosen.containers != ("model",))
 
 
+def _is_qwen(file: Candidate) -> bool:
+    table = file.state.get("pos_embed")
+    norms = ("norm.weight", "final_norm.weight", "fc_norm.weight")
+    plain = file.layout == "timm" and not _in_detector(file) and _is_own(file)
+    return (
+        plain
+        and table is not None
+        and table.shape[1:2] == (2304,)
+        and not any(name in file.state for name in norms)
+    )
+
+
 def _is_post_norm(file: Candidate) -> bool:
     return (
         "blocks.0.attn.qkv.bias" not in file.state
@@ -222,6 +234,12 @@ SOURCES = (
         _is_rotary,
         refusal="rotary positions (LayerScale named gamma_1 beside positions without a class "
         "token is timm's ViT with rotary positions; DeiT III's own files have the key 'model')",
+    ),
+    Source(
+        "Qwen3-VL's encoder",
+        _is_qwen,
+        refusal="rotary positions (48 x 48 positions without a class token or a last norm are the "
+        "marks of Qwen3-VL's encoder)",
     ),
     Source("published FLSL checkpoint", _of_run("flsl_loss"), dropped=_UNUSED_CLASS_TOKEN, **_DINO),
     Source(

@@ -80,7 +80,7 @@ def _gammas(state: dict) -> dict:
 
 
 def _pair(wanted: str, model: nn.Module, heads: dict, mark: str, **extra) -> dict:
-    """A run's checkpoint; the student was wrapped for DDP, the teacher was not."""
+    """Make a run's checkpoint, whose student was wrapped for DDP and whose teacher was not."""
     other = randomised(type(model)(img_size=64, num_classes=0, **WIDTH))
     states = {"teacher": other.state_dict(), "student": other.state_dict()}
     states[wanted] = model.state_dict()

@@ -41,6 +41,7 @@ KINDS = {
     "beit3_base_patch16_224": "norms inside",
     "vit_base_patch16_clip_quickgelu_224": "before the first block",
     "test_vit4": "RMSNorm",
+    "qwen3_vit_88m": "rotary positions",
 }
 OVERRIDES = ({"depth": 2}, {"depths": (1, 1, 1, 1)}, {})
 
@@ -72,7 +73,7 @@ def make(name: str) -> nn.Module | None:
 
 
 def refusal_or_difference(name: str, path) -> str | float:
-    """The reason for which a model is refused, or how far its features are from timm's.
+    """Give the reason for a refusal, or how far the features are from timm's.
 
     The difference is the largest of any token over the largest value of any token.
     """
