@@ -39,10 +39,13 @@ def use_own_data(cfg: DictConfig, eval_only: bool) -> None:
     own = {}
     for split in ("train", "test"):
         dataset = OmegaConf.select(cfg, f"dataloader.{split}.dataset")
-        files = [(dataset or {}).get(key) or "" for key in ("json_file", "image_root")]
-        if any(files):
-            keys = tuple(f"dataloader.{split}.dataset.{key}" for key in ("json_file", "image_root"))
-            dataset.names = own[split] = register_files(*files, keys)
+        json_file, image_root = (
+            (dataset or {}).get(key) or "" for key in ("json_file", "image_root")
+        )
+        if json_file or image_root:
+            start = f"dataloader.{split}.dataset"
+            keys = (f"{start}.json_file", f"{start}.image_root")
+            dataset.names = own[split] = register_files(json_file, image_root, keys)
     if not own:
         return
     key = num_classes_key(cfg)
@@ -53,9 +56,9 @@ def use_own_data(cfg: DictConfig, eval_only: bool) -> None:
             OmegaConf.update(cfg, key, count)
     if "test" in own:
         return
-    keys = "dataloader.test.dataset.json_file= and dataloader.test.dataset.image_root="
+    missing = "dataloader.test.dataset.json_file= and dataloader.test.dataset.image_root="
     if eval_only:
-        raise InputError(f"--eval-only was given training files only; give {keys} as well.")
-    logger.warning("Training without evaluation; give %s as well to measure AP.", keys)
+        raise InputError(f"--eval-only was given training files only; give {missing} as well.")
+    logger.warning("Training without evaluation; give %s as well to measure AP.", missing)
     cfg.dataloader.pop("evaluator", None)
     cfg.dataloader.test.dataset.names = []

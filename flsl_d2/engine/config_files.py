@@ -77,7 +77,8 @@ def load_lazy_config(path: str, overrides: Iterable[str] = ()) -> DictConfig:
         try:
             cfg = LazyConfig.load(path)
         except SyntaxError as error:
-            cause = error.__cause__ or error  # Detectron2's own sentence names the file
+            # Detectron2's own sentence names the file, and its cause the line.
+            cause = error.__cause__ if isinstance(error.__cause__, SyntaxError) else error
             raise InputError(
                 f"{str(error).rstrip('!')}: {cause.msg} in line {cause.lineno}; correct it."
             ) from error
