@@ -132,7 +132,8 @@ def add_flsl_config(cfg: CfgNode) -> None:
 
     Each key of ``MODEL.FLSL_VIT`` is the argument of :class:`flsl_d2.modeling.FLSLViT` of the same
     name, with its default; windows of 14 x 14 tokens and stochastic depth of 0.1 are detection's
-    own. ``MODEL.TIMM`` belongs to :class:`flsl_d2.modeling.TimmBackbone`. Existing keys of ``cfg`` are left alone, so this may be called twice.
+    own. ``MODEL.TIMM`` belongs to :class:`flsl_d2.modeling.TimmBackbone`. Existing keys of ``cfg``
+    are left alone, so this may be called twice.
     """
     model = cfg.MODEL
     if "FLSL_VIT" not in model:

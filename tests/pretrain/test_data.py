@@ -116,6 +116,17 @@ def test_unreadable_images_are_replaced_and_named(folder):
         ]
 
 
+@pytest.mark.parametrize("workers", [0, 1])
+def test_an_error_of_the_data_set_reaches_the_trainer_as_it_is(tmp_path, workers):
+    """Without the traceback that PyTorch puts before the sentence of a worker."""
+    (tmp_path / "broken.jpg").write_bytes(b"not an image")
+    dataset = PretrainDataset(find_images(tmp_path), NestedViews(**SMALL_VIEWS), on_error="raise")
+    with pytest.raises(InputError) as caught:
+        next(iter(build_pretrain_loader(dataset, 1, workers)))
+    assert str(caught.value).startswith("image '")
+    assert "\n" not in str(caught.value)
+
+
 def test_only_unreadable_images_stop(tmp_path):
     (tmp_path / "a.jpg").write_bytes(b"no")
     dataset = PretrainDataset(find_images(tmp_path), NestedViews(**SMALL_VIEWS))

@@ -106,11 +106,8 @@ def earned_by_a_map_of_places(flip: float = 0.0, **switches) -> tuple[float, flo
     torch.manual_seed(0)
     encoder = FLSLViT(img_size=64, patch_size=8, embed_dim=48, depth=1, num_heads=2)
     with torch.no_grad():
-        for layer in (
-            encoder.patch_embed.proj,
-            encoder.blocks[0].attn.proj,
-            encoder.blocks[0].mlp.fc2,
-        ):
+        block = encoder.blocks[0]
+        for layer in (encoder.patch_embed.proj, block.attn.proj, block.mlp.fc2):
             layer.weight.zero_()
             layer.bias.zero_()
     head = FLSLHead(48, num_centroids=64, hidden_dim=64, bottleneck_dim=16)
