@@ -1,6 +1,6 @@
 """Every number of one training step against the published implementation.
 
-Reads each ``*.npz`` in the folder that FLSL_GOLDEN names. Sizes come from the file.
+Each ``*.npz`` in the folder that FLSL_GOLDEN names is one step; the file holds its sizes.
 """
 
 from __future__ import annotations

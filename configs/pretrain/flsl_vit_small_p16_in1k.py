@@ -87,6 +87,7 @@ model = L(FLSL)(
         prior=None,
         centering=False,
         center_momentum=0.9,
+        sinkhorn_steps=0,
     ),
     norm_modes=False,
     # Training in stages: the teacher_backbone.pth of an earlier run, which must have the same

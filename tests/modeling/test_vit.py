@@ -213,15 +213,15 @@ def test_global_blocks_are_spread_evenly(depth, expected):
 
 
 @pytest.mark.parametrize(
-    ("arguments", "says"),
+    ("arguments", "message"),
     [
         ({"img_size": 100}, "img_size is 100"),
         ({"embed_dim": 50}, "3 heads do not divide"),
         ({"global_block_indexes": (4,)}, "blocks 0 to 3"),
     ],
 )
-def test_arguments_that_do_not_fit(arguments, says):
-    with pytest.raises(InputError, match=says):
+def test_arguments_that_do_not_fit(arguments, message):
+    with pytest.raises(InputError, match=message):
         FLSLViT(**{**SMALL, **arguments})
 
 

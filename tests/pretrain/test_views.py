@@ -162,15 +162,15 @@ def test_augmentation_happens_as_often_as_stated():
 
 
 @pytest.mark.parametrize(
-    ("arguments", "says"),
+    ("arguments", "message"),
     [
         ({"global_size": 225}, "global_size is 225"),
         ({"local_size": 100}, "local_size is 100"),
         ({"global_window": 15}, "15 tokens"),
     ],
 )
-def test_sizes_that_do_not_fit(arguments, says):
-    with pytest.raises(InputError, match=says):
+def test_sizes_that_do_not_fit(arguments, message):
+    with pytest.raises(InputError, match=message):
         NestedViews(**arguments)
 
 
