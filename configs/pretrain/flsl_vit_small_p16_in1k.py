@@ -99,6 +99,7 @@ model = L(FLSL)(
     partner="similarity",
     teacher_positions=True,
     position_drop=0.0,
+    position_jitter="none",
 )
 
 # Pairs are start and end of a cosine over the run; see pretrain/schedules.py.

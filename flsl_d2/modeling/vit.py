@@ -22,9 +22,18 @@ from flsl_d2.modeling.blocks import Block
 from flsl_d2.modeling.encoder import VIT_SIZES
 from flsl_d2.modeling.encoder_state import fit_encoder_state
 from flsl_d2.modeling.pixels import PixelAdapter
-from flsl_d2.modeling.positions import resample_positions, sincos_positions
+from flsl_d2.modeling.positions import (
+    grid_of_table,
+    jittered_positions,
+    resample_positions,
+    sincos_positions,
+)
 
-__all__ = ["NO_VALUE", "FLSLViT", "evenly_spread_blocks"]
+__all__ = ["NO_VALUE", "POSITIONS", "FLSLViT", "evenly_spread_blocks"]
+
+# Positions that a pass may add to the patches: those of the table, those of
+# flsl_d2.modeling.positions.jittered_positions, or none.
+POSITIONS = ("own", "jittered", "none")
 
 # Arguments of FLSLViT that may be None, and what stands for None in a YAML node.
 NO_VALUE = {"global_block_indexes": [], "rel_pos_img_size": 0, "layer_scale_init": 0.0}
@@ -235,7 +244,7 @@ class FLSLViT(Backbone):
         return {self._out_features[0]: self._encode(images).permute(0, 3, 1, 2)}
 
     def forward_tokens(
-        self, images: Tensor, num_blocks: int | None = None, positions: bool = True
+        self, images: Tensor, num_blocks: int | None = None, positions: str = "own"
     ) -> Tensor:
         """Images (B, 3, H, W) to tokens (B, N, D), row-major.
 
@@ -243,12 +252,12 @@ class FLSLViT(Backbone):
             images: normalised images; sides are multiples of the patch size.
             num_blocks: number of blocks to run, without the final norm, for features of an
                 intermediate level; None runs the whole encoder.
-            positions: whether positions are added to the patches.
+            positions: positions that are added to the patches, one of :data:`POSITIONS`.
         """
         return self._encode(images, num_blocks, positions).flatten(1, 2)
 
     def forward_packed(
-        self, batches: Sequence[Tensor], num_blocks: int | None = None, positions: bool = True
+        self, batches: Sequence[Tensor], num_blocks: int | None = None, positions: str = "own"
     ) -> list[Tensor]:
         """``[self.forward_tokens(images, ...) for images in batches]`` in one pass.
 
@@ -284,8 +293,8 @@ class FLSLViT(Backbone):
             part.view(*shape, -1) for part, shape in zip(tokens.split(sizes), shapes, strict=True)
         ]
 
-    def embed(self, images: Tensor, positions: bool = True) -> Tensor:
-        """Images (B, 3, H, W) to patches (B, H / patch, W / patch, D), with positions or not."""
+    def embed(self, images: Tensor, positions: str = "own") -> Tensor:
+        """Images (B, 3, H, W) to patches with positions (B, H / patch, W / patch, D)."""
         height, width = images.shape[-2:]
         if height % self.patch_size or width % self.patch_size:
             raise InputError(
@@ -296,17 +305,20 @@ class FLSLViT(Backbone):
             images = self.pixel_adapter(images)
         # The convolution leaves the width outermost; all that follows would inherit its strides.
         tokens = self.patch_embed(images).contiguous()  # (B, H, W, D)
-        if not positions:
+        grid = (tokens.shape[1], tokens.shape[2])
+        if positions == "none":
             return tokens
+        if positions == "jittered":
+            side = grid_of_table(self.pos_embed.shape[1])
+            return tokens + jittered_positions(
+                len(tokens), grid, side, self.embed_dim, tokens.device
+            )
         return tokens + resample_positions(
-            self.pos_embed,
-            (tokens.shape[1], tokens.shape[2]),
-            self.position_offset,
-            self.position_antialias,
+            self.pos_embed, grid, self.position_offset, self.position_antialias
         )
 
     def _encode(
-        self, images: Tensor, num_blocks: int | None = None, positions: bool = True
+        self, images: Tensor, num_blocks: int | None = None, positions: str = "own"
     ) -> Tensor:
         tokens = self.embed(images, positions)
         grid = tokens.shape[1:3]
