@@ -175,7 +175,7 @@ def test_losses_and_gradients(
         golden.model.compile_blocks(backend)
     for block in golden.model.student.backbone.blocks if compiled == "branches" else ():
         block.drop_path.probability = 1e-9  # as in training with stochastic depth
-        block.compile_for_training(backend)
+        block.compile_in_place(backend)
         block.drop_path.probability = 0.0
     views = [golden[f"view{i}"] for i in range(4)]
     queries = [query_indexes(golden[f"mask{i}"]) for i in range(1, 4)]

@@ -48,7 +48,7 @@ class SimpleFeaturePyramid(Backbone):
         in_feature: str = "last_feat",
         out_channels: int = 256,
         scale_factors: Sequence[float] | None = None,
-        top_block: nn.Module | None = None,
+        top_block: LastLevelMaxPool | None = None,
         norm: str = "LN",
         square_pad: int = 0,
     ) -> None:
@@ -99,7 +99,7 @@ class SimpleFeaturePyramid(Backbone):
         features = [stage(bottom_up[self.in_feature]) for stage in self.stages]
         out = dict(zip(self._out_features, features, strict=False))
         if self.top_block is not None:
-            source = self.top_block.in_feature
+            source = str(self.top_block.in_feature)
             tops = self.top_block(bottom_up.get(source, out.get(source)))
             out.update(zip(self._out_features[len(features) :], tops, strict=True))
         return out

@@ -6,7 +6,7 @@ Shape suffixes: B images of one size, N tokens of an image, T tokens of all imag
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, cast
 
 import torch
 from detectron2.config import CfgNode, configurable
@@ -196,7 +196,7 @@ class FLSLViT(Backbone):
             elif isinstance(module, (nn.LayerNorm, nn.Conv2d)):
                 module.reset_parameters()
             elif isinstance(module, LayerScale):
-                nn.init.constant_(module.gamma, self.layer_scale_init)
+                nn.init.constant_(module.gamma, self.layer_scale_init or 0.0)
             elif isinstance(module, Attention) and module.use_rel_pos:
                 nn.init.zeros_(module.rel_pos_h)
                 nn.init.zeros_(module.rel_pos_w)
@@ -208,8 +208,9 @@ class FLSLViT(Backbone):
     @property
     def architecture(self) -> dict[str, int | float | bool | list[int] | None]:
         """Constructor arguments that decide the shapes of the weights and what they compute."""
-        first = self.blocks[0]
-        known = {
+        blocks = self._typed_blocks()
+        first = blocks[0]
+        known: dict[str, int | float | bool | list[int] | None] = {
             "img_size": round(self.pos_embed.shape[1] ** 0.5) * self.patch_size,
             "patch_size": self.patch_size,
             "in_chans": self.patch_embed.proj.in_channels,
@@ -227,7 +228,7 @@ class FLSLViT(Backbone):
         }
         if first.attn.use_rel_pos:
             known["rel_pos_img_size"] = self.rel_pos_img_size
-        window_sizes = [block.window_size for block in self.blocks]
+        window_sizes = [block.window_size for block in blocks]
         if any(window_sizes):  # an encoder without windows may be given some later
             known["window_size"] = max(window_sizes)
             known["global_block_indexes"] = [i for i, size in enumerate(window_sizes) if not size]
@@ -278,8 +279,9 @@ class FLSLViT(Backbone):
         Raises:
             InputError: the encoder has windows, relative positions or prefix tokens.
         """
-        windows = any(block.window_size for block in self.blocks)
-        if windows or self.blocks[0].attn.use_rel_pos or self.num_prefix_tokens:
+        blocks = self._typed_blocks()
+        windows = any(block.window_size for block in blocks)
+        if windows or blocks[0].attn.use_rel_pos or self.num_prefix_tokens:
             raise InputError(
                 "images of several sizes can be packed only for an encoder with window_size=0, "
                 "use_rel_pos=False and num_prefix_tokens=0; set those, or encode size by size."
@@ -316,6 +318,18 @@ class FLSLViT(Backbone):
         return tokens + resample_positions(
             self.pos_embed, grid, self.position_offset, self.position_antialias
         )
+
+    def compile_blocks(self, backend: str = "inductor") -> None:
+        """Compile the blocks in place; see :meth:`flsl_d2.modeling.blocks.Block.compile_in_place`.
+
+        Args:
+            backend: backend of ``torch.compile``.
+        """
+        for block in self._typed_blocks():
+            block.compile_in_place(backend)
+
+    def _typed_blocks(self) -> list[Block]:
+        return cast(list[Block], list(self.blocks))
 
     def _encode(
         self, images: Tensor, num_blocks: int | None = None, positions: str = "own"

@@ -213,10 +213,8 @@ class FLSL(nn.Module):
         Args:
             backend: backend of ``torch.compile``.
         """
-        for block in self.student.backbone.blocks:
-            block.compile_for_training(backend)
-        for block in self.teacher.backbone.blocks:
-            block.compile(dynamic=False, backend=backend)
+        self.student.backbone.compile_blocks(backend)
+        self.teacher.backbone.compile_blocks(backend)
 
     def frozen_parameters(self, values: StepValues) -> Iterable[nn.Parameter]:
         """Return the centroids as long as the schedule freezes them."""

@@ -172,7 +172,7 @@ def test_compiled_blocks_share_their_code():
     graphs, backend = recorded_graphs()
     model = FLSLViT(img_size=64, patch_size=8, **{**SMALL, "depth": 6}).eval()
     for block in model.blocks:
-        block.compile_for_training(backend)
+        block.compile_in_place(backend)
     model(torch.randn(2, 3, 64, 64))
     assert len(graphs) == 1
 
@@ -186,7 +186,7 @@ def test_compiled_branches_see_any_number_of_images(packed):
     results = []
     for compiled in (False, True):
         for block in model.blocks[1:] if compiled else ():  # the first block drops nothing
-            block.compile_for_training(backend)
+            block.compile_in_place(backend)
         for seed in range(8):
             torch.manual_seed(seed)
             results.append(model.forward_packed(batches) if packed else model(batches[0]))
