@@ -2,8 +2,23 @@
 
 from __future__ import annotations
 
+__all__ = ["InputError", "TrainingError"]
 
-class InputError(ValueError):
+
+class _SentenceError(Exception):
+    """Base of errors that are told in one sentence.
+
+    PyTorch raises the error of a data worker again with the worker's traceback as its message;
+    only the sentence at its end is kept.
+    """
+
+    def __init__(self, message: str = "") -> None:
+        if message.startswith("Caught "):
+            message = message.rpartition(f".{type(self).__name__}: ")[2].strip()
+        super().__init__(message)
+
+
+class InputError(_SentenceError, ValueError):
     """Something the user supplied cannot be used.
 
     The message is one sentence that names the offending value, what was expected and what to do.
@@ -11,7 +26,7 @@ class InputError(ValueError):
     """
 
 
-class TrainingError(RuntimeError):
+class TrainingError(_SentenceError, RuntimeError):
     """Training that had begun cannot go on: numbers that are not finite, a disk that is full.
 
     The message says what happened, what is safe and what to do. Command-line tools print it

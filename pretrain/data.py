@@ -17,8 +17,6 @@ from flsl_d2.data.images import (
     MAX_PIXELS,
     MAX_PIXELS_LIMIT,
     ImageFile,
-    find_images,
-    image_files,
     printable,
 )
 from flsl_d2.errors import InputError
@@ -40,8 +38,6 @@ __all__ = [
     "build_pretrain_loader",
     "check_failed_share",
     "collate",
-    "find_images",
-    "image_files",
 ]
 
 MAX_REPLACEMENTS = 20

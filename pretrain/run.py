@@ -16,6 +16,7 @@ from detectron2.utils.env import seed_all_rng
 from detectron2.utils.events import JSONWriter, TensorboardXWriter
 from omegaconf import DictConfig
 
+from flsl_d2.data.image_files import image_files
 from flsl_d2.engine.checkpoints import Checkpoints
 from flsl_d2.engine.config_files import load_lazy_config
 from flsl_d2.engine.launch import launch, wrap_ddp
@@ -29,7 +30,7 @@ from flsl_d2.engine.run_folder import (
 from flsl_d2.engine.stopping import StopRequest, stop_requests
 from flsl_d2.errors import InputError, TrainingError
 from flsl_d2.weights import FLSLCheckpointer
-from pretrain.data import PretrainDataset, build_pretrain_loader, image_files
+from pretrain.data import PretrainDataset, build_pretrain_loader
 from pretrain.hooks import EncoderPictures, ExportTeacher, FeatureMeasures
 from pretrain.methods import Method
 from pretrain.monitor import CollapseWatch, ConsoleProgress, Monitor

@@ -3,7 +3,6 @@
 import detectron2.data.transforms as T
 from detectron2.config import LazyCall as L
 from detectron2.data import (
-    DatasetMapper,
     build_detection_test_loader,
     build_detection_train_loader,
     get_detection_dataset_dicts,
@@ -13,13 +12,14 @@ from detectron2.projects.point_rend import ColorAugSSDTransform
 from omegaconf import OmegaConf
 
 from flsl_d2.data.label_images import read_labels
+from flsl_d2.data.mapper import FLSLDatasetMapper
 
 dataloader = OmegaConf.create(
     dict(
         train=L(build_detection_train_loader)(
             # A name or a list of names.
             dataset=L(get_detection_dataset_dicts)(names="ade20k_sem_seg_train"),
-            mapper=L(DatasetMapper)(
+            mapper=L(FLSLDatasetMapper)(
                 is_train=True,
                 augmentations=[
                     L(T.ResizeShortestEdge)(
@@ -46,7 +46,7 @@ dataloader = OmegaConf.create(
         ),
         test=L(build_detection_test_loader)(
             dataset=L(get_detection_dataset_dicts)(names="ade20k_sem_seg_val", filter_empty=False),
-            mapper=L(DatasetMapper)(
+            mapper=L(FLSLDatasetMapper)(
                 is_train=False,
                 augmentations=[L(T.ResizeShortestEdge)(short_edge_length=512, max_size=2048)],
                 image_format="RGB",

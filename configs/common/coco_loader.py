@@ -9,14 +9,14 @@ dataloader.test.dataset.names=NAME model.roi_heads.num_classes=NUMBER``.
 import detectron2.data.transforms as T
 from detectron2.config import LazyCall as L
 from detectron2.data import (
-    DatasetMapper,
     build_detection_test_loader,
     build_detection_train_loader,
 )
-from detectron2.evaluation import COCOEvaluator
 from omegaconf import OmegaConf
 
 from flsl_d2.data.datasets import detection_records
+from flsl_d2.data.mapper import FLSLDatasetMapper
+from flsl_d2.detection.coco_evaluator import FLSLCOCOEvaluator
 
 dataloader = OmegaConf.create(
     dict(
@@ -27,7 +27,7 @@ dataloader = OmegaConf.create(
                 json_file="",
                 image_root="",
             ),
-            mapper=L(DatasetMapper)(
+            mapper=L(FLSLDatasetMapper)(
                 is_train=True,
                 augmentations=[
                     L(T.ResizeShortestEdge)(
@@ -51,14 +51,14 @@ dataloader = OmegaConf.create(
             dataset=L(detection_records)(
                 names="coco_2017_val", json_file="", image_root="", filter_empty=False
             ),
-            mapper=L(DatasetMapper)(
+            mapper=L(FLSLDatasetMapper)(
                 is_train=False,
                 augmentations=[L(T.ResizeShortestEdge)(short_edge_length=800, max_size=1333)],
                 image_format="${model.input_format}",
             ),
             num_workers=4,
         ),
-        evaluator=L(COCOEvaluator)(
+        evaluator=L(FLSLCOCOEvaluator)(
             dataset_name="${dataloader.test.dataset.names}",
             output_dir="${train.output_dir}/inference",
         ),

@@ -11,8 +11,8 @@ and with COCO's. Hardware, time and score: not measured.
 """
 
 from detectron2.config import LazyCall as L
-from detectron2.evaluation import COCOEvaluator
 
+from flsl_d2.detection.coco_evaluator import FLSLCOCOEvaluator
 from flsl_d2.detection.uavdt_ap import UAVDTEvaluator
 
 from ..coco.faster_rcnn_flsl_vit_s16_1x import dataloader, lr_multiplier, model, optimizer, train
@@ -22,7 +22,7 @@ __all__ = ["dataloader", "lr_multiplier", "model", "optimizer", "train"]
 dataloader.train.dataset.names = "uavdt_train"
 dataloader.test.dataset.names = "uavdt_test"
 dataloader.evaluator = [
-    L(COCOEvaluator)(
+    L(FLSLCOCOEvaluator)(
         dataset_name="${dataloader.test.dataset.names}",
         output_dir="${train.output_dir}/inference",
         max_dets_per_image=300,

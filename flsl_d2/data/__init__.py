@@ -1,4 +1,4 @@
-"""Data sets: registration, checks of annotation files, and the demo's own scenes.
+"""Data sets: registration, checks, one reader of images, and the demo's own scenes.
 
 Importing this package registers `pennfudan_train/val`, `flsl_scenes_train/val`, `uavdt_train/test`,
 `objects365_train/val` and `imagenet_boxes_train/val` under $DETECTRON2_DATASETS.
@@ -6,10 +6,14 @@ Importing this package registers `pennfudan_train/val`, `flsl_scenes_train/val`,
 
 from flsl_d2.data.annotations import check_coco_files, check_registered_dataset
 from flsl_d2.data.datasets import register_builtin, register_coco_format, register_scenes
+from flsl_d2.data.mapper import FLSLDatasetMapper
+from flsl_d2.data.uses import Use
 
 register_builtin()
 
 __all__ = [
+    "FLSLDatasetMapper",
+    "Use",
     "check_coco_files",
     "check_registered_dataset",
     "register_builtin",

@@ -1,26 +1,158 @@
-"""What boxes, polygons and masks of a COCO annotation file have to be."""
+"""Boxes, polygons and masks of a COCO annotation: what can be used of them, and what cannot."""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 
-# Of 5 bits each: runs of up to 2^34 pixels, whose sums still fit 64 bits.
+from flsl_d2.data.findings import Problem
+
+__all__ = [
+    "box_polygon",
+    "box_problem",
+    "has_mask",
+    "is_number",
+    "is_side",
+    "runs_of_text",
+    "segmentation_problem",
+    "usable_segmentation",
+]
+
+Size = tuple[float, float]  # height, width; infinite where unknown
+
+# Characters hold 5 bits each: runs of up to 2^34 pixels, whose sums still fit 64 bits.
 _MAX_CHARACTERS = 7
+_MAX_SIDE = 10**6  # pixels; a longer side cannot be the size of a picture
+
+NOT_A_BOX = Problem("annotations whose bbox is not four numbers x, y, width, height", True)
+NO_AREA = Problem("annotations whose box has no area", False)
+OUTSIDE = Problem("annotations whose box is outside its image", False)
+NO_MASK = Problem("annotations without a mask", False)
+EMPTY_MASK = Problem("annotations whose run-length mask is empty", False)
+ODD_POLYGON = Problem("annotations with a polygon of odd length", False)
+NOT_A_POLYGON = Problem("annotations whose polygon is not a list of numbers", True)
+NOT_A_MASK = Problem("annotations whose segmentation is neither list nor mask", True)
+NO_COUNTS = Problem("annotations whose run-length mask lacks size or counts", True)
+NO_MASK_SIZE = Problem("annotations whose run-length mask has a size that is none", True)
+OTHER_SIZE = Problem("annotations whose run-length mask has another size than its image", True)
+NO_MASK_TEXT = Problem("annotations whose run-length mask is no text that COCO writes", True)
+NOT_FILLING = Problem("annotations whose run-length mask does not fill its image", True)
+
+
+def is_number(value: object) -> bool:
+    """Whether this is a JSON number that a float can hold; truth values are none."""
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        return False
+    return isinstance(value, float) or abs(value) < 2**1000
+
+
+def is_side(value: Any) -> bool:
+    """Whether this is a height or width in whole pixels; 96.0 is one, and the text "96" is not."""
+    return is_number(value) and 0 < value <= _MAX_SIDE and value == int(value)
+
+
+def box_problem(box: Any, size: Size) -> Problem | None:
+    """The reason why a box cannot be learned, None if it can.
+
+    Args:
+        box: COCO's x and y of the upper left corner, width and height, in pixels.
+        size: height and width of the image.
+    """
+    if not isinstance(box, (list, tuple)) or len(box) != 4 or not all(map(is_number, box)):
+        return NOT_A_BOX
+    x, y, width, height = box
+    if not (math.isfinite(x + y + width + height) and width > 0 and height > 0):
+        return NO_AREA
+    if x >= size[1] or y >= size[0] or x + width <= 0 or y + height <= 0:
+        return OUTSIDE
+    return None
+
+
+def box_polygon(x0: float, y0: float, x1: float, y1: float) -> list[float]:
+    """The polygon of a box that is given by two corners."""
+    return [x0, y0, x1, y0, x1, y1, x0, y1]
+
+
+def has_mask(segmentation: Any) -> bool:
+    """Whether a segmentation says more than a box: ``[]``, ``[[]]`` and two corners do not."""
+    if isinstance(segmentation, (list, tuple)):
+        flat = any(is_number(part) for part in segmentation)
+        return flat or any(not isinstance(part, list) or len(part) > 4 for part in segmentation)
+    return segmentation is not None
+
+
+def segmentation_problem(segmentation: Any, size: Size) -> Problem | None:
+    """The reason why a segmentation cannot be learned as a mask, None if it can.
+
+    Args:
+        segmentation: polygons, or a run-length mask as list or text.
+        size: height and width of the image.
+    """
+    if not has_mask(segmentation):
+        return NO_MASK
+    if isinstance(segmentation, dict):
+        return _mask_problem(segmentation, size)
+    if not isinstance(segmentation, (list, tuple)):
+        return NOT_A_MASK
+    return _polygons_problem(segmentation)
+
+
+def usable_segmentation(segmentation: Any, size: Size) -> Any:
+    """The polygons of at least three points, or the run-length mask; None without either."""
+    if segmentation_problem(segmentation, size) is not None:
+        return None
+    if isinstance(segmentation, dict):
+        return segmentation
+    return [p for p in segmentation if len(p) >= 6 and len(p) % 2 == 0]
+
+
+def _polygons_problem(polygons: Sequence[Any]) -> Problem | None:
+    usable = False
+    for polygon in polygons:
+        if not isinstance(polygon, (list, tuple)):
+            return NOT_A_POLYGON
+        try:
+            finite = math.isfinite(math.fsum(polygon))
+        except (TypeError, ValueError, OverflowError):
+            finite = False
+        if not finite:
+            return NOT_A_POLYGON
+        usable |= len(polygon) >= 6 and len(polygon) % 2 == 0
+    return None if usable else ODD_POLYGON
+
+
+def _mask_problem(mask: dict[str, Any], size: Size) -> Problem | None:
+    counts, mask_size = mask.get("counts"), mask.get("size")
+    if not isinstance(counts, (list, str)) or not isinstance(mask_size, list):
+        return NO_COUNTS
+    if len(mask_size) != 2 or not all(type(side) is int and side > 0 for side in mask_size):
+        return NO_MASK_SIZE
+    if math.isfinite(size[0]) and tuple(mask_size) != tuple(size):
+        return OTHER_SIZE
+    try:
+        runs = runs_of_text(counts) if isinstance(counts, str) else counts
+    except ValueError:
+        return NO_MASK_TEXT
+    # pycocotools does not check runs before it writes them into memory.
+    whole = all(type(run) is int and run >= 0 for run in runs)
+    if not whole or sum(runs) != mask_size[0] * mask_size[1]:
+        return NOT_FILLING
+    return None if sum(runs[1::2]) else EMPTY_MASK
 
 
 def runs_of_text(text: str) -> list[int]:
     """Runs of a mask in COCO's compressed text form.
 
-    The form, as in pycocotools' `maskApi.c`: a character is 48 plus six bits, of which the lowest
+    The form, as in pycocotools' ``maskApi.c``: a character is 48 plus six bits, of which the lowest
     five are part of a number, least significant part first, and the sixth says that another
     follows; the highest bit of a number's last part is its sign; from the fourth number on, each
     is the difference to the run two before.
 
     Args:
-        text: `counts` of a mask.
+        text: ``counts`` of a mask.
 
     Returns:
         The runs of 0 and 1 in turn, column by column. They may be negative in a faulty text.
@@ -43,138 +175,4 @@ def runs_of_text(text: str) -> list[int]:
     negative = bits[starts + lengths - 1] & 0x10
     numbers -= np.where(negative, 1 << (5 * lengths), 0)
     numbers[1::2], numbers[2::2] = np.cumsum(numbers[1::2]), np.cumsum(numbers[2::2])
-    return numbers.tolist()
-
-
-class Findings:
-    """Kinds of findings, each with its count and its first examples.
-
-    A kind is a text; the count comes before it, or where it says `{count}`.
-
-    Args:
-        max_report: how many examples of a kind are kept.
-    """
-
-    def __init__(self, max_report: int) -> None:
-        self._max_report = max(max_report, 1)
-        self._counts: dict[str, dict[str, int]] = {"fault": {}, "degenerate": {}, "remark": {}}
-        self._examples: dict[str, list[str]] = {}
-        self._degenerate_ids: set[Any] = set()
-
-    def _note(self, level: str, kind: str, example: object) -> None:
-        counts = self._counts[level]
-        counts[kind] = counts.get(kind, 0) + 1
-        examples = self._examples.setdefault(kind, [])
-        if len(examples) < self._max_report:
-            examples.append(str(example)[:120])
-
-    def fault(self, kind: str, example: object) -> None:
-        """Something that makes the file unusable."""
-        self._note("fault", kind, example)
-
-    def annotation_degenerate(self, kind: str, annotation_id: object) -> None:
-        """An annotation that cannot be learned from, while the others can."""
-        self._note("degenerate", kind, annotation_id)
-        self._degenerate_ids.add(str(annotation_id))
-
-    def remark(self, kind: str, example: object) -> None:
-        """Something that is right and still good to know."""
-        self._note("remark", kind, example)
-
-    def _lines(self, level: str) -> list[str]:
-        lines = []
-        for kind, count in self._counts[level].items():
-            examples = self._examples[kind]
-            more = f" and {count - len(examples)} more" if count > len(examples) else ""
-            what = kind if "{count}" in kind else "{count} x " + kind
-            lines.append(f"{what.replace('{count}', str(count))}: {', '.join(examples)}{more}")
-        return lines
-
-    def faults(self) -> list[str]:
-        """One line a kind of fault."""
-        return self._lines("fault")
-
-    def degenerate(self) -> list[str]:
-        """One line a kind of degenerate annotation."""
-        return self._lines("degenerate")
-
-    def remarks(self) -> list[str]:
-        """One line a kind of remark."""
-        return self._lines("remark")
-
-    @property
-    def degenerate_count(self) -> int:
-        """How many annotations are degenerate in any way."""
-        return len(self._degenerate_ids)
-
-
-def is_number(value: object) -> bool:
-    """Whether this is a JSON number: True and False are none, though Python counts with them."""
-    return isinstance(value, (int, float)) and not isinstance(value, bool)
-
-
-def is_side(value: object) -> bool:
-    """Whether this is a height or width: Detectron2 compares it with that of the picture."""
-    return is_number(value) and 0 < value < math.inf and value == int(value)
-
-
-def check_box(box: Any, size: tuple[float, float], name: object, findings: Findings) -> None:
-    """COCO's box: x, y of the upper left corner, width, height, in pixels."""
-    try:
-        x, y, width, height = box
-        finite = math.isfinite(x + y + width + height)
-    except (TypeError, ValueError, OverflowError):
-        findings.fault("annotations whose bbox is not four numbers x, y, width, height", name)
-        return
-    if not (finite and width > 0 and height > 0):
-        findings.annotation_degenerate("annotations whose box has no area", name)
-    elif x >= size[1] or y >= size[0] or x + width <= 0 or y + height <= 0:
-        findings.annotation_degenerate("annotations whose box is outside its image", name)
-
-
-def check_polygons(polygons: list[Any], name: object, findings: Findings) -> None:
-    """Note polygons that are not coordinates of at least three points."""
-    if not polygons:
-        findings.annotation_degenerate("annotations with an empty segmentation", name)
-    for polygon in polygons:
-        if not isinstance(polygon, (list, tuple)):
-            findings.fault("annotations whose polygon is not a list of numbers", name)
-            return
-        if len(polygon) < 6:
-            findings.annotation_degenerate("annotations with a polygon of under 3 points", name)
-            return
-        if len(polygon) % 2:
-            findings.annotation_degenerate("annotations with a polygon of odd length", name)
-            return
-        try:
-            finite = math.isfinite(sum(polygon))
-        except (TypeError, OverflowError):
-            finite = False
-        if not finite:
-            findings.fault("annotations whose polygon is not a list of numbers", name)
-            return
-
-
-def check_mask(
-    mask: dict[str, Any], size: tuple[float, float], name: object, findings: Findings
-) -> None:
-    """A run-length encoded mask: `size` is height and width, `counts` the runs."""
-    counts, mask_size = mask.get("counts"), mask.get("size")
-    if not isinstance(counts, (list, str)) or not isinstance(mask_size, list):
-        findings.fault("annotations whose run-length mask lacks size or counts", name)
-        return
-    if len(mask_size) != 2 or not all(type(side) is int and side > 0 for side in mask_size):
-        findings.fault("annotations whose run-length mask has a size that is none", name)
-        return
-    if math.isfinite(size[0]) and tuple(mask_size) != tuple(size):
-        findings.fault("annotations whose run-length mask has another size than its image", name)
-        return
-    try:
-        runs = runs_of_text(counts) if isinstance(counts, str) else counts
-    except ValueError:
-        findings.fault("annotations whose run-length mask is no text that COCO writes", name)
-        return
-    # pycocotools does not look before it writes the runs into memory.
-    whole = all(type(run) is int and run >= 0 for run in runs)
-    if not whole or sum(runs) != mask_size[0] * mask_size[1]:
-        findings.fault("annotations whose run-length mask does not fill its image", name)
+    return list(numbers.tolist())

@@ -1,166 +1,270 @@
-"""Checks of COCO annotation files before any long work starts.
+"""Check of a data set in COCO format before any long work starts.
 
-Detectron2 finds such faults one at a time and late: a missing picture when its batch comes up, a
-missing `area` in the first evaluation, a wrong box never. Here the whole file is looked at and
-everything is reported together.
+Detectron2 finds faults one at a time and late: a missing picture when its batch comes up, a missing
+``area`` in the first evaluation, a wrong box never. This check looks at the whole file and reports
+everything together, as far as it matters to the use that is made of the data.
 """
 
 from __future__ import annotations
 
 import difflib
-import gc
-import json
 import logging
 import os
+from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
+import numpy as np
 from detectron2.data import DatasetCatalog, MetadataCatalog
-from detectron2.utils.file_io import PathManager
 
-from flsl_d2.data.annotation_entries import check_annotations, check_images
-from flsl_d2.data.annotation_shapes import Findings
+from flsl_d2.data.annotation_entries import (
+    AnnotationCheck,
+    Sizes,
+    check_categories,
+    check_files,
+    check_images,
+)
+from flsl_d2.data.annotation_shapes import NO_AREA, NO_MASK, OUTSIDE
+from flsl_d2.data.box_conventions import find_other_convention
+from flsl_d2.data.coco_file import COCO_LISTS, read_coco
+from flsl_d2.data.findings import Findings
+from flsl_d2.data.images import picture_size
+from flsl_d2.data.uses import Use
 from flsl_d2.errors import InputError
+
+__all__ = [
+    "check_coco_files",
+    "check_registered_dataset",
+    "check_registered_name",
+    "report_findings",
+]
 
 logger = logging.getLogger(__name__)
 
-# COCO train2017 itself has a few boxes without width. A few are dropped in training and do no harm;
-# more than this share is a mistake in whatever wrote the file.
-MAX_DEGENERATE_SHARE = 0.01
-
-
-def _read_json(json_file: str) -> Any:
-    # Collecting garbage in between doubles the time: a large file makes millions of containers.
-    collecting = gc.isenabled()
-    gc.disable()
-    try:
-        with PathManager.open(json_file, "r") as stream:
-            return json.load(stream)
-    except (FileNotFoundError, NotADirectoryError):
-        raise InputError(
-            f"the annotation file {json_file} does not exist: put it there or set "
-            "DETECTRON2_DATASETS to the folder that holds the data sets."
-        ) from None
-    except OSError as error:
-        raise InputError(
-            f"the annotation file {json_file} cannot be read ({error.strerror or error}): "
-            "name a readable file in COCO format."
-        ) from None
-    except (ValueError, RecursionError) as error:
-        raise InputError(
-            f"{json_file} is not JSON ({error}): name a file in COCO's instances format."
-        ) from None
-    finally:
-        if collecting:
-            gc.enable()
-
-
-def _read_coco(json_file: str, need_annotations: bool) -> dict[str, list[Any]]:
-    """The lists `images`, `annotations` and `categories` of a file."""
-    content = _read_json(json_file)
-    needed = ["images", "annotations", "categories"]
-    if not need_annotations:
-        needed.remove("annotations")
-    if not isinstance(content, dict):
-        raise InputError(
-            f"{json_file} holds a {type(content).__name__} and is not in COCO format: expected an "
-            f"object with the lists {', '.join(needed)}."
-        )
-    lacking = [key for key in needed if not isinstance(content.get(key), list)]
-    if lacking:
-        raise InputError(
-            f"{json_file} is not in COCO format, it lacks the list{'s' * (len(lacking) > 1)} "
-            f"{', '.join(lacking)}: name a file in COCO's instances format."
-        )
-    return {key: content.get(key) or [] for key in ("images", "annotations", "categories")}
-
-
-def _names_in(folder: str) -> set[str] | None:
-    """All names in a folder, None if there is no such folder or it may not be listed."""
-    try:
-        return set(PathManager.ls(folder))
-    except OSError:
-        return None
-
-
-def _check_files(file_names: list[str], image_root: str, findings: Findings) -> None:
-    """Note images without a file. One look at each folder, not one at each of 118,000 files."""
-    if _names_in(image_root) is None:
-        findings.fault(
-            "the image folder does not exist or may not be listed, create it or set "
-            "DETECTRON2_DATASETS",
-            image_root,
-        )
-        return
-    listings: dict[str, set[str] | None] = {}
-    for file_name in file_names:
-        folder, name = os.path.split(file_name)
-        if folder not in listings:
-            listings[folder] = _names_in(os.path.join(image_root, folder))
-        if name not in (listings[folder] or ()):
-            findings.fault(
-                f"{{count}} of {len(file_names)} images are missing in {image_root}, put them "
-                "there or set DETECTRON2_DATASETS",
-                file_name,
-            )
+# COCO train2017 itself has a few boxes without width. A few are left out and do no harm; a larger
+# share is a mistake in whatever wrote the file.
+MAX_UNUSABLE_SHARE = 0.01
+BOX_PROBLEMS = (NO_AREA, OUTSIDE)
+# Opening takes 0.1 ms a file on a local disk; of larger data sets a part is opened.
+MAX_OPENED = 200_000
+_OPENING_THREADS = 8
 
 
 def check_coco_files(
     json_file: str | os.PathLike[str],
     image_root: str | os.PathLike[str],
+    use: Use = Use.BOXES,
     max_report: int = 10,
-    need_annotations: bool = True,
-) -> None:
-    """Check a data set in COCO's instances format, pictures' presence included.
+    masks_off: str = "",
+    open_pictures: bool = False,
+) -> list[str]:
+    """Check a data set in COCO's instances format, including the presence of its pictures.
 
-    Single annotations that cannot be trained on (boxes without area or outside their image, broken
-    polygons) are a warning while they are fewer than `MAX_DEGENERATE_SHARE`, and a fault beyond it.
+    Annotations that cannot be used (boxes without area or outside their image, missing masks where
+    masks are learned) are a warning while they are fewer than :data:`MAX_UNUSABLE_SHARE`, and a
+    fault beyond.
 
     Args:
-        json_file: the annotations.
-        image_root: the folder that the images' `file_name` starts from.
-        max_report: how many examples of each fault the message names.
-        need_annotations: False for lists of images without annotations (COCO's test sets).
+        json_file: path of the annotations.
+        image_root: the folder that the images' ``file_name`` starts from.
+        use: what the data set is used for.
+        max_report: number of examples that the message names for each fault.
+        masks_off: overrides that take masks out of a model, for messages.
+        open_pictures: whether to open each picture and compare its size with the annotations.
+
+    Returns:
+        Names of the categories in the order of their ids; empty where only pictures are used.
 
     Raises:
         InputError: with all faults found, one a line.
     """
     json_file, image_root = os.fspath(json_file), os.fspath(image_root)
-    coco = _read_coco(json_file, need_annotations)
+    coco = read_coco(json_file, _needed_lists(use))
     findings = Findings(max_report)
-    sizes, file_names = check_images(coco["images"], findings)
-    check_annotations(coco["annotations"], coco["categories"], sizes, findings)
-    if need_annotations and not coco["annotations"]:
-        findings.fault("empty list", "annotations")
-    _check_files(file_names, image_root, findings)
+    sizes, entries = check_images(coco["images"], use, findings)
+    files = check_files(entries, image_root, findings)
+    categories: dict[Any, str] = {}
+    if use:
+        categories = check_categories(coco["categories"], findings)
+        _check_annotations(coco.get("annotations"), sizes, categories, use, findings)
+    if open_pictures:
+        _check_pictures(entries, files, image_root, sizes, findings)
+    annotations = coco.get("annotations", ()) if use else ()
+    report_findings(json_file, findings, MAX_UNUSABLE_SHARE * len(annotations), masks_off)
+    return [categories[an_id] for an_id in sorted(categories)]
 
-    allowed = MAX_DEGENERATE_SHARE * len(coco["annotations"])
-    degenerate = findings.degenerate_count
-    faults = findings.faults() + (findings.degenerate() if degenerate > allowed else [])
-    if faults:
-        lines = "\n".join(f"  - {line}" for line in faults)
-        raise InputError(f"{json_file} cannot be used, correct the following:\n{lines}")
-    for line in findings.degenerate() + findings.remarks():
-        logger.warning("%s: %s", json_file, line)
+
+def check_registered_name(name: str) -> None:
+    """Check that a data set of this name is registered.
+
+    Raises:
+        InputError: otherwise; similar names are listed.
+    """
+    if name in DatasetCatalog:
+        return
+    known = sorted(DatasetCatalog.list())
+    near = difflib.get_close_matches(name, known, n=4, cutoff=0.6)
+    near += [other for other in known if name and name in other and other not in near][:4]
+    hint = f"did you mean {', '.join(near)}" if near else f"{len(known)} other names are known"
+    raise InputError(
+        f"the data set {name!r} is not registered ({hint}): register your own with "
+        f"flsl_d2.data.register_coco_format({name!r}, json_file, image_root) before using it."
+    )
 
 
 def check_registered_dataset(
-    name: str, max_report: int = 10, need_annotations: bool = True
-) -> None:
+    name: str,
+    use: Use = Use.BOXES,
+    max_report: int = 10,
+    masks_off: str = "",
+    open_pictures: bool = False,
+) -> list[str]:
     """Check that a data set's name is known, and its files where they are in COCO format.
+
+    The arguments are those of :func:`check_coco_files`.
+
+    Returns:
+        Names of the categories of a data set in COCO format; else empty.
 
     Raises:
         InputError: the name is not registered (names like it are listed), or the files are faulty.
     """
-    if name not in DatasetCatalog:
-        known = sorted(DatasetCatalog.list())
-        near = difflib.get_close_matches(name, known, n=4, cutoff=0.6)
-        near += [other for other in known if name and name in other and other not in near][:4]
-        hint = f"did you mean {', '.join(near)}" if near else f"{len(known)} other names are known"
-        raise InputError(
-            f"the data set {name!r} is not registered ({hint}): register your own with "
-            f"flsl_d2.data.register_coco_format({name!r}, json_file, image_root) before using it."
-        )
+    check_registered_name(name)
     metadata = MetadataCatalog.get(name)
     json_file, image_root = metadata.get("json_file"), metadata.get("image_root")
     if metadata.get("evaluator_type") == "coco" and json_file and image_root:
-        check_coco_files(json_file, image_root, max_report, need_annotations)
+        return check_coco_files(json_file, image_root, use, max_report, masks_off, open_pictures)
+    return []
+
+
+def _needed_lists(use: Use) -> tuple[str, ...]:
+    if not use:
+        return ("images",)
+    return COCO_LISTS if use & Use.BOXES else ("images", "categories")
+
+
+def _check_annotations(
+    annotations: Sequence[Any] | None,
+    sizes: Sizes,
+    categories: Mapping[Any, str],
+    use: Use,
+    findings: Findings,
+) -> None:
+    if annotations is None:  # a test set, which is detected on and not evaluated
+        return
+    check = AnnotationCheck(sizes, dict(categories), use, findings)
+    check.check(annotations)
+    if findings.lines("fault"):
+        return
+    learned = bool(use & Use.BOXES)
+    if learned and not annotations:
+        findings.fault("empty list", "annotations")
+    elif learned and not findings.unusable_count and not check.usable:
+        findings.whole_file(
+            "fault",
+            f"all {len(annotations)} annotations have iscrowd 1, which training leaves out, so "
+            "that nothing is left to learn; exports of brush masks often set it, write iscrowd 0 "
+            "for single objects",
+        )
+        return
+    for category_id, count in check.annotated.items():
+        if not check.learned[category_id]:
+            findings.remark(
+                f"categories of which nothing is {'learned' if learned else 'evaluated'}, because "
+                "all their annotations are left out or have iscrowd 1 (exports of brush masks "
+                "often set it; write iscrowd 0 for single objects)",
+                f"{categories[category_id]} with {count} annotations",
+            )
+    convention = find_other_convention(check.usable, sizes)
+    if convention is not None:
+        findings.whole_file(
+            "fault" if convention.certain else "remark",
+            "boxes are not x, y, width and height in pixels of their image but seem to be "
+            f"{convention.description}; convert them",
+        )
+
+
+def _check_pictures(
+    entries: Sequence[Any],
+    files: Mapping[str, str],
+    image_root: str,
+    sizes: Sizes,
+    findings: Findings,
+) -> None:
+    """Open each picture and compare its size with that of its entry."""
+    present = [entry for entry in entries if entry["file_name"] in files]
+    if len(present) > MAX_OPENED:
+        logger.info("%d of %d pictures are opened to check them.", MAX_OPENED, len(present))
+        places = np.linspace(0, len(present) - 1, MAX_OPENED).astype(int)
+        present = [present[i] for i in places]
+    paths = [os.path.join(image_root, files[entry["file_name"]]) for entry in present]
+    with ThreadPoolExecutor(_OPENING_THREADS) as pool:
+        opened = pool.map(_size_or_reason, paths)
+        for entry, result in zip(present, opened, strict=True):
+            if isinstance(result, str):
+                findings.fault("pictures that cannot be read", f"{entry['file_name']} ({result})")
+            elif isinstance(entry.get("id"), (int, float, str)):
+                _compare_size(entry, result, sizes.get(entry["id"]), findings)
+
+
+def _size_or_reason(path: str) -> tuple[tuple[int, int], tuple[int, int]] | str:
+    try:
+        return picture_size(path)
+    except OSError as error:
+        return str(error)
+
+
+def _compare_size(
+    entry: dict[str, Any],
+    opened: tuple[tuple[int, int], tuple[int, int]],
+    annotated: tuple[float, float] | None,
+    findings: Findings,
+) -> None:
+    upright, stored = opened
+    if annotated is None or annotated == upright or np.isinf(annotated[0]):
+        return
+    if annotated == stored:
+        findings.fault(
+            "pictures that their EXIF entry turns, while the annotations have the size before "
+            "turning; if boxes fit the picture before turning, drop the entry (exiftool "
+            "-Orientation= FILE), else exchange height and width",
+            entry["file_name"],
+        )
+        return
+    findings.fault(
+        "pictures of another size than the annotations say",
+        f"{entry['file_name']} is {upright[1]} x {upright[0]}, not "
+        f"{annotated[1]:g} x {annotated[0]:g}",
+    )
+
+
+def report_findings(
+    json_file: str, findings: Findings, allowed: float = 0, masks_off: str = ""
+) -> None:
+    """Raise the faults of a file together, or log what does no harm.
+
+    Args:
+        json_file: path of the file, for messages.
+        findings: what was found.
+        allowed: number of annotations that may be left out.
+        masks_off: overrides that take masks out of a model; empty where it has none.
+
+    Raises:
+        InputError: with all faults, one a line.
+    """
+    unusable = findings.lines("unusable")
+    if masks_off:
+        remedy = f"{NO_MASK.kind}, while the model learns masks (for boxes alone: {masks_off})"
+        unusable = [line.replace(NO_MASK.kind, remedy) for line in unusable]
+    faults = findings.lines("fault")
+    if findings.unusable_count > allowed:
+        faults += unusable
+    if faults:
+        lines = "\n".join(f"  - {line}" for line in faults)
+        raise InputError(f"{json_file} cannot be used, correct the following:\n{lines}")
+    for line in unusable:
+        boxes = any(problem.kind in line for problem in BOX_PROBLEMS)
+        done = "they are left out" if boxes else "their boxes stand for their masks"
+        logger.warning("%s: %s; %s.", json_file, line, done)
+    for line in findings.lines("remark"):
+        logger.warning("%s: %s", json_file, line)

@@ -1,23 +1,26 @@
-"""A data set in COCO format given by its two paths, without a name in Detectron2's catalog."""
+"""Registration of data sets in Detectron2's catalog, by name or by their two paths."""
 
 from __future__ import annotations
 
-import json
 import os
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from detectron2.data import DatasetCatalog, MetadataCatalog, get_detection_dataset_dicts
-from detectron2.data.datasets import register_coco_instances
-from detectron2.utils.file_io import PathManager
 
+from flsl_d2.data.coco_records import load_coco
 from flsl_d2.data.imagenet_boxes import register_imagenet_boxes
 from flsl_d2.errors import InputError
 
 __all__ = [
-    "category_names",
+    "datasets_root",
     "detection_records",
+    "register_builtin",
+    "register_coco_format",
     "register_files",
+    "register_scenes",
+    "use_own_loader",
 ]
 
 # name: (annotation file, image folder), below the folder of all data sets
@@ -78,7 +81,21 @@ def register_coco_format(
     # Metadata may stay behind from a name that was removed, and it refuses other values.
     if name in MetadataCatalog:
         MetadataCatalog.remove(name)
-    register_coco_instances(name, {}, json_file, image_root)
+    DatasetCatalog.register(name, partial(load_coco, json_file, image_root, name))
+    MetadataCatalog.get(name).set(json_file=json_file, image_root=image_root, evaluator_type="coco")
+
+
+def use_own_loader(name: str) -> None:
+    """Read a name that Detectron2's ``register_coco_instances`` registered by :func:`load_coco`.
+
+    Names with another loader are left as they are.
+    """
+    if name not in DatasetCatalog:
+        return
+    if getattr(DatasetCatalog[name], "__module__", "") == "detectron2.data.datasets.coco":
+        json_file, image_root = _registered_files(name)
+        if json_file and image_root:
+            DatasetCatalog[name] = partial(load_coco, json_file, image_root, name)
 
 
 def register_scenes(root: str | os.PathLike[str], name: str = "flsl_scenes") -> None:
@@ -146,31 +163,6 @@ def register_files(
     return json_file
 
 
-def category_names(json_file: str) -> list[str]:
-    """Names of the categories of a COCO file, in the order of their class numbers.
-
-    Raises:
-        InputError: the file is missing or has no categories.
-    """
-    try:
-        with PathManager.open(json_file) as stream:
-            categories = json.load(stream)["categories"]
-        names = [c["name"] for c in sorted(categories, key=lambda c: c["id"])]
-    except OSError as error:
-        raise InputError(
-            f"the annotation file {json_file} cannot be read ({error.strerror or error}); "
-            "check the path."
-        ) from None
-    except (ValueError, KeyError, TypeError):
-        names = []
-    if not names:
-        raise InputError(
-            f"{Path(json_file).name} has no list of categories with id and name; give a file in "
-            "COCO's instances format."
-        )
-    return names
-
-
 def detection_records(
     names: str | list[str],
     json_file: str = "",
@@ -193,6 +185,8 @@ def detection_records(
     """
     if json_file or image_root:
         names = register_files(json_file, image_root)
+    for name in [names] if isinstance(names, str) else names:
+        use_own_loader(name)
     return get_detection_dataset_dicts(
         names, filter_empty=filter_empty, check_consistency=check_consistency
     )

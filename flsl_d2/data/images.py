@@ -1,35 +1,34 @@
-"""Image files: which there are, and their pixels, whatever the file turns out to be."""
+"""Pixels of image files: the one reader of pre-training, detection, evaluation and figures."""
 
 from __future__ import annotations
 
 import io
-import logging
 import os
 import stat
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path
+from typing import BinaryIO
 
 import cv2
 import numpy as np
 import simplejpeg
+from detectron2.data.detection_utils import convert_PIL_to_numpy
+from detectron2.utils.file_io import PathManager
 from PIL import Image
 
-from flsl_d2.data.annotations import check_registered_dataset
 from flsl_d2.errors import InputError
 
 __all__ = [
     "MAX_PIXELS",
     "MAX_PIXELS_LIMIT",
     "ImageFile",
-    "find_images",
-    "image_files",
+    "picture_size",
     "printable",
+    "read_image",
     "read_rgb",
 ]
 
-IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png", ".bmp", ".tif", ".tiff", ".webp", ".ppm", ".gif"}
 MAX_PIXELS = 100_000_000  # 300 MB decoded
 # The discrete cosine transforms of a block that decoders have fast code for.
 JPEG_REDUCTIONS = (8, 4, 2, 1)
@@ -40,75 +39,10 @@ MAX_PIXELS_LIMIT = 178_000_000  # Pillow refuses more as a decompression bomb
 _FORMATS = ("JPEG", "PNG", "GIF", "BMP", "TIFF", "WEBP", "PPM")
 _ORIENTATION = 0x0112  # EXIF tag
 _TURNED = range(5, 9)  # orientations with rows and columns exchanged
-logger = logging.getLogger("pretrain")
 
 # Of files that are odd and still readable. Not around each call: entering catch_warnings makes
 # Python forget which other warnings it has shown already.
 warnings.filterwarnings("ignore", module=r"PIL\.")
-
-
-def find_images(root: str | Path) -> list[str]:
-    """All image files below a folder, sorted: ImageNet's layout or any other tree.
-
-    Links are followed, each folder is entered once. Folders that may not be listed (`lost+found`
-    of a file system) are named in a warning.
-
-    Raises:
-        InputError: no such folder, or no image in it.
-    """
-    root = Path(root)
-    if not root.is_dir():
-        raise InputError(
-            f"dataset.root is '{root}', which is not a folder; set it to a folder of images, or "
-            "set dataset.name to a registered data set."
-        )
-
-    def unlisted(error: OSError) -> None:
-        logger.warning("%s is left out: %s", printable(str(error.filename)), error.strerror)
-
-    found, entered = [], set()
-    for folder, subfolders, names in os.walk(root, followlinks=True, onerror=unlisted):
-        status = os.stat(folder)
-        if (status.st_dev, status.st_ino) in entered:
-            # A link back to a parent: walked again and again, it would multiply every image.
-            subfolders.clear()
-            continue
-        entered.add((status.st_dev, status.st_ino))
-        subfolders.sort()
-        found += [
-            os.path.join(folder, name)
-            for name in names
-            if os.path.splitext(name)[1].lower() in IMAGE_SUFFIXES
-        ]
-    if not found:
-        raise InputError(
-            f"dataset.root is '{root}', which holds no image file "
-            f"({', '.join(sorted(IMAGE_SUFFIXES))}); set it to a folder of images."
-        )
-    return sorted(found)
-
-
-def image_files(root: str = "", name: str = "") -> list[str]:
-    """Files of the data set: of the registered ``name`` where given, else below ``root``.
-
-    Labels of a registered data set are not looked at, and need not be there.
-
-    Raises:
-        InputError: no images, or a data set that cannot be used.
-    """
-    if not name:
-        return find_images(root)
-    from detectron2.data import DatasetCatalog
-
-    check_registered_dataset(name, need_annotations=False)
-    records = DatasetCatalog.get(name)
-    files = [record["file_name"] for record in records if record.get("file_name")]
-    if not files or len(files) < len(records):
-        raise InputError(
-            f"dataset.name is '{name}', where {len(records) - len(files)} of {len(records)} "
-            "records have a file_name missing; name a data set of image files."
-        )
-    return files
 
 
 def printable(path: str) -> str:
@@ -124,6 +58,56 @@ def read_rgb(path: str, max_pixels: int = MAX_PIXELS) -> np.ndarray:
         OSError: not readable, not an image, or one that lacks a part; the text is the reason.
     """
     return ImageFile(path, max_pixels).pixels()
+
+
+def read_image(path: str, channels: str = "RGB", max_pixels: int = MAX_PIXELS_LIMIT) -> np.ndarray:
+    """Read an image file as Detectron2's function of this name does, by :class:`ImageFile`.
+
+    Args:
+        path: path or URL that Detectron2's ``PathManager`` knows.
+        channels: Detectron2's image format: ``RGB``, ``BGR``, ``L``, ``YUV-BT.601``, ...
+        max_pixels: images of more are refused before they are decoded.
+
+    Returns:
+        The image (H, W, channels), uint8 in 0 to 255; floats for YUV.
+
+    Raises:
+        InputError: the file cannot be read; the file and the reason are named.
+    """
+    try:
+        pixels = read_rgb(PathManager.get_local_path(path), max_pixels)
+    except OSError as error:
+        raise InputError(
+            f"the image '{printable(path)}' cannot be used ({error}); repair it or leave it out."
+        ) from None
+    if channels in ("RGB", "BGR"):
+        return pixels if channels == "RGB" else np.ascontiguousarray(pixels[..., ::-1])
+    return np.asarray(convert_PIL_to_numpy(Image.fromarray(pixels), channels))
+
+
+def picture_size(path: str) -> tuple[tuple[int, int], tuple[int, int]]:
+    """Height and width of an image file when it is upright, and as they are stored.
+
+    Only the header is read, unless the file is odd.
+
+    Raises:
+        OSError: the header shows that the file cannot be read; the text is the reason.
+    """
+    try:
+        with _open_regular(path) as file:
+            image = Image.open(file, formats=_FORMATS)
+            _check_size(image.height, image.width, MAX_PIXELS_LIMIT)
+            _check_mode(image)
+            turned = _orientation(image) in _TURNED
+    except Exception:
+        # The reader knows files that Pillow refuses, and has its own words for the others.
+        shape = ImageFile(path, MAX_PIXELS_LIMIT).shape
+        return shape, shape
+    size = image.height, image.width
+    if not turned:
+        return size, size
+    # Pillow gives the size of a TIFF file upright.
+    return (size, size[::-1]) if image.format == "TIFF" else (size[::-1], size)
 
 
 class ImageFile:
@@ -192,14 +176,20 @@ def _any_error_as_oserror() -> Iterator[None]:
 
 
 def _read_bytes(path: str, max_pixels: int) -> bytes:
+    with _open_regular(path) as file:
+        size = os.fstat(file.fileno()).st_size
+        if size > 8 * max_pixels + 2**20:  # 16-bit RGBA without compression
+            raise OSError(f"{size} bytes are more than {max_pixels} pixels can have")
+        return file.read()
+
+
+@contextmanager
+def _open_regular(path: str) -> Iterator[BinaryIO]:
     # Without O_NONBLOCK, opening a named pipe waits for a writer.
     with open(os.open(path, os.O_RDONLY | os.O_NONBLOCK), "rb") as file:
-        status = os.fstat(file.fileno())
-        if not stat.S_ISREG(status.st_mode):
+        if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
             raise OSError("not a regular file")
-        if status.st_size > 8 * max_pixels + 2**20:  # 16-bit RGBA without compression
-            raise OSError(f"{status.st_size} bytes are more than {max_pixels} pixels can have")
-        return file.read()
+        yield file
 
 
 def _check_size(height: int, width: int, max_pixels: int) -> None:
@@ -271,15 +261,20 @@ def _orientation(image: Image.Image) -> int | None:
         return None
 
 
+def _check_mode(image: Image.Image) -> None:
+    # PPM and older versions of Pillow widen 16 bits to mode I.
+    sixteen_bits = image.mode == "I" and image.format in ("PNG", "PPM")
+    if image.mode in ("I", "F") and not sixteen_bits:
+        raise OSError("32-bit values, of which nobody knows which is white")
+
+
 def _convert(image: Image.Image) -> np.ndarray:
     """(H, W, 3) uint8 RGB of a Pillow image of any mode."""
     image.load()
-    # PPM and older versions of Pillow widen 16 bits to mode I.
-    if image.mode.startswith("I;16") or (image.mode == "I" and image.format in ("PNG", "PPM")):
+    _check_mode(image)
+    if image.mode.startswith("I"):
         grey = (np.asarray(image) >> 8).astype(np.uint8)
         return np.repeat(grey[..., None], 3, axis=2)
-    if image.mode in ("I", "F"):
-        raise OSError("32-bit values, of which nobody knows which is white")
     if "A" in image.getbands() or "a" in image.getbands() or "transparency" in image.info:
         image = image.convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)

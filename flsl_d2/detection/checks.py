@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-import json
 import logging
 from collections.abc import Iterable, Sequence
 
 import torch
 from detectron2.data import MetadataCatalog
 from detectron2.utils import comm
-from detectron2.utils.file_io import PathManager
 from torch import nn
 
-from flsl_d2.data import check_registered_dataset
+from flsl_d2.data import Use, check_registered_dataset
+from flsl_d2.data.datasets import use_own_loader
 from flsl_d2.data.label_images import check_label_images
 from flsl_d2.detection.lvis import check_lvis_dataset
 from flsl_d2.errors import InputError
@@ -51,23 +50,25 @@ def check_datasets(
     Raises:
         InputError: naming the data set and what is wrong.
     """
+    for name in {*train, *test}:
+        use_own_loader(name)
     if comm.is_main_process():
         for name in dict.fromkeys([*train, *test]):
-            check_registered_dataset(name, need_annotations=name in train)
+            use = (Use.BOXES if name in train else Use(0)) | (Use.MASKS if masks_off else Use(0))
+            if name in test:
+                use |= Use.EVALUATION
+            categories = check_registered_dataset(
+                name, use, masks_off=masks_off, open_pictures=True
+            )
             other_check = _OTHER_CHECKS.get(MetadataCatalog.get(name).get("evaluator_type"))
             if other_check:
                 other_check(name)
-            categories, without_mask = _facts(name)
+            categories = categories or _known_categories(name)
             if num_classes is not None and categories and len(categories) != num_classes:
                 some = ", ".join(categories[:3]) + (", ..." if len(categories) > 3 else "")
                 raise InputError(
                     f"the data set {name!r} has {len(categories)} categories ({some}), but the "
                     f"model has {num_classes} classes; set {classes_key}{len(categories)}."
-                )
-            if masks_off and without_mask and name in train:
-                raise InputError(
-                    f"the data set {name!r} has {without_mask} annotations without a segmentation, "
-                    f"but the model learns masks; train on boxes alone with {masks_off}."
                 )
     comm.synchronize()
 
@@ -111,20 +112,9 @@ def describe_model(model: nn.Module) -> None:
     )
 
 
-def _facts(name: str) -> tuple[list[str], int]:
-    """Names of a data set's categories (empty where not known), and annotations without mask.
-
-    The built-in data sets have their categories in the metadata, and masks; others are read.
-    """
+def _known_categories(name: str) -> list[str]:
+    """Names of a data set's classes in its metadata; empty where they are not known."""
     metadata = MetadataCatalog.get(name)
     if metadata.get("evaluator_type") == "sem_seg":
-        return list(metadata.stuff_classes), 0
-    known = metadata.get("thing_classes")
-    json_file = metadata.get("json_file")
-    if known or not json_file:
-        return list(known or []), 0
-    with PathManager.open(json_file) as stream:
-        content = json.load(stream)
-    annotations = content.get("annotations", [])
-    without_mask = sum(not a.get("segmentation") and not a.get("iscrowd") for a in annotations)
-    return [category["name"] for category in content["categories"]], without_mask
+        return list(metadata.stuff_classes)
+    return list(metadata.get("thing_classes") or [])

@@ -7,7 +7,8 @@ import logging
 from detectron2.config import CfgNode
 from omegaconf import DictConfig, OmegaConf
 
-from flsl_d2.data.datasets import category_names, register_files
+from flsl_d2.data.coco_file import category_names
+from flsl_d2.data.datasets import register_files
 from flsl_d2.errors import InputError
 
 __all__ = [

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from detectron2.config import CfgNode
+from detectron2.data import build_detection_test_loader, build_detection_train_loader
 from detectron2.engine import (
     AMPTrainer,
     DefaultTrainer,
@@ -16,11 +17,12 @@ from detectron2.engine import (
     TrainerBase,
     hooks,
 )
-from detectron2.evaluation import COCOEvaluator
 from detectron2.modeling import build_model
 from torch import nn
 
+from flsl_d2.data.mapper import FLSLDatasetMapper
 from flsl_d2.detection.checks import check_batch, check_datasets, describe_model, mixed_precision
+from flsl_d2.detection.coco_evaluator import FLSLCOCOEvaluator
 from flsl_d2.detection.own_data import num_classes_yaml, use_own_data_yaml
 from flsl_d2.detection.setup import load_for_evaluation, resume_or_start, seed_run, start_run
 from flsl_d2.detection.solver import build_yaml_optimizer
@@ -87,9 +89,20 @@ class DetectionTrainer(DefaultTrainer):
         return build_yaml_optimizer(cfg, model)
 
     @classmethod
-    def build_evaluator(cls, cfg: CfgNode, dataset_name: str) -> COCOEvaluator:
+    def build_train_loader(cls, cfg: CfgNode) -> Any:
+        """Detectron2's loader, on the project's reader of images."""
+        return build_detection_train_loader(cfg, mapper=FLSLDatasetMapper(cfg, is_train=True))
+
+    @classmethod
+    def build_test_loader(cls, cfg: CfgNode, dataset_name: str) -> Any:
+        """Detectron2's loader, on the project's reader of images."""
+        mapper = FLSLDatasetMapper(cfg, is_train=False)
+        return build_detection_test_loader(cfg, dataset_name, mapper=mapper)
+
+    @classmethod
+    def build_evaluator(cls, cfg: CfgNode, dataset_name: str) -> FLSLCOCOEvaluator:
         """COCO's evaluator, with results in ``OUTPUT_DIR/inference``."""
-        return COCOEvaluator(dataset_name, output_dir=os.path.join(cfg.OUTPUT_DIR, "inference"))
+        return FLSLCOCOEvaluator(dataset_name, output_dir=os.path.join(cfg.OUTPUT_DIR, "inference"))
 
 
 def run_yaml_detection(

@@ -21,7 +21,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image, ImageOps
 
-from flsl_d2.data.images import ImageFile, find_images, image_files, printable, read_rgb
+from flsl_d2.data.image_files import find_images, image_files
+from flsl_d2.data.images import ImageFile, printable, read_rgb
 from flsl_d2.errors import InputError
 from pretrain.data import PretrainDataset, build_pretrain_loader
 from pretrain.views import NestedViews

@@ -1,0 +1,141 @@
+"""Reading of annotation files in COCO's instances format."""
+
+from __future__ import annotations
+
+import codecs
+import gc
+import json
+import os
+from typing import Any
+
+from detectron2.utils.file_io import PathManager
+
+from flsl_d2.errors import InputError
+
+__all__ = ["COCO_LISTS", "category_names", "read_coco", "read_json"]
+
+COCO_LISTS = ("images", "annotations", "categories")
+
+# Little-endian UTF-32 begins with the mark of UTF-16.
+_OTHER_ENCODINGS = {
+    codecs.BOM_UTF32_LE: "UTF-32",
+    codecs.BOM_UTF32_BE: "UTF-32",
+    codecs.BOM_UTF16_LE: "UTF-16",
+    codecs.BOM_UTF16_BE: "UTF-16",
+}
+
+
+def read_json(path: str | os.PathLike[str]) -> Any:
+    """Content of a JSON file in UTF-8, with or without a byte order mark.
+
+    Raises:
+        InputError: the file is missing, unreadable, cut off, or in another encoding.
+    """
+    path = os.fspath(path)
+    try:
+        with PathManager.open(path, "rb") as stream:
+            data = stream.read()
+    except (FileNotFoundError, NotADirectoryError):
+        raise InputError(
+            f"the annotation file {path} does not exist: put it there or set "
+            "DETECTRON2_DATASETS to the folder that holds the data sets."
+        ) from None
+    except (OSError, ValueError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise InputError(
+            f"the annotation file {path} cannot be read ({reason}): "
+            "name a readable file in COCO format."
+        ) from None
+    return _parse(_decode(data, path), path)
+
+
+def _decode(data: bytes, path: str) -> str:
+    for mark, encoding in _OTHER_ENCODINGS.items():
+        if data.startswith(mark):
+            raise InputError(
+                f"{path} is not JSON in UTF-8 but in {encoding}, as its byte order mark says: "
+                "save it in UTF-8."
+            )
+    try:
+        return data.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise InputError(
+            f"{path} is not JSON ({error}): name a file in COCO's instances format, in UTF-8."
+        ) from None
+
+
+def _parse(text: str, path: str) -> Any:
+    # A large file makes millions of containers, and collecting garbage doubles the time.
+    collecting = gc.isenabled()
+    gc.disable()
+    try:
+        return json.loads(text)
+    except json.JSONDecodeError as error:
+        if not text.strip():
+            raise InputError(f"{path} is not JSON, it is empty: copy it again.") from None
+        # A literal such as `false` is reported at its beginning.
+        cut = error.pos > len(text.rstrip()) - 5 or error.msg.startswith("Unterminated string")
+        remedy = (
+            "the file ends in the middle of an entry, copy or write it again"
+            if cut
+            else "name a file in COCO's instances format"
+        )
+        raise InputError(f"{path} is not JSON ({error}): {remedy}.") from None
+    except (ValueError, RecursionError) as error:
+        raise InputError(
+            f"{path} is not JSON ({error}): name a file in COCO's instances format."
+        ) from None
+    finally:
+        if collecting:
+            gc.enable()
+
+
+def read_coco(
+    json_file: str | os.PathLike[str], needed: tuple[str, ...] = COCO_LISTS
+) -> dict[str, list[Any]]:
+    """The lists ``images``, ``annotations`` and ``categories`` of a file.
+
+    Args:
+        json_file: path of the file.
+        needed: lists that the file must have; others are included if they are there.
+
+    Raises:
+        InputError: the file cannot be read or lacks a list.
+    """
+    content = read_json(json_file)
+    if not isinstance(content, dict):
+        raise InputError(
+            f"{json_file} holds a {type(content).__name__} and is not in COCO format: expected an "
+            f"object with the lists {', '.join(needed)}."
+        )
+    lacking = [
+        key
+        for key in COCO_LISTS
+        if not isinstance(content.get(key), list)
+        and (key in needed or content.get(key) is not None)
+    ]
+    if lacking:
+        raise InputError(
+            f"{json_file} is not in COCO format, it lacks the list{'s' * (len(lacking) > 1)} "
+            f"{', '.join(lacking)}: name a file in COCO's instances format."
+        )
+    return {key: content[key] for key in COCO_LISTS if content.get(key) is not None}
+
+
+def category_names(json_file: str | os.PathLike[str]) -> list[str]:
+    """Names of a file's categories, in the order of their class numbers.
+
+    Raises:
+        InputError: the file cannot be read or has no categories with id and name.
+    """
+    categories = read_coco(json_file, ("categories",))["categories"]
+    try:
+        names = [str(c["name"]) for c in sorted(categories, key=lambda c: c["id"])]
+    except (KeyError, TypeError):
+        names = []
+    if not names:
+        raise InputError(
+            f"{json_file} has no list of categories with id and name; give a file in COCO's "
+            "instances format."
+        )
+    return names
