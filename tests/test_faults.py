@@ -42,7 +42,7 @@ def run(folder: Path, output: str, *arguments: str, **options) -> tuple[int, str
 
 
 def start_and_wait_for(folder: Path, output: str, checkpoint: str, *arguments: str):
-    """A run that has just written a checkpoint, and the file that it prints to."""
+    """Start a run and wait until it has written a checkpoint; return it and its log file."""
     log = folder / f"{output}.log"
     process = soak.start(soak.command(folder / "images", folder / output, *arguments), log)
     deadline = time.monotonic() + 200

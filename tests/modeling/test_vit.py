@@ -157,7 +157,7 @@ def test_patch_8_and_stochastic_depth():
 
 
 def recorded_graphs():
-    """A list, and a backend of ``torch.compile`` that puts there what it is given."""
+    """Return a list, and a backend of ``torch.compile`` that appends its graphs to it."""
     graphs = []
 
     def backend(graph, _):

@@ -11,6 +11,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from flsl_d2.data.image_files import find_images, image_files
 from flsl_d2.data.images import read_rgb
 from flsl_d2.errors import InputError
 from pretrain.data import (
@@ -18,8 +19,6 @@ from pretrain.data import (
     PretrainDataset,
     build_pretrain_loader,
     check_failed_share,
-    find_images,
-    image_files,
 )
 from pretrain.views import NestedViews
 

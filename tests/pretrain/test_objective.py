@@ -27,7 +27,7 @@ from pretrain.studies.benchmark.measuring import stored_for_backward
 
 
 def by_loops(z, m, s_logits, t_logits, tau_s, tau_t, log_prior):
-    """The pseudocode of ``FLSLLoss``, executed as it stands."""
+    """Execute the pseudocode of ``FLSLLoss``."""
     num_queries, num_centroids = s_logits.shape
     intra = inter = volume = 0.0
     mean = [0.0] * num_centroids

@@ -23,7 +23,7 @@ from pretrain.views import NestedViews, crop_box, pooled_queries, resized_crop
 
 
 def picture(height: int = 90, width: int = 130, seed: int = 0) -> np.ndarray:
-    """A smooth random picture, like a photograph's low frequencies."""
+    """Make a smooth random picture, like the low frequencies of a photograph."""
     coarse = np.random.default_rng(seed).integers(0, 256, (9, 13, 3), dtype=np.uint8)
     return np.array(Image.fromarray(coarse).resize((width, height), Image.BICUBIC))
 
