@@ -137,7 +137,7 @@ class Batch:
         return places
 
 
-class PretrainDataset(Dataset):
+class PretrainDataset(Dataset[tuple[Views, list[str]]]):
     """Views of images, a function of (seed, epoch, index) alone.
 
     Args:
@@ -238,7 +238,7 @@ def check_failed_share(
         )
 
 
-class ImageStream(Sampler):
+class ImageStream(Sampler[list[tuple[int, int]]]):
     """Endless stream of shuffled epochs, divided among ranks, from any step on.
 
     Step ``i`` of the run takes positions ``i * B`` to ``(i + 1) * B`` of the stream, B being the
@@ -297,7 +297,7 @@ class PretrainLoader:
         loader: loader whose batches are a :class:`Batch` or an error.
     """
 
-    def __init__(self, loader: DataLoader) -> None:
+    def __init__(self, loader: DataLoader[Any]) -> None:
         self.loader = loader
 
     def __iter__(self) -> Iterator[Batch]:

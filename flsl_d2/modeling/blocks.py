@@ -10,7 +10,7 @@ from typing import TypeAlias
 
 import torch
 import torch.nn.functional as F
-from timm.layers import LayerScale
+from timm.layers.layer_scale import LayerScale
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
