@@ -169,14 +169,16 @@ class FLSL(nn.Module):
         """
         scale = self.student.backbone.embed_dim**-0.5
         teacher_view, *student_views = [self._normalised(view) for view in inputs.views]
-        with torch.no_grad():
-            teacher_tokens = self.teacher.tokens(teacher_view, self.teacher_positions)  # (B, N, D)
         queries = inputs.queries
         priors = self._priors(inputs) if self.previous_stage else [None] * len(queries)
         places = inputs.places if self.partner == "place" else [None] * len(queries)
         groups = _groups_of_one_size(student_views, queries, priors, places)
+        student_tokens = self._student_tokens(groups)
+        # The teacher comes second, so that the student's draws do not depend on the teacher's.
+        with torch.no_grad():
+            teacher_tokens = self.teacher.tokens(teacher_view, self.teacher_positions)  # (B, N, D)
         parts = []
-        for group, tokens in zip(groups, self._student_tokens(groups), strict=True):
+        for group, tokens in zip(groups, student_tokens, strict=True):
             _, view_indexes, group_priors, group_places = zip(*group, strict=True)
             indexes = torch.cat(view_indexes)
             points = gather_queries(tokens, indexes)  # (V * B, Q, D)
