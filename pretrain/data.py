@@ -137,7 +137,7 @@ class Batch:
         return places
 
 
-class PretrainDataset(Dataset):
+class PretrainDataset(Dataset[tuple[Views, list[str]]]):
     """Views of images, a function of (seed, epoch, index) alone.
 
     Args:
@@ -238,7 +238,7 @@ def check_failed_share(
         )
 
 
-class ImageStream(Sampler):
+class ImageStream(Sampler[list[tuple[int, int]]]):
     """Endless stream of shuffled epochs, divided among ranks, from any step on.
 
     Step ``i`` of the run takes positions ``i * B`` to ``(i + 1) * B`` of the stream, B being the
@@ -275,7 +275,8 @@ class ImageStream(Sampler):
         self.start_iter = start_iter
 
     def __iter__(self) -> Iterator[list[tuple[int, int]]]:
-        iteration, known_epoch, order = self.start_iter, -1, np.empty(0)
+        iteration, known_epoch = self.start_iter, -1
+        order = np.empty(0, dtype=np.int64)
         while True:
             first = iteration * self.total_batch_size + self.rank * self.batch_size
             batch = []
@@ -289,11 +290,18 @@ class ImageStream(Sampler):
             iteration += 1
 
 
-class PretrainLoader(DataLoader):
-    """Loader of :class:`Batch` that raises the errors of the data set as they are."""
+class PretrainLoader:
+    """Batches of a PyTorch loader, which raise the errors of the data set as they are.
+
+    Args:
+        loader: loader whose batches are a :class:`Batch` or an error.
+    """
+
+    def __init__(self, loader: DataLoader[Any]) -> None:
+        self.loader = loader
 
     def __iter__(self) -> Iterator[Batch]:
-        for batch in super().__iter__():
+        for batch in self.loader:
             if isinstance(batch, InputError):
                 raise batch
             yield batch
@@ -319,13 +327,15 @@ def build_pretrain_loader(
     """
     stream = ImageStream(len(dataset), total_batch_size, dataset.seed, rank, world_size, start_iter)
     return PretrainLoader(
-        dataset,
-        batch_sampler=stream,
-        num_workers=num_workers,
-        collate_fn=_collate_or_pass,
-        worker_init_fn=_prepare_worker,
-        pin_memory=torch.cuda.is_available(),
-        persistent_workers=num_workers > 0,
+        DataLoader(
+            dataset,
+            batch_sampler=stream,
+            num_workers=num_workers,
+            collate_fn=_collate_or_pass,
+            worker_init_fn=_prepare_worker,
+            pin_memory=torch.cuda.is_available(),
+            persistent_workers=num_workers > 0,
+        )
     )
 
 

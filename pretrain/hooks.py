@@ -8,7 +8,6 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
-import cv2
 import numpy as np
 import torch
 from detectron2.engine import HookBase
@@ -17,6 +16,7 @@ from detectron2.utils import comm
 from flsl_d2.data.images import read_rgb
 from flsl_d2.errors import TrainingError
 from flsl_d2.evaluation import TokenFeatures, extract_tokens
+from flsl_d2.evaluation.labelled_images import LabelledDataset
 from flsl_d2.evaluation.measures import MEASURES, measure_all, prepare_measures
 from flsl_d2.files import replaced_file
 from flsl_d2.modeling import FLSLViT
@@ -136,7 +136,7 @@ class FeatureMeasures(HookBase):
         short_side: int = 224,
     ) -> None:
         self.measures, self.period, self.short_side = tuple(measures), period_iters, short_side
-        self.data = ()
+        self.data: tuple[LabelledDataset, LabelledDataset] | None = None
         if comm.is_main_process():
             self.data = prepare_measures(
                 train, val, measures, max_images=max_images, short_side=short_side
@@ -153,6 +153,7 @@ class FeatureMeasures(HookBase):
             comm.synchronize()
 
     def _measure(self, encoder: FLSLViT) -> None:
+        assert self.data is not None, "only the main process measures"
         device = str(encoder.pos_embed.device)
         # Compiled blocks would be compiled anew for the size of every image.
         with untouched_generators(), torch.compiler.set_stance("force_eager"):
@@ -228,8 +229,7 @@ class EncoderPictures(HookBase):
             num_iterations=self.num_iterations,
             title=f"Teacher after {self.trainer.iter + 1} steps, scale {self.scale:g} / sqrt(D)",
         )
-        page = cv2.cvtColor(cv2.imread(str(path)), cv2.COLOR_BGR2RGB)
-        page = np.ascontiguousarray(page.transpose(2, 0, 1))
+        page = np.ascontiguousarray(read_rgb(str(path)).transpose(2, 0, 1))
         self.trainer.storage.put_image("teacher/tokens", page)
 
     def _features(self) -> list[TokenFeatures]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
@@ -20,7 +22,7 @@ def build_adamw(model: nn.Module, betas: tuple[float, float] = (0.9, 0.999)) -> 
     """
     named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
     exempt = {name for name, p in named if p.ndim == 1 or name.endswith(".bias")}
-    groups = [
+    groups: list[dict[str, Any]] = [
         {"params": [p for name, p in named if name not in exempt]},
         {"params": [p for name, p in named if name in exempt], "weight_decay": 0.0},
     ]

@@ -10,7 +10,7 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -192,7 +192,7 @@ class PretrainTrainer(SimpleTrainer):
     ) -> None:
         super().__init__(model, data_loader, optimizer)
         self.accumulation_steps = accumulation_steps
-        self.method: Method = getattr(model, "module", model)
+        self.method = cast(Method, getattr(model, "module", model))
         self.schedules, self.seed = schedules, seed
         self.clip_norm, self.clip_mode = clip_norm, clip_mode
         self.dtype = PRECISIONS[precision]

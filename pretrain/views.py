@@ -190,9 +190,12 @@ class NestedViews:
         self.patch_size, self.random_pooling, self.flip = patch_size, random_pooling, flip
         self.keep_crops, self.on_device = keep_crops, on_device
         self.reduced_decoding = reduced_decoding
-        self.global_size, self.teacher_scale = global_size, tuple(teacher_scale)
-        self.student_views = [(global_size, tuple(global_scale), global_window)]
-        self.student_views += [(local_size, tuple(local_scale), local_window)] * num_local
+        self.global_size, self.teacher_scale = global_size, teacher_scale
+        views = [(global_size, global_scale, global_window)]
+        views += [(local_size, local_scale, local_window)] * num_local
+        self.student_views: list[tuple[int, tuple[float, float], int]] = [
+            (size, (smallest, largest), window) for size, (smallest, largest), window in views
+        ]
 
     def __call__(self, image: np.ndarray | ImageFile, rng: np.random.Generator) -> Views:
         """Cut the views of an (H, W, 3) uint8 RGB image, or of a file.
@@ -226,7 +229,8 @@ class NestedViews:
         return views
 
     def _teacher_crop(self, image: np.ndarray | ImageFile, rng: np.random.Generator) -> np.ndarray:
-        box = crop_box(rng, *image.shape[:2], self.teacher_scale)
+        height, width = image.shape[:2]
+        box = crop_box(rng, height, width, self.teacher_scale)
         if isinstance(image, ImageFile):
             reduction = 1
             if self.reduced_decoding:

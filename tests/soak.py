@@ -1,10 +1,11 @@
-"""Kill and resume a pre-training run at random moments, and compare with one that was left alone.
+"""Kill and resume a pre-training run at random moments, and compare with an uninterrupted run.
 
     make soak        or        python tests/soak.py --kills 25 --num-processes 2
 
-Every start of the tool gets SIGKILL (all of its processes) or, one time in four, SIGTERM after a
-random time, and is then resumed. At the end the weights, the optimiser's state and every logged
-loss must be equal to the bit to those of an uninterrupted run. Exit status 1 where they are not.
+Each start of the tool is ended by SIGKILL (all of its processes) or, one time in four, by SIGTERM
+after a random time, and is then resumed. At the end the weights, the optimiser's state and every
+logged loss must be equal to the bit to those of an uninterrupted run; otherwise the exit status is
+1.
 """
 
 from __future__ import annotations
@@ -42,15 +43,18 @@ TINY = [
     "model.head.hidden_dim=64",
     "model.head.bottleneck_dim=16",
     "model.loss.centering=true",
+    "model.partner=place",
+    "model.position_drop=0.5",
+    "views.flip=0.5",
     "train.log_period=3",
     "train.checkpoint_keep=2",
 ]
-# Times of a step and what follows from them; all else that is logged must be the same.
+# Logged values that depend on time; all others must be equal.
 TIMINGS = {"time", "data_time", "eta_seconds", "images_per_second"}
 
 
 def make_images(folder: Path, number: int = 10) -> None:
-    """Small images of coarse noise."""
+    """Write small images of coarse noise."""
     folder.mkdir(parents=True, exist_ok=True)
     rng = np.random.default_rng(0)
     for i in range(number):
@@ -59,14 +63,14 @@ def make_images(folder: Path, number: int = 10) -> None:
 
 
 def command(images: Path, output: Path, *arguments: str) -> list[str]:
-    """The tool on tiny images and a tiny model."""
+    """Return the command of the tool on tiny images and a tiny model."""
     config = "configs/pretrain/flsl_vit_small_p16_in1k.py"
     tool = [sys.executable, "tools/pretrain_net.py", "--config-file", config]
     return [*tool, *TINY, f"dataset.root={images}", f"train.output_dir={output}", *arguments]
 
 
 def start(arguments: list[str], log: Path) -> subprocess.Popen[bytes]:
-    """Start it in a process group of its own, so that all its processes can be killed."""
+    """Start a command in a process group of its own, so that all its processes can be killed."""
     with log.open("ab") as file:
         return subprocess.Popen(
             arguments,
@@ -79,13 +83,13 @@ def start(arguments: list[str], log: Path) -> subprocess.Popen[bytes]:
 
 
 def logged(output: Path) -> list[dict[str, float]]:
-    """Rows of metrics.json without timings."""
+    """Return the rows of metrics.json without timings."""
     rows = [json.loads(line) for line in (output / "metrics.json").read_text().splitlines()]
     return [{key: row[key] for key in row if key not in TIMINGS} for row in rows]
 
 
 def differences(one: Path, other: Path) -> list[str]:
-    """What the checkpoints at the end, the exported teachers and the logs do not share."""
+    """Name the differences between final checkpoints, exported teachers and logs of two runs."""
     found: list[str] = []
     for name in ("model_final.pth", "teacher_backbone.pth"):
         a, b = (torch.load(folder / name, weights_only=True) for folder in (one, other))
@@ -109,7 +113,7 @@ def _differences(a: Any, b: Any, name: str) -> list[str]:
 
 
 def soak(kills: int, steps: int, processes: int, seed: int, folder: Path) -> list[str]:
-    """Run both runs; what differs at the end."""
+    """Run both runs, and name their differences at the end."""
     images, whole, parts = folder / "images", folder / "whole", folder / "parts"
     make_images(images)
     length = [f"train.max_iter={steps}", "train.checkpoint_period=5"]
@@ -130,7 +134,7 @@ def soak(kills: int, steps: int, processes: int, seed: int, folder: Path) -> lis
     resumed = command(images, parts, "--resume", *length)
     while done < kills:
         process = start(resumed, log)
-        moment = rng.uniform(0.7 * first_row, duration)  # seldom while it still starts
+        moment = rng.uniform(0.7 * first_row, duration)  # seldom while the run still starts
         number = signal.SIGTERM if rng.random() < 0.25 else signal.SIGKILL
         try:
             status = process.wait(moment)
@@ -145,7 +149,7 @@ def soak(kills: int, steps: int, processes: int, seed: int, folder: Path) -> lis
             done += 1
             print(f"{done:3d}  {number.name} after {moment:5.1f} s: {_progress(parts)}", flush=True)
         else:
-            # It came to its end before enough signals: compare, and go round again.
+            # The run ended before it got enough signals, so it is compared and starts again.
             found = [f"status {status} without a signal"] if status else differences(whole, parts)
             if found:
                 return found
@@ -170,8 +174,8 @@ def main() -> None:
     parser.add_argument("--kills", type=int, default=25)
     parser.add_argument("--steps", type=int, default=600, help="length of the run")
     parser.add_argument("--num-processes", type=int, default=1)
-    parser.add_argument("--seed", type=int, default=0, help="of the moments")
-    parser.add_argument("--folder", type=Path, help="to keep; a temporary one by default")
+    parser.add_argument("--seed", type=int, default=0, help="seed of the random times")
+    parser.add_argument("--folder", type=Path, help="folder to keep (default: a temporary one)")
     args = parser.parse_args()
     with tempfile.TemporaryDirectory(prefix="soak") as temporary:
         folder = args.folder or Path(temporary)

@@ -22,8 +22,8 @@ def folder(tmp_path_factory) -> Path:
     """Images, and a run that nobody disturbed."""
     folder = tmp_path_factory.mktemp("faults")
     soak.make_images(folder / "images")
-    status, said = run(folder, "whole", *LENGTH)
-    assert status == 0, said
+    status, text = run(folder, "whole", *LENGTH)
+    assert status == 0, text
     return folder
 
 
@@ -42,7 +42,7 @@ def run(folder: Path, output: str, *arguments: str, **options) -> tuple[int, str
 
 
 def start_and_wait_for(folder: Path, output: str, checkpoint: str, *arguments: str):
-    """A run that has just written a checkpoint, and the file that it prints to."""
+    """Start a run and wait until it has written a checkpoint; return it and its log file."""
     log = folder / f"{output}.log"
     process = soak.start(soak.command(folder / "images", folder / output, *arguments), log)
     deadline = time.monotonic() + 200
@@ -67,16 +67,16 @@ def test_killed_and_damaged_and_still_equal_to_the_bit(folder):
     (output / "model_0000099.pth.part").write_bytes(b"half")
 
     other = ("schedules.base_lr=1.0", "train.log_period=1")
-    refused, said = run(folder, "parts", "--resume", *LENGTH, *other)
+    refused, text = run(folder, "parts", "--resume", *LENGTH, *other)
     assert refused == 2
-    assert "schedules.base_lr: 0.0005 -> 1.0" in said
-    assert "--allow-changes" in said
-    assert "Traceback" not in said
+    assert "schedules.base_lr: 0.0005 -> 1.0" in text
+    assert "--allow-changes" in text
+    assert "Traceback" not in text
 
-    status, said = run(folder, "parts", "--resume", *LENGTH, "train.checkpoint_keep=3")
-    assert status == 0, said
-    assert f"{newest.name} is damaged" in said
-    assert "Falling back" in said
+    status, text = run(folder, "parts", "--resume", *LENGTH, "train.checkpoint_keep=3")
+    assert status == 0, text
+    assert f"{newest.name} is damaged" in text
+    assert "Falling back" in text
     assert not list(output.glob("*.part"))
     assert soak.differences(folder / "whole", output) == []
 
@@ -109,12 +109,12 @@ def test_two_processes_stop_when_asked_and_one_goes_on(folder):
 
 
 def test_bad_numbers_name_their_images(folder):
-    status, said = run(folder, "bad", *LENGTH, "schedules.base_lr=1e30", "train.clip_mode=none")
-    assert status == 3, said
-    assert "Traceback" not in said
-    assert "not finite" in said
+    status, text = run(folder, "bad", *LENGTH, "schedules.base_lr=1e30", "train.clip_mode=none")
+    assert status == 3, text
+    assert "Traceback" not in text
+    assert "not finite" in text
     report = json.loads((folder / "bad" / "bad_numbers.json").read_text())
-    assert f"iteration {report['iteration']} " in said
+    assert f"iteration {report['iteration']} " in text
     (rank,) = report["ranks"]
     assert rank["not_finite"]
     assert all(float(rank["values"][name]) in (float("inf"), float("-inf")) or
@@ -135,12 +135,12 @@ def test_a_file_that_cannot_be_written_leaves_the_one_before(folder):
     (folder / "full").mkdir()
     good = b"the last good one"
     (folder / "full" / "teacher_backbone.pth").write_bytes(good)
-    status, said = run(folder, "full", *LENGTH, "train.max_iter=6", preexec_fn=little_room)
-    assert status == 3, said
-    assert "Traceback" not in said
-    assert "model_0000004.pth cannot be written" in said
-    assert "Training goes on" in said
-    assert "error: checkpoint model_final.pth cannot be written" in said
+    status, text = run(folder, "full", *LENGTH, "train.max_iter=6", preexec_fn=little_room)
+    assert status == 3, text
+    assert "Traceback" not in text
+    assert "model_0000004.pth cannot be written" in text
+    assert "Training goes on" in text
+    assert "error: checkpoint model_final.pth cannot be written" in text
     assert not list((folder / "full").glob("model_*"))
 
 

@@ -1,7 +1,7 @@
 """Every number of one training step against the published implementation.
 
-Reads each ``*.npz`` in ``tests/golden``, or in the folder that FLSL_GOLDEN names. Sizes come from
-the file.
+Each ``*.npz`` in ``tests/golden``, or in the folder that FLSL_GOLDEN names, is one step; the file
+holds its sizes.
 """
 
 from __future__ import annotations
@@ -187,7 +187,7 @@ def assert_step_equals(
         golden.model.compile_blocks(backend)
     for block in golden.model.student.backbone.blocks if compiled == "branches" else ():
         block.drop_path.probability = 1e-9  # as in training with stochastic depth
-        block.compile_for_training(backend)
+        block.compile_in_place(backend)
         block.drop_path.probability = 0.0
     views = [golden[f"view{i}"] for i in range(4)]
     queries = [query_indexes(golden[f"mask{i}"]) for i in range(1, 4)]

@@ -72,7 +72,7 @@ def weights(output: Path) -> dict[str, torch.Tensor]:
 
 
 def test_a_run_leaves_what_the_documentation_names(images, tmp_path):
-    said = run(tmp_path, images, "train.max_iter=6")
+    text = run(tmp_path, images, "train.max_iter=6")
     for expected in (
         "eta 0:00",
         "loss",
@@ -83,7 +83,7 @@ def test_a_run_leaves_what_the_documentation_names(images, tmp_path):
         "img/s",
         "data wait",
     ):
-        assert expected in said, said
+        assert expected in text, text
     rows = metrics(tmp_path)
     assert [row["iteration"] for row in rows] == [1, 3, 5]
     wanted = {
@@ -103,8 +103,8 @@ def test_resumed_run_ends_as_the_whole_one(images, tmp_path):
     (parts / "last_checkpoint").write_text("model_0000002.pth")  # as if it ended after 3 steps
     for name in ("metrics.json", "teacher_backbone.pth", "model_final.pth", "model_0000005.pth"):
         (parts / name).unlink(missing_ok=True)
-    said = run(parts, images, "train.max_iter=6", *common, options=("--resume",))
-    assert "Resumed after step 3" in said
+    text = run(parts, images, "train.max_iter=6", *common, options=("--resume",))
+    assert "Resumed after step 3" in text
     assert metrics(parts)[-1]["loss"] == metrics(whole)[-1]["loss"]
     for name, tensor in weights(whole).items():
         assert torch.equal(tensor, weights(parts)[name]), name
@@ -164,7 +164,7 @@ def test_learns_on_real_images(datasets_root, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("override", "says"),
+    ("override", "message"),
     [
         ("dataset.root=/nowhere", "'/nowhere'"),
         ("dataset.root={empty}", "holds no image"),
@@ -180,7 +180,7 @@ def test_learns_on_real_images(datasets_root, tmp_path):
         ("schedules.mixture_bias=2", "mixture_bias is 2"),
     ],
 )
-def test_bad_input_is_one_sentence(override, says, images, tmp_path, monkeypatch):
+def test_bad_input_is_one_sentence(override, message, images, tmp_path, monkeypatch):
     if "cuda" in override and torch.cuda.is_available():
         pytest.skip("there is a GPU here")
     (tmp_path / "empty").mkdir()
@@ -190,7 +190,7 @@ def test_bad_input_is_one_sentence(override, says, images, tmp_path, monkeypatch
     assert result.returncode == 2, result.stdout + result.stderr
     lines = [line for line in result.stderr.splitlines() if line.startswith("error: ")]
     assert len(lines) == 1
-    assert says in lines[0]
+    assert message in lines[0]
     assert "Traceback" not in result.stderr
 
 

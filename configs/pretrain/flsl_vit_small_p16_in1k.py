@@ -87,6 +87,7 @@ model = L(FLSL)(
         prior=None,
         centering=False,
         center_momentum=0.9,
+        sinkhorn_steps=0,
     ),
     norm_modes=False,
     # Training in stages: the teacher_backbone.pth of an earlier run, which must have the same
@@ -98,6 +99,7 @@ model = L(FLSL)(
     partner="similarity",
     teacher_positions=True,
     position_drop=0.0,
+    position_jitter="none",
 )
 
 # Pairs are start and end of a cosine over the run; see pretrain/schedules.py.

@@ -122,7 +122,8 @@ class Attention(nn.Module):
         out = []
         for part, (count, length) in zip(self.qkv(tokens).split(sizes), shapes, strict=True):
             qkv = part.view(count, length, 3, self.num_heads, -1).permute(2, 0, 3, 1, 4)
-            mixed = F.scaled_dot_product_attention(*qkv.unbind(0), scale=self.scale)
+            q, k, v = qkv.unbind(0)  # each (B, h, N, C)
+            mixed = F.scaled_dot_product_attention(q, k, v, scale=self.scale)
             # The parts are joined after this projection, because its input is kept for the backward
             # pass and a joined input would be a second copy.
             out.append(self.proj(mixed.transpose(1, 2).reshape(count * length, -1)))

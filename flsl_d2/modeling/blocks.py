@@ -10,7 +10,7 @@ from typing import TypeAlias
 
 import torch
 import torch.nn.functional as F
-from timm.layers import LayerScale
+from timm.layers.layer_scale import LayerScale
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
@@ -154,16 +154,16 @@ class Block(nn.Module):
         tokens = self.drop_path(self._attention_branch, tokens, shapes)
         return self.drop_path(self._mlp_branch, tokens, shapes)
 
-    def compile_for_training(self, backend: str = "inductor") -> None:
-        """Compile the block in place (``torch.compile``).
+    def compile_in_place(self, backend: str = "inductor") -> None:
+        """Compile the block for its present mode (``torch.compile``).
 
-        Where stochastic depth leaves images out, the two branches are compiled, for any number of
-        images; else the whole block, for fixed sizes.
+        In training with stochastic depth the two branches are compiled, for any number of images,
+        as it leaves images out; otherwise the whole block is, for fixed sizes.
 
         Args:
             backend: backend of ``torch.compile``.
         """
-        if not self.drop_path.probability:
+        if not (self.training and self.drop_path.probability):
             self.compile(dynamic=False, backend=backend)
             return
         for name in ("_attention_branch", "_mlp_branch"):

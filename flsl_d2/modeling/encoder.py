@@ -20,8 +20,9 @@ VIT_SIZES: dict[str, dict[str, int]] = {
 class Encoder(Protocol):
     """Images to a grid of tokens: what measures, pictures and pre-training ask of an encoder.
 
-    :class:`flsl_d2.modeling.FLSLViT` is one. An encoder is an ``nn.Module`` as well; protocols
-    cannot say so, hence the members of ``nn.Module`` that callers use are listed.
+    :class:`flsl_d2.modeling.FLSLViT` and :class:`flsl_d2.modeling.TimmBackbone` follow it. An
+    encoder is an ``nn.Module`` as well; a protocol cannot say so, hence the members of
+    ``nn.Module`` that callers use are listed.
 
     Attributes:
         patch_size: side in pixels of the square that a token stands for.
@@ -33,13 +34,11 @@ class Encoder(Protocol):
     embed_dim: int
     training: bool
 
-    def forward_tokens(self, images: Tensor, num_blocks: int | None = None) -> Tensor:
+    def forward_tokens(self, images: Tensor) -> Tensor:
         """Encode images (B, 3, H, W) to tokens (B, N, D), row-major.
 
         Args:
             images: normalised RGB images whose sides are multiples of ``patch_size``.
-            num_blocks: number of blocks to run, without the final norm; None runs the whole
-                encoder.
         """
         ...
 

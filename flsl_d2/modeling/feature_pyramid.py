@@ -48,7 +48,7 @@ class SimpleFeaturePyramid(Backbone):
         in_feature: str = "last_feat",
         out_channels: int = 256,
         scale_factors: Sequence[float] | None = None,
-        top_block: nn.Module | None = None,
+        top_block: LastLevelMaxPool | None = None,
         norm: str = "LN",
         square_pad: int = 0,
     ) -> None:
@@ -99,7 +99,7 @@ class SimpleFeaturePyramid(Backbone):
         features = [stage(bottom_up[self.in_feature]) for stage in self.stages]
         out = dict(zip(self._out_features, features, strict=False))
         if self.top_block is not None:
-            source = self.top_block.in_feature
+            source = str(self.top_block.in_feature)
             tops = self.top_block(bottom_up.get(source, out.get(source)))
             out.update(zip(self._out_features[len(features) :], tops, strict=True))
         return out
@@ -132,7 +132,8 @@ def add_flsl_config(cfg: CfgNode) -> None:
 
     Each key of ``MODEL.FLSL_VIT`` is the argument of :class:`flsl_d2.modeling.FLSLViT` of the same
     name, with its default; windows of 14 x 14 tokens and stochastic depth of 0.1 are detection's
-    own. ``MODEL.TIMM`` belongs to :class:`flsl_d2.modeling.TimmBackbone`. Existing keys of ``cfg`` are left alone, so this may be called twice.
+    own. ``MODEL.TIMM`` belongs to :class:`flsl_d2.modeling.TimmBackbone`. Existing keys of ``cfg``
+    are left alone, so this may be called twice.
     """
     model = cfg.MODEL
     if "FLSL_VIT" not in model:

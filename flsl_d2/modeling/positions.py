@@ -12,10 +12,16 @@ from flsl_d2.errors import InputError
 
 __all__ = [
     "grid_of_table",
+    "jittered_positions",
     "num_leading_positions",
     "resample_positions",
+    "sincos_at",
     "sincos_positions",
 ]
+
+
+# Largest shift, in sides of the grid, and largest scale of jittered positions.
+_MAX_SHIFT, _MAX_SCALE = 2.0, 1.5
 
 
 def sincos_positions(embed_dim: int, grid_size: int) -> Tensor:
@@ -35,14 +41,63 @@ def sincos_positions(embed_dim: int, grid_size: int) -> Tensor:
         raise InputError(
             f"embed_dim is {embed_dim}; sine-cosine positions in 2-D need a multiple of 4."
         )
+    place = torch.arange(grid_size, dtype=torch.float64)
+    return sincos_at(place, place, embed_dim).reshape(1, grid_size**2, embed_dim).float()
+
+
+def sincos_at(rows: Tensor, columns: Tensor, embed_dim: int) -> Tensor:
+    """Sine-cosine positions of :func:`sincos_positions` at any coordinates.
+
+    Args:
+        rows: (..., H) coordinates, in steps of the grid.
+        columns: (..., W) coordinates.
+        embed_dim: width D, a multiple of 4.
+
+    Returns:
+        (..., H, W, D).
+    """
     quarter = embed_dim // 4
-    frequency = 10000.0 ** -(torch.arange(quarter, dtype=torch.float64) / quarter)
-    angle = torch.arange(grid_size, dtype=torch.float64)[:, None] * frequency  # (G, D/4)
-    line = torch.cat([angle.sin(), angle.cos()], dim=1)  # (G, D/2)
-    by_column = line[None, :, :].expand(grid_size, -1, -1)
-    by_row = line[:, None, :].expand(-1, grid_size, -1)
-    table = torch.cat([by_column, by_row], dim=-1)  # (G, G, D)
-    return table.reshape(1, grid_size * grid_size, embed_dim).float()
+    exponent = torch.arange(quarter, dtype=rows.dtype, device=rows.device) / quarter
+    frequency = 10000.0**-exponent
+
+    def encode(coordinates: Tensor) -> Tensor:
+        angle = coordinates[..., None] * frequency
+        return torch.cat([angle.sin(), angle.cos()], dim=-1)  # (..., n, D / 2)
+
+    shape = (*rows.shape, columns.shape[-1], embed_dim // 2)
+    by_column = encode(columns)[..., None, :, :].expand(shape)
+    by_row = encode(rows)[..., :, None, :].expand(shape)
+    return torch.cat([by_column, by_row], dim=-1)
+
+
+def jittered_positions(
+    num_images: int, grid: tuple[int, int], side: int, embed_dim: int, device: torch.device
+) -> Tensor:
+    """Sine-cosine positions that are shifted and scaled at random for each image and axis.
+
+    Token i of n along an axis gets the coordinate
+    ``s (i - (n - 1) / 2) G / n + (G - 1) / 2 + t`` with t uniform in -2 G to 2 G and log s uniform
+    in -log 1.5 to log 1.5, drawn from PyTorch's generator of the CPU. With s = 1 and t = 0 these
+    are the positions of the table. Neighbours stay neighbours, and the place in the view is lost.
+
+    Args:
+        num_images: B.
+        grid: rows H and columns W of tokens.
+        side: G, side of the grid that the table of positions is made for.
+        embed_dim: width D, a multiple of 4.
+        device: device of the result.
+
+    Returns:
+        (B, H, W, D) float32.
+    """
+    scale = _MAX_SCALE ** (2 * torch.rand(2, num_images, 1) - 1)
+    shift = _MAX_SHIFT * side * (2 * torch.rand(2, num_images, 1) - 1)
+    scale, shift = scale.to(device, non_blocking=True), shift.to(device, non_blocking=True)
+    rows, columns = (
+        s * (torch.arange(n, device=device) - (n - 1) / 2) * side / n + (side - 1) / 2 + t
+        for n, s, t in zip(grid, scale, shift, strict=True)
+    )
+    return sincos_at(rows, columns, embed_dim)
 
 
 def grid_of_table(num_positions: int) -> int:

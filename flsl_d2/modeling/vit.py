@@ -6,13 +6,14 @@ Shape suffixes: B images of one size, N tokens of an image, T tokens of all imag
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, cast
 
 import torch
 from detectron2.config import CfgNode, configurable
 from detectron2.layers import ShapeSpec
 from detectron2.modeling import BACKBONE_REGISTRY, Backbone
-from timm.layers import LayerScale, PatchEmbed
+from timm.layers.layer_scale import LayerScale
+from timm.layers.patch_embed import PatchEmbed
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
@@ -22,9 +23,18 @@ from flsl_d2.modeling.blocks import Block
 from flsl_d2.modeling.encoder import VIT_SIZES
 from flsl_d2.modeling.encoder_state import fit_encoder_state
 from flsl_d2.modeling.pixels import PixelAdapter
-from flsl_d2.modeling.positions import resample_positions, sincos_positions
+from flsl_d2.modeling.positions import (
+    grid_of_table,
+    jittered_positions,
+    resample_positions,
+    sincos_positions,
+)
 
-__all__ = ["NO_VALUE", "FLSLViT", "evenly_spread_blocks"]
+__all__ = ["NO_VALUE", "POSITIONS", "FLSLViT", "evenly_spread_blocks"]
+
+# Positions that a pass may add to the patches: those of the table, those of
+# flsl_d2.modeling.positions.jittered_positions, or none.
+POSITIONS = ("own", "jittered", "none")
 
 # Arguments of FLSLViT that may be None, and what stands for None in a YAML node.
 NO_VALUE = {"global_block_indexes": [], "rel_pos_img_size": 0, "layer_scale_init": 0.0}
@@ -198,7 +208,7 @@ class FLSLViT(Backbone):
             elif isinstance(module, (nn.LayerNorm, nn.Conv2d)):
                 module.reset_parameters()
             elif isinstance(module, LayerScale):
-                nn.init.constant_(module.gamma, self.layer_scale_init)
+                nn.init.constant_(module.gamma, self.layer_scale_init or 0.0)
             elif isinstance(module, Attention) and module.use_rel_pos:
                 nn.init.zeros_(module.rel_pos_h)
                 nn.init.zeros_(module.rel_pos_w)
@@ -210,8 +220,9 @@ class FLSLViT(Backbone):
     @property
     def architecture(self) -> dict[str, int | float | bool | list[int] | None]:
         """Constructor arguments that decide the shapes of the weights and what they compute."""
-        first = self.blocks[0]
-        known = {
+        blocks = self._typed_blocks()
+        first = blocks[0]
+        known: dict[str, int | float | bool | list[int] | None] = {
             "img_size": round(self.pos_embed.shape[1] ** 0.5) * self.patch_size,
             "patch_size": self.patch_size,
             "in_chans": self.patch_embed.proj.in_channels,
@@ -229,7 +240,7 @@ class FLSLViT(Backbone):
         }
         if first.attn.use_rel_pos:
             known["rel_pos_img_size"] = self.rel_pos_img_size
-        window_sizes = [block.window_size for block in self.blocks]
+        window_sizes = [block.window_size for block in blocks]
         if any(window_sizes):  # an encoder without windows may be given some later
             known["window_size"] = max(window_sizes)
             known["global_block_indexes"] = [i for i, size in enumerate(window_sizes) if not size]
@@ -246,7 +257,7 @@ class FLSLViT(Backbone):
         return {self._out_features[0]: self._encode(images).permute(0, 3, 1, 2)}
 
     def forward_tokens(
-        self, images: Tensor, num_blocks: int | None = None, positions: bool = True
+        self, images: Tensor, num_blocks: int | None = None, positions: str = "own"
     ) -> Tensor:
         """Images (B, 3, H, W) to tokens (B, N, D), row-major.
 
@@ -254,12 +265,12 @@ class FLSLViT(Backbone):
             images: normalised images; sides are multiples of the patch size.
             num_blocks: number of blocks to run, without the final norm, for features of an
                 intermediate level; None runs the whole encoder.
-            positions: whether positions are added to the patches.
+            positions: positions that are added to the patches, one of :data:`POSITIONS`.
         """
         return self._encode(images, num_blocks, positions).flatten(1, 2)
 
     def forward_packed(
-        self, batches: Sequence[Tensor], num_blocks: int | None = None, positions: bool = True
+        self, batches: Sequence[Tensor], num_blocks: int | None = None, positions: str = "own"
     ) -> list[Tensor]:
         """``[self.forward_tokens(images, ...) for images in batches]`` in one pass.
 
@@ -280,8 +291,9 @@ class FLSLViT(Backbone):
         Raises:
             InputError: the encoder has windows, relative positions or prefix tokens.
         """
-        windows = any(block.window_size for block in self.blocks)
-        if windows or self.blocks[0].attn.use_rel_pos or self.num_prefix_tokens:
+        blocks = self._typed_blocks()
+        windows = any(block.window_size for block in blocks)
+        if windows or blocks[0].attn.use_rel_pos or self.num_prefix_tokens:
             raise InputError(
                 "images of several sizes can be packed only for an encoder with window_size=0, "
                 "use_rel_pos=False and num_prefix_tokens=0; set those, or encode size by size."
@@ -295,8 +307,8 @@ class FLSLViT(Backbone):
             part.view(*shape, -1) for part, shape in zip(tokens.split(sizes), shapes, strict=True)
         ]
 
-    def embed(self, images: Tensor, positions: bool = True) -> Tensor:
-        """Images (B, 3, H, W) to patches (B, H / patch, W / patch, D), with positions or not."""
+    def embed(self, images: Tensor, positions: str = "own") -> Tensor:
+        """Images (B, 3, H, W) to patches with positions (B, H / patch, W / patch, D)."""
         height, width = images.shape[-2:]
         if height % self.patch_size or width % self.patch_size:
             raise InputError(
@@ -307,17 +319,32 @@ class FLSLViT(Backbone):
             images = self.pixel_adapter(images)
         # The convolution leaves the width outermost; all that follows would inherit its strides.
         tokens = self.patch_embed(images).contiguous()  # (B, H, W, D)
-        if not positions:
+        grid = (tokens.shape[1], tokens.shape[2])
+        if positions == "none":
             return tokens
+        if positions == "jittered":
+            side = grid_of_table(self.pos_embed.shape[1])
+            return tokens + jittered_positions(
+                len(tokens), grid, side, self.embed_dim, tokens.device
+            )
         return tokens + resample_positions(
-            self.pos_embed,
-            (tokens.shape[1], tokens.shape[2]),
-            self.position_offset,
-            self.position_antialias,
+            self.pos_embed, grid, self.position_offset, self.position_antialias
         )
 
+    def compile_blocks(self, backend: str = "inductor") -> None:
+        """Compile the blocks in place; see :meth:`flsl_d2.modeling.blocks.Block.compile_in_place`.
+
+        Args:
+            backend: backend of ``torch.compile``.
+        """
+        for block in self._typed_blocks():
+            block.compile_in_place(backend)
+
+    def _typed_blocks(self) -> list[Block]:
+        return cast(list[Block], list(self.blocks))
+
     def _encode(
-        self, images: Tensor, num_blocks: int | None = None, positions: bool = True
+        self, images: Tensor, num_blocks: int | None = None, positions: str = "own"
     ) -> Tensor:
         tokens = self.embed(images, positions)
         grid = tokens.shape[1:3]

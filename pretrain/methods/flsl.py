@@ -25,10 +25,12 @@ from pretrain.methods.previous_stage import PreviousStage
 from pretrain.methods.protocol import Losses, Monitored, StepInputs
 from pretrain.schedules import StepValues
 
-__all__ = ["FLSL", "PARTNERS", "EncoderWithHead"]
+__all__ = ["FLSL", "JITTERED", "PARTNERS", "EncoderWithHead"]
 
-# How the teacher finds the partner of a query.
+# Ways to find the partner of a query in the teacher's view.
 PARTNERS = ("similarity", "place")
+# Networks whose positions are jittered.
+JITTERED = ("none", "teacher", "both")
 
 
 class EncoderWithHead(nn.Module):
@@ -44,11 +46,11 @@ class EncoderWithHead(nn.Module):
         super().__init__()
         self.backbone, self.head, self.norm_modes = backbone, head, norm_modes
 
-    def tokens(self, images: Tensor, positions: bool = True) -> Tensor:
+    def tokens(self, images: Tensor, positions: str = "own") -> Tensor:
         """Images (B, 3, H, W) to tokens (B, N, D)."""
         return self.backbone.forward_tokens(images, self._num_blocks, positions)
 
-    def packed_tokens(self, batches: Sequence[Tensor], positions: bool = True) -> list[Tensor]:
+    def packed_tokens(self, batches: Sequence[Tensor], positions: str = "own") -> list[Tensor]:
         """:meth:`tokens` of images of several sizes, in one pass."""
         return self.backbone.forward_packed(batches, self._num_blocks, positions)
 
@@ -87,6 +89,9 @@ class FLSL(nn.Module):
         position_drop: probability that the student's patches get no positions in a step, drawn
             from the step's seed. Without positions in the teacher it keeps the encoder usable
             with positions and without.
+        position_jitter: whose positions are shifted and scaled at random for each image
+            (:func:`flsl_d2.modeling.positions.jittered_positions`): ``none``, ``teacher`` or
+            ``both``. A target then depends on a place by its neighbours alone.
 
     Raises:
         InputError: head and loss disagree about the number of centroids, the previous stage has
@@ -104,6 +109,7 @@ class FLSL(nn.Module):
         partner: str = "similarity",
         teacher_positions: bool = True,
         position_drop: float = 0.0,
+        position_jitter: str = "none",
     ) -> None:
         super().__init__()
         num_centroids = len(head.last_layer.weight_v)
@@ -120,6 +126,10 @@ class FLSL(nn.Module):
             )
         if partner not in PARTNERS:
             raise InputError(f"model.partner is '{partner}'; use one of {', '.join(PARTNERS)}.")
+        if position_jitter not in JITTERED:
+            raise InputError(
+                f"model.position_jitter is '{position_jitter}'; use one of {', '.join(JITTERED)}."
+            )
         if not 0 <= position_drop <= 1:
             raise InputError(
                 f"model.position_drop is {position_drop}, a probability; use a value from 0 to 1."
@@ -127,8 +137,10 @@ class FLSL(nn.Module):
         self.previous_stage, self.pack_views = previous_stage, pack_views
         self.needs_crops = previous_stage is not None
         self.num_centroids = num_centroids
-        self.partner, self.teacher_positions = partner, teacher_positions
-        self.position_drop = position_drop
+        self.partner, self.position_drop = partner, position_drop
+        jittered = {"none": "own", "teacher": "jittered", "both": "jittered"}[position_jitter]
+        self.teacher_positions = jittered if teacher_positions else "none"
+        self.student_positions = "jittered" if position_jitter == "both" else "own"
         self.student = EncoderWithHead(backbone, head, norm_modes)
         self.teacher = copy.deepcopy(self.student)
         self.teacher.requires_grad_(False).eval()
@@ -157,14 +169,16 @@ class FLSL(nn.Module):
         """
         scale = self.student.backbone.embed_dim**-0.5
         teacher_view, *student_views = [self._normalised(view) for view in inputs.views]
-        with torch.no_grad():
-            teacher_tokens = self.teacher.tokens(teacher_view, self.teacher_positions)  # (B, N, D)
         queries = inputs.queries
         priors = self._priors(inputs) if self.previous_stage else [None] * len(queries)
         places = inputs.places if self.partner == "place" else [None] * len(queries)
         groups = _groups_of_one_size(student_views, queries, priors, places)
+        student_tokens = self._student_tokens(groups)
+        # The teacher comes second, so that the student's draws do not depend on the teacher's.
+        with torch.no_grad():
+            teacher_tokens = self.teacher.tokens(teacher_view, self.teacher_positions)  # (B, N, D)
         parts = []
-        for group, tokens in zip(groups, self._student_tokens(groups), strict=True):
+        for group, tokens in zip(groups, student_tokens, strict=True):
             _, view_indexes, group_priors, group_places = zip(*group, strict=True)
             indexes = torch.cat(view_indexes)
             points = gather_queries(tokens, indexes)  # (V * B, Q, D)
@@ -201,10 +215,8 @@ class FLSL(nn.Module):
         Args:
             backend: backend of ``torch.compile``.
         """
-        for block in self.student.backbone.blocks:
-            block.compile_for_training(backend)
-        for block in self.teacher.backbone.blocks:
-            block.compile(dynamic=False, backend=backend)
+        self.student.backbone.compile_blocks(backend)
+        self.teacher.backbone.compile_blocks(backend)
 
     def frozen_parameters(self, values: StepValues) -> Iterable[nn.Parameter]:
         """Return the centroids as long as the schedule freezes them."""
@@ -229,7 +241,8 @@ class FLSL(nn.Module):
         batches = [torch.cat([view for view, *_ in group]) for group in groups]
         # Nothing is drawn without the switch, so that stochastic depth draws what it did.
         dropped = self.training and self.position_drop > 0
-        positions = not (dropped and float(torch.rand(())) < self.position_drop)
+        drop = dropped and float(torch.rand(())) < self.position_drop
+        positions = "none" if drop else self.student_positions
         if self.pack_views:
             return self.student.packed_tokens(batches, positions)
         return [self.student.tokens(images, positions) for images in batches]

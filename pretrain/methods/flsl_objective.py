@@ -22,6 +22,7 @@ __all__ = [
     "intra_view_loss",
     "mean_over_ranks",
     "query_indexes",
+    "sinkhorn_shift",
     "volume_loss",
 ]
 
@@ -99,6 +100,36 @@ def mean_over_ranks(values: Tensor) -> Tensor:
     return total / dist.get_world_size() + (values - values.detach())  # adds 0, and a gradient
 
 
+@torch.no_grad()
+def sinkhorn_shift(logits: Tensor, log_prior: Tensor, temperature: float, num_steps: int) -> Tensor:
+    """Shift b of the teacher's logits under which the mean assignment approaches the prior.
+
+    Sinkhorn-Knopp as in SwAV (arXiv 2006.09882) scales the columns of the assignment to their
+    share and the rows to 1 in turn. The rows come last, so the result is a softmax of shifted
+    logits, ``p+_ik = softmax_k(logits_ik / temperature + b_k)``, and a step of it is
+    ``b_k += log prior_k - log mean_i p+_ik``, the mean over the queries of all ranks.
+
+    Args:
+        logits: (Q, K).
+        log_prior: (K,) logarithm of the prior.
+        temperature: tau_t.
+        num_steps: number of steps; three are usual.
+
+    Returns:
+        b (K,).
+    """
+    shift = torch.zeros_like(log_prior)
+    rows = max(_CHUNK // logits.shape[1], 1)
+    for _ in range(num_steps):
+        parts = [
+            (part.float() / temperature + shift).softmax(dim=-1).sum(dim=0)
+            for part in logits.split(rows)
+        ]
+        mean = mean_over_ranks(torch.stack(parts).sum(dim=0) / len(logits))
+        shift = shift + log_prior - mean.clamp_min(torch.finfo(mean.dtype).tiny).log()
+    return shift
+
+
 class FLSLLoss(nn.Module):
     """``v * intra-view + eta * inter-view + gamma * volume``.
 
@@ -127,6 +158,8 @@ class FLSLLoss(nn.Module):
         centering: whether a running mean is subtracted from the teacher's logits, as DINO does
             (arXiv 2104.14294, Eq. 4), usually with ``volume_weight`` 0.
         center_momentum: momentum of that running mean.
+        sinkhorn_steps: number of steps of :func:`sinkhorn_shift` that bring the mean of the targets
+            to the prior, usually with ``volume_weight`` 0; 0 leaves the targets as they are.
 
     Raises:
         InputError: the prior has another length, a share that is not positive, or a sum other
@@ -142,11 +175,12 @@ class FLSLLoss(nn.Module):
         prior: list[float] | None = None,
         centering: bool = False,
         center_momentum: float = 0.9,
+        sinkhorn_steps: int = 0,
     ) -> None:
         super().__init__()
         self.inter_weight, self.volume_weight = inter_weight, volume_weight
         self.student_temp = student_temp
-        self.center_momentum = center_momentum
+        self.center_momentum, self.sinkhorn_steps = center_momentum, sinkhorn_steps
         self.log_prior: Tensor
         self.center: Tensor | None
         self.register_buffer("log_prior", _log_prior(prior, num_centroids), persistent=False)
@@ -180,6 +214,11 @@ class FLSLLoss(nn.Module):
         teacher_logits = teacher_logits.detach()
         if self.center is not None:
             teacher_logits = self._centered(teacher_logits.float(), self.center)
+        if self.sinkhorn_steps:
+            shift = sinkhorn_shift(
+                teacher_logits, self.log_prior, teacher_temp, self.sinkhorn_steps
+            )
+            teacher_logits = teacher_logits.float() + teacher_temp * shift
         intra = intra_view_loss(queries, modes)
         inter, mean_probs, mean_targets = self._compare(
             student_logits, teacher_logits, teacher_temp

@@ -29,7 +29,7 @@ def shapes(monkeypatch):
 
 
 def fits_gpus(shapes) -> bool:
-    """What PyTorch asks for on GPUs, or it multiplies in steps and stores the attention matrix.
+    """Check what fused attention on GPUs asks for; otherwise the attention matrix is stored.
 
     Four dimensions, and for half precision channels in multiples of 8 (``sdp_utils.cpp``).
     """

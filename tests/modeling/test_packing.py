@@ -88,15 +88,15 @@ def test_skipping_what_is_dropped_changes_no_result(monkeypatch, options, rate, 
     for skip in (True, False):
         if not skip:
             monkeypatch.setattr(StochasticDepth, "forward", computing_all)
-        of_runs = []
+        values = []
         for seed in range(8):  # with images of one size dropped, of both, of none
             torch.manual_seed(seed)
             vit.zero_grad()
             tokens = vit.forward_packed(batches) if packed else [vit.forward_tokens(batches[0])]
             sum(t.square().sum() for t in tokens).backward()
-            of_runs += [t.detach() for t in tokens]
-            of_runs += [p.grad.clone() for p in vit.parameters() if p.requires_grad]
-        results.append(of_runs)
+            values += [t.detach() for t in tokens]
+            values += [p.grad.clone() for p in vit.parameters() if p.requires_grad]
+        results.append(values)
     torch.testing.assert_close(*results, rtol=1e-5, atol=1e-6)
 
 

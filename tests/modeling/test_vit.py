@@ -14,7 +14,7 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from flsl_d2.errors import InputError
-from flsl_d2.modeling import FLSLViT
+from flsl_d2.modeling import FLSLViT, positions
 from flsl_d2.modeling.attention import window_key_mask
 from flsl_d2.modeling.vit import evenly_spread_blocks
 from pretrain.studies.benchmark.measuring import stored_for_backward
@@ -157,7 +157,7 @@ def test_patch_8_and_stochastic_depth():
 
 
 def recorded_graphs():
-    """A list, and a backend of ``torch.compile`` that puts there what it is given."""
+    """Return a list, and a backend of ``torch.compile`` that appends its graphs to it."""
     graphs = []
 
     def backend(graph, _):
@@ -172,7 +172,7 @@ def test_compiled_blocks_share_their_code():
     graphs, backend = recorded_graphs()
     model = FLSLViT(img_size=64, patch_size=8, **{**SMALL, "depth": 6}).eval()
     for block in model.blocks:
-        block.compile_for_training(backend)
+        block.compile_in_place(backend)
     model(torch.randn(2, 3, 64, 64))
     assert len(graphs) == 1
 
@@ -186,7 +186,7 @@ def test_compiled_branches_see_any_number_of_images(packed):
     results = []
     for compiled in (False, True):
         for block in model.blocks[1:] if compiled else ():  # the first block drops nothing
-            block.compile_for_training(backend)
+            block.compile_in_place(backend)
         for seed in range(8):
             torch.manual_seed(seed)
             results.append(model.forward_packed(batches) if packed else model(batches[0]))
@@ -213,15 +213,15 @@ def test_global_blocks_are_spread_evenly(depth, expected):
 
 
 @pytest.mark.parametrize(
-    ("arguments", "says"),
+    ("arguments", "message"),
     [
         ({"img_size": 100}, "img_size is 100"),
         ({"embed_dim": 50}, "3 heads do not divide"),
         ({"global_block_indexes": (4,)}, "blocks 0 to 3"),
     ],
 )
-def test_arguments_that_do_not_fit(arguments, says):
-    with pytest.raises(InputError, match=says):
+def test_arguments_that_do_not_fit(arguments, message):
+    with pytest.raises(InputError, match=message):
         FLSLViT(**{**SMALL, **arguments})
 
 
@@ -340,3 +340,37 @@ def test_a_table_loaded_into_another_grid_is_the_one_of_images_of_that_size(offs
     small.load_state_dict(large.state_dict())
     images = torch.randn(1, 3, 64, 64)
     torch.testing.assert_close(small.forward_tokens(images), large.forward_tokens(images))
+
+
+class TestPositions:
+    """Positions of a pass: those of the table, jittered ones, none."""
+
+    def test_jittered_ones_without_jitter_are_those_of_the_table(self, monkeypatch):
+        monkeypatch.setattr(positions, "_MAX_SHIFT", 0.0)
+        monkeypatch.setattr(positions, "_MAX_SCALE", 1.0)
+        model = FLSLViT(img_size=64, **SMALL).eval()
+        images = torch.randn(2, 3, 64, 64)
+        # Coordinates of up to 3 in single precision.
+        torch.testing.assert_close(
+            model.embed(images, "jittered"), model.embed(images), rtol=1e-5, atol=1e-5
+        )
+
+    def test_jitter_shifts_and_scales_each_image_and_axis(self):
+        torch.manual_seed(0)
+        out = positions.jittered_positions(500, (3, 5), 4, 8, torch.device("cpu"))
+        assert out.shape == (500, 3, 5, 8)
+        # The first frequency is 1, so sine and cosine give the coordinate up to full turns.
+        for axis, along, n in ((0, 2, 5), (4, 1, 3)):  # the first half encodes the column
+            line = out.select(3 - along, 0)
+            angle = torch.atan2(line[..., axis], line[..., axis + 2])
+            step = (angle[:, 1] - angle[:, 0]).remainder(2 * torch.pi) * n / 4
+            assert step.min() > 1 / 1.5 - 1e-3
+            assert step.max() < 1.5 + 1e-3
+            assert step.std() > 0.1
+
+    def test_without_any_patches_do_not_know_their_place(self):
+        model = FLSLViT(img_size=64, **SMALL).eval()
+        tokens = model.forward_tokens(torch.zeros(1, 3, 64, 64), positions="none")
+        torch.testing.assert_close(tokens, tokens[:, :1].expand_as(tokens))
+        packed = model.forward_packed([torch.zeros(1, 3, 64, 64)], positions="none")[0]
+        torch.testing.assert_close(packed, tokens)

@@ -11,6 +11,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from flsl_d2.data.image_files import find_images, image_files
 from flsl_d2.data.images import read_rgb
 from flsl_d2.errors import InputError
 from pretrain.data import (
@@ -18,8 +19,6 @@ from pretrain.data import (
     PretrainDataset,
     build_pretrain_loader,
     check_failed_share,
-    find_images,
-    image_files,
 )
 from pretrain.views import NestedViews
 
@@ -114,6 +113,17 @@ def test_unreadable_images_are_replaced_and_named(folder):
         PretrainDataset(files, NestedViews(**SMALL_VIEWS), on_error="raise")[
             0, files.index(str(broken))
         ]
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_an_error_of_the_data_set_reaches_the_trainer_as_it_is(tmp_path, workers):
+    """Without the traceback that PyTorch puts before the sentence of a worker."""
+    (tmp_path / "broken.jpg").write_bytes(b"not an image")
+    dataset = PretrainDataset(find_images(tmp_path), NestedViews(**SMALL_VIEWS), on_error="raise")
+    with pytest.raises(InputError) as caught:
+        next(iter(build_pretrain_loader(dataset, 1, workers)))
+    assert str(caught.value).startswith("image '")
+    assert "\n" not in str(caught.value)
 
 
 def test_only_unreadable_images_stop(tmp_path):

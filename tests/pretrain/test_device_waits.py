@@ -94,7 +94,11 @@ def run_step(overrides: list[str], folder) -> Dispatched:
         ["views.on_device=crops"],
         ["model.previous_stage.weights=previous.pth"],
         ["model.partner=place", "model.teacher_positions=False", "model.position_drop=0.5"],
-        ["model.partner=place", "views.on_device=crops", "views.flip=0.5"],
+        [
+            "views.on_device=crops",
+            "model.position_jitter=both",
+            "model.loss.sinkhorn_steps=3",
+        ],
     ],
     ids=lambda overrides: ",".join(overrides)[:60] or "default",
 )

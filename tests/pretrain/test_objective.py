@@ -20,13 +20,14 @@ from pretrain.methods.flsl_objective import (
     intra_view_loss,
     mean_over_ranks,
     query_indexes,
+    sinkhorn_shift,
     volume_loss,
 )
 from pretrain.studies.benchmark.measuring import stored_for_backward
 
 
 def by_loops(z, m, s_logits, t_logits, tau_s, tau_t, log_prior):
-    """The pseudocode of ``FLSLLoss``, executed as it stands."""
+    """Execute the pseudocode of ``FLSLLoss``."""
     num_queries, num_centroids = s_logits.shape
     intra = inter = volume = 0.0
     mean = [0.0] * num_centroids
@@ -111,6 +112,28 @@ def test_centering_follows_the_mean_in_training_only():
     assert monitored["assigned"].tolist() == [1, 0, 1]
 
 
+@pytest.mark.parametrize("prior", [None, [0.1, 0.2, 0.3, 0.15, 0.25]])
+def test_sinkhorn_equals_scaling_columns_and_rows_in_turn(monkeypatch, prior):
+    monkeypatch.setattr(objective, "_CHUNK", 3 * 5)  # a remainder of one query, too
+    logits = torch.randn(7, 5)
+    shares = torch.tensor(prior or [0.2] * 5)
+    assignment = (logits.double() / 0.3).exp()
+    assignment /= assignment.sum(dim=1, keepdim=True)
+    for num_steps in range(1, 101):
+        assignment *= shares / assignment.mean(dim=0)
+        assignment /= assignment.sum(dim=1, keepdim=True)
+        if num_steps in (1, 3, 100):
+            shift = sinkhorn_shift(logits, shares.log(), 0.3, num_steps)
+            targets = (logits / 0.3 + shift).softmax(dim=-1)
+            # Single precision, over as many steps.
+            torch.testing.assert_close(targets.double(), assignment, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(targets.mean(dim=0), shares, rtol=1e-3, atol=1e-4)
+    _, monitored = FLSLLoss(5, prior=prior, sinkhorn_steps=100)(
+        torch.randn(7, 4), torch.randn(7, 4), logits, logits, 0.03, 0.3
+    )
+    torch.testing.assert_close(monitored["mean_assignment"], shares, rtol=1e-3, atol=1e-4)
+
+
 @pytest.mark.parametrize("rows", [1, 3, 6])
 @pytest.mark.parametrize("volume_weight", [0.0, 2.0])
 def test_recomputed_in_parts_equals_kept_whole(monkeypatch, rows, volume_weight):
@@ -143,11 +166,11 @@ def test_recomputing_keeps_logits_once(monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("prior", "says"),
+    ("prior", "message"),
     [([0.5, 0.5], "2 shares for 3"), ([0.5, 0.5, 0.5], "sum is 1.5"), ([1.5, -0.5, 0], "-0.5")],
 )
-def test_a_wrong_prior_is_named(prior, says):
-    with pytest.raises(InputError, match=says):
+def test_a_wrong_prior_is_named(prior, message):
+    with pytest.raises(InputError, match=message):
         FLSLLoss(3, prior=prior)
 
 

@@ -96,23 +96,21 @@ class Recorder(nn.Module):
         return {"loss": modes.sum()}, {}
 
 
-def earned_by_a_map_of_places(flip: float = 0.0, **switches) -> tuple[float, float]:
-    """Nats of the target that a token's place in its own view tells, and the target's entropy.
+def earned_by_a_map_of_places(flip: float = 0.0, **switches) -> float:
+    """Information in nats that a token's place in its own view has about the target.
 
-    The encoder's features depend on positions alone: its patches are zero and its blocks change
+    The encoder's features depend on positions alone: all patches are equal and its blocks change
     nothing. The best student with such features predicts the mean target of each place, and gains
     the mutual information of target and place over one that predicts the mean target.
     """
     torch.manual_seed(0)
     encoder = FLSLViT(img_size=64, patch_size=8, embed_dim=48, depth=1, num_heads=2)
     with torch.no_grad():
-        for layer in (
-            encoder.patch_embed.proj,
-            encoder.blocks[0].attn.proj,
-            encoder.blocks[0].mlp.fc2,
-        ):
+        block = encoder.blocks[0]
+        for layer in (encoder.patch_embed.proj, block.attn.proj, block.mlp.fc2):
             layer.weight.zero_()
             layer.bias.zero_()
+        encoder.patch_embed.proj.bias.normal_(std=0.1)
     head = FLSLHead(48, num_centroids=64, hidden_dim=64, bottleneck_dim=16)
     for layer in head.mlp[::2]:
         nn.init.xavier_normal_(layer.weight, gain=2.0)
@@ -128,23 +126,22 @@ def earned_by_a_map_of_places(flip: float = 0.0, **switches) -> tuple[float, flo
     targets = model.loss.targets.view(256, 64, -1).double()  # (B, places, K)
     entropy = torch.special.entr(targets.mean(dim=(0, 1))).sum()
     left = torch.special.entr(targets.mean(dim=0)).sum(dim=-1).mean()
-    return float(entropy - left), float(entropy)
+    return float(entropy - left)
 
 
 def test_a_map_of_places_earns_the_published_objective_and_less_or_nothing_with_the_remedies():
-    published, entropy = earned_by_a_map_of_places()
-    assert published > 1.0  # of the entropy, which only the softness of the targets leaves
-    by_place, _ = earned_by_a_map_of_places(partner="place")
+    published = earned_by_a_map_of_places()
+    assert published > 0.5
+    # With a partner by similarity the own place decides the target, whatever the crops and flips.
+    assert earned_by_a_map_of_places(flip=0.5) == pytest.approx(published, rel=0.01)
+    by_place = earned_by_a_map_of_places(partner="place")
     assert by_place < 0.9 * published
-    mirrored, _ = earned_by_a_map_of_places(partner="place", flip=0.5)
-    assert mirrored < 0.8 * by_place
-    # The own place answers for a partner by similarity, whatever the crops and flips.
-    same, _ = earned_by_a_map_of_places(flip=0.5)
-    assert same == pytest.approx(published, rel=0.01)
+    assert earned_by_a_map_of_places(partner="place", flip=0.5) < 0.8 * by_place
     for partner in ("similarity", "place"):
-        nothing, left = earned_by_a_map_of_places(partner=partner, teacher_positions=False)
+        nothing = earned_by_a_map_of_places(partner=partner, teacher_positions=False)
         assert nothing == pytest.approx(0, abs=1e-6)  # rounding of single precision
-        assert left < entropy
+    # The mean of 256 draws is not the expectation, so some information seems to be left.
+    assert earned_by_a_map_of_places(partner="place", position_jitter="both") < 0.1 * published
 
 
 def test_positions_are_dropped_in_the_stated_share_of_steps_and_from_the_seed():
@@ -168,7 +165,11 @@ def test_positions_are_dropped_in_the_stated_share_of_steps_and_from_the_seed():
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
-    [({"partner": "plcae"}, "'plcae'"), ({"position_drop": 1.5}, "position_drop is 1.5")],
+    [
+        ({"partner": "plcae"}, "'plcae'"),
+        ({"position_drop": 1.5}, "position_drop is 1.5"),
+        ({"position_jitter": "student"}, "'student'"),
+    ],
 )
 def test_switches_out_of_range_are_refused(arguments, message):
     encoder = FLSLViT(img_size=16, patch_size=8, embed_dim=8, depth=1, num_heads=2)

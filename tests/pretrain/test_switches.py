@@ -61,6 +61,7 @@ SWITCHES = {
     "model.loss.volume_weight=0.0": {"loss_volume", "loss", *LEARNT},
     "model.loss.student_temp=0.2": {"loss_inter", "loss_volume", "loss", *LEARNT},
     "model.loss.centering=True": {"center", *TARGETS},
+    "model.loss.sinkhorn_steps=3": TARGETS,
     "model.loss.prior=[" + ",".join(["0.04"] * 8 + ["0.085"] * 8) + "]": {
         "loss_volume",
         "loss",
@@ -71,6 +72,8 @@ SWITCHES = {
     "model.partner=place": TARGETS,
     "model.teacher_positions=False": TARGETS,
     "model.position_drop=1.0": MODES,
+    "model.position_jitter=teacher": TARGETS,
+    "model.position_jitter=both": MODES,
     "model.head.learn_scale=True": {"gradients", "student", "teacher"},
     "train.clip_mode=global": LEARNT,
     "train.clip_mode=none": LEARNT,

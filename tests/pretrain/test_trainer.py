@@ -65,7 +65,7 @@ def test_student_learns_and_teacher_follows():
     trainer = trained(frozen_last_layer_epochs=0, teacher_momentum=(0.5, 0.5))
     for name in ("student", "teacher"):
         old = dict(getattr(before, name).named_parameters())
-        for key, new in getattr(trainer.flsl, name).named_parameters():
+        for key, new in getattr(trainer.method, name).named_parameters():
             fixed = key in ("backbone.pos_embed", "head.last_layer.weight_g")
             assert torch.equal(old[key], new) == fixed, f"{name}.{key}"
     assert not any(p.grad is not None for p in trainer.method.teacher.parameters())

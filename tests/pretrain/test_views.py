@@ -23,7 +23,7 @@ from pretrain.views import NestedViews, crop_box, pooled_queries, resized_crop
 
 
 def picture(height: int = 90, width: int = 130, seed: int = 0) -> np.ndarray:
-    """A smooth random picture, like a photograph's low frequencies."""
+    """Make a smooth random picture, like the low frequencies of a photograph."""
     coarse = np.random.default_rng(seed).integers(0, 256, (9, 13, 3), dtype=np.uint8)
     return np.array(Image.fromarray(coarse).resize((width, height), Image.BICUBIC))
 
@@ -162,15 +162,15 @@ def test_augmentation_happens_as_often_as_stated():
 
 
 @pytest.mark.parametrize(
-    ("arguments", "says"),
+    ("arguments", "message"),
     [
         ({"global_size": 225}, "global_size is 225"),
         ({"local_size": 100}, "local_size is 100"),
         ({"global_window": 15}, "15 tokens"),
     ],
 )
-def test_sizes_that_do_not_fit(arguments, says):
-    with pytest.raises(InputError, match=says):
+def test_sizes_that_do_not_fit(arguments, message):
+    with pytest.raises(InputError, match=message):
         NestedViews(**arguments)
 
 
