@@ -25,6 +25,9 @@ Size = tuple[float, float]  # height, width; infinite where unknown
 
 # Characters hold 5 bits each: runs of up to 2^34 pixels, whose sums still fit 64 bits.
 _MAX_CHARACTERS = 7
+# Pixels of a box within its image. Detectron2 drops boxes of less than 1e-5 after resizing, in
+# single precision.
+_LEAST_SIDE = 0.01
 _MAX_SIDE = 10**6  # pixels; a longer side cannot be the size of a picture
 
 NOT_A_BOX = Problem("annotations whose bbox is not four numbers x, y, width, height", True)
@@ -64,9 +67,10 @@ def box_problem(box: Any, size: Size) -> Problem | None:
     if not isinstance(box, (list, tuple)) or len(box) != 4 or not all(map(is_number, box)):
         return NOT_A_BOX
     x, y, width, height = box
-    if not (math.isfinite(x + y + width + height) and width > 0 and height > 0):
+    if not (math.isfinite(x + y + width + height) and min(width, height) >= _LEAST_SIDE):
         return NO_AREA
-    if x >= size[1] or y >= size[0] or x + width <= 0 or y + height <= 0:
+    inside = min(x + width, size[1]) - max(x, 0), min(y + height, size[0]) - max(y, 0)
+    if min(inside) < _LEAST_SIDE:
         return OUTSIDE
     return None
 

@@ -82,7 +82,7 @@ class ImageFolder:
         """Names in a subfolder by their simplified spelling; None if it cannot be listed."""
         if folder not in self._names:
             try:
-                names = PathManager.ls(os.path.join(self.root, folder))
+                names = sorted(PathManager.ls(os.path.join(self.root, folder)))
             except (OSError, ValueError):
                 self._names[folder] = None
             else:

@@ -52,6 +52,11 @@ class Findings:
         self._note("unusable", kind, name)
         self._unusable.add(str(name))
 
+    def discard_unusable(self) -> None:
+        """Forget annotations that are left out, as consequences of a fault of the whole file."""
+        self._counts["unusable"].clear()
+        self._unusable.clear()
+
     def problem(self, problem: Problem, name: object) -> None:
         """Note a problem of an annotation at the level that it has."""
         (self.fault if problem.fatal else self.unusable)(problem.kind, name)

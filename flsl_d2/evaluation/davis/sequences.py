@@ -13,6 +13,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
+from flsl_d2.data.images import read_rgb
 from flsl_d2.errors import InputError
 
 __all__ = [
@@ -43,14 +44,22 @@ def davis_palette() -> np.ndarray:
 
 
 def read_indexed_png(path: Path) -> np.ndarray:
-    """A mask: (H, W) uint8 indexes.
+    """Read a mask: (H, W) uint8 indexes.
+
+    DAVIS 2016 has grey masks of 0 and 255, in which 255 is the object; they are read as 0 and 1.
+    In masks with a palette 255 is void.
 
     Raises:
         InputError: the file cannot be read, or its pixels are no indexes (a colour image).
     """
     try:
         with Image.open(path) as image:
-            if image.mode not in ("P", "L"):
+            if image.mode == "1":
+                return np.array(image).astype(np.uint8)
+            if image.mode == "L":
+                mask = np.array(image)
+                return mask // VOID if np.isin(mask, (0, VOID)).all() else mask
+            if image.mode != "P":
                 raise InputError(
                     f"mask '{path}' has pixels of mode {image.mode}, not 8-bit indexes; "
                     "use the benchmark's indexed PNG files."
@@ -161,25 +170,24 @@ def find_sequence(root: Path, resolution: str, name: str, all_masks: bool = True
 
 
 def read_frame(path: Path) -> np.ndarray:
-    """(H, W, 3) uint8 RGB.
+    """Read a frame, (H, W, 3) uint8 RGB.
 
     Raises:
         InputError: the file cannot be decoded.
     """
     try:
-        with Image.open(path) as image:  # unlike OpenCV, it refuses files that end too early
-            return np.array(image.convert("RGB"))
-    except Exception as error:  # Pillow's readers raise many kinds for damaged files
+        return read_rgb(str(path))
+    except OSError as error:
         raise InputError(
-            f"frame '{path}' cannot be decoded ({type(error).__name__}); download it again."
+            f"frame '{path}' cannot be decoded ({error}); download it again."
         ) from error
 
 
 def read_mask(path: Path) -> np.ndarray:
-    """(H, W) uint8: 0 the background, 1, 2, ... the objects.
+    """Read a mask, (H, W) uint8: 0 is the background, and 1, 2, ... are the objects.
 
-    Pixels of no object and not of the background (void) count as background, as the benchmark
-    has it where the first mask is given.
+    Pixels that belong neither to an object nor to the background (void) count as background, as
+    in the benchmark where the first mask is given.
 
     Raises:
         InputError: the file is no readable indexed mask.
