@@ -30,6 +30,9 @@ class FLSLDatasetMapper(DatasetMapper):
     the annotation.
     """
 
+    instance_mask_format: str
+    recompute_boxes: bool
+
     def __call__(self, dataset_dict: dict[str, Any]) -> dict[str, Any]:
         """Read and transform one image with its annotations.
 

@@ -161,7 +161,7 @@ def dots(rng: np.random.Generator, u: np.ndarray, v: np.ndarray) -> np.ndarray:
 
 def speckle(rng: np.random.Generator, u: np.ndarray, v: np.ndarray) -> np.ndarray:
     """Fine irregular spots."""
-    return _soft_step(8 * (octaves(rng, *u.shape, coarsest=4.0) - 0.5))
+    return _soft_step(8 * (octaves(rng, u.shape[0], u.shape[1], coarsest=4.0) - 0.5))
 
 
 def zigzag(rng: np.random.Generator, u: np.ndarray, v: np.ndarray) -> np.ndarray:
@@ -192,7 +192,7 @@ def planks(rng: np.random.Generator, u: np.ndarray, v: np.ndarray) -> np.ndarray
 
 def clouds(rng: np.random.Generator, u: np.ndarray, v: np.ndarray) -> np.ndarray:
     """Noise of many scales; background and clutter only."""
-    return octaves(rng, *u.shape, coarsest=max(u.shape) / 3)
+    return octaves(rng, u.shape[0], u.shape[1], coarsest=max(u.shape) / 3)
 
 
 BACKGROUNDS: tuple[Pattern, ...] = (bricks, planks, clouds, stripes, gradient)

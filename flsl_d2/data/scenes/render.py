@@ -106,10 +106,13 @@ def _paint(
         soft = cv2.GaussianBlur(fallen.covered.astype(np.float32), (0, 0), 2.0)[shaded[1]] / 255
         canvas[shaded[0]] *= 1 - shadow * soft[..., None]
 
-    known = layer.category is not None
-    first, second = _class_colours(rng, layer.category) if known else _colours(rng, contrast=60.0)
-    colours = _mix(layer.texture(rng, *_coordinates(*alpha.shape, layer.turn)), first, second)
-    colours *= _ramp(*alpha.shape, light, 1.2, 0.75)
+    if layer.category is not None:
+        first, second = _class_colours(rng, layer.category)
+    else:
+        first, second = _colours(rng, contrast=60.0)
+    rows, columns = alpha.shape
+    colours = _mix(layer.texture(rng, *_coordinates(rows, columns, layer.turn)), first, second)
+    colours *= _ramp(rows, columns, light, 1.2, 0.75)
     opaque = alpha[part][..., None]
     canvas[inside] += opaque * (colours[part] - canvas[inside])
 
@@ -130,8 +133,9 @@ def render_scene(rng: np.random.Generator, image_size: tuple[int, int]) -> Scene
     for layer in layers:
         _paint(rng, canvas, layer, light, shadow)
     canvas = cv2.GaussianBlur(canvas, (0, 0), rng.uniform(0.3, 0.7))
-    canvas += rng.uniform(1, 6) * rng.standard_normal(canvas.shape, dtype=np.float32)
-    image = np.clip(canvas, 0, 255).astype(np.uint8)
+    strength = rng.uniform(1, 6)
+    noise = strength * rng.standard_normal(canvas.shape, dtype=np.float32)
+    image = np.clip(canvas + noise, 0, 255).astype(np.uint8)
 
     numbers = [n for n, layer in enumerate(layers, start=1) if layer.category is not None]
     masks = (
