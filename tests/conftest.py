@@ -1,4 +1,4 @@
-"""Where tests find data, and what they say when there is none."""
+"""Settings of every test: folders of data, seeds, and how examples of property tests are drawn."""
 
 from __future__ import annotations
 
@@ -11,9 +11,22 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import pytest
 import torch
+from hypothesis import settings
 
-GOLDEN = Path(os.environ.get("FLSL_GOLDEN", "../shared/golden"))
-GOLDEN_FILES = sorted(GOLDEN.glob("*.npz")) if GOLDEN.is_dir() else []
+# The default run draws the same examples each time, however fast the machine is. `make fuzz` draws
+# new ones and keeps those that fail in .hypothesis, so that it tries them first the next time.
+settings.register_profile(
+    "default", derandomize=True, database=None, deadline=None, print_blob=True
+)
+settings.register_profile(
+    "fuzz", derandomize=False, max_examples=500, deadline=None, print_blob=True
+)
+settings.load_profile("default")
+
+GOLDEN = Path(os.environ.get("FLSL_GOLDEN") or Path(__file__).parent / "golden")
+GOLDEN_FILES = sorted(GOLDEN.glob("*.npz"))
+if not GOLDEN_FILES:
+    raise pytest.UsageError(f"FLSL_GOLDEN={GOLDEN} has no *.npz: name a folder of golden values")
 
 
 @pytest.fixture(scope="session")

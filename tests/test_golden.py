@@ -1,6 +1,7 @@
 """Every number of one training step against the published implementation.
 
-Reads each ``*.npz`` in the folder that FLSL_GOLDEN names. Sizes come from the file.
+Reads each ``*.npz`` in ``tests/golden``, or in the folder that FLSL_GOLDEN names. Sizes come from
+the file.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import GOLDEN, GOLDEN_FILES
+from conftest import GOLDEN_FILES
 
 from flsl_d2.mean_shift import attention, mean_shift, mix_attention, sharpened_prior
 from flsl_d2.modeling import FLSLViT
@@ -22,13 +23,13 @@ from pretrain.methods.flsl_objective import FLSLLoss, gather_queries, query_inde
 from pretrain.methods.previous_stage import PreviousStage
 from pretrain.schedules import StepValues
 
-TOLERANCE = 1e-4
-# The prior's parameters are the reference run's, stated beside the files.
+# Relative, in the Euclidean norm of a tensor. Both sides compute in float32 (rounding error 6e-8)
+# and sum in another order; up to 1.5e-6 was seen, and libraries of other processors get ten times
+# that. Positions without their offset change gradients by 1e-2. Only a norm's epsilon of 1e-5 in
+# place of 1e-6 (1e-5) would go unnoticed.
+TOLERANCE = 2e-5
+# Parameters of the prior in the reference run (tests/golden/README.md).
 PRIOR_SHARPNESS, PRIOR_SCALE, MIXTURE = 1e3, 0.2, 0.3
-
-pytestmark = pytest.mark.skipif(
-    not GOLDEN_FILES, reason=f"no *.npz in {GOLDEN}; set FLSL_GOLDEN to the reference values"
-)
 
 
 class Golden:
@@ -153,22 +154,33 @@ def test_losses_in_half_precision(golden: Golden, pack_views: bool) -> None:
         assert abs(losses[ours] - reference) < 0.02 * abs(reference), ours
 
 
+@pytest.mark.parametrize("pack_views", [False, True])
+def test_losses_and_gradients(golden: Golden, pack_views: bool) -> None:
+    assert_step_equals(golden, pack_views)
+
+
 @pytest.mark.parametrize(
     ("pack_views", "compiled", "backend"),
     [
-        (False, "", ""),
-        (True, "", ""),
         (False, "blocks", "aot_eager"),
         (True, "blocks", "aot_eager"),
         (False, "branches", "aot_eager"),
         (True, "branches", "inductor"),  # slow: once
     ],
 )
-def test_losses_and_gradients(
-    golden: Golden, pack_views: bool, compiled: str, backend: str
+def test_losses_and_gradients_of_compiled_code(
+    pack_views: bool, compiled: str, backend: str
 ) -> None:
+    """One file is enough: compiling takes seconds, and sizes play no part in it."""
     if backend == "inductor" and not (shutil.which("g++") or shutil.which("clang++")):
         pytest.skip("torch.compile needs a C++ compiler on CPUs")
+    assert_step_equals(Golden(GOLDEN_FILES[0]), pack_views, compiled, backend)
+
+
+def assert_step_equals(
+    golden: Golden, pack_views: bool, compiled: str = "", backend: str = ""
+) -> None:
+    """Compare every loss and gradient of a step with the reference."""
     golden.model.pack_views = pack_views
     if compiled == "blocks":
         golden.model.compile_blocks(backend)

@@ -9,9 +9,10 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from flsl_d2.engine.command_line import described_parser, run_tool
 from flsl_d2.weights.export import FORMATS, convert_checkpoint
 
-EPILOG = """read: published FLSL, DINO, iBOT, SelfPatch, MAE, MoCo v3, DINOv2, DeiT, timm, ViTDet of
-Detectron2 (.pth, .pkl, .safetensors) and what this project writes. No code in a file is ever run.
-docs/CHECKPOINTS.md says what is kept of each.
+EPILOG = """read: published FLSL, DINO, iBOT, SelfPatch, MAE, MoCo v3, DINOv2, DeiT, timm,
+transformers, Flax (.npz), Segment Anything, ViTDet of Detectron2 (.pkl) and this project's files,
+under any stack of wrappers and prefixes. No code in a file is ever run. docs/CHECKPOINTS.md says
+what is kept of each.
 
 examples:
   the teacher of a DINO run, for a Detectron2 project:
@@ -39,16 +40,18 @@ def main() -> None:
     )
     add(
         "--which",
-        choices=("teacher", "student"),
-        help="encoder to take of a file with two (default: the one that the file's project "
-        "evaluates: the teacher, for MoCo v3 the base encoder, which is its student)",
+        metavar="NAME",
+        help="set of weights to take from a file with several, e.g. student or state_dict_ema "
+        "(default: the one that the file's project evaluates: the teacher; for MoCo v3 the base "
+        "encoder, which is its student; the model where its moving average lies beside it)",
     )
-    add("--report", metavar="FILE", help="write what became of every weight to this JSON file")
+    add("--report", metavar="FILE", help="JSON file for the account of every weight")
     add(
         "--num-heads",
         type=int,
         metavar="N",
-        help="attention heads, which no file of tensors tells (default: the published models')",
+        help="number of attention heads, which no tensor tells (default: that of the published "
+        "models of the same width)",
     )
     args = vars(parser.parse_args())
     if args["num_heads"] is None:

@@ -67,13 +67,14 @@ def load_for_evaluation(
         key: how the config's key for weights is written, for messages.
 
     Raises:
-        InputError: there is nothing to evaluate, or only an encoder.
+        InputError: there is nothing to evaluate, only an encoder, or only a part of the model.
     """
     if not weights and not (resume and checkpointer.has_checkpoint()):
         raise InputError(
             f"--eval-only has no weights to evaluate; give {key}DETECTOR.pth, or --resume for the "
             "last checkpoint in the output folder."
         )
+    checkpointer.require_whole = True
     checkpointer.resume_or_load(weights, resume=resume)
     if checkpointer.loaded_encoder_only:
         raise InputError(

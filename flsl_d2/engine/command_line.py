@@ -1,4 +1,8 @@
-"""What all tools share: their options, and errors as one sentence instead of a traceback."""
+"""Options and exit statuses that all command-line tools share.
+
+A tool is a module with a ``main`` function, run by ``python -m`` or by a file in ``tools/``. An
+option that means the same in several tools is declared once, in :data:`SHARED_OPTIONS`.
+"""
 
 from __future__ import annotations
 
@@ -6,17 +10,33 @@ import argparse
 import os
 import sys
 import warnings
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, NoReturn
+
+import torch
 
 from flsl_d2.engine.launch import WorkerError, leave, started_by_torchrun
 from flsl_d2.engine.stopping import STOPPED
 from flsl_d2.errors import InputError, TrainingError
 
-__all__ = ["described_parser", "parse_tool_arguments", "run_tool", "tool_argument_parser"]
+__all__ = [
+    "SHARED_OPTIONS",
+    "add_option",
+    "add_overrides",
+    "comma_separated",
+    "described_parser",
+    "named_weights",
+    "parse_tool_arguments",
+    "run_tool",
+    "seed_list",
+    "tool_argument_parser",
+    "user_path",
+]
 
-# Warnings of third parties that a user of the tools can do nothing about: (category, its start,
-# without a colon or comma, which PYTHONWARNINGS could not hold).
+# Warnings of third parties that a user of the tools can do nothing about: the category and the
+# start of the message, without colons and commas, because they separate the fields and the
+# entries of PYTHONWARNINGS.
 _HARMLESS = (
     (UserWarning, "pkg_resources is deprecated as an API"),
     (UserWarning, "torch.meshgrid"),
@@ -60,14 +80,22 @@ def run_tool(function: Callable[..., Any], *args: Any) -> None:
     sys.exit(status)
 
 
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        """Report a wrong command line in one sentence, like every other error of a tool."""
+        self.exit(2, f"error: {message}; --help lists the options.\n")
+
+
 def described_parser(description: str, epilog: str = "") -> argparse.ArgumentParser:
-    """A parser whose help shows both texts as they are written, and that takes whole options only.
+    """Make a parser that shows both texts as they are written and takes whole options only.
 
     Args:
         description: what the tool does.
         epilog: examples of complete commands.
     """
-    return argparse.ArgumentParser(
+    spec = getattr(sys.modules["__main__"], "__spec__", None)
+    return _Parser(
+        prog=f"python -m {spec.name.removesuffix('.__main__')}" if spec else None,
         description=description,
         epilog=epilog,
         formatter_class=argparse.RawDescriptionHelpFormatter,
@@ -75,10 +103,152 @@ def described_parser(description: str, epilog: str = "") -> argparse.ArgumentPar
     )
 
 
+def user_path(text: str) -> Path:
+    """Path of an option, with a leading ``~`` expanded."""
+    return Path(text).expanduser()
+
+
+def comma_separated(text: str) -> list[str]:
+    """Items of a list such as ``a,b``, each once."""
+    return list(dict.fromkeys(part.strip() for part in text.split(",") if part.strip()))
+
+
+def seed_list(text: str) -> list[int]:
+    """Seeds of a list such as ``0,1``, each once.
+
+    Raises:
+        argparse.ArgumentTypeError: a part is not a whole number from 0 on.
+    """
+    parts = comma_separated(text)
+    if not parts or not all(part.isdecimal() for part in parts):
+        raise argparse.ArgumentTypeError(
+            f"{text!r} is not a list of whole numbers; write --seeds 0,1"
+        )
+    return [int(part) for part in parts]
+
+
+def named_weights(text: str) -> tuple[str, str]:
+    """Name and source of ``NAME=FILE``; the name is empty where only a file is given.
+
+    Raises:
+        argparse.ArgumentTypeError: the name or the file is missing.
+    """
+    name, equals, source = text.partition("=")
+    # A "=" behind a slash or a question mark is part of a path without a name.
+    if not equals or "/" in name or "?" in name:
+        name, source = "", text
+    if (equals and text.startswith("=")) or not source:
+        raise argparse.ArgumentTypeError(
+            f"{text!r} is not of the form NAME=FILE; write flsl=teacher.pth"
+        )
+    return name, os.path.expanduser(source)
+
+
+class _CollectLists(argparse.Action):
+    """Collect the items of all lists that an option is given, each item once."""
+
+    def __call__(
+        self,
+        parser: argparse.ArgumentParser,
+        namespace: argparse.Namespace,
+        values: Any,
+        option_string: str | None = None,
+    ) -> None:
+        lists = values if self.nargs else [values]
+        items = [*(getattr(namespace, self.dest) or []), *(i for part in lists for i in part)]
+        setattr(namespace, self.dest, list(dict.fromkeys(items)))
+
+
+SHARED_OPTIONS: dict[str, dict[str, Any]] = {
+    "--config-file": {
+        "required": True,
+        "metavar": "FILE",
+        "help": "config to run; a path, or a name below configs/",
+    },
+    "--weights": {
+        "type": os.path.expanduser,
+        "metavar": "FILE",
+        "help": "encoder: file or URL of any known layout, or 'random' for an untrained ViT-S/16",
+    },
+    "--train": {
+        "default": "",
+        "metavar": "NAME",
+        "help": "registered data set, or folder with a subfolder for each class, that the measures "
+        "learn labels from",
+    },
+    "--val": {"default": "", "metavar": "NAME", "help": "the same, that they score"},
+    "--measures": {
+        "action": _CollectLists,
+        "type": comma_separated,
+        "metavar": "A,B",
+        "help": "measures of frozen features",
+    },
+    "--max-images": {
+        "type": int,
+        "metavar": "N",
+        "help": "largest number of images of each data set, drawn by seed (default: all)",
+    },
+    "--short-side": {
+        "type": int,
+        "default": 448,
+        "metavar": "PX",
+        "help": "shorter side that images are resized to, in pixels (default: %(default)s)",
+    },
+    "--seeds": {"type": seed_list, "metavar": "0,1", "help": "seeds, one run each"},
+    "--output": {
+        "type": user_path,
+        "metavar": "DIR",
+        "help": "folder of everything that is written (default: %(default)s)",
+    },
+    "--json": {"type": user_path, "metavar": "FILE", "help": "JSON file to write the results to"},
+    "--device": {
+        "default": "cuda" if torch.cuda.is_available() else "cpu",
+        "help": "cuda or cpu (default here: %(default)s)",
+    },
+    "--num-gpus": {
+        "type": int,
+        "default": 1,
+        "metavar": "N",
+        "help": "GPUs on this machine; on the CPU, processes (default: %(default)s)",
+    },
+    "--gpus-per-job": {
+        "type": int,
+        "default": 1,
+        "metavar": "N",
+        "help": "GPUs of each job, so that several jobs run at a time (default: %(default)s)",
+    },
+}
+
+
+def add_option(
+    parser: argparse.ArgumentParser, name: str, old_names: Sequence[str] = (), **changes: Any
+) -> None:
+    """Add an option of :data:`SHARED_OPTIONS` to a parser.
+
+    Args:
+        parser: parser of the tool.
+        name: name of the option.
+        old_names: earlier names of the option, which still work and are not shown.
+        changes: arguments of ``add_argument`` that differ for this tool.
+    """
+    settings = SHARED_OPTIONS[name] | changes
+    parser.add_argument(name, **settings)
+    hidden = {"dest": name.strip("-").replace("-", "_"), "help": argparse.SUPPRESS}
+    for old_name in old_names:
+        parser.add_argument(
+            old_name, **(settings | hidden | {"default": argparse.SUPPRESS, "required": False})
+        )
+
+
+def add_overrides(parser: argparse.ArgumentParser, help_text: str) -> None:
+    """Add ``key=value`` arguments as ``opts``, for :func:`parse_tool_arguments` to read."""
+    parser.add_argument("opts", nargs="*", metavar="key=value", help=help_text)
+
+
 def tool_argument_parser(
     description: str, epilog: str = "", eval_only: bool = False
 ) -> argparse.ArgumentParser:
-    """The options that ``pretrain_net.py`` and ``train_net.py`` have in common.
+    """Make a parser with the options that pre-training and fine-tuning have in common.
 
     Args:
         description: what the tool does.
@@ -86,16 +256,11 @@ def tool_argument_parser(
         eval_only: whether there is ``--eval-only``.
 
     Returns:
-        A parser; read the command line with :func:`parse_tool_arguments`.
+        A parser; :func:`parse_tool_arguments` reads the command line with it.
     """
     parser = described_parser(description, epilog)
     add = parser.add_argument
-    add(
-        "--config-file",
-        required=True,
-        metavar="FILE",
-        help="config to run; a path, or a name below configs/",
-    )
+    add_option(parser, "--config-file")
     add(
         "--resume",
         action="store_true",
@@ -113,13 +278,7 @@ def tool_argument_parser(
     )
     if eval_only:
         add("--eval-only", action="store_true", help="evaluate the weights and stop")
-    add(
-        "--num-gpus",
-        type=int,
-        default=1,
-        metavar="N",
-        help="GPUs on this machine; on the CPU, the number of processes (default: 1)",
-    )
+    add_option(parser, "--num-gpus")
     add("--num-machines", type=int, default=1, metavar="N", help="machines (default: 1)")
     add("--machine-rank", type=int, default=0, metavar="I", help="this machine, from 0")
     add(
@@ -128,18 +287,16 @@ def tool_argument_parser(
         metavar="URL",
         help="tcp://HOST:PORT where the processes meet; needed with several machines",
     )
-    add(
-        "opts",
-        nargs="*",
-        metavar="override",
-        help="changes to the config: key=value for a .py config, KEY VALUE pairs for a .yaml one; "
+    add_overrides(
+        parser,
+        "changes to the config: key=value for a .py config, KEY VALUE pairs for a .yaml one; "
         "a leading + adds a key that a .py config does not have",
     )
     return parser
 
 
 def parse_tool_arguments(
-    parser: argparse.ArgumentParser, arguments: list[str] | None = None
+    parser: argparse.ArgumentParser, arguments: Sequence[str] | None = None
 ) -> argparse.Namespace:
     """Read the command line; options and overrides may stand in any order."""
     return parser.parse_intermixed_args(arguments)

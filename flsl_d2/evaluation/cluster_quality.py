@@ -1,21 +1,24 @@
-"""Do the clusters of an encoder's tokens match the objects of an image?
+"""Quality of clusters of an encoder's tokens: how well they match the objects of an image.
 
 Four ways to cluster the tokens of the last block are compared with the ground-truth masks:
 
 - **mean-shift**, :func:`flsl_d2.mean_shift.cluster`, with the kernel ``exp(width * cosine)``;
 - **k-means** of the same tokens, with as many clusters as mean-shift found in that image;
 - **raw attention**: the weights of the last block, averaged over heads. A token's row says where
-  it looks; the square roots of the rows (so that distances are Hellinger's) are grouped by k-means,
-  again into as many clusters;
-- **tuned k-means** with a number of clusters of its own, the same for all images. Mean-shift's
-  number may suit k-means badly: it leaves many tokens alone, and k-means makes parts of like size.
+  it looks; the square roots of the rows (so that distances are Hellinger's) are grouped by k-means
+  into as many clusters. Left out for encoders whose last block has no global attention;
+- **tuned k-means** with one number of clusters for all images. Mean-shift's number may suit
+  k-means badly: it leaves many tokens alone, and k-means makes parts of like size.
 
-So that encoders compare, tokens are centred by the mean of the training tokens and brought to norm
-sqrt(D) before mean-shift and k-means. Kernel width and tuned number are chosen once, on a few
-training images, as those with the highest adjusted Rand index, and kept for all validation images.
+To make encoders comparable, tokens are centred by the mean of the training tokens and scaled to
+norm sqrt(D) before mean-shift and k-means. The kernel's width and the tuned number are chosen once,
+on a few training images, as those with the highest adjusted Rand index, and kept for all
+validation images.
 """
 
 from __future__ import annotations
+
+from typing import ClassVar
 
 import numpy as np
 import torch
@@ -23,22 +26,21 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from flsl_d2.errors import InputError
-from flsl_d2.evaluation.labelled_images import IGNORED, LabelledDataset
+from flsl_d2.evaluation.labelled_images import IGNORED
 from flsl_d2.evaluation.partitions import (
     adjusted_rand_index,
     boundary_f_score,
     enlarge_labels,
     kmeans,
 )
-from flsl_d2.evaluation.samples import Options, Sample
-from flsl_d2.evaluation.segmentation import patch_distributions
+from flsl_d2.evaluation.samples import Sample, Task, global_attention
+from flsl_d2.evaluation.segmentation import check_labelled_pixels, patch_distributions
 from flsl_d2.mean_shift import cluster
-from flsl_d2.modeling import FLSLViT
 from flsl_d2.modeling.attention import Attention
 
 __all__ = ["ClusterQuality", "attention_rows", "mean_shift_labels"]
 
-_IMAGES_TO_CHOOSE_ON = 8
+_NUM_TUNING_IMAGES = 8
 
 
 class ClusterQuality:
@@ -47,44 +49,48 @@ class ClusterQuality:
     Segments are the instances of an image and, as one more, what no instance covers; crowds and
     unlabelled pixels are left out. ``ari`` counts all of that, ``ari_foreground`` the pixels of
     instances alone, in images with at least two. Images without any instance are left out.
-    ``token_limit`` is what a perfect clustering would score, each token in the segment that most
-    of its pixels belong to: the price of the encoder's patch size.
+    ``token_limit`` is the score of a perfect clustering, each token in the segment that most of
+    its pixels belong to; it depends on the encoder's patch size alone.
     """
 
-    def __init__(
-        self,
-        encoder: FLSLViT,
-        train: LabelledDataset,
-        val: LabelledDataset,
-        options: Options,
-        seed: int,
-    ) -> None:
-        if not options.kernel_widths or not options.cluster_counts:
-            raise InputError(
-                "kernel_widths or cluster_counts is empty; give at least one value of each."
-            )
-        self.encoder, self.options, self.seed = encoder, options, seed
-        order = np.random.default_rng(seed).permutation(len(train.images))
-        self.chosen = set(order[:_IMAGES_TO_CHOOSE_ON].tolist())
-        self.kept: list[Sample] = []
+    name = "cluster_quality"
+    without_direction: ClassVar[tuple[str, ...]] = (
+        "clusters",
+        "kernel_width",
+        "tuned_clusters",
+        "ari_token_limit",
+        "ari_foreground_token_limit",
+        "boundary_f_token_limit",
+    )
+
+    def __init__(self, task: Task) -> None:
+        for dataset in (task.train, task.val):
+            check_labelled_pixels(dataset)
+        self.options, self.seed = task.options, task.seed
+        self.attention = global_attention(task.encoder)
+        order = np.random.default_rng(task.seed).permutation(len(task.train.images))
+        self.tuning_indices = set(order[:_NUM_TUNING_IMAGES].tolist())
+        self.tuning_samples: list[Sample] = []
         self.token_sum: Tensor | None = None
         self.num_tokens = 0
         self.width, self.tuned_count = 0.0, 0
         self.scores: dict[str, list[float]] = {}
 
     def observe_train(self, sample: Sample) -> None:
-        """Add to the mean token, and keep a few images to choose width and number on."""
+        """Add to the mean token, and keep a few images to choose the parameters on."""
         total = sample.tokens.double().sum(dim=0)
         self.token_sum = total if self.token_sum is None else self.token_sum + total
         self.num_tokens += len(sample.tokens)
-        if sample.index in self.chosen:
-            self.kept.append(sample)
+        if sample.index in self.tuning_indices:
+            self.tuning_samples.append(sample)
 
     def fit(self) -> None:
         """Choose the kernel's width and the number of clusters of tuned k-means."""
+        if self.token_sum is None:
+            raise InputError("there is no training image; use more images.")
         self.mean = (self.token_sum / self.num_tokens).float()
-        samples = [sample for sample in self.kept if _has_instances(sample.image.segments)]
-        self.kept.clear()
+        samples = [s for s in self.tuning_samples if _has_instances(s.image.segments)]
+        self.tuning_samples.clear()
         if not samples:
             raise InputError(
                 "none of the training images drawn to choose the kernel's width on has a mask; "
@@ -111,22 +117,26 @@ class ClusterQuality:
         mean_shifted = mean_shift_labels(tokens, self.width)
         count = int(mean_shifted.max()) + 1
         seed = [self.seed, sample.index]
-        rows = attention_rows(self.encoder.blocks[-1].attn, sample.attended, len(tokens))
         shares, _ = patch_distributions(np.maximum(truth, 0), sample.grid, int(truth.max()) + 1)
         ways = {
             "mean_shift": mean_shifted,
             "k_means": kmeans(tokens, count, seed),
             "k_means_tuned": kmeans(tokens, self.tuned_count, seed),
-            "attention": kmeans(rows.sqrt(), count, seed),
-            "token_limit": torch.from_numpy(shares.argmax(axis=1)),
         }
-        self._note("clusters", count)
+        if self.attention is not None and sample.attended is not None:
+            rows = attention_rows(self.attention, sample.attended, len(tokens))
+            ways["attention"] = kmeans(rows.sqrt(), count, seed)
+        ways["token_limit"] = torch.from_numpy(shares.argmax(axis=1))
+        self._add("clusters", count)
         for way, labels in ways.items():
             self._score(way, truth, self._pixels(labels, sample))
 
     def results(self) -> dict[str, float]:
-        """Means over images: ``ari_*``, ``ari_foreground_*`` and ``boundary_f_*`` in percent;
-        ``clusters``, how many mean-shift found; ``kernel_width`` and ``tuned_clusters``, chosen."""
+        """Return means over the images.
+
+        ``ari_*``, ``ari_foreground_*`` and ``boundary_f_*`` are in percent; ``clusters`` is the
+        number that mean-shift found; ``kernel_width`` and ``tuned_clusters`` are those chosen.
+        """
         if not self.scores:
             raise InputError("no validation image has a mask; use others, or more.")
         means = {name: float(np.mean(values)) for name, values in self.scores.items()}
@@ -134,7 +144,7 @@ class ClusterQuality:
 
     def _normalised(self, tokens: Tensor) -> Tensor:
         centred = tokens - self.mean
-        # Tokens that agree to rounding hold nothing, and what is left of them is noise.
+        # Tokens that agree up to rounding hold nothing but noise once they are centred.
         if centred.norm(dim=1).amax() <= 1e-5 * tokens.norm(dim=1).amax():
             return torch.ones_like(tokens)
         return F.normalize(centred, dim=1) * tokens.shape[1] ** 0.5
@@ -148,50 +158,42 @@ class ClusterQuality:
         return adjusted_rand_index(*_known(sample.image.segments, self._pixels(labels, sample)))
 
     def _score(self, way: str, truth: np.ndarray, predicted: np.ndarray) -> None:
-        self._note(f"ari_{way}", 100 * adjusted_rand_index(*_known(truth, predicted)))
+        self._add(f"ari_{way}", 100 * adjusted_rand_index(*_known(truth, predicted)))
         inside = truth > 0
         instances = truth[inside]
         if instances.min() < instances.max():
             score = adjusted_rand_index(instances, predicted[inside])
-            self._note(f"ari_foreground_{way}", 100 * score)
-        self._note(f"boundary_f_{way}", 100 * boundary_f_score(truth, predicted))
+            self._add(f"ari_foreground_{way}", 100 * score)
+        self._add(f"boundary_f_{way}", 100 * boundary_f_score(truth, predicted))
 
-    def _note(self, name: str, value: float) -> None:
+    def _add(self, name: str, value: float) -> None:
         self.scores.setdefault(name, []).append(value)
 
 
 def mean_shift_labels(tokens: Tensor, width: float) -> Tensor:
-    """Mean-shift clusters of tokens of norm sqrt(D), (N,) int64.
+    """Cluster tokens of norm sqrt(D) by mean-shift, (N,) int64.
 
     Args:
         tokens: (N, D).
-        width: the kernel is ``exp(width * cosine)`` at the first step.
+        width: of the kernel, which is ``exp(width * cosine)`` at the first step.
     """
     return cluster(tokens, width / tokens.shape[1])[0]
 
 
 @torch.inference_mode()
 def attention_rows(attention: Attention, attended: Tensor, num_tokens: int) -> Tensor:
-    """Attention weights of a block between the tokens of patches, averaged over heads.
+    """Compute a block's attention weights between the tokens of patches, averaged over heads.
 
     Args:
-        attention: of the block.
-        attended: (1, rows, columns, D), what it takes in; or (1, 1, P + N, D) with P prefix tokens
-            (class token, registers), whose share of the weights is left out.
+        attention: global attention of the block.
+        attended: input of the attention, (1, rows, columns, D); or (1, 1, P + N, D) with P prefix
+            tokens (class token, registers), whose share of the weights is left out.
         num_tokens: N.
 
     Returns:
-        (N, N), row i is where token i looks; rows sum to 1.
-
-    Raises:
-        InputError: the block attends within windows.
+        (N, N); row i holds the weights of token i and sums to 1.
     """
-    batch, height, width, _ = attended.shape
-    if batch != 1 or height * width < num_tokens:
-        raise InputError(
-            "the encoder's last block attends within windows, and raw attention is measured "
-            "between all tokens; build the encoder with window_size=0."
-        )
+    _, height, width, _ = attended.shape
     qkv = attention.qkv(attended).view(1, height * width, 3, attention.num_heads, -1)
     q, k, _ = qkv.permute(2, 0, 3, 1, 4).unbind(0)  # each (1, heads, P + N, C)
     scale = attention.scale

@@ -1,18 +1,22 @@
-"""How much of an encoder's tokens do the place and the colour of a patch alone explain?
+"""Share of the tokens' variance that the position or the colour of a patch alone explains.
 
-Both are linear maps from a few functions to the tokens, fitted to some images and judged on others.
-Features that say little but where a token is, or what colour it has, can make a self-supervised
-loss fall without any object being learned.
+Linear maps from a few functions of position or colour to the tokens are fitted to some images and
+judged on others by ``R2 = 1 - |error|^2 / |deviation from the mean of the fitted tokens|^2``.
+Features that hold little but position or colour can make a self-supervised loss fall although no
+object is learned.
 
 Shape suffixes: N tokens of an image, D width, F functions.
 """
 
 from __future__ import annotations
 
+import functools
 import math
+import operator
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import ClassVar
 
 import cv2
 import numpy as np
@@ -20,42 +24,43 @@ import torch
 from torch import Tensor
 
 from flsl_d2.errors import InputError
-from flsl_d2.evaluation.labelled_images import LabelledDataset
-from flsl_d2.evaluation.samples import Options, Sample
-from flsl_d2.modeling import FLSLViT
+from flsl_d2.evaluation.samples import Sample, Task
 
 __all__ = [
     "ExplainedVariance",
     "LinearFit",
     "colour_functions",
+    "colour_r2",
+    "held_out_r2",
     "patch_colours",
     "position_functions",
     "position_order",
+    "position_r2",
 ]
 
-_MOST_HALF_WAVES = 12
-_TOKENS_A_FUNCTION = 10
+_MAX_HALF_WAVES = 12
+_TOKENS_PER_FUNCTION = 10
 
 
 def position_order(grids: Sequence[tuple[int, int]], num_fitted: int) -> int:
-    """The most half-waves that grids can show and that the fitted tokens suffice for, at most 12.
+    """Largest number of half-waves, up to 12, that the grids and the fitted tokens allow.
 
     Args:
         grids: rows and columns of the images.
-        num_fitted: tokens that the map is fitted to.
+        num_fitted: number of tokens that the map is fitted to; ten for each function at least.
     """
     side = min(min(grid) for grid in grids)
-    fitting = (math.isqrt(8 * (num_fitted // _TOKENS_A_FUNCTION) + 1) - 3) // 2
-    return max(min(_MOST_HALF_WAVES, side - 1, fitting), 0)
+    fitting = (math.isqrt(8 * (num_fitted // _TOKENS_PER_FUNCTION) + 1) - 3) // 2
+    return max(min(_MAX_HALF_WAVES, side - 1, fitting), 0)
 
 
 def position_functions(grid: tuple[int, int], order: int) -> Tensor:
     """cos(pi k y) cos(pi l x) with k + l <= order at the centres of the cells, (N, F) float64."""
-    lines = []
+    waves = []
     for cells in grid:
-        at = (torch.arange(cells, dtype=torch.float64) + 0.5) / cells
-        lines.append(torch.cos(math.pi * at[:, None] * torch.arange(order + 1)))
-    products = torch.einsum("yk,xl->yxkl", *lines)
+        centres = (torch.arange(cells, dtype=torch.float64) + 0.5) / cells
+        waves.append(torch.cos(math.pi * centres[:, None] * torch.arange(order + 1)))
+    products = torch.einsum("yk,xl->yxkl", *waves)
     used = torch.arange(order + 1)[:, None] + torch.arange(order + 1) <= order
     return products[:, :, used].flatten(0, 1)
 
@@ -69,7 +74,7 @@ def patch_colours(image: np.ndarray, grid: tuple[int, int]) -> Tensor:
 
 
 def colour_functions(colours: Tensor) -> Tensor:
-    """All products of up to two of red, green and blue: (N, 3) in [0, 255] to (N, 10) float64."""
+    """Products of up to two of red, green and blue: (N, 3) in [0, 255] to (N, 10) float64."""
     with_one = torch.cat([torch.ones(len(colours), 1), colours / 255], dim=1).double()
     first, second = torch.triu_indices(4, 4)
     return with_one[:, first] * with_one[:, second]
@@ -77,13 +82,13 @@ def colour_functions(colours: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class LinearFit:
-    """Least squares from functions to tokens, as sums over images that add up and subtract.
+    """Sums of a least-squares fit from functions to tokens; fits of images add and subtract.
 
     Attributes:
         gram: (F, F) products of the functions with each other.
         cross: (F, D) products of the functions with the tokens.
-        sums: (D,) of the tokens.
-        count: of the tokens.
+        sums: (D,) sum of the tokens.
+        count: number of the tokens.
     """
 
     gram: Tensor
@@ -93,7 +98,12 @@ class LinearFit:
 
     @classmethod
     def of(cls, functions: Tensor, tokens: Tensor) -> LinearFit:
-        """Of one image: functions (N, F) float64, one of them constant; tokens (N, D) float64."""
+        """Make the fit of one image.
+
+        Args:
+            functions: (N, F) float64, one of them constant.
+            tokens: (N, D) float64.
+        """
         gram, cross = functions.T @ functions, functions.T @ tokens
         return cls(gram, cross, tokens.sum(dim=0), len(tokens))
 
@@ -110,36 +120,93 @@ class LinearFit:
 
     @property
     def mean(self) -> Tensor:
-        """Of the fitted tokens, (D,)."""
+        """Mean of the fitted tokens, (D,)."""
         return self.sums / self.count
 
     def solve(self) -> Tensor:
-        """The map (F, D)."""
+        """Return the map (F, D) of the least squares."""
         gram = self.gram.clone()
-        # Next to nothing, for functions that are alike in the fitted images (one colour, say).
+        # Functions can be equal in the fitted images, for example where these have one colour.
         gram.diagonal().add_(1e-9 * float(gram.diagonal().mean()))
         return torch.linalg.solve(gram, self.cross)
 
 
-class ExplainedVariance:
-    """R2 of tokens by the place and by the mean colour of their patches, in percent.
+def position_r2(token_sets: Sequence[Tensor], grids: Sequence[tuple[int, int]]) -> float | None:
+    """Share of the tokens' variance that their position alone predicts, in images not fitted to.
 
-    Fitted to all tokens of the training images, and judged on the validation images:
-    ``1 - |error|^2 / |deviation from the mean of the fitted tokens|^2``. 100 where tokens tell
-    nothing else, about 0 (or a little less) where place or colour tell nothing about them. Places
-    are products of cosines over the image's width and height, up to 12 half-waves in all.
+    Args:
+        token_sets: (N, D) of each image.
+        grids: rows and columns of each image.
+
+    Returns:
+        See :func:`held_out_r2`.
+    """
+    sizes = [len(tokens) for tokens in token_sets]
+    order = position_order(grids, sum(sizes) - max(sizes))
+    return held_out_r2(token_sets, [position_functions(grid, order) for grid in grids])
+
+
+def colour_r2(
+    token_sets: Sequence[Tensor],
+    grids: Sequence[tuple[int, int]],
+    images: Sequence[np.ndarray],
+) -> float | None:
+    """Share of the tokens' variance that the mean colours of their patches alone predict.
+
+    Args:
+        token_sets: (N, D) of each image.
+        grids: rows and columns of each image.
+        images: (H, W, 3) uint8 each.
+
+    Returns:
+        See :func:`held_out_r2`.
+    """
+    colours = [patch_colours(image, grid) for image, grid in zip(images, grids, strict=True)]
+    return held_out_r2(token_sets, [colour_functions(each) for each in colours])
+
+
+def held_out_r2(token_sets: Sequence[Tensor], functions: Sequence[Tensor]) -> float | None:
+    """Share of the tokens' variance that a linear map of some functions predicts.
+
+    The map is fitted to the tokens of all images but one and predicts those of the one; every
+    image is left out once. Errors and deviations are summed over the images.
+
+    Args:
+        token_sets: (N, D) of each image.
+        functions: (N, F) float64 of each image; one of them is constant.
+
+    Returns:
+        1 where the functions predict everything, about 0 (or a little less) where they predict
+        nothing; None for a single image, and for tokens that do not vary.
+    """
+    if len(token_sets) < 2:
+        return None
+    tokens = [each.double() for each in token_sets]
+    fits = [LinearFit.of(f, t) for f, t in zip(functions, tokens, strict=True)]
+    whole = functools.reduce(operator.add, fits)
+    error = deviation = 0.0
+    for f, t, own in zip(functions, tokens, fits, strict=True):
+        others = whole - own
+        error += float((t - f @ others.solve()).square().sum())
+        deviation += float((t - others.mean).square().sum())
+    return 1 - error / deviation if deviation > 0 else None
+
+
+class ExplainedVariance:
+    """R2 of tokens by the position and by the mean colour of their patches, in percent.
+
+    The maps are fitted to all tokens of the training images and judged on the validation images.
+    100 where tokens hold nothing else, about 0 (or a little less) where position or colour predict
+    nothing. Positions are products of cosines over the image's width and height, up to 12
+    half-waves in all.
     """
 
-    def __init__(
-        self,
-        encoder: FLSLViT,
-        train: LabelledDataset,
-        val: LabelledDataset,
-        options: Options,
-        seed: int,
-    ) -> None:
-        side = max(options.short_side // encoder.patch_size, 1)
-        self.order = position_order([(side, side)], len(train.images) * side**2)
+    name = "explained_variance"
+    without_direction: ClassVar[tuple[str, ...]] = ("position_r2", "colour_r2")
+
+    def __init__(self, task: Task) -> None:
+        side = max(task.options.short_side // task.encoder.patch_size, 1)
+        self.order = position_order([(side, side)], len(task.train.images) * side**2)
         self.fits: dict[str, LinearFit] = {}
         self.maps: dict[str, Tensor] = {}
         self.errors: dict[str, float] = defaultdict(float)
@@ -152,7 +219,7 @@ class ExplainedVariance:
         }
 
     def observe_train(self, sample: Sample) -> None:
-        """Fit to an image."""
+        """Add an image to the sums that the maps are fitted to."""
         tokens = sample.tokens.double().cpu()
         for name, functions in self._functions(sample).items():
             fit = LinearFit.of(functions, tokens)
@@ -161,7 +228,7 @@ class ExplainedVariance:
     def fit(self) -> None:
         """Solve for the maps."""
         self.maps = {name: fit.solve() for name, fit in self.fits.items()}
-        self.mean = self.fits["position"].mean  # the same for all
+        self.mean = self.fits["position"].mean  # both fits have the same tokens
 
     def observe_val(self, sample: Sample) -> None:
         """Predict an image's tokens."""
@@ -173,8 +240,8 @@ class ExplainedVariance:
         self.energy += float(tokens.square().sum())
 
     def results(self) -> dict[str, float]:
-        """``position_r2`` and ``colour_r2``, in percent."""
-        if self.deviation <= 1e-12 * self.energy:  # rounding
+        """Return ``position_r2`` and ``colour_r2``, in percent."""
+        if self.deviation <= 1e-12 * self.energy:  # differences of rounding only
             raise InputError(
                 "all tokens of the validation images are the same, so there is no variance to "
                 "explain; look at the encoder with tools/visualize.py."

@@ -1,8 +1,8 @@
-"""Frozen features: the tokens of an image, as every evaluation and picture uses them."""
+"""Frozen encoders and the tokens of images, as every evaluation and picture uses them."""
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import cv2
 import numpy as np
@@ -12,11 +12,15 @@ from torch import Tensor
 from flsl_d2.errors import InputError
 from flsl_d2.modeling import FLSLViT
 from flsl_d2.modeling.pixels import IMAGENET_MEAN, IMAGENET_STD
+from flsl_d2.modeling.timm_backbone import TIMM_PREFIX, TimmBackbone, build_timm_backbone
 from flsl_d2.weights import build_encoder
 
 __all__ = [
     "RANDOM",
+    "Encoder",
     "TokenFeatures",
+    "device_of",
+    "encode_images",
     "extract_tokens",
     "frozen_encoder",
     "usable_device",
@@ -25,11 +29,46 @@ __all__ = [
 RANDOM = "random"
 
 
+class Encoder(Protocol):
+    """Encoder as evaluations and pictures take it, such as ``FLSLViT`` and ``TimmBackbone``.
+
+    Attributes:
+        patch_size: side in pixels of the square that a token stands for; sides of images are
+            multiples of it.
+        embed_dim: width D of the tokens.
+        training: whether the encoder is in training mode.
+    """
+
+    patch_size: int
+    embed_dim: int
+    training: bool
+
+    def forward_tokens(self, images: Tensor) -> Tensor:
+        """Encode images (B, 3, H, W) to tokens (B, N, D), row-major.
+
+        Args:
+            images: RGB, normalised with ImageNet's mean and standard deviation. An encoder that
+                was trained on other pixels changes them itself.
+        """
+        ...
+
+    def state_dict(self) -> dict[str, Any]: ...
+
+    def train(self, mode: bool = True) -> Any: ...
+
+    def to(self, device: Any) -> Any: ...
+
+
+def device_of(encoder: Encoder) -> torch.device:
+    """Return the device that holds an encoder's weights."""
+    return next(iter(encoder.state_dict().values())).device
+
+
 def usable_device(name: str) -> torch.device:
-    """A device by its name.
+    """Return a device by its name.
 
     Raises:
-        InputError: PyTorch does not know it, or sees none here.
+        InputError: PyTorch does not know the device, or finds none here.
     """
     try:
         device = torch.device(name)
@@ -40,24 +79,29 @@ def usable_device(name: str) -> torch.device:
     return device
 
 
-def frozen_encoder(weights: str, seed: int = 0) -> FLSLViT:
-    """An encoder in evaluation mode, on the CPU, whose parameters take no gradient.
+def frozen_encoder(weights: str, seed: int = 0) -> Encoder:
+    """Build an encoder in evaluation mode, on the CPU, whose parameters take no gradient.
 
     Args:
-        weights: file or URL, see :func:`flsl_d2.weights.build_encoder`; ``random`` for an
-            untrained ViT-S/16.
-        seed: of untrained weights. The global generators are not touched.
+        weights: file or URL, see :func:`flsl_d2.weights.build_encoder`; ``timm:NAME``, see
+            :func:`flsl_d2.modeling.timm_backbone.parse_timm_name`; or ``random`` for an untrained
+            ViT-S/16.
+        seed: seed for untrained weights. The global generators are not touched.
 
     Raises:
-        InputError: the file cannot be used.
+        InputError: the file cannot be used, or does not cover the whole encoder.
     """
-    if weights == RANDOM:
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(seed)
+    encoder: FLSLViT | TimmBackbone
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        if weights == RANDOM:
             encoder = FLSLViT()
-    else:
-        encoder = build_encoder(weights)
-    return encoder.eval().requires_grad_(False)
+        elif weights.startswith(TIMM_PREFIX):
+            encoder = build_timm_backbone(weights)
+        else:
+            encoder = build_encoder(weights)
+    encoder.eval().requires_grad_(False)
+    return encoder
 
 
 class TokenFeatures(NamedTuple):
@@ -75,13 +119,30 @@ class TokenFeatures(NamedTuple):
 
 
 @torch.inference_mode()
+def encode_images(encoder: Encoder, images: np.ndarray) -> Tensor:
+    """Normalise images and encode them to the tokens of the last block.
+
+    Args:
+        encoder: in evaluation mode.
+        images: (B, H, W, 3) uint8 RGB; H and W are multiples of the patch size.
+
+    Returns:
+        (B, N, D) float32, on the encoder's device.
+    """
+    device = device_of(encoder)
+    pixels = torch.from_numpy(images).to(device).permute(0, 3, 1, 2).float()
+    mean = torch.tensor(IMAGENET_MEAN, device=device).view(3, 1, 1)
+    std = torch.tensor(IMAGENET_STD, device=device).view(3, 1, 1)
+    return encoder.forward_tokens((pixels - mean) / std).float()
+
+
 def extract_tokens(
-    encoder: FLSLViT,
+    encoder: Encoder,
     image: np.ndarray,
     short_side: int | None = 448,
     max_long_side: int = 1333,
 ) -> TokenFeatures:
-    """Tokens of the encoder's last block for one image.
+    """Encode one image to the tokens of the last block.
 
     The image keeps its aspect ratio up to the rounding of both sides to whole patches.
 
@@ -108,9 +169,4 @@ def extract_tokens(
     size = (columns * patch, rows * patch)
     shrinks = size[0] < width
     resized = cv2.resize(image, size, interpolation=cv2.INTER_AREA if shrinks else cv2.INTER_CUBIC)
-    device = encoder.pos_embed.device
-    pixels = torch.from_numpy(resized).to(device).permute(2, 0, 1).float()
-    mean = torch.tensor(IMAGENET_MEAN, device=device).view(3, 1, 1)
-    std = torch.tensor(IMAGENET_STD, device=device).view(3, 1, 1)
-    tokens = encoder.forward_tokens(((pixels - mean) / std)[None])[0]
-    return TokenFeatures(tokens.float(), (rows, columns), resized)
+    return TokenFeatures(encode_images(encoder, resized[None])[0], (rows, columns), resized)

@@ -1,48 +1,22 @@
-"""Box-aligned k-NN: does a token inside an object know what the object is?"""
+"""Box-aligned k-NN: whether a token inside an object knows the class of the object."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections import Counter
+from typing import ClassVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from flsl_d2.errors import InputError
-from flsl_d2.evaluation.labelled_images import LabelledDataset
-from flsl_d2.evaluation.samples import Options, Sample
-from flsl_d2.modeling import FLSLViT
+from flsl_d2.evaluation.classifiers import class_votes, nearest, top_hits, usable_neighbours
+from flsl_d2.evaluation.labelled_images import LabelledBox
+from flsl_d2.evaluation.samples import Sample, Task
 
-__all__ = [
-    "BoxKnn",
-    "cell_tokens",
-    "nearest",
-]
+__all__ = ["BoxKnn", "cell_tokens"]
 
-_ENTRIES_AT_ONCE = 2**25  # of the similarity matrix: 128 MiB
-
-
-def nearest(
-    queries: Tensor, bank: Tensor, num_neighbours: int, temperature: float
-) -> tuple[Tensor, Tensor]:
-    """The most similar entries of a bank and the weights of their votes.
-
-    Args:
-        queries: (Q, D), L2-normalised.
-        bank: (M, D), L2-normalised.
-        num_neighbours: k; at most M.
-        temperature: T.
-
-    Returns:
-        Indices (Q, k) into the bank by falling similarity, and weights exp(cosine / T), (Q, k).
-    """
-    step = max(_ENTRIES_AT_ONCE // len(bank), 1)
-    parts = [(part @ bank.T).topk(num_neighbours, dim=1) for part in queries.split(step)]
-    cosine = torch.cat([part.values for part in parts])
-    return torch.cat([part.indices for part in parts]), (cosine / temperature).exp()
-
-
-_CELLS = 3  # a side
+_CELLS = 3  # of a box, on each side
 
 
 class BoxKnn:
@@ -50,19 +24,19 @@ class BoxKnn:
 
     The box is cut 3 x 3, and the token nearest to each cell's centre stands for the cell (FLSL,
     arXiv 2306.06203, on ImageNet). The nine tokens of every training image are the bank, with the
-    class of their box. Each of the nine of a validation image has its k most similar bank tokens
-    (cosine) vote with weights exp(cosine / T), and the class with the most votes of all nine is
-    the answer. Images without a box are left out.
+    class of their box. The k most similar bank tokens (cosine) of each of the nine tokens of a
+    validation image vote with weights exp(cosine / T), and the class with the most votes of all
+    nine is the answer. Images without a box are left out.
+
+    Raises:
+        InputError: the data sets have different classes of boxes, or fewer than two.
     """
 
-    def __init__(
-        self,
-        encoder: FLSLViT,
-        train: LabelledDataset,
-        val: LabelledDataset,
-        options: Options,
-        seed: int,
-    ) -> None:
+    name = "knn_box"
+    without_direction: ClassVar[tuple[str, ...]] = ()
+
+    def __init__(self, task: Task) -> None:
+        train, val = task.train, task.val
         if train.box_classes != val.box_classes:
             raise InputError(
                 f"{train.name!r} has {len(train.box_classes)} classes of boxes and {val.name!r} "
@@ -73,75 +47,59 @@ class BoxKnn:
                 f"the boxes of {train.name!r} have {len(train.box_classes)} class(es), and telling "
                 "objects apart takes 2; use a data set with more."
             )
-        if not options.box_neighbours or min(options.box_neighbours) < 1:
-            raise InputError(
-                f"box_neighbours is {list(options.box_neighbours)}; give values of k from 1 up."
-            )
-        self.options, self.num_classes = options, len(train.box_classes)
+        self.options, self.num_classes = task.options, len(train.box_classes)
         self.tokens: list[Tensor] = []
         self.labels: list[int] = []
-        self.right: dict[str, int] = {}
-        self.seen = 0
+        self.hits: Counter[str] = Counter()
+        self.num_images = 0
 
     def observe_train(self, sample: Sample) -> None:
         """Put the nine tokens of the image into the bank."""
-        if sample.image.largest_box is not None:
-            self.tokens.append(self._box_tokens(sample))
-            self.labels.append(sample.image.largest_box.category)
+        box = sample.image.largest_box
+        if box is not None:
+            self.tokens.append(_box_tokens(sample, box))
+            self.labels.append(box.category)
 
     def fit(self) -> None:
-        """Normalise the bank, and drop the values of k that are larger than it."""
+        """Join the bank, and drop the values of k that are larger than the bank."""
         if not self.tokens:
             raise InputError("no training image has a box; use a data set with boxes.")
         self.bank = torch.cat(self.tokens)
         labels = torch.tensor(self.labels, device=self.bank.device)
         self.bank_labels = labels.repeat_interleave(_CELLS**2)
-        self.ks = sorted(k for k in self.options.box_neighbours if k <= len(self.bank))
-        if not self.ks:
-            raise InputError(
-                f"the bank has {len(self.bank)} tokens, too few for k = "
-                f"{min(self.options.box_neighbours)}; use more training images."
-            )
+        self.ks = usable_neighbours(self.options.class_neighbours, len(self.bank))
 
     def observe_val(self, sample: Sample) -> None:
         """Classify the largest box of an image."""
-        if sample.image.largest_box is None:
+        box = sample.image.largest_box
+        if box is None:
             return
-        self.seen += 1
+        self.num_images += 1
         indices, weights = nearest(
-            self._box_tokens(sample), self.bank, self.ks[-1], self.options.temperature
+            _box_tokens(sample, box), self.bank, self.ks[-1], self.options.temperature
         )
         labels = self.bank_labels[indices]
         for k in self.ks:
-            votes = weights.new_zeros(self.num_classes)
-            votes.index_add_(0, labels[:, :k].flatten(), weights[:, :k].flatten())
-            ranking = votes.argsort(descending=True, stable=True).tolist()
-            self._count(f"k{k}_top1", sample, ranking[:1])
-            if self.num_classes >= 5:
-                self._count(f"k{k}_top5", sample, ranking[:5])
+            votes = class_votes(labels[:, :k], weights[:, :k], self.num_classes)
+            for top, hit in top_hits(votes, box.category).items():
+                self.hits[f"k{k}_{top}"] += hit
 
     def results(self) -> dict[str, float]:
-        """``k10_top1`` and so on, and ``top5`` from five classes up, in percent; those k that the
-        bank is large enough for."""
-        if not self.seen:
+        """Return ``k10_top1`` and so on, and ``top5`` from five classes up, in percent."""
+        if not self.num_images:
             raise InputError("no validation image has a box; use a data set with boxes.")
-        return {name: 100 * count / self.seen for name, count in self.right.items()}
+        return {name: 100 * count / self.num_images for name, count in self.hits.items()}
 
-    def _count(self, name: str, sample: Sample, answers: Sequence[int]) -> None:
-        hit = sample.image.largest_box.category in answers
-        self.right[name] = self.right.get(name, 0) + hit
 
-    def _box_tokens(self, sample: Sample) -> Tensor:
-        size = sample.image.record["height"], sample.image.record["width"]
-        return F.normalize(
-            sample.tokens[cell_tokens(sample.image.largest_box.box, size, sample.grid)], dim=1
-        )
+def _box_tokens(sample: Sample, box: LabelledBox) -> Tensor:
+    size = sample.image.record["height"], sample.image.record["width"]
+    return F.normalize(sample.tokens[cell_tokens(box.box, size, sample.grid)], dim=1)
 
 
 def cell_tokens(
     box: tuple[float, float, float, float], size: tuple[int, int], grid: tuple[int, int]
 ) -> list[int]:
-    """The tokens nearest to the centres of a box's 3 x 3 cells, row by row.
+    """Return the tokens nearest to the centres of a box's 3 x 3 cells, row by row.
 
     Args:
         box: x0, y0, x1, y1 in pixels of the image.

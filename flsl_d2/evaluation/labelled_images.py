@@ -1,4 +1,4 @@
-"""Registered data sets as the measures use them: images with labelled pixels and boxes.
+"""Labelled data sets as the measures use them: images with classes of pixels, objects or images.
 
 Shape suffixes: H x W pixels of the image as annotated.
 """
@@ -6,20 +6,29 @@ Shape suffixes: H x W pixels of the image as annotated.
 from __future__ import annotations
 
 from functools import cached_property
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
+import pycocotools.mask as coco_mask
 from detectron2.data import DatasetCatalog, MetadataCatalog
-from detectron2.data import detection_utils as utils
-from detectron2.structures import BoxMode, polygons_to_bitmask
-from pycocotools import mask as coco_mask
+from detectron2.structures import BoxMode
 
 from flsl_d2.data import check_registered_dataset
 from flsl_d2.data.datasets import use_own_loader
-from flsl_d2.data.images import MAX_PIXELS_LIMIT, printable, read_rgb
+from flsl_d2.data.image_files import find_images
+from flsl_d2.data.images import printable, read_image
+from flsl_d2.data.label_images import read_labels
 from flsl_d2.errors import InputError
 
-__all__ = ["IGNORED", "LabelledBox", "LabelledDataset", "LabelledImage", "load_labelled"]
+__all__ = [
+    "IGNORED",
+    "LabelledBox",
+    "LabelledDataset",
+    "LabelledImage",
+    "decode_mask",
+    "load_labelled",
+]
 
 IGNORED = -1
 
@@ -32,75 +41,79 @@ class LabelledBox(NamedTuple):
 
 
 class LabelledDataset(NamedTuple):
-    """A registered data set, or a part of it.
+    """A labelled data set, or a part of it.
 
     Attributes:
-        name: as registered.
-        images: only those with annotations.
+        name: as registered, or the folder.
+        images: only those with labels.
         box_classes: names of the classes of boxes; empty where there are none.
-        pixel_classes: names of the classes of pixels. Those of instances come after `background`,
-            which is every pixel that no instance covers.
+        pixel_classes: names of the classes of pixels; empty where there are none. Those of
+            instances come after `background`, which is every pixel that no instance covers.
+        image_classes: names of the classes of whole images; empty where there are none.
     """
 
     name: str
     images: list[LabelledImage]
-    box_classes: tuple[str, ...]
-    pixel_classes: tuple[str, ...]
+    box_classes: tuple[str, ...] = ()
+    pixel_classes: tuple[str, ...] = ()
+    image_classes: tuple[str, ...] = ()
 
 
 class LabelledImage:
-    """One image and what its annotations say; nothing is read before it is asked for.
+    """One image and what its annotations say; files are read when they are asked for.
 
     Args:
-        record: Detectron2's standard dict of an image.
-        dataset: its name, for messages.
-        num_pixel_classes: how many classes pixels have, background included.
-        ignore_label: the value of unlabelled pixels in a file of semantic labels.
+        record: Detectron2's standard dict of an image, and optionally ``image_class``, the index
+            of the class of the whole image.
+        dataset: name of the data set, for messages.
+        num_pixel_classes: number of classes of pixels, background included.
+        ignore_label: value of unlabelled pixels in a file of semantic labels.
     """
 
     def __init__(
         self,
         record: dict[str, Any],
         dataset: str,
-        num_pixel_classes: int,
+        num_pixel_classes: int = 0,
         ignore_label: int = 255,
     ) -> None:
         self.record, self.dataset = record, dataset
         self.num_pixel_classes, self.ignore_label = num_pixel_classes, ignore_label
 
     def read(self) -> np.ndarray:
-        """The image, (H, W, 3) uint8 RGB, turned as its EXIF entry says.
+        """Read the image, (H, W, 3) uint8 RGB, upright.
 
         Raises:
             InputError: the file cannot be read, or has another size than the annotations say.
         """
         name = self.record["file_name"]
-        try:
-            image = read_rgb(name, MAX_PIXELS_LIMIT)
-            utils.check_image_size(dict(self.record), image)
-        except (OSError, utils.SizeMismatchError) as error:
+        image = read_image(name)
+        height, width = image.shape[:2]
+        expected = self.record.get("height", height), self.record.get("width", width)
+        if (height, width) != expected:
             raise InputError(
-                f"the image {printable(name)} of {self.dataset!r} cannot be used "
-                f"({' '.join(str(error).split())}); replace it or take it out of the annotations."
-            ) from error
+                f"the image '{printable(name)}' of {self.dataset!r} cannot be used (it has "
+                f"{height} x {width} pixels, and the annotations say {expected[0]} x "
+                f"{expected[1]}); replace it or correct the annotations."
+            )
         return image
 
     @cached_property
     def semantic(self) -> np.ndarray:
         """Class of every pixel, (H, W) int64, `IGNORED` where there is none.
 
-        Instances are merged by class: 0 is background, class c of the boxes is c + 1. Where they
-        overlap, the smaller one is in front. Crowds are ignored.
+        Instances are merged by class: 0 is background, class c of the boxes is c + 1.
 
         Raises:
-            InputError: the data set has neither masks nor semantic labels, or labels of unknown
-                classes.
+            InputError: labels that cannot be read or have unknown classes; or see
+                :attr:`segments`.
         """
         file_name = self.record.get("sem_seg_file_name")
         if file_name is None:
-            return self._paint([a["category_id"] + 1 for a in self._annotations])
+            classes = np.array([0, *(a["category_id"] + 1 for a in self._annotations)])
+            return np.where(self.segments == IGNORED, IGNORED, classes[self.segments])
         try:
-            labels = utils.read_image(file_name).astype(np.int64)
+            labels = read_labels(file_name, dtype="int64")
         except OSError as error:
             raise InputError(
                 f"the labels {file_name} of {self.dataset!r} cannot be read ({error}); "
@@ -119,19 +132,27 @@ class LabelledImage:
     def segments(self) -> np.ndarray:
         """Ground-truth segment of every pixel, (H, W) int64, `IGNORED` where there is none.
 
-        Segment 0 is what no instance covers, and each instance is one; in data without instances
-        each class is one.
+        Segment 0 is what no instance covers, and segment i + 1 is instance i. Where instances
+        overlap, the smaller one is in front. Crowds are ignored. In data without instances each
+        class is a segment.
 
         Raises:
-            InputError: see :attr:`semantic`.
+            InputError: the data set has neither masks nor semantic labels.
         """
-        if "annotations" not in self.record:
+        if "annotations" not in self.record and "sem_seg_file_name" in self.record:
             return np.where(self.semantic == IGNORED, IGNORED, self.semantic + 1)
-        return self._paint(range(1, len(self._annotations) + 1))
+        size = self.record["height"], self.record["width"]
+        painted = np.zeros(size, dtype=np.int64)
+        masks = [self._mask(annotation, size) for annotation in self._annotations]
+        crowds = [bool(annotation.get("iscrowd", 0)) for annotation in self._annotations]
+        # Crowds are painted first and small masks last, so that small objects are in front.
+        for i in sorted(range(len(masks)), key=lambda i: (not crowds[i], -masks[i].sum())):
+            painted[masks[i]] = IGNORED if crowds[i] else i + 1
+        return painted
 
     @cached_property
     def largest_box(self) -> LabelledBox | None:
-        """The box of the largest area, crowds apart; None where no box has an area."""
+        """The box of the largest area, crowds left out; None where no box has an area."""
         boxes = []
         for annotation in self._annotations:
             if annotation.get("iscrowd", 0) or "bbox" not in annotation:
@@ -144,55 +165,101 @@ class LabelledImage:
         return max(boxes, key=lambda pair: pair[0])[1] if boxes else None
 
     @property
+    def objects(self) -> list[tuple[np.ndarray, int]]:
+        """Visible pixels (H, W) bool and class of pixels of every instance, crowds left out."""
+        visible = [
+            (self.segments == i + 1, annotation["category_id"] + 1)
+            for i, annotation in enumerate(self._annotations)
+        ]
+        return [(mask, category) for mask, category in visible if mask.any()]
+
+    @property
     def _annotations(self) -> list[dict[str, Any]]:
         return self.record.get("annotations", [])
 
-    def _paint(self, labels: Any) -> np.ndarray:
-        size = self.record["height"], self.record["width"]
-        painted = np.zeros(size, dtype=np.int64)
-        masks = [self._mask(annotation, size) for annotation in self._annotations]
-        crowds = [bool(annotation.get("iscrowd", 0)) for annotation in self._annotations]
-        parts = sorted(
-            zip(masks, crowds, labels, strict=True), key=lambda part: (not part[1], -part[0].sum())
-        )
-        for mask, crowd, label in parts:
-            painted[mask] = IGNORED if crowd else label
-        return painted
-
     def _mask(self, annotation: dict[str, Any], size: tuple[int, int]) -> np.ndarray:
-        segmentation = annotation.get("segmentation")
-        if segmentation is None or (isinstance(segmentation, list) and not segmentation):
+        mask = decode_mask(annotation.get("segmentation"), *size)
+        if mask is None:
             raise InputError(
                 f"the data set {self.dataset!r} has annotations without masks, for example in "
                 f"{self.record['file_name']}; use one with masks or semantic labels."
             )
-        if isinstance(segmentation, dict):
-            if isinstance(segmentation["counts"], list):
-                segmentation = coco_mask.frPyObjects(segmentation, *size)
-            return coco_mask.decode(segmentation).astype(bool)
-        return polygons_to_bitmask(segmentation, *size)
+        return mask
+
+
+def decode_mask(segmentation: Any, height: int, width: int) -> np.ndarray | None:
+    """Decode a COCO segmentation to bool (H, W).
+
+    Args:
+        segmentation: polygons, or run lengths with or without compression.
+        height: H.
+        width: W.
+
+    Returns:
+        None for an annotation without a segmentation.
+    """
+    if not segmentation:
+        return None
+    if isinstance(segmentation, list):
+        segmentation = coco_mask.merge(coco_mask.frPyObjects(segmentation, height, width))
+    elif isinstance(segmentation["counts"], list):
+        segmentation = coco_mask.frPyObjects(segmentation, height, width)
+    return coco_mask.decode(segmentation).astype(bool)
 
 
 def load_labelled(name: str, max_images: int | None = None, seed: int = 0) -> LabelledDataset:
-    """Check a registered data set and take the images that have annotations.
+    """Load a labelled data set and check its labels.
 
     Args:
-        name: in Detectron2's catalog, with boxes, masks or semantic labels.
+        name: data set in Detectron2's catalog with boxes, masks or semantic labels; or a folder
+            with a subfolder of images for each class.
         max_images: bound; more are thinned to a sample drawn by the seed, in their order.
-        seed: of that sample.
+        seed: seed for the sample.
 
     Raises:
-        InputError: the name is not known, the files are faulty, or nothing is annotated.
+        InputError: the name is not known, the files are faulty, or nothing is labelled.
     """
     if max_images is not None and max_images < 1:
         raise InputError(f"max_images is {max_images}; give at least 1, or None for all images.")
+    folder = Path(name).expanduser()
+    if name not in DatasetCatalog and folder.is_dir():
+        dataset = _load_class_folders(folder)
+    else:
+        dataset = _load_registered(name)
+    if max_images is not None and len(dataset.images) > max_images:
+        chosen = np.random.default_rng(seed).choice(len(dataset.images), max_images, replace=False)
+        dataset = dataset._replace(images=[dataset.images[i] for i in sorted(chosen)])
+    return dataset
+
+
+def _load_class_folders(folder: Path) -> LabelledDataset:
+    files = [Path(file) for file in find_images(folder)]
+    classes = sorted({file.relative_to(folder).parts[0] for file in files})
+    loose = [file for file in files if file.parent == folder]
+    if loose:
+        raise InputError(
+            f"the folder '{folder}' holds images that are in no folder of a class, for example "
+            f"{loose[0].name}; give a folder with a subfolder of images for each class."
+        )
+    number = {name: index for index, name in enumerate(classes)}
+    images = [
+        LabelledImage(
+            {"file_name": str(file), "image_class": number[file.relative_to(folder).parts[0]]},
+            str(folder),
+        )
+        for file in files
+    ]
+    return LabelledDataset(str(folder), images, image_classes=tuple(classes))
+
+
+def _load_registered(name: str) -> LabelledDataset:
     check_registered_dataset(name)
     use_own_loader(name)
     try:
         records = DatasetCatalog.get(name)
+    except InputError:
+        raise
     except (OSError, KeyError, AssertionError, ValueError) as error:
-        if isinstance(error, InputError):
-            raise
         raise InputError(
             f"the data set {name!r} cannot be loaded ({' '.join(str(error).split())}); "
             "check its files below DETECTRON2_DATASETS."
@@ -204,9 +271,6 @@ def load_labelled(name: str, max_images: int | None = None, seed: int = 0) -> La
             f"the data set {name!r} has no annotations, which every measure compares the features "
             "with; name one that is labelled."
         )
-    if max_images is not None and len(records) > max_images:
-        chosen = np.random.default_rng(seed).choice(len(records), max_images, replace=False)
-        records = [records[i] for i in sorted(chosen)]
     box_classes = tuple(metadata.get("thing_classes", ()))
     if "sem_seg_file_name" in records[0]:
         pixel_classes = tuple(metadata.get("stuff_classes", ()))
@@ -221,7 +285,7 @@ def load_labelled(name: str, max_images: int | None = None, seed: int = 0) -> La
 
 
 def _check_categories(name: str, records: list[dict[str, Any]], count: int) -> None:
-    """A loader of the user's own may give what the check of COCO files never saw."""
+    """Check the categories of a user's own loader, which the check of COCO files never saw."""
     for record in records:
         for annotation in record.get("annotations", []):
             if not 0 <= annotation["category_id"] < count:

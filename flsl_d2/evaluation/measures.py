@@ -1,64 +1,134 @@
-"""Frozen-feature measures of a weight file as a table and as JSON."""
+"""Frozen-feature measures: their protocol, the registry, and running them together."""
 
 from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import fields
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar, Protocol
 
 from tabulate import tabulate
 
 from flsl_d2.errors import InputError
+from flsl_d2.evaluation.classification import Classification
 from flsl_d2.evaluation.cluster_quality import ClusterQuality
 from flsl_d2.evaluation.explained_variance import ExplainedVariance
-from flsl_d2.evaluation.features import RANDOM, frozen_encoder, usable_device
+from flsl_d2.evaluation.features import RANDOM, Encoder, frozen_encoder, usable_device
 from flsl_d2.evaluation.knn_box import BoxKnn
 from flsl_d2.evaluation.labelled_images import LabelledDataset, load_labelled
-from flsl_d2.evaluation.samples import Measure, Options, encode, progress
+from flsl_d2.evaluation.samples import Options, Sample, Task, encode_dataset, log_progress
 from flsl_d2.evaluation.segmentation import KnnSegmentation, LinearSegmentation
 from flsl_d2.files import writable_folder, write_text
-from flsl_d2.modeling import FLSLViT
 
 __all__ = [
     "MEASURES",
+    "Measure",
+    "better",
     "measure_all",
     "measure_features",
     "measures_table",
     "prepare_measures",
     "report_features",
+    "run_measures",
+    "suitable_measures",
 ]
 
-MEASURES: dict[str, Callable[..., Measure]] = {
-    "knn_box": BoxKnn,
-    "knn_segmentation": KnnSegmentation,
-    "linear_segmentation": LinearSegmentation,
-    "cluster_quality": ClusterQuality,
-    "explained_variance": ExplainedVariance,
+logger = logging.getLogger(__name__)
+
+
+class Measure(Protocol):
+    """A measure of frozen features.
+
+    It is made from a :class:`flsl_d2.evaluation.samples.Task`, looks at every training image,
+    fits, looks at every validation image, and returns its scores. Several measures share one pass
+    over the images, so that each image is encoded once. Samples are not kept, so that memory is
+    bounded whatever the size of the data set. Every method, the constructor included, may raise
+    ``InputError`` where the data or the encoder do not allow this measure.
+
+    Attributes:
+        name: of the measure in :data:`MEASURES`, and the start of the names of its scores.
+        without_direction: scores for which neither high nor low is better; all others are the
+            better the higher.
+    """
+
+    name: str
+    without_direction: ClassVar[tuple[str, ...]]
+
+    def __init__(self, task: Task) -> None: ...
+
+    def observe_train(self, sample: Sample) -> None:
+        """Take what is needed from a training image."""
+        ...
+
+    def fit(self) -> None:
+        """Learn from the training images, all of which were seen."""
+        ...
+
+    def observe_val(self, sample: Sample) -> None:
+        """Score a validation image."""
+        ...
+
+    def results(self) -> dict[str, float]:
+        """Return the scores over all validation images, without the measure's name."""
+        ...
+
+
+MEASURES: dict[str, type[Measure]] = {
+    kind.name: kind
+    for kind in (
+        BoxKnn,
+        KnnSegmentation,
+        LinearSegmentation,
+        ClusterQuality,
+        ExplainedVariance,
+        Classification,
+    )
 }
 
 
+def suitable_measures(dataset: LabelledDataset) -> list[str]:
+    """Return the measures that the kind of labels of a data set allows."""
+    if dataset.image_classes:
+        return ["classification", "explained_variance"]
+    return [name for name in MEASURES if name != "classification"]
+
+
+def better(score: str) -> str:
+    """Tell which values of a score are better.
+
+    Args:
+        score: full name, such as ``knn_segmentation/mIoU``.
+
+    Returns:
+        ``higher``, or an empty text where neither is better, or for an unknown measure.
+    """
+    measure, _, key = score.partition("/")
+    kind = MEASURES.get(measure)
+    return "" if kind is None or key in kind.without_direction else "higher"
+
+
 def measure_features(
-    encoder: FLSLViT,
+    encoder: Encoder,
     train: str,
     val: str,
-    measures: Sequence[str] = tuple(MEASURES),
+    measures: Sequence[str] | None = None,
     seed: int = 0,
     device: str = "cpu",
     max_images: int | None = None,
-    **options,
+    **options: Any,
 ) -> dict[str, float]:
-    """Scores of a frozen encoder.
+    """Measure a frozen encoder.
 
     Args:
-        encoder: any; moved to the device, and left in the mode it was in.
-        train: registered data set that labels are learned from.
-        val: registered data set that is scored.
-        measures: names in `MEASURES`.
-        seed: of everything that is drawn. The global generators are not touched.
+        encoder: moved to the device, and left in the mode it was in.
+        train: registered data set, or folder with a subfolder for each class, that labels are
+            learned from.
+        val: the same for what is scored.
+        measures: names in `MEASURES`; by default those that the labels of ``train`` allow.
+        seed: seed for everything that is drawn. The global generators are not touched.
         device: to encode and compute on.
         max_images: bound of the images of each data set, drawn by the seed; None for all.
         **options: fields of :class:`flsl_d2.evaluation.samples.Options`.
@@ -67,7 +137,7 @@ def measure_features(
         ``{"knn_segmentation/mIoU": 41.2, ...}``, in percent where that is customary.
 
     Raises:
-        InputError: of the first measure that these data, this encoder or options do not allow.
+        InputError: the first measure that these data, this encoder or options do not allow.
     """
     results, failures = measure_all(
         encoder, train, val, measures, seed, device, max_images, **options
@@ -78,16 +148,16 @@ def measure_features(
 
 
 def measure_all(
-    encoder: FLSLViT,
+    encoder: Encoder,
     train: str | LabelledDataset,
     val: str | LabelledDataset,
-    measures: Sequence[str] = tuple(MEASURES),
+    measures: Sequence[str] | None = None,
     seed: int = 0,
     device: str = "cpu",
     max_images: int | None = None,
-    **options,
+    **options: Any,
 ) -> tuple[dict[str, float], dict[str, str]]:
-    """As :func:`measure_features`, but a measure that fails does not stop the others.
+    """Measure a frozen encoder like :func:`measure_features`, and go on where a measure fails.
 
     Data sets may be given as :func:`prepare_measures` has loaded them; ``max_images`` then has no
     effect.
@@ -98,97 +168,87 @@ def measure_all(
     Raises:
         InputError: a measure or an option of that name does not exist.
     """
-    chosen = _checked(measures, options)
+    settings = _checked_options(measures, options)
     try:
-        sets = _loaded(train, max_images, seed), _loaded(val, max_images, seed)
+        datasets = [
+            load_labelled(data, max_images, seed) if isinstance(data, str) else data
+            for data in (train, val)
+        ]
     except InputError as error:
-        return {}, dict.fromkeys(measures, str(error))
-    running = _Running(failures={}, measures={})
-    for name in measures:
-        with running.dropped_if_failing(name):
-            running.measures[name] = MEASURES[name](encoder, *sets, chosen, seed)
+        return {}, dict.fromkeys(measures or MEASURES, str(error))
+    task = Task(encoder, datasets[0], datasets[1], settings, seed)
     with _in_evaluation(encoder.to(device)):
-        return running.run(encoder, *sets, chosen.short_side), running.failures
+        return run_measures(task, measures or suitable_measures(task.train))
 
 
 def prepare_measures(
     train: str,
     val: str,
-    measures: Sequence[str] = tuple(MEASURES),
+    measures: Sequence[str] | None = None,
     seed: int = 0,
     max_images: int | None = None,
-    **options,
+    **options: Any,
 ) -> tuple[LabelledDataset, LabelledDataset]:
-    """Find out before long work whether names and data can be used; see :func:`measure_features`.
+    """Check names and data before long work; see :func:`measure_features` for the arguments.
 
     Returns:
         The data sets, to measure with repeatedly: a large annotation file takes a while to read.
 
     Raises:
-        InputError: naming what cannot be used.
+        InputError: what cannot be used, by name.
     """
-    _checked(measures, options)
+    _checked_options(measures, options)
     return load_labelled(train, max_images, seed), load_labelled(val, max_images, seed)
 
 
-def _loaded(data: str | LabelledDataset, max_images: int | None, seed: int) -> LabelledDataset:
-    return load_labelled(data, max_images, seed) if isinstance(data, str) else data
+def run_measures(task: Task, names: Sequence[str]) -> tuple[dict[str, float], dict[str, str]]:
+    """Run measures on one pass over the training and one over the validation images.
 
+    Args:
+        task: its encoder is in evaluation mode.
+        names: of the measures.
 
-class _Running:
-    """Measures that are still without a fault, and the reasons of the others."""
-
-    def __init__(self, measures: dict[str, Measure], failures: dict[str, str]) -> None:
-        self.measures, self.failures = measures, failures
-
-    @contextmanager
-    def dropped_if_failing(self, name: str) -> Iterator[None]:
+    Returns:
+        The scores by full name, and for every measure that failed the reason.
+    """
+    running, failures = {}, {}
+    for name in names:
         try:
-            yield
+            running[name] = MEASURES[name](task)
         except InputError as error:
-            self.failures[name] = str(error)
-            self.measures.pop(name, None)
+            failures[name] = str(error)
 
-    def run(
-        self, encoder: FLSLViT, train: LabelledDataset, val: LabelledDataset, short_side: int
-    ) -> dict[str, float]:
-        """Show every measure the training images, then the validation images; its scores."""
-        self._show(encoder, train, short_side, "observe_train")
-        self._each("fit")
-        self._show(encoder, val, short_side, "observe_val")
-        results = self._each("results")
-        return {
-            f"{name}/{key}": value
-            for name, scores in results.items()
-            for key, value in scores.items()
-        }
-
-    def _show(
-        self, encoder: FLSLViT, dataset: LabelledDataset, short_side: int, method: str
-    ) -> None:
-        if not self.measures:
-            return
-        samples = encode(encoder, dataset, short_side)
-        try:
-            for sample in progress(samples, len(dataset.images), f"Measuring {dataset.name}"):
-                self._each(method, sample)
-        except InputError as error:  # of an image that cannot be encoded
-            self.failures |= dict.fromkeys(self.measures, str(error))
-            self.measures.clear()
-
-    def _each(self, method: str, *arguments: object) -> dict[str, Mapping[str, float]]:
+    def call_each(method: str, *arguments: Any) -> dict[str, Any]:
         returned = {}
-        for name, measure in list(self.measures.items()):
-            with self.dropped_if_failing(name):
+        for name, measure in list(running.items()):
+            try:
                 returned[name] = getattr(measure, method)(*arguments)
+            except InputError as error:
+                failures[name] = str(error)
+                del running[name]
         return returned
 
+    for dataset, observe in ((task.train, "observe_train"), (task.val, "observe_val")):
+        if observe == "observe_val":
+            call_each("fit")
+        if not running:
+            break
+        samples = encode_dataset(task.encoder, dataset, task.options.short_side)
+        try:
+            for sample in log_progress(samples, len(dataset.images), f"Measuring {dataset.name}"):
+                call_each(observe, sample)
+        except InputError as error:  # an image cannot be encoded, which stops all measures
+            failures |= dict.fromkeys(running, str(error))
+            running.clear()
+    scores = call_each("results")
+    return {f"{name}/{key}": v for name in scores for key, v in scores[name].items()}, failures
 
-def _checked(measures: Sequence[str], given: Mapping[str, object]) -> Options:
-    unknown = [name for name in measures if name not in MEASURES]
-    if unknown or not measures:
-        what = f"there is no measure {unknown[0]!r}" if unknown else "no measure was named"
-        raise InputError(f"{what}; use some of {', '.join(MEASURES)}.")
+
+def _checked_options(names: Sequence[str] | None, given: Mapping[str, Any]) -> Options:
+    unknown = [name for name in names or () if name not in MEASURES]
+    if unknown or (names is not None and not names):
+        problem = f"there is no measure {unknown[0]!r}" if unknown else "no measure was named"
+        raise InputError(f"{problem}; use some of {', '.join(MEASURES)}.")
     known = [field.name for field in fields(Options)]
     unknown = [name for name in given if name not in known]
     if unknown:
@@ -199,54 +259,52 @@ def _checked(measures: Sequence[str], given: Mapping[str, object]) -> Options:
 
 
 @contextmanager
-def _in_evaluation(encoder: FLSLViT) -> Iterator[None]:
+def _in_evaluation(encoder: Encoder) -> Iterator[None]:
     was_training = encoder.training
-    encoder.eval()
+    encoder.train(False)
     try:
         yield
     finally:
         encoder.train(was_training)
 
 
-logger = logging.getLogger(__name__)
-
-
 def report_features(
     weights: str,
     train: str,
     val: str,
-    measures: Sequence[str] = tuple(MEASURES),
+    measures: Sequence[str] | None = None,
     json_file: Path | None = None,
     **settings: Any,
 ) -> None:
-    """Measure an encoder and print the table.
+    """Measure a weight file and print the table.
 
     Args:
         weights: see :func:`flsl_d2.evaluation.features.frozen_encoder`.
-        train: see :func:`flsl_d2.evaluation.measures.measure_all`.
+        train: see :func:`measure_features`.
         val: see there.
         measures: see there.
-        json_file: where scores, failures and settings are written, too.
-        **settings: ``seed``, ``device``, ``max_images`` and options of `measure_all`.
+        json_file: file for scores, failures and settings.
+        **settings: ``seed``, ``device``, ``max_images`` and options of :func:`measure_features`.
 
     Raises:
-        InputError: nothing can be measured, or, after the table, a measure has failed.
+        InputError: nothing can be measured; or, after the table, a measure has failed.
     """
     if json_file is not None:
         writable_folder(json_file.absolute().parent)
     usable_device(settings.get("device", "cpu"))
     encoder = frozen_encoder(weights, settings.get("seed", 0))
     if weights == RANDOM:
-        logger.warning("The encoder is an untrained ViT-S/16: its scores are a floor, no result.")
+        logger.warning("The encoder is an untrained ViT-S/16; its scores are a lower reference.")
     results, failures = measure_all(encoder, train, val, measures, **settings)
-    print(measures_table(measures, results, failures))
+    names = list(measures or dict.fromkeys([*(n.split("/")[0] for n in results), *failures]))
+    print(measures_table(names, results, failures))
     if json_file is not None:
-        named = {"weights": weights, "train": train, "val": val, "measures": list(measures)}
+        named = {"weights": weights, "train": train, "val": val, "measures": names}
         content = {"settings": named | settings, "results": results, "failures": failures}
         write_text(json_file, json.dumps(content, indent=1) + "\n")
     if failures:
         raise InputError(
-            f"{len(failures)} of {len(measures)} measures failed ({', '.join(failures)}): the "
+            f"{len(failures)} of {len(names)} measures failed ({', '.join(failures)}): the "
             "reasons stand below the table; correct them, or choose others with --measures."
         )
 
@@ -254,12 +312,12 @@ def report_features(
 def measures_table(
     measures: Sequence[str], results: Mapping[str, float], failures: Mapping[str, str]
 ) -> str:
-    """One line a score, by measure; failed ones say so, with the reasons below.
+    """Format scores as a table with a line for each, and the reasons of failures below.
 
     Args:
-        measures: that were asked for, in order.
-        results: as of :func:`flsl_d2.evaluation.measures.measure_all`.
-        failures: likewise.
+        measures: names in the order of the table.
+        results: scores by full name.
+        failures: reasons by the name of the measure.
     """
     lines = []
     for measure in measures:
@@ -268,7 +326,7 @@ def measures_table(
         for name, value in results.items():
             if name.startswith(f"{measure}/"):
                 lines.append((measure, name.removeprefix(f"{measure}/"), f"{value:.2f}"))
-    # A measure's name stands once, in its first line.
+    # The name of a measure stands in the first of its lines only.
     shown = [
         (line[0] if index == 0 or lines[index - 1][0] != line[0] else "", *line[1:])
         for index, line in enumerate(lines)

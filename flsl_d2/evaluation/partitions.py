@@ -1,7 +1,7 @@
-"""How well one partition of an image matches another.
+"""Partitions of an image: k-means, and how well one partition matches another.
 
-A partition is an array of integers (H, W): pixels with the same number belong together. Which
-number it is does not matter.
+A partition is an array of integers (H, W): pixels with the same number belong together, whichever
+number it is.
 """
 
 from __future__ import annotations
@@ -32,13 +32,13 @@ def kmeans(
     num_restarts: int = 3,
     max_iterations: int = 50,
 ) -> Tensor:
-    """Lloyd's algorithm from k-means++ starts; the start with the least distortion is kept.
+    """Cluster by Lloyd's algorithm from k-means++ starts, and keep the run of least distortion.
 
     Args:
         points: (N, D).
         num_clusters: K; with fewer distinct points some clusters stay empty.
-        seed: of the starts.
-        num_restarts: how many starts are tried.
+        seed: seed for the starts.
+        num_restarts: number of starts.
         max_iterations: bound of the steps after each start.
 
     Returns:
@@ -61,11 +61,10 @@ def _run(
     max_iterations: int,
 ) -> tuple[Tensor, float]:
     centroids = points[_plus_plus(between, num_clusters, generator)]
-    labels = None
+    labels = torch.full((len(points),), -1, device=points.device)
     for _ in range(max_iterations):
-        distances = _squared_distances(points, centroids)
-        previous, labels = labels, distances.argmin(dim=1)
-        if previous is not None and torch.equal(previous, labels):
+        previous, labels = labels, _squared_distances(points, centroids).argmin(dim=1)
+        if torch.equal(previous, labels):
             break
         sums = torch.zeros_like(centroids).index_add_(0, labels, points)
         counts = labels.bincount(minlength=num_clusters)
@@ -76,39 +75,40 @@ def _run(
 
 
 def _plus_plus(between: np.ndarray, num_clusters: int, generator: np.random.Generator) -> list[int]:
-    """Starts drawn in turn with odds of the squared distance to the nearest earlier one
-    (Arthur and Vassilvitskii, 2007).
+    """Draw starts by k-means++ (Arthur and Vassilvitskii, 2007).
+
+    The odds of a point are its squared distance to the nearest start that was drawn before.
 
     Args:
         between: (N, N) squared distances.
-        num_clusters: how many.
-        generator: of the draws.
+        num_clusters: number of starts.
+        generator: generator of the draws.
     """
     chosen = [int(generator.integers(len(between)))]
     nearest = between[chosen[0]].copy()
     while len(chosen) < num_clusters:
         odds = nearest.cumsum()
         place = generator.random() * odds[-1]
-        # Where all points are at a start already, odds are 0 and any point serves.
+        # Where all points coincide with a start, all odds are 0 and any point will do.
         chosen.append(min(int(np.searchsorted(odds, place, side="right")), len(between) - 1))
         np.minimum(nearest, between[chosen[-1]], out=nearest)
     return chosen
 
 
 def _squared_distances(points: Tensor, centroids: Tensor) -> Tensor:
-    """(N, K)."""
+    """Squared Euclidean distances, (N, K)."""
     return torch.cdist(points, centroids, compute_mode="use_mm_for_euclid_dist").square()
 
 
 BOUNDARY_TOLERANCE = 0.0075
-"""How far a boundary may be off, as a share of the image's diagonal (Martin et al., PAMI 2004)."""
+"""Distance at which boundaries match, as a share of the diagonal (Martin et al., PAMI 2004)."""
 
 
 def adjusted_rand_index(first: np.ndarray, second: np.ndarray) -> float:
-    """Agreement of two partitions about pairs of pixels, corrected for chance.
+    """Measure the agreement of two partitions about pairs, corrected for chance.
 
-    Hubert and Arabie, Comparing partitions, 1985: 1 for equal partitions, 0 on average for random
-    ones, negative where they agree less than by chance.
+    The adjusted Rand index (Hubert and Arabie, Comparing partitions, 1985) is 1 for equal
+    partitions, 0 on average for random ones, negative where they agree less than by chance.
 
     Args:
         first: labels of any shape.
@@ -129,7 +129,7 @@ def adjusted_rand_index(first: np.ndarray, second: np.ndarray) -> float:
 
 
 def _counted_from_zero(labels: np.ndarray) -> np.ndarray:
-    """Flat labels without gaps, or nearly so; sorting all pixels is avoided where possible."""
+    """Flatten labels and make them small; all pixels are sorted only where labels are large."""
     labels = labels.ravel().astype(np.int64)
     if labels.size and np.ptp(labels) < labels.size:
         return labels - labels.min()
@@ -137,7 +137,7 @@ def _counted_from_zero(labels: np.ndarray) -> np.ndarray:
 
 
 def _counts(labels: np.ndarray) -> np.ndarray:
-    """How often each of the labels occurs, in any order, possibly with zeros."""
+    """Count how often each label occurs, in any order, possibly with zeros."""
     if labels.max(initial=0) < 4 * labels.size:
         return np.bincount(labels)
     return np.unique(labels, return_counts=True)[1]
@@ -149,9 +149,9 @@ def _pairs(counts: np.ndarray) -> float:
 
 
 def boundaries(labels: np.ndarray) -> np.ndarray:
-    """Pixels whose label differs from the one to their right or below, (H, W) bool.
+    """Mark pixels whose label differs from the one to their right or below, (H, W) bool.
 
-    Where one of the two is `IGNORED` there is no boundary.
+    There is no boundary where one of the two is `IGNORED`.
     """
     result = np.zeros(labels.shape, dtype=bool)
     known = labels != IGNORED
@@ -168,7 +168,7 @@ def boundary_f_score(
     """Harmonic mean of precision and recall of the boundaries between parts.
 
     A predicted boundary pixel is right if a true one lies within the tolerance, and a true one is
-    found if a predicted one does; Euclidean distance, many to one, as DAVIS computes it.
+    found if a predicted one does; Euclidean distance, many to one, as in DAVIS.
 
     Args:
         truth: (H, W); predictions where it is `IGNORED` do not count.
@@ -190,16 +190,16 @@ def boundary_f_score(
 
 
 def _distance_to(edges: np.ndarray) -> np.ndarray:
-    """Distance in pixels of every pixel to the nearest edge."""
+    """Distance of every pixel to the nearest edge, in pixels."""
     return cv2.distanceTransform((~edges).astype(np.uint8), cv2.DIST_L2, cv2.DIST_MASK_PRECISE)
 
 
 def enlarge_labels(labels: np.ndarray, size: tuple[int, int]) -> np.ndarray:
-    """Labels of tokens as labels of pixels, with smooth borders.
+    """Enlarge labels of tokens to labels of pixels, with smooth borders.
 
     Each part's indicator is resampled bilinearly and the largest wins, as for classes in
-    :func:`flsl_d2.evaluation.segmentation.label_pixels`; the cost does not grow with the
-    number of parts, because only the four tokens around a pixel have a say.
+    :func:`flsl_d2.evaluation.segmentation.label_pixels`. The cost does not grow with the number of
+    parts, because only the four tokens around a pixel matter.
 
     Args:
         labels: (rows, columns).
@@ -230,7 +230,7 @@ def enlarge_labels(labels: np.ndarray, size: tuple[int, int]) -> np.ndarray:
 
 
 def _neighbours(count: int, size: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """The cells before and after the centre of every pixel, and the share of the latter."""
+    """Find the cells before and after the centre of every pixel, and the share of the latter."""
     place = np.clip((np.arange(size) + 0.5) * count / size - 0.5, 0, count - 1)
     before = np.floor(place).astype(np.int64)
     return before, np.minimum(before + 1, count - 1), place - before

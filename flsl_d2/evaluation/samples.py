@@ -4,23 +4,22 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from copy import copy
-from dataclasses import dataclass
-from typing import Protocol, TypeVar
+from dataclasses import dataclass, field
+from typing import TypeVar
 
 import numpy as np
-import torch
-from torch import Tensor
+from torch import Tensor, nn
 from tqdm import tqdm
 
 from flsl_d2.errors import InputError
-from flsl_d2.evaluation.features import extract_tokens
+from flsl_d2.evaluation.features import Encoder, extract_tokens
 from flsl_d2.evaluation.labelled_images import LabelledDataset, LabelledImage
-from flsl_d2.modeling import FLSLViT
+from flsl_d2.modeling.attention import Attention
 
-__all__ = ["Measure", "Options", "Sample", "encode", "progress"]
+__all__ = ["Options", "Sample", "Task", "encode_dataset", "global_attention", "log_progress"]
 
 logger = logging.getLogger(__name__)
 
@@ -30,28 +29,65 @@ _SECONDS_BETWEEN_LINES = 30
 
 @dataclass(frozen=True)
 class Options:
-    """What the protocols leave to choose.
+    """Settings that the protocols leave open.
 
     Attributes:
         short_side: pixels that the shorter side of an image is resized to.
-        bank_size: most labelled patches in the memory bank of a segmentation measure.
+        bank_size: bound of the labelled patches in the memory bank of a segmentation measure.
         num_neighbours: k of patch-level k-NN segmentation.
         temperature: T of the weights exp(cosine / T) of all k-NN votes.
-        box_neighbours: values of k of box-aligned k-NN.
-        probe_steps: iterations of the linear probe's solver.
-        kernel_widths: of mean-shift, to choose from; see
+        class_neighbours: values of k for k-NN that names an object or an image.
+        probe_steps: bound of the iterations of a linear probe's solver.
+        kernel_widths: widths of mean-shift to choose from; see
             :mod:`flsl_d2.evaluation.cluster_quality`.
-        cluster_counts: of tuned k-means, to choose from; see there.
+        cluster_counts: numbers of clusters of tuned k-means to choose from; see there.
+
+    Raises:
+        InputError: a value out of range.
     """
 
     short_side: int = 448
     bank_size: int = 10_000
     num_neighbours: int = 30
     temperature: float = 0.07
-    box_neighbours: Sequence[int] = (10, 20, 100, 200)
+    class_neighbours: tuple[int, ...] = (10, 20, 100, 200)
     probe_steps: int = 100
-    kernel_widths: Sequence[float] = (2.0, 4.0, 8.0, 16.0, 32.0)
-    cluster_counts: Sequence[int] = (2, 3, 4, 6, 8, 12, 16)
+    kernel_widths: tuple[float, ...] = (2.0, 4.0, 8.0, 16.0, 32.0)
+    cluster_counts: tuple[int, ...] = (2, 3, 4, 6, 8, 12, 16)
+
+    def __post_init__(self) -> None:
+        for name in ("short_side", "bank_size", "num_neighbours", "probe_steps"):
+            if getattr(self, name) < 1:
+                raise InputError(f"{name} is {getattr(self, name)}; give at least 1.")
+        for name in ("class_neighbours", "cluster_counts"):
+            values = getattr(self, name)
+            if not values or min(values) < 1:
+                raise InputError(f"{name} is {list(values)}; give one or more values from 1 up.")
+        for name, given in (
+            ("temperature", (self.temperature,)),
+            ("kernel_widths", self.kernel_widths),
+        ):
+            if not given or not all(0 < value < float("inf") for value in given):
+                raise InputError(f"{name} is {getattr(self, name)}; give positive numbers.")
+
+
+@dataclass(frozen=True)
+class Task:
+    """Everything that a measure is made from.
+
+    Attributes:
+        encoder: in evaluation mode.
+        train: data set that labels are learned from.
+        val: data set that is scored.
+        options: settings of the protocols.
+        seed: seed for everything that is drawn.
+    """
+
+    encoder: Encoder
+    train: LabelledDataset
+    val: LabelledDataset
+    options: Options = field(default_factory=Options)
+    seed: int = 0
 
 
 @dataclass(frozen=True)
@@ -59,13 +95,13 @@ class Sample:
     """One image for the measures.
 
     Attributes:
-        index: of the image in its data set.
+        index: position of the image in its data set.
         tokens: (N, D) float32, row-major over the grid.
         grid: rows and columns of tokens.
         pixels: (H, W, 3) uint8 RGB as the encoder saw it.
         image: its labels.
-        attended: what the last block's attention took in, (1, rows, columns, D), or with P prefix
-            tokens (1, 1, P + N, D).
+        attended: input of the last block's attention, (1, rows, columns, D), or with P prefix
+            tokens (1, 1, P + N, D); None for encoders without :func:`global_attention`.
     """
 
     index: int
@@ -73,51 +109,41 @@ class Sample:
     grid: tuple[int, int]
     pixels: np.ndarray
     image: LabelledImage
-    attended: Tensor
+    attended: Tensor | None = None
 
 
-class Measure(Protocol):
-    """Looks at every training image, fits, looks at every validation image, and scores.
-
-    Made as ``Measure(encoder, train, val, options, seed)``. Samples are shown once and not kept,
-    so that memory is bounded whatever the size of the data set. Any method may raise an
-    ``InputError`` when the data do not allow this measure.
-    """
-
-    def observe_train(self, sample: Sample) -> None:
-        """Take from a training image what is needed."""
-
-    def fit(self) -> None:
-        """All training images were seen."""
-
-    def observe_val(self, sample: Sample) -> None:
-        """Score a validation image."""
-
-    def results(self) -> dict[str, float]:
-        """Scores over all validation images, without the measure's name."""
+def global_attention(encoder: Encoder) -> Attention | None:
+    """Return the attention of an encoder's last block; None where it does not see all tokens."""
+    blocks = getattr(encoder, "blocks", None)
+    if not isinstance(blocks, nn.ModuleList) or getattr(blocks[-1], "window_size", None) != 0:
+        return None
+    attention = getattr(blocks[-1], "attn", None)
+    return attention if isinstance(attention, Attention) else None
 
 
 @contextmanager
-def _attention_inputs(encoder: FLSLViT) -> Iterator[list[Tensor]]:
-    """What the last block's attention takes in, of the latest image."""
+def _attention_inputs(encoder: Encoder) -> Iterator[list[Tensor]]:
+    """Keep the input of the last block's attention for the latest image, where there is one."""
     latest: list[Tensor] = []
 
-    def keep(_module: torch.nn.Module, inputs: tuple[Tensor, ...]) -> None:
+    def keep(_module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
         latest[:] = inputs[:1]
 
-    handle = encoder.blocks[-1].attn.register_forward_pre_hook(keep)
+    attention = global_attention(encoder)
+    handle = attention.register_forward_pre_hook(keep) if attention is not None else None
     try:
         yield latest
     finally:
-        handle.remove()
+        if handle is not None:
+            handle.remove()
 
 
-def encode(encoder: FLSLViT, dataset: LabelledDataset, short_side: int) -> Iterator[Sample]:
-    """Every image of a data set with its tokens, in order.
+def encode_dataset(encoder: Encoder, dataset: LabelledDataset, short_side: int) -> Iterator[Sample]:
+    """Yield every image of a data set with its tokens, in order.
 
     Args:
         encoder: in evaluation mode.
-        dataset: as of :func:`flsl_d2.evaluation.labelled_images.load_labelled`.
+        dataset: from :func:`flsl_d2.evaluation.labelled_images.load_labelled`.
         short_side: see :func:`flsl_d2.evaluation.features.extract_tokens`.
 
     Raises:
@@ -131,18 +157,24 @@ def encode(encoder: FLSLViT, dataset: LabelledDataset, short_side: int) -> Itera
     with _attention_inputs(encoder) as latest:
         for index, image in enumerate(dataset.images):
             tokens, grid, pixels = extract_tokens(encoder, image.read(), short_side)
-            # A copy, so that the labels which the measures have painted go with the sample.
-            yield Sample(index, tokens, grid, pixels, copy(image), latest[0])
+            # A copy, so that the labels which the measures decode are freed with the sample.
+            yield Sample(index, tokens, grid, pixels, copy(image), latest[0] if latest else None)
 
 
-def progress(items: Iterable[_T], total: int, what: str) -> Iterator[_T]:
-    """A bar with ETA on a terminal; elsewhere a line in the log every half minute."""
-    start = said = time.monotonic()
-    bar = tqdm(items, desc=what, total=total, unit="image", disable=None, leave=False)
+def log_progress(items: Iterable[_T], total: int, title: str) -> Iterator[_T]:
+    """Show a bar with ETA on a terminal, and elsewhere a line in the log every half minute.
+
+    Args:
+        items: to iterate over.
+        total: number of the items.
+        title: of the bar.
+    """
+    start = last_report_time = time.monotonic()
+    bar = tqdm(items, desc=title, total=total, unit="image", disable=None, leave=False)
     for done, item in enumerate(bar):
         now = time.monotonic()
-        if bar.disable and now - said > _SECONDS_BETWEEN_LINES:
-            said = now
+        if bar.disable and now - last_report_time > _SECONDS_BETWEEN_LINES:
+            last_report_time = now
             left = (now - start) / done * (total - done)
-            logger.info("%s: %d of %d images, %.0f s left", what, done, total, left)
+            logger.info("%s: %d of %d images, %.0f s left", title, done, total, left)
         yield item

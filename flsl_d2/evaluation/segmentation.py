@@ -1,8 +1,14 @@
-"""Linear segmentation probe: one linear layer on frozen tokens."""
+"""Semantic segmentation from frozen tokens: k-NN and a linear probe.
+
+Shape suffixes: N tokens of an image, D width, C classes, M patches of the bank, H x W pixels.
+"""
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
+from collections import defaultdict
 from collections.abc import Sequence
+from typing import ClassVar
 
 import numpy as np
 import torch
@@ -10,38 +16,40 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from flsl_d2.errors import InputError
-from flsl_d2.evaluation.knn_box import nearest
+from flsl_d2.evaluation.classifiers import fit_linear, nearest
 from flsl_d2.evaluation.labelled_images import IGNORED, LabelledDataset
-from flsl_d2.evaluation.samples import Options, Sample
-from flsl_d2.modeling import FLSLViT
+from flsl_d2.evaluation.samples import Sample, Task
 
 __all__ = [
     "Confusion",
     "KnnSegmentation",
     "LinearSegmentation",
+    "ObjectRecall",
     "PatchBank",
+    "check_labelled_pixels",
     "check_pixel_classes",
-    "fit_linear",
     "label_pixels",
     "patch_distributions",
 ]
+
+_MAX_LISTED_CLASSES = 20
+_MEDIUM_AREA, _LARGE_AREA = 32**2, 96**2  # pixels, as in COCO's evaluation
+_ELONGATED = 2.0  # longer side over shorter side of an object's bounding box
 
 
 class PatchBank:
     """Tokens with the share of each class among the pixels of their patch.
 
     Every image gives the same number of patches, drawn uniformly among those with a labelled
-    pixel; what is drawn depends on the seed and the index of the image alone.
+    pixel. The draw depends on the seed and the index of the image alone.
 
     Args:
         dataset: the training images.
-        size: most patches in the bank.
-        seed: of the draw.
+        size: bound of the patches in the bank.
+        seed: seed for the draw.
     """
 
     def __init__(self, dataset: LabelledDataset, size: int, seed: int) -> None:
-        if size < 1:
-            raise InputError(f"bank_size is {size}; give at least 1, or leave it out for 10000.")
         self.num_classes = len(dataset.pixel_classes)
         self.num_images, self.size, self.seed = len(dataset.images), size, seed
         self._tokens: list[Tensor] = []
@@ -61,10 +69,10 @@ class PatchBank:
         self._shares.append(torch.from_numpy(shares[chosen]))
 
     def all(self) -> tuple[Tensor, Tensor]:
-        """Tokens (M, D) and shares (M, C), on the device of the tokens.
+        """Return tokens (M, D) and shares (M, C), on the device of the tokens.
 
         Raises:
-            InputError: not one patch has a label.
+            InputError: no patch has a label.
         """
         if not self._tokens:
             raise InputError("no pixel of the training images has a label; use other images.")
@@ -72,29 +80,34 @@ class PatchBank:
         return tokens, torch.cat(self._shares).to(tokens.device)
 
 
+def check_labelled_pixels(dataset: LabelledDataset) -> None:
+    """Raise InputError where a data set names no classes of pixels."""
+    if not dataset.pixel_classes:
+        raise InputError(
+            f"the data set {dataset.name!r} names no classes of pixels; give one with masks, or "
+            "set `stuff_classes` in its metadata."
+        )
+
+
 def check_pixel_classes(train: LabelledDataset, val: LabelledDataset) -> tuple[str, ...]:
-    """The classes of pixels, the same in both data sets.
+    """Return the classes of pixels, the same in both data sets.
 
     Raises:
-        InputError: they differ, or there are none.
+        InputError: the classes differ, or there are none.
     """
     if train.pixel_classes != val.pixel_classes:
         raise InputError(
             f"{train.name!r} has {len(train.pixel_classes)} pixel classes and {val.name!r} "
             f"{len(val.pixel_classes)}, or other names; use two splits of one data set."
         )
-    if not train.pixel_classes:
-        raise InputError(
-            f"the data set {train.name!r} does not name its classes; set `stuff_classes` in its "
-            "metadata."
-        )
+    check_labelled_pixels(train)
     return train.pixel_classes
 
 
 def patch_distributions(
     labels: np.ndarray, grid: tuple[int, int], num_classes: int
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Share of each class in every patch.
+    """Count the share of each class in every patch.
 
     Args:
         labels: (H, W) classes of pixels, `IGNORED` for none.
@@ -118,7 +131,7 @@ def patch_distributions(
 
 
 def label_pixels(scores: Tensor, grid: tuple[int, int], size: tuple[int, int]) -> np.ndarray:
-    """The class with the highest score at every pixel.
+    """Return the class with the highest score at every pixel.
 
     Args:
         scores: (N, C) of the tokens; resampled bilinearly to pixels.
@@ -126,11 +139,11 @@ def label_pixels(scores: Tensor, grid: tuple[int, int], size: tuple[int, int]) -
         size: H and W.
 
     Returns:
-        (H, W) int64. Of equal scores the lowest class wins.
+        (H, W) int64. The lowest of several classes with equal scores wins.
     """
     best = torch.full(size, -torch.inf, device=scores.device)
     label = torch.zeros(size, dtype=torch.int64, device=scores.device)
-    # One class at a time: all of them would take gigabytes for a large image with many classes.
+    # All classes at once would take gigabytes for a large image with many classes.
     for index, plane in enumerate(scores.T.reshape(-1, 1, 1, *grid)):
         full = F.interpolate(plane, size=size, mode="bilinear", align_corners=False)[0, 0]
         better = full > best
@@ -150,7 +163,7 @@ class Confusion:
         self.counts = np.zeros((num_classes, num_classes), dtype=np.int64)
 
     def add(self, truth: np.ndarray, predicted: np.ndarray) -> None:
-        """Count the pixels of one image; those whose truth is `IGNORED` are left out."""
+        """Count the pixels of one image, except those whose truth is `IGNORED`."""
         num_classes = len(self.counts)
         known = truth != IGNORED
         pairs = truth[known] * num_classes + predicted[known]
@@ -159,10 +172,10 @@ class Confusion:
     def results(self, names: Sequence[str]) -> dict[str, float]:
         """Mean IoU over the classes that occur in the truth, and pixel accuracy, in percent.
 
-        The IoU of each is there, too, where the data set has at most 20 classes.
+        The IoU of each class is listed as well, for data sets of at most 20 classes.
 
         Raises:
-            InputError: nothing was counted.
+            InputError: no pixel was counted.
         """
         if not self.counts.any():
             raise InputError("no pixel of the validation images has a label; use other images.")
@@ -174,61 +187,121 @@ class Confusion:
             "mIoU": float(iou[occurs].mean()),
             "pixel_accuracy": float(100.0 * hits.sum() / true.sum()),
         }
-        if len(names) <= 20:
-            scores |= {f"IoU-{names[i]}": float(iou[i]) for i in np.flatnonzero(occurs)}
+        if len(names) <= _MAX_LISTED_CLASSES:
+            scores |= {f"IoU-{names[i]}": float(iou[i]) for i in np.flatnonzero(occurs).tolist()}
         return scores
 
 
-class KnnSegmentation:
+class ObjectRecall:
+    """Share of an object's pixels that get its class, by size and by aspect ratio of the object.
+
+    Sizes are those of COCO, by the visible pixels of the image as annotated: small is below 32 x
+    32, large from 96 x 96 up. A bounding box at least twice as wide as high is wide, at least
+    twice as high as wide is tall, any other is square.
+    """
+
+    GROUPS = ("small", "medium", "large", "wide", "square", "tall")
+
+    def __init__(self) -> None:
+        self._shares: dict[str, list[float]] = defaultdict(list)
+
+    def add(self, objects: Sequence[tuple[np.ndarray, int]], predicted: np.ndarray) -> None:
+        """Add the objects of one image.
+
+        Args:
+            objects: see :attr:`flsl_d2.evaluation.labelled_images.LabelledImage.objects`.
+            predicted: (H, W) classes of pixels.
+        """
+        for mask, category in objects:
+            share = float((predicted[mask] == category).mean())
+            for group in (_size_group(mask), _aspect_group(mask)):
+                self._shares[group].append(share)
+
+    def results(self) -> dict[str, float]:
+        """Return ``recall_<group>`` in percent, mean over the objects, for groups with objects."""
+        return {
+            f"recall_{group}": 100 * float(np.mean(self._shares[group]))
+            for group in self.GROUPS
+            if self._shares[group]
+        }
+
+
+def _size_group(mask: np.ndarray) -> str:
+    area = np.count_nonzero(mask)
+    return "small" if area < _MEDIUM_AREA else "medium" if area < _LARGE_AREA else "large"
+
+
+def _aspect_group(mask: np.ndarray) -> str:
+    height, width = (np.ptp(np.flatnonzero(mask.any(axis=axis))) + 1 for axis in (1, 0))
+    if width >= _ELONGATED * height:
+        return "wide"
+    return "tall" if height >= _ELONGATED * width else "square"
+
+
+class _Segmentation(ABC):
+    """Measure that labels the tokens by what a bank of patches teaches, and scores the pixels."""
+
+    name: str
+    without_direction: ClassVar[tuple[str, ...]] = ()
+
+    def __init__(self, task: Task) -> None:
+        self.classes = check_pixel_classes(task.train, task.val)
+        self.options = task.options
+        self.bank = PatchBank(task.train, task.options.bank_size, task.seed)
+        self.confusion = Confusion(len(self.classes))
+        self.recall = ObjectRecall()
+
+    @abstractmethod
+    def fit(self) -> None:
+        """Learn from the bank."""
+
+    @abstractmethod
+    def _scores(self, tokens: Tensor) -> Tensor:
+        """(N, D) tokens to scores (N, C) of the classes."""
+
+    def observe_train(self, sample: Sample) -> None:
+        """Put patches into the bank."""
+        self.bank.add(sample)
+
+    def observe_val(self, sample: Sample) -> None:
+        """Segment an image and count its pixels."""
+        truth = sample.image.semantic
+        size = (truth.shape[0], truth.shape[1])
+        predicted = label_pixels(self._scores(sample.tokens), sample.grid, size)
+        self.confusion.add(truth, predicted)
+        if "sem_seg_file_name" not in sample.image.record:
+            self.recall.add(sample.image.objects, predicted)
+
+    def results(self) -> dict[str, float]:
+        """Return ``mIoU``, ``pixel_accuracy``, the IoU of a few classes, and recall, in percent."""
+        return self.confusion.results(self.classes) | self.recall.results()
+
+
+class KnnSegmentation(_Segmentation):
     """Mean IoU of labels voted by the nearest patches of a memory bank.
 
     Each token takes the class shares of its k most similar bank patches (cosine), averaged with
     weights exp(cosine / T). The averages are resampled bilinearly to the pixels of the
     annotations, and the largest wins. The bank holds at most ``bank_size`` patches of the training
-    images, see :class:`flsl_d2.evaluation.segmentation.PatchBank`.
+    images, see :class:`PatchBank`.
     """
 
-    def __init__(
-        self,
-        encoder: FLSLViT,
-        train: LabelledDataset,
-        val: LabelledDataset,
-        options: Options,
-        seed: int,
-    ) -> None:
-        self.classes = check_pixel_classes(train, val)
-        self.options = options
-        self.bank = PatchBank(train, options.bank_size, seed)
-        self.confusion = Confusion(len(self.classes))
-
-    def observe_train(self, sample: Sample) -> None:
-        """Put patches into the bank."""
-        self.bank.add(sample)
+    name = "knn_segmentation"
 
     def fit(self) -> None:
         """Normalise the bank."""
         tokens, self.shares = self.bank.all()
         self.tokens = F.normalize(tokens, dim=1)
 
-    def observe_val(self, sample: Sample) -> None:
-        """Segment an image and count its pixels."""
-        queries = F.normalize(sample.tokens, dim=1)
+    def _scores(self, tokens: Tensor) -> Tensor:
         k = min(self.options.num_neighbours, len(self.tokens))
+        queries = F.normalize(tokens, dim=1)
         indices, weights = nearest(queries, self.tokens, k, self.options.temperature)
         votes = torch.einsum("nk,nkc->nc", weights, self.shares[indices])
-        votes = votes / weights.sum(dim=1, keepdim=True)
-        truth = sample.image.semantic
-        self.confusion.add(truth, label_pixels(votes, sample.grid, truth.shape))
-
-    def results(self) -> dict[str, float]:
-        """``mIoU``, ``pixel_accuracy`` and, of a few classes, the IoU of each; in percent."""
-        return self.confusion.results(self.classes)
+        return votes / weights.sum(dim=1, keepdim=True)
 
 
-WEIGHT_DECAY = 1e-3
-
-
-class LinearSegmentation:
+class LinearSegmentation(_Segmentation):
     """Mean IoU of a linear classifier of tokens.
 
     It learns the class shares of at most ``bank_size`` training patches (:class:`PatchBank`) from
@@ -236,74 +309,12 @@ class LinearSegmentation:
     the pixels of the annotations, and the largest wins.
     """
 
-    def __init__(
-        self,
-        encoder: FLSLViT,
-        train: LabelledDataset,
-        val: LabelledDataset,
-        options: Options,
-        seed: int,
-    ) -> None:
-        if options.probe_steps < 1:
-            raise InputError(f"probe_steps is {options.probe_steps}; give at least 1.")
-        self.classes = check_pixel_classes(train, val)
-        self.steps = options.probe_steps
-        self.bank = PatchBank(train, options.bank_size, seed)
-        self.confusion = Confusion(len(self.classes))
-
-    def observe_train(self, sample: Sample) -> None:
-        """Put patches into the bank."""
-        self.bank.add(sample)
+    name = "linear_segmentation"
 
     def fit(self) -> None:
         """Train the layer."""
         tokens, shares = self.bank.all()
-        self.weight, self.bias = fit_linear(tokens, shares, self.steps)
+        self.weight, self.bias = fit_linear(tokens, shares, self.options.probe_steps)
 
-    def observe_val(self, sample: Sample) -> None:
-        """Segment an image and count its pixels."""
-        logits = sample.tokens.double() @ self.weight + self.bias
-        truth = sample.image.semantic
-        self.confusion.add(truth, label_pixels(logits.float(), sample.grid, truth.shape))
-
-    def results(self) -> dict[str, float]:
-        """``mIoU``, ``pixel_accuracy`` and, of a few classes, the IoU of each; in percent."""
-        return self.confusion.results(self.classes)
-
-
-def fit_linear(tokens: Tensor, shares: Tensor, num_steps: int) -> tuple[Tensor, Tensor]:
-    """Multinomial logistic regression with soft targets, by L-BFGS on all data at once.
-
-    Minimises the mean cross-entropy plus ``WEIGHT_DECAY / 2`` times the squared weights of the
-    standardised channels, from weights of 0: nothing is drawn. In double precision, because the
-    solver would carry rounding, which varies with the number of threads, into its result.
-
-    Args:
-        tokens: (M, D).
-        shares: (M, C), rows sum to 1.
-        num_steps: iterations of the solver; it may converge earlier.
-
-    Returns:
-        Weight (D, C) and bias (C,), float64, to be applied to tokens as they are.
-    """
-    tokens, shares = tokens.double(), shares.double()
-    mean, std = tokens.mean(dim=0), tokens.std(dim=0, unbiased=False)
-    gain = torch.where(std > 1e-6 * std.amax().clamp(min=1e-12), 1 / std.clamp(min=1e-12), 0.0)
-    standardised = (tokens - mean) * gain
-    weight = tokens.new_zeros(tokens.shape[1], shares.shape[1], requires_grad=True)
-    bias = tokens.new_zeros(shares.shape[1], requires_grad=True)
-    solver = torch.optim.LBFGS(
-        [weight, bias], max_iter=num_steps, history_size=10, line_search_fn="strong_wolfe"
-    )
-
-    def objective() -> Tensor:
-        solver.zero_grad()
-        loss = F.cross_entropy(standardised @ weight + bias, shares)
-        loss = loss + WEIGHT_DECAY / 2 * weight.square().sum()
-        loss.backward()
-        return loss
-
-    with torch.enable_grad():
-        solver.step(objective)
-    weight = weight.detach() * gain[:, None]
-    return weight, bias.detach() - mean @ weight
+    def _scores(self, tokens: Tensor) -> Tensor:
+        return (tokens.double() @ self.weight + self.bias).float()

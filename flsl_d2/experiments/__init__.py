@@ -1,1 +1,1 @@
-"""Many runs, one table: resumable jobs, what they measured, and a page that shows it."""
+"""Comparisons of many runs: jobs that can be interrupted, tables of results, and a report page."""

@@ -1,55 +1,50 @@
-"""From the command line of ``tools/compare.py`` to a comparison."""
+"""Comparison of encoders by the same evaluations: ``python -m flsl_d2.experiments.compare``."""
 
 from __future__ import annotations
 
 import argparse
 import json
 from collections.abc import Sequence
-from pathlib import Path
 
+from flsl_d2.engine.command_line import (
+    add_option,
+    add_overrides,
+    comma_separated,
+    described_parser,
+    named_weights,
+    parse_tool_arguments,
+    run_tool,
+    user_path,
+)
 from flsl_d2.engine.launch import WorkerError
 from flsl_d2.errors import InputError
 from flsl_d2.experiments.compare_page import Comparison, write_comparison_page
 from flsl_d2.experiments.encoders import Encoder, read_encoders
-from flsl_d2.experiments.evaluations import (
-    DavisEvaluation,
-    DetectionEvaluation,
-    Evaluation,
-    FeatureEvaluation,
-    check_measures,
-)
+from flsl_d2.experiments.evaluations import add_evaluation_options, chosen_evaluations
 from flsl_d2.experiments.jobs import Job, Record, make_slots, versions
 from flsl_d2.experiments.runner import run_jobs
 from flsl_d2.experiments.tables import Subject, results_table
 
-__all__ = [
-    "Comparison",
-    "comma_separated",
-    "compare_command",
-    "run_comparison",
-    "seeds_of",
-]
+__all__ = ["Comparison", "main", "run_comparison"]
 
+DESCRIPTION = "Evaluate a list of encoders alike, and put the results into one table and one page."
+EXAMPLES = """examples:
+  two weight files and an untrained encoder, by measures of frozen features:
+    tools/compare.py --weights random --weights flsl=teacher_backbone.pth --weights dino=dino.pth \\
+      --measures knn_segmentation,cluster_quality --train pennfudan_train --val pennfudan_val \\
+      --output output/comparison
+  Mask R-CNN from each as well, three seeds, on eight GPUs:
+    tools/compare.py --weights random --weights flsl=teacher_backbone.pth --seeds 0,1,2 \\
+      --detection configs/coco/mask_rcnn_flsl_vit_s16_1x.py --num-gpus 8 --gpus-per-job 8 \\
+      --detection-override dataloader.train.total_batch_size=16 --output output/comparison
 
-def comma_separated(text: str) -> list[str]:
-    """``a,b`` as a list, without what is there twice."""
-    return list(dict.fromkeys(part.strip() for part in text.split(",") if part.strip()))
-
-
-def seeds_of(text: str) -> list[int]:
-    """``0,1`` as a list of seeds, each once.
-
-    Raises:
-        InputError: something else than whole numbers from 0 on.
-    """
-    parts = comma_separated(text)
-    if not all(part.isdecimal() for part in parts):
-        raise InputError(f"--seeds {text!r} is not a list of whole numbers; write --seeds 0,1.")
-    return [int(part) for part in parts]
+Interrupted, the same command goes on; encoders and evaluations may be added to it. A weight file
+or an evaluation that fails is a failed cell with its reason, and the others go on.
+docs/COMPARE.md explains the table."""
 
 
 def run_comparison(comparison: Comparison) -> None:
-    """Run what is missing, and write the tables and the page.
+    """Run the jobs that are not done yet, and write the tables and the page.
 
     Writes below ``output``: ``table.csv``, ``table.md``, ``table.tex``, ``index.html``,
     ``plots/*.png``, ``pictures/*.png``, ``jobs/``, ``encoders/``.
@@ -59,14 +54,16 @@ def run_comparison(comparison: Comparison) -> None:
         WorkerError: some cells of the table failed; everything else is done and written.
     """
     if not comparison.evaluations:
-        raise InputError("there is nothing to evaluate; give --eval knn_segmentation, for example.")
+        raise InputError(
+            "there is nothing to evaluate; give --train and --val, --detection or --davis-root."
+        )
     slots = make_slots(comparison.device, comparison.num_gpus, comparison.gpus_per_job)
     for evaluation in comparison.evaluations:
         evaluation.check()
     encoders = read_encoders(comparison.encoders)
     subjects = [_subject(encoder, comparison) for encoder in encoders]
     names = [evaluation.name for evaluation in comparison.evaluations]
-    # One evaluation of all encoders after the other: the first columns are complete early.
+    # All encoders pass one evaluation before the next, so that the first columns fill up early.
     jobs = [job for name in names for subject in subjects for job in subject.jobs.get(name, ())]
     _print_plan(comparison, encoders, jobs)
 
@@ -87,6 +84,7 @@ def run_comparison(comparison: Comparison) -> None:
 
 
 def _subject(encoder: Encoder, comparison: Comparison) -> Subject:
+    """Make the row of an encoder, with the jobs of all evaluations and seeds."""
     folder = comparison.output / "encoders"
     jobs: dict[str, list[Job]] = {}
     if not encoder.failure:
@@ -116,34 +114,50 @@ def _print_plan(comparison: Comparison, encoders: Sequence[Encoder], jobs: Seque
             print(f"{encoder.name} is left out: {encoder.failure}", flush=True)
 
 
-def compare_command(args: argparse.Namespace, tools: Path) -> None:
-    """Run the comparison that a command line asks for.
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Run the comparison that a command line describes."""
+    parser = described_parser(DESCRIPTION, EXAMPLES)
+    add_option(
+        parser,
+        "--weights",
+        ["--encoder"],
+        type=named_weights,
+        action="append",
+        default=[],
+        metavar="[NAME=]FILE",
+        help="encoder: file or URL of any known layout, or 'random': untrained, with the "
+        "architecture of the first file ('random:NAME': of that one); may be repeated",
+    )
+    add_evaluation_options(parser)
+    parser.add_argument("--eval", action="append", default=[], help=argparse.SUPPRESS)
+    add_option(parser, "--seeds", default=[0], help="seeds of all evaluations (default: 0)")
+    add_option(parser, "--output", required=True, help="folder of everything that is written")
+    add_option(parser, "--device")
+    add_option(parser, "--num-gpus")
+    add_option(parser, "--gpus-per-job")
+    parser.add_argument(
+        "--pictures", type=int, default=3, metavar="N", help="images to show; 0: none (default: 3)"
+    )
+    add_overrides(parser, "changes to the detection configs, like --detection-override")
+    run_tool(_run, parse_tool_arguments(parser, arguments))
 
-    Args:
-        args: see ``tools/compare.py --help``.
-        tools: folder of the command lines.
 
-    Raises:
-        InputError, WorkerError: see :func:`flsl_d2.experiments.compare.run_comparison`.
-    """
-    evaluations: list[Evaluation] = []
-    for text in args.eval:
-        evaluations += _evaluations(text, args, tools)
-    names = [evaluation.name for evaluation in evaluations]
-    twice = [name for i, name in enumerate(names) if name in names[:i]]
-    if twice:
-        raise InputError(f"--eval has {twice[0]} twice; name each evaluation once.")
-    if args.overrides and not any(isinstance(e, DetectionEvaluation) for e in evaluations):
-        raise InputError(
-            f"override {args.overrides[0]!r} is for a detection config, and there is none; "
-            "add --eval detection=CONFIG.py."
-        )
+def _run(args: argparse.Namespace) -> None:
+    for text in args.eval:  # the earlier form of --measures, --detection and --davis-root
+        kind, equals, value = text.partition("=")
+        if equals and kind == "detection":
+            args.detection.append(value)
+        elif equals and kind == "davis":
+            args.davis_root = user_path(value)
+        else:
+            args.measures = [*(args.measures or []), *comma_separated(text)]
+    args.detection_override += args.opts
     run_comparison(
         Comparison(
-            encoders=args.encoder,
-            evaluations=evaluations,
+            encoders=args.weights,
+            evaluations=chosen_evaluations(args, args.device),
             output=args.output,
-            seeds=seeds_of(args.seeds) or [0],
+            seeds=args.seeds,
             device=args.device,
             num_gpus=args.num_gpus,
             gpus_per_job=args.gpus_per_job,
@@ -152,21 +166,5 @@ def compare_command(args: argparse.Namespace, tools: Path) -> None:
     )
 
 
-def _evaluations(text: str, args: argparse.Namespace, tools: Path) -> list[Evaluation]:
-    kind, equals, value = text.partition("=")
-    if equals and kind == "detection":
-        several = sum(other.startswith("detection=") for other in args.eval) > 1
-        name = f"detection {Path(value).stem}" if several else "detection"
-        return [DetectionEvaluation(tools, value, args.overrides, args.device, name)]
-    if equals and kind == "davis":
-        return [DavisEvaluation(tools, value, args.device)]
-    names = comma_separated(text)
-    check_measures(names)
-    if not args.train or not args.val:
-        raise InputError(f"--eval {text} needs data; give --train NAME and --val NAME.")
-    return [
-        FeatureEvaluation(
-            tools, name, args.train, args.val, args.device, args.max_images, args.short_side
-        )
-        for name in names
-    ]
+if __name__ == "__main__":
+    main()

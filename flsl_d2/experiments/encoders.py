@@ -27,11 +27,11 @@ class Encoder:
     """One row of a comparison.
 
     Attributes:
-        name: of the row.
+        name: name of the row.
         source: path or URL; ``random`` for an untrained encoder.
         architecture: arguments of ``FLSLViT``.
-        sha256: of the file; empty for an untrained encoder.
-        failure: why it cannot be used; empty if it can.
+        sha256: checksum of the file; empty for an untrained encoder.
+        failure: reason why it cannot be used; empty if it can.
     """
 
     name: str
@@ -41,7 +41,7 @@ class Encoder:
     failure: str = ""
 
     def file(self, seed: int, folder: Path) -> EncoderFile:
-        """The encoder as evaluations take it; an untrained one is written into the folder."""
+        """Return the weight file to evaluate; that of an untrained encoder is written first."""
         label = f"{self.name}, seed {seed}"
         if self.source != "random":
             return EncoderFile(label, self.source, {"sha256": self.sha256}, seed=seed)
@@ -53,24 +53,25 @@ class Encoder:
         return EncoderFile(label, str(path), identity, seed=seed)
 
 
-def read_encoders(specifications: Sequence[str]) -> list[Encoder]:
-    """Read every file once: what cannot be used is told as a failure of its encoder.
+def read_encoders(weights: Sequence[tuple[str, str]]) -> list[Encoder]:
+    """Read every file once; a file that cannot be used is a failure of its encoder.
 
     Args:
-        specifications: ``NAME=PATH``, ``PATH``, ``random`` or ``NAME=random``. An untrained
-            encoder has the architecture of the first file that can be read; ``random:NAME`` that
-            of another; without a file, that of ViT-S/16.
+        weights: name and source of each; an empty name stands for that of the file. A source is a
+            file, a URL, ``random`` or ``random:NAME``. An untrained encoder has the architecture
+            of the first file that can be read, or of the file of that name; without a file, it is
+            a ViT-S/16.
 
     Raises:
         InputError: no encoders, two of one name, or an architecture of an unknown name.
     """
-    if not specifications:
-        raise InputError("there is no encoder to evaluate; give --encoder NAME=FILE or random.")
-    pairs = [_name_and_source(text) for text in specifications]
+    if not weights:
+        raise InputError("there is no encoder to evaluate; give --weights NAME=FILE or random.")
+    pairs = [(name or _default_name(source), source) for name, source in weights]
     names = [name for name, _ in pairs]
-    twice = [name for i, name in enumerate(names) if name in names[:i]]
-    if twice:
-        raise InputError(f"two encoders are called {twice[0]!r}; give each a name: NAME=FILE.")
+    repeated = [name for i, name in enumerate(names) if name in names[:i]]
+    if repeated:
+        raise InputError(f"two encoders are called {repeated[0]!r}; give each a name: NAME=FILE.")
     files = {name: _read(name, source) for name, source in pairs if not _is_random(source)}
     return [
         files[name] if name in files else _untrained(name, source, files) for name, source in pairs
@@ -81,16 +82,8 @@ def _is_random(source: str) -> bool:
     return source == "random" or source.startswith("random:")
 
 
-def _name_and_source(text: str) -> tuple[str, str]:
-    name, equals, source = text.partition("=")
-    # A "=" behind a slash or a question mark is part of a path without a name.
-    if not equals or "/" in name or "?" in name:
-        name, source = (text if _is_random(text) else Path(text).stem), text
-    if not name or not source:
-        raise InputError(
-            f"--encoder {text!r} is not of the form NAME=FILE; write flsl=teacher.pth."
-        )
-    return name, source
+def _default_name(source: str) -> str:
+    return source if _is_random(source) else Path(source).stem
 
 
 def _read(name: str, source: str) -> Encoder:
@@ -103,18 +96,16 @@ def _read(name: str, source: str) -> Encoder:
 
 
 def _untrained(name: str, source: str, files: dict[str, Encoder]) -> Encoder:
-    like = source.partition(":")[2]
-    if like and like not in files:
+    model = source.partition(":")[2]
+    if model and model not in files:
         raise InputError(
             f"encoder {source!r} names no file of this comparison; choose from "
             f"{', '.join(files) or 'none, so write random'}."
         )
-    usable = [file.architecture for file in files.values() if not file.failure]
-    if like:
-        if files[like].failure:
-            return Encoder(name, "random", failure=files[like].failure)
-        usable = [files[like].architecture]
-    architecture = usable[0] if usable else FLSLViT().architecture
+    if model and files[model].failure:
+        return Encoder(name, "random", failure=files[model].failure)
+    candidates = [files[model]] if model else [file for file in files.values() if not file.failure]
+    architecture = candidates[0].architecture if candidates else FLSLViT().architecture
     return Encoder(name, "random", dict(architecture))
 
 

@@ -1,22 +1,25 @@
-"""Detection as an evaluation of an encoder: fine-tune the same detector, measure its AP."""
+"""Evaluations of an encoder, each of which runs as a job: features, DAVIS and detection."""
 
 from __future__ import annotations
 
+import argparse
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
-from detectron2.data import MetadataCatalog
+from detectron2.data import DatasetCatalog, MetadataCatalog
 from omegaconf import DictConfig, OmegaConf
 
-from flsl_d2.data import check_registered_dataset
 from flsl_d2.detection.checks import check_datasets, names_of
+from flsl_d2.engine.command_line import add_option, user_path
 from flsl_d2.engine.config_files import is_yaml, load_lazy_config
+from flsl_d2.engine.run_folder import flat_config
 from flsl_d2.errors import InputError
+from flsl_d2.evaluation.labelled_images import load_labelled
 from flsl_d2.evaluation.measures import MEASURES
-from flsl_d2.experiments.jobs import Job, Outcome, config_settings
+from flsl_d2.experiments.jobs import Job, Outcome
 from flsl_d2.modeling import FLSLViT
 from flsl_d2.visualization.curves import read_metrics
 from flsl_d2.weights import build_encoder
@@ -27,9 +30,12 @@ __all__ = [
     "EncoderFile",
     "Evaluation",
     "FeatureEvaluation",
+    "add_evaluation_options",
     "architecture_overrides",
-    "check_measures",
+    "chosen_evaluations",
 ]
+
+_DEFAULT_MEASURES = ("knn_segmentation", "cluster_quality")
 
 
 @dataclass(frozen=True)
@@ -37,11 +43,12 @@ class EncoderFile:
     """An encoder to evaluate.
 
     Attributes:
-        label: for people.
-        path: of its weights; the file may be the product of ``needs``.
-        identity: what fixes the weights (a checksum, or the settings of the run that makes them).
-        needs: the job that writes the file.
-        seed: of the evaluation: k-means, heads, order of images.
+        label: description for people.
+        path: weight file, which may be the product of ``needs``.
+        identity: what determines the weights: a checksum, or the settings of the run that makes
+            them.
+        needs: job that writes the file.
+        seed: seed of the evaluation: k-means, heads, order of images.
     """
 
     label: str
@@ -52,15 +59,21 @@ class EncoderFile:
 
 
 class Evaluation(Protocol):
-    """What can be done with an encoder: ``name`` starts the names of its measures."""
+    """Something that is measured of an encoder."""
 
-    name: str
+    @property
+    def name(self) -> str:
+        """Start of the names of its measures."""
+
+    @property
+    def shown_dataset(self) -> str:
+        """Registered data set whose images show what is evaluated; empty for none."""
 
     def check(self) -> None:
-        """Find what cannot work for any encoder; raises InputError."""
+        """Raise InputError for what cannot work with any encoder."""
 
     def job(self, encoder: EncoderFile) -> Job:
-        """The job that evaluates an encoder."""
+        """Job that evaluates an encoder."""
 
 
 @dataclass(frozen=True)
@@ -68,30 +81,37 @@ class FeatureEvaluation:
     """One measure of frozen features; see :mod:`flsl_d2.evaluation.measures`.
 
     Attributes:
-        tools: folder of the command lines.
-        name: the measure.
-        train, val: data sets.
+        name: name of the measure.
+        train: data set that labels are learned from.
+        val: data set that is scored.
         device: ``cuda`` or ``cpu``.
-        max_images: of either data set; None for all.
-        short_side: pixels of the images' shorter side; None for the tool's default.
+        max_images: largest number of images of either data set; None for all.
+        short_side: shorter side of the images in pixels.
     """
 
-    tools: Path
     name: str
     train: str
     val: str
     device: str = "cpu"
     max_images: int | None = None
-    short_side: int | None = None
+    short_side: int = 448
+
+    @property
+    def shown_dataset(self) -> str:
+        """Data set that is scored; empty where it is a folder of images by class."""
+        return self.val if self.val in DatasetCatalog else ""
 
     def check(self) -> None:
         """Raise InputError for an unknown measure, and for data sets that cannot be used."""
-        check_measures([self.name])
-        for name in (self.train, self.val):
-            check_registered_dataset(name)
+        if self.name not in MEASURES:
+            raise InputError(
+                f"there is no measure {self.name!r}; choose from {', '.join(MEASURES)}."
+            )
+        load_labelled(self.train)
+        load_labelled(self.val)
 
     def job(self, encoder: EncoderFile) -> Job:
-        """Runs ``tools/eval_features.py``."""
+        """Job that runs ``python -m flsl_d2.evaluation``."""
         settings = {
             "encoder": dict(encoder.identity),
             "measure": self.name,
@@ -104,17 +124,17 @@ class FeatureEvaluation:
 
         def command(folder: Path, _num_processes: int) -> list[str]:
             (folder / "features.json").unlink(missing_ok=True)  # reasons of an earlier attempt
-            arguments = [str(self.tools / "eval_features.py"), "--weights", encoder.path]
-            arguments += ["--train", self.train, "--val", self.val, "--measures", self.name]
-            arguments += ["--seed", str(encoder.seed), "--device", self.device]
-            if self.max_images is not None:
-                arguments += ["--max-images", str(self.max_images)]
-            if self.short_side is not None:
-                arguments += ["--short-side", str(self.short_side)]
-            return [*arguments, "--json", str(folder / "features.json")]
+            limit = [] if self.max_images is None else ["--max-images", str(self.max_images)]
+            return [
+                *("-m", "flsl_d2.evaluation", "--weights", encoder.path),
+                *("--train", self.train, "--val", self.val, "--measures", self.name),
+                *("--seed", str(encoder.seed), "--device", self.device, *limit),
+                *("--short-side", str(self.short_side), "--json", str(folder / "features.json")),
+            ]
 
         def outcome(folder: Path) -> Outcome:
-            return _outcome_of_features(folder / "features.json")
+            content = json.loads((folder / "features.json").read_text())
+            return Outcome(content["results"], content.get("failures", {}))
 
         return Job(self.name, encoder.label, settings, command, outcome, encoder.needs)
 
@@ -124,68 +144,53 @@ class DavisEvaluation:
     """Video object segmentation by propagated labels; it has no randomness, hence no seed.
 
     Attributes:
-        tools: folder of the command lines.
         root: folder of the DAVIS 2017 data set.
         device: ``cuda`` or ``cpu``.
+        name: start of the names of its measures.
     """
 
-    tools: Path
-    root: str
+    root: Path
     device: str = "cpu"
     name: str = "davis"
+    shown_dataset: str = ""
 
     def check(self) -> None:
         """Raise InputError where the folder is missing."""
-        if not Path(self.root).is_dir():
+        if not self.root.is_dir():
             raise InputError(f"the DAVIS folder '{self.root}' does not exist; check the path.")
 
     def job(self, encoder: EncoderFile) -> Job:
-        """Runs ``tools/eval_davis.py``."""
+        """Job that runs ``python -m flsl_d2.evaluation.davis``."""
 
         def command(folder: Path, _num_processes: int) -> list[str]:
-            arguments = [str(self.tools / "eval_davis.py"), "--weights", encoder.path]
-            arguments += ["--davis-root", self.root, "--device", self.device]
-            arguments += ["--output", str(folder)]
-            return [*arguments, "--json", str(folder / "davis.json")]
+            return [
+                *("-m", "flsl_d2.evaluation.davis", "--weights", encoder.path),
+                *("--davis-root", str(self.root), "--device", self.device),
+                *("--output", str(folder), "--json", str(folder / "davis.json")),
+            ]
 
         def outcome(folder: Path) -> Outcome:
             overall = json.loads((folder / "davis.json").read_text())["overall"]
-            mean = {"J&F": overall["J&F"], "J": overall["J"]["mean"], "F": overall["F"]["mean"]}
-            return Outcome({f"davis/{name}": 100 * value for name, value in mean.items()})
+            means = {"J&F": overall["J&F"], "J": overall["J"]["mean"], "F": overall["F"]["mean"]}
+            return Outcome({f"davis/{name}": 100 * value for name, value in means.items()})
 
-        settings = {"encoder": dict(encoder.identity), "davis": str(Path(self.root).resolve())}
+        settings = {"encoder": dict(encoder.identity), "davis": str(self.root.resolve())}
         return Job(self.name, encoder.label, settings, command, outcome, encoder.needs)
 
 
-def check_measures(names: Sequence[str]) -> None:
-    """Raise InputError for a name that is not a measure of features."""
-    unknown = [name for name in names if name not in MEASURES]
-    if unknown:
-        raise InputError(
-            f"there is no measure {', '.join(unknown)}; choose from {', '.join(MEASURES)}."
-        )
-
-
-def _dataset_identity(name: str) -> dict[str, str]:
-    return {"name": name, "annotations": str(MetadataCatalog.get(name).get("json_file", ""))}
-
-
-def _outcome_of_features(path: Path) -> Outcome:
-    content = json.loads(path.read_text())
-    return Outcome(content["results"], content.get("failures", {}))
-
-
-# How detection's keys of metrics.json are called in tables, in this order.
+# Names in tables of the keys that detection writes to metrics.json, in the order of the columns.
 _AP = {"bbox/AP": "box AP", "bbox/AP50": "box AP50", "segm/AP": "mask AP", "segm/AP50": "mask AP50"}
 
-# Where attention looks is the detector's choice, whatever the encoder was trained with; windows
-# have no place for class tokens.
-_OF_THE_DETECTOR = (
+# Arguments of the encoder that the detection config decides, whatever the encoder was trained
+# with: where attention looks, and class tokens, which have no place in windows.
+_CHOSEN_BY_DETECTOR = (
     "window_size",
     "global_block_indexes",
     "mask_window_padding",
     "num_prefix_tokens",
 )
+# Keys of the config that are set for each job, and that therefore do not identify it.
+_SET_FOR_EACH_JOB = ("train.output_dir", "train.init_checkpoint", "train.seed")
 
 
 @dataclass(frozen=True)
@@ -196,15 +201,14 @@ class DetectionEvaluation:
     everything else stay the config's.
 
     Attributes:
-        tools: folder of the command lines.
-        config_file: a LazyConfig for ``tools/train_net.py``.
+        config_file: LazyConfig of a detector.
         overrides: changes to it.
         device: ``cuda`` or ``cpu``.
+        name: start of the names of its measures.
     """
 
-    tools: Path
     config_file: str
-    overrides: Sequence[str] = field(default=())
+    overrides: Sequence[str] = ()
     device: str = "cpu"
     name: str = "detection"
 
@@ -228,26 +232,27 @@ class DetectionEvaluation:
             "model.roi_heads.num_classes=",
         )
 
-    def test_dataset(self) -> str:
-        """The first data set that AP is measured on."""
+    @property
+    def shown_dataset(self) -> str:
+        """First data set that AP is measured on."""
         return names_of(self._config().dataloader.test.dataset.names)[0]
 
     def job(self, encoder: EncoderFile) -> Job:
-        """Runs ``tools/train_net.py``."""
+        """Job that runs ``python -m flsl_d2.detection``."""
         cfg = self._config()
-        ignored = ("train.output_dir", "train.init_checkpoint", "train.seed", "train.checkpointer")
-        settings = {
-            "encoder": dict(encoder.identity),
-            "config": config_settings(cfg, ignored),
-            "seed": encoder.seed,
-        }
+        config = {k: v for k, v in flat_config(cfg).items() if k not in _SET_FOR_EACH_JOB}
+        settings = {"encoder": dict(encoder.identity), "config": config, "seed": encoder.seed}
 
         def command(folder: Path, num_processes: int) -> list[str]:
-            arguments = [str(self.tools / "train_net.py"), "--config-file", self.config_file]
-            arguments += ["--resume", "--num-gpus", str(num_processes), *self.overrides]
-            arguments += architecture_overrides(build_encoder(encoder.path), cfg)
-            arguments += [f"train.init_checkpoint={encoder.path}", f"train.output_dir={folder}"]
-            return [*arguments, f"train.seed={encoder.seed}", f"train.device={self.device}"]
+            return [
+                *("-m", "flsl_d2.detection", "--config-file", self.config_file),
+                *("--resume", "--num-gpus", str(num_processes), *self.overrides),
+                *architecture_overrides(build_encoder(encoder.path), cfg),
+                f"train.init_checkpoint={encoder.path}",
+                f"train.output_dir={folder}",
+                f"train.seed={encoder.seed}",
+                f"train.device={self.device}",
+            ]
 
         def outcome(folder: Path) -> Outcome:
             series, _ = read_metrics(folder / "metrics.json")
@@ -264,12 +269,88 @@ class DetectionEvaluation:
 
 
 def architecture_overrides(encoder: FLSLViT, cfg: DictConfig) -> list[str]:
-    """Overrides that give a detection config's encoder the architecture of another."""
+    """Return overrides that give a detection config's encoder the architecture of another."""
     overrides = []
     for key, value in encoder.architecture.items():
-        if key in _OF_THE_DETECTOR:
+        if key in _CHOSEN_BY_DETECTOR:
             continue
         known = key in cfg.model.backbone.net
-        shown = "null" if value is None else str(value).lower()
-        overrides.append(f"{'' if known else '+'}model.backbone.net.{key}={shown}")
+        text = "null" if value is None else str(value).lower()
+        overrides.append(f"{'' if known else '+'}model.backbone.net.{key}={text}")
     return overrides
+
+
+def _dataset_identity(name: str) -> dict[str, str]:
+    return {"name": name, "annotations": str(MetadataCatalog.get(name).get("json_file", ""))}
+
+
+def add_evaluation_options(parser: argparse.ArgumentParser, old_prefix: str = "") -> None:
+    """Add the options that choose evaluations, read by :func:`chosen_evaluations`.
+
+    Args:
+        parser: parser of the tool.
+        old_prefix: start of earlier names of ``--train`` and ``--val``.
+    """
+    for name in ("--train", "--val"):
+        old_names = [f"--{old_prefix}{name[2:]}"] if old_prefix else []
+        add_option(parser, name, old_names)
+    add_option(
+        parser,
+        "--measures",
+        help="measures of frozen features, with --train and --val (default: "
+        f"{','.join(_DEFAULT_MEASURES)})",
+    )
+    add_option(parser, "--max-images")
+    add_option(parser, "--short-side")
+    add = parser.add_argument
+    add("--davis-root", type=user_path, metavar="DIR", help="DAVIS 2017, to segment its videos")
+    for name, text in (
+        ("--detection", "detection config to fine-tune from each encoder; may be repeated"),
+        ("--frozen-detection", "the same with the encoder's weights held fixed"),
+        ("--detection-override", "change to the detection configs; may be repeated"),
+    ):
+        metavar = "KEY=VALUE" if name.endswith("override") else "FILE"
+        add(name, action="append", default=[], metavar=metavar, help=text)
+
+
+def chosen_evaluations(args: argparse.Namespace, device: str) -> list[Evaluation]:
+    """Make the evaluations that a command line asks for.
+
+    Args:
+        args: options of :func:`add_evaluation_options`.
+        device: ``cuda`` or ``cpu``.
+
+    Raises:
+        InputError: options that lack others.
+    """
+    if bool(args.train) != bool(args.val):
+        raise InputError("--train and --val belong together; give both or neither.")
+    if args.measures and not args.val:
+        raise InputError(
+            f"--measures {','.join(args.measures)} needs data; give --train NAME and --val NAME."
+        )
+    measures = (args.measures or _DEFAULT_MEASURES) if args.val else ()
+    evaluations: list[Evaluation] = [
+        FeatureEvaluation(name, args.train, args.val, device, args.max_images, args.short_side)
+        for name in measures
+    ]
+    if args.davis_root:
+        evaluations.append(DavisEvaluation(args.davis_root, device))
+    for name, configs, more in (
+        ("detection", args.detection, []),
+        ("frozen detection", args.frozen_detection, ["model.backbone.net.frozen=True"]),
+    ):
+        for config in configs:
+            title = f"{name} {Path(config).stem}" if len(configs) > 1 else name
+            overrides = [*args.detection_override, *more]
+            evaluations.append(DetectionEvaluation(config, overrides, device, title))
+    if args.detection_override and not (args.detection or args.frozen_detection):
+        raise InputError(
+            f"override {args.detection_override[0]!r} is for a detection config, and there is "
+            "none; add --detection CONFIG.py."
+        )
+    names = [evaluation.name for evaluation in evaluations]
+    repeated = [name for i, name in enumerate(names) if name in names[:i]]
+    if repeated:
+        raise InputError(f"two evaluations are called {repeated[0]!r}; name each config once.")
+    return evaluations

@@ -1,4 +1,4 @@
-"""A job is one command of a tool, identified by what its result depends on."""
+"""Jobs: commands that are identified by all that their results depend on."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ from typing import Any
 import detectron2
 import timm
 import torch
-from omegaconf import DictConfig, OmegaConf
 
 import flsl_d2
+from flsl_d2.engine.launch import usable_cores
 from flsl_d2.errors import InputError
 from flsl_d2.files import write_text
 
@@ -26,7 +26,6 @@ __all__ = [
     "Outcome",
     "Record",
     "Slot",
-    "config_settings",
     "file_sha256",
     "make_slots",
     "read_record",
@@ -37,9 +36,10 @@ __all__ = [
 
 @cache
 def versions() -> dict[str, str]:
-    """Versions of what computes the numbers; "commit" only in a git checkout.
+    """Return the versions of the software that computes the numbers.
 
-    A commit with ``+changes`` had files that differ from it.
+    The commit is among them in a git checkout only; ``+changes`` behind it says that files differ
+    from it.
     """
     packages = (flsl_d2, torch, detectron2, timm)
     found = {package.__name__: str(package.__version__) for package in packages}
@@ -74,11 +74,11 @@ def _git(*arguments: str) -> str:
 
 @dataclass(frozen=True)
 class Slot:
-    """Room for one job.
+    """Share of the machine for one job.
 
     Attributes:
-        environment: variables that keep the job to its share of the machine.
-        num_processes: what the job's tool gets as ``--num-gpus``.
+        environment: variables that keep the job to its share.
+        num_processes: ``--num-gpus`` of the job's command.
     """
 
     environment: dict[str, str]
@@ -89,9 +89,9 @@ def make_slots(device: str, num_gpus: int = 1, gpus_per_job: int = 1) -> list[Sl
     """Share the machine among jobs.
 
     Args:
-        device: ``cuda`` or ``cpu``, what the jobs compute on.
-        num_gpus: GPUs to use, of those that CUDA_VISIBLE_DEVICES leaves; on the CPU, processes.
-        gpus_per_job: how many of them each job gets.
+        device: ``cuda`` or ``cpu``.
+        num_gpus: number of GPUs to use, of those in CUDA_VISIBLE_DEVICES; on the CPU, processes.
+        gpus_per_job: number of GPUs of each job.
 
     Raises:
         InputError: counts or a device that this machine does not have.
@@ -105,8 +105,8 @@ def make_slots(device: str, num_gpus: int = 1, gpus_per_job: int = 1) -> list[Sl
     if not device.startswith("cuda"):
         environment = {}
         if num_gpus > 1 and "OMP_NUM_THREADS" not in os.environ:
-            # Every process would otherwise take all cores, and they would wait for one another.
-            environment["OMP_NUM_THREADS"] = str(max((os.cpu_count() or 1) // num_gpus, 1))
+            # Otherwise every process takes all cores, and they wait for one another.
+            environment["OMP_NUM_THREADS"] = str(max(usable_cores() // num_gpus, 1))
         return [Slot(environment, gpus_per_job)] * count
     available = torch.cuda.device_count()
     if available < num_gpus:
@@ -123,11 +123,11 @@ def make_slots(device: str, num_gpus: int = 1, gpus_per_job: int = 1) -> list[Sl
 
 @dataclass(frozen=True)
 class Outcome:
-    """What a job measured.
+    """Measurements of a job.
 
     Attributes:
-        values: number by measure.
-        failures: reason by measure, for those that could not be computed.
+        values: number of each measure.
+        failures: reason for each measure that could not be computed.
     """
 
     values: dict[str, float] = field(default_factory=dict)
@@ -136,17 +136,17 @@ class Outcome:
 
 @dataclass(frozen=True)
 class Job:
-    """One command, run once.
+    """A command that is run once.
 
     Attributes:
-        kind: what it does in one word; starts the name of its folder.
-        label: which of its kind, for people.
+        kind: name of the work; starts the name of the job's folder.
+        label: description of the job among those of its kind, for people.
         settings: all that the result depends on, as JSON values. Jobs of equal kind and settings
             are the same job, in this run of the tool and in later ones.
-        command: gives the arguments after ``python``, from the job's folder and the number of
-            processes that it may use.
-        outcome: reads the measures, and the reasons of those that failed, off the folder.
-        needs: a job that has to be done first.
+        command: function that returns the arguments after ``python``, from the job's folder and
+            the number of processes that it may use.
+        outcome: function that reads the measurements from the job's folder.
+        needs: job that has to be done first.
     """
 
     kind: str
@@ -160,18 +160,18 @@ class Job:
     def key(self) -> str:
         """Name of the job's folder: its kind and a hash of its settings."""
         text = json.dumps(self.settings, sort_keys=True)
-        return f"{self.kind}-{hashlib.sha256(text.encode()).hexdigest()[:12]}"
+        return f"{self.kind.replace(' ', '_')}-{hashlib.sha256(text.encode()).hexdigest()[:12]}"
 
 
 @dataclass(frozen=True)
 class Record:
-    """What is known of a job that was started; ``result.json`` in its folder.
+    """State of a job that was started; ``result.json`` in its folder.
 
     Attributes:
         status: ``done``, ``failed``, or ``interrupted``.
-        outcome: the measures; empty unless done or partly failed.
-        error: why it failed, in a sentence; empty otherwise.
-        seconds: it ran, all attempts together.
+        outcome: measurements; empty unless done or partly failed.
+        error: reason of the failure, in a sentence; empty otherwise.
+        seconds: duration of all attempts together.
         about: versions of the software of the last attempt.
     """
 
@@ -183,7 +183,7 @@ class Record:
 
 
 def read_record(folder: Path) -> Record | None:
-    """The record in a job's folder; None where there is none that can be read."""
+    """Read the record in a job's folder; None where there is none that can be read."""
     try:
         content = json.loads((folder / "result.json").read_text())
         outcome = Outcome(content["values"], content["failures"])
@@ -198,26 +198,3 @@ def write_record(folder: Path, job: Job, record: Record) -> None:
     content = asdict(record)
     content |= content.pop("outcome") | {"label": job.label, "settings": dict(job.settings)}
     write_text(folder / "result.json", json.dumps(content, indent=1) + "\n")
-
-
-def config_settings(cfg: DictConfig, without: tuple[str, ...] = ()) -> dict[str, Any]:
-    """A LazyConfig as JSON values, for :attr:`Job.settings`.
-
-    Args:
-        cfg: any; classes and functions become their names.
-        without: dotted keys that do not change a result, such as where it is written.
-    """
-    container = OmegaConf.to_container(cfg, resolve=False)
-    for key in without:
-        *groups, last = key.split(".")
-        node = container
-        for name in groups:
-            node = node.get(name, {})
-        node.pop(last, None)
-    return json.loads(json.dumps(container, default=_name))
-
-
-def _name(value: Any) -> str:
-    """A class or function by its name, anything else as it prints."""
-    module, name = getattr(value, "__module__", None), getattr(value, "__qualname__", None)
-    return f"{module}.{name}" if module and name else repr(value)

@@ -1,41 +1,47 @@
-"""Plots of many runs: bars, a measure over a grid, and the curves of all runs in one picture."""
+"""Plots of many runs: bars, a measure over a grid, and the curves of several runs."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from statistics import mean
+from typing import Any
 
 import numpy as np
 from matplotlib import colormaps
 from matplotlib.axes import Axes
 from matplotlib.patches import Rectangle
-from matplotlib.ticker import MaxNLocator
 
 from flsl_d2.errors import InputError
 from flsl_d2.experiments.tables import Cell, Measure, Row, Table
 from flsl_d2.visualization.curves import read_metrics
-from flsl_d2.visualization.figures import new_figure, save_figure
+from flsl_d2.visualization.figures import label_plot, new_figure, plot_grid, save_figure
 
-__all__ = ["bars", "heat_maps", "lines", "overlaid_curves"]
+__all__ = ["bars", "heat_maps", "lines", "overlaid_curves", "plot_file"]
 
 _COLOUR = "#0072b2"
-_BEST = "#d55e00"
-_DASHES = ("-", (0, (6, 2)), (0, (2, 1)), (0, (8, 2, 2, 2)))
+_BEST_COLOUR = "#d55e00"
+_DASHES: tuple[Any, ...] = ("-", (0, (6, 2)), (0, (2, 1)), (0, (8, 2, 2, 2)))
+
+
+def plot_file(folder: Path, name: str) -> Path:
+    """Return the PNG file of a measure in a folder."""
+    return folder / f"{name.replace('/', '_').replace(' ', '_')}.png"
 
 
 def bars(table: Table, measure: Measure, path: Path) -> None:
-    """A bar for each row that has the measure, with its spread over seeds; the best in orange."""
+    """Draw a bar with its spread for each row that has the measure; the best are orange."""
     rows = [row for row in table.rows if row.cell(measure).values]
     best = [table.rows[i] for i in table.best(measure)]
     figure = new_figure(7.5, 0.9 + 0.42 * len(rows))
     axes = figure.subplots()
     axes.set_title(_heading(measure), fontsize=11)
-    means = [row.cell(measure).mean for row in rows]
+    means = [mean(row.cell(measure).values) for row in rows]
     axes.barh(
         range(len(rows)),
         means,
         xerr=[row.cell(measure).std or 0.0 for row in rows],
-        color=[_BEST if row in best else _COLOUR for row in rows],
+        color=[_BEST_COLOUR if row in best else _COLOUR for row in rows],
         capsize=3,
         height=0.66,
     )
@@ -54,80 +60,75 @@ def bars(table: Table, measure: Measure, path: Path) -> None:
 
 
 def lines(table: Table, measure: Measure, axis: str, path: Path) -> None:
-    """A measure against one key of the grid, a line for each setting of the other keys.
+    """Draw a measure against one key of the grid, a line for each setting of the other keys.
 
     Args:
-        table: its label columns are the grid's keys.
-        measure: drawn upwards.
-        axis: label column drawn to the right.
-        path: the PNG to write.
+        table: table whose label columns are the grid's keys.
+        measure: measure of the vertical axis.
+        axis: label column of the horizontal axis.
+        path: PNG file to write.
     """
     figure = new_figure(6.0, 4.2)
     axes = figure.subplots()
     axes.set_title(_heading(measure), fontsize=11)
     values = _values_of(table.rows, axis)
-    others = [name for name in table.label_names if name != axis]
-    for setting in dict.fromkeys(tuple(row.labels[name] for name in others) for row in table.rows):
-        rows = [
-            row
-            for row in table.rows
-            if tuple(row.labels[name] for name in others) == setting and row.cell(measure).values
-        ]
+    for title, group in _groups(table, [axis]).items():
+        rows = [row for row in group if row.cell(measure).values]
         rows.sort(key=lambda row: values.index(row.labels[axis]))
         axes.errorbar(
             [values.index(row.labels[axis]) for row in rows],
-            [row.cell(measure).mean for row in rows],
+            [mean(row.cell(measure).values) for row in rows],
             yerr=[row.cell(measure).std or 0.0 for row in rows],
             marker="o",
             capsize=3,
-            label=", ".join(f"{n}={v}" for n, v in zip(others, setting, strict=True)),
+            label=title,
         )
-    axes.set_xticks(range(len(values)), values)  # evenly spread: grids are seldom linear
+    axes.set_xticks(range(len(values)), values)  # evenly spaced, because grids are seldom linear
     axes.set_xlabel(axis)
     axes.grid(alpha=0.3)
-    if others:
+    if len(table.label_names) > 1:
         axes.legend(fontsize=8)
     save_figure(figure, path)
 
 
 def heat_maps(table: Table, measure: Measure, down: str, across: str, path: Path) -> None:
-    """A measure over two keys of the grid, the best framed; a map for each setting of the others.
+    """Draw a measure over two keys of the grid, a map for each setting of the other keys.
+
+    The best cell is framed.
 
     Args:
-        table: its label columns are the grid's keys.
-        measure: shown as colour and number.
-        down, across: the label columns of the two axes.
-        path: the PNG to write.
+        table: table whose label columns are the grid's keys.
+        measure: measure shown as colour and number.
+        down: label column of the vertical axis.
+        across: label column of the horizontal axis.
+        path: PNG file to write.
     """
-    others = [name for name in table.label_names if name not in (down, across)]
-    settings = list(dict.fromkeys(tuple(row.labels[n] for n in others) for row in table.rows))
+    groups = _groups(table, [down, across])
     rows_of, columns_of = _values_of(table.rows, down), _values_of(table.rows, across)
-    means = [row.cell(measure).mean for row in table.rows if row.cell(measure).values]
+    means = [mean(row.cell(measure).values) for row in table.rows if row.cell(measure).values]
     width, height = 1.6 + 1.1 * len(columns_of), 1.7 + 0.6 * len(rows_of)
-    figure = new_figure(max(width * len(settings), 5.5), height)
+    figure = new_figure(max(width * len(groups), 5.5), height)
     figure.suptitle(_heading(measure), fontsize=11)
     best = [table.rows[i] for i in table.best(measure)]
-    plots = figure.subplots(1, len(settings), squeeze=False)[0]
-    for axes, setting in zip(plots, settings, strict=True):
-        mine = [r for r in table.rows if tuple(r.labels[n] for n in others) == setting]
-        cells = {(row.labels[down], row.labels[across]): row.cell(measure) for row in mine}
+    plots = figure.subplots(1, len(groups), squeeze=False)[0]
+    for axes, (title, group) in zip(plots, groups.items(), strict=True):
+        cells = {(row.labels[down], row.labels[across]): row.cell(measure) for row in group}
         grid = np.full((len(rows_of), len(columns_of)), np.nan)
         for (one, other), cell in cells.items():
             if cell.values:
                 grid[rows_of.index(one), columns_of.index(other)] = cell.mean
         axes.imshow(grid, "viridis", vmin=min(means), vmax=max(means), aspect="auto")
         _write_numbers(axes, grid, rows_of, columns_of, cells, measure)
-        for row in [row for row in best if row in mine]:
+        for row in [row for row in best if row in group]:
             corner = (
                 columns_of.index(row.labels[across]) - 0.5,
                 rows_of.index(row.labels[down]) - 0.5,
             )
-            axes.add_patch(Rectangle(corner, 1, 1, fill=False, edgecolor=_BEST, linewidth=4))
+            axes.add_patch(Rectangle(corner, 1, 1, fill=False, edgecolor=_BEST_COLOUR, linewidth=4))
         axes.set_xticks(range(len(columns_of)), columns_of)
         axes.set_yticks(range(len(rows_of)), rows_of)
         axes.set_xlabel(across)
         axes.set_ylabel(down)
-        title = ", ".join(f"{n}={v}" for n, v in zip(others, setting, strict=True))
         axes.set_title(title, fontsize=9)
     save_figure(figure, path)
 
@@ -135,13 +136,13 @@ def heat_maps(table: Table, measure: Measure, down: str, across: str, path: Path
 def overlaid_curves(
     files: Mapping[str, Path], keys: Mapping[str, str], path: Path, title: str
 ) -> bool:
-    """Curves of several runs in one plot for each key.
+    """Draw the curves of several runs in one plot for each key.
 
     Args:
-        files: metrics.json by the run's label; those that cannot be read are left out.
-        keys: of metrics.json, and what to call them.
-        path: the PNG to write.
-        title: the page's heading.
+        files: metrics.json of each run by its label; those that cannot be read are left out.
+        keys: keys of metrics.json, with the titles of their plots.
+        path: PNG file to write.
+        title: heading of the figure.
 
     Returns:
         Whether there was anything to draw.
@@ -155,36 +156,22 @@ def overlaid_curves(
     keys = {key: name for key, name in keys.items() if any(key in s for s in series.values())}
     if not keys:
         return False
-    columns = min(3, len(keys))
-    rows = -(-len(keys) // columns)
-    figure = new_figure(4.4 * columns, 0.6 + 2.9 * rows + 0.12 * len(series))
-    figure.suptitle(title, fontsize=13)
-    plots = figure.subplots(rows, columns, squeeze=False).ravel()
+    legend_columns = min(3, len(series))
+    figure, plots = plot_grid(len(keys), title, -(-len(series) // legend_columns))
     colours = colormaps["turbo"](np.linspace(0.05, 0.95, len(series)))
-    for axes, (key, name) in zip(plots, keys.items(), strict=False):
+    for axes, (key, name) in zip(plots, keys.items(), strict=True):
         for i, ((label, run), colour) in enumerate(zip(series.items(), colours, strict=True)):
-            # Dashes of different length keep curves apart that lie on one another.
+            # Dashes of different lengths keep curves apart that lie on one another.
             dashes = _DASHES[i % len(_DASHES)]
             steps, values = run.get(key, ([], []))
             marker = "o" if len(steps) == 1 else None
             axes.plot(
-                steps,
-                values,
-                marker=marker,
-                label=label,
-                color=colour,
-                linewidth=1.5,
+                steps, values, marker=marker, label=label, color=colour, linewidth=1.5,
                 linestyle=dashes,
-            )
-        axes.set_title(name, fontsize=11)
-        axes.set_xlabel("step", fontsize=9)
-        axes.xaxis.set_major_locator(MaxNLocator(5, integer=True))
-        axes.tick_params(labelsize=8)
-        axes.grid(alpha=0.3)
-    for spare in plots[len(keys) :]:
-        spare.set_visible(False)
+            )  # fmt: skip
+        label_plot(axes, name, "step")
     handles = plots[0].get_legend_handles_labels()
-    figure.legend(*handles, loc="outside lower center", fontsize=8, ncols=min(3, len(series)))
+    figure.legend(*handles, loc="outside lower center", fontsize=8, ncols=legend_columns)
     save_figure(figure, path)
     return True
 
@@ -194,8 +181,17 @@ def _heading(measure: Measure) -> str:
 
 
 def _values_of(rows: Sequence[Row], name: str) -> list[str]:
-    """The values of a label in the order of the rows."""
+    """Return the values of a label in the order of the rows."""
     return list(dict.fromkeys(row.labels[name] for row in rows))
+
+
+def _groups(table: Table, without: Sequence[str]) -> dict[str, list[Row]]:
+    """Return the rows that have all labels in common but some, by these labels as text."""
+    groups: dict[str, list[Row]] = {}
+    for row in table.rows:
+        shared = [f"{name}={value}" for name, value in row.labels.items() if name not in without]
+        groups.setdefault(", ".join(shared), []).append(row)
+    return groups
 
 
 def _write_numbers(

@@ -1,4 +1,4 @@
-"""Running a list of jobs, so that it can be interrupted at any time and goes on where it was."""
+"""Running a list of jobs that can be interrupted at any time and continued."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ import os
 import re
 import shlex
 import signal
+import site
 import subprocess
 import sys
 import time
@@ -18,27 +19,22 @@ from dataclasses import replace
 from pathlib import Path
 from statistics import mean
 
+import flsl_d2
 from flsl_d2.errors import InputError
 from flsl_d2.experiments.jobs import Job, Record, Slot, read_record, versions, write_record
 from flsl_d2.files import writable_folder
 
-__all__ = [
-    "SIGNALS",
-    "Child",
-    "locked",
-    "run_jobs",
-    "signals_interrupt",
-]
+__all__ = ["Child", "locked", "module_search_path", "run_jobs", "signals_interrupt"]
 
-SIGNALS = (signal.SIGINT, signal.SIGTERM)
+_SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 
 @contextmanager
 def locked(folder: Path) -> Iterator[int]:
     """Keep other runs out of the folder.
 
-    The jobs' processes inherit the lock: it holds while one of them lives, even where this process
-    was killed and they were not.
+    The jobs' processes inherit the lock, so it holds while one of them lives, even if this process
+    was killed.
     """
     with (writable_folder(folder) / ".lock").open("w") as file:
         try:
@@ -53,13 +49,16 @@ def locked(folder: Path) -> Iterator[int]:
 
 @contextmanager
 def signals_interrupt() -> Iterator[None]:
-    """SIGTERM, as cluster schedulers send it, is like Ctrl-C; both work in the background, too."""
+    """Turn SIGINT and SIGTERM, which cluster schedulers send, into KeyboardInterrupt.
+
+    A shell starts background processes with SIGINT ignored; here it works for them as well.
+    """
 
     def interrupt(_signal: int, _frame: object) -> None:
         raise KeyboardInterrupt
 
     before: list[tuple[int, Callable | int | None]] = [
-        (number, signal.signal(number, interrupt)) for number in SIGNALS
+        (number, signal.signal(number, interrupt)) for number in _SIGNALS
     ]
     try:
         yield
@@ -68,22 +67,33 @@ def signals_interrupt() -> Iterator[None]:
             signal.signal(number, handler)
 
 
-# How long a process gets to end by itself, in seconds: training finishes its step and writes a
-# checkpoint.
-_PATIENCE = 120.0
+# Seconds that a process has to end by itself: training finishes its step and writes a checkpoint.
+_STOP_SECONDS = 120.0
 _ERROR_CHARS = 600
 _PROGRESS_CHARS = 140
 _ETA = re.compile(r"\beta\b:? |\d+%\|", re.IGNORECASE)  # a logged line, or tqdm's bar
 
 
+def module_search_path() -> dict[str, str]:
+    """Return PYTHONPATH with which a child process imports the package that runs here.
+
+    Empty where the package is installed and any Python process finds it.
+    """
+    root = str(Path(flsl_d2.__file__).parents[1])
+    if root in [*site.getsitepackages(), site.getusersitepackages()]:
+        return {}
+    before = os.environ.get("PYTHONPATH")
+    return {"PYTHONPATH": os.pathsep.join([root, before] if before else [root])}
+
+
 class Child:
-    """The process of a job.
+    """Process of a job.
 
     Args:
-        job: what to run.
-        folder: of the job; everything that the process prints goes to ``console.txt`` in it.
-        slot: where it runs.
-        keep_open: file descriptors that it inherits.
+        job: job to run.
+        folder: folder of the job; the output of the process goes to ``console.txt`` in it.
+        slot: share of the machine.
+        keep_open: file descriptors that the process inherits.
     """
 
     def __init__(self, job: Job, folder: Path, slot: Slot, keep_open: tuple[int, ...] = ()) -> None:
@@ -94,36 +104,39 @@ class Child:
         command = [sys.executable, *job.command(folder, slot.num_processes)]
         with self.log.open("a") as log:
             log.write(f"$ {shlex.join(command)}\n")
-            self._own_part = log.tell()
+            self._log_start = log.tell()
             log.flush()
-            # A session of its own, so that Ctrl-C reaches it through ask_to_stop() alone, once.
+            # In a session of its own it gets Ctrl-C once, through ask_to_stop().
             self._process = subprocess.Popen(
                 command,
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=subprocess.STDOUT,
-                env={**os.environ, "PYTHONUNBUFFERED": "1", **slot.environment},
+                env=os.environ
+                | module_search_path()
+                | {"PYTHONUNBUFFERED": "1"}
+                | slot.environment,
                 start_new_session=True,
                 pass_fds=keep_open,
             )
 
     @property
     def seconds(self) -> float:
-        """Since it was started."""
+        """Time since the start."""
         return time.monotonic() - self.started
 
     def status(self) -> int | None:
-        """The exit status; None while it runs."""
+        """Return the exit status; None while it runs."""
         return self._process.poll()
 
     def ask_to_stop(self) -> None:
-        """Send SIGTERM to it and all that it started."""
+        """Send SIGTERM to the process and all that it started."""
         self._send(signal.SIGTERM)
 
     def wait_for_end(self) -> None:
-        """After :meth:`ask_to_stop`: until it has ended, by force if it takes minutes."""
+        """Wait for the end after :meth:`ask_to_stop`; kill the process if it takes minutes."""
         try:
-            self._process.wait(_PATIENCE)
+            self._process.wait(_STOP_SECONDS)
         except subprocess.TimeoutExpired:
             self._send(signal.SIGKILL)
             self._process.wait()
@@ -133,29 +146,29 @@ class Child:
             os.killpg(self._process.pid, number)
 
     def progress(self) -> str:
-        """The start of the last line of progress that it printed; empty if none."""
-        lines = [line for line in self._lines() if _ETA.search(line)]
-        return lines[-1][_ETA.search(lines[-1]).start() :][:_PROGRESS_CHARS] if lines else ""
+        """Return the last progress that it printed; empty if none."""
+        found = [(line, match) for line in self._lines() if (match := _ETA.search(line))]
+        return found[-1][0][found[-1][1].start() :][:_PROGRESS_CHARS] if found else ""
 
-    def last_words(self) -> str:
-        """Why it failed, from what it printed: the tool's own sentence, or the last line."""
+    def failure_reason(self) -> str:
+        """Return the error that the process printed, or its last line and exit status."""
         lines = self._lines()
         starts = [i for i, line in enumerate(lines) if line.startswith("error: ")]
         if starts:
-            words = " ".join(lines[starts[-1] :]).removeprefix("error: ")
+            reason = " ".join(lines[starts[-1] :]).removeprefix("error: ")
         else:
             status = self._process.returncode
-            killed = f"ended by signal {-status}" if (status or 0) < 0 else f"exit status {status}"
-            words = f"{lines[-1]} ({killed})" if lines else killed
-        return words[:_ERROR_CHARS]
+            end = f"ended by signal {-status}" if (status or 0) < 0 else f"exit status {status}"
+            reason = f"{lines[-1]} ({end})" if lines else end
+        return reason[:_ERROR_CHARS]
 
     def _lines(self) -> list[str]:
-        """The end of what this process printed, without empty lines."""
+        """Return the last lines that this process printed, without empty ones."""
         with self.log.open("rb") as log:
             size = log.seek(0, os.SEEK_END)
-            log.seek(max(self._own_part, size - 20_000))
+            log.seek(max(self._log_start, size - 20_000))
             text = log.read().decode(errors="replace")
-        # A progress bar returns to the start of its line for every update.
+        # A progress bar returns to the start of its line at every update.
         return [line.strip() for line in text.replace("\r", "\n").split("\n") if line.strip()]
 
 
@@ -169,23 +182,23 @@ def run_jobs(
     slots: Sequence[Slot],
     on_end: Callable[[dict[str, Record]], None] = lambda records: None,
 ) -> dict[str, Record]:
-    """Run what has not been done yet; a job that fails does not stop the others.
+    """Run the jobs that are not done yet; a job that fails does not stop the others.
 
-    Each job has ``folder/jobs/KEY`` with ``result.json`` and ``console.txt``. Jobs whose record
-    says done are not run again; those that failed or were interrupted are.
+    Each job has the folder ``folder/jobs/KEY`` with ``result.json`` and ``console.txt``. Jobs that
+    are done are not run again; those that failed or were interrupted are.
 
     Args:
-        jobs: in the order of their start, each after the one that it needs.
-        folder: of all of them.
-        slots: how many run at a time, and where.
-        on_end: called with the records so far whenever a job has ended.
+        jobs: jobs in the order of their start, each after the one that it needs.
+        folder: output folder.
+        slots: shares of the machine, one for each job that runs at a time.
+        on_end: function that is called with the records so far whenever a job has ended.
 
     Returns:
-        The record of every job by its key.
+        Record of every job by its key.
 
     Raises:
         InputError: another process works in the folder, or it cannot be written.
-        KeyboardInterrupt: after SIGINT or SIGTERM; the jobs that ran have been stopped and noted.
+        KeyboardInterrupt: after SIGINT or SIGTERM; the running jobs have been stopped and noted.
     """
     unique = list({job.key: job for job in jobs}.values())
     with locked(folder) as lock, signals_interrupt():
@@ -209,7 +222,7 @@ class _Run:
     ) -> None:
         self.folder, self.lock, self.on_end = folder, lock, on_end
         self.records: dict[str, Record] = {}
-        self.earlier: dict[str, Record] = {}  # of jobs that have to run again
+        self.earlier: dict[str, Record] = {}  # records of jobs that have to run again
         self.waiting: list[Job] = []
         for job in jobs:
             record = read_record(folder / job.key)
@@ -219,7 +232,9 @@ class _Run:
                 self.waiting.append(job)
                 if record is not None:
                     self.earlier[job.key] = record
-        self.places = {job.key: f"[{place}/{len(jobs)}]" for place, job in enumerate(jobs, start=1)}
+        self.numbers = {
+            job.key: f"[{number}/{len(jobs)}]" for number, job in enumerate(jobs, start=1)
+        }
         self.free = list(slots)
         self.num_slots = len(slots)
         self.running: list[Child] = []
@@ -228,25 +243,25 @@ class _Run:
             if job.key in self.records:
                 self._note_seconds(job.kind, self.records[job.key].seconds)
         if self.records:
-            _say(f"{len(self.records)} of {len(jobs)} jobs are done already")
+            _log(f"{len(self.records)} of {len(jobs)} jobs are done already")
 
     def work(self) -> None:
-        spoke = time.monotonic()
+        last_report_time = time.monotonic()
         while self.waiting or self.running:
             self._start_what_can()
             self._collect()
-            if time.monotonic() - spoke > _PROGRESS_SECONDS:
-                spoke = time.monotonic()
+            if time.monotonic() - last_report_time > _PROGRESS_SECONDS:
+                last_report_time = time.monotonic()
                 for child in self.running:
-                    told = f"{child.progress()}{self._eta()}".strip()
-                    if told:
-                        _say(f"{self.places[child.job.key]} {told}")
+                    message = f"{child.progress()}{self._eta()}".strip()
+                    if message:
+                        _log(f"{self.numbers[child.job.key]} {message}")
             time.sleep(_POLL_SECONDS)
 
     def stop(self) -> None:
-        for number in SIGNALS:  # an impatient second Ctrl-C would leave processes behind
+        for number in _SIGNALS:  # an impatient second Ctrl-C would leave processes behind
             signal.signal(number, signal.SIG_IGN)
-        _say(f"\nstopping {len(self.running)} running; the same command goes on from there")
+        _log(f"\nstopping {len(self.running)} running; the same command goes on from there")
         for child in self.running:
             child.ask_to_stop()
         for child in self.running:
@@ -255,29 +270,29 @@ class _Run:
 
     def _start_what_can(self) -> None:
         for job in list(self.waiting):
-            before = None if job.needs is None else self.records.get(job.needs.key)
-            if job.needs is not None and before is None:
-                continue  # it runs, or waits itself
-            if before is not None and before.status != "done":
+            needed = self.records.get(job.needs.key) if job.needs else None
+            if job.needs and needed is None:
+                continue  # the needed job runs or waits
+            if job.needs and needed and needed.status != "done":
                 self.waiting.remove(job)
-                # Not written: it was never tried.
-                reason = f"not run, because its {job.needs.kind} failed: {before.error}"
+                # The record is not written, because the job was not tried.
+                reason = f"not run, because its {job.needs.kind} failed: {needed.error}"
                 self.records[job.key] = Record("failed", error=reason)
             elif self.free:
                 self.waiting.remove(job)
-                _say(f"{self.places[job.key]} {job.kind}: {job.label}{self._eta(job)}")
+                _log(f"{self.numbers[job.key]} {job.kind}: {job.label}{self._eta(job)}")
                 self._start(job)
 
     def _start(self, job: Job) -> None:
         folder, slot = self.folder / job.key, self.free.pop(0)
         try:
             self.running.append(Child(job, folder, slot, (self.lock,)))
-        except InputError as error:  # of what its command is made from, such as a weight file
+        except InputError as error:  # a file that the command is made from cannot be used
             self.free.append(slot)
             record = Record("failed", error=str(error), about=versions())
             self.records[job.key] = record
             write_record(folder, job, record)
-            _say(f"{self.places[job.key]} failed: {error}")
+            _log(f"{self.numbers[job.key]} failed: {error}")
 
     def _collect(self) -> None:
         for child in [child for child in self.running if child.status() is not None]:
@@ -287,8 +302,8 @@ class _Run:
             self.free.append(child.slot)
             self.records[job.key] = self._write(child, record)
             self._note_seconds(job.kind, child.seconds)
-            told = f" {record.error}; see {child.log}" if record.error else ""
-            _say(f"{self.places[job.key]} {record.status} in {_clock(child.seconds)}{told}")
+            reason = f" {record.error}; see {child.log}" if record.error else ""
+            _log(f"{self.numbers[job.key]} {record.status} in {_clock(child.seconds)}{reason}")
             self.on_end(self.records)
 
     def _record_of(self, child: Child) -> Record:
@@ -296,12 +311,16 @@ class _Run:
         try:
             outcome = child.job.outcome(child.folder)
         except (InputError, OSError, ValueError, KeyError, TypeError) as error:
-            reason = f"its results cannot be read: {error}" if ended_well else child.last_words()
+            reason = (
+                f"its results cannot be read: {error}" if ended_well else child.failure_reason()
+            )
             return Record("failed", error=reason)
         if outcome.failures:
-            told = "; ".join(f"{name}: {reason}" for name, reason in outcome.failures.items())
-            return Record("failed", outcome, told)
-        return Record("done", outcome) if ended_well else Record("failed", error=child.last_words())
+            reasons = "; ".join(f"{name}: {reason}" for name, reason in outcome.failures.items())
+            return Record("failed", outcome, reasons)
+        if not ended_well:
+            return Record("failed", error=child.failure_reason())
+        return Record("done", outcome)
 
     def _write(self, child: Child, record: Record) -> Record:
         before = self.earlier.get(child.job.key, Record(""))
@@ -314,7 +333,7 @@ class _Run:
         self.seconds_by_kind.setdefault(kind, []).append(seconds)
 
     def _eta(self, starting: Job | None = None) -> str:
-        """Estimated from the jobs of the same kind that have ended; empty while there are none."""
+        """Return the remaining time, estimated from ended jobs of the same kinds, or nothing."""
         left = [*self.waiting, *(child.job for child in self.running)]
         left += [] if starting is None else [starting]
         if not left or any(job.kind not in self.seconds_by_kind for job in left):
@@ -328,5 +347,5 @@ def _clock(seconds: float) -> str:
     return str(datetime.timedelta(seconds=round(seconds)))
 
 
-def _say(line: str) -> None:
+def _log(line: str) -> None:
     print(line, flush=True)

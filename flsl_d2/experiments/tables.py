@@ -1,4 +1,4 @@
-"""From the records of jobs to a table."""
+"""Tables of results, in Markdown, LaTeX and CSV, made from the records of jobs."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import mean, stdev
 
+from flsl_d2.evaluation.measures import MEASURES, better
 from flsl_d2.experiments.jobs import Job, Record
 from flsl_d2.files import write_text
 
@@ -23,17 +24,17 @@ __all__ = [
     "results_table",
 ]
 
-_MOST_COLUMNS = 8  # that a page of paper or a screen has room for
+_MAX_COLUMNS = 8  # as many as a page of paper or a screen has room for
 
 
 @dataclass(frozen=True)
 class Measure:
-    """A column of numbers.
+    """Column of numbers.
 
     Attributes:
         name: heading, with the unit.
-        better: ``higher``, ``lower``, or empty where neither is.
-        digits: behind the decimal point, in Markdown and LaTeX; CSV keeps all.
+        better: ``higher``, ``lower``, or empty where neither is better.
+        digits: digits after the decimal point, in Markdown and LaTeX; CSV keeps all.
     """
 
     name: str
@@ -46,8 +47,8 @@ class Cell:
     """One measure of one row.
 
     Attributes:
-        values: one for each seed that succeeded.
-        failures: the reason for each seed that did not.
+        values: value for each seed that succeeded.
+        failures: reason for each seed that did not.
     """
 
     values: tuple[float, ...] = ()
@@ -55,7 +56,7 @@ class Cell:
 
     @property
     def mean(self) -> float | None:
-        """Over the seeds; None without values."""
+        """Mean over the seeds; None without values."""
         return mean(self.values) if self.values else None
 
     @property
@@ -64,7 +65,7 @@ class Cell:
         return stdev(self.values) if len(self.values) > 1 else None
 
     def text(self, digits: int) -> str:
-        """As people read it: mean and spread, and how many seeds failed."""
+        """Return mean and spread, and how many seeds failed."""
         failed = len(self.failures)
         if not self.values:
             return "failed" if failed else ""
@@ -76,12 +77,12 @@ class Cell:
 
 @dataclass(frozen=True)
 class Row:
-    """One line of a table.
+    """Line of a table.
 
     Attributes:
-        labels: what was run, by the table's label columns.
-        cells: by name of measure; those that are missing were not measured.
-        about: what else belongs to it (hashes, versions); in the CSV and on the page.
+        labels: text of each label column: which setting was run.
+        cells: cell of each measure; those that are missing were not measured.
+        about: further facts (hashes, versions) for the CSV and the page.
     """
 
     labels: dict[str, str]
@@ -89,17 +90,17 @@ class Row:
     about: dict[str, str] = field(default_factory=dict)
 
     def cell(self, measure: Measure) -> Cell:
-        """The cell of a measure, empty where there is none."""
+        """Return the cell of a measure; an empty one where there is none."""
         return self.cells.get(measure.name, Cell())
 
 
 @dataclass(frozen=True)
 class Shown:
-    """What stands in one place of a table.
+    """Text of a cell, and how to show it.
 
     Attributes:
-        text: for people.
-        kind: ``label``, ``number``, ``best`` (a number, too) or ``failed``.
+        text: formatted content.
+        kind: ``label``, ``number``, ``best`` (of the numbers) or ``failed``.
     """
 
     text: str
@@ -110,12 +111,12 @@ class Shown:
 class Table:
     """Rows by measures.
 
-    For people, in Markdown, LaTeX and on the page, a table of few encoders and many measures is
-    turned over: a line for each measure. The values of a grid would not tell which key they are of.
+    In Markdown, LaTeX and on the page, a table of few encoders and many measures is transposed. A
+    table of a grid is not, because its headings name the keys.
 
     Attributes:
-        rows: all with the same label columns.
-        measures: the columns of numbers.
+        rows: rows, all with the same label columns.
+        measures: columns of numbers.
     """
 
     rows: Sequence[Row]
@@ -127,28 +128,28 @@ class Table:
         return list(self.rows[0].labels) if self.rows else []
 
     def best(self, measure: Measure) -> list[int]:
-        """Indexes of the rows with the best mean; empty where nothing can be compared."""
-        means = {i: row.cell(measure).mean for i, row in enumerate(self.rows)}
-        means = {i: value for i, value in means.items() if value is not None}
+        """Return the indexes of the rows with the best mean; none where they do not compare."""
+        cells = [row.cell(measure) for row in self.rows]
+        means = {i: mean(cell.values) for i, cell in enumerate(cells) if cell.values}
         if not measure.better or len(means) < 2 or len(set(means.values())) == 1:
             return []
         chosen = (max if measure.better == "higher" else min)(means.values())
         return [i for i, value in means.items() if value == chosen]
 
     def failures(self, row: Row) -> list[str]:
-        """What failed in a row, each reason once."""
-        told: dict[str, list[str]] = {}
+        """Return the reasons of a row's failures, each once, after the measures that failed."""
+        names: dict[str, list[str]] = {}
         for measure in self.measures:
             for reason in dict.fromkeys(row.cell(measure).failures):
-                told.setdefault(reason, []).append(measure.name)
-        every = len(self.measures)
+                names.setdefault(reason, []).append(measure.name)
+        total = len(self.measures)
         return [
-            f"{'everything' if len(names) == every > 1 else ', '.join(names)}: {reason}"
-            for reason, names in told.items()
+            f"{'everything' if len(failed) == total > 1 else ', '.join(failed)}: {reason}"
+            for reason, failed in names.items()
         ]
 
     def lines(self) -> list[list[Shown]]:
-        """Heading and lines for people, all of the same length."""
+        """Return the heading and the lines as shown, all of the same length."""
         best = {measure.name: self.best(measure) for measure in self.measures}
         lines = [[Shown(name, "label") for name in self.label_names]]
         lines[0] += [Shown(measure.name, "number") for measure in self.measures]
@@ -160,7 +161,7 @@ class Table:
                 kind = "best" if i in best[measure.name] else kind
                 line.append(Shown(cell.text(measure.digits), kind))
             lines.append(line)
-        few = len(self.measures) <= max(_MOST_COLUMNS, len(self.rows))
+        few = len(self.measures) <= max(_MAX_COLUMNS, len(self.rows))
         if few or self.label_names != ["encoder"]:
             return lines
         lines[0] = [Shown("measure", "label")] + [
@@ -171,7 +172,7 @@ class Table:
         return [list(line) for line in zip(*lines, strict=True)]
 
     def notes(self, start: str = "") -> list[str]:
-        """A line for each reason of a failure, with the rows that it stopped."""
+        """Return a line for each reason of a failure, with the rows that it affects."""
         rows: dict[str, list[str]] = {}
         for row in self.rows:
             for reason in self.failures(row):
@@ -179,7 +180,7 @@ class Table:
         return [f"{start}{' | '.join(names)}: {reason}" for reason, names in rows.items()]
 
     def markdown(self) -> str:
-        """A table of GitHub's Markdown, best values in bold, the reasons of failures below it."""
+        """Return a GitHub table, with the best values in bold and failures below it."""
 
         def text(shown: Shown) -> str:
             escaped = shown.text.replace("|", r"\|")
@@ -192,7 +193,7 @@ class Table:
         return "\n".join(rows + (["", *notes] if notes else [])) + "\n"
 
     def latex(self) -> str:
-        """A ``tabular`` for the package booktabs, best values in bold, failures as comments."""
+        """Return a booktabs table, with the best values in bold and failures as comments."""
 
         def text(shown: Shown) -> str:
             escaped = _latex_escaped(shown.text)
@@ -206,7 +207,7 @@ class Table:
         return "\n".join([*body, r"\bottomrule", r"\end{tabular}", *notes]) + "\n"
 
     def csv(self) -> str:
-        """Every number in full; where there are several seeds, their spread and number, too."""
+        """Return all numbers in full; with several seeds, also their spread and number."""
         about = list(dict.fromkeys(name for row in self.rows for name in row.about))
         seeds = max(
             (len(cell.values) for row in self.rows for cell in row.cells.values()), default=0
@@ -226,7 +227,7 @@ class Table:
         return stream.getvalue()
 
     def write(self, folder: Path, name: str, latex: bool = False) -> None:
-        """Write ``name.csv``, ``name.md`` and, if asked for, ``name.tex``."""
+        """Write ``name.csv``, ``name.md`` and optionally ``name.tex``."""
         write_text(folder / f"{name}.csv", self.csv())
         write_text(folder / f"{name}.md", self.markdown())
         if latex:
@@ -234,10 +235,10 @@ class Table:
 
 
 def cell_of(records: Iterable[Record], name: str) -> Cell:
-    """The cell of a measure from the records of its seeds.
+    """Make the cell of a measure from the records of its seeds.
 
-    A record that failed as a whole is a failure of each of its measures. One that is done without
-    the measure (the speed of a run of one step, a class that no image has) leaves it out.
+    A record that failed as a whole is a failure of each of its measures. A record that is done
+    without the measure (the speed of a run of one step, a class that no image has) leaves it out.
     """
     values, failures = [], []
     for record in records:
@@ -259,8 +260,8 @@ def _latex_escaped(text: str) -> str:
     return "".join(_LATEX.get(character, character) for character in text)
 
 
-# What describes a measurement and is no quality, by the last part of its name.
-_NEITHER = (
+# Measures of which neither higher nor lower is better, by the start of the last part of the name.
+_DESCRIPTIVE = (
     "clusters",
     "tuned_clusters",
     "kernel_width",
@@ -269,19 +270,19 @@ _NEITHER = (
     "entropy",
     "feature_std",
 )
-# Values of single classes stay in result.json: COCO has 80.
-_OF_ONE_CLASS = ("IoU-", "AP-")
+# Values of single classes stay in result.json, because COCO has 80 classes.
+_SINGLE_CLASS = ("IoU-", "AP-")
 
 
 @dataclass(frozen=True)
 class Subject:
-    """One row of a table, before its jobs have run.
+    """Row of a table before its jobs have run.
 
     Attributes:
-        labels: what it is.
-        jobs: by stage (an evaluation's name, or "pretrain"), one for each seed.
-        about: see :attr:`flsl_d2.experiments.tables.Row.about`.
-        failure: why it has no jobs; every cell of its row is then failed.
+        labels: see :class:`Row`.
+        jobs: jobs of each stage (an evaluation's name, or ``pretrain``), one for each seed.
+        about: see :class:`Row`.
+        failure: reason why there are no jobs; every cell of the row is then failed.
     """
 
     labels: dict[str, str]
@@ -296,15 +297,15 @@ def results_table(
     stages: Sequence[str],
     timed: Sequence[str] = (),
 ) -> Table:
-    """A row for each subject, a column for each number that a job of any subject gave.
+    """Make a table with a row for each subject and a column for each number that any job gave.
 
-    Jobs without a record have not run yet: their cells are empty.
+    Jobs without a record have not run yet, and their cells are empty.
 
     Args:
-        subjects: the rows.
-        records: of their jobs, by key.
-        stages: in the order of their columns.
-        timed: stages whose duration is a column, too.
+        subjects: rows of the table.
+        records: records of the jobs by key.
+        stages: stages in the order of their columns.
+        timed: stages whose duration is a column as well.
     """
     names = {stage: _value_names(subjects, stage, records) for stage in stages}
     rows = []
@@ -331,11 +332,11 @@ def results_table(
 def _value_names(
     subjects: Sequence[Subject], stage: str, records: Mapping[str, Record]
 ) -> list[str]:
-    """Names of a stage's values, in the order of their appearance; the stage's own without any."""
+    """Return the names of a stage's values in order of appearance; the stage's own without any."""
     jobs = [job for subject in subjects for job in subject.jobs.get(stage, ())]
     found = [records[job.key].outcome.values for job in jobs if job.key in records]
     names = dict.fromkeys(name for values in found for name in values)
-    shown = [n for n in names if not n.rpartition("/")[2].startswith(_OF_ONE_CLASS)]
+    shown = [n for n in names if not n.rpartition("/")[2].startswith(_SINGLE_CLASS)]
     return shown or [stage]
 
 
@@ -347,6 +348,8 @@ def _measure(name: str) -> Measure:
     if name == "images/s" or name.endswith(" seconds"):
         return Measure(name, digits=1)
     last = name.rpartition("/")[2]
-    neither = last.startswith(_NEITHER) or "token_limit" in last or last.endswith("_r2")
-    digits = 0 if last == "centroids_in_use" else 3 if last.startswith(_NEITHER) else 2
-    return Measure(name, "" if neither else "higher", digits)
+    descriptive = last.startswith(_DESCRIPTIVE)
+    is_feature_measure = name.partition("/")[0] in MEASURES
+    direction = better(name) if is_feature_measure else "" if descriptive else "higher"
+    digits = 0 if last == "centroids_in_use" else 3 if descriptive else 2
+    return Measure(name, direction, digits)

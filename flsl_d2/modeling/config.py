@@ -45,3 +45,11 @@ def add_flsl_config(cfg: CfgNode) -> None:
         )
     if "FLSL_SFP" not in model:
         model.FLSL_SFP = CfgNode({"OUT_CHANNELS": 256, "NORM": "LN", "SQUARE_PAD": 0})
+    if "TIMM" not in model:
+        model.TIMM = CfgNode(
+            {
+                "NAME": "",  # timm's name, options after "?", e.g. resnet50?pretrained=false
+                "FROZEN": False,
+                "USE_ACT_CHECKPOINT": False,
+            }
+        )

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from detectron2.config import CfgNode
 from torch import Tensor, nn
@@ -24,15 +26,24 @@ class PixelAdapter(nn.Module):
         mean: the model's pixel mean, in its channel order.
         std: the model's pixel standard deviation, likewise.
         flip_channels: the model's order is BGR.
+        own_mean: pixel mean that the encoder was trained with, RGB.
+        own_std: pixel standard deviation, likewise.
     """
 
-    def __init__(self, mean: list[float], std: list[float], flip_channels: bool) -> None:
+    def __init__(
+        self,
+        mean: Sequence[float],
+        std: Sequence[float],
+        flip_channels: bool,
+        own_mean: Sequence[float] = IMAGENET_MEAN,
+        own_std: Sequence[float] = IMAGENET_STD,
+    ) -> None:
         super().__init__()
         self.flip_channels = flip_channels
         order = slice(None, None, -1) if flip_channels else slice(None)
         fed_mean, fed_std = torch.tensor(mean[order]), torch.tensor(std[order])
-        gain = fed_std / torch.tensor(IMAGENET_STD)
-        shift = (fed_mean - torch.tensor(IMAGENET_MEAN)) / torch.tensor(IMAGENET_STD)
+        gain = fed_std / torch.tensor(own_std)
+        shift = (fed_mean - torch.tensor(own_mean)) / torch.tensor(own_std)
         self.register_buffer("gain", gain.view(3, 1, 1), persistent=False)
         self.register_buffer("shift", shift.view(3, 1, 1), persistent=False)
 
@@ -44,8 +55,15 @@ class PixelAdapter(nn.Module):
             return None
         flip = cfg.INPUT.FORMAT == "BGR"
         adapter = cls(mean, std, flip)
-        same = not flip and torch.allclose(adapter.gain, torch.ones(3, 1, 1))
-        return None if same and torch.allclose(adapter.shift, torch.zeros(3, 1, 1)) else adapter
+        return None if adapter.is_identity else adapter
+
+    @property
+    def is_identity(self) -> bool:
+        """Whether pixels stay as they are."""
+        same_gain = torch.allclose(self.gain, torch.ones(3, 1, 1))
+        # Within a hundredth of a grey level, so that 0.485 and 123.675 / 255 are the same.
+        same_shift = torch.allclose(self.shift, torch.zeros(3, 1, 1), atol=2e-4)
+        return not self.flip_channels and same_gain and same_shift
 
     def forward(self, images: Tensor) -> Tensor:
         """(B, 3, H, W) to (B, 3, H, W)."""

@@ -1,4 +1,4 @@
-"""Curves of a run from Detectron2's metrics.json, one JSON object a line."""
+"""Curves of a run from Detectron2's metrics.json, which has a JSON object on each line."""
 
 from __future__ import annotations
 
@@ -7,16 +7,15 @@ import math
 import os
 from collections.abc import Sequence
 
-from matplotlib.ticker import MaxNLocator
-
 from flsl_d2.errors import InputError
-from flsl_d2.visualization.figures import new_figure, save_figure
+from flsl_d2.visualization.figures import label_plot, plot_grid, save_figure
+
+__all__ = ["Series", "loss_curves", "read_metrics"]
 
 Series = dict[str, tuple[list[int], list[float]]]
 
-_COLUMNS = 3
-# What pre-training and Detectron2 call their numbers: what a reader calls them, and the unit.
-# Their order is the order of the plots.
+_LINE, _RESUMED = "#0072b2", "#d55e00"
+# Title and unit of the numbers of pre-training and Detectron2, in the order of the plots.
 _NAMES = {
     "loss": ("total loss", "loss"),
     "total_loss": ("total loss", "loss"),
@@ -41,21 +40,22 @@ _NAMES = {
     "data_time": ("waiting for data", "seconds an iteration"),
 }
 _NOT_SHOWN = ("iteration", "eta_seconds", "rank_data_time")
-# Curves over more than this factor are drawn with a logarithmic axis.
+# Largest over smallest value above which the axis is logarithmic.
 _LOG_FACTOR = 30.0
+_FEW_VALUES = 20  # of a curve that is drawn with a dot for each
 
 
 def read_metrics(metrics_json_path: str | os.PathLike[str]) -> tuple[Series, list[int]]:
     """Read metrics.json.
 
     A run that was killed leaves a torn last line, and one that resumes from a checkpoint repeats
-    iterations: torn lines are skipped, and of repeated iterations the later writing counts.
+    iterations: torn lines are skipped, and the later line of a repeated iteration counts.
 
     Returns:
         For every key its iterations and values, and the iterations at which a run was resumed.
 
     Raises:
-        InputError: there is no such file, or no metrics in it.
+        InputError: the file does not exist, or has no metrics.
     """
     try:
         with open(metrics_json_path, encoding="utf-8", errors="replace") as stream:
@@ -86,7 +86,7 @@ def read_metrics(metrics_json_path: str | os.PathLike[str]) -> tuple[Series, lis
                 values.setdefault(key, {})[iteration] = float(value)
     if not values:
         raise InputError(
-            f"{metrics_json_path} has no metrics: expected one JSON object a line, with "
+            f"{metrics_json_path} has no metrics: expected a JSON object on each line, with "
             '"iteration" and numbers.'
         )
     ordered = {key: sorted(series.items()) for key, series in values.items() if series}
@@ -94,10 +94,10 @@ def read_metrics(metrics_json_path: str | os.PathLike[str]) -> tuple[Series, lis
 
 
 def _default_keys(series: Series) -> list[str]:
-    """In the order of `_NAMES`, other losses after the named ones, other numbers last.
+    """Choose keys: those of `_NAMES` in their order, further losses after these, others last.
 
-    Numbers that never change are left out, AP excepted. So are unnamed ones in a group (`a/b`):
-    an evaluation writes one AP a class, dozens of plots of two points each.
+    Numbers that never change are left out, except AP. Keys of a group (``a/b``) that have no name
+    are left out, too: an evaluation writes an AP for each class, dozens of plots of two points.
     """
     order = {name: (place, name) for place, name in enumerate(_NAMES)}
     last_loss = order["loss_volume"][0]
@@ -123,10 +123,10 @@ def loss_curves(
     """Draw a small plot for every key.
 
     Args:
-        metrics_json_path: what Detectron2's JSONWriter wrote.
-        path: the PNG to write.
-        keys: which ones; by default all that change, losses first.
-        title: the page's heading; the run's folder by default.
+        metrics_json_path: file that Detectron2's JSONWriter wrote.
+        path: PNG file to write.
+        keys: to draw; by default all that change, losses first.
+        title: heading of the page; the run's folder by default.
 
     Raises:
         InputError: the file is missing or empty, or a key is not in it.
@@ -139,38 +139,25 @@ def loss_curves(
             f"{', '.join(sorted(series))}."
         )
     keys = list(keys) if keys else _default_keys(series) or sorted(series)
-    columns = min(_COLUMNS, len(keys))
-    rows = math.ceil(len(keys) / columns)
-    figure = new_figure(max(5.0, 4.4 * columns), 0.8 + 2.7 * rows)
     folder = os.path.basename(os.path.dirname(os.path.abspath(metrics_json_path)))
-    figure.suptitle(title or f"Training curves of {folder}", fontsize=14)
-    axes = figure.subplots(rows, columns, squeeze=False).ravel()
+    figure, plots = plot_grid(len(keys), title or f"Training curves of {folder}")
     first = min(series[key][0][0] for key in keys)
     last = max(series[key][0][-1] for key in keys)
     margin = max(0.5, 0.03 * (last - first))
-    for plot, key in zip(axes, keys, strict=False):
+    for plot, key in zip(plots, keys, strict=True):
         iterations, values = series[key]
-        marker = "o" if len(values) < 20 else ""
-        plot.plot(iterations, values, linewidth=1.6, marker=marker, markersize=4, color="#0072b2")
+        marker = "o" if len(values) < _FEW_VALUES else ""
+        plot.plot(iterations, values, linewidth=1.6, marker=marker, markersize=4, color=_LINE)
         name, unit = _NAMES.get(key, (key, "loss" if "loss" in key else ""))
-        plot.set_title(name, fontsize=11)
-        plot.set_ylabel(unit, fontsize=9)
+        label_plot(plot, name, "iteration", unit)
         plot.set_xlim(first - margin, last + margin)
-        plot.set_xlabel("iteration", fontsize=9)
-        plot.tick_params(labelsize=8)
-        plot.grid(alpha=0.3)
-        plot.xaxis.set_major_locator(MaxNLocator(5, integer=True))
         if min(values) > 0 and max(values) > _LOG_FACTOR * min(values) and key != "lr":
             plot.set_yscale("log")
         elif "/AP" in key:
             plot.set_ylim(0, max(1.0, 1.15 * max(values)))
         for number, start in enumerate(resumed):
-            plot.axvline(
-                start, color="#d55e00", linestyle=":", linewidth=1.2,
-                label="resumed" if number == 0 else None,
-            )  # fmt: skip
+            label = "resumed" if number == 0 else None
+            plot.axvline(start, color=_RESUMED, linestyle=":", linewidth=1.2, label=label)
     if resumed:
-        axes[0].legend(fontsize=8)
-    for spare in axes[len(keys) :]:
-        spare.set_visible(False)
+        plots[0].legend(fontsize=8)
     save_figure(figure, path)

@@ -1,4 +1,4 @@
-"""All that the pictures of one encoder need, computed once for a set of images."""
+"""Description of one encoder: what its pictures need, computed once for a set of images."""
 
 from __future__ import annotations
 
@@ -10,36 +10,31 @@ import torch
 from torch import Tensor
 
 from flsl_d2.errors import InputError
-from flsl_d2.visualization.clusters import (
-    Array,
-    Grid,
-    as_tokens,
-    attended_share,
-    cluster_labels,
-    colour_r2,
-    position_r2,
-)
-from flsl_d2.visualization.patches import PatchGroup, kmeans_groups, most_used_groups
+from flsl_d2.evaluation.explained_variance import colour_r2, position_r2
+from flsl_d2.visualization.groups import PatchGroup, kmeans_groups, most_used_groups
+from flsl_d2.visualization.maps import Array, Grid, as_tokens, attended_share, cluster_labels
 
-# What scales are multiplied by 1 / sqrt(D), as in the schedules of pre-training; 0.1 is the
-# method's own within a view.
+__all__ = ["CLUSTER_SCALES", "DescribedEncoder", "describe_encoder"]
+
+# Times 1 / sqrt(D), as in the schedules of pre-training; 0.1 is the method's own within a view.
 CLUSTER_SCALES = (0.1, 0.3, 1.0, 2.0)
-KMEANS_GROUPS = 24
+_KMEANS_GROUPS = 24
 
 
 @dataclass(frozen=True)
 class DescribedEncoder:
-    """One encoder's tokens of some images, and what they group.
+    """Tokens of some images by one encoder, and what they group.
 
     Attributes:
-        name: how pages call the encoder.
+        name: of the encoder on pages.
         tokens: (N, D) float32 of each image.
         grids: rows and columns of each image.
         labels: for every scale (times sqrt(D)) the clusters of each image, (rows, columns).
         attended: for every scale the share of the image that a token attends to, mean over images.
-        groups: the most used centroids, or groups of k-means.
-        groups_note: which of both they are, in words.
-        position_r2, colour_r2: see :mod:`flsl_d2.visualization.clusters`.
+        groups: the most used centroids, or the largest groups of k-means.
+        groups_note: sentence that says which of both they are.
+        position_r2: see :func:`flsl_d2.evaluation.explained_variance.position_r2`.
+        colour_r2: see :func:`flsl_d2.evaluation.explained_variance.colour_r2`.
     """
 
     name: str
@@ -54,7 +49,7 @@ class DescribedEncoder:
 
     @property
     def width(self) -> int:
-        """D."""
+        """Width D of the tokens."""
         return self.tokens[0].shape[1]
 
 
@@ -75,18 +70,18 @@ def describe_encoder(
         grids: rows and columns of each image.
         images: (H, W, 3) uint8 RGB each.
         scales: of attention and clusters, times sqrt(D).
-        assigned: for every image the number of each token's centroid (N,) and how well the token
+        assigned: for every image the index of each token's centroid (N,) and how well the token
             fits it (N,), from a projection head; None groups the tokens by k-means.
-        num_centroids: of that head.
+        num_centroids: number of centroids of that head.
 
     Raises:
-        InputError: a token is not finite, or beyond float16, in which pages hold tokens.
+        InputError: a token is not finite, or too large for float16, in which pages hold tokens.
     """
     tokens = [as_tokens(t, grid) for t, grid in zip(token_sets, grids, strict=True)]
     largest = max(float(t.abs().max().nan_to_num(torch.inf)) for t in tokens)
     if largest > torch.finfo(torch.float16).max:
         raise InputError(
-            f"the tokens of {name!r} reach {largest:g}, which is no sensible feature; check the "
+            f"the tokens of {name!r} reach {largest:g}, and at most 65504 can be shown; check the "
             "weights."
         )
     root = tokens[0].shape[1] ** 0.5
@@ -96,8 +91,8 @@ def describe_encoder(
         s: float(np.mean([attended_share(t, grid, s / root) for t, grid in pairs])) for s in scales
     }
     if assigned is None:
-        assigned = kmeans_groups(tokens, KMEANS_GROUPS)
-        note = f"k-means over all tokens, k = {KMEANS_GROUPS}: this file has no projection head"
+        assigned = kmeans_groups(tokens, _KMEANS_GROUPS)
+        note = f"k-means over all tokens, k = {_KMEANS_GROUPS}: this file has no projection head"
     else:
         used = len(torch.cat([torch.as_tensor(a).reshape(-1) for a in assigned[0]]).unique())
         note = f"centroids of the projection head; {used} of {num_centroids} are used by a token"

@@ -1,4 +1,4 @@
-"""Detections beside the ground truth, a row an image."""
+"""Detections beside the ground truth, a row for each image."""
 
 from __future__ import annotations
 
@@ -9,30 +9,41 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-import pycocotools.mask as mask_util
 from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.structures import BoxMode, Instances
 from detectron2.utils.file_io import PathManager
 from detectron2.utils.visualizer import Visualizer
 
-from flsl_d2.data.annotations import check_registered_dataset
+from flsl_d2.data import check_registered_dataset
 from flsl_d2.data.datasets import use_own_loader
 from flsl_d2.data.images import read_image
 from flsl_d2.errors import InputError
+from flsl_d2.evaluation.labelled_images import decode_mask
 from flsl_d2.visualization.figures import (
+    SHORTER_SIDE,
+    Panel,
     enlarge,
-    new_figure,
     overlay_masks,
     palette,
-    save_figure,
-    show_image,
+    picture_table,
 )
 
-# A model: takes (H, W, 3) uint8 BGR like Detectron2's DefaultPredictor and gives what that gives,
-# {"instances": Instances}, or the Instances themselves.
+__all__ = [
+    "DrawnObjects",
+    "choose_records",
+    "detections_beside_ground_truth",
+    "detector",
+    "draw_objects",
+    "ground_truth",
+]
+
 Predictor = Callable[[np.ndarray], Any]
-# What COCOEvaluator writes to coco_instances_results.json, or the path of that file.
+"""Model that takes (H, W, 3) uint8 BGR and returns ``Instances`` or ``{"instances": Instances}``,
+as Detectron2's ``DefaultPredictor`` does."""
 Results = Sequence[dict[str, Any]] | str | os.PathLike[str]
+"""Content of the coco_instances_results.json of Detectron2's ``COCOEvaluator``, or its path."""
+
+_PANEL_INCHES = 4.2
 
 
 @dataclass(frozen=True)
@@ -52,19 +63,8 @@ class DrawnObjects:
     scores: list[float] | None
 
 
-def decode_mask(segmentation: Any, height: int, width: int) -> np.ndarray | None:
-    """A COCO segmentation (polygons, RLE of either kind) as bool (H, W); None for none."""
-    if not segmentation:
-        return None
-    if isinstance(segmentation, list):
-        segmentation = mask_util.merge(mask_util.frPyObjects(segmentation, height, width))
-    elif isinstance(segmentation["counts"], list):
-        segmentation = mask_util.frPyObjects(segmentation, height, width)
-    return mask_util.decode(segmentation).astype(bool)
-
-
 def ground_truth(record: dict[str, Any]) -> DrawnObjects:
-    """The annotations of one Detectron2 dataset record; crowds are left out."""
+    """Return the annotated objects of a Detectron2 record, crowds left out."""
     annotations = [a for a in record.get("annotations", []) if not a.get("iscrowd")]
     boxes = [BoxMode.convert(a["bbox"], a["bbox_mode"], BoxMode.XYXY_ABS) for a in annotations]
     size = record["height"], record["width"]
@@ -95,13 +95,12 @@ def _from_results(
     contiguous: dict[int, int] | None,
 ) -> DrawnObjects:
     own = [
-        r for r in results
-        if r["image_id"] == record["image_id"] and r["score"] >= score_threshold
-    ]  # fmt: skip
-    strange = {r["category_id"] for r in own} - set(contiguous) if contiguous else set()
-    if strange:
+        r for r in results if r["image_id"] == record["image_id"] and r["score"] >= score_threshold
+    ]
+    unknown = {r["category_id"] for r in own} - set(contiguous) if contiguous else set()
+    if unknown:
         raise InputError(
-            f"the detections have category_id {min(strange)}, which the data set does not: name "
+            f"the detections have category_id {min(unknown)}, which the data set does not: name "
             "the results of an evaluation on this data set."
         )
     boxes = np.asarray([r["bbox"] for r in own], float).reshape(-1, 4)
@@ -118,17 +117,17 @@ def _from_results(
 def detector(
     source: Predictor | Results, score_threshold: float, contiguous: dict[int, int] | None
 ) -> Callable[[dict[str, Any], np.ndarray], DrawnObjects]:
-    """A function from a dataset record and its image (BGR) to the detections to draw.
+    """Make the function that finds the detections to draw, from a record and its image (BGR).
 
     Args:
-        source: a model, or COCO results, or the path of a JSON file with them.
+        source: model, COCO results, or path of a JSON file with COCO results.
         score_threshold: detections with a lower score are left out.
-        contiguous: the dataset's category ids to class numbers, for COCO results.
+        contiguous: class number of each category id of the data set, for COCO results.
 
     Raises:
         InputError: the file of results cannot be read.
     """
-    if callable(source):
+    if not isinstance(source, (str, os.PathLike, Sequence)):
 
         def predict(record: dict[str, Any], image_bgr: np.ndarray) -> DrawnObjects:
             output = source(image_bgr)
@@ -137,16 +136,7 @@ def detector(
 
         return predict
 
-    if isinstance(source, (str, os.PathLike)):
-        try:
-            with PathManager.open(os.fspath(source), "r") as stream:
-                source = json.load(stream)
-        except (OSError, ValueError) as error:
-            raise InputError(
-                f"the detections {source} cannot be read ({error}): name the "
-                "coco_instances_results.json that an evaluation wrote."
-            ) from None
-    results: Sequence[dict[str, Any]] = source
+    results = _read_results(source) if isinstance(source, (str, os.PathLike)) else source
 
     def look_up(record: dict[str, Any], image_bgr: np.ndarray) -> DrawnObjects:
         return _from_results(results, record, score_threshold, contiguous)
@@ -154,12 +144,19 @@ def detector(
     return look_up
 
 
-_SHORTER_SIDE = 384
-_PANEL_INCHES = 4.2
+def _read_results(path: str | os.PathLike[str]) -> list[dict[str, Any]]:
+    try:
+        with PathManager.open(os.fspath(path), "r") as stream:
+            return json.load(stream)
+    except (OSError, ValueError) as error:
+        raise InputError(
+            f"the detections {path} cannot be read ({error}): name the "
+            "coco_instances_results.json that an evaluation wrote."
+        ) from None
 
 
 def choose_records(records: list[dict[str, Any]], count: int) -> list[dict[str, Any]]:
-    """`count` records spread evenly over those that have objects; always the same ones."""
+    """Choose ``count`` records, spread evenly over those with objects; always the same ones."""
     having = [r for r in records if any(not a.get("iscrowd") for a in r.get("annotations", []))]
     having = having or records
     chosen = np.linspace(0, len(having) - 1, min(count, len(having))).round().astype(int)
@@ -169,8 +166,8 @@ def choose_records(records: list[dict[str, Any]], count: int) -> list[dict[str, 
 def draw_objects(image: np.ndarray, objects: DrawnObjects, class_names: list[str]) -> np.ndarray:
     """Draw masks, boxes and names on an image, enlarged first if it is small.
 
-    A class has the same colour everywhere. Masks are tinted by our own function, since
-    Detectron2's Visualizer fills the holes of a mask.
+    A class has the same colour everywhere. :func:`overlay_masks` draws the masks, because
+    Detectron2's Visualizer fills their holes.
 
     Args:
         image: (H, W, 3) uint8 RGB.
@@ -180,18 +177,18 @@ def draw_objects(image: np.ndarray, objects: DrawnObjects, class_names: list[str
     Returns:
         (H', W', 3) uint8 RGB, the shorter side at least 384 px.
     """
-    large, factor = enlarge(image, _SHORTER_SIDE)
+    large, factor = enlarge(image)
     if not objects.classes:
         return large
     colours = palette(max(*objects.classes, len(class_names) - 1) + 1)[objects.classes]
-    masked = [i for i, mask in enumerate(objects.masks) if mask is not None]
-    large = overlay_masks(large, [objects.masks[i] for i in masked], colours[masked])
+    masks = [(mask, i) for i, mask in enumerate(objects.masks) if mask is not None]
+    large = overlay_masks(large, [mask for mask, _ in masks], colours[[i for _, i in masks]])
     labels = [class_names[c] if c < len(class_names) else str(c) for c in objects.classes]
     if objects.scores is not None:
         pairs = zip(labels, objects.scores, strict=True)
         labels = [f"{label} {score:.0%}" for label, score in pairs]
-    # The page shows every image equally wide: text on a large one has to be larger.
-    visualizer = Visualizer(large, font_size_scale=max(1.1, large.shape[1] / _SHORTER_SIDE))
+    # The page shows every image with the same width, so text on a large one has to be larger.
+    visualizer = Visualizer(large, font_size_scale=max(1.1, large.shape[1] / SHORTER_SIDE))
     drawn = visualizer.overlay_instances(
         boxes=objects.boxes * factor, labels=labels, assigned_colors=list(colours / 255)
     )
@@ -205,20 +202,19 @@ def detections_beside_ground_truth(
     num_images: int = 6,
     score_threshold: float = 0.5,
 ) -> None:
-    """Write a page with a row an image: the image, its ground truth, what was detected.
+    """Write a page with a row for each image: the image, its ground truth, the detections.
 
     Args:
-        dataset_name: a registered data set in COCO format.
-        predictor_or_outputs: either a model that takes (H, W, 3) uint8 BGR and gives `Instances` or
-            `{"instances": Instances}` in pixels of that image, as Detectron2's DefaultPredictor
-            does; or COCO results (`image_id, category_id, bbox, score, segmentation`), or the path
-            of the `coco_instances_results.json` that Detectron2's COCOEvaluator writes.
-        path: the PNG to write.
-        num_images: rows; the images are spread evenly over those with objects.
+        dataset_name: registered data set in COCO format.
+        predictor_or_outputs: model whose ``Instances`` are in pixels of the given image
+            (:data:`Predictor`), or COCO results (:data:`Results`).
+        path: PNG file to write.
+        num_images: number of rows; the images are spread evenly over those with objects.
         score_threshold: detections with a lower score are not drawn.
 
     Raises:
-        InputError: unknown data set, faulty data set files, unreadable results, or no image.
+        InputError: unknown data set, faulty data set files, unreadable results or images, or no
+            image.
     """
     check_registered_dataset(dataset_name)
     use_own_loader(dataset_name)
@@ -232,24 +228,20 @@ def detections_beside_ground_truth(
     detect = detector(
         predictor_or_outputs, score_threshold, metadata.get("thing_dataset_id_to_contiguous_id")
     )
-
-    heights = [_PANEL_INCHES * record["height"] / record["width"] for record in records]
-    figure = new_figure(3 * _PANEL_INCHES + 0.3, 0.8 + sum(heights) + 0.35 * len(heights))
-    figure.suptitle(f"Detections on {dataset_name}", fontsize=15)
-    axes = figure.subplots(
-        len(records), 3, squeeze=False, gridspec_kw={"height_ratios": [h + 0.3 for h in heights]}
-    )
+    rows = []
+    for record in records:
+        image = read_image(record["file_name"])
+        truth = ground_truth(record)
+        found = detect(record, np.ascontiguousarray(image[..., ::-1]))
+        rows.append(
+            [
+                Panel(enlarge(image)[0], os.path.basename(record["file_name"])),
+                Panel(draw_objects(image, truth, class_names), _counted(truth, "object")),
+                Panel(draw_objects(image, found, class_names), _counted(found, "detection")),
+            ]
+        )
     headings = ("image", "ground truth", f"detections (score at least {score_threshold:.0%})")
-    for column, heading in enumerate(headings):
-        axes[0, column].set_title(heading, fontsize=12)
-    for row, record in zip(axes, records, strict=True):
-        bgr = read_image(record["file_name"], "BGR")
-        rgb = np.ascontiguousarray(bgr[..., ::-1])
-        truth, found = ground_truth(record), detect(record, bgr)
-        show_image(row[0], enlarge(rgb, _SHORTER_SIDE)[0], os.path.basename(record["file_name"]))
-        show_image(row[1], draw_objects(rgb, truth, class_names), _counted(truth, "object"))
-        show_image(row[2], draw_objects(rgb, found, class_names), _counted(found, "detection"))
-    save_figure(figure, path)
+    picture_table(path, f"Detections on {dataset_name}", rows, headings, width=_PANEL_INCHES)
 
 
 def _counted(objects: DrawnObjects, noun: str) -> str:

@@ -1,11 +1,14 @@
-"""Images, (H, W, 3) uint8 RGB, with something laid over them."""
+"""Figures: tables of pictures, grids of small plots, and what is laid over an image.
+
+Images are (H, W, 3) uint8 RGB. Figures are drawn with Agg and leave ``matplotlib.pyplot`` alone.
+"""
 
 from __future__ import annotations
 
 import os
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import cv2
 import matplotlib
@@ -13,68 +16,192 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
+from matplotlib.textpath import TextPath
+from matplotlib.ticker import MaxNLocator
 
-DPI = 100
+__all__ = [
+    "COLOUR_MAP",
+    "Panel",
+    "enlarge",
+    "label_plot",
+    "mark_cell",
+    "new_figure",
+    "overlay_heat",
+    "overlay_masks",
+    "palette",
+    "picture_table",
+    "plot_grid",
+    "save_figure",
+]
+
+COLOUR_MAP = "turbo"
+PANEL_INCHES = 2.5
+SHORTER_SIDE = 384
+"""Pixels that small images are enlarged to before anything is drawn on them."""
+
+_DPI = 100
+_GAP_INCHES = 0.08
+_SCALE_INCHES = 0.55
+_LINE_INCHES = 0.17
+_PLOTS_ACROSS = 3
+_TITLE_SIZE = 13
 
 
 def new_figure(width: float, height: float) -> Figure:
-    """An empty figure of that size in inches, drawn with Agg."""
-    figure = Figure(figsize=(width, height), dpi=DPI, layout="constrained")
+    """Make an empty figure of a size in inches."""
+    figure = Figure(figsize=(width, height), dpi=_DPI, layout="constrained")
     FigureCanvasAgg(figure)
     return figure
 
 
 def save_figure(figure: Figure, path: str | os.PathLike[str]) -> None:
-    """Write a figure as PNG; folders on the way are made."""
+    """Write a figure as PNG, and make the folders on the way to it."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, format="png")
 
 
-def show_image(axes: Axes, image: np.ndarray, note: str = "") -> None:
-    """Show an image (H, W, 3) uint8 in its axes, without ticks, with a note below it."""
-    axes.imshow(image, interpolation="antialiased")
-    axes.set_xticks([])
-    axes.set_yticks([])
-    if note:
-        axes.set_xlabel(note, fontsize=9)
+class Panel(NamedTuple):
+    """One picture of a table.
 
-
-class Sheet:
-    """A page of many pictures and notes at places in inches, from the upper left corner.
-
-    They share one axes: hundreds of axes would take many seconds.
-
-    Args:
-        width, height: of the page in inches.
-        title: at its top.
+    Attributes:
+        image: (H, W, 3) uint8.
+        note: text below the picture.
+        span: values at the ends of the colour map, where the picture shows values; a colour scale
+            beside the picture names them.
     """
 
-    def __init__(self, width: float, height: float, title: str) -> None:
-        self.figure = new_figure(width, height)
-        self.figure.set_layout_engine("none")
-        self._axes = self.figure.add_axes((0, 0, 1, 1))
+    image: np.ndarray
+    note: str = ""
+    span: tuple[float, float] | None = None
+
+
+def picture_table(
+    path: str | os.PathLike[str],
+    title: str,
+    rows: Sequence[Sequence[Panel]],
+    headings: Sequence[str] = (),
+    labels: Sequence[str] = (),
+    width: float = PANEL_INCHES,
+) -> None:
+    """Write a page of pictures in rows and columns.
+
+    Args:
+        path: PNG file to write.
+        title: heading of the page.
+        rows: panels of each row; the first panel of a row gives the height of the row.
+        headings: text above each column.
+        labels: text to the left of each row.
+        width: of every picture, in inches.
+    """
+    num_columns = max(len(row) for row in rows)
+    scaled = [
+        any(len(row) > column and row[column].span for row in rows) for column in range(num_columns)
+    ]
+    left = 1.2 if labels else _GAP_INCHES
+    steps = [width + _GAP_INCHES + _SCALE_INCHES * has_scale for has_scale in scaled]
+    x_of = left + np.concatenate([[0.0], np.cumsum(steps)])
+    heights = [width * row[0].image.shape[0] / row[0].image.shape[1] for row in rows]
+    note_inches = _LINE_INCHES + 0.03 if any(panel.note for row in rows for panel in row) else 0.0
+    top = 0.25 + 0.22 * _num_lines([title]) + _LINE_INCHES * _num_lines(headings)
+    page_width = max(float(x_of[-1]), _text_inches(title, _TITLE_SIZE) + 0.3)
+    sheet = _Sheet(page_width, top + sum(heights) + (note_inches + _GAP_INCHES) * len(rows))
+    sheet.write(title, page_width / 2, 0.1, _TITLE_SIZE, va="top")
+    for x, heading in zip(x_of, headings, strict=False):
+        sheet.write(heading, x + width / 2, top - 0.06, 10, va="bottom")
+    y = top
+    for index, (row, height) in enumerate(zip(rows, heights, strict=True)):
+        if labels:
+            sheet.write(labels[index], left - 0.1, y + height / 2, 8, ha="right", va="center")
+        for x, panel in zip(x_of, row, strict=False):
+            sheet.show(panel.image, x, y, width, height)
+            sheet.write(panel.note, x + width / 2, y + height + 0.04, 8, va="top")
+            if panel.span:
+                _draw_scale(sheet, panel.span, x + width + 0.05, y, height)
+        y += height + note_inches + _GAP_INCHES
+    sheet.save(path)
+
+
+def _text_inches(text: str, size: float) -> float:
+    """Width of a text in inches."""
+    lines = [TextPath((0, 0), line, size=size) for line in text.split("\n") if line.strip()]
+    return max((float(line.get_extents().width) for line in lines), default=0.0) / 72
+
+
+def _num_lines(texts: Sequence[str]) -> int:
+    return max((text.count("\n") + 1 for text in texts), default=0)
+
+
+def _draw_scale(
+    sheet: _Sheet, span: tuple[float, float], x: float, y: float, height: float
+) -> None:
+    colours = matplotlib.colormaps[COLOUR_MAP](np.linspace(1, 0, 256))[:, None, :3]
+    sheet.show((255 * colours).astype(np.uint8), x, y, 0.1, height)
+    for value, place, alignment in ((span[1], y, "top"), (span[0], y + height, "bottom")):
+        text = f"{value:.2f}" if abs(value) < 10 else f"{value:.0f}"
+        sheet.write(text, x + 0.14, place, 7, ha="left", va=alignment)
+
+
+class _Sheet:
+    """Pictures and texts at places in inches from the upper left corner of a page.
+
+    All of them share one axes, because hundreds of axes would take many seconds.
+    """
+
+    def __init__(self, width: float, height: float) -> None:
+        self._figure = new_figure(width, height)
+        self._figure.set_layout_engine("none")
+        self._axes = self._figure.add_axes((0, 0, 1, 1))
         self._axes.set_axis_off()
         self._size = (width, height)
-        self.write(title, width / 2, 0.1, 13, va="top")
 
     def show(self, image: np.ndarray, x: float, y: float, width: float, height: float) -> None:
-        """Show an image (H, W, 3) uint8 with its upper left corner at (x, y)."""
         extent = (x, x + width, y + height, y)
         self._axes.imshow(image, extent=extent, interpolation="antialiased", aspect="auto")
 
     def write(self, text: str, x: float, y: float, size: float, **alignment: Any) -> None:
-        """Write a text, centred at x unless `ha` says otherwise."""
-        self._axes.text(x, y, text, fontsize=size, **{"ha": "center", **alignment})
+        if text:
+            self._axes.text(x, y, text, fontsize=size, **{"ha": "center", **alignment})
 
     def save(self, path: str | os.PathLike[str]) -> None:
-        """Write the page as PNG."""
         width, height = self._size
-        self._axes.set(xlim=(0, width), ylim=(height, 0))  # after imshow, which sets its own
-        save_figure(self.figure, path)
+        self._axes.set(xlim=(0, width), ylim=(height, 0))  # imshow has set its own limits
+        save_figure(self._figure, path)
 
 
-# Told apart by most colour-blind readers (Okabe and Ito), then paler ones for further classes.
+def plot_grid(count: int, title: str, num_legend_rows: int = 0) -> tuple[Figure, list[Axes]]:
+    """Make a figure with small plots, three in a row.
+
+    Args:
+        count: number of plots.
+        title: heading of the page.
+        num_legend_rows: rows of a legend below the plots, to leave room for.
+
+    Returns:
+        The figure and the axes of its plots.
+    """
+    columns = min(_PLOTS_ACROSS, count)
+    rows = -(-count // columns)
+    height = 0.8 + 2.7 * rows + 0.25 * num_legend_rows
+    figure = new_figure(max(5.0, 4.4 * columns), height)
+    figure.suptitle(title, fontsize=14)
+    axes = figure.subplots(rows, columns, squeeze=False).ravel().tolist()
+    for spare in axes[count:]:
+        spare.set_visible(False)
+    return figure, axes[:count]
+
+
+def label_plot(axes: Axes, title: str, x_label: str, y_label: str = "") -> None:
+    """Give a small plot its texts, a grid, and whole numbers on the horizontal axis."""
+    axes.set_title(title, fontsize=11)
+    axes.set_xlabel(x_label, fontsize=9)
+    axes.set_ylabel(y_label, fontsize=9)
+    axes.tick_params(which="both", labelsize=8)
+    axes.grid(alpha=0.3)
+    axes.xaxis.set_major_locator(MaxNLocator(5, integer=True))
+
+
+# The first eight are told apart by most colour-blind readers (Okabe and Ito).
 _PALETTE = (
     (230, 159, 0), (86, 180, 233), (0, 158, 115), (240, 228, 66), (213, 94, 0), (204, 121, 167),
     (0, 114, 178), (255, 255, 255), (160, 82, 45), (148, 0, 211), (127, 255, 0), (255, 105, 180),
@@ -82,16 +209,16 @@ _PALETTE = (
 
 
 def palette(count: int) -> np.ndarray:
-    """`count` colours, (count, 3) uint8 RGB; they repeat after a dozen."""
+    """Return ``count`` colours, (count, 3) uint8; they repeat after a dozen."""
     return np.array([_PALETTE[i % len(_PALETTE)] for i in range(count)], np.uint8).reshape(-1, 3)
 
 
-def enlarge(image: np.ndarray, shorter_side: int) -> tuple[np.ndarray, float]:
+def enlarge(image: np.ndarray, shorter_side: int = SHORTER_SIDE) -> tuple[np.ndarray, float]:
     """Enlarge a small image, so that text and lines on it can be read.
 
     Args:
         image: (H, W, 3) uint8.
-        shorter_side: in pixels; images that have it already stay as they are.
+        shorter_side: in pixels; larger images stay as they are.
 
     Returns:
         The image and the factor.
@@ -106,12 +233,12 @@ def enlarge(image: np.ndarray, shorter_side: int) -> tuple[np.ndarray, float]:
 def overlay_masks(
     image: np.ndarray, masks: Sequence[np.ndarray], colours: np.ndarray, opacity: float = 0.45
 ) -> np.ndarray:
-    """Tint each mask (h, w), resized to the image, and draw its outline; holes stay clear.
+    """Tint each mask and draw its outline; holes stay clear.
 
     Args:
         image: (H, W, 3) uint8.
-        masks: bool, of any size with the image's aspect.
-        colours: (M, 3) uint8, one a mask.
+        masks: (h, w) bool each, of the image's aspect ratio; resized to the image.
+        colours: (M, 3) uint8, one for each mask.
         opacity: of the tint.
     """
     height, width = image.shape[:2]
@@ -122,21 +249,22 @@ def overlay_masks(
         tinted = (1 - opacity) * out + opacity * colour.astype(np.float32)
         out = np.where(inside[..., None] > 0, tinted, out).astype(np.uint8)
         contours, _ = cv2.findContours(inside, cv2.RETR_CCOMP, cv2.CHAIN_APPROX_NONE)
-        cv2.drawContours(
-            out, contours, -1, [int(c) for c in colour], max(1, min(height, width) // 250)
-        )
+        thickness = max(1, min(height, width) // 250)
+        cv2.drawContours(out, contours, -1, [int(c) for c in colour], thickness)
     return out
 
 
 def overlay_heat(
-    image: np.ndarray, values: np.ndarray, low: float, high: float, colour_map: str = "turbo"
+    image: np.ndarray, values: np.ndarray, low: float, high: float, colour_map: str = COLOUR_MAP
 ) -> np.ndarray:
-    """Lay a map over the greyed image: the higher a value, the stronger its colour covers.
+    """Lay values over the greyed image as colours.
 
     Args:
         image: (H, W, 3) uint8.
-        values: (h, w) floats, one a cell of the image.
-        low, high: the values that the colour map starts and ends with.
+        values: (h, w) floats, one for each cell of the image.
+        low: value at the start of the colour map.
+        high: value at its end.
+        colour_map: name of a colour map of matplotlib.
     """
     height, width = image.shape[:2]
     smooth = cv2.resize(values.astype(np.float32), (width, height), interpolation=cv2.INTER_LINEAR)
@@ -147,10 +275,15 @@ def overlay_heat(
 
 
 def mark_cell(image: np.ndarray, grid: tuple[int, int], cell: int) -> np.ndarray:
-    """Mark one cell of a grid (rows, columns) over the image with a cross, white on black.
+    """Mark one cell of a grid over the image with a cross, white on black.
+
+    Args:
+        image: (H, W, 3) uint8.
+        grid: rows and columns.
+        cell: row-major index.
 
     Raises:
-        ValueError: `cell` is not a row-major index into the grid.
+        ValueError: ``cell`` is not an index into the grid.
     """
     rows, columns = grid
     if not 0 <= cell < rows * columns:

@@ -1,4 +1,4 @@
-"""Pictures of one or several encoders for some images: PNG files and a page to click in."""
+"""Pictures of one or several encoders for some images: PNG files and an interactive page."""
 
 from __future__ import annotations
 
@@ -13,22 +13,28 @@ from tqdm import tqdm
 from flsl_d2.data.image_files import find_images, image_files
 from flsl_d2.data.images import read_image
 from flsl_d2.errors import InputError
-from flsl_d2.evaluation import extract_tokens
-from flsl_d2.evaluation.features import RANDOM, frozen_encoder, usable_device
+from flsl_d2.evaluation.features import (
+    RANDOM,
+    Encoder,
+    TokenFeatures,
+    extract_tokens,
+    frozen_encoder,
+    usable_device,
+)
 from flsl_d2.files import writable_folder
-from flsl_d2.modeling import FLSLViT
 from flsl_d2.modeling.projection_head import FLSLHead
-from flsl_d2.visualization import encoder_figure
-from flsl_d2.visualization.centroids import assign_centroids, read_head
+from flsl_d2.modeling.timm_backbone import TIMM_PREFIX
 from flsl_d2.visualization.described import CLUSTER_SCALES, DescribedEncoder, describe_encoder
-from flsl_d2.visualization.html_page import write_page
+from flsl_d2.visualization.groups import assign_centroids, read_head
 from flsl_d2.visualization.token_figures import (
     chosen_token,
     comparison_figure,
+    encoder_figure,
     groups_figure,
     modes_figure,
     nearest_figure,
 )
+from flsl_d2.visualization.token_page import write_page
 
 __all__ = [
     "NamedEncoder",
@@ -39,29 +45,32 @@ __all__ = [
 ]
 
 
+_LARGE_PAGE = 25e6  # bytes
+
+
 class NamedEncoder(NamedTuple):
-    """An encoder, how pages call it, and its projection head where the file has one."""
+    """An encoder, its name on pages, and its projection head where the file has one."""
 
     name: str
-    backbone: FLSLViT
+    encoder: Encoder
     head: FLSLHead | None
 
 
 def chosen_images(images: Sequence[str], dataset: str, max_images: int) -> list[str]:
-    """The files that paths and a registered data set stand for.
+    """Choose image files from paths and a registered data set.
 
     Args:
         images: files, all of which are taken, and folders.
         dataset: name of a registered data set; empty for none.
-        max_images: of each folder and data set.
+        max_images: bound of the images of each folder and of the data set.
 
     Raises:
-        InputError: there is no image, or no such path or data set.
+        InputError: there is no image, or a path or data set does not exist.
     """
     if not images and not dataset:
         raise InputError("there are no images to draw; give --images or --dataset.")
     files = []
-    for path in images:
+    for path in (str(Path(image).expanduser()) for image in images):
         if not Path(path).exists():
             raise InputError(f"--images {path!r} does not exist; give image files or folders.")
         if not Path(path).is_dir():
@@ -83,7 +92,7 @@ def chosen_images(images: Sequence[str], dataset: str, max_images: int) -> list[
 
 
 def _evenly(files: list[str], count: int, source: str) -> list[str]:
-    """At most `count` files, spread over all; always the same ones."""
+    """Choose at most ``count`` files, spread evenly; always the same ones."""
     if len(files) <= count:
         return files
     print(f"{count} of the {len(files)} images of {source}; --max-images takes more")
@@ -93,8 +102,12 @@ def _evenly(files: list[str], count: int, source: str) -> list[str]:
 def chosen_points(
     points: Sequence[tuple[float, float]], images: Sequence[np.ndarray], files: Sequence[str]
 ) -> list[list[tuple[float, float]]]:
-    """Of each image the points (x, y) in pixels as shares of its width and height; without any, its
-    middle.
+    """Convert points (x, y) in pixels to shares of each image's width and height.
+
+    Args:
+        points: taken in every image; without any, the middle is.
+        images: (H, W, 3) each.
+        files: of the images, for messages.
 
     Raises:
         InputError: a point lies outside an image.
@@ -115,29 +128,34 @@ def chosen_points(
 def chosen_encoders(
     weights: Sequence[str], names: Sequence[str], device: str
 ) -> list[NamedEncoder]:
-    """The encoders of weight files, on a device, with names that differ.
+    """Build the encoders of weight files, on a device, with names that differ.
+
+    Args:
+        weights: see :func:`flsl_d2.evaluation.features.frozen_encoder`.
+        names: of the encoders; by default those of the files and their folders.
+        device: PyTorch's name of the device.
 
     Raises:
         InputError: weights or device cannot be used.
     """
-    names = list(names) or [_name(path) for path in weights]
+    names = names or [""] * len(weights)
+    names = [name or _name(path) for name, path in zip(names, weights, strict=True)]
     place = usable_device(device)
     encoders = []
     for i, (name, path) in enumerate(zip(names, weights, strict=True)):
         unique = name if names.count(name) == 1 else f"{name} ({i + 1})"
-        head = None if path == RANDOM else read_head(path)
+        head = None if path == RANDOM or path.startswith(TIMM_PREFIX) else read_head(path)
         encoders.append(NamedEncoder(unique, frozen_encoder(path).to(place), head))
     return encoders
 
 
 def _name(path: str) -> str:
-    """A file by its name and that of its folder, since many are called alike."""
+    """Name a file after itself and its folder, because many files have the same name."""
     if path == RANDOM:
         return "random ViT-S/16"
+    if path.startswith(TIMM_PREFIX):
+        return path.removeprefix(TIMM_PREFIX).partition("?")[0]
     return "/".join(Path(path).with_suffix("").parts[-2:])
-
-
-_LARGE_PAGE = 25e6
 
 
 def visualize(
@@ -156,22 +174,22 @@ def visualize(
     """Write ``index.html`` and the PNG files, and print what they hold.
 
     Args:
-        weights: files or URLs that :func:`flsl_d2.weights.build_encoder` reads, or ``random``
-            for an untrained ViT-S/16.
-        images: files, and folders of which ``max_images`` are taken.
-        dataset: a data set registered in Detectron2, of which ``max_images`` are taken.
-        output: folder of all files.
+        weights: see :func:`flsl_d2.evaluation.features.frozen_encoder`.
+        images: image files, and folders of which ``max_images`` are taken.
+        dataset: data set registered in Detectron2, of which ``max_images`` are taken.
+        output: folder of all files that are written.
         points: tokens to look from, (x, y) in pixels of the original image; each is taken in every
             image. The middle of the image by default.
-        names: of the encoders on the pages; by default those of the files and their folders.
+        names: names of the encoders on the pages; an empty one, and no list, stand for the name of
+            the file and its folder.
         short_side: pixels that the shorter side of images is resized to; 0 keeps their size.
         scale: of attention and clusters, times sqrt(D).
         num_iterations: mean-shift steps from a token to its mode.
-        max_images: of each folder and data set.
-        device: to run the encoders on.
+        max_images: bound of the images of each folder and of the data set.
+        device: device of the encoders.
 
     Raises:
-        InputError: weights, images or numbers that cannot be used; nothing is written then.
+        InputError: weights, images or numbers cannot be used; nothing is written then.
     """
     _check_numbers(short_side, scale, num_iterations, max_images)
     if names and len(names) != len(weights):
@@ -182,11 +200,13 @@ def visualize(
     encoders = chosen_encoders(weights, names, device)
     folder = writable_folder(output, "--output")
     scales = sorted({*CLUSTER_SCALES, scale})
-    described, shown = [], []
+    described: list[DescribedEncoder] = []
+    shown: list[np.ndarray] = []
     for encoder in encoders:
-        size = short_side or None
         progress = tqdm(originals, f"encoding {encoder.name}", unit="image")
-        features = [extract_tokens(encoder.backbone, image, size) for image in progress]
+        features = [
+            extract_tokens(encoder.encoder, image, short_side or None) for image in progress
+        ]
         described.append(_describe(encoder, features, scales, scale))
         shown = shown or [each.image for each in features]
     rows = [(i, *share) for i in range(len(files)) for share in shares[i]]
@@ -224,7 +244,7 @@ def _check_numbers(short_side: int, scale: float, num_iterations: int, max_image
 
 
 def _describe(
-    encoder: NamedEncoder, features: Sequence, scales: Sequence[float], scale: float
+    encoder: NamedEncoder, features: Sequence[TokenFeatures], scales: Sequence[float], scale: float
 ) -> DescribedEncoder:
     tokens = [each.tokens.cpu() for each in features]
     grids, images = [each.grid for each in features], [each.image for each in features]

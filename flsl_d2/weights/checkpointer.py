@@ -15,9 +15,16 @@ from torch import Tensor
 
 from flsl_d2.errors import InputError
 from flsl_d2.files import UNFINISHED, replaced_file
-from flsl_d2.weights.loading import encoders_of, fit_encoder_in_detector, load_encoder
+from flsl_d2.weights.loading import (
+    check_encoder_in_detector,
+    encoders_of,
+    find_encoder_weights,
+    load_encoder,
+    unknown_layout,
+)
 from flsl_d2.weights.reading import local_weights_path, read_weights, split_weights_path
-from flsl_d2.weights.sources import KNOWN_LAYOUTS, find_encoder_weights
+from flsl_d2.weights.report import listed
+from flsl_d2.weights.weight_sets import plain_name
 
 __all__ = [
     "FLSLCheckpointer",
@@ -31,16 +38,16 @@ logger = logging.getLogger(__name__)
 
 
 def remove_unfinished(folder: str | Path) -> None:
-    """Delete what a run that was killed in the middle of a checkpoint left behind."""
+    """Delete unfinished files of a run that was killed while it wrote a checkpoint."""
     for part in Path(folder).glob(f"*.pth{UNFINISHED}"):
         logger.info("Removing %s, whose writing was interrupted.", part)
         part.unlink(missing_ok=True)
 
 
 def checkpoint_files(folder: str | Path) -> list[Path]:
-    """Checkpoints of a run, the one that ``last_checkpoint`` names first, then from the newest.
+    """List the checkpoints of a run: the one that ``last_checkpoint`` names, then the newest first.
 
-    Empty for a folder without any, and for the empty name.
+    The list is empty for a folder without any, and for the empty name.
     """
     if not folder:
         return []
@@ -55,9 +62,9 @@ def checkpoint_files(folder: str | Path) -> list[Path]:
 
 
 def checkpoint_damage(path: str | Path) -> str:
-    """What is wrong with a file of ``torch.save``; empty for nothing.
+    """Say what is wrong with a file of ``torch.save``; empty for nothing.
 
-    Compares the checksum of every tensor, which reading it does not.
+    The checksum of every tensor is compared, which PyTorch's reader does not do.
     """
     try:
         with zipfile.ZipFile(path) as archive:
@@ -68,7 +75,7 @@ def checkpoint_damage(path: str | Path) -> str:
 
 
 class SafeCheckpointer(DetectionCheckpointer):
-    """Detectron2's checkpointer, but a file is complete before it has its name.
+    """Detectron2's checkpointer, except that a file is complete before it has its name.
 
     ``last_checkpoint`` is written the same way, after the file that it names. Resuming takes that
     file; where it is damaged or gone, the newest other checkpoint of the folder that is whole.
@@ -78,7 +85,7 @@ class SafeCheckpointer(DetectionCheckpointer):
         """Write ``<name>.pth`` and make it the last checkpoint.
 
         Raises:
-            OSError: it cannot be written; the checkpoints before it are untouched.
+            OSError: the file cannot be written; the checkpoints before it are untouched.
         """
         if not self.save_dir or not self.save_to_disk:
             return
@@ -98,19 +105,19 @@ class SafeCheckpointer(DetectionCheckpointer):
         self.tag_last_checkpoint(path.name)
 
     def tag_last_checkpoint(self, last_filename_basename: str) -> None:
-        """As Detectron2's, all or nothing."""
+        """Write the name of the last checkpoint, all or nothing."""
         with replaced_file(Path(self.save_dir, "last_checkpoint")) as file:
             file.write(last_filename_basename.encode())
 
     def has_checkpoint(self) -> bool:
-        """Whether the folder holds a checkpoint, whole or not."""
+        """Tell whether the folder holds a checkpoint, whole or not."""
         return bool(checkpoint_files(self.save_dir))
 
     def resume_or_load(self, path: str, *, resume: bool = True) -> dict[str, Any]:
         """Load the newest whole checkpoint when resuming and there is one, else ``path``.
 
         Raises:
-            InputError: there are checkpoints, and none can be read; or as of loading.
+            InputError: there are checkpoints, and none can be read; or loading fails.
         """
         if resume and self.has_checkpoint():
             return self.load(self._newest_whole())
@@ -147,25 +154,30 @@ class FLSLCheckpointer(SafeCheckpointer):
     :data:`flsl_d2.weights.sources.SOURCES`) goes into every ``FLSLViT`` of the model by exact
     name, with one line that says how many weights matched. Any other file is a checkpoint of the
     model itself. Every file is read by :func:`flsl_d2.weights.read_weights`. A path may end in
-    ``?which=student`` to take that encoder of a file that holds a teacher, too.
+    ``?which=NAME`` to take one of several sets of encoder weights in a file.
 
     Attributes:
         loaded_encoder_only: whether the last file held an encoder and nothing else of the model.
+        require_whole: refuse checkpoints that do not cover the whole model, as an evaluation must.
     """
 
     loaded_encoder_only = False
+    require_whole = False
 
     def load(self, path: str, *args: Any, **kwargs: Any) -> dict[str, Any]:
-        """Load a file; see the class.
+        """Load a file as the class describes.
 
         Args:
             path: file or URL; empty for none.
+            *args: further arguments of Detectron2's checkpointer.
+            **kwargs: likewise.
 
         Returns:
-            What else the file holds.
+            The rest of the file's content.
 
         Raises:
-            InputError: the file cannot be read, or its weights do not cover the encoder.
+            InputError: the file cannot be read, or its weights do not cover the encoder (with
+                ``require_whole``, the model).
         """
         self._path, self._which = split_weights_path(path or "")
         if path:
@@ -176,7 +188,7 @@ class FLSLCheckpointer(SafeCheckpointer):
             self._parsed_url_during_load = None  # Detectron2 leaves it set after an exception
 
     def save(self, name: str, **kwargs: Any) -> None:
-        """As :class:`SafeCheckpointer`, with the architecture of the encoder in it as ``encoder``.
+        """Save as :class:`SafeCheckpointer`, with the encoder's architecture as ``encoder``.
 
         Shapes alone do not tell it all: the number of attention heads changes none.
         """
@@ -196,35 +208,43 @@ class FLSLCheckpointer(SafeCheckpointer):
         encoders = encoders_of(self.model)
         nested = content.get("model")
         state = _tensors(nested if isinstance(nested, dict) else content)
-        weights = find_encoder_weights(content, self._which) if encoders else None
         # A checkpoint of the model has names outside the encoder, or the encoder's full names.
-        if weights is not None and not _is_of_model(state, model_names, encoders[0][0]):
-            return {"model": {}, "_encoder": weights}
-        if state and model_names.isdisjoint(state) and not content.get("matching_heuristics"):
-            raise InputError(
-                f"none of the weights in {self._path!r} ({next(iter(state))}, ...) has a name of "
-                f"this model; known layouts of encoder files are {KNOWN_LAYOUTS}."
-            )
+        if encoders and not _is_of_model(state, model_names, encoders[0][0]):
+            weights = find_encoder_weights(content, self._which, self._path)
+            if weights is not None:
+                return {"model": {}, "_encoder": weights}
+        if model_names.isdisjoint(state) and not content.get("matching_heuristics"):
+            raise InputError(unknown_layout(content, self._path))
         return {**content, "model": state} if isinstance(nested, dict) else {"model": state}
 
     def _load_model(self, checkpoint: dict[str, Any]) -> Any:
         weights = checkpoint.pop("_encoder", None)
         self.loaded_encoder_only = weights is not None
-        if weights is None:
-            for prefix, encoder in encoders_of(self.model):
-                fit_encoder_in_detector(encoder, checkpoint["model"], prefix, self._path)
-            return super()._load_model(checkpoint)
-        checkpoint.pop("model")
-        for _, encoder in encoders_of(self.model):
-            load_encoder(encoder, weights, self._path)
-        return None  # the rest of the model starts as it is, which is nothing to warn of
+        if weights is not None:
+            checkpoint.pop("model")
+            for _, encoder in encoders_of(self.model):
+                load_encoder(encoder, weights, self._path)
+            return None  # Detectron2 would warn of the rest of the model, which starts as it is.
+        for prefix, encoder in encoders_of(self.model):
+            check_encoder_in_detector(encoder, checkpoint["model"], prefix, self._path)
+        result = super()._load_model(checkpoint)
+        if self.require_whole and result is not None:
+            self._refuse_missing([*result.missing_keys, *(n for n, *_ in result.incorrect_shapes)])
+        return result
+
+    def _refuse_missing(self, missing: list[str]) -> None:
+        if missing:
+            total = len(self.model.state_dict())
+            raise InputError(
+                f"weights {self._path!r} cover {total - len(missing)} of the model's {total} "
+                f"tensors; missing or of another shape are {listed(missing)}. Evaluate with the "
+                "config that the checkpoint was trained with."
+            )
 
 
 def _tensors(state: dict[str, Any]) -> dict[str, Tensor]:
     return {
-        str(name).removeprefix("module."): value
-        for name, value in state.items()
-        if isinstance(value, Tensor)
+        plain_name(str(name)): value for name, value in state.items() if isinstance(value, Tensor)
     }
 
 

@@ -1,8 +1,9 @@
-"""One weight file into another, with the account of every weight."""
+"""Writing encoders: for Detectron2 projects, as safetensors, and for timm."""
 
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -13,11 +14,10 @@ from torch import Tensor
 from flsl_d2.errors import InputError
 from flsl_d2.files import replaced_file, write_text
 from flsl_d2.modeling import FLSLViT
-from flsl_d2.weights.layout import rename
+from flsl_d2.weights.alignment import TIMM_NAMES, rename
 from flsl_d2.weights.loading import open_encoder
-from flsl_d2.weights.reading import ENCODER_FORMAT
+from flsl_d2.weights.reading import ENCODER_FORMAT, split_weights_path
 from flsl_d2.weights.report import LoadReport
-from flsl_d2.weights.sources import TIMM_NAMES
 
 __all__ = [
     "FORMATS",
@@ -30,12 +30,12 @@ __all__ = [
     "write_timm",
 ]
 
-# Its other dimensions are all given, so any of timm's plain ViTs would do.
+# All dimensions are given beside it, so the name can be that of any plain ViT of timm.
 _TIMM_MODEL = "vit_small_patch16_224"
 
 
 def encoder_file(encoder: FLSLViT) -> dict[str, Any]:
-    """What a ``.pth`` file of an encoder holds; it loads with ``weights_only=True``.
+    """Make the content of an encoder's ``.pth`` file, which loads with ``weights_only=True``.
 
     ``model`` (tensors by their bare names), ``encoder`` (constructor arguments of ``FLSLViT``),
     ``format``, and ``matching_heuristics``, which tells Detectron2's own checkpointer to find
@@ -50,13 +50,13 @@ def encoder_file(encoder: FLSLViT) -> dict[str, Any]:
 
 
 def write_encoder(encoder: FLSLViT, path: str | Path) -> None:
-    """Write an encoder by its bare names, with the architecture it needs.
+    """Write an encoder by its bare names, with its architecture.
 
     A ``.pth`` file is :func:`encoder_file`. A ``.safetensors`` file holds the tensors, and the
     rest as metadata. The file is whole or not there.
 
     Raises:
-        InputError: another suffix, or the file cannot be written.
+        InputError: the suffix is another, or the file cannot be written.
     """
     content = encoder_file(encoder)
     metadata = {"format": ENCODER_FORMAT, "encoder": json.dumps(content["encoder"])}
@@ -67,15 +67,15 @@ def write_timm(encoder: FLSLViT, path: str | Path) -> None:
     """Write the tensors that the model of :func:`timm_call` loads strictly.
 
     Raises:
-        InputError: the encoder has parts that timm's ViT lacks, another suffix, or the file
-            cannot be written.
+        InputError: the encoder has parts that timm's ViT lacks, the suffix is another, or the
+            file cannot be written.
     """
     state = _on_cpu(timm_state(encoder))
     _write(path, state, {"format": "pt"}, state)
 
 
 def timm_state(encoder: FLSLViT) -> dict[str, Tensor]:
-    """The encoder's tensors by timm's names.
+    """Give the encoder's tensors timm's names.
 
     Raises:
         InputError: the encoder has windows or relative positions.
@@ -92,7 +92,7 @@ def timm_state(encoder: FLSLViT) -> dict[str, Tensor]:
 
 
 def timm_arguments(encoder: FLSLViT) -> dict[str, Any]:
-    """Arguments of ``timm.create_model`` that make the same network.
+    """Give the arguments of ``timm.create_model`` that make the same network.
 
     The tokens after the last norm are ``model.forward_features(images)`` without the first
     ``num_prefix_tokens``. At other sizes than ``img_size`` (``dynamic_img_size=True``) timm
@@ -114,7 +114,7 @@ def timm_arguments(encoder: FLSLViT) -> dict[str, Any]:
 
 
 def timm_call(encoder: FLSLViT, path: str | Path) -> str:
-    """Python that loads a file of :func:`write_timm`, as text."""
+    """Write down the Python code that loads a file of :func:`write_timm`."""
     arguments = ", ".join(f"{key}={value!r}" for key, value in timm_arguments(encoder).items())
     reader = (
         f"safetensors.torch.load_file({str(path)!r})"
@@ -130,7 +130,7 @@ def _refuse_windows(encoder: FLSLViT) -> None:
     found = [key for key in ("window_size", "use_rel_pos") if encoder.architecture.get(key)]
     if found:
         raise InputError(
-            f"the encoder has {' and '.join(found)}, which timm's ViT has not; convert it to "
+            f"the encoder has {' and '.join(found)}, which timm's ViT lacks; convert it to "
             "another format."
         )
 
@@ -162,7 +162,7 @@ def _on_cpu(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     return {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
 
 
-# What can be written, and the suffixes of the files.
+# Formats and the suffixes of their files.
 FORMATS = {
     "d2": (".pth",),
     "safetensors": (".safetensors",),
@@ -178,18 +178,18 @@ def convert_checkpoint(
     report: str | None = None,
     **changes: Any,
 ) -> LoadReport:
-    """Read an encoder in any known layout and write it; print what became of every weight.
+    """Read an encoder in any known layout and write it; print the account of every weight.
 
     Args:
         source: file or URL.
         target: file to write.
-        to: a key of :data:`FORMATS`; None goes by the suffix of ``target``.
-        which: ``teacher`` or ``student``, where the file holds both.
+        to: key of :data:`FORMATS`; None takes the one of the suffix of ``target``.
+        which: name of a set of weights (``student``, ``state_dict_ema``) in a file with several.
         report: JSON file for the account; None for none.
         **changes: arguments of ``FLSLViT`` that differ from what the file says.
 
     Raises:
-        InputError: before anything is written, or where writing fails.
+        InputError: the request or the file is faulty (nothing is written), or writing fails.
     """
     to = to or ("safetensors" if target.endswith(".safetensors") else "d2")
     if Path(target).suffix not in FORMATS[to]:
@@ -197,9 +197,10 @@ def convert_checkpoint(
             f"the output {target!r} does not have the suffix of {to} files; use "
             f"{' or '.join(FORMATS[to])}."
         )
-    if Path(target).resolve() == Path(source).resolve():
+    target = os.path.expanduser(target)
+    if Path(target).resolve() == Path(split_weights_path(source)[0]).resolve():
         raise InputError(f"the output {target!r} is the input; give another name.")
-    encoder, account = open_encoder(f"{source}?which={which}" if which else source, **changes)
+    encoder, account = open_encoder(source, which, **changes)
     if to == "timm":
         write_timm(encoder, target)
     else:
@@ -218,7 +219,7 @@ def convert_checkpoint(
 
 def _write_report(path: str, account: LoadReport) -> None:
     try:
-        write_text(path, json.dumps(account.as_dict(), indent=2) + "\n")
+        write_text(os.path.expanduser(path), json.dumps(account.as_dict(), indent=2) + "\n")
     except OSError as error:
         raise InputError(
             f"the report {path!r} cannot be written ({error.strerror}); choose another."

@@ -1,44 +1,31 @@
-"""Where an encoder's weights can come from: one entry for each layout of a file.
+"""Kinds of files with an encoder's weights: one entry for each.
 
-An entry says where the tensors are, how their names become those of ``FLSLViT``, which are left
-out and why, and what the source computes that no tensor tells. Whatever an entry does not account
-for is an unmatched weight and gets listed. The layouts are those of the projects' own code at the
-addresses that ``docs/CHECKPOINTS.md`` names.
+An entry says how the kind is told from others, which tensors are left out and why, and what the
+source computes that no tensor tells: how positions are resampled, and the number of heads. The
+layouts are those of the projects' own code at the addresses that ``docs/CHECKPOINTS.md`` names.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from flsl_d2.errors import InputError
 from flsl_d2.modeling.positions import sincos_positions
-from flsl_d2.weights.layout import EncoderWeights, Source
+from flsl_d2.weights.foreign_names import Renamed
+from flsl_d2.weights.reading import ENCODER_FORMAT
+from flsl_d2.weights.weight_sets import WeightSet
 
-__all__ = [
-    "KNOWN_LAYOUTS",
-    "SOURCES",
-    "TIMM_NAMES",
-    "USUAL_HEADS",
-    "EncoderWeights",
-    "Source",
-    "find_encoder_weights",
-]
+__all__ = ["KNOWN_LAYOUTS", "SOURCES", "USUAL_HEADS", "Source", "recognise"]
 
-# For messages.
 KNOWN_LAYOUTS = (
-    "this project's own, published FLSL, DINO, iBOT, SelfPatch, MAE, MoCo v3, DINOv2, DeiT, timm's "
-    "plain ViTs and Detectron2's ViTDet"
+    "this project's own, published FLSL, DINO, iBOT, SelfPatch, MAE, MoCo v3, DINOv2, DeiT, plain "
+    "ViTs of timm, transformers and Flax, Detectron2's ViTDet and Segment Anything"
 )
-
-# The published name of the last norm, and the one here; reversed, it exports.
-TIMM_NAMES = (("norm.", "final_norm."),)
-# LayerScale as iBOT and DeiT III call it.
-_GAMMA_NAMES = (*TIMM_NAMES, (".gamma_1", ".ls1.gamma"), (".gamma_2", ".ls2.gamma"))
 
 # How each project resamples its positions for images of another size.
 _DINO_POSITIONS = {"position_offset": 0.1, "position_antialias": False}
@@ -49,277 +36,293 @@ _TIMM_POSITIONS = {"position_offset": 0.0, "position_antialias": True}
 # the further widths that timm's plain ViTs have. At 1536 they disagree.
 _HEADS = {192: 3, 384: 6, 768: 12, 1024: 16, 1280: 16, 1408: 16, 1664: 16}
 USUAL_HEADS = {**_HEADS, 256: 4, 320: 5, 512: 8, 640: 10, 832: 13, 896: 14, 1152: 16}
+# At this width timm's ViTs without class token disagree: 12 in SigLIP's, 16 in
+# ``vit_base_patch16_gap_224``.
+_GAP_HEADS: dict[int, int | None] = {**USUAL_HEADS, 768: None}
 
-_PROJECTION = "the projection head serves pre-training only"
-_CLASSIFIER = {
-    r"(head|head_dist|pre_logits)\.": "the classifier is not part of the encoder",
-    r"(fc_norm|attn_pool)\.": "it pools the tokens for a classifier",
-}
-_MASK_TOKEN = {r"(backbone\.)?(mask_token|masked_embed)$": "masks patches in pre-training only"}
-
-
-def _has(name: str) -> Any:
-    return lambda state: name in state
+_PIXELS = (
+    "models of this kind differ in the pixels that they expect: most take ImageNet's mean and "
+    "standard deviation, as FLSLViT is fed here, some (augreg, SigLIP, google/vit) 0.5 and 0.5"
+)
+_UNUSED_CLASS_TOKEN = {r"cls_token$": "stored by the published code, but unused"}
 
 
-def _both(name: str, marks: tuple[str, ...] = (), **common: Any) -> tuple[Source, Source]:
-    """A file with a teacher and a student under these keys, each with ``backbone.``."""
-    return tuple(
-        Source(
-            name, path=(which,), prefix="backbone.", marks=(*marks, which), which=which, **common
-        )
-        for which in ("teacher", "student")
+@dataclass(frozen=True)
+class Candidate:
+    """The part of a file that entries look at.
+
+    Attributes:
+        content: outermost dict of the file.
+        chosen: the set of weights.
+        state: name in timm: tensor.
+        layout: library of the names.
+    """
+
+    content: Mapping[str, Any]
+    chosen: WeightSet
+    state: Mapping[str, Tensor]
+    layout: str
+
+    def is_in(self, *containers: str) -> bool:
+        """Tell whether the tensors lie in exactly these dicts, without a common prefix."""
+        return self.chosen.containers == containers and not self.chosen.prefix
+
+    @property
+    def width(self) -> int:
+        """Width of the tokens."""
+        qkv = self.state.get("blocks.0.attn.qkv.weight")
+        return 0 if qkv is None else qkv.shape[-1]
+
+
+@dataclass(frozen=True)
+class Source:
+    """The layout of one kind of file.
+
+    Attributes:
+        name: name in reports.
+        fits: whether a candidate is of this source.
+        positions: arguments of ``FLSLViT`` for the source's way to resample positions.
+        heads: width: number of heads; None where the models of that width disagree.
+        dropped: pattern of names under the encoder's prefix that are left out: reason.
+        dropped_outside: the same for names outside the prefix.
+        architecture_key: key of the file for the arguments of ``FLSLViT``.
+        refusal: the part that ``FLSLViT`` does not compute; empty where it can be read.
+        note: advice to users of such a file.
+    """
+
+    name: str
+    fits: Callable[[Candidate], bool]
+    positions: Mapping[str, Any] = field(default_factory=dict)
+    heads: Mapping[int, int | None] = field(default_factory=dict)
+    dropped: Mapping[str, str] = field(default_factory=dict)
+    dropped_outside: Mapping[str, str] = field(default_factory=dict)
+    architecture_key: str = ""
+    refusal: str = ""
+    note: str = ""
+
+
+def recognise(
+    content: Mapping[str, Any], chosen: WeightSet, layout: str, renamed: Renamed
+) -> tuple[Source, dict[str, Any]]:
+    """Find the first entry of :data:`SOURCES` that fits; the last one fits everything.
+
+    Returns:
+        The entry, and the arguments of ``FLSLViT`` that it gives for this file.
+    """
+    state = {name: tensor for name, (tensor, _) in renamed.items()}
+    candidate = Candidate(content, chosen, state, layout)
+    source = next(source for source in SOURCES if source.fits(candidate))
+    architecture = dict(source.positions)
+    if candidate.width in source.heads:
+        architecture["num_heads"] = source.heads[candidate.width]
+    if source.architecture_key:
+        architecture.update(content.get(source.architecture_key) or {})
+    return source, architecture
+
+
+def _of_run(key: str) -> Callable[[Candidate], bool]:
+    """Make a test for runs' checkpoints with this key beside teacher and student."""
+    return lambda file: key in file.content and bool({"teacher", "student"} & _keys(file))
+
+
+def _keys(file: Candidate) -> set[str]:
+    return set(file.chosen.components)
+
+
+def _says_rotary(file: Candidate) -> bool:
+    """Tell whether the options of a training script name a model with rotary positions."""
+    options = file.content.get("args")
+    names = [file.content.get("arch"), getattr(options, "model", None)]
+    return any("rope" in str(name) for name in names)
+
+
+def _is_square(count: int) -> bool:
+    return math.isqrt(count) ** 2 == count
+
+
+def _is_rotary(file: Candidate) -> bool:
+    """Recognise timm's models with rotary positions: they alone call LayerScale ``gamma_1``."""
+    table = file.state.get("pos_embed")
+    without_class = table is not None and table.dim() == 3 and _is_square(table.shape[1])
+    from_timm = "blocks.0.gamma_1" in file.state and without_class and "cls_token" in file.state
+    return _says_rotary(file) or (from_timm and file.chosen.containers != ("model",))
+
+
+def _is_post_norm(file: Candidate) -> bool:
+    return (
+        "blocks.0.attn.qkv.bias" not in file.state
+        and "blocks.0.ls1.gamma" not in file.state
+        and "cls_token" not in file.state
+        and ("fc_norm.weight" in file.state or "norm.weight" in file.state)
+        and not _in_detector(file)
     )
 
 
-def _is_dinov2(state: Mapping[str, Tensor]) -> bool:
-    return "mask_token" in state and any(name.endswith(".ls1.gamma") for name in state)
-
-
-def _is_published_flsl(state: Mapping[str, Tensor]) -> bool:
-    """Fixed sine-cosine positions of patches alone, beside a class token that nothing uses."""
-    table = state.get("pos_embed")
-    if "cls_token" not in state or table is None or table.dim() != 3:
+def _is_published_flsl(file: Candidate) -> bool:
+    """Tell whether a class token stands beside fixed positions that leave it no place."""
+    table = file.state.get("pos_embed")
+    if "cls_token" not in file.state or table is None or table.dim() != 3:
+        return False
+    if not _is_square(table.shape[1]) or table.shape[-1] % 4:
         return False
     side = math.isqrt(table.shape[1])
-    if side * side != table.shape[1] or table.shape[-1] % 4:
-        return False
-    fixed = sincos_positions(table.shape[-1], side)
-    return torch.allclose(table.float(), fixed, atol=1e-3)
+    # Half precision keeps three decimals.
+    return torch.allclose(table.float(), sincos_positions(table.shape[-1], side), atol=1e-3)
 
 
-def _is_own(state: Mapping[str, Tensor]) -> bool:
-    return "cls_token" not in state and "norm.weight" not in state and "fc_norm.weight" not in state
+def _is_own(file: Candidate) -> bool:
+    names = ("cls_token", "norm.weight", "fc_norm.weight", "reg_token", "register_tokens")
+    return not any(name in file.state for name in names)
 
 
-_DINOV2 = {"renamed": TIMM_NAMES, "heads": _HEADS, "dropped": _MASK_TOKEN}
-_DEIT = {"renamed": _GAMMA_NAMES, "architecture": _SIZED_POSITIONS}
-_DETECTOR = {
-    "path": ("model",),
-    "prefix": "backbone.net.",
-    "dropped": {r"(?!backbone\.net\.)": "belongs to the detector"},
+def _is_dinov2(file: Candidate) -> bool:
+    return "mask_token" in file.state and "blocks.0.ls1.gamma" in file.state
+
+
+def _in_detector(file: Candidate) -> bool:
+    return file.chosen.prefix.endswith("backbone.net.")
+
+
+def _is_timm(file: Candidate) -> bool:
+    """Tell whether the file has what DINO's own backbones never have."""
+    marks = ("head.weight", "fc_norm.weight", "reg_token", "blocks.0.ls1.gamma")
+    return "cls_token" not in file.state or any(mark in file.state for mark in marks)
+
+
+_DINO: dict[str, Any] = {"positions": _DINO_POSITIONS, "heads": _HEADS}
+_SIZED: dict[str, Any] = {"positions": _SIZED_POSITIONS, "heads": _HEADS}
+_TIMM: dict[str, Any] = {"positions": _TIMM_POSITIONS, "heads": USUAL_HEADS, "note": _PIXELS}
+_DETECTOR: dict[str, Any] = {
+    "dropped_outside": {r"": "belongs to the detector"},
     "note": "windows are read off relative positions; a detector without those keeps no trace of "
     "its windows, so give window_size to have them",
 }
-_TIMM = {
-    "renamed": _GAMMA_NAMES,
-    "heads": USUAL_HEADS,
-    "dropped": _CLASSIFIER,
-    "architecture": _TIMM_POSITIONS,
-    "note": "timm's models differ in what pixels they expect: most take ImageNet's mean and "
-    "standard deviation, as FLSLViT is fed here, some (augreg, SigLIP) 0.5 and 0.5",
-}
 
-# The first entry that fits is taken, so the more specific ones stand first, and of a file's two
-# encoders the one that its own project evaluates.
+# The first entry that fits is taken, so the more specific ones stand first.
 SOURCES = (
     Source(
         "FLSL encoder of this project",
-        path=("model",),
-        marks=("format", "encoder"),
+        lambda file: file.content.get("format") == ENCODER_FORMAT,
         architecture_key="encoder",
     ),
-    *(
-        Source(
-            "pre-training checkpoint of this project",
-            path=("model",),
-            prefix=f"{which}.backbone.",
-            which=which,
-            architecture_key="encoder",
-            dropped={
-                rf"{other}\.": f"the {which} is taken",
-                rf"{which}\.head\.": _PROJECTION,
-                rf"(?!{which}\.)": "belongs to the pre-training objective",
-            },
-        )
-        for which, other in (("teacher", "student"), ("student", "teacher"))
-    ),
-    *_both(
-        "published FLSL checkpoint",
-        marks=("flsl_loss",),
-        renamed=TIMM_NAMES,
-        architecture=_DINO_POSITIONS,
-        heads=_HEADS,
-        dropped={
-            r"head\.": _PROJECTION,
-            r"backbone\.cls_token$": "stored by the published code, but unused",
+    Source(
+        "pre-training checkpoint of this project",
+        lambda file: (
+            bool({"teacher", "student"} & _keys(file))
+            and (isinstance(file.content.get("encoder"), dict) or "final_norm.weight" in file.state)
+        ),
+        architecture_key="encoder",
+        dropped_outside={
+            r"(teacher|student)\.head\.": "the projection head serves pre-training only",
+            r"": "belongs to the pre-training objective",
         },
     ),
-    *_both(
+    Source(
+        "ViT with rotary positions",
+        _is_rotary,
+        refusal="rotary positions (LayerScale named gamma_1 beside positions without a class "
+        "token is timm's ViT with rotary positions; DeiT III's own files have the key 'model')",
+    ),
+    Source("published FLSL checkpoint", _of_run("flsl_loss"), dropped=_UNUSED_CLASS_TOKEN, **_DINO),
+    Source(
         "SelfPatch checkpoint",
-        fits=_has("ca_head.cls_token"),
-        architecture=_DINO_POSITIONS,
-        heads=_HEADS,
-        dropped={r"(ca|c|p)_head\.": _PROJECTION},
+        lambda file: any(name.startswith("ca_head.") for name in file.chosen.outside),
+        **_DINO,
     ),
-    *_both(
-        "iBOT checkpoint",
-        marks=("ibot_loss",),
-        renamed=_GAMMA_NAMES,
-        architecture=_DINO_POSITIONS,
-        heads=_HEADS,
-        dropped={r"head\.": _PROJECTION, **_MASK_TOKEN},
+    Source("iBOT checkpoint", _of_run("ibot_loss"), **_DINO),
+    Source("DINO checkpoint", _of_run("dino_loss"), **_DINO),
+    Source(
+        "transformers, DINOv2 with registers",
+        lambda file: file.layout == "transformers" and "register_tokens" in file.state,
+        _TIMM_POSITIONS,
+        _HEADS,
     ),
-    *_both(
-        "DINO checkpoint",
-        marks=("dino_loss",),
-        renamed=TIMM_NAMES,
-        architecture=_DINO_POSITIONS,
-        heads=_HEADS,
-        dropped={r"head\.": _PROJECTION},
+    Source(
+        "transformers",
+        lambda file: file.layout == "transformers",
+        note=_PIXELS,
+        **_SIZED,
     ),
-    *(
-        Source(
-            "DINOv2 teacher of a training run",
-            path=("teacher",),
-            prefix="backbone.",
-            fits=fits,
-            renamed=TIMM_NAMES,
-            heads=_HEADS,
-            architecture=architecture,
-            dropped={r"(dino_head|ibot_head)\.": _PROJECTION, **_MASK_TOKEN},
-        )
-        for fits, architecture in (
-            (_has("backbone.register_tokens"), _TIMM_POSITIONS),
-            (_has("backbone.mask_token"), _DINO_POSITIONS),
-        )
+    Source(
+        "Flax",
+        lambda file: file.layout == "Flax",
+        _TIMM_POSITIONS,
+        USUAL_HEADS,
+        note=_PIXELS,
     ),
-    *(
-        Source(
-            "MoCo v3 checkpoint",
-            path=("state_dict",),
-            prefix=f"{encoder}.",
-            which=which,
-            renamed=TIMM_NAMES,
-            architecture=_SIZED_POSITIONS,
-            heads={**_HEADS, 384: 12},
-            dropped={
-                rf"{other}\.": f"the {encoder.replace('_', ' ')} is taken",
-                rf"{encoder}\.head\.": _PROJECTION,
-                r"predictor\.": _PROJECTION,
-            },
-        )
-        for which, encoder, other in (
-            ("student", "base_encoder", "momentum_encoder"),
-            ("teacher", "momentum_encoder", "base_encoder"),
-        )
+    Source(
+        "image encoder of Segment Anything",
+        lambda file: file.layout == "SAM",
+        _TIMM_POSITIONS,
+        dropped={r"neck\.": "the neck follows after the encoder"},
+        dropped_outside={r"(prompt_encoder|mask_decoder)\.": "belongs to prompts and masks"},
+        note="the encoder ends before the neck; pixels are scaled by ImageNet's mean and standard "
+        "deviation",
+    ),
+    Source(
+        "MoCo v3 checkpoint",
+        lambda file: bool({"base_encoder", "momentum_encoder"} & _keys(file)),
+        _SIZED_POSITIONS,
+        {**_HEADS, 384: 12},
+        dropped={r"head\.": "the projection head serves pre-training only"},
     ),
     Source(
         "DINOv2 with registers",
-        fits=lambda state: _is_dinov2(state) and "register_tokens" in state,
-        architecture=_TIMM_POSITIONS,
-        **_DINOV2,
+        lambda file: _is_dinov2(file) and "register_tokens" in file.state,
+        _TIMM_POSITIONS,
+        _HEADS,
     ),
-    Source("DINOv2", fits=_is_dinov2, architecture=_DINO_POSITIONS, **_DINOV2),
+    Source("DINOv2", _is_dinov2, dropped_outside={r".*_loss\.": "belongs to the losses"}, **_DINO),
+    Source("MAE with its decoder", lambda file: "decoder_embed.weight" in file.state, **_SIZED),
     Source(
-        "MAE with its decoder",
-        path=("model",),
-        fits=_has("decoder_embed.weight"),
-        renamed=TIMM_NAMES,
-        architecture=_SIZED_POSITIONS,
-        heads=_HEADS,
-        dropped={r"(decoder_|mask_token)": "the decoder serves pre-training only"},
+        "detector of this project",
+        lambda file: _in_detector(file) and "final_norm.weight" in file.state,
+        architecture_key="encoder",
+        **_DETECTOR,
+    ),
+    Source("Detectron2's ViTDet", _in_detector, **_SIZED, **_DETECTOR),
+    Source("state dict of an FLSLViT", _is_own),
+    Source(
+        "timm's ViT with residual post-norm",
+        _is_post_norm,
+        refusal="norms after the residual branches (as timm's vit_base_patch16_rpn_224, which "
+        "alone has neither a class token nor biases of queries, keys and values)",
+    ),
+    Source(
+        "timm, without class token",
+        lambda file: (
+            not {"cls_token", "reg_token", "attn_pool.latent", "blocks.0.ls1.gamma"}
+            & file.state.keys()
+        ),
+        _TIMM_POSITIONS,
+        _GAP_HEADS,
+        note=_PIXELS,
     ),
     Source(
         "DeiT",
-        path=("model",),
-        fits=_has("head.weight"),
-        heads=_HEADS,
-        dropped=_CLASSIFIER,
-        **_DEIT,
+        lambda file: file.is_in("model") and "head.weight" in file.state,
+        note="RoPE-ViT's models with axial frequencies have the same names and shapes as DeiT "
+        "III's, and cannot be read",
+        **_SIZED,
     ),
-    Source(
-        "detector of this project",
-        fits=_has("backbone.net.final_norm.weight"),
-        **_DETECTOR,
-    ),
-    Source(
-        "Detectron2's ViTDet",
-        architecture=_SIZED_POSITIONS,
-        heads=_HEADS,
-        **_DETECTOR,
-    ),
-    Source("state dict of an FLSLViT", fits=_is_own),
-    Source("state dict of an FLSLViT", path=("model",), fits=_is_own),
-    *(
-        Source(
-            "published FLSL backbone",
-            path=path,
-            fits=_is_published_flsl,
-            renamed=TIMM_NAMES,
-            architecture=_DINO_POSITIONS,
-            heads=_HEADS,
-            dropped={r"cls_token$": "stored by the published code, but unused"},
-        )
-        for path in ((), ("model",), ("state_dict",))
-    ),
+    Source("published FLSL backbone", _is_published_flsl, dropped=_UNUSED_CLASS_TOKEN, **_DINO),
     Source(
         "MAE or DeiT without head",
-        path=("model",),
-        dropped=_MASK_TOKEN,
-        heads={width: heads for width, heads in _HEADS.items() if width != 384},
+        lambda file: file.is_in("model"),
+        _SIZED_POSITIONS,
+        {width: heads for width, heads in _HEADS.items() if width != 384},
         note="MoCo v3's ViT-S, when converted to DeiT's layout, looks the same but has 12 heads: "
         "give num_heads=12 for it",
-        **_DEIT,
     ),
-    Source("timm checkpoint", path=("state_dict",), marks=("arch",), **_TIMM),
-    Source(
-        "iBOT backbone",
-        path=("state_dict",),
-        renamed=_GAMMA_NAMES,
-        architecture=_DINO_POSITIONS,
-        heads=_HEADS,
-        dropped={**_CLASSIFIER, **_MASK_TOKEN},
-    ),
-    Source("timm", fits=lambda state: _is_timm(state), **_TIMM),
+    Source("timm checkpoint", lambda file: "arch" in file.content, **_TIMM),
+    Source("iBOT backbone", lambda file: file.is_in("state_dict"), **_DINO),
+    Source("timm", _is_timm, **_TIMM),
     Source(
         "DINO backbone or timm",
-        renamed=_GAMMA_NAMES,
-        architecture=_DINO_POSITIONS,
-        heads=_HEADS,
-        dropped=_CLASSIFIER,
+        lambda file: True,
         note="DINO's backbone and timm's models without classifier look the same; positions are "
         "resampled as DINO does it; for timm's way give position_offset=0 and "
         "position_antialias=True",
+        **_DINO,
     ),
 )
-
-
-def _is_timm(state: Mapping[str, Tensor]) -> bool:
-    """What DINO's own backbones never have: a classifier, registers, LayerScale or no class."""
-    marks = ("head.weight", "fc_norm.weight", "reg_token", "blocks.0.ls1.gamma")
-    return "cls_token" not in state or any(mark in state for mark in marks)
-
-
-def find_encoder_weights(
-    content: Mapping[str, Any], which: str | None = None
-) -> EncoderWeights | None:
-    """The encoder in a file that :func:`flsl_d2.weights.read_weights` read.
-
-    Args:
-        content: of the file.
-        which: ``teacher`` or ``student``, in files that hold both; None takes the one that the
-            file's own project evaluates (the teacher; for MoCo v3, the base encoder).
-
-    Returns:
-        None where no entry of :data:`SOURCES` fits.
-
-    Raises:
-        InputError: a teacher or student is asked of a file that does not have it.
-    """
-    found = None
-    for source in SOURCES:
-        if found is not None and source.name != found:
-            break
-        state = source.tensors_of(content)
-        if state is None:
-            continue
-        found = source.name
-        if which in (None, source.which):
-            return source.convert(state, content)
-    if found is not None:
-        raise InputError(
-            f"the weights ({found}) hold no {which} apart; leave which={which} out to take the "
-            "one encoder that they have."
-        )
-    return None

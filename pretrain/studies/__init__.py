@@ -1,1 +1,1 @@
-"""What stands on the method: sweeps, benchmarks and the demo."""
+"""Studies of the method: sweeps, benchmarks and the demo."""

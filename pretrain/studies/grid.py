@@ -1,4 +1,4 @@
-"""The grid of a sweep: keys of a pre-training config and their values, checked before any run."""
+"""Grid of a sweep: keys of a pre-training config and their values, checked before any run."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ __all__ = ["Axis", "Point", "grid_points", "parse_axis", "short_names"]
 
 @dataclass(frozen=True)
 class Axis:
-    """A key and the values it takes, as typed."""
+    """Key and its values as typed."""
 
     key: str
     values: tuple[str, ...]
@@ -32,14 +32,14 @@ class Axis:
 
 @dataclass(frozen=True)
 class Point:
-    """One setting of the grid with one seed.
+    """Setting of the grid with one seed.
 
     Attributes:
-        values: by key of the grid, as typed.
+        values: value of each key of the grid, as typed.
         seed: ``train.seed``.
-        overrides: that make it from the config file.
-        cfg: the config with these overrides.
-        total_iters: steps of the run.
+        overrides: changes to the config file that make this setting.
+        cfg: config with these overrides.
+        total_iters: number of steps of the run.
     """
 
     values: dict[str, str]
@@ -53,7 +53,7 @@ def parse_axis(text: str) -> Axis:
     """Read ``key=v1,v2``; commas inside brackets belong to a value.
 
     Raises:
-        InputError: it is not of that form, or a value is there twice.
+        InputError: the text is not of that form, or has a value twice.
     """
     key, equals, raw = text.partition("=")
     values = [value.strip() for value in re.split(r",(?![^\[\](){}]*[\])}])", raw)]
@@ -68,7 +68,7 @@ def parse_axis(text: str) -> Axis:
 
 
 def short_names(keys: Sequence[str]) -> dict[str, str]:
-    """Each key by its last part, or in full where two keys end alike."""
+    """Name each key by its last part, or in full where two keys end alike."""
     last = [key.rpartition(".")[2] for key in keys]
     return {
         key: name if last.count(name) == 1 else key for key, name in zip(keys, last, strict=True)
@@ -78,19 +78,19 @@ def short_names(keys: Sequence[str]) -> dict[str, str]:
 def grid_points(
     config_file: str, axes: Sequence[Axis], overrides: Sequence[str], seeds: Sequence[int]
 ) -> list[Point]:
-    """Every combination of the axes' values with every seed.
+    """Combine all values of the axes with all seeds.
 
     A single number for a pair of ``schedules`` (start and end) stands for both.
 
     Args:
-        config_file: a pre-training config.
-        axes: of the grid.
-        overrides: of all runs.
+        config_file: pre-training config.
+        axes: axes of the grid.
+        overrides: changes to the config of all runs.
         seeds: values of ``train.seed``; empty for the config's own.
 
     Raises:
-        InputError: a key that is unknown, set twice or the sweep's own, or a value that the key
-            cannot hold or the run cannot be built with.
+        InputError: a key is unknown, set twice or set by the sweep itself, or a value does not
+            suit its key or the run.
     """
     base = load_lazy_config(config_file, overrides)
     _check_keys(base, config_file, axes, overrides, seeds)
@@ -124,15 +124,15 @@ def _check_keys(
         raise InputError("train.output_dir is chosen by the sweep; name its folder with --output.")
     if "train.seed" in keys or (seeds and "train.seed" in fixed):
         raise InputError("train.seed is set by the sweep; give --seeds 0,1.")
-    if len(set(seeds)) < len(seeds):
-        raise InputError(f"--seeds {','.join(map(str, seeds))} has a seed twice; name each once.")
-    twice = [key for i, key in enumerate(keys) if key in keys[:i] or key in fixed]
-    if twice:
-        raise InputError(f"{twice[0]} is set twice; give it once, with --grid or as an override.")
+    repeated = [key for i, key in enumerate(keys) if key in keys[:i] or key in fixed]
+    if repeated:
+        raise InputError(
+            f"{repeated[0]} is set twice; give it once, with --grid or as an override."
+        )
 
 
 def _override(cfg: DictConfig, key: str, value: str) -> str:
-    """The override of one value, a number for a schedule's pair made a pair."""
+    """Return the override of one value; a number for a schedule's pair becomes a pair."""
     old = OmegaConf.select(cfg, key)
     pair = key.startswith("schedules.") and isinstance(old, ListConfig) and len(old) == 2
     if pair and re.fullmatch(r"[-+.\deE]+", value):
@@ -141,10 +141,10 @@ def _override(cfg: DictConfig, key: str, value: str) -> str:
 
 
 def _checked(point: Point) -> Point:
-    """The point with its length, after building all that a run builds, without its memory.
+    """Build all that a run builds, without its memory, and return the point with its length.
 
     Raises:
-        InputError: what a run would raise, with the point's values before it.
+        InputError: an error that a run would raise, after the point's values.
     """
     cfg = copy.deepcopy(point.cfg)
     try:
@@ -157,7 +157,7 @@ def _checked(point: Point) -> Point:
         )
         resolve_precision(cfg.train.precision, cfg.train.device)
         with torch.device("meta"), warnings.catch_warnings():
-            # Weights of a previous stage are read to be checked; that they go nowhere is meant.
+            # Weights of a previous stage are read only to check them, so they go nowhere.
             warnings.filterwarnings("ignore", r"for .*: copying from a non-meta parameter")
             for part in (cfg.schedules, cfg.views, cfg.model):
                 instantiate(part)

@@ -1,24 +1,25 @@
-"""From the command line of ``tools/sweep.py`` to a sweep."""
+"""Pre-training over a grid of settings: ``python -m pretrain.studies.sweep`` in the checkout."""
 
 from __future__ import annotations
 
 import argparse
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from statistics import median
+from statistics import mean, median
 
+from flsl_d2.engine.command_line import (
+    add_option,
+    add_overrides,
+    described_parser,
+    parse_tool_arguments,
+    run_tool,
+)
 from flsl_d2.engine.config_files import load_lazy_config
 from flsl_d2.engine.launch import WorkerError
-from flsl_d2.errors import InputError
-from flsl_d2.experiments.compare import comma_separated, seeds_of
-from flsl_d2.experiments.evaluations import (
-    DetectionEvaluation,
-    EncoderFile,
-    Evaluation,
-    FeatureEvaluation,
-)
-from flsl_d2.experiments.jobs import Job, Outcome, Record, config_settings, make_slots
+from flsl_d2.engine.run_folder import flat_config
+from flsl_d2.experiments.evaluations import EncoderFile, add_evaluation_options, chosen_evaluations
+from flsl_d2.experiments.jobs import Job, Outcome, Record, make_slots
 from flsl_d2.experiments.runner import run_jobs
 from flsl_d2.experiments.tables import Subject, Table, results_table
 from flsl_d2.files import write_text
@@ -26,23 +27,36 @@ from flsl_d2.visualization.curves import read_metrics
 from pretrain.studies.grid import Point, grid_points, parse_axis, short_names
 from pretrain.studies.sweep_page import Sweep, write_sweep_page
 
-__all__ = [
-    "Sweep",
-    "run_sweep",
-    "sweep_command",
-]
+__all__ = ["Sweep", "main", "run_sweep"]
 
-# These change neither the weights nor what is logged of them.
+DESCRIPTION = (
+    "Pre-train over a grid of settings, evaluate each teacher, and write a table and a page."
+)
+EXAMPLES = """examples:
+  v (weight of the intra-view loss) against gamma (of volume maximisation), on the CPU:
+    tools/sweep.py --config-file configs/demo/flsl_vit_scenes.py --output output/sweep \\
+      --grid schedules.intra_weight=0.01,0.03 --grid model.loss.volume_weight=1,5 \\
+      --train pennfudan_train --val pennfudan_val \\
+      dataset.name= dataset.root=photos train.max_iter=100
+  three seeds of each, two runs at a time on eight GPUs, and Mask R-CNN from each teacher:
+    tools/sweep.py --config-file configs/pretrain/flsl_vit_small_p16_in1k.py \\
+      --grid model.head.num_centroids=2048,4096 --seeds 0,1,2 --num-gpus 8 --gpus-per-job 4 \\
+      --detection configs/coco/mask_rcnn_flsl_vit_s16_1x.py --output output/centroids
+
+Interrupted (Ctrl-C, SIGTERM, power), the same command goes on: what is done stays, a run that was
+cut off resumes from its last checkpoint, what failed is tried again. A changed grid uses the runs
+that it has in common with the earlier one. docs/SWEEP.md explains the table."""
+
+# Keys that change neither the weights nor the logged values.
 _NOT_RESULTS = (
     "train.output_dir",
-    "train.checkpoint_period",
-    "train.checkpoint_keep",
+    "train.checkpoint_",
     "train.pictures_period",
-    "train.measures",
+    "train.measures.",
     "dataloader.num_workers",
 )
-# Keys of metrics.json, and the columns they become: means over the last tenth of a run.
-_LAST = {
+# Columns for keys of metrics.json, as means over the last tenth of a run.
+_COLUMNS = {
     "loss": "loss",
     "loss_intra": "loss_intra",
     "loss_inter": "loss_inter",
@@ -54,14 +68,14 @@ _LAST = {
 
 
 def run_sweep(sweep: Sweep) -> None:
-    """Run what is missing, and write the tables, plots and the page.
+    """Run the jobs that are not done yet, and write the tables, plots and the page.
 
     Writes below ``output``: ``table.csv`` and ``table.md`` with a row for each setting (mean and
     spread over seeds), ``runs.csv`` with a row for each run, ``plots/*.png``, ``index.html``,
     ``jobs/``.
 
     Raises:
-        InputError: anything in the grid or the evaluations that cannot work, before any run.
+        InputError: a part of the grid or the evaluations cannot work; nothing has run then.
         WorkerError: some jobs failed; everything else is done and written.
     """
     points = grid_points(sweep.config_file, sweep.axes, sweep.overrides, sweep.seeds)
@@ -92,7 +106,7 @@ def run_sweep(sweep: Sweep) -> None:
 
 
 def _run_of(sweep: Sweep, point: Point, names: dict[str, str]) -> Subject:
-    """The jobs of one point of the grid."""
+    """Make the jobs of one point of the grid."""
     labels = {names[key]: value for key, value in point.values.items()} | {"seed": str(point.seed)}
     shown = labels if len(sweep.seeds) > 1 or not names else {**labels, "seed": ""}
     label = ", ".join(f"{name}={value}" for name, value in shown.items() if value)
@@ -106,22 +120,23 @@ def _run_of(sweep: Sweep, point: Point, names: dict[str, str]) -> Subject:
 
 def _pretraining(sweep: Sweep, point: Point, label: str) -> Job:
     def command(folder: Path, num_processes: int) -> list[str]:
-        arguments = [str(sweep.tools / "pretrain_net.py"), "--config-file", sweep.config_file]
-        arguments += ["--resume", "--num-gpus", str(num_processes), *point.overrides]
-        if not any(text.startswith("train.checkpoint_period=") for text in sweep.overrides):
-            arguments.append(f"train.checkpoint_period={_checkpoint_period(point)}")
-        if not any(text.startswith("train.checkpoint_keep=") for text in sweep.overrides):
-            arguments.append("train.checkpoint_keep=1")
-        return [*arguments, f"train.output_dir={folder}"]
+        return [
+            *("-m", "pretrain", "--config-file", sweep.config_file, "--resume"),
+            *("--num-gpus", str(num_processes)),
+            f"train.checkpoint_period={_checkpoint_period(point)}",
+            "train.checkpoint_keep=1",
+            *point.overrides,  # behind these two, which they may change
+            f"train.output_dir={folder}",
+        ]
 
-    settings = {"config": config_settings(point.cfg, _NOT_RESULTS)}
-    return Job("pretrain", label, settings, command, _pretraining_outcome)
+    config = {k: v for k, v in flat_config(point.cfg).items() if not k.startswith(_NOT_RESULTS)}
+    return Job("pretrain", label, {"config": config}, command, _pretraining_outcome)
 
 
 def _checkpoint_period(point: Point) -> int:
-    """The config's, but at least ten in a run, and whole numbers of logged periods.
+    """Return the config's period, but at least ten in a run, in whole logging periods.
 
-    A resumed run then logs what an uninterrupted one does.
+    A resumed run then logs the same as an uninterrupted one.
     """
     log_period = point.cfg.train.log_period
     tenth = max(point.total_iters // (10 * log_period), 1) * log_period
@@ -131,11 +146,11 @@ def _checkpoint_period(point: Point) -> int:
 def _pretraining_outcome(folder: Path) -> Outcome:
     series, _ = read_metrics(folder / "metrics.json")
     values = {}
-    for key, name in _LAST.items():
+    for key, name in _COLUMNS.items():
         steps, numbers = series.get(key, ([], []))
         late = [n for step, n in zip(steps, numbers, strict=True) if step >= 0.9 * steps[-1]]
         if late:
-            values[name] = sum(late) / len(late)
+            values[name] = mean(late)
     speeds = series.get("images_per_second", ([], []))[1]
     if speeds:
         values["images/s"] = median(speeds)
@@ -143,7 +158,7 @@ def _pretraining_outcome(folder: Path) -> Outcome:
 
 
 def _settings(runs: Sequence[Subject]) -> list[Subject]:
-    """One subject for each setting, with the jobs of all seeds."""
+    """Merge the runs of each setting: one row with the jobs of all seeds."""
     merged: dict[tuple[str, ...], Subject] = {}
     for run in runs:
         labels = {name: value for name, value in run.labels.items() if name != "seed"}
@@ -154,7 +169,7 @@ def _settings(runs: Sequence[Subject]) -> list[Subject]:
     return list(merged.values())
 
 
-def _table(subjects: Sequence[Subject], records: dict[str, Record]) -> Table:
+def _table(subjects: Sequence[Subject], records: Mapping[str, Record]) -> Table:
     return results_table(subjects, records, list(subjects[0].jobs), timed=("pretrain",))
 
 
@@ -170,44 +185,44 @@ def _print_plan(sweep: Sweep, points: Sequence[Point], jobs: Sequence[Job]) -> N
     )
 
 
-def sweep_command(args: argparse.Namespace, tools: Path) -> None:
-    """Run the sweep that a command line asks for.
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Run the sweep that a command line describes."""
+    parser = described_parser(DESCRIPTION, EXAMPLES)
+    add_option(parser, "--config-file", help="pre-training config of all runs")
+    parser.add_argument(
+        "--grid",
+        action="append",
+        default=[],
+        metavar="KEY=V1,V2",
+        help="a config key and its values; several --grid are combined. One number for a pair of "
+        "schedules.* stands for start and end",
+    )
+    add_option(
+        parser, "--seeds", default=[], help="values of train.seed (default: that of the config)"
+    )
+    add_option(parser, "--output", required=True, help="folder of everything that is written")
+    add_evaluation_options(parser, old_prefix="eval-")
+    add_option(parser, "--num-gpus")
+    add_option(parser, "--gpus-per-job")
+    add_overrides(parser, "changes to the config of all runs")
+    run_tool(_run, parse_tool_arguments(parser, arguments))
 
-    Args:
-        args: see ``tools/sweep.py --help``.
-        tools: folder of the command lines.
 
-    Raises:
-        InputError, WorkerError: see :func:`pretrain.studies.sweep.run_sweep`.
-    """
+def _run(args: argparse.Namespace) -> None:
+    device = load_lazy_config(args.config_file, args.opts).train.device
     run_sweep(
         Sweep(
-            tools=tools,
             config_file=args.config_file,
             axes=[parse_axis(text) for text in args.grid],
-            overrides=args.overrides,
-            seeds=seeds_of(args.seeds),
+            overrides=args.opts,
+            seeds=args.seeds,
             output=args.output,
-            evaluations=_evaluations(args, tools),
+            evaluations=chosen_evaluations(args, device),
             num_gpus=args.num_gpus,
             gpus_per_job=args.gpus_per_job,
         )
     )
 
 
-def _evaluations(args: argparse.Namespace, tools: Path) -> list[Evaluation]:
-    if bool(args.eval_train) != bool(args.eval_val):
-        raise InputError("--eval-train and --eval-val belong together; give both or neither.")
-    device = load_lazy_config(args.config_file, args.overrides).train.device
-    names = comma_separated(args.measures) if args.eval_val else []
-    found: list[Evaluation] = [
-        FeatureEvaluation(
-            tools, name, args.eval_train, args.eval_val, device, args.max_images, args.short_side
-        )
-        for name in names
-    ]
-    if args.detection:
-        found.append(DetectionEvaluation(tools, args.detection, args.detection_override, device))
-    elif args.detection_override:
-        raise InputError("--detection-override changes --detection, which is not given.")
-    return found
+if __name__ == "__main__":
+    main()

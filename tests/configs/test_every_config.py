@@ -1,5 +1,6 @@
 """Every recipe that there is, a new one included: built at full size, and run at reduced size
-through the engines of the tools: one step on drawn scenes, weights written, evaluated."""
+through the engines of the tools: one step on drawn scenes, weights written, evaluated.
+"""
 
 from __future__ import annotations
 

@@ -6,7 +6,7 @@ import numpy as np
 import torch
 
 from flsl_d2.evaluation.labelled_images import LabelledDataset, LabelledImage
-from flsl_d2.evaluation.samples import Options, Sample
+from flsl_d2.evaluation.samples import Options, Sample, Task
 from flsl_d2.modeling import FLSLViT
 
 PATCH = 8
@@ -43,7 +43,7 @@ def dataset(count: int = 4, rectangles=RECTANGLES) -> LabelledDataset:
 
 
 def true_patches(array: np.ndarray) -> np.ndarray:
-    """What an array of pixels holds at the centre of every patch, flat."""
+    """Return the values at the centre of every patch, flat."""
     return array[PATCH // 2 :: PATCH, PATCH // 2 :: PATCH].ravel()
 
 
@@ -68,7 +68,7 @@ def run(kind, tokens_of=perfect_tokens, data: LabelledDataset | None = None, **o
     """All steps of a measure on tokens that are given."""
     data = dataset() if data is None else data
     encoder = FLSLViT(img_size=48, patch_size=8, embed_dim=WIDTH, depth=1, num_heads=2)
-    measure = kind(encoder, data, data, Options(**options), 0)
+    measure = kind(Task(encoder, data, data, Options(**options)))
     for sample in samples(data, tokens_of):
         measure.observe_train(sample)
     measure.fit()

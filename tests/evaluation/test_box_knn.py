@@ -50,7 +50,7 @@ def two_kinds():
 
 
 def test_perfect_tokens_name_every_object() -> None:
-    assert run(BoxKnn, data=two_kinds(), box_neighbours=(10, 20, 100)) == {
+    assert run(BoxKnn, data=two_kinds(), class_neighbours=(10, 20, 100)) == {
         "k10_top1": 100,
         "k20_top1": 100,
     }
@@ -67,7 +67,7 @@ def test_tokens_of_the_other_class_name_none() -> None:
         return torch.eye(WIDTH)[code].expand(GRID[0] * GRID[1], -1)
 
     swapped.calls = 0
-    assert run(BoxKnn, swapped, data, box_neighbours=(10,)) == {"k10_top1": 0}
+    assert run(BoxKnn, swapped, data, class_neighbours=(10,)) == {"k10_top1": 0}
 
 
 def test_largest_box_leaves_crowds_and_flat_boxes_out() -> None:
@@ -83,6 +83,6 @@ def test_faults_are_sentences() -> None:
     with pytest.raises(InputError, match="telling objects apart"):
         run(BoxKnn, data=one)
     with pytest.raises(InputError, match="36 tokens, too few for k = 50"):
-        run(BoxKnn, box_neighbours=(50, 100))
+        run(BoxKnn, class_neighbours=(50, 100))
     with pytest.raises(InputError, match="no training image has a box"):
         run(BoxKnn, data=dataset(rectangles=[]))

@@ -89,14 +89,12 @@ def test_attention_rows_are_those_of_the_block(rel_pos: int | None) -> None:
     assert torch.allclose(rows.sum(dim=1), torch.ones(len(rows)), atol=1e-5)
 
 
-def test_prefix_tokens_are_left_out_and_windows_refused() -> None:
+def test_prefix_tokens_are_left_out() -> None:
     attention = Attention(16, 2)
     tokens = torch.randn(1, 1, 3 + 10, 16)
     rows = attention_rows(attention, tokens, 10)
     everything = attention_rows(attention, tokens, 13)[3:, 3:]
     assert torch.allclose(rows, everything / everything.sum(dim=1, keepdim=True), atol=1e-6)
-    with pytest.raises(InputError, match="within windows"):
-        attention_rows(attention, torch.randn(4, 5, 5, 16), 100)
 
 
 def test_an_encoder_with_prefix_tokens(datasets_root) -> None:

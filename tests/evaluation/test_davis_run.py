@@ -465,7 +465,7 @@ def test_weights_that_give_no_numbers(davis: Path) -> None:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"split": "test-dev"}, r"splits that are there: val\."),
+        ({"split": "test-dev"}, r"splits that exist: val\."),
         ({"year": "2016"}, "has no folder ImageSets/2016"),
         ({"resolution": "Full-Resolution"}, "has no folder JPEGImages/Full-Resolution"),
         ({"root": Path("nowhere")}, "'nowhere' has no folder"),

@@ -9,7 +9,7 @@ from labelled_rectangles import dataset
 
 from flsl_d2.errors import InputError
 from flsl_d2.evaluation.explained_variance import ExplainedVariance, LinearFit
-from flsl_d2.evaluation.samples import Options, Sample
+from flsl_d2.evaluation.samples import Options, Sample, Task
 from flsl_d2.modeling import FLSLViT
 
 GRIDS = [(8, 12), (12, 8), (9, 9), (8, 8)]
@@ -21,7 +21,7 @@ def explained(tokens_of, num_images: int = 12) -> dict[str, float]:
     generator = np.random.default_rng(0)
     data = dataset()._replace(images=[None] * num_images)
     encoder = FLSLViT(img_size=64, patch_size=PATCH, embed_dim=32, depth=1, num_heads=2)
-    measure = ExplainedVariance(encoder, data, data, Options(short_side=8 * PATCH), 0)
+    measure = ExplainedVariance(Task(encoder, data, data, Options(short_side=8 * PATCH)))
     samples = []
     for index in range(2 * num_images):
         rows, columns = grid = GRIDS[index % len(GRIDS)]

@@ -9,14 +9,14 @@ import torch.nn.functional as F
 from labelled_rectangles import CLASSES, GRID, SIZE, WIDTH, dataset, run, samples
 
 from flsl_d2.errors import InputError
-from flsl_d2.evaluation.knn_box import nearest
+from flsl_d2.evaluation.classifiers import WEIGHT_DECAY, fit_linear, nearest
+from flsl_d2.evaluation.samples import Task
 from flsl_d2.evaluation.segmentation import (
-    WEIGHT_DECAY,
     Confusion,
     KnnSegmentation,
     LinearSegmentation,
+    ObjectRecall,
     PatchBank,
-    fit_linear,
     label_pixels,
     patch_distributions,
 )
@@ -35,6 +35,7 @@ def test_tokens_of_their_class_segment_perfectly_up_to_corners(kind) -> None:
         "pixel_accuracy",
         "IoU-background",
         *(f"IoU-{name}" for name in CLASSES),
+        *(f"recall_{group}" for group in ("small", "square", "tall")),
     }
 
 
@@ -85,7 +86,7 @@ def test_nearest_equals_a_slow_loop() -> None:
 def test_nearest_in_parts_equals_at_once(monkeypatch) -> None:
     queries, bank = F.normalize(torch.randn(40, 6)), F.normalize(torch.randn(70, 6))
     whole = nearest(queries, bank, 9, 0.07)
-    monkeypatch.setattr("flsl_d2.evaluation.knn_box._ENTRIES_AT_ONCE", 150)
+    monkeypatch.setattr("flsl_d2.evaluation.classifiers._MAX_PAIRS", 150)
     parts = nearest(queries, bank, 9, 0.07)
     assert torch.equal(whole[0], parts[0])
 
@@ -129,6 +130,45 @@ def test_confusion_by_hand() -> None:
         Confusion(3).results(("a", "b", "c"))
 
 
+def test_recall_of_objects_equals_a_slow_count() -> None:
+    """Rectangles whose sizes and shapes are known, against predictions drawn at random."""
+    generator = np.random.default_rng(0)
+    size = (220, 260)
+    boxes = {  # x0, y0, x1, y1: the groups
+        (0, 0, 31, 33): ("small", "square"),  # 1,023 pixels
+        (40, 0, 72, 32): ("medium", "square"),  # 1,024 pixels
+        (80, 0, 200, 60): ("medium", "wide"),  # exactly twice as wide as high
+        (0, 50, 30, 110): ("medium", "tall"),  # exactly twice as high as wide
+        (40, 70, 136, 166): ("large", "square"),  # 96 x 96
+        (140, 70, 259, 130): ("medium", "square"),  # a little less than twice as wide as high
+    }
+    recall, expected = ObjectRecall(), {}
+    for _ in range(2):  # two images
+        predicted = generator.integers(0, 3, size)
+        objects = []
+        for i, ((x0, y0, x1, y1), groups) in enumerate(boxes.items()):
+            mask, category = np.zeros(size, bool), 1 + i % 2
+            mask[y0:y1, x0:x1] = True
+            objects.append((mask, category))
+            hits = sum(predicted[y, x] == category for y in range(y0, y1) for x in range(x0, x1))
+            for group in groups:
+                expected.setdefault(group, []).append(hits / ((y1 - y0) * (x1 - x0)))
+        recall.add(objects, predicted)
+    found = recall.results()
+    assert list(found) == [f"recall_{group}" for group in ObjectRecall.GROUPS]
+    for group, shares in expected.items():
+        assert found[f"recall_{group}"] == pytest.approx(100 * np.mean(shares))
+
+
+def test_recall_leaves_crowds_and_hidden_objects_out() -> None:
+    data = dataset(1, [((1, 1, 5, 5), 0), ((1, 1, 5, 5), 1), ((5, 0, 8, 2), 0)])
+    image = data.images[0]
+    image.record["annotations"][2]["iscrowd"] = 1
+    # Of two equal masks the one that comes later is in front.
+    ((mask, category),) = image.objects
+    assert (mask.sum(), category) == (32 * 32, 2)
+
+
 def test_bank_is_bounded_even_and_independent_of_order() -> None:
     data = dataset(7)
     banks = []
@@ -163,11 +203,7 @@ def test_other_classes_in_the_validation_set_are_refused() -> None:
     other = dataset()._replace(pixel_classes=("background", "cat"))
     for kind in (KnnSegmentation, LinearSegmentation):
         with pytest.raises(InputError, match="pixel classes"):
-            kind(None, dataset(), other, _Options(), 0)
-
-
-class _Options:
-    bank_size, probe_steps, num_neighbours = 10, 5, 3
+            kind(Task(None, dataset(), other))
 
 
 def test_size_of_the_made_images() -> None:

@@ -7,9 +7,9 @@ from html.parser import HTMLParser
 import cv2
 import numpy as np
 import pytest
+from flsl_d2.experiments.page import Page
 
 from flsl_d2.experiments.jobs import Job, Outcome, Record
-from flsl_d2.experiments.page import Page
 from flsl_d2.experiments.plots import bars, heat_maps, lines, overlaid_curves
 from flsl_d2.experiments.tables import Cell, Measure, Row, Subject, Table, results_table
 

@@ -19,11 +19,11 @@ from detectron2.structures import Boxes, Instances
 from flsl_d2.data import register_scenes
 from flsl_d2.data.scenes import CLASS_NAMES, make_scenes
 from flsl_d2.errors import InputError
+from flsl_d2.evaluation.labelled_images import decode_mask
 from flsl_d2.visualization import detections_beside_ground_truth
 from flsl_d2.visualization.detections import (
     DrawnObjects,
     choose_records,
-    decode_mask,
     detector,
     draw_objects,
     ground_truth,

@@ -7,13 +7,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from flsl_d2.visualization.patches import (
-    Patch,
-    crop_patch,
-    kmeans_groups,
-    most_used_groups,
-    nearest_patches,
-)
+from flsl_d2.visualization.groups import kmeans_groups, most_used_groups
+from flsl_d2.visualization.patches import Patch, crop_patch, nearest_patches
 
 GRIDS = [(4, 6), (6, 6), (5, 4)]
 

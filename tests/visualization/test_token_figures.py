@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from flsl_d2.visualization import DescribedEncoder, describe_encoder
+from flsl_d2.visualization.figures import enlarge
 from flsl_d2.visualization.token_figures import (
     chosen_token,
     comparison_figure,
@@ -48,11 +49,32 @@ def test_all_pages(encoder: DescribedEncoder, images: list[np.ndarray], tmp_path
         assert cv2.imread(str(tmp_path / f"{name}.png")).std() > 20, name
     # The two encoders are one: the columns of each kind are alike, but for the place.
     page = cv2.imread(str(tmp_path / "both.png")).astype(int)
-    for kind in range(4):
-        left, right = (8 + 238 * (1 + 2 * kind + i) for i in (0, 1))
-        one, other = page[90:-20, left + 2 : left + 228], page[90:-20, right + 2 : right + 228]
+    plain, scaled = 258, 313  # pixels from one column to the next, without and with a colour scale
+    left = 8 + plain
+    for step in (plain, scaled, scaled, plain):
+        one, other = (page[90:-40, x + 2 : x + 248] for x in (left, left + step))
         assert one.std() > 20
         assert np.abs(one - other).max() == 0
+        left += 2 * step
+    assert abs(left - page.shape[1]) <= 1  # the page ends where the columns do
+
+
+def test_some_maps_alone(
+    encoder: DescribedEncoder, images: list[np.ndarray], tmp_path: Path
+) -> None:
+    maps = ("pca", "clusters")
+    comparison_figure([encoder], images, POINTS[:2], tmp_path / "a.png", 1.0, maps=maps)
+    page = cv2.imread(str(tmp_path / "a.png"))
+    assert abs(page.shape[1] - (8 + 3 * 258)) <= 1
+    # No map depends on a point, so there is no cross: the first picture is the enlarged image.
+    large = enlarge(images[0])[0]
+    top = 25 + 22 + 2 * 17
+    # Means of blocks, because matplotlib and OpenCV resample noise differently.
+    shown, found = (
+        cv2.resize(picture, (8, 6), interpolation=cv2.INTER_AREA).astype(int)
+        for picture in (large[..., ::-1], page[top : top + 167, 8:258])
+    )
+    assert np.abs(found - shown).max() < 12
 
 
 def test_a_head_gives_the_groups(images: list[np.ndarray]) -> None:

@@ -7,7 +7,6 @@ import base64
 import json
 import os
 import re
-import runpy
 import subprocess
 import sys
 from pathlib import Path
@@ -22,18 +21,19 @@ from flsl_d2.errors import InputError
 from flsl_d2.evaluation import extract_tokens
 from flsl_d2.modeling import FLSLViT
 from flsl_d2.modeling.projection_head import FLSLHead
+from flsl_d2.visualization.__main__ import point
 from flsl_d2.visualization.visualize import chosen_encoders, chosen_images, visualize
 from flsl_d2.weights import FLSLCheckpointer, build_encoder
 from pretrain.methods.flsl import FLSL
 from pretrain.methods.flsl_objective import FLSLLoss
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 TINY = {"img_size": 64, "patch_size": 8, "embed_dim": 32, "depth": 2, "num_heads": 2}
 
 
 @pytest.fixture(scope="module")
 def weights(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
-    """A pre-training checkpoint, which has a head, and an encoder with other patches."""
+    """Write a pre-training checkpoint, which has a head, and an encoder with other patches."""
     folder = tmp_path_factory.mktemp("weights")
     torch.manual_seed(0)
     model = FLSL(FLSLViT(**TINY), FLSLHead(32, 16, 24, 12), FLSLLoss(16))
@@ -165,7 +165,7 @@ def test_bad_input_is_one_sentence_and_writes_nothing(
         ({"images": []}, "no images to draw"),
         ({"images": [str(tmp_path / "none.jpg")]}, "does not exist"),
         ({"images": [str(empty)]}, "without image files"),
-        ({"images": [str(broken)]}, r"broken.jpg' cannot be read"),
+        ({"images": [str(broken)]}, r"broken.jpg' cannot be used"),
         ({"images": [], "dataset": "nothing_val"}, "nothing_val"),
         ({"points": [(120, 5)]}, r"--token 120,5 lies outside .*0.png', which is 120 x 90 pixels"),
         ({"points": [(float("nan"), 5)]}, "lies outside"),
@@ -195,10 +195,10 @@ def test_bad_input_on_the_command_line(photos: Path) -> None:
 
 @pytest.mark.parametrize(("text", "expected"), [("12,4", (12.0, 4.0)), ("1.5,0", (1.5, 0.0))])
 def test_points_on_the_command_line(text: str, expected: tuple[float, float]) -> None:
-    assert runpy.run_path(str(ROOT / "tools" / "visualize.py"))["point"](text) == expected
+    assert point(text) == expected
 
 
 @pytest.mark.parametrize("text", ["12;4", "12", "1,2,3", "a,b", ""])
 def test_what_is_no_point_is_named(text: str) -> None:
     with pytest.raises(argparse.ArgumentTypeError, match=re.escape(f"{text!r} is not X,Y")):
-        runpy.run_path(str(ROOT / "tools" / "visualize.py"))["point"](text)
+        point(text)

@@ -2,11 +2,12 @@
 
 import ast
 import logging
+from argparse import Namespace
 
 import numpy as np
 import pytest
 import torch
-from conftest import GOLDEN
+from conftest import GOLDEN_FILES
 from detectron2.checkpoint import DetectionCheckpointer
 from layouts import LAYOUTS
 from torch import nn
@@ -132,7 +133,7 @@ def test_positions_of_another_grid_are_resampled(encoder, tmp_path, caplog):
     model = Detector(img_size=96)
     with caplog.at_level(logging.INFO):
         FLSLCheckpointer(model).load(path)
-    assert "positions resampled from 16 to 36" in caplog.text
+    assert "positions resampled from 4 x 4 to 6 x 6" in caplog.text
     assert model.backbone.net.pos_embed.shape == (1, 36, 48)
     FLSLCheckpointer(model, str(tmp_path)).save("detector")
     other = Detector(img_size=64)
@@ -233,14 +234,24 @@ def test_detectron2s_own_checkpointer_reads_the_encoder_file(encoder, tmp_path):
         DetectionCheckpointer(Detector(embed_dim=96)).load(path)
 
 
-@pytest.mark.skipif(
-    not (GOLDEN / "official_layout_tiny.pth").is_file(),
-    reason="FLSL_GOLDEN has no official_layout_tiny.pth",
-)
-def test_a_file_in_the_published_layout_gives_the_published_tokens(caplog):
-    golden = np.load(GOLDEN / "flsl_step_tiny.npz")
+@pytest.mark.parametrize("reference", GOLDEN_FILES, ids=lambda path: path.stem)
+def test_a_file_in_the_published_layout_gives_the_published_tokens(reference, tmp_path, caplog):
+    golden = np.load(reference)
     meta = ast.literal_eval(str(golden["__meta__"]))
-    path = str(GOLDEN / "official_layout_tiny.pth")
+    student, teacher = (
+        {
+            key.removeprefix(name): torch.from_numpy(golden[key])
+            for key in golden.files
+            if key.startswith(name)
+        }
+        for name in ("student.", "teacher.")
+    )
+    # The outer shape of the files that the published code writes.
+    file = {"student": {f"module.{key}": value for key, value in student.items()}}
+    file |= {"teacher": teacher, "optimizer": {"state": {}, "param_groups": []}, "epoch": 3}
+    file |= {"args": Namespace(arch="vit_small", patch_size=meta["p"]), "flsl_loss": {}}
+    path = str(tmp_path / "checkpoint.pth")
+    torch.save(file, path)
     width = {"embed_dim": meta["d"], "depth": meta["depth"], "num_heads": meta["h"]}
     grid = round(torch.as_tensor(golden["teacher.backbone.pos_embed"]).shape[1] ** 0.5)
     encoder = FLSLViT(img_size=grid * meta["p"], patch_size=meta["p"], **width)
@@ -323,3 +334,34 @@ def test_an_encoder_file_of_before_prefix_tokens_loads(encoder, tmp_path):
     FLSLCheckpointer(model).load(path)
     assert same(encoder, model.backbone.net)
     assert same(encoder, build_encoder(path))
+
+
+@pytest.mark.parametrize("wrapper", ["", "module.", "_orig_mod.", "_orig_mod.module."])
+def test_an_evaluation_takes_whole_detectors_alone(tmp_path, wrapper):
+    model, other = randomised(Detector()), Detector()
+    state = {f"{wrapper}{name}": tensor for name, tensor in model.state_dict().items()}
+    torch.save({"model": state}, tmp_path / "a.pth")
+    checkpointer = FLSLCheckpointer(other)
+    checkpointer.require_whole = True
+    checkpointer.load(str(tmp_path / "a.pth"))
+    assert same(model, other)
+    assert not checkpointer.loaded_encoder_only
+    for changed in ({}, {f"{wrapper}head.bias": torch.ones(7)}):
+        partial = {name: t for name, t in state.items() if not name.endswith("head.bias")}
+        torch.save({"model": partial | changed}, tmp_path / "a.pth")
+        with pytest.raises(InputError, match=r"missing or of another shape are head\.bias"):
+            checkpointer.load(str(tmp_path / "a.pth"))
+        FLSLCheckpointer(other).load(str(tmp_path / "a.pth"))  # training may start from a part
+
+
+def test_another_set_of_weights_is_taken_into_a_detector(encoder, tmp_path, caplog):
+    other = randomised(FLSLViT(**SMALL))
+    content = {"model": encoder.state_dict(), "model_ema": other.state_dict()}
+    torch.save(content, tmp_path / "a.pth")
+    model = Detector()
+    with caplog.at_level(logging.INFO):
+        FLSLCheckpointer(model).load(str(tmp_path / "a.pth"))
+    assert same(encoder, model.backbone.net)
+    assert "the file also holds model_ema (?which=NAME takes one)" in caplog.text
+    FLSLCheckpointer(model).load(f"{tmp_path / 'a.pth'}?which=model_ema")
+    assert same(other, model.backbone.net)

@@ -149,5 +149,9 @@ def test_a_choice_at_the_end_of_a_path(path, expected):
 def test_a_choice_does_not_hide_the_file(tmp_path):
     torch.save({"a": 1}, tmp_path / "a.pth")
     assert read_weights(f"{tmp_path / 'a.pth'}?which=student") == {"a": 1}
-    with pytest.raises(InputError, match="which=teacher or which=student"):
-        read_weights(f"{tmp_path / 'a.pth'}?which=both")
+
+
+def test_the_home_folder_is_found(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    torch.save({"a": 1}, tmp_path / "a.pth")
+    assert read_weights("~/a.pth") == read_weights("~/a.pth?which=student") == {"a": 1}

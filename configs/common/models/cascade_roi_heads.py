@@ -1,5 +1,6 @@
 """Heads of Cascade Mask R-CNN (arXiv 1712.00726) as ViTDet builds them: three stages at IoU 0.5,
-0.6 and 0.7, boxes regressed for all classes alike, 4 convolutions + 1 linear layer each."""
+0.6 and 0.7, boxes regressed for all classes alike, 4 convolutions + 1 linear layer each.
+"""
 
 from detectron2 import model_zoo
 

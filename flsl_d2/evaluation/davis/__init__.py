@@ -1,4 +1,4 @@
-"""DAVIS 2017: video object segmentation by propagating labels between frozen tokens."""
+"""Video object segmentation on DAVIS 2017 by propagating labels between frozen tokens."""
 
 from flsl_d2.evaluation.davis.measures import (
     Statistics,

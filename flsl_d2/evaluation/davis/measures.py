@@ -1,8 +1,8 @@
-"""J and F of DAVIS, and how the benchmark sums them up over a sequence.
+"""J and F of DAVIS, and their statistics over a sequence.
 
-Definitions: Perazzi et al., "A Benchmark Dataset and Evaluation Methodology for Video Object
-Segmentation" (CVPR 2016), Sec. 5; details that the paper leaves open (tolerance, borders of the
-image, quarters of a sequence) as in the benchmark's own evaluation of DAVIS 2017.
+The definitions are those of Perazzi et al., "A Benchmark Dataset and Evaluation Methodology for
+Video Object Segmentation" (CVPR 2016), Sec. 5. What the paper leaves open (tolerance, borders of
+the image, quarters of a sequence) follows the benchmark's own evaluation of DAVIS 2017.
 """
 
 from __future__ import annotations
@@ -24,9 +24,9 @@ class Statistics(NamedTuple):
     """A measure over the frames of one object, or the average over objects; 0 to 1.
 
     Attributes:
-        mean: of the frames.
+        mean: mean over the frames.
         recall: share of the frames above 0.5.
-        decay: mean of the first quarter of the frames minus that of the last.
+        decay: mean of the first quarter of the frames minus mean of the last.
     """
 
     mean: float
@@ -35,10 +35,10 @@ class Statistics(NamedTuple):
 
 
 def region_similarity(mask: np.ndarray, truth: np.ndarray) -> float:
-    """J: intersection over union.
+    """J, the intersection over union.
 
     Args:
-        mask: (H, W) bool, the result.
+        mask: (H, W) bool, the prediction.
         truth: (H, W) bool.
 
     Returns:
@@ -49,13 +49,13 @@ def region_similarity(mask: np.ndarray, truth: np.ndarray) -> float:
 
 
 def boundary_accuracy(mask: np.ndarray, truth: np.ndarray) -> float:
-    """F: harmonic mean of precision and recall of boundary pixels.
+    """F, the harmonic mean of precision and recall of boundary pixels.
 
     A boundary pixel is matched if the other mask has one within a distance of 0.8% of the image's
     diagonal, rounded up to whole pixels.
 
     Args:
-        mask: (H, W) bool, the result.
+        mask: (H, W) bool, the prediction.
         truth: (H, W) bool.
 
     Returns:
@@ -66,7 +66,7 @@ def boundary_accuracy(mask: np.ndarray, truth: np.ndarray) -> float:
     num_found, num_true = np.count_nonzero(found), np.count_nonzero(true)
     if num_found == 0 or num_true == 0:
         return float(num_found == num_true)
-    # What matches lies within the boundaries' bounding box, and objects are small.
+    # Matches lie within the bounding box of the boundaries, and objects are small.
     window = _bounding_box(found | true)
     found, true = found[window], true[window]
     precision = np.count_nonzero(found & _thickened(true, radius)) / num_found
@@ -79,14 +79,17 @@ def boundary_accuracy(mask: np.ndarray, truth: np.ndarray) -> float:
 def statistics(values: Sequence[float]) -> Statistics:
     """Mean, recall and decay of a measure over the scored frames of one object.
 
-    The quarters overlap by the frame where they meet, as the benchmark's do.
+    The quarters overlap by the frame where they meet, as in the benchmark's evaluation.
 
     Args:
-        values: one a frame, in order; at least one.
+        values: value of each frame, in order; at least one.
+
+    Raises:
+        ValueError: ``values`` is empty or has several axes.
     """
     frames = np.asarray(values, dtype=np.float64)
     if frames.ndim != 1 or not len(frames):
-        raise ValueError(f"values of shape {frames.shape}; give one or more in a row")
+        raise ValueError(f"values have shape {frames.shape}; give a sequence of one or more")
     # Halves round up; the small addend keeps them from rounding to even.
     ends = np.round(np.linspace(1, len(frames), 5) + 1e-10).astype(int) - 1
     first, last = frames[ends[0] : ends[1] + 1], frames[ends[3] : ends[4] + 1]
@@ -96,8 +99,8 @@ def statistics(values: Sequence[float]) -> Statistics:
 
 
 def _boundary(mask: np.ndarray) -> np.ndarray:
-    """Pixels that differ from the one to the right, below, or both; none across the border."""
-    padded = np.pad(mask, ((0, 1), (0, 1)), mode="edge")
+    """Mark pixels that differ from a neighbour to the right, below, or both."""
+    padded = np.pad(mask, ((0, 1), (0, 1)), mode="edge")  # there is no boundary at the border
     return (mask != padded[:-1, 1:]) | (mask != padded[1:, :-1]) | (mask != padded[1:, 1:])
 
 

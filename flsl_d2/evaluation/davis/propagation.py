@@ -1,9 +1,12 @@
-"""From a video and the mask of its first frame to the masks of the others."""
+"""Propagation of the first frame's mask through a video by nearest neighbours of frozen tokens.
+
+Shape suffixes: N tokens of a frame, D width, C frames of the context, K labels, H x W pixels.
+"""
 
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Generator, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
@@ -18,8 +21,7 @@ from torch.nn import functional as F
 
 from flsl_d2.errors import InputError
 from flsl_d2.evaluation.davis.sequences import Sequence, read_frame, read_mask
-from flsl_d2.modeling import FLSLViT
-from flsl_d2.modeling.pixels import IMAGENET_MEAN, IMAGENET_STD
+from flsl_d2.evaluation.features import Encoder, device_of, encode_images
 
 __all__ = [
     "Propagation",
@@ -29,23 +31,26 @@ __all__ = [
     "segment_sequence",
 ]
 
-# Cosine similarities this close to the last of the nearest are as near. Tokens that repeat, as in
-# a still video, tie; without this, rounding would choose among them.
+# Tokens that repeat, as in a still video, tie with the last of the nearest neighbours. All whose
+# cosine similarity is this close count, because rounding would choose among them otherwise.
 _TIE = 1e-6
+_FLAT = 1e-6  # range of a label below which it is the same everywhere but for rounding
 
-# Similarities held at once, 128 MiB of float32; a row of the grid is the least.
+# Similarities held at once, 128 MiB of float32; at least those of a row of the grid.
 _MAX_PAIRS = 2**25
+_SIDE_UNIT = 64  # published numbers come from longer sides that are multiples of it
+_READING_THREADS = 4
 
 
 @dataclass(frozen=True)
 class Propagation:
-    """How labels are propagated; the defaults are the protocol's.
+    """Settings of the propagation of labels; the defaults are the protocol's.
 
     Attributes:
-        radius: of the neighbourhood in tokens, in rows and in columns; 0 for no restriction.
-        context: how many past frames give labels, besides the first one.
-        top_k: how many neighbours, of all those frames together, give labels.
-        temperature: of the neighbours' weights exp(cosine similarity / temperature).
+        radius: radius of the neighbourhood in rows and in columns of tokens; 0 for no restriction.
+        context: number of past frames that give labels, in addition to the first one.
+        top_k: number of neighbours, of all those frames together, that give labels.
+        temperature: T of the neighbours' weights exp(cosine similarity / T).
 
     Raises:
         InputError: a value out of range.
@@ -74,11 +79,11 @@ def propagate_through(
     grid: tuple[int, int],
     settings: Propagation,
 ) -> Iterator[Tensor]:
-    """Labels of every frame after the first, each from those before it.
+    """Propagate labels to every frame after the first, each from the frames before it.
 
     Args:
-        frames: tokens (N, D) of each frame, in order. Only the context is kept.
-        first_labels: (N, K), what each token of the first frame is.
+        frames: tokens (N, D) of each frame, in order. Only the context is kept in memory.
+        first_labels: (N, K) labels of the tokens of the first frame.
         grid: rows and columns of tokens.
         settings: of the propagation.
 
@@ -107,19 +112,19 @@ def propagate(
     settings: Propagation,
     max_pairs: int = _MAX_PAIRS,
 ) -> Tensor:
-    """Labels of one frame's tokens from their nearest neighbours in other frames.
+    """Label one frame's tokens by their nearest neighbours in other frames.
 
     Args:
-        queries: (N, D), unit length; row-major over the grid.
-        sources: (C, N, D), likewise, of C frames.
-        labels: (C, N, K) of the sources.
+        queries: (N, D), L2-normalised, row-major over the grid.
+        sources: (C, N, D) tokens of the other frames, L2-normalised.
+        labels: (C, N, K) labels of the sources.
         grid: rows and columns, N = rows * columns.
-        settings: of the propagation; `context` is not used here.
-        max_pairs: bound of the similarities held at once. Changes the memory, not the result.
+        settings: of the propagation; ``context`` is not used here.
+        max_pairs: bound of the similarities held at once; changes the memory, not the result.
 
     Returns:
-        (N, K): the average label of the `top_k` most similar tokens within the neighbourhood
-        (and of any that tie with the last of them), weighted by exp(similarity / temperature).
+        (N, K) average label of the ``top_k`` most similar tokens within the neighbourhood (and of
+        any that tie with the last of them), weighted by exp(similarity / temperature).
     """
     rows, columns = grid
     radius = settings.radius or max(grid)
@@ -142,35 +147,30 @@ def propagate(
 
 
 def _apart(start: int, end: int, low: int, high: int, radius: int, device: torch.device) -> Tensor:
-    """(end - start, high - low) bool: positions on one axis further apart than the radius."""
+    """Mark positions on one axis further apart than the radius, (end - start, high - low) bool."""
     here = torch.arange(start, end, device=device)[:, None]
     there = torch.arange(low, high, device=device)
     return (here - there).abs() > radius
 
 
 def _nearest_weights(similarity: Tensor, settings: Propagation) -> Tensor:
-    """(n, m) similarities to weights that sum to 1; zero beyond the nearest. In place."""
+    """Turn similarities (n, m), in place, into weights that sum to 1, zero beyond the nearest."""
     top_k = min(settings.top_k, similarity.shape[1])
     nearest = similarity.topk(top_k, dim=1).values
     similarity.masked_fill_(similarity < nearest[:, -1:] - _TIE, -torch.inf)
     return similarity.div_(settings.temperature).softmax(dim=1)
 
 
-_SIDE_UNIT = 64  # published numbers come from longer sides that are multiples of it
-_READING_THREADS = 4
-_FLAT = 1e-6
-
-
 def frame_size(size: tuple[int, int], short_side: int, patch_size: int) -> tuple[int, int]:
-    """What a frame is resized to: whole patches, the protocol's size where the patch allows it.
+    """Size that a frame is resized to: whole patches, and the protocol's where the patch allows.
 
-    The shorter side becomes `short_side`, cut to whole patches. The longer one keeps the aspect
-    ratio up to being cut to a multiple of 64, or of the patch size where that does not divide 64;
+    The shorter side becomes ``short_side``, cut to whole patches. The longer side keeps the aspect
+    ratio and is cut to a multiple of 64, or of the patch size where that does not divide 64:
     480 x 854 becomes 480 x 832 with patches of 8 or 16, and 476 x 854 with patches of 14.
 
     Args:
         size: height and width of the frame.
-        short_side: in pixels.
+        short_side: of the result, in pixels.
         patch_size: of the encoder, in pixels.
 
     Raises:
@@ -189,26 +189,26 @@ def frame_size(size: tuple[int, int], short_side: int, patch_size: int) -> tuple
 
 @torch.inference_mode()
 def segment_sequence(
-    encoder: FLSLViT,
+    encoder: Encoder,
     sequence: Sequence,
     settings: Propagation | None = None,
     short_side: int = 480,
     batch_size: int = 8,
-) -> Iterator[np.ndarray]:
-    """Masks of all frames of a sequence, the first one as given.
+) -> Generator[np.ndarray, None, None]:
+    """Segment all frames of a sequence; the mask of the first one is given.
 
     All objects are propagated at once. Memory holds one batch of frames and the tokens of the
-    context, besides the resized frames themselves.
+    context, in addition to the resized frames.
 
     Args:
-        encoder: in evaluation mode; its device is where all but reading and writing happens.
-        sequence: checked.
+        encoder: in evaluation mode; everything but reading and writing happens on its device.
+        sequence: from :func:`flsl_d2.evaluation.davis.find_sequence`.
         settings: of the propagation; the protocol's by default.
         short_side: see :func:`frame_size`.
         batch_size: frames that are encoded together.
 
     Yields:
-        (H, W) uint8 for each frame, of the sequence's own size; 0 is the background.
+        Mask (H, W) uint8 of each frame, of the sequence's own size; 0 is the background.
 
     Raises:
         InputError: a file cannot be decoded, the first mask has no object, or the encoder gives
@@ -220,7 +220,7 @@ def segment_sequence(
     yield first_mask
     size = frame_size(sequence.size, short_side, encoder.patch_size)
     grid = size[0] // encoder.patch_size, size[1] // encoder.patch_size
-    first_labels = _token_labels(first_mask, grid).to(encoder.pos_embed.device)
+    first_labels = _token_labels(first_mask, grid).to(device_of(encoder))
     with ThreadPoolExecutor(_READING_THREADS) as pool:
         images = pool.map(partial(_read_resized, size=size), sequence.frames)
         tokens = _tokens(encoder, images, batch_size)
@@ -228,14 +228,10 @@ def segment_sequence(
             yield _mask_of(labels, grid, size, sequence.size)
 
 
-def _tokens(encoder: FLSLViT, images: Iterable[np.ndarray], batch_size: int) -> Iterator[Tensor]:
-    """(N, D) of each image; encoded in batches."""
-    device = encoder.pos_embed.device
-    mean = torch.tensor(IMAGENET_MEAN, device=device).view(3, 1, 1)
-    std = torch.tensor(IMAGENET_STD, device=device).view(3, 1, 1)
+def _tokens(encoder: Encoder, images: Iterable[np.ndarray], batch_size: int) -> Iterator[Tensor]:
+    """Yield the tokens (N, D) of each image, which are encoded in batches."""
     for batch in _batches(images, batch_size):
-        pixels = torch.from_numpy(np.stack(batch)).to(device).permute(0, 3, 1, 2).float()
-        tokens = encoder.forward_tokens((pixels - mean) / std)
+        tokens = encode_images(encoder, np.stack(batch))
         if not tokens.isfinite().all():
             raise InputError(
                 "the encoder's tokens are not finite numbers; check the weights it was given."
@@ -259,7 +255,7 @@ def _read_resized(path: Path, size: tuple[int, int]) -> np.ndarray:
 
 
 def _token_labels(mask: np.ndarray, grid: tuple[int, int]) -> Tensor:
-    """One-hot (N, 1 + objects): each token is what lies at the centre of its patch."""
+    """Label each token by the centre of its patch, one-hot (N, 1 + objects)."""
     small = Image.fromarray(mask).resize(grid[::-1], Image.Resampling.NEAREST)
     indexes = torch.from_numpy(np.array(small)).long().flatten()
     return F.one_hot(indexes, int(mask.max()) + 1).float()
@@ -268,15 +264,14 @@ def _token_labels(mask: np.ndarray, grid: tuple[int, int]) -> Tensor:
 def _mask_of(
     labels: Tensor, grid: tuple[int, int], size: tuple[int, int], original: tuple[int, int]
 ) -> np.ndarray:
-    """Soft labels (N, K) of tokens to indexes (H, W) of pixels.
+    """Turn soft labels (N, K) of tokens into indexes (H, W) of pixels.
 
-    Each label is enlarged to the encoder's image and stretched to 0 to 1, so that a small object,
-    whose label fades most, can still win; the largest does.
+    Each label is enlarged to the encoder's image and stretched to 0 to 1, because the label of a
+    small object fades most; then the largest wins.
     """
     maps = labels.T.unflatten(1, grid)[None]
     maps = F.interpolate(maps, size=size, mode="bilinear", align_corners=False)[0]
     low, high = maps.amin((1, 2), keepdim=True), maps.amax((1, 2), keepdim=True)
-    # A label that is the same everywhere has nothing to stretch but rounding.
     flat = high - low < _FLAT
     stretched = torch.where(flat, maps, (maps - low) / (high - low).clamp_min(_FLAT))
     mask = Image.fromarray(stretched.argmax(0).to(torch.uint8).cpu().numpy())

@@ -1,4 +1,4 @@
-"""The evaluation of an encoder on a split of DAVIS."""
+"""Evaluation of an encoder on a split of DAVIS: masks, scores and failures."""
 
 from __future__ import annotations
 
@@ -32,9 +32,8 @@ from flsl_d2.evaluation.davis.sequences import (
     sequence_names,
     write_indexed_png,
 )
-from flsl_d2.evaluation.features import RANDOM, frozen_encoder, usable_device
+from flsl_d2.evaluation.features import RANDOM, Encoder, frozen_encoder, usable_device
 from flsl_d2.files import writable_folder, write_text
-from flsl_d2.modeling import FLSLViT
 
 __all__ = [
     "DavisRun",
@@ -45,6 +44,8 @@ __all__ = [
     "run_davis",
     "score_sequence",
 ]
+
+logger = logging.getLogger("detectron2.flsl_d2.evaluation")
 
 _COLUMNS = ("J&F", "J", "J rec.", "J dec.", "F", "F rec.", "F dec.")
 
@@ -58,16 +59,16 @@ class Scores:
 
     @property
     def both(self) -> float:
-        """J&F: the average of the two means."""
+        """J&F, the average of the two means."""
         return (self.region.mean + self.boundary.mean) / 2
 
     def as_json(self) -> dict[str, Any]:
-        """By the names that papers use."""
+        """Return all numbers by the names that papers use."""
         return {"J&F": self.both, "J": self.region._asdict(), "F": self.boundary._asdict()}
 
 
 def average(scores: Ordered[Scores]) -> Scores:
-    """The average of each number over objects; one or more."""
+    """Average each number over one or more objects."""
     region = np.mean([each.region for each in scores], axis=0)
     boundary = np.mean([each.boundary for each in scores], axis=0)
     return Scores(Statistics(*region.tolist()), Statistics(*boundary.tolist()))
@@ -75,13 +76,13 @@ def average(scores: Ordered[Scores]) -> Scores:
 
 @dataclass
 class Results:
-    """Of a run, in the order of the sequences.
+    """Results of a run, in the order of the sequences.
 
     Attributes:
-        objects: by sequence, its objects' scores by their index in the masks; no objects where
-            masks were written without being scored.
-        frames: by sequence, how many it has.
-        failed: by sequence, why it has no result.
+        objects: scores of each sequence by the index of the object in the masks; empty where masks
+            were written without being scored.
+        frames: number of frames of each sequence.
+        failed: reason of each sequence that has no result.
     """
 
     objects: dict[str, Mapping[int, Scores]] = field(default_factory=dict)
@@ -89,12 +90,12 @@ class Results:
     failed: dict[str, str] = field(default_factory=dict)
 
     def overall(self) -> Scores | None:
-        """The average over all objects of all sequences, as the benchmark has it; None without."""
+        """Average over all objects of all sequences, as the benchmark does; None without any."""
         every = [scores for objects in self.objects.values() for scores in objects.values()]
         return average(every) if every else None
 
     def as_json(self) -> dict[str, Any]:
-        """All of it; measures are 0 to 1."""
+        """Return all numbers; measures are 0 to 1."""
         overall = self.overall()
         return {
             "overall": overall.as_json() if overall else None,
@@ -115,7 +116,7 @@ class Results:
         }
 
     def table(self) -> str:
-        """For people: a row for each sequence and one overall; measures in percent."""
+        """Format a row for each sequence and one overall; measures are in percent."""
         width = max(len(name) for name in (*self.objects, *self.failed, "overall"))
         head = "".join(f"{name:>8}" for name in _COLUMNS)
         lines = [f"{'sequence':<{width}}  objects{head}"]
@@ -139,27 +140,24 @@ def _row(scores: Scores) -> str:
     return "".join(f"{100 * number:8.1f}" for number in numbers)
 
 
-logger = logging.getLogger("detectron2.flsl_d2.evaluation")
-
-
 @dataclass(frozen=True)
 class DavisRun:
-    """What is evaluated and how; the defaults are the protocol's.
+    """Data and settings of an evaluation; the defaults are the protocol's.
 
     Attributes:
-        root: the folder with JPEGImages, Annotations and ImageSets.
-        output: gets ``masks/<sequence>/<frame>.png``.
-        split: a list below ImageSets/<year>, such as ``val``.
-        year: of the lists.
+        root: folder with JPEGImages, Annotations and ImageSets.
+        output: folder that gets ``masks/<sequence>/<frame>.png``.
+        split: list below ImageSets/<year>, such as ``val``.
+        year: folder of the lists.
         resolution: folder below JPEGImages and Annotations.
         short_side: see :func:`flsl_d2.evaluation.davis.frame_size`.
-        propagation: of the labels.
-        batch_size: frames that are encoded together; does not change the protocol.
-        score: whether there are masks of all frames to compare with; otherwise the first frame's
-            are enough and the masks are only written, as for the benchmark's server.
+        propagation: settings of the propagation of labels.
+        batch_size: number of frames that are encoded together; does not change the protocol.
+        score: compare with the masks of all frames. Otherwise those of the first frames are
+            enough, and the masks are only written, as for the benchmark's server.
 
     Raises:
-        InputError: a batch without frames.
+        InputError: the batch size is below 1.
     """
 
     root: Path
@@ -178,17 +176,17 @@ class DavisRun:
 
 
 def run_davis(run: DavisRun, weights: str, device: str, json_file: Path | None = None) -> Results:
-    """Evaluate a weight file, print the table and write the JSON; what ``eval_davis.py`` does.
+    """Evaluate a weight file, print the table and write the results as JSON.
 
     Args:
-        run: what and how.
+        run: data and settings.
         weights: see :func:`flsl_d2.evaluation.features.frozen_encoder`.
-        device: as PyTorch names it.
-        json_file: results with all settings; ``results.json`` in the output folder by default.
+        device: PyTorch's name of the device.
+        json_file: file for results and settings; ``results.json`` in the output folder by default.
 
     Raises:
-        InputError: nothing can be evaluated; or, after all results are written, that some
-            sequences failed.
+        InputError: nothing can be evaluated; or, after all results are written, some sequences
+            have failed.
     """
     on = usable_device(device)
     sequence_names(run.root, run.year, run.split, run.resolution)
@@ -196,9 +194,10 @@ def run_davis(run: DavisRun, weights: str, device: str, json_file: Path | None =
     writable_folder(json_file.parent)
     encoder = frozen_encoder(weights).to(on)
     if weights == RANDOM:
-        logger.warning("The encoder is an untrained ViT-S/16: its scores are a floor, no result.")
+        logger.warning("The encoder is an untrained ViT-S/16; its scores are a lower reference.")
     results = evaluate_davis(encoder, run)
-    settings = {"weights": weights, "encoder": encoder.architecture, **asdict(run)}
+    architecture = getattr(encoder, "architecture", None)
+    settings = {"weights": weights, "encoder": architecture, **asdict(run)}
     content = {"settings": settings, **results.as_json()}
     write_text(json_file, json.dumps(content, indent=1, default=str) + "\n")
     print(results.table())
@@ -206,20 +205,20 @@ def run_davis(run: DavisRun, weights: str, device: str, json_file: Path | None =
     if results.failed:
         raise InputError(
             f"{len(results.failed)} of {len(results.failed) + len(results.objects)} sequences "
-            f"failed ({', '.join(results.failed)}) and are not in the overall numbers; mend their "
-            "files and run again."
+            f"failed ({', '.join(results.failed)}) and are not in the overall numbers; repair "
+            "their files and run again."
         )
     return results
 
 
-def evaluate_davis(encoder: FLSLViT, run: DavisRun) -> Results:
+def evaluate_davis(encoder: Encoder, run: DavisRun) -> Results:
     """Segment, write and score every sequence of a split.
 
     A sequence that fails does not stop the others.
 
     Args:
         encoder: in evaluation mode, on the device to use.
-        run: what and how.
+        run: data and settings.
 
     Raises:
         InputError: the split cannot be found, nothing can be written, or the short side is
@@ -229,7 +228,7 @@ def evaluate_davis(encoder: FLSLViT, run: DavisRun) -> Results:
     writable_folder(run.output / "masks")
     results, sequences = Results(), []
     for name in sequence_names(run.root, run.year, run.split, run.resolution):
-        # Masks of an earlier run must not pass for those of a sequence that fails in this one.
+        # A sequence that fails in this run must not keep the masks of an earlier run.
         shutil.rmtree(run.output / "masks" / name, ignore_errors=True)
         try:
             sequences.append(find_sequence(run.root, run.resolution, name, all_masks=run.score))
@@ -252,22 +251,22 @@ def evaluate_davis(encoder: FLSLViT, run: DavisRun) -> Results:
 
 
 def score_sequence(sequence: Sequence, masks: Ordered[np.ndarray]) -> dict[int, Scores]:
-    """J and F of each object of the first frame; the first and the last frame do not count.
+    """Score each object of the first frame; the first and the last frame do not count.
 
     Args:
         sequence: with masks of all its frames.
-        masks: the results, (H, W) uint8 indexes for every frame.
+        masks: predicted masks, (H, W) uint8 indexes, of every frame.
 
     Returns:
         Scores by index, from 1 to the largest in the first frame.
     """
     objects = range(1, int(read_mask(sequence.masks[0]).max()) + 1)
-    with ThreadPoolExecutor() as pool:  # most of the time goes to OpenCV, outside Python's lock
+    with ThreadPoolExecutor() as pool:  # OpenCV releases Python's lock
         score = partial(_score_frame, objects=objects)
         frames = list(pool.map(score, masks[1:-1], sequence.masks[1:-1]))
     values = np.array(frames)  # (frames, objects, 2)
     return {
-        index: Scores(statistics(values[:, i, 0]), statistics(values[:, i, 1]))
+        index: Scores(*(statistics(values[:, i, j].tolist()) for j in (0, 1)))
         for i, index in enumerate(objects)
     }
 
@@ -279,12 +278,12 @@ def _score_frame(mask: np.ndarray, path: Path, objects: range) -> list[tuple[flo
 
 
 def _segment_and_write(
-    encoder: FLSLViT, sequence: Sequence, run: DavisRun, progress: tqdm
+    encoder: Encoder, sequence: Sequence, run: DavisRun, progress: tqdm
 ) -> list[np.ndarray]:
-    """All masks of a sequence; its folder appears when it is complete."""
+    """Segment a sequence and write its masks to a folder that appears when it is complete."""
     folder = run.output / "masks" / sequence.name
     part = folder.with_name(f".{folder.name}.part")
-    shutil.rmtree(part, ignore_errors=True)  # of a run that was stopped
+    shutil.rmtree(part, ignore_errors=True)  # left by a run that was stopped
     part.mkdir()
     masks = []
     try:

@@ -1,4 +1,4 @@
-"""Sequences in DAVIS's folders, checked before anything is computed from them.
+"""Sequences in the folders of DAVIS, checked before anything is computed from them.
 
 Below the root lie ``ImageSets/<year>/<split>.txt`` with a name on each line, and
 ``JPEGImages/<resolution>/<name>/00000.jpg``, ``Annotations/<resolution>/<name>/00000.png``, ...
@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from flsl_d2.data.images import read_rgb
+from flsl_d2.data.images import picture_size, read_rgb
 from flsl_d2.errors import InputError
 
 __all__ = [
@@ -32,10 +32,10 @@ VOID = 255  # index of pixels that belong to nothing
 
 
 def davis_palette() -> np.ndarray:
-    """(256, 3) uint8 RGB: the colours of PASCAL VOC, which DAVIS uses too.
+    """Return the colours of PASCAL VOC, which DAVIS uses as well: (256, 3) uint8 RGB.
 
-    An index's bits 0, 3, 6 make its red, 1, 4, 7 its green and 2, 5 its blue, the lowest bit of
-    the index becoming the highest of the colour.
+    Bits 0, 3, 6 of an index make its red, 1, 4, 7 its green and 2, 5 its blue; the lowest bit of
+    the index becomes the highest of the colour.
     """
     bits = np.unpackbits(np.arange(256, dtype=np.uint8)[:, None], axis=1, bitorder="little")
     bits = np.pad(bits, ((0, 0), (0, 1)))  # (256, 9): index = 3 * place + channel
@@ -44,21 +44,20 @@ def davis_palette() -> np.ndarray:
 
 
 def read_indexed_png(path: Path) -> np.ndarray:
-    """Read a mask: (H, W) uint8 indexes.
+    """Read a mask, (H, W) uint8 indexes.
 
-    DAVIS 2016 has grey masks of 0 and 255, in which 255 is the object; they are read as 0 and 1.
-    In masks with a palette 255 is void.
+    The greyscale masks of DAVIS 2016, which have no other values than 0 and 255, have no palette in
+    which 255 could be void: it is the object there, and read as 1.
 
     Raises:
-        InputError: the file cannot be read, or its pixels are no indexes (a colour image).
+        InputError: the file cannot be read, or its pixels are colours instead of indexes.
     """
     try:
         with Image.open(path) as image:
-            if image.mode == "1":
-                return np.array(image).astype(np.uint8)
-            if image.mode == "L":
-                mask = np.array(image)
-                return mask // VOID if np.isin(mask, (0, VOID)).all() else mask
+            if image.mode in ("1", "L"):
+                mask = np.array(image).astype(np.uint8)
+                two_values = image.mode == "L" and np.isin(mask, (0, VOID)).all()
+                return mask // VOID if two_values else mask
             if image.mode != "P":
                 raise InputError(
                     f"mask '{path}' has pixels of mode {image.mode}, not 8-bit indexes; "
@@ -85,12 +84,12 @@ _LEAST_SCORED_FRAMES = 3  # the first and the last do not count
 
 @dataclass(frozen=True)
 class Sequence:
-    """A video whose files are all there and of one size.
+    """A video all of whose files exist and have one size.
 
     Attributes:
         name: of its folders.
-        frames: the images, in order.
-        masks: one a frame, or the first frame's alone.
+        frames: image files, in order.
+        masks: file for each frame, or for the first frame alone.
         size: height and width in pixels.
     """
 
@@ -101,10 +100,17 @@ class Sequence:
 
 
 def sequence_names(root: Path, year: str, split: str, resolution: str) -> list[str]:
-    """The sequences of a split, in the order of its list.
+    """Return the names of the sequences of a split, in the order of its list.
+
+    Args:
+        root: folder of DAVIS.
+        year: folder below ImageSets, such as ``2017``.
+        split: name of the list, such as ``val``.
+        resolution: folder below JPEGImages and Annotations, such as ``480p``.
 
     Raises:
-        InputError: no DAVIS there, no such split, or its list is empty or of another kind.
+        InputError: the folder is not DAVIS's, the split does not exist, or its list is empty or
+            has another format.
     """
     images, lists = root / "JPEGImages" / resolution, root / "ImageSets" / year
     for folder in (images, lists):
@@ -116,7 +122,7 @@ def sequence_names(root: Path, year: str, split: str, resolution: str) -> list[s
     path = lists / f"{split}.txt"
     if not path.is_file():
         known = ", ".join(sorted(each.stem for each in lists.glob("*.txt"))) or "none"
-        raise InputError(f"'{path}' does not exist; splits that are there: {known}.")
+        raise InputError(f"'{path}' does not exist; splits that exist: {known}.")
     lines = path.read_text(encoding="utf-8").splitlines()
     names = list(dict.fromkeys(line.strip() for line in lines if line.strip()))
     if not names:
@@ -131,16 +137,16 @@ def sequence_names(root: Path, year: str, split: str, resolution: str) -> list[s
 
 
 def find_sequence(root: Path, resolution: str, name: str, all_masks: bool = True) -> Sequence:
-    """A sequence's files, with all that can be known of them without decoding pixels.
+    """Find the files of a sequence, and check what can be checked without decoding pixels.
 
     Args:
-        root: of DAVIS.
+        root: folder of DAVIS.
         resolution: folder below JPEGImages and Annotations, such as ``480p``.
         name: of the sequence.
-        all_masks: every frame needs its mask; otherwise the first frame alone.
+        all_masks: whether every frame needs its mask; otherwise only the first does.
 
     Raises:
-        InputError: a frame or mask is missing, unreadable, or of another size.
+        InputError: a frame or mask is missing, unreadable, or has another size.
     """
     frames = sorted((root / "JPEGImages" / resolution / name).glob("*.jpg"))
     folder = root / "Annotations" / resolution / name
@@ -164,7 +170,7 @@ def find_sequence(root: Path, resolution: str, name: str, all_masks: bool = True
         if _size(path) != size:
             raise InputError(
                 f"'{path}' has {_text(_size(path))} pixels, but the first frame has "
-                f"{_text(size)}; all of a sequence must have one size."
+                f"{_text(size)}; all files of a sequence must have one size."
             )
     return Sequence(name, tuple(frames), tuple(masks), size)
 
@@ -184,10 +190,9 @@ def read_frame(path: Path) -> np.ndarray:
 
 
 def read_mask(path: Path) -> np.ndarray:
-    """Read a mask, (H, W) uint8: 0 is the background, and 1, 2, ... are the objects.
+    """Read a mask, (H, W) uint8: 0 is the background, 1, 2, ... are the objects.
 
-    Pixels that belong neither to an object nor to the background (void) count as background, as
-    in the benchmark where the first mask is given.
+    Void pixels (255) count as background, as in the benchmark's evaluation.
 
     Raises:
         InputError: the file is no readable indexed mask.
@@ -198,7 +203,7 @@ def read_mask(path: Path) -> np.ndarray:
 
 
 def _check_numbers(frames: list[Path]) -> None:
-    """Numbers rise by one step; a frame that is missing with its mask is found by nothing else."""
+    """Check that the numbers of frames rise evenly: a frame may be missing with its mask."""
     if not all(frame.stem.isdecimal() for frame in frames):
         return
     numbers = [int(frame.stem) for frame in frames]
@@ -217,13 +222,11 @@ def _check_no_more(folder: Path, masks: list[Path]) -> None:
 
 
 def _size(path: Path) -> tuple[int, int]:
+    """Height and width of an image file, without decoding its pixels."""
     try:
-        with Image.open(path) as image:
-            return image.height, image.width
-    except Exception as error:  # Pillow's readers raise many kinds for damaged files
-        raise InputError(
-            f"'{path}' cannot be read ({type(error).__name__}); download it again."
-        ) from error
+        return picture_size(str(path))[0]
+    except OSError as error:
+        raise InputError(f"'{path}' cannot be read ({error}); download it again.") from error
 
 
 def _text(size: tuple[int, int]) -> str:

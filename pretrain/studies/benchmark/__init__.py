@@ -1,1 +1,1 @@
-"""Speed and memory: measured side by side, on whatever machine this is."""
+"""Benchmarks of speed and memory, side by side with a reference."""

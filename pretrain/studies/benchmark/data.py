@@ -1,4 +1,4 @@
-"""From image files to updated weights, with the loader's own workers."""
+"""Benchmarks from image files to views, and on to updated weights with the loader's workers."""
 
 from __future__ import annotations
 
@@ -39,12 +39,12 @@ __all__ = [
 
 
 def benchmark_data(args: argparse.Namespace) -> None:
-    """Images/s of each division of work between worker and device, and of decoding alone."""
+    """Measure each division of work between worker and device, and decoding alone."""
     torch.set_num_threads(1)
     cv2.setNumThreads(0)
     cfg = load_lazy_config(args.config_file, args.opts)
     files = find_images(args.images)[: args.num_images]
-    places = itertools.count()
+    epochs = itertools.count()
 
     def over_files(make: Callable[[int, str], object]) -> Callable[[], Callable[[], None]]:
         def run() -> None:
@@ -52,6 +52,9 @@ def benchmark_data(args: argparse.Namespace) -> None:
                 make(index, file)
 
         return lambda: run
+
+    def views_of(dataset: PretrainDataset) -> Callable[[int, str], object]:
+        return lambda index, _: dataset[next(epochs), index]
 
     steps = {}
     if args.reference_module:
@@ -65,10 +68,8 @@ def benchmark_data(args: argparse.Namespace) -> None:
     for work, reduced in itertools.product(DEVICE_WORK, (False, True)):
         cfg.views.update(on_device=work, reduced_decoding=reduced)
         dataset = PretrainDataset(files, instantiate(cfg.views))
-        # Every repetition draws anew: the epoch is part of the seed.
-        steps[names[work] + "; reduced decoding" * reduced] = over_files(
-            lambda index, _, dataset=dataset: dataset[next(places), index]
-        )
+        # The epoch is part of the seed, so every repetition draws anew.
+        steps[names[work] + "; reduced decoding" * reduced] = over_files(views_of(dataset))
     steps["decoding alone"] = over_files(lambda _, file: read_rgb(file))
     device = torch.device("cpu")
     timings = time_in_turn(steps, args.repeats, args.warmup, device)
@@ -92,12 +93,12 @@ def benchmark_data(args: argparse.Namespace) -> None:
     )
 
 
-OURS = "flsl_d2"
-NO_FILES = "flsl_d2, a batch in memory"
+OWN = "flsl_d2"
+WITHOUT_FILES = "flsl_d2, a batch in memory"
 
 
 class _Run:
-    """Steps of a real run; without ``read``, of its first batch again and again."""
+    """Steps of a real run; without ``read``, steps on its first batch alone."""
 
     def __init__(
         self, args: argparse.Namespace, files: list[str], device: torch.device, read: bool = True
@@ -111,7 +112,7 @@ class _Run:
             model.compile_blocks()
         dataset = PretrainDataset(files, instantiate(cfg.views))
         batches = iter(build_pretrain_loader(dataset, args.batch_size, args.workers))
-        self.loader = _Waiting(batches if read else itertools.repeat(next(batches)))
+        self.loader = _TimedLoader(batches if read else itertools.repeat(next(batches)))
         self.trainer = PretrainTrainer(
             model,
             self.loader,
@@ -129,13 +130,14 @@ class _Run:
         self.trainer.iter += 1
 
 
-class _Waiting:
-    """A loader that notes how long it was waited for."""
+class _TimedLoader:
+    """Loader that records how long each batch was waited for."""
 
     def __init__(self, batches: Iterator[Any]) -> None:
-        self.batches, self.seconds = batches, []
+        self.batches = batches
+        self.seconds: list[float] = []
 
-    def __iter__(self) -> _Waiting:
+    def __iter__(self) -> _TimedLoader:
         return self
 
     def __next__(self) -> Any:
@@ -146,10 +148,10 @@ class _Waiting:
 
 
 def benchmark_end_to_end(args: argparse.Namespace) -> None:
-    """Images/s from files, and the share of the time in which the step waited for them.
+    """Measure training from files, and the share of the time in which the step waited for them.
 
-    Each side runs by itself for a round, from starting its workers to ending them: in turn step by
-    step, the workers of one would fetch ahead during the step of the other.
+    Each side runs alone for a round, from the start of its workers to their end. Were the sides to
+    take turns at each step, the workers of one would fetch ahead during the step of the other.
     """
     device = torch.device(args.device)
     if args.threads:
@@ -161,8 +163,8 @@ def benchmark_end_to_end(args: argparse.Namespace) -> None:
         sides["reference"] = lambda: make_run(
             files, args.batch_size, args.workers, device, args.precision
         )
-    sides[OURS] = lambda: _Run(args, files, device)
-    sides[NO_FILES] = lambda: _Run(args, files, device, read=False)
+    sides[OWN] = lambda: _Run(args, files, device)
+    sides[WITHOUT_FILES] = lambda: _Run(args, files, device, read=False)
     timings = {name: Timing(make) for name, make in sides.items()}
     waited = 0.0
     rounds = [name for _ in range(args.rounds) for name in sides]
@@ -171,17 +173,17 @@ def benchmark_end_to_end(args: argparse.Namespace) -> None:
         for _ in range(args.warmup):
             step()
         timings[name].seconds.append(seconds_of(step, args.repeats, device))
-        if name == OURS:
+        if isinstance(step, _Run) and name == OWN:
             waited += sum(step.loader.seconds[-args.repeats :])
         del step
-        gc.collect()  # its workers with it
+        gc.collect()  # ends its workers as well
     first = next(iter(sides))
     rows = [
         {
             "run": name,
             "images/s": timing.rate(args.batch_size * args.repeats),
             f"ratio to {first}": timing.speed_against(timings[first]),
-            "data wait": waited / sum(timing.seconds) if name == OURS else None,
+            "data wait": waited / sum(timing.seconds) if name == OWN else None,
         }
         for name, timing in timings.items()
     ]

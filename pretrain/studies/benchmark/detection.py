@@ -31,16 +31,18 @@ SIZES = {"s": (384, 12, 6), "b": (768, 12, 12), "l": (1024, 24, 16)}
 
 
 def pyramids(size: str, image_side: int, use_rel_pos: bool) -> dict[str, nn.Module]:
-    """ViTDet's backbone by Detectron2 and by this project: windows of 14, four global blocks.
+    """Build ViTDet's backbone by Detectron2 and by this project, with the same weights.
+
+    Both have windows of 14 tokens and four global blocks.
 
     Args:
-        size: ``s``, ``b`` or ``l``, patch 16.
-        image_side: pixels of the square images that positions are made for.
-        use_rel_pos: decomposed relative positions.
+        size: ``s``, ``b`` or ``l``, with patches of 16 pixels.
+        image_side: side in pixels of the square images that positions are made for.
+        use_rel_pos: whether attention has decomposed relative positions.
     """
     width, depth, heads = SIZES[size]
     blocks = [i for i in range(depth) if (i + 1) % (depth // 4)]
-    theirs = detectron2_vit.ViT(
+    reference = detectron2_vit.ViT(
         img_size=image_side,
         patch_size=16,
         embed_dim=width,
@@ -54,7 +56,7 @@ def pyramids(size: str, image_side: int, use_rel_pos: bool) -> dict[str, nn.Modu
         pretrain_img_size=image_side,
         out_feature="last_feat",
     )
-    ours = FLSLViT(
+    own = FLSLViT(
         img_size=image_side,
         embed_dim=width,
         depth=depth,
@@ -65,8 +67,8 @@ def pyramids(size: str, image_side: int, use_rel_pos: bool) -> dict[str, nn.Modu
         final_norm=False,
         learned_positions=True,
     )
-    shared = {k: v for k, v in theirs.state_dict().items() if k in ours.state_dict()}
-    ours.load_state_dict(shared)
+    shared = {k: v for k, v in reference.state_dict().items() if k in own.state_dict()}
+    own.load_state_dict(shared)
     arguments: dict[str, Any] = {
         "in_feature": "last_feat",
         "out_channels": 256,
@@ -76,14 +78,14 @@ def pyramids(size: str, image_side: int, use_rel_pos: bool) -> dict[str, nn.Modu
     }
     return {
         "detectron2": detectron2_vit.SimpleFeaturePyramid(
-            net=theirs, square_pad=image_side, **arguments
+            net=reference, square_pad=image_side, **arguments
         ),
-        "flsl_d2": SimpleFeaturePyramid(net=ours, square_pad=image_side, **arguments),
+        "flsl_d2": SimpleFeaturePyramid(net=own, square_pad=image_side, **arguments),
     }
 
 
 def _images(batch_size: int, side: int, device: torch.device) -> list[dict[str, Any]]:
-    """Noise with ten boxes and masks an image, as Detectron2's models take it."""
+    """Make images of noise with ten boxes and masks each, as Detectron2's models take them."""
     generator = torch.Generator().manual_seed(0)
     inputs = []
     for _ in range(batch_size):
@@ -103,26 +105,27 @@ def _images(batch_size: int, side: int, device: torch.device) -> list[dict[str, 
 
 
 def benchmark_detection(args: argparse.Namespace) -> None:
-    """Images/s and memory of training steps and inference, ours and Detectron2's in turn."""
+    """Measure training steps and inference of this project and of Detectron2 in turn."""
     device = torch.device(args.device)
     if args.threads:
         torch.set_num_threads(args.threads)
     precision = resolve_precision(args.precision, device.type)
     dtype = PRECISIONS[precision]
     mixed = torch.autocast(device.type, dtype or torch.bfloat16, enabled=dtype is not None)
+    inputs: Any
     if args.backbone_only:
         inputs = torch.randn(args.batch_size, 3, args.size, args.size, device=device)
     else:
         inputs = _images(args.batch_size, args.size, device)
 
-    def made(name: str, run: type[_Training] | type[_Inference]) -> _Training | _Inference:
-        torch.manual_seed(0)  # the same detector around both
+    def build(name: str, run: type[_Training] | type[_Inference]) -> _Training | _Inference:
+        torch.manual_seed(0)  # both get the same detector
         backbone = pyramids(args.model, args.size, args.rel_pos)[name]
         model = backbone if args.backbone_only else _mask_rcnn(backbone)
         return run(model.to(device), inputs, mixed)
 
     makers = {
-        f"{name}, {what}": partial(made, name, run)
+        f"{name}, {what}": partial(build, name, run)
         for name in ("detectron2", "flsl_d2")
         for what, run in (("training", _Training), ("inference", _Inference))
     }
@@ -176,8 +179,8 @@ class _Training:
         self.loss().backward()
 
     def loss(self) -> Tensor:
-        """Of the detector; of a backbone alone a number that depends on all of its output."""
-        with self.mixed, EventStorage():  # which the detector's heads write to
+        """Return the detector's loss, or a number that depends on all outputs of a backbone."""
+        with self.mixed, EventStorage():  # the detector's heads write to the storage
             out = self.model(self.inputs)
             if isinstance(self.inputs, Tensor):
                 return sum(level.float().square().mean() for level in out.values())

@@ -1,4 +1,4 @@
-"""What a benchmark prints and writes: a table of ratios, and JSON that says on what it ran."""
+"""Timing and memory of several functions in turn, and the table and JSON of the results."""
 
 from __future__ import annotations
 
@@ -16,11 +16,13 @@ from typing import Any
 
 import cv2
 import torch
+from tabulate import tabulate
 from torch import Tensor
 from tqdm import tqdm
 
 from flsl_d2.engine.launch import usable_cores
 from flsl_d2.errors import InputError
+from flsl_d2.files import write_text
 
 __all__ = [
     "Timing",
@@ -36,12 +38,12 @@ __all__ = [
 
 @dataclass
 class Timing:
-    """Repeated measurements of one thing.
+    """Repeated measurements of a function.
 
     Attributes:
-        function: the thing; None where the GPU is too small for it, and there are no seconds then.
-        seconds: of each repetition, in the order of measurement.
-        peak_bytes: the most memory that the GPU holds for it alone; None on a CPU.
+        function: measured function; None where it does not fit into the GPU's memory.
+        seconds: duration of each repetition, in the order of measurement.
+        peak_bytes: largest GPU memory of the function alone; None on a CPU.
     """
 
     function: Callable[[], Any] | None
@@ -50,29 +52,30 @@ class Timing:
 
     @property
     def median(self) -> float | None:
-        """Median of the seconds."""
+        """Median duration; None without measurements."""
         return statistics.median(self.seconds) if self.seconds else None
 
     @property
     def peak_gib(self) -> float | str | None:
-        """Peak memory for a table."""
+        """Peak memory in GiB as a table shows it."""
         if self.function is None:
             return "out of memory"
         return self.peak_bytes / 2**30 if self.peak_bytes else None
 
     def rate(self, count: int) -> float | None:
-        """So many things a repetition, as things per second."""
-        return count / self.median if self.seconds else None
+        """Return the throughput in items a second, for ``count`` items a repetition."""
+        return count / statistics.median(self.seconds) if self.seconds else None
 
     def speed_against(self, other: Timing) -> float | None:
-        """How many times as fast as another, measured in turn: the median over the rounds.
+        """Return the speed as a multiple of another's: the median ratio over the rounds.
 
-        What slows the machine for a while slows both of a round, so their ratio stays.
+        A load that slows the machine for a while slows both functions of a round, so that their
+        ratio stays.
         """
         if not (self.seconds and other.seconds):
             return None
         pairs = zip(other.seconds, self.seconds, strict=True)
-        return statistics.median(theirs / ours for theirs, ours in pairs)
+        return statistics.median(reference / own for reference, own in pairs)
 
 
 def time_in_turn(
@@ -81,16 +84,16 @@ def time_in_turn(
     warmup: int,
     device: torch.device,
 ) -> dict[str, Timing]:
-    """Time functions A, B, A, B, ..., so that what the machine does beside them hits all alike.
+    """Time functions in turn (A, B, A, B), so that other load on the machine affects all alike.
 
-    On a GPU each is first made and run by itself, for its memory; those that do not fit are left
-    out.
+    On a GPU each function is first made and run alone, to measure its memory; functions that do
+    not fit are left out.
 
     Args:
-        makers: what makes each function, by name.
-        repeats: measurements of each.
-        warmup: runs of each before the first measurement (compilation, caches, clocks).
-        device: is waited for before and after each run.
+        makers: functions that make the functions to time, by name.
+        repeats: number of measurements of each.
+        warmup: number of runs of each before the first measurement (compilation, caches, clocks).
+        device: device to wait for before and after each run.
     """
     if device.type == "cuda":
         peaks = {name: _peak_alone(make, device) for name, make in makers.items()}
@@ -100,18 +103,20 @@ def time_in_turn(
         name: Timing(None if peaks[name] is None else make(), peak_bytes=peaks[name] or None)
         for name, make in makers.items()
     }
-    timed = [timing for timing in timings.values() if timing.function]
     rounds = tqdm(range(-warmup, repeats), desc="benchmark", unit="round", disable=None)
     for number in rounds:
-        for timing in timed:
-            seconds = seconds_of(timing.function, 1, device)
-            if number >= 0:
+        for timing in timings.values():
+            seconds = seconds_of(timing.function, 1, device) if timing.function else 0.0
+            if timing.function and number >= 0:
                 timing.seconds.append(seconds)
     return timings
 
 
 def _peak_alone(make: Callable[[], Callable[[], Any]], device: torch.device) -> int | None:
-    """Peak of making it and running it twice, as optimisers take memory in the first step only."""
+    """Return the peak of making a function and running it twice, or None if it does not fit.
+
+    The second run counts because optimisers take their memory in the first one.
+    """
     gc.collect()
     torch.cuda.empty_cache()
     torch.cuda.reset_peak_memory_stats(device)
@@ -125,7 +130,7 @@ def _peak_alone(make: Callable[[], Callable[[], Any]], device: torch.device) -> 
 
 
 def seconds_of(function: Callable[[], Any], times: int, device: torch.device) -> float:
-    """How long so many calls take, from an idle device to an idle device."""
+    """Return the duration of some calls, from an idle device to an idle device."""
     _wait(device)
     start = time.perf_counter()
     for _ in range(times):
@@ -140,14 +145,14 @@ def _wait(device: torch.device) -> None:
 
 
 def stored_for_backward(forward: Callable[[], Any], model: torch.nn.Module) -> int:
-    """Bytes that a forward pass keeps for its backward pass, without the model's own weights.
+    """Count the bytes that a forward pass keeps for its backward pass, without the weights.
 
-    It is the part of a step's memory that grows with the batch, and can be counted on a CPU, too.
-    Memory that several saved tensors share counts once.
+    They are the part of a step's memory that grows with the batch, and can be counted on a CPU as
+    well. Memory that several saved tensors share counts once.
 
     Args:
-        forward: runs the forward pass; its result is kept alive while counting.
-        model: whose parameters and buffers do not count.
+        forward: function that runs the forward pass.
+        model: model whose parameters and buffers do not count.
     """
     own = {t.untyped_storage().data_ptr() for t in [*model.parameters(), *model.buffers()]}
     seen: dict[int, int] = {}
@@ -157,7 +162,7 @@ def stored_for_backward(forward: Callable[[], Any], model: torch.nn.Module) -> i
         storage = tensor.untyped_storage()
         if storage.data_ptr() not in own:
             seen[storage.data_ptr()] = storage.nbytes()
-            keep.append(tensor)  # a freed address would be used again and counted once
+            keep.append(tensor)  # otherwise its address could be used again and counted once
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
@@ -166,17 +171,19 @@ def stored_for_backward(forward: Callable[[], Any], model: torch.nn.Module) -> i
 
 
 def reference_function(path: str, name: str) -> Callable[..., Any]:
-    """Function ``name`` of the Python file ``path``.
+    """Return a function of a Python file, which is run.
 
     Raises:
-        InputError: no such file, or no such function in it.
+        InputError: the file does not exist, or has no such function.
     """
     if not Path(path).is_file():
         raise InputError(f"--reference-module is '{path}', which is no file; give a Python file.")
     spec = importlib.util.spec_from_file_location("benchmark_reference", path)
+    if spec is None or spec.loader is None:
+        raise InputError(f"--reference-module '{path}' does not end in .py; give a Python file.")
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
-    function = getattr(module, name, None)
+    function: Callable[..., Any] | None = getattr(module, name, None)
     if function is None:
         raise InputError(
             f"--reference-module '{path}' has no function {name}; see "
@@ -186,7 +193,7 @@ def reference_function(path: str, name: str) -> Callable[..., Any]:
 
 
 def machine(device: torch.device) -> dict[str, Any]:
-    """What the figures were measured on."""
+    """Describe the machine and the software that the figures were measured on."""
     processor = platform.processor() or platform.machine()
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
@@ -206,19 +213,15 @@ def machine(device: torch.device) -> dict[str, Any]:
 
 
 def print_table(rows: Sequence[dict[str, Any]]) -> None:
-    """Rows as a Markdown table; a value that is None was not measured."""
-    columns = list(rows[0])
-    cells = [[_cell(row.get(column)) for column in columns] for row in rows]
-    widths = [max(len(c), *(len(r[i]) for r in cells)) for i, c in enumerate(columns)]
-    for line in (columns, ["-" * width for width in widths], *cells):
-        print("| " + " | ".join(c.ljust(w) for c, w in zip(line, widths, strict=True)) + " |")
+    """Print rows as a Markdown table; a value that is None was not measured."""
+    cells = [{column: _cell(value) for column, value in row.items()} for row in rows]
+    print(tabulate(cells, headers="keys", tablefmt="github", disable_numparse=True))
 
 
-def write_json(path: str | None, device: torch.device, **content: Any) -> None:
-    """Write the figures with the machine; nothing where there is no path."""
+def write_json(path: str | Path | None, device: torch.device, **content: Any) -> None:
+    """Write the figures with the machine that they were measured on; nothing without a path."""
     if path:
-        text = json.dumps({"machine": machine(device), **content}, indent=1)
-        Path(path).write_text(text + "\n")
+        write_text(path, json.dumps({"machine": machine(device), **content}, indent=1) + "\n")
 
 
 def _cell(value: Any) -> str:

@@ -1,22 +1,22 @@
-"""How step time and memory grow with batch, resolution, number of local crops and centroids."""
+"""Growth of step time and memory with batch, resolution, number of local crops and centroids."""
 
 from __future__ import annotations
 
 import argparse
 from functools import partial
-from pathlib import Path
+from typing import Any
 
 import torch
-from matplotlib.figure import Figure
 from tqdm import tqdm
 
+from flsl_d2.visualization.figures import new_figure, save_figure
 from pretrain.studies.benchmark.measuring import print_table, time_in_turn, write_json
 from pretrain.studies.benchmark.step import Step
 
 __all__ = ["benchmark_scaling"]
 
-AXES = {
-    "batch": ("images a step", None),
+AXES: dict[str, tuple[str, tuple[int, ...]]] = {
+    "batch": ("images a step", ()),  # the values of --batches
     "views.global_size": ("pixels of the global views", (112, 160, 224, 288)),
     "views.num_local": ("local views", (0, 2, 4, 8)),
     "model.head.num_centroids": ("centroids K", (1024, 4096, 16384, 65536)),
@@ -29,14 +29,14 @@ def benchmark_scaling(args: argparse.Namespace) -> None:
     if args.threads:
         torch.set_num_threads(args.threads)
     plan = [("batch", batch) for batch in args.batches]
-    plan += [(key, value) for key, (_, values) in AXES.items() if values for value in values]
+    plan += [(key, value) for key, (_, values) in AXES.items() for value in values]
     rows = []
     for key, value in tqdm(plan, desc="scaling", disable=None):
         batch = value if key == "batch" else args.batch_size
         overrides = args.opts if key == "batch" else [*args.opts, f"{key}={value}"]
         make = partial(Step, args.config_file, overrides, batch, device, args.precision)
         timing = time_in_turn({"step": make}, args.repeats, args.warmup, device)["step"]
-        step = timing.function
+        step = timing.function if isinstance(timing.function, Step) else None
         rows.append(
             {
                 "what": key,
@@ -44,8 +44,8 @@ def benchmark_scaling(args: argparse.Namespace) -> None:
                 "s/step": timing.median,
                 "images/s": timing.rate(batch),
                 "peak GiB": timing.peak_gib,
-                "MiB kept for backward": step and step.stored_bytes() / 2**20,
-                "GFLOP/image": step and step.flops_per_image / 1e9,
+                "MiB kept for backward": step.stored_bytes() / 2**20 if step else None,
+                "GFLOP/image": step.flops_per_image / 1e9 if step else None,
             }
         )
         del step, timing
@@ -55,20 +55,20 @@ def benchmark_scaling(args: argparse.Namespace) -> None:
     write_json(args.json, device, rows=rows)
 
 
-def _draw(rows: list[dict], path: str) -> None:
-    figure = Figure(figsize=(14, 6), layout="constrained")
+def _draw(rows: list[dict[str, Any]], path: str) -> None:
+    """Draw time and memory over each axis."""
+    figure = new_figure(14, 6)
     axes = figure.subplots(2, len(AXES))
     for column, (key, (label, _)) in enumerate(AXES.items()):
-        of_key = [row for row in rows if row["what"] == key]
-        values = [row["value"] for row in of_key]
+        measured = [row for row in rows if row["what"] == key]
+        values = [row["value"] for row in measured]
         for line, (name, unit) in enumerate(
             (("s/step", "seconds a step"), ("MiB kept for backward", "MiB kept for backward"))
         ):
             axis = axes[line, column]
-            axis.plot(values, [row[name] for row in of_key], marker="o", color="#3b6fb6")
+            axis.plot(values, [row[name] for row in measured], marker="o", color="#0072b2")
             axis.set_ylim(bottom=0)
             axis.set_xlabel(label)
             axis.set_ylabel(unit if column == 0 else "")
             axis.grid(alpha=0.3)
-    Path(path).parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=110)
+    save_figure(figure, path)

@@ -1,11 +1,13 @@
-"""A whole pre-training step on a fixed batch: views to updated teacher."""
+"""Benchmark of a whole pre-training step on a fixed batch, from views to the updated teacher."""
 
 from __future__ import annotations
 
 import argparse
+import itertools
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
+from typing import Any
 
 import numpy as np
 import torch
@@ -40,7 +42,7 @@ __all__ = [
     "step_flops",
 ]
 
-# Dense bf16 / fp16 peak of cards by a part of the name that PyTorch reports (vendor's data sheets).
+# Dense bf16 and fp16 peak of GPUs, from the vendor's data sheets, by a part of PyTorch's name.
 PEAK_TFLOPS = {
     "H200": 989,
     "H100 PCIe": 756,
@@ -56,38 +58,40 @@ PEAK_TFLOPS = {
 
 
 def peak_tflops(device_name: str) -> float | None:
-    """The peak of a card; None where it is not listed."""
+    """Return the peak of a GPU in TFLOP/s; None where it is not listed."""
     return next((peak for part, peak in PEAK_TFLOPS.items() if part in device_name), None)
 
 
 def encoder_flops(encoder: FLSLViT, num_tokens: int, training: bool = False) -> int:
-    """Operations of one forward pass over an image of so many tokens.
+    """Count the floating-point operations of a forward pass over one image.
 
     Args:
-        encoder: the encoder.
-        num_tokens: of the image.
-        training: whether stochastic depth leaves branches out; then it is the mean.
+        encoder: encoder to count.
+        num_tokens: number of tokens of the image.
+        training: whether stochastic depth leaves branches out; the result is then the mean.
     """
     width = encoder.embed_dim
-    pixels = encoder.patch_embed.proj.in_channels * encoder.patch_size**2
-    hidden = encoder.blocks[0].mlp.fc1.out_features
+    projection: Any = encoder.patch_embed.proj
+    pixels = projection.in_channels * encoder.patch_size**2
+    block_list: list[Any] = list(encoder.blocks)
+    hidden = block_list[0].mlp.fc1.out_features
     linear = 2 * num_tokens * (4 * width * width + 2 * width * hidden)
     attention = 4 * num_tokens**2 * width
-    dropped = sum(block.drop_path.probability for block in encoder.blocks) if training else 0
+    dropped = sum(block.drop_path.probability for block in block_list) if training else 0
     blocks = (encoder.depth - dropped) * (linear + attention)
     return round(2 * num_tokens * pixels * width + blocks)
 
 
 def step_flops(model: FLSL, view_tokens: Sequence[int], view_queries: Sequence[int]) -> int:
-    """Operations of a step for one image.
+    """Count the floating-point operations of a step for one image.
 
     A backward pass costs twice its forward pass (gradients of inputs and of weights), so the
     student counts three times and the teacher once.
 
     Args:
         model: student and teacher.
-        view_tokens: tokens of each view, the teacher's first.
-        view_queries: queries of each student view.
+        view_tokens: number of tokens of each view, the teacher's first.
+        view_queries: number of queries of each student view.
     """
     encoder, head = model.student.backbone, model.student.head
     teacher_tokens, *student_tokens = view_tokens
@@ -101,16 +105,12 @@ def step_flops(model: FLSL, view_tokens: Sequence[int], view_queries: Sequence[i
     return total + (3 + 1) * 2 * weights * sum(view_queries)
 
 
-# Switches that change the speed of a step and not its result; "a+b" is both, the later one wins.
+# Overrides that change the speed of a step and not its result; in "a+b" the later one wins.
 VARIANTS: dict[str, tuple[str, ...]] = {
     "eager": ("model.pack_views=False", "train.compile=False"),
     "packed": ("model.pack_views=True",),
     "compiled": ("train.compile=True",),
     "checkpointed": ("model.backbone.use_act_checkpoint=True",),
-    "gelu kept": ("model.backbone.recompute_gelu=False",),
-    "probabilities kept": ("model.loss.recompute_probs=False",),
-    "dropped computed": ("model.backbone.skip_dropped=False",),
-    "without onednn": ("model.backbone.onednn_linear=False",),
     "augmented on device": ("views.on_device=augmentation",),
     "cropped on device": ("views.on_device=crops",),
 }
@@ -128,28 +128,28 @@ def _overrides_of(variant: str) -> list[str]:
 
 
 def random_batch(views: NestedViews, batch_size: int, seed: int = 0) -> Batch:
-    """A batch of noise of the sizes that the views have."""
+    """Make a batch of noise with views of the given sizes."""
     rng = np.random.default_rng(seed)
     image = rng.integers(0, 256, (views.global_size, views.global_size, 3), dtype=np.uint8)
     few = [views(image, rng) for _ in range(min(batch_size, 4))]
     samples = [few[i % len(few)] for i in range(batch_size)]
 
     def augmented(sample: Views) -> Views:
-        # Each image its own draws, so that every operation has about its share of them.
+        # Each image has its own draws, so that every operation is applied to about its share.
         return replace(sample, augmentations=[draw_augmentation(rng) for _ in sample.augmentations])
 
     return collate([(augmented(sample), []) for sample in samples])
 
 
 class Step:
-    """The trainer's own step, on one batch again and again.
+    """Step of the real trainer, always on the same batch.
 
     Args:
-        config_file: a pre-training config.
-        overrides: of its keys.
-        batch_size: images a step.
-        device: where to train.
-        precision: as ``train.precision``.
+        config_file: pre-training config.
+        overrides: changes to it.
+        batch_size: number of images of a step.
+        device: device to train on.
+        precision: value of ``train.precision``.
     """
 
     def __init__(
@@ -172,7 +172,7 @@ class Step:
             batch.pin_memory()
         self.trainer = PretrainTrainer(
             self.model,
-            _Endless(batch),
+            itertools.repeat(batch),
             build_adamw(self.model),
             instantiate(cfg.schedules),
             resolve_precision(precision, device.type),
@@ -189,30 +189,19 @@ class Step:
         )
 
     def __call__(self) -> None:
-        """One step."""
+        """Run one step."""
         with EventStorage(self.trainer.iter) as self.trainer.storage:
             self.trainer.run_step()
         self.trainer.iter += 1
 
     def stored_bytes(self) -> int:
-        """What the forward pass keeps for the backward pass."""
+        """Count the bytes that the forward pass keeps for the backward pass."""
         values = self.trainer.schedules(0)
         return stored_for_backward(lambda: self.trainer._forward(self.batch, values), self.model)
 
 
-class _Endless:
-    def __init__(self, batch: Batch) -> None:
-        self.batch = batch
-
-    def __iter__(self) -> _Endless:
-        return self
-
-    def __next__(self) -> Batch:
-        return self.batch
-
-
 def benchmark_step(args: argparse.Namespace) -> None:
-    """Images/s, memory and share of the peak of each variant, and of a reference."""
+    """Measure speed, memory and share of the peak of each variant, and of a reference."""
     overrides = {name: [*args.opts, *_overrides_of(name)] for name in args.variants}
     device = torch.device(args.device)
     if args.threads:
@@ -244,8 +233,8 @@ def benchmark_step(args: argparse.Namespace) -> None:
                 "s/step": timing.median,
                 "peak GiB": timing.peak_gib,
                 "MiB/image kept for backward": kept,
-                "GFLOP/image": flops and flops / 1e9,
-                "MFU": rate * flops / peak / 1e12 if flops and peak else None,
+                "GFLOP/image": flops / 1e9 if flops else None,
+                "MFU": rate * flops / peak / 1e12 if rate and flops and peak else None,
             }
         )
     print(

@@ -16,8 +16,8 @@ import torch
 
 from flsl_d2.errors import InputError
 from flsl_d2.visualization import describe_encoder, write_page
-from flsl_d2.visualization.clusters import attention_values, mode_similarity_values
-from flsl_d2.visualization.html_page import _PARTS
+from flsl_d2.visualization.html import _PARTS
+from flsl_d2.visualization.maps import attention_values, mode_similarity_values
 from flsl_d2.visualization.patches import nearest_patches
 
 SCALES = (0.1, 1.0)
@@ -62,8 +62,7 @@ def test_page_is_self_contained(page: Path) -> None:
     outside = re.sub(r"[A-Za-z0-9+/=]{60,}", "", text)
     assert not re.search(r"https?:|[\"'(]//|@import|\burl\(|\bfetch\(|XMLHttp", outside)
     assert not re.search(r"<(link|img|iframe|object|embed)\b|\bsrc=|\bhref=", outside)
-    assert "/*DATA*/" not in text
-    assert "/*SCRIPT*/" not in text
+    assert "{{" not in text
     # Names cannot end the data's element or start an element of their own.
     assert text.count("</script>") == 3
     assert "default-src 'none'" in text

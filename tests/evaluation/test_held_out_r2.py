@@ -8,9 +8,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from flsl_d2.evaluation.explained_variance import patch_colours
+from flsl_d2.evaluation.explained_variance import colour_r2, patch_colours, position_r2
 from flsl_d2.modeling.positions import sincos_positions
-from flsl_d2.visualization.clusters import attended_share, colour_r2, position_r2
+from flsl_d2.visualization.maps import attended_share
 
 GRID = (20, 20)
 

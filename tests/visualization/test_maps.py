@@ -18,8 +18,8 @@ from flsl_d2.visualization import (
     pca_rgb,
     token_at,
 )
-from flsl_d2.visualization.clusters import attention_values, mode_similarity_values
 from flsl_d2.visualization.figures import enlarge, mark_cell, overlay_heat, overlay_masks, palette
+from flsl_d2.visualization.maps import attention_values, mode_similarity_values
 
 GRID = (6, 8)
 WIDTH = 32
@@ -65,8 +65,8 @@ def test_maps_are_pictures_of_the_images_size(
 ) -> None:
     tokens, groups = halves
     pictures = (
-        attention_map(image, tokens, GRID, 3),
-        mode_similarity_map(image, tokens, GRID, 3),
+        attention_map(image, tokens, GRID, 3).image,
+        mode_similarity_map(image, tokens, GRID, 3).image,
         pca_rgb(tokens, GRID, image.shape[:2]),
         cluster_overlay(image, groups, GRID),
         cluster_overlay(image, torch.as_tensor(groups).reshape(-1), GRID),
@@ -101,8 +101,8 @@ def test_pca_tells_groups_apart_and_does_not_flip(
 def test_collapsed_or_narrow_features_are_drawn(tokens: torch.Tensor, image: np.ndarray) -> None:
     assert np.isfinite(attention_values(tokens, GRID, 0)).all()
     assert pca_rgb(tokens, GRID, (12, 16)).shape == (12, 16, 3)
-    assert attention_map(image, tokens, GRID, 0).shape == image.shape
-    assert mode_similarity_map(image, tokens, GRID, 0).shape == image.shape
+    assert attention_map(image, tokens, GRID, 0).image.shape == image.shape
+    assert mode_similarity_map(image, tokens, GRID, 0).image.shape == image.shape
 
 
 def test_cluster_borders_lie_between_clusters(image: np.ndarray) -> None:
@@ -169,7 +169,7 @@ def test_encoder_figure_of_images_of_several_sizes(
     grids = [GRID, GRID[::-1]]
     encoder_figure([image, upright], [tokens, tokens.numpy()], grids, path, tokens=[0, 47])
     page = cv2.imread(str(path))
-    assert page.shape[1] == 1500
+    assert page.shape[1] == 8 + 5 * 258 + 2 * 55
     assert page.std() > 30
     with pytest.raises(ValueError, match="2 images and 1 sets"):
         encoder_figure([image, upright], [tokens], GRID, path)

@@ -1,13 +1,12 @@
-"""One self-contained HTML page: click a token and see what several encoders make of it.
+"""Page of tokens: click one and see what several encoders make of it.
 
-The page's own parts lie in ``page/``. Tokens travel as float16, images as JPEG, all in the one
-file; maps are computed in the browser, and compared there with those of Python.
+The page is one HTML file: tokens travel as float16, images as JPEG. Maps are computed in the
+browser, and compared there with those of Python.
 """
 
 from __future__ import annotations
 
 import base64
-import json
 import os
 from collections.abc import Sequence
 from pathlib import Path
@@ -17,21 +16,19 @@ import cv2
 import matplotlib
 import numpy as np
 
-from flsl_d2.evaluation.explained_variance import patch_colours
+from flsl_d2.evaluation.explained_variance import patch_colours, position_r2
 from flsl_d2.files import write_text
-from flsl_d2.visualization.clusters import (
-    attention_values,
-    mode_similarity_values,
-    pca_colours,
-    position_r2,
-)
 from flsl_d2.visualization.described import DescribedEncoder
-from flsl_d2.visualization.figures import palette
+from flsl_d2.visualization.figures import COLOUR_MAP, palette
+from flsl_d2.visualization.html import render
+from flsl_d2.visualization.maps import attention_values, mode_similarity_values, pca_colours
 from flsl_d2.visualization.token_figures import chosen_token
 
-_PARTS = Path(__file__).parent / "page"
+__all__ = ["write_page"]
+
 _JPEG_QUALITY = 85
 _NUM_COLOURS = 12
+_CELL_PIXELS = 16  # of the grid for the position R2 of colours
 
 
 def write_page(
@@ -47,14 +44,14 @@ def write_page(
     """Write the page.
 
     Args:
-        path: the HTML file; it is written under another name first.
-        encoders: of the same images, with clusters at the same scales.
+        path: HTML file; it appears when it is complete.
+        encoders: with their tokens of the same images, and with clusters at the same scales.
         images: (H, W, 3) uint8 RGB each.
-        image_names: shown below the images.
+        image_names: names that are shown below the images.
         points: for every image the token chosen at first, x and y as shares of width and height.
         scale: of attention and clusters at first, times sqrt(D); one of the encoders' scales.
-        num_iterations: the most mean-shift steps of the slider.
-        made: how the page was made, for its foot.
+        num_iterations: end of the slider of mean-shift steps.
+        made: sentence about how the page was made, for its foot.
 
     Returns:
         Size of the file in bytes.
@@ -80,18 +77,7 @@ def write_page(
         "colourPositionR2": _position_r2_of_colours(images),
         "made": made,
     }
-    page = (_PARTS / "page.html").read_text(encoding="utf-8")
-    # "<" could end the script element or open a comment in it; JSON may write it as \u003c.
-    inserted = {
-        "/*DATA*/": json.dumps(content, allow_nan=False).replace("<", "\\u003c"),
-        "/*STYLE*/": (_PARTS / "page.css").read_text(encoding="utf-8"),
-        "/*MATHS*/": (_PARTS / "maths.js").read_text(encoding="utf-8"),
-        "/*SCRIPT*/": (_PARTS / "page.js").read_text(encoding="utf-8"),
-    }
-    for mark, text in inserted.items():
-        before, after = page.split(mark)
-        page = before + text + after
-    write_text(path, page)
+    write_text(Path(path), render("tokens.html.j2", data=content))
     return Path(path).stat().st_size
 
 
@@ -144,15 +130,18 @@ def _encoder(
 
 
 def _position_r2_of_colours(images: Sequence[np.ndarray]) -> float | None:
-    """How much of the images' own colours their layout explains, for comparison."""
-    grids = [tuple(max(side // 16, 1) for side in image.shape[:2]) for image in images]
+    """Position R2 of the images' colours, to compare that of the tokens with."""
+    grids = [
+        (max(image.shape[0] // _CELL_PIXELS, 1), max(image.shape[1] // _CELL_PIXELS, 1))
+        for image in images
+    ]
     colours = [patch_colours(image, grid) for image, grid in zip(images, grids, strict=True)]
     return position_r2(colours, grids)
 
 
 def _turbo() -> np.ndarray:
-    """The colour map of the figures, (256, 3) uint8."""
-    return (matplotlib.colormaps["turbo"](np.arange(256))[:, :3] * 255).astype(np.uint8)
+    """Return the colour map of the figures, (256, 3) uint8."""
+    return (matplotlib.colormaps[COLOUR_MAP](np.arange(256))[:, :3] * 255).astype(np.uint8)
 
 
 def _base64(array: np.ndarray) -> str:
@@ -162,4 +151,4 @@ def _base64(array: np.ndarray) -> str:
 def _jpeg(image: np.ndarray) -> str:
     bgr = cv2.cvtColor(image, cv2.COLOR_RGB2BGR)
     _, encoded = cv2.imencode(".jpg", bgr, [cv2.IMWRITE_JPEG_QUALITY, _JPEG_QUALITY])
-    return "data:image/jpeg;base64," + base64.b64encode(encoded).decode("ascii")
+    return "data:image/jpeg;base64," + base64.b64encode(encoded.tobytes()).decode("ascii")

@@ -1,0 +1,67 @@
+"""Command line of the measures of frozen features: ``python -m flsl_d2.evaluation``."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from detectron2.utils.logger import setup_logger
+
+from flsl_d2.engine.command_line import add_option, described_parser, run_tool
+from flsl_d2.evaluation.measures import MEASURES, report_features
+
+__all__ = ["main"]
+
+DESCRIPTION = "Measure an encoder's frozen tokens: k-NN, linear probes and clusters."
+EXAMPLES = f"""examples:
+  all measures, on 200 images each of COCO's splits:
+    tools/eval_features.py --weights output/flsl_vit_small_p16_in1k/teacher_backbone.pth \\
+      --train coco_2017_train --val coco_2017_val --max-images 200
+  naming the class of whole images, from folders by class:
+    tools/eval_features.py --weights timm:vit_tiny_patch16_224 --short-side 224 \\
+      --train imagenette/train --val imagenette/val
+  naming the object in ImageNet's boxes:
+    tools/eval_features.py --weights teacher_backbone.pth --measures knn_box \\
+      --train imagenet_boxes_train --val imagenet_boxes_val --short-side 224
+
+measures: {", ".join(MEASURES)}.
+Nothing is fine-tuned, and every image is encoded once for all of them. docs/EVALUATION.md describes
+the protocols. A measure that fails is shown as failed with the reason, the others go on, and the
+exit status is 2."""
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Measure the encoder that a command line names."""
+    parser = described_parser(DESCRIPTION, EXAMPLES)
+    add_option(parser, "--weights", required=True)
+    add_option(parser, "--train", required=True)
+    add_option(parser, "--val", required=True)
+    add_option(
+        parser,
+        "--measures",
+        nargs="+",
+        help="measures to compute (default: those that suit the labels of --train)",
+    )
+    add_option(parser, "--max-images")
+    add_option(parser, "--short-side")
+    parser.add_argument("--seed", type=int, default=0, help="seed of all draws (default: 0)")
+    add_option(parser, "--device")
+    add_option(parser, "--json")
+    args = parser.parse_args(arguments)
+    setup_logger(name="flsl_d2", abbrev_name="flsl_d2")
+    run_tool(
+        lambda: report_features(
+            args.weights,
+            args.train,
+            args.val,
+            args.measures,
+            args.json,
+            seed=args.seed,
+            device=args.device,
+            max_images=args.max_images,
+            short_side=args.short_side,
+        )
+    )
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,96 @@
+"""Classification of whole images from the mean of their frozen tokens: k-NN and a linear probe."""
+
+from __future__ import annotations
+
+from collections import Counter
+from typing import ClassVar
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from flsl_d2.errors import InputError
+from flsl_d2.evaluation.classifiers import (
+    class_votes,
+    fit_linear,
+    nearest,
+    top_hits,
+    usable_neighbours,
+)
+from flsl_d2.evaluation.samples import Sample, Task
+
+__all__ = ["Classification"]
+
+
+class Classification:
+    """Accuracy of the class of an image, from the mean of its tokens.
+
+    The k most similar training images (cosine) vote with weights exp(cosine / T), and the class
+    with the most votes is the answer of k-NN. The linear probe is multinomial logistic regression
+    on all training images, each channel standardised; see
+    :func:`flsl_d2.evaluation.classifiers.fit_linear`.
+
+    Raises:
+        InputError: images have no classes, fewer than two, or others in the two data sets.
+    """
+
+    name = "classification"
+    without_direction: ClassVar[tuple[str, ...]] = ()
+
+    def __init__(self, task: Task) -> None:
+        train, val = task.train, task.val
+        for dataset in (train, val):
+            if not dataset.image_classes:
+                raise InputError(
+                    f"the images of {dataset.name!r} have no classes; give a folder with a "
+                    "subfolder of images for each class."
+                )
+        if train.image_classes != val.image_classes:
+            different = sorted({*train.image_classes} ^ {*val.image_classes})
+            raise InputError(
+                f"{train.name!r} and {val.name!r} have different classes ({different[0]!r} is in "
+                "one of them only); give two folders with the same subfolders."
+            )
+        self.num_classes = len(train.image_classes)
+        if self.num_classes < 2:
+            raise InputError(
+                f"{train.name!r} has 1 class, and telling images apart takes 2; add subfolders."
+            )
+        self.options = task.options
+        self.features: list[Tensor] = []
+        self.labels: list[int] = []
+        self.hits: Counter[str] = Counter()
+        self.num_images = 0
+
+    def observe_train(self, sample: Sample) -> None:
+        """Keep the mean token of an image and its class."""
+        self.features.append(sample.tokens.mean(dim=0))
+        self.labels.append(sample.image.record["image_class"])
+
+    def fit(self) -> None:
+        """Build the bank of k-NN and train the linear probe."""
+        features = torch.stack(self.features)
+        self.bank_labels = torch.tensor(self.labels, device=features.device)
+        self.bank = F.normalize(features, dim=1)
+        self.ks = usable_neighbours(self.options.class_neighbours, len(self.bank))
+        shares = F.one_hot(self.bank_labels, self.num_classes).double()
+        self.weight, self.bias = fit_linear(features, shares, self.options.probe_steps)
+
+    def observe_val(self, sample: Sample) -> None:
+        """Classify an image."""
+        self.num_images += 1
+        feature, truth = sample.tokens.mean(dim=0, keepdim=True), sample.image.record["image_class"]
+        query = F.normalize(feature, dim=1)
+        indices, weights = nearest(query, self.bank, self.ks[-1], self.options.temperature)
+        labels = self.bank_labels[indices]
+        scores = {
+            f"k{k}": class_votes(labels[:, :k], weights[:, :k], self.num_classes) for k in self.ks
+        }
+        scores["linear"] = (feature.double() @ self.weight + self.bias)[0]
+        for name, score in scores.items():
+            for top, hit in top_hits(score, truth).items():
+                self.hits[f"{name}_{top}"] += hit
+
+    def results(self) -> dict[str, float]:
+        """Return ``k10_top1``, ``linear_top1`` and so on, and ``top5`` from five classes up."""
+        return {name: 100 * count / self.num_images for name, count in self.hits.items()}

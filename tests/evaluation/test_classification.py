@@ -1,0 +1,164 @@
+"""Classification of whole images: folders of classes, votes and the probe, on known answers."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import cv2
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from flsl_d2.errors import InputError
+from flsl_d2.evaluation import measure_all, measure_features
+from flsl_d2.evaluation.classification import Classification
+from flsl_d2.evaluation.classifiers import top_hits
+from flsl_d2.evaluation.labelled_images import LabelledDataset, LabelledImage, load_labelled
+from flsl_d2.evaluation.measures import MEASURES, better, suitable_measures
+from flsl_d2.evaluation.samples import Options, Sample, Task
+
+COLOURS = {"blue": (20, 30, 220), "green": (30, 200, 40), "red": (220, 30, 20)}
+
+
+class ColourEncoder(nn.Module):
+    """Tokens are the mean colours of patches: an encoder that is not a ViT."""
+
+    patch_size, embed_dim = 8, 3
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.eye(3), requires_grad=False)
+
+    def forward_tokens(self, images: Tensor) -> Tensor:
+        return F.avg_pool2d(images, self.patch_size).flatten(2).transpose(1, 2) @ self.weight
+
+
+def write_folders(root: Path, count: int, seed: int, classes=tuple(COLOURS)) -> Path:
+    """Noisy pictures of one colour for each class."""
+    generator = np.random.default_rng(seed)
+    for name in classes:
+        (root / name / "deeper").mkdir(parents=True)
+        for i in range(count):
+            noise = generator.integers(-20, 21, (24, 32, 3))
+            image = np.clip(np.array(COLOURS[name]) + noise, 0, 255).astype(np.uint8)
+            folder = root / name / ("deeper" if i % 2 else "")
+            cv2.imwrite(str(folder / f"{i}.png"), image[..., ::-1])
+    return root
+
+
+def test_folders_of_classes_are_a_data_set(tmp_path: Path) -> None:
+    data = load_labelled(str(write_folders(tmp_path, 3, 0)))
+    assert data.image_classes == ("blue", "green", "red")
+    assert [image.record["image_class"] for image in data.images] == [0] * 3 + [1] * 3 + [2] * 3
+    assert data.images[0].read().shape == (24, 32, 3)
+    assert suitable_measures(data) == ["classification", "explained_variance"]
+    few = load_labelled(str(tmp_path), max_images=4, seed=1)
+    assert len(few.images) == 4
+    assert few.image_classes == data.image_classes
+
+
+def test_colours_are_told_apart_by_colours(tmp_path: Path) -> None:
+    folders = [str(write_folders(tmp_path / name, 5, seed)) for seed, name in enumerate("ab")]
+    scores = measure_features(
+        ColourEncoder(), *folders, ["classification"], short_side=24, class_neighbours=(3, 10, 99)
+    )
+    # 99 neighbours are more than the 15 images of the bank.
+    assert scores == {
+        f"classification/{key}": 100 for key in ("k3_top1", "k10_top1", "linear_top1")
+    }
+
+
+def test_the_measures_that_suit_the_labels_are_the_default(tmp_path: Path) -> None:
+    folders = [str(write_folders(tmp_path / name, 4, seed)) for seed, name in enumerate("ab")]
+    results, failures = measure_all(ColourEncoder(), *folders, short_side=24)
+    assert not failures
+    assert {name.split("/")[0] for name in results} == {"classification", "explained_variance"}
+    everything, reasons = measure_all(ColourEncoder(), *folders, list(MEASURES), short_side=24)
+    assert everything == results
+    assert set(reasons) == {*MEASURES} - {"classification", "explained_variance"}
+
+
+def test_votes_equal_a_slow_count() -> None:
+    generator = torch.Generator().manual_seed(0)
+    num_classes, width = 6, 5
+    train, val = (
+        LabelledDataset(
+            "made",
+            [LabelledImage({"image_class": i % num_classes}, "made") for i in range(count)],
+            image_classes=tuple("abcdef"),
+        )
+        for count in (40, 20)
+    )
+    options = Options(class_neighbours=(1, 7), temperature=0.2)
+    measure = Classification(Task(ColourEncoder(), train, val, options))  # type: ignore[arg-type]
+
+    def samples(data: LabelledDataset) -> list[Sample]:
+        return [
+            Sample(i, torch.randn(4, width, generator=generator), (2, 2), None, image)
+            for i, image in enumerate(data.images)
+        ]
+
+    bank, queries = samples(train), samples(val)
+    for sample in bank:
+        measure.observe_train(sample)
+    measure.fit()
+    for sample in queries:
+        measure.observe_val(sample)
+    hits = dict.fromkeys(("k1_top1", "k1_top5", "k7_top1", "k7_top5"), 0)
+    for query in queries:
+        cosines = []
+        for entry in bank:
+            a, b = query.tokens.mean(dim=0), entry.tokens.mean(dim=0)
+            cosines.append(float(a @ b / a.norm() / b.norm()))
+        order = sorted(range(40), key=lambda i: -cosines[i])
+        for k in (1, 7):
+            votes = [0.0] * num_classes
+            for i in order[:k]:
+                votes[i % num_classes] += np.exp(cosines[i] / 0.2)
+            ranking = sorted(range(num_classes), key=lambda c: -votes[c])
+            hits[f"k{k}_top1"] += ranking[0] == query.image.record["image_class"]
+            hits[f"k{k}_top5"] += query.image.record["image_class"] in ranking[:5]
+    found = measure.results()
+    for name, count in hits.items():
+        assert found[name] == 100 * count / 20
+
+
+def test_top_hits() -> None:
+    assert top_hits(torch.tensor([0.0, 2.0, 1.0]), 1) == {"top1": True}
+    scores = torch.tensor([5.0, 4.0, 3.0, 2.0, 1.0, 0.0])
+    assert top_hits(scores, 4) == {"top1": False, "top5": True}
+    assert top_hits(scores, 5) == {"top1": False, "top5": False}
+
+
+def test_faults_are_sentences(tmp_path: Path) -> None:
+    good = write_folders(tmp_path / "good", 2, 0)
+    other = write_folders(tmp_path / "other", 2, 0, ("blue", "green"))
+    one = write_folders(tmp_path / "one", 2, 0, ("blue",))
+    loose = write_folders(tmp_path / "loose", 2, 0)
+    cv2.imwrite(str(loose / "alone.png"), np.zeros((8, 8, 3), np.uint8))
+    for train, val, message in (
+        (good, other, "'red' is in one of them only"),
+        (one, one, "has 1 class, and telling images apart takes 2"),
+        (loose, good, r"in no folder of a class, for example alone\.png"),
+        (tmp_path / "none", good, "not registered"),
+    ):
+        with pytest.raises(InputError, match=message):
+            measure_features(
+                ColourEncoder(), str(train), str(val), ["classification"], short_side=24
+            )
+
+
+def test_data_without_classes_of_images() -> None:
+    data = LabelledDataset("made", [])
+    with pytest.raises(InputError, match="the images of 'made' have no classes"):
+        Classification(Task(ColourEncoder(), data, data))
+
+
+def test_every_measure_tells_the_direction_of_its_scores() -> None:
+    assert better("classification/k10_top1") == better("knn_segmentation/mIoU") == "higher"
+    for score in ("cluster_quality/clusters", "explained_variance/position_r2", "other/x"):
+        assert better(score) == ""
+    for name, kind in MEASURES.items():
+        assert kind.name == name

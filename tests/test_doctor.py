@@ -1,0 +1,79 @@
+"""The report about a machine: right states, remedies, and the exit status."""
+
+from __future__ import annotations
+
+import importlib.util
+import shutil
+from collections import namedtuple
+
+import pytest
+import torch
+
+from flsl_d2 import doctor
+
+
+def _findings(check):
+    return {finding.topic: finding for finding in check()}
+
+
+def test_this_environment_is_in_place(capsys):
+    assert doctor.main() == 0
+    printed = capsys.readouterr().out
+    assert torch.__version__.split("+")[0] in printed
+    assert "Detectron2: " in printed
+    assert "decoding: " in printed
+    assert printed.endswith("Everything needed is in place.\n")
+
+
+def test_a_failed_check_sets_the_status(monkeypatch, capsys):
+    failing = doctor.Finding(doctor.FAIL, "GPU", "is broken")
+    monkeypatch.setattr(doctor, "CHECKS", (lambda: iter([failing]),))
+    assert doctor.main() == 1
+    assert "FAIL  GPU: is broken" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("driver", "cuda", "state", "words"),
+    [
+        (None, "13.0", doctor.NOTE, "train.device=cpu"),
+        ("550.54", "13.0", doctor.FAIL, "driver 580 or newer"),
+        ("550.54", None, doctor.FAIL, "PyTorch is for CPUs"),
+    ],
+)
+def test_gpus_that_cannot_be_used(monkeypatch, driver, cuda, state, words):
+    monkeypatch.setattr(doctor, "_driver", lambda: driver)
+    monkeypatch.setattr(torch.version, "cuda", cuda)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    found = _findings(doctor.check_gpus)["GPU"]
+    assert found.state == state
+    assert words in found.text
+
+
+def test_an_old_card_is_named_with_what_it_lacks(monkeypatch):
+    card = namedtuple("Card", "name total_memory major minor")("Tesla V100", 2**34, 7, 0)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda index: card)
+    monkeypatch.setattr(torch.cuda, "get_arch_list", lambda: ["sm_75", "sm_90", "sm_120"])
+    found = _findings(doctor.check_gpus)["GPU 0"]
+    assert found.state == doctor.FAIL
+    assert "Tesla V100, 16 GiB" in found.text
+    assert "needs 7.5" in found.text
+
+
+def test_little_shared_memory_is_a_failure(monkeypatch):
+    usage = namedtuple("Usage", "total used free")
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage(2**26, 0, 2**20))
+    found = _findings(doctor.check_workers)["shared memory"]
+    assert found.state == doctor.FAIL
+    assert "--shm-size" in found.text
+
+
+def test_optional_packages_are_notes(monkeypatch):
+    real = importlib.util.find_spec
+    monkeypatch.setattr(
+        importlib.util, "find_spec", lambda name: None if name == "tensorboard" else real(name)
+    )
+    found = _findings(doctor.check_versions)["tensorboard"]
+    assert found.state == doctor.NOTE
+    assert "pip install tensorboard" in found.text
