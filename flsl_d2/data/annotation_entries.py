@@ -18,8 +18,7 @@ from flsl_d2.data.annotation_shapes import (
     segmentation_problem,
 )
 from flsl_d2.data.file_names import ImageFolder, stays_inside
-from flsl_d2.data.findings import Findings, name_of
-from flsl_d2.data.uses import Use
+from flsl_d2.data.findings import Findings, Use, name_of
 
 __all__ = ["AnnotationCheck", "check_categories", "check_files", "check_images"]
 

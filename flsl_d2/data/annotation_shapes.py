@@ -58,7 +58,7 @@ def is_side(value: Any) -> bool:
 
 
 def box_problem(box: Any, size: Size) -> Problem | None:
-    """The reason why a box cannot be learned, None if it can.
+    """Find the reason why a box cannot be learned, None if it can.
 
     Args:
         box: COCO's x and y of the upper left corner, width and height, in pixels.
@@ -76,7 +76,7 @@ def box_problem(box: Any, size: Size) -> Problem | None:
 
 
 def box_polygon(x0: float, y0: float, x1: float, y1: float) -> list[float]:
-    """The polygon of a box that is given by two corners."""
+    """Write a box that is given by two corners as a polygon."""
     return [x0, y0, x1, y0, x1, y1, x0, y1]
 
 
@@ -89,7 +89,7 @@ def has_mask(segmentation: Any) -> bool:
 
 
 def segmentation_problem(segmentation: Any, size: Size) -> Problem | None:
-    """The reason why a segmentation cannot be learned as a mask, None if it can.
+    """Find the reason why a segmentation cannot be learned as a mask, None if it can.
 
     Args:
         segmentation: polygons, or a run-length mask as list or text.
@@ -105,7 +105,7 @@ def segmentation_problem(segmentation: Any, size: Size) -> Problem | None:
 
 
 def usable_segmentation(segmentation: Any, size: Size) -> Any:
-    """The polygons of at least three points, or the run-length mask; None without either."""
+    """Take the polygons of at least three points, or the run-length mask; None without either."""
     if segmentation_problem(segmentation, size) is not None:
         return None
     if isinstance(segmentation, dict):
@@ -148,7 +148,7 @@ def _mask_problem(mask: dict[str, Any], size: Size) -> Problem | None:
 
 
 def runs_of_text(text: str) -> list[int]:
-    """Runs of a mask in COCO's compressed text form.
+    """Decode the runs of a mask in COCO's compressed text form.
 
     The form, as in pycocotools' ``maskApi.c``: a character is 48 plus six bits, of which the lowest
     five are part of a number, least significant part first, and the sixth says that another

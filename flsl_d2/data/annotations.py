@@ -27,9 +27,8 @@ from flsl_d2.data.annotation_entries import (
 from flsl_d2.data.annotation_shapes import NO_AREA, NO_MASK, OUTSIDE
 from flsl_d2.data.box_conventions import find_other_convention
 from flsl_d2.data.coco_file import COCO_LISTS, read_coco
-from flsl_d2.data.findings import Findings
+from flsl_d2.data.findings import Findings, Use
 from flsl_d2.data.images import picture_size
-from flsl_d2.data.uses import Use
 from flsl_d2.errors import InputError
 
 __all__ = [

@@ -38,7 +38,7 @@ _BUILTIN = {
 
 
 def datasets_root() -> str:
-    """The folder of all data sets, as in Detectron2: ``$DETECTRON2_DATASETS`` or ``datasets``."""
+    """Return the folder of all data sets: ``$DETECTRON2_DATASETS`` or ``datasets``."""
     return os.path.expanduser(os.getenv("DETECTRON2_DATASETS", "datasets"))
 
 

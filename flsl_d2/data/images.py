@@ -46,7 +46,7 @@ warnings.filterwarnings("ignore", module=r"PIL\.")
 
 
 def printable(path: str) -> str:
-    """A file name as one line of valid text, bytes that are no UTF-8 written as ``\\xff``."""
+    """Write a file name as one line of valid text, bytes that are no UTF-8 as ``\\xff``."""
     text = os.fsencode(path).decode("utf-8", "backslashreplace")
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
 

@@ -148,7 +148,7 @@ ENCODINGS = ["utf-8", "utf-8-sig", "utf-16", "cut", "latin-1"]
 
 
 def picture(kind: str) -> bytes:
-    """An image file of the expected size, or one that cannot be used."""
+    """Make an image file of the expected size, or one that cannot be used."""
     rng = np.random.default_rng(0)
     rgb = Image.fromarray(rng.integers(0, 255, (HEIGHT, WIDTH, 3), dtype=np.uint8))
     stream = io.BytesIO()
@@ -171,7 +171,7 @@ def picture(kind: str) -> bytes:
 
 @st.composite
 def quirky_files(draw: st.DrawFn) -> tuple[Coco, list[str], str]:
-    """A COCO file with up to three quirks, the kinds of its pictures, and its encoding."""
+    """Draw a COCO file with up to three quirks, the kinds of its pictures, and its encoding."""
     coco = plain_coco(draw(st.integers(1, 3)))
     kinds = ["RGB"] * len(coco["images"])
     for _ in range(draw(st.sampled_from([1, 2, 3, 0]))):

@@ -54,7 +54,7 @@ def png(picture: np.ndarray) -> bytes:
 
 
 def png_of_size(width: int, height: int) -> bytes:
-    """A PNG that claims a size and holds next to nothing."""
+    """Make a PNG that claims a size and holds next to nothing."""
 
     def chunk(name: bytes, body: bytes) -> bytes:
         return (

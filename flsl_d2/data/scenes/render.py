@@ -43,7 +43,7 @@ def _colours(rng: np.random.Generator, contrast: float) -> tuple[np.ndarray, np.
 
 
 def _class_colours(rng: np.random.Generator, category: int) -> tuple[np.ndarray, np.ndarray]:
-    """A light and a dark RGB colour (3,) in 0 to 255 around the hue of a class."""
+    """Draw a light and a dark RGB colour (3,) in 0 to 255 around the hue of a class."""
     share = 1 / len(CLASS_NAMES)
     hue = (category + rng.uniform(-0.6, 0.6)) * share
     light = colorsys.hsv_to_rgb(hue % 1, rng.uniform(0.5, 0.9), rng.uniform(0.75, 0.95))
@@ -71,7 +71,7 @@ def _coordinates(height: int, width: int, turn: np.ndarray) -> tuple[np.ndarray,
 
 
 def _background(rng: np.random.Generator, image_size: tuple[int, int]) -> np.ndarray:
-    """A pattern of two near colours under coarse noise and uneven light, (H, W, 3) float32."""
+    """Draw two near colours under coarse noise and uneven light, (H, W, 3) float32."""
     width, height = image_size
     angle = rng.uniform(0, np.pi)
     turn = np.array([[np.cos(angle), -np.sin(angle)], [np.sin(angle), np.cos(angle)]])
