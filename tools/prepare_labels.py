@@ -14,19 +14,24 @@ EXAMPLE = """examples:
   tools/prepare_labels.py ade20k
   tools/prepare_labels.py coco-stuff --root datasets --workers 8
 
-Read are ADEChallengeData2016/annotations, or coco/annotations/panoptic_*2017.json and
-coco/panoptic_*2017; written are ADEChallengeData2016/annotations_detectron2, or
-coco/panoptic_stuff_*2017. An interrupted run is taken up again."""
+For ade20k the tool reads ADEChallengeData2016/annotations and writes
+ADEChallengeData2016/annotations_detectron2; for coco-stuff it reads
+coco/annotations/panoptic_*2017.json and coco/panoptic_*2017, and writes coco/panoptic_stuff_*2017.
+An interrupted run continues where it stopped."""
 
 
 def main() -> None:
     parser = described_parser(__doc__, EXAMPLE)
-    parser.add_argument("dataset", choices=PREPARATIONS, help="which data set")
+    parser.add_argument("dataset", choices=PREPARATIONS, help="data set to prepare")
     parser.add_argument(
-        "--root", metavar="FOLDER", help="of all data sets (default: $DETECTRON2_DATASETS)"
+        "--root", metavar="FOLDER", help="folder of all data sets (default: $DETECTRON2_DATASETS)"
     )
     parser.add_argument(
-        "--workers", type=int, default=0, metavar="N", help="processes (default: one a core)"
+        "--workers",
+        type=int,
+        default=0,
+        metavar="N",
+        help="processes (default: one per core)",
     )
     args = parser.parse_args()
     logging.basicConfig(level=logging.INFO, format="%(message)s")

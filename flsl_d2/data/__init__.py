@@ -6,8 +6,8 @@ Importing this package registers `pennfudan_train/val`, `flsl_scenes_train/val`,
 
 from flsl_d2.data.annotations import check_coco_files, check_registered_dataset
 from flsl_d2.data.datasets import register_builtin, register_coco_format, register_scenes
+from flsl_d2.data.findings import Use
 from flsl_d2.data.mapper import FLSLDatasetMapper
-from flsl_d2.data.uses import Use
 
 register_builtin()
 

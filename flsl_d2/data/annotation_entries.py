@@ -11,14 +11,14 @@ from typing import Any
 from flsl_d2.data.annotation_shapes import (
     NO_MASK,
     NOT_A_BOX,
+    OUTSIDE,
     box_problem,
     is_number,
     is_side,
     segmentation_problem,
 )
 from flsl_d2.data.file_names import ImageFolder, stays_inside
-from flsl_d2.data.findings import Findings, name_of
-from flsl_d2.data.uses import Use
+from flsl_d2.data.findings import Findings, Use, name_of
 
 __all__ = ["AnnotationCheck", "check_categories", "check_files", "check_images"]
 
@@ -183,7 +183,7 @@ class AnnotationCheck:
     Attributes:
         annotated: number of annotations of each category id.
         learned: of these, the number that training uses.
-        usable: annotations without a problem that are not ``iscrowd``.
+        boxes: annotations whose box has an area.
     """
 
     def __init__(
@@ -192,7 +192,7 @@ class AnnotationCheck:
         self.sizes, self.categories, self.use, self.findings = sizes, categories, use, findings
         self.annotated: Counter[Any] = Counter()
         self.learned: Counter[Any] = Counter()
-        self.usable: list[dict[str, Any]] = []
+        self.boxes: list[dict[str, Any]] = []
         self._ids: set[Any] = set()
         self._images_known = bool(sizes) and not findings.has_fault(*_BAD_IMAGES)
         self._categories_known = bool(categories) and not findings.has_fault(*_BAD_CATEGORIES)
@@ -239,9 +239,9 @@ class AnnotationCheck:
         category_id = get("category_id")
         if not isinstance(category_id, (list, dict)):
             self.annotated[category_id] += 1
-            if problem is None and not iscrowd:
-                self.learned[category_id] += 1
-                self.usable.append(annotation)
+            self.learned[category_id] += problem is None and not iscrowd
+        if problem in (None, OUTSIDE):
+            self.boxes.append(annotation)
 
     def _check_references(self, annotation: dict[str, Any], name: object) -> tuple[float, float]:
         image_id, category_id = annotation.get("image_id"), annotation.get("category_id")

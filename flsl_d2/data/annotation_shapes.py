@@ -25,6 +25,9 @@ Size = tuple[float, float]  # height, width; infinite where unknown
 
 # Characters hold 5 bits each: runs of up to 2^34 pixels, whose sums still fit 64 bits.
 _MAX_CHARACTERS = 7
+# Pixels of a box within its image. Detectron2 drops boxes of less than 1e-5 after resizing, in
+# single precision.
+_LEAST_SIDE = 0.01
 _MAX_SIDE = 10**6  # pixels; a longer side cannot be the size of a picture
 
 NOT_A_BOX = Problem("annotations whose bbox is not four numbers x, y, width, height", True)
@@ -55,7 +58,7 @@ def is_side(value: Any) -> bool:
 
 
 def box_problem(box: Any, size: Size) -> Problem | None:
-    """The reason why a box cannot be learned, None if it can.
+    """Find the reason why a box cannot be learned, None if it can.
 
     Args:
         box: COCO's x and y of the upper left corner, width and height, in pixels.
@@ -64,15 +67,16 @@ def box_problem(box: Any, size: Size) -> Problem | None:
     if not isinstance(box, (list, tuple)) or len(box) != 4 or not all(map(is_number, box)):
         return NOT_A_BOX
     x, y, width, height = box
-    if not (math.isfinite(x + y + width + height) and width > 0 and height > 0):
+    if not (math.isfinite(x + y + width + height) and min(width, height) >= _LEAST_SIDE):
         return NO_AREA
-    if x >= size[1] or y >= size[0] or x + width <= 0 or y + height <= 0:
+    inside = min(x + width, size[1]) - max(x, 0), min(y + height, size[0]) - max(y, 0)
+    if min(inside) < _LEAST_SIDE:
         return OUTSIDE
     return None
 
 
 def box_polygon(x0: float, y0: float, x1: float, y1: float) -> list[float]:
-    """The polygon of a box that is given by two corners."""
+    """Write a box that is given by two corners as a polygon."""
     return [x0, y0, x1, y0, x1, y1, x0, y1]
 
 
@@ -85,7 +89,7 @@ def has_mask(segmentation: Any) -> bool:
 
 
 def segmentation_problem(segmentation: Any, size: Size) -> Problem | None:
-    """The reason why a segmentation cannot be learned as a mask, None if it can.
+    """Find the reason why a segmentation cannot be learned as a mask, None if it can.
 
     Args:
         segmentation: polygons, or a run-length mask as list or text.
@@ -101,7 +105,7 @@ def segmentation_problem(segmentation: Any, size: Size) -> Problem | None:
 
 
 def usable_segmentation(segmentation: Any, size: Size) -> Any:
-    """The polygons of at least three points, or the run-length mask; None without either."""
+    """Take the polygons of at least three points, or the run-length mask; None without either."""
     if segmentation_problem(segmentation, size) is not None:
         return None
     if isinstance(segmentation, dict):
@@ -144,7 +148,7 @@ def _mask_problem(mask: dict[str, Any], size: Size) -> Problem | None:
 
 
 def runs_of_text(text: str) -> list[int]:
-    """Runs of a mask in COCO's compressed text form.
+    """Decode the runs of a mask in COCO's compressed text form.
 
     The form, as in pycocotools' ``maskApi.c``: a character is 48 plus six bits, of which the lowest
     five are part of a number, least significant part first, and the sixth says that another

@@ -27,9 +27,8 @@ from flsl_d2.data.annotation_entries import (
 from flsl_d2.data.annotation_shapes import NO_AREA, NO_MASK, OUTSIDE
 from flsl_d2.data.box_conventions import find_other_convention
 from flsl_d2.data.coco_file import COCO_LISTS, read_coco
-from flsl_d2.data.findings import Findings
+from flsl_d2.data.findings import Findings, Use
 from flsl_d2.data.images import picture_size
-from flsl_d2.data.uses import Use
 from flsl_d2.errors import InputError
 
 __all__ = [
@@ -159,7 +158,7 @@ def _check_annotations(
     learned = bool(use & Use.BOXES)
     if learned and not annotations:
         findings.fault("empty list", "annotations")
-    elif learned and not findings.unusable_count and not check.usable:
+    elif learned and not findings.unusable_count and not check.learned.total():
         findings.whole_file(
             "fault",
             f"all {len(annotations)} annotations have iscrowd 1, which training leaves out, so "
@@ -175,8 +174,10 @@ def _check_annotations(
                 "often set it; write iscrowd 0 for single objects)",
                 f"{categories[category_id]} with {count} annotations",
             )
-    convention = find_other_convention(check.usable, sizes)
+    convention = find_other_convention(check.boxes, sizes)
     if convention is not None:
+        if convention.certain:
+            findings.discard_unusable()
         findings.whole_file(
             "fault" if convention.certain else "remark",
             "boxes are not x, y, width and height in pixels of their image but seem to be "

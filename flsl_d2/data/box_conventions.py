@@ -15,7 +15,8 @@ __all__ = ["Convention", "find_other_convention"]
 
 _MOST_COMPARED = 2000  # annotations, spread evenly over the file
 _FEWEST = 5  # annotations from which a convention can be concluded
-_SAME = 0.9  # intersection over union of a box with the extents of its mask
+# Intersection over union of a box with the extents of its mask; small boxes are rounded.
+_SAME = 0.75
 _OTHER = 0.5  # the same, below which a box is not that of its mask
 _BORDER = 1.0  # pixels by which a right box may reach over the border
 _REACHING_SHARE = 0.1  # of boxes that reach over the border, if corners are taken for sizes

@@ -26,7 +26,7 @@ _OTHER_ENCODINGS = {
 
 
 def read_json(path: str | os.PathLike[str]) -> Any:
-    """Content of a JSON file in UTF-8, with or without a byte order mark.
+    """Read a JSON file in UTF-8, with or without a byte order mark.
 
     Raises:
         InputError: the file is missing, unreadable, cut off, or in another encoding.
@@ -93,7 +93,7 @@ def _parse(text: str, path: str) -> Any:
 def read_coco(
     json_file: str | os.PathLike[str], needed: tuple[str, ...] = COCO_LISTS
 ) -> dict[str, list[Any]]:
-    """The lists ``images``, ``annotations`` and ``categories`` of a file.
+    """Read the lists ``images``, ``annotations`` and ``categories`` of a file.
 
     Args:
         json_file: path of the file.
@@ -123,7 +123,7 @@ def read_coco(
 
 
 def category_names(json_file: str | os.PathLike[str]) -> list[str]:
-    """Names of a file's categories, in the order of their class numbers.
+    """List the names of a file's categories, in the order of their class numbers.
 
     Raises:
         InputError: the file cannot be read or has no categories with id and name.

@@ -22,8 +22,7 @@ from flsl_d2.data.annotation_shapes import box_polygon, box_problem, is_side, us
 from flsl_d2.data.annotations import check_coco_files, report_findings
 from flsl_d2.data.coco_file import read_coco
 from flsl_d2.data.file_names import ImageFolder
-from flsl_d2.data.findings import Findings
-from flsl_d2.data.uses import Use
+from flsl_d2.data.findings import Findings, Use
 from flsl_d2.errors import InputError
 
 __all__ = ["load_coco", "read_coco_api", "read_picture_files"]

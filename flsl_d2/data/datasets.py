@@ -38,7 +38,7 @@ _BUILTIN = {
 
 
 def datasets_root() -> str:
-    """The folder of all data sets, as Detectron2 has it: $DETECTRON2_DATASETS or `datasets`."""
+    """Return the folder of all data sets: ``$DETECTRON2_DATASETS`` or ``datasets``."""
     return os.path.expanduser(os.getenv("DETECTRON2_DATASETS", "datasets"))
 
 
@@ -53,19 +53,19 @@ def register_coco_format(
     image_root: str | os.PathLike[str],
     replace: bool = False,
 ) -> None:
-    """Give a data set in COCO format a name that `DATASETS.TRAIN` or a dataloader can use.
+    """Register a data set in COCO format under a name for ``DATASETS.TRAIN`` or a dataloader.
 
-    Nothing is read: the files need not exist before the data set is used. Registering the same
-    files again changes nothing.
+    Nothing is read, so that the files need not exist before the data set is used. Registering the
+    same files again changes nothing.
 
     Args:
-        name: the new name.
-        json_file: COCO instances annotations.
-        image_root: the folder that the annotations' file names start from.
-        replace: whether a data set of the same name with other files is forgotten.
+        name: new name.
+        json_file: path of annotations in COCO's instances format.
+        image_root: folder that the annotations' file names start from.
+        replace: whether a data set of the same name with other files is replaced.
 
     Raises:
-        InputError: the name belongs to other files and `replace` is False.
+        InputError: the name belongs to other files and ``replace`` is False.
     """
     json_file, image_root = os.fspath(json_file), os.fspath(image_root)
     if name in DatasetCatalog:
@@ -99,9 +99,9 @@ def use_own_loader(name: str) -> None:
 
 
 def register_scenes(root: str | os.PathLike[str], name: str = "flsl_scenes") -> None:
-    """Register what `make_scenes(root)` made, or will make, as `{name}_train` and `{name}_val`.
+    """Register the scenes of ``make_scenes(root)`` as ``{name}_train`` and ``{name}_val``.
 
-    These names are free to move: another root replaces an earlier one.
+    The scenes need not exist yet. Another root replaces an earlier one.
     """
     root = Path(root).expanduser()
     for split in ("train", "val"):
@@ -110,10 +110,10 @@ def register_scenes(root: str | os.PathLike[str], name: str = "flsl_scenes") -> 
 
 
 def register_builtin(root: str | os.PathLike[str] | None = None) -> None:
-    """Register the data sets this package knows; names already taken are left as they are.
+    """Register the data sets that this package knows; names already taken stay as they are.
 
     Args:
-        root: the folder of all data sets; `datasets_root()` by default.
+        root: folder of all data sets; that of :func:`datasets_root` by default.
     """
     root = datasets_root() if root is None else os.fspath(root)
     for name, (json_file, images) in _BUILTIN.items():
@@ -128,9 +128,9 @@ def register_files(
     """Register a data set under the path of its annotation file.
 
     Args:
-        json_file: COCO instances annotations; ``~`` is the home folder.
-        image_root: the folder that the annotations' file names start from.
-        keys: what the two are called where they are given, for messages.
+        json_file: path of annotations in COCO's instances format; ``~`` is the home folder.
+        image_root: folder that the annotations' file names start from.
+        keys: config keys of the two paths, for messages.
 
     Returns:
         The name to use wherever Detectron2 asks for one.
@@ -170,15 +170,14 @@ def detection_records(
     filter_empty: bool = True,
     check_consistency: bool = True,
 ) -> list[dict[str, Any]]:
-    """Records of data sets by name, or of one given by its files.
+    """Load the records of data sets by name, or of one given by its files.
 
     Args:
-        names: a name or several, as Detectron2's ``get_detection_dataset_dicts`` takes them; not
-            used where the files are given.
-        json_file: see :func:`register_files`.
-        image_root: see :func:`register_files`.
-        filter_empty: leave out images without usable annotations.
-        check_consistency: that data sets of one run have the same classes.
+        names: one or several registered names; not used where the files are given.
+        json_file: path of annotations; see :func:`register_files`.
+        image_root: image folder; see :func:`register_files`.
+        filter_empty: whether images without usable annotations are left out.
+        check_consistency: whether the data sets must have the same classes.
 
     Returns:
         A list of dicts in Detectron2's data set format.

@@ -82,7 +82,7 @@ class ImageFolder:
         """Names in a subfolder by their simplified spelling; None if it cannot be listed."""
         if folder not in self._names:
             try:
-                names = PathManager.ls(os.path.join(self.root, folder))
+                names = sorted(PathManager.ls(os.path.join(self.root, folder)))
             except (OSError, ValueError):
                 self._names[folder] = None
             else:
@@ -99,7 +99,7 @@ class ImageFolder:
         return self._listing(folder) is not None and name in self._sets[folder]
 
     def _relative(self, file_name: str) -> str:
-        """The name below the folder where it is written with the whole path of the folder."""
+        """Take the path of the folder off a name that is written with it."""
         root = os.path.abspath(self.root) + "/"
         return file_name[len(root) :] if file_name.startswith(root) else file_name
 
@@ -115,7 +115,7 @@ class ImageFolder:
         return None
 
     def _walk(self, parts: Sequence[str]) -> str | None:
-        """The one file whose path has these parts, in any letter case and Unicode form."""
+        """Find the only file whose path has these parts, in any letter case and Unicode form."""
         folder = ""
         for part in parts:
             listing = self._listing(folder) or {}

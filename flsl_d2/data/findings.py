@@ -1,10 +1,28 @@
-"""Findings about a data set, collected by kind and reported together."""
+"""Uses of a data set, and findings that matter to them, collected by kind."""
 
 from __future__ import annotations
 
+import enum
 from typing import Any, NamedTuple
 
-__all__ = ["Findings", "Problem"]
+__all__ = ["Findings", "Problem", "Use", "name_of"]
+
+
+class Use(enum.Flag):
+    """Parts of a data set that a run reads; several are combined by ``|``.
+
+    Attributes:
+        PICTURES: nothing but the pictures, as in pre-training by name.
+        BOXES: boxes and classes, as in training a detector, box-aligned k-NN and figures.
+        MASKS: masks, too.
+        EVALUATION: what COCO's evaluation computes with: ``id``, ``area`` and ``iscrowd``.
+            Annotations may be missing as a whole, as in COCO's test sets.
+    """
+
+    PICTURES = 0
+    BOXES = enum.auto()
+    MASKS = enum.auto()
+    EVALUATION = enum.auto()
 
 
 class Problem(NamedTuple):
@@ -52,6 +70,11 @@ class Findings:
         self._note("unusable", kind, name)
         self._unusable.add(str(name))
 
+    def discard_unusable(self) -> None:
+        """Forget annotations that are left out, as consequences of a fault of the whole file."""
+        self._counts["unusable"].clear()
+        self._unusable.clear()
+
     def problem(self, problem: Problem, name: object) -> None:
         """Note a problem of an annotation at the level that it has."""
         (self.fault if problem.fatal else self.unusable)(problem.kind, name)
@@ -85,7 +108,7 @@ class Findings:
 
 
 def name_of(entry: Any, index: int, key: str) -> object:
-    """The id of an entry where it has a printable one, else its place in the file."""
+    """Return the id of an entry if it can be printed, else its place in the file."""
     value = entry.get("id") if isinstance(entry, dict) else None
     usable = isinstance(value, (int, str)) and not isinstance(value, bool)
     return value if usable else f"{key}[{index}]"

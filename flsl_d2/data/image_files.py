@@ -40,7 +40,8 @@ def find_images(root: str | Path) -> list[str]:
             f"dataset.root is '{root}', which is not a folder; set it to a folder of images, or "
             "set dataset.name to a registered data set."
         )
-    found, hidden = [], []
+    found: list[str] = []
+    hidden: list[str] = []
     for folder, names in _folders(root):
         for name in names:
             if os.path.splitext(name)[1].lower() in IMAGE_SUFFIXES:

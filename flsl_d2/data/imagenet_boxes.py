@@ -31,8 +31,8 @@ def register_imagenet_boxes(
 
     Args:
         root: the folder with ``train``, ``val`` and ``annotations``.
-        name: of the data set.
-        replace: forget data sets that have the names already; otherwise they are left alone.
+        name: beginning of the registered names.
+        replace: whether data sets that have the names already are replaced; otherwise they stay.
     """
     root = Path(root).expanduser()
     for split in ("train", "val"):
@@ -58,7 +58,7 @@ def _load_named(name: str, images: Path, annotations: Path) -> list[dict[str, An
 def load_imagenet_boxes(
     image_root: str | os.PathLike[str], annotation_root: str | os.PathLike[str]
 ) -> tuple[list[dict[str, Any]], list[str]]:
-    """Images that have both a picture and an XML file with a box.
+    """Load the images that have both a picture and an XML file with a box.
 
     Args:
         image_root: ``<wnid>/<image>.JPEG``, or ``<image>.JPEG`` without folders.
@@ -127,16 +127,23 @@ def _class_names(image_root: Path, entries: list[_Entry]) -> list[str]:
 
 
 def _read_xml(path: Path) -> tuple[tuple[int, int], list[tuple[str, list[float]]]]:
-    """Height and width, and WordNet id and corners of every box."""
+    """Read height and width, and the WordNet id and corners of every box."""
     try:
-        tree = ET.parse(path)
-        size = int(tree.findtext("size/height")), int(tree.findtext("size/width"))
+        tree = ET.parse(path).getroot()
+        size = int(_text(tree, "size/height")), int(_text(tree, "size/width"))
         boxes = []
         for entry in tree.iter("object"):
-            corners = (entry.findtext(f"bndbox/{key}") for key in ("xmin", "ymin", "xmax", "ymax"))
-            boxes.append((entry.findtext("name").strip(), [float(x) for x in corners]))
-    except (ET.ParseError, AttributeError, TypeError, ValueError) as error:
+            corners = [_text(entry, f"bndbox/{key}") for key in ("xmin", "ymin", "xmax", "ymax")]
+            boxes.append((_text(entry, "name").strip(), [float(x) for x in corners]))
+    except (ET.ParseError, ValueError) as error:
         raise InputError(
             f"{path} is not an ImageNet box annotation ({error}); replace it by the official XML."
         ) from error
     return size, boxes
+
+
+def _text(tree: ET.Element, path: str) -> str:
+    text = tree.findtext(path)
+    if text is None:
+        raise ValueError(f"it has no {path}")
+    return text

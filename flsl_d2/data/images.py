@@ -30,7 +30,7 @@ __all__ = [
 ]
 
 MAX_PIXELS = 100_000_000  # 300 MB decoded
-# The discrete cosine transforms of a block that decoders have fast code for.
+# Divisors of the size for which decoders have fast transforms of a block.
 JPEG_REDUCTIONS = (8, 4, 2, 1)
 MAX_PIXELS_LIMIT = 178_000_000  # Pillow refuses more as a decompression bomb
 
@@ -40,13 +40,13 @@ _FORMATS = ("JPEG", "PNG", "GIF", "BMP", "TIFF", "WEBP", "PPM")
 _ORIENTATION = 0x0112  # EXIF tag
 _TURNED = range(5, 9)  # orientations with rows and columns exchanged
 
-# Of files that are odd and still readable. Not around each call: entering catch_warnings makes
-# Python forget which other warnings it has shown already.
+# Pillow warns of files that are odd and still readable. The filter is set once and not around each
+# call, because entering catch_warnings makes Python forget which warnings it has shown already.
 warnings.filterwarnings("ignore", module=r"PIL\.")
 
 
 def printable(path: str) -> str:
-    """A file name as one line of valid text, bytes that are no UTF-8 written as ``\\xff``."""
+    """Write a file name as one line of valid text, bytes that are no UTF-8 as ``\\xff``."""
     text = os.fsencode(path).decode("utf-8", "backslashreplace")
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
 
@@ -114,13 +114,13 @@ class ImageFile:
     """An image file whose size is known, and whose pixels can be decoded.
 
     It is upright as its EXIF data say. Of several frames the first is taken; transparency is put on
-    white, as a viewer shows it, since the colour of a transparent pixel is arbitrary; of 16 bits
+    white, as a viewer shows it, because the colour of a transparent pixel is arbitrary; of 16 bits
     the upper 8 are kept; CMYK is converted without its colour profile. The format is that of the
     content, not of the name.
 
     Args:
-        path: of a regular file: a pipe or a device would be read for ever.
-        max_pixels: images of more are refused before they are decoded.
+        path: path of a regular file; a pipe or a device would be read for ever.
+        max_pixels: number of pixels from which an image is refused before it is decoded.
 
     Attributes:
         shape: height and width in pixels.
@@ -136,20 +136,22 @@ class ImageFile:
             if not self._data:
                 raise OSError("empty file")
             size = self._size = _plain_jpeg_size(self._data)
-            self._decoded, self.reductions = None, JPEG_REDUCTIONS
+            self._decoded: np.ndarray | None = None
+            self.reductions: tuple[int, ...] = JPEG_REDUCTIONS
+            self.shape: tuple[int, int]
             if size is None:
                 image = _open(self._data, max_pixels)
                 pixels = _convert(image)
-                # Some formats Pillow has turned upright by now, and forgotten the orientation.
+                # Pillow has turned images of some formats by now, and dropped their orientation.
                 self._decoded, self.reductions = _upright(pixels, _orientation(image)), (1,)
-                self.shape = self._decoded.shape[:2]
+                self.shape = self._decoded.shape[0], self._decoded.shape[1]
             else:
                 _check_size(*size, max_pixels)
                 self._orientation = _jpeg_orientation(self._data)
                 self.shape = size[::-1] if self._orientation in _TURNED else size
 
     def pixels(self, reduction: int = 1) -> np.ndarray:
-        """(H, W, 3) uint8 RGB.
+        """Decode the image to (H, W, 3) uint8 RGB.
 
         Args:
             reduction: one of ``reductions``. Sides are divided by it and rounded up; a JPEG's
@@ -158,7 +160,8 @@ class ImageFile:
         Raises:
             OSError: the image lacks a part, or cannot be decoded; the text is the reason.
         """
-        if self._decoded is not None:
+        if self._decoded is not None or self._size is None:
+            assert self._decoded is not None
             return self._decoded
         with _any_error_as_oserror():
             return _upright(_decode_jpeg(self._data, *self._size, reduction), self._orientation)
@@ -207,7 +210,7 @@ def _open(data: bytes, max_pixels: int = MAX_PIXELS_LIMIT) -> Image.Image:
 
 
 def _plain_jpeg_size(data: bytes) -> tuple[int, int] | None:
-    """Height and width of what the fast decoder takes."""
+    """Height and width of a JPEG that the fast decoder takes; None for other files."""
     try:
         height, width, colours, _ = simplejpeg.decode_jpeg_header(data)
     except ValueError:
@@ -220,11 +223,11 @@ def _decode_jpeg(data: bytes, height: int, width: int, reduction: int) -> np.nda
     try:
         return simplejpeg.decode_jpeg(data, "RGB", **(smallest if reduction > 1 else {}))
     except ValueError as error:
-        # libjpeg makes up what is lost and only warns; most decoders, Pillow too, keep it silent.
-        # Superfluous bytes are among it: they are what remains where others were overwritten.
+        # libjpeg invents what is lost and only warns, and most decoders, such as Pillow, hide it.
+        # It also warns of superfluous bytes, which remain where others were overwritten.
         if str(error).startswith(("Corrupt", "Premature")):
             raise
-        pixels = _convert(_open(data))  # what is odd, and not known to be damaged
+        pixels = _convert(_open(data))  # an odd file that is not known to be damaged
         if reduction == 1:
             return pixels
         size = (smallest["min_width"], smallest["min_height"])
@@ -232,8 +235,8 @@ def _decode_jpeg(data: bytes, height: int, width: int, reduction: int) -> np.nda
 
 
 def _jpeg_orientation(data: bytes) -> int | None:
-    # Pillow reads it from EXIF or XMP data. Most files have neither, and opening them once more
-    # takes a tenth of the time of decoding them.
+    # Pillow reads the orientation from EXIF or XMP data. Most files have neither, and opening them
+    # once more takes a tenth of the time of decoding them.
     header = data[: _end_of_jpeg_header(data)]
     if b"Exif" not in header and b"Orientation" not in header:
         return None
@@ -245,7 +248,7 @@ def _jpeg_orientation(data: bytes) -> int | None:
 
 
 def _end_of_jpeg_header(data: bytes) -> int:
-    """Where the first scan starts (ITU-T T.81, B.1.1); the end of data that are put otherwise."""
+    """Offset of the first scan (ITU-T T.81, B.1.1); the end of the data where none is found."""
     place = 2
     while data[place : place + 1] == b"\xff":
         if data[place + 1 : place + 2] == b"\xda":
@@ -282,7 +285,7 @@ def _convert(image: Image.Image) -> np.ndarray:
 
 
 def _upright(pixels: np.ndarray, orientation: int | None) -> np.ndarray:
-    """Undo EXIF orientations 2 to 8 (CIPA DC-008, tag 0x0112); others change nothing."""
+    """Turn pixels as EXIF orientations 2 to 8 say (CIPA DC-008); others change nothing."""
     if orientation not in range(2, 9):
         return pixels
     if orientation in _TURNED:

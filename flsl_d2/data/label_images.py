@@ -1,6 +1,6 @@
-"""Label images in the numbering that Detectron2's semantic data sets expect.
+"""Label images of semantic data sets: reading, checks, and conversion to Detectron2's numbering.
 
-Detectron2 has scripts for this in its repository, not in what is installed.
+Detectron2's own conversion scripts are in its repository and not in the installed package.
 """
 
 from __future__ import annotations
@@ -36,19 +36,23 @@ __all__ = [
 ]
 
 _PREPARATION = "tools/prepare_labels.py makes those of ADE20K and of COCO"
-# Of a data set; a wrong preparation shows in the first ones.
+IGNORED = 255
+
+# Number of label images that are read; a wrong preparation shows in the first ones.
 _LOOKED_AT = 20
+
+logger = logging.getLogger(__name__)
 
 
 def read_labels(path: str, copy: bool = False, dtype: np.dtype | str | None = None) -> np.ndarray:
-    """A label image as an array (H, W), for Detectron2's ``SemSegEvaluator``.
+    """Read a label image (H, W), for Detectron2's ``SemSegEvaluator``.
 
-    Detectron2's own function forbids a copy, which numpy 2 takes by its word and refuses.
+    Detectron2's own function demands an array without a copy, which numpy 2 refuses.
 
     Args:
-        path: of the image.
-        copy: not used.
-        dtype: of the array.
+        path: path of the image.
+        copy: not used; part of the evaluator's interface.
+        dtype: type of the array; uint8 by default.
     """
     with PathManager.open(path, "rb") as stream:
         return np.asarray(Image.open(stream)).astype(dtype or np.uint8)
@@ -57,18 +61,18 @@ def read_labels(path: str, copy: bool = False, dtype: np.dtype | str | None = No
 def check_label_images(name: str) -> int:
     """Check that pictures and label images are there, and that labels are in range.
 
-    The first label images are read, because one that was not prepared differs from the others in
-    its numbers alone, and trains on wrong classes without a word.
+    The first label images are read, because images that were not prepared have other numbers, which
+    would train wrong classes without an error.
 
     Args:
-        name: of a data set whose metadata has ``stuff_classes``, and for Detectron2's own ones
-            ``image_root`` and ``sem_seg_root``.
+        name: registered data set whose metadata has ``stuff_classes``, and for Detectron2's own
+            ones ``image_root`` and ``sem_seg_root``.
 
     Returns:
-        The number of its classes.
+        The number of classes.
 
     Raises:
-        InputError: naming the folder, the picture or the label image.
+        InputError: a folder, picture or label image is missing or wrong.
     """
     metadata = MetadataCatalog.get(name)
     for key in ("image_root", "sem_seg_root"):
@@ -87,7 +91,7 @@ def check_label_images(name: str) -> int:
 
 
 def _check_pairs(name: str, folder: str | None, used: set[str]) -> None:
-    """Detectron2 leaves out pictures without a label image, as an interrupted preparation does."""
+    """Check that no picture lacks its label image; Detectron2 would leave it out silently."""
     pictures = sorted(e.path for e in os.scandir(folder) if e.is_file()) if folder else []
     without = [path for path in pictures if path not in used]
     if without or not used:
@@ -109,25 +113,20 @@ def _check_labels(path: str, num_classes: int, ignored: int) -> None:
         )
 
 
-IGNORED = 255
-
-logger = logging.getLogger(__name__)
-
-
 def ade20k_labels(labels: np.ndarray) -> np.ndarray:
-    """ADE20K's labels (H, W), uint8: 0 for none and classes from 1, to 255 and classes from 0."""
+    """Renumber ADE20K's labels (H, W) uint8: none from 0 to 255, and classes to start from 0."""
     return np.where(labels == 0, IGNORED, labels - 1).astype(np.uint8)
 
 
 def stuff_labels(
     panoptic: np.ndarray, segments: Iterable[dict[str, Any]], numbers: dict[int, int]
 ) -> np.ndarray:
-    """COCO's panoptic image to classes of stuff.
+    """Convert COCO's panoptic image to classes of stuff.
 
     Args:
         panoptic: (H, W, 3) uint8; the segment's number is R + 256 G + 65536 B, 0 for none.
-        segments: with ``id`` and ``category_id``, those of the image.
-        numbers: of the categories of stuff; all others are things, 0.
+        segments: segments of the image, with ``id`` and ``category_id``.
+        numbers: class number of each category of stuff; all other categories are things, 0.
 
     Returns:
         Labels (H, W), uint8; 255 where there is no segment.
@@ -144,10 +143,10 @@ def prepare_ade20k(root: str | os.PathLike[str] | None = None, num_workers: int 
 
     Args:
         root: the folder of all data sets; ``$DETECTRON2_DATASETS`` by default.
-        num_workers: processes; 0 for one a core.
+        num_workers: number of processes; 0 for one per usable core.
 
     Raises:
-        InputError: ADE20K is not there.
+        InputError: ADE20K is missing.
     """
     folder = Path(root or datasets_root()).expanduser() / "ADEChallengeData2016"
     for split in ("training", "validation"):
@@ -163,10 +162,10 @@ def prepare_coco_stuff(root: str | os.PathLike[str] | None = None, num_workers: 
 
     Args:
         root: the folder of all data sets; ``$DETECTRON2_DATASETS`` by default.
-        num_workers: processes; 0 for one a core.
+        num_workers: number of processes; 0 for one per usable core.
 
     Raises:
-        InputError: the panoptic annotations are not there.
+        InputError: the panoptic annotations are missing.
     """
     folder = Path(root or datasets_root()).expanduser() / "coco"
     metadata = MetadataCatalog.get("coco_2017_train_panoptic_stuffonly")
@@ -187,13 +186,15 @@ def prepare_coco_stuff(root: str | os.PathLike[str] | None = None, num_workers: 
 PREPARATIONS = {"ade20k": prepare_ade20k, "coco-stuff": prepare_coco_stuff}
 
 
-def _check(there: bool, path: Path, remedy: str) -> None:
-    if not there:
+def _check(exists: bool, path: Path, remedy: str) -> None:
+    if not exists:
         raise InputError(f"{path} does not exist; {remedy}, or set DETECTRON2_DATASETS.")
 
 
-def _convert(function: Callable, work: list[tuple], target: Path, num_workers: int) -> None:
-    """Convert the files that are not there yet, so that an interrupted run is taken up again."""
+def _convert(
+    function: Callable[[Any], None], work: list[tuple[Any, ...]], target: Path, num_workers: int
+) -> None:
+    """Convert the files that do not exist yet, so that an interrupted run can be continued."""
     target.mkdir(parents=True, exist_ok=True)
     missing = [entry for entry in work if not entry[1].exists()]
     with ProcessPoolExecutor(num_workers or usable_cores()) as pool:

@@ -30,6 +30,9 @@ class FLSLDatasetMapper(DatasetMapper):
     the annotation.
     """
 
+    instance_mask_format: str
+    recompute_boxes: bool
+
     def __call__(self, dataset_dict: dict[str, Any]) -> dict[str, Any]:
         """Read and transform one image with its annotations.
 
@@ -95,7 +98,7 @@ class FLSLDatasetMapper(DatasetMapper):
             self.instance_mask_format, self.recompute_boxes = settings
 
     def _culprit(self, dataset_dict: dict[str, Any]) -> str:
-        """The annotation that fails even alone and untransformed, as part of a sentence."""
+        """Name the annotation that fails even alone and untransformed, as part of a sentence."""
         size = dataset_dict.get("height", 1), dataset_dict.get("width", 1)
         for index, annotation in enumerate(dataset_dict.get("annotations", ())):
             alone = {"annotations": [copy.deepcopy(annotation)]}

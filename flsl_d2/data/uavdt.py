@@ -1,9 +1,10 @@
 """UAVDT (arXiv 1804.00518), vehicles seen from drones: its text files as COCO annotations.
 
-A line of ``M0101_gt_whole.txt`` is ``frame,track,left,top,width,height,out-of-view,occlusion,
-category``, frames from 1, pixels, categories 1 car, 2 truck, 3 bus. A line of
-``M0101_gt_ignore.txt`` begins with the same six numbers: a region where vehicles are not annotated.
-Which sequences train and which test is what ``M_attr/train`` and ``M_attr/test`` hold.
+Each line of ``M0101_gt_whole.txt`` is ``frame,track,left,top,width,height,out-of-view,occlusion,
+category``; frames are counted from 1, boxes are in pixels, and the categories are 1 car, 2 truck
+and 3 bus. Each line of ``M0101_gt_ignore.txt`` begins with the same six numbers and gives a region
+where vehicles are not annotated. ``M_attr/train`` and ``M_attr/test`` name the sequences of the
+splits.
 """
 
 from __future__ import annotations
@@ -33,19 +34,19 @@ logger = logging.getLogger(__name__)
 
 
 class Converted(NamedTuple):
-    """COCO entries of one sequence, and what was left out of it."""
+    """COCO entries of one sequence, and the number of boxes left out for each reason."""
 
     images: list[dict[str, Any]]
     annotations: list[dict[str, Any]]
-    left_out: Counter
+    left_out: Counter[str]
 
 
 def convert_uavdt(root: str | os.PathLike[str] | None = None) -> dict[str, Path]:
     """Write ``annotations/instances_train.json`` and ``instances_test.json`` below a folder.
 
     Args:
-        root: the folder that holds ``UAV-benchmark-M``, ``UAV-benchmark-MOTD_v1.0`` and ``M_attr``
-            as they are unpacked; ``uavdt`` below the folder of all data sets by default.
+        root: folder with the unpacked ``UAV-benchmark-M``, ``UAV-benchmark-MOTD_v1.0`` and
+            ``M_attr``; ``uavdt`` below the folder of all data sets by default.
 
     Returns:
         The file of each split.
@@ -69,22 +70,22 @@ def convert_uavdt(root: str | os.PathLike[str] | None = None) -> dict[str, Path]
 def convert_sequence(
     folder: Path, truth: Path, first_image: int = 1, first_annotation: int = 1
 ) -> Converted:
-    """COCO entries of one sequence; every picture has one, with or without vehicles.
+    """Convert one sequence to COCO entries, of images without vehicles as well.
 
     Boxes are cut at the image's border. An ignored region becomes an annotation with ``iscrowd``
     in each category, which COCO's evaluation ignores and training leaves out.
 
     Args:
-        folder: its pictures, ``img000001.jpg`` and so on; its name is the sequence's.
-        truth: the folder of the text files.
-        first_image: number of its first image.
-        first_annotation: number of its first annotation.
+        folder: folder of the pictures ``img000001.jpg`` and so on, named after the sequence.
+        truth: folder of the text files.
+        first_image: id of the first image.
+        first_annotation: id of the first annotation.
 
     Raises:
         InputError: a line cannot be read.
     """
-    boxes: dict[int, list[tuple[list[float], int, int]]] = defaultdict(list)
-    left_out: Counter = Counter()
+    boxes: dict[int, list[tuple[list[int], int, int]]] = defaultdict(list)
+    left_out: Counter[str] = Counter()
     for frame, _, *box, _, _, category in _lines(
         truth / f"{folder.name}_gt_whole.txt", _TRUTH_FIELDS
     ):
@@ -103,8 +104,8 @@ def convert_sequence(
         number = first_image + len(images)
         name = f"{folder.name}/{picture.name}"
         images.append({"id": number, "file_name": name, "width": width, "height": height})
-        for box, category, crowd in boxes.pop(int(picture.stem[-6:]), ()):
-            clipped = _clipped(box, width, height)
+        for region, category, crowd in boxes.pop(int(picture.stem[-6:]), ()):
+            clipped = _clipped(region, width, height)
             if clipped is None:
                 left_out["outside their image"] += 1
                 continue
@@ -130,7 +131,10 @@ def _sequences(root: Path, split: str) -> list[str]:
 def _check_sequences(sequences: dict[str, list[str]], root: Path, truth: Path) -> None:
     for split, names in sequences.items():
         if not names:
-            raise InputError(f"{root / 'M_attr' / split} names no sequence (M0101_attr.txt ...).")
+            raise InputError(
+                f"{root / 'M_attr' / split} names no sequence (it has no file such as "
+                "M0101_attr.txt); unpack M_attr again."
+            )
         pictures = [name for name in names if not any((root / IMAGES / name).glob("*.jpg"))]
         texts = [name for name in names if not (truth / f"{name}_gt_whole.txt").is_file()]
         for missing, what in ((pictures, root / IMAGES), (texts, truth)):
@@ -144,7 +148,7 @@ def _check_sequences(sequences: dict[str, list[str]], root: Path, truth: Path) -
 def _convert_split(root: Path, truth: Path, split: str, names: list[str]) -> Path:
     images: list[dict[str, Any]] = []
     annotations: list[dict[str, Any]] = []
-    left_out: Counter = Counter()
+    left_out: Counter[str] = Counter()
     for name in tqdm(names, desc=f"UAVDT {split}", unit="sequence"):
         converted = convert_sequence(
             root / IMAGES / name, truth, len(images) + 1, len(annotations) + 1
@@ -177,7 +181,7 @@ def _convert_split(root: Path, truth: Path, split: str, names: list[str]) -> Pat
 
 
 def _lines(path: Path, fields: int) -> list[list[int]]:
-    """The first numbers of every line of a text file."""
+    """First numbers of every line of a text file."""
     rows = []
     for number, line in enumerate(path.read_text().splitlines(), start=1):
         if not line.strip():
@@ -195,8 +199,8 @@ def _lines(path: Path, fields: int) -> list[list[int]]:
     return rows
 
 
-def _clipped(box: list[float], width: int, height: int) -> list[float] | None:
-    """A box (left, top, width, height) inside its image; None if nothing is left."""
+def _clipped(box: list[int], width: int, height: int) -> list[int] | None:
+    """Cut a box (left, top, width, height) at the border of its image; None if nothing is left."""
     left, top = max(box[0], 0), max(box[1], 0)
     right, bottom = min(box[0] + box[2], width), min(box[1] + box[3], height)
     return [left, top, right - left, bottom - top] if right > left and bottom > top else None

@@ -54,7 +54,7 @@ def png(picture: np.ndarray) -> bytes:
 
 
 def png_of_size(width: int, height: int) -> bytes:
-    """A PNG that claims a size and holds next to nothing."""
+    """Make a PNG that claims a size and holds next to nothing."""
 
     def chunk(name: bytes, body: bytes) -> bytes:
         return (
@@ -316,7 +316,7 @@ def test_nothing_hangs_and_decoders_do_not_write_into_the_log(tmp_path: Path) ->
     for name, content in {**{name: good[0] for name, good in GOOD.items()}, **BAD}.items():
         (tmp_path / name).write_bytes(content)
     script = (
-        "import sys; from pretrain.images import read_rgb\n"
+        "import sys; from flsl_d2.data.images import read_rgb\n"
         "for path in sys.argv[1:]:\n"
         "    try: read_rgb(path); print('read')\n"
         "    except OSError as error: print(error)"

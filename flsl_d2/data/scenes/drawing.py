@@ -27,29 +27,29 @@ def _circle(radius: float, vertices: int = 48) -> np.ndarray:
 
 
 def disc(rng: np.random.Generator) -> Outlines:
-    """A full circle."""
+    """Draw a full circle."""
     return [_circle(1.0)]
 
 
 def ring(rng: np.random.Generator) -> Outlines:
-    """A circle with a round hole through which the background is seen."""
+    """Draw a circle with a round hole through which the background is seen."""
     return [_circle(1.0), _circle(rng.uniform(0.42, 0.55))]
 
 
 def star(rng: np.random.Generator) -> Outlines:
-    """A star of five points."""
+    """Draw a star of five points."""
     angle = np.arange(10) * np.pi / 5
     return [_polar(np.where(np.arange(10) % 2 == 0, 1.0, rng.uniform(0.42, 0.52)), angle)]
 
 
 def triangle(rng: np.random.Generator) -> Outlines:
-    """A triangle, its corners up to 10 degrees off the equilateral one's."""
+    """Draw a triangle whose corners are up to 10 degrees off an equilateral one's."""
     angle = np.arange(3) * 2 * np.pi / 3 + rng.uniform(-0.17, 0.17, 3)
     return [_polar(np.ones(3), angle)]
 
 
 def box(rng: np.random.Generator) -> Outlines:
-    """A rectangle with rounded corners, sides 1 : 0.6 to 1 : 0.9."""
+    """Draw a rectangle with rounded corners and sides of 1 : 0.6 to 1 : 0.9."""
     corner = 0.25
     half = np.array([0.85, 0.85 * rng.uniform(0.6, 0.9)])
     arc = _circle(corner, vertices=24).reshape(4, 6, 2)
@@ -58,14 +58,14 @@ def box(rng: np.random.Generator) -> Outlines:
 
 
 def cross(rng: np.random.Generator) -> Outlines:
-    """A cross of four equal arms."""
+    """Draw a cross of four equal arms."""
     arm = rng.uniform(0.28, 0.38)
     x, y = 0.95 * np.array([[1.0, 1.0, arm], [-arm, arm, arm]])
     return [np.stack([np.r_[x, -y, -x, y], np.r_[y, x, -y, -x]], axis=1)]
 
 
 def blob(rng: np.random.Generator) -> Outlines:
-    """A smooth irregular lump; clutter, no class."""
+    """Draw a smooth irregular lump, which is clutter and no class."""
     angle = np.linspace(0, 2 * np.pi, 40, endpoint=False)
     radius = np.full(40, 0.75)
     for wave in (2, 3, 4):
@@ -74,7 +74,7 @@ def blob(rng: np.random.Generator) -> Outlines:
 
 
 def shard(rng: np.random.Generator) -> Outlines:
-    """A long crooked splinter; clutter, no class."""
+    """Draw a long crooked splinter, which is clutter and no class."""
     width = rng.uniform(0.06, 0.16)
     bend = rng.uniform(-0.2, 0.2)
     return [np.array([[-1.0, -width], [0.0, bend - width], [1.0, -width / 2], [0.9, width / 2],
@@ -114,7 +114,7 @@ Pattern = Callable[[np.random.Generator, np.ndarray, np.ndarray], np.ndarray]
 
 
 def _soft_step(x: np.ndarray) -> np.ndarray:
-    """A step at 0 that takes one pixel: hard edges would only be aliasing."""
+    """Step at 0 over one pixel, because hard edges would only be aliasing."""
     return np.clip(x + 0.5, 0.0, 1.0)
 
 
@@ -146,7 +146,7 @@ def stripes(rng: np.random.Generator, u: np.ndarray, v: np.ndarray) -> np.ndarra
 
 
 def checks(rng: np.random.Generator, u: np.ndarray, v: np.ndarray) -> np.ndarray:
-    """A chess board."""
+    """Draw a chess board."""
     period = rng.uniform(9, 14)
     a, b = _soft_step(_fold(u, period)), _soft_step(_fold(v, period))
     return a + b - 2 * a * b
@@ -161,7 +161,7 @@ def dots(rng: np.random.Generator, u: np.ndarray, v: np.ndarray) -> np.ndarray:
 
 def speckle(rng: np.random.Generator, u: np.ndarray, v: np.ndarray) -> np.ndarray:
     """Fine irregular spots."""
-    return _soft_step(8 * (octaves(rng, *u.shape, coarsest=4.0) - 0.5))
+    return _soft_step(8 * (octaves(rng, u.shape[0], u.shape[1], coarsest=4.0) - 0.5))
 
 
 def zigzag(rng: np.random.Generator, u: np.ndarray, v: np.ndarray) -> np.ndarray:
@@ -171,7 +171,7 @@ def zigzag(rng: np.random.Generator, u: np.ndarray, v: np.ndarray) -> np.ndarray
 
 
 def gradient(rng: np.random.Generator, u: np.ndarray, v: np.ndarray) -> np.ndarray:
-    """A smooth ramp from one colour to the other, without any edge inside."""
+    """Draw a smooth ramp from one colour to the other, without any edge inside."""
     low, high = float(u.min()), float(u.max())
     return (u - low) / max(high - low, 1e-6)
 
@@ -192,7 +192,7 @@ def planks(rng: np.random.Generator, u: np.ndarray, v: np.ndarray) -> np.ndarray
 
 def clouds(rng: np.random.Generator, u: np.ndarray, v: np.ndarray) -> np.ndarray:
     """Noise of many scales; background and clutter only."""
-    return octaves(rng, *u.shape, coarsest=max(u.shape) / 3)
+    return octaves(rng, u.shape[0], u.shape[1], coarsest=max(u.shape) / 3)
 
 
 BACKGROUNDS: tuple[Pattern, ...] = (bricks, planks, clouds, stripes, gradient)

@@ -78,7 +78,7 @@ logger = logging.getLogger(__name__)
 
 
 def coco_annotations(scene: Scene, image_id: int, first_id: int) -> list[dict[str, Any]]:
-    """The COCO entries of one scene's objects, numbered from `first_id` on."""
+    """Write one scene's objects as COCO entries, numbered from ``first_id`` on."""
     entries = []
     for number, (mask, category) in enumerate(zip(scene.masks, scene.categories, strict=True)):
         rows, columns = mask.any(axis=1).nonzero()[0], mask.any(axis=0).nonzero()[0]

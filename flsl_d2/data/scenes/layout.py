@@ -48,7 +48,7 @@ class Layer:
     def windows(
         self, height: int, width: int
     ) -> tuple[tuple[slice, ...], tuple[slice, ...]] | None:
-        """The part inside the image: slices of the image and of the coverage; None if outside."""
+        """Slice the image and the coverage where they overlap; None if they do not."""
         (x, y), (h, w) = self.corner, self.covered.shape
         top, left, bottom, right = max(y, 0), max(x, 0), min(y + h, height), min(x + w, width)
         if top >= bottom or left >= right:
@@ -80,7 +80,7 @@ def _layer(
 
 
 def _cover(owners: np.ndarray, layer: Layer, owner: int) -> np.ndarray:
-    """The map of owners (H, W) with `layer` put on top as `owner`."""
+    """Put ``layer`` on top of the map of owners (H, W), as ``owner``."""
     owners = owners.copy()
     windows = layer.windows(*owners.shape)
     if windows is not None:

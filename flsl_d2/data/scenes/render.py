@@ -43,7 +43,7 @@ def _colours(rng: np.random.Generator, contrast: float) -> tuple[np.ndarray, np.
 
 
 def _class_colours(rng: np.random.Generator, category: int) -> tuple[np.ndarray, np.ndarray]:
-    """A light and a dark RGB colour (3,) in 0 to 255 around the hue of a class."""
+    """Draw a light and a dark RGB colour (3,) in 0 to 255 around the hue of a class."""
     share = 1 / len(CLASS_NAMES)
     hue = (category + rng.uniform(-0.6, 0.6)) * share
     light = colorsys.hsv_to_rgb(hue % 1, rng.uniform(0.5, 0.9), rng.uniform(0.75, 0.95))
@@ -71,7 +71,7 @@ def _coordinates(height: int, width: int, turn: np.ndarray) -> tuple[np.ndarray,
 
 
 def _background(rng: np.random.Generator, image_size: tuple[int, int]) -> np.ndarray:
-    """A pattern of two near colours under coarse noise and uneven light, (H, W, 3) float32."""
+    """Draw two near colours under coarse noise and uneven light, (H, W, 3) float32."""
     width, height = image_size
     angle = rng.uniform(0, np.pi)
     turn = np.array([[np.cos(angle), -np.sin(angle)], [np.sin(angle), np.cos(angle)]])
@@ -106,10 +106,13 @@ def _paint(
         soft = cv2.GaussianBlur(fallen.covered.astype(np.float32), (0, 0), 2.0)[shaded[1]] / 255
         canvas[shaded[0]] *= 1 - shadow * soft[..., None]
 
-    known = layer.category is not None
-    first, second = _class_colours(rng, layer.category) if known else _colours(rng, contrast=60.0)
-    colours = _mix(layer.texture(rng, *_coordinates(*alpha.shape, layer.turn)), first, second)
-    colours *= _ramp(*alpha.shape, light, 1.2, 0.75)
+    if layer.category is not None:
+        first, second = _class_colours(rng, layer.category)
+    else:
+        first, second = _colours(rng, contrast=60.0)
+    rows, columns = alpha.shape
+    colours = _mix(layer.texture(rng, *_coordinates(rows, columns, layer.turn)), first, second)
+    colours *= _ramp(rows, columns, light, 1.2, 0.75)
     opaque = alpha[part][..., None]
     canvas[inside] += opaque * (colours[part] - canvas[inside])
 
@@ -130,8 +133,9 @@ def render_scene(rng: np.random.Generator, image_size: tuple[int, int]) -> Scene
     for layer in layers:
         _paint(rng, canvas, layer, light, shadow)
     canvas = cv2.GaussianBlur(canvas, (0, 0), rng.uniform(0.3, 0.7))
-    canvas += rng.uniform(1, 6) * rng.standard_normal(canvas.shape, dtype=np.float32)
-    image = np.clip(canvas, 0, 255).astype(np.uint8)
+    strength = rng.uniform(1, 6)
+    noise = strength * rng.standard_normal(canvas.shape, dtype=np.float32)
+    image = np.clip(canvas + noise, 0, 255).astype(np.uint8)
 
     numbers = [n for n, layer in enumerate(layers, start=1) if layer.category is not None]
     masks = (

@@ -46,12 +46,19 @@ def davis_palette() -> np.ndarray:
 def read_indexed_png(path: Path) -> np.ndarray:
     """Read a mask, (H, W) uint8 indexes.
 
+    The greyscale masks of DAVIS 2016, which have no other values than 0 and 255, have no palette in
+    which 255 could be void: it is the object there, and read as 1.
+
     Raises:
         InputError: the file cannot be read, or its pixels are colours instead of indexes.
     """
     try:
         with Image.open(path) as image:
-            if image.mode not in ("P", "L"):
+            if image.mode in ("1", "L"):
+                mask = np.array(image).astype(np.uint8)
+                two_values = image.mode == "L" and np.isin(mask, (0, VOID)).all()
+                return mask // VOID if two_values else mask
+            if image.mode != "P":
                 raise InputError(
                     f"mask '{path}' has pixels of mode {image.mode}, not 8-bit indexes; "
                     "use the benchmark's indexed PNG files."
@@ -185,23 +192,14 @@ def read_frame(path: Path) -> np.ndarray:
 def read_mask(path: Path) -> np.ndarray:
     """Read a mask, (H, W) uint8: 0 is the background, 1, 2, ... are the objects.
 
-    Void pixels (255) count as background, as in the benchmark's evaluation. In the masks of DAVIS
-    2016, which have no other values than 0 and 255, the 255 is the object.
+    Void pixels (255) count as background, as in the benchmark's evaluation.
 
     Raises:
         InputError: the file is no readable indexed mask.
     """
     mask = read_indexed_png(path)
-    is_foreground = mask == VOID
-    # The greyscale masks of DAVIS 2016 have no palette in which 255 could be void.
-    only_two_values = is_foreground.any() and not mask[~is_foreground].any()
-    mask[is_foreground] = 1 if only_two_values and _is_greyscale(path) else 0
+    mask[mask == VOID] = 0
     return mask
-
-
-def _is_greyscale(path: Path) -> bool:
-    with Image.open(path) as image:
-        return image.mode == "L"
 
 
 def _check_numbers(frames: list[Path]) -> None:
