@@ -13,9 +13,9 @@ import numpy as np
 from PIL import Image
 from tqdm import tqdm
 
-from flsl_d2.data.images import find_images
+from flsl_d2.data.image_files import find_images
 from flsl_d2.detection.predictor import Detections, Predictor
-from flsl_d2.engine.command_line import described_parser, run_tool
+from flsl_d2.engine.command_line import add_option, described_parser, run_tool
 from flsl_d2.errors import InputError
 from flsl_d2.files import write_text
 from flsl_d2.visualization.detections import DrawnObjects, draw_objects
@@ -191,10 +191,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
     )
     add = parser.add_argument
     add("--model", required=True, metavar="DIR", help="folder of a training run, or a config file")
-    add("--weights", default="", metavar="FILE", help="detector weights (default: the run's last)")
+    add_option(parser, "--weights", default="", help="detector weights (default: the run's last)")
     add("--input", nargs="+", required=True, metavar="PATH", help="images, folders, videos")
-    add("--output", default="output/predictions", metavar="DIR", help="default: %(default)s")
-    add("--device", default="", help="cpu or cuda (default: a GPU where there is one)")
+    add_option(parser, "--output", default="output/predictions")
+    add_option(parser, "--device")
     add("--batch-size", type=int, default=1, metavar="N", help="images at a time (%(default)s)")
     add(
         "--score-threshold",
@@ -203,7 +203,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
         metavar="P",
         help="leave out detections with a lower score (default: %(default)s)",
     )
-    add("--short-side", type=int, default=0, metavar="PIXELS", help="0: the config's test size")
+    add_option(
+        parser, "--short-side", default=0, help="shorter side in pixels; 0: the config's test size"
+    )
     add("--tile", type=int, default=0, metavar="PIXELS", help="cut images into tiles of this side")
     add("--masks", action="store_true", help="write the mask of each object as PNG")
     run_tool(_predict, parser.parse_args(arguments))

@@ -22,13 +22,14 @@ from torch import nn
 from torchvision.ops import batched_nms
 
 from flsl_d2.data.images import read_rgb
-from flsl_d2.engine.config_files import load_config, load_yaml_config
+from flsl_d2.detection.setup import CLASSES_FILE
+from flsl_d2.detection.yaml import load_yaml_config
+from flsl_d2.engine.config_files import is_yaml, load_lazy_config
 from flsl_d2.errors import InputError
 from flsl_d2.weights import FLSLCheckpointer
 
-__all__ = ["CLASSES_FILE", "Detections", "Predictor"]
+__all__ = ["Detections", "Predictor"]
 
-CLASSES_FILE = "classes.json"
 # Share of a tile that its neighbour sees, too, and from which overlap two boxes of one class are
 # the same object: the defaults of the sliced inference of SAHI (arXiv 2202.06934).
 _TILE_OVERLAP = 0.2
@@ -85,7 +86,7 @@ class Detections:
         return entries
 
     def to_supervision(self) -> Any:
-        """The same as ``supervision.Detections``; needs the package ``supervision``."""
+        """Convert to ``supervision.Detections``; needs the package ``supervision``."""
         try:
             import supervision
         except ImportError as error:
@@ -129,7 +130,7 @@ class Predictor:
     ) -> None:
         place = Path(model).expanduser()
         folder = place if place.is_dir() else None
-        cfg = _folder_config(folder) if folder else load_config(str(model))
+        cfg = _folder_config(folder) if folder else _file_config(str(model))
         self.score_threshold, self.tile = score_threshold, tile
         self.device = device or ("cuda" if torch.cuda.is_available() else "cpu")
         self.model = _detector(cfg, self.device)
@@ -244,6 +245,10 @@ def _corners(height: int, width: int, tile: int) -> Iterator[tuple[int, int]]:
     for top in starts(height):
         for left in starts(width):
             yield top, left
+
+
+def _file_config(file: str) -> DictConfig | CfgNode:
+    return load_yaml_config(file) if is_yaml(file) else load_lazy_config(file)
 
 
 def _folder_config(folder: Path) -> DictConfig | CfgNode:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import json
 import logging
 from pathlib import Path
 
 import torch
 from detectron2.config import CfgNode
+from detectron2.data import MetadataCatalog
 from detectron2.engine import TrainerBase
 from detectron2.utils import comm
 from detectron2.utils.collect_env import collect_env_info
@@ -21,15 +23,19 @@ from flsl_d2.engine.run_folder import (
     prepare_output,
 )
 from flsl_d2.errors import InputError
+from flsl_d2.files import write_text
 from flsl_d2.weights import FLSLCheckpointer
 
 __all__ = [
+    "CLASSES_FILE",
+    "keep_for_prediction",
     "load_for_evaluation",
     "resume_or_start",
     "seed_run",
     "start_run",
 ]
 
+CLASSES_FILE = "classes.json"
 logger = logging.getLogger(__name__)
 
 
@@ -132,6 +138,22 @@ def start_run(
         folder,
         comm.get_world_size(),
     )
+
+
+def keep_for_prediction(cfg: DictConfig | CfgNode, folder: str, dataset: str) -> None:
+    """Keep in the output folder what the detector needs later: its config and class names.
+
+    Args:
+        cfg: config of the run, after the data set has set the number of classes.
+        folder: output folder.
+        dataset: registered data set whose classes the detector learns.
+    """
+    if not comm.is_main_process():
+        return
+    keep_config(cfg, folder)
+    metadata = MetadataCatalog.get(dataset)
+    names = metadata.get("thing_classes") or metadata.get("stuff_classes") or []
+    write_text(Path(folder, CLASSES_FILE), json.dumps(list(names)))
 
 
 def seed_run(seed: int, start_iter: int = 0) -> None:

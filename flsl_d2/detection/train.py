@@ -32,7 +32,13 @@ from flsl_d2.detection.checks import (
     names_of,
 )
 from flsl_d2.detection.own_data import num_classes_key, use_own_data
-from flsl_d2.detection.setup import load_for_evaluation, resume_or_start, seed_run, start_run
+from flsl_d2.detection.setup import (
+    keep_for_prediction,
+    load_for_evaluation,
+    resume_or_start,
+    seed_run,
+    start_run,
+)
 from flsl_d2.detection.yaml import load_yaml_config, run_yaml_detection
 from flsl_d2.engine.checkpoints import Checkpoints, LeaveWhenAsked
 from flsl_d2.engine.config_files import is_yaml, load_lazy_config
@@ -137,6 +143,9 @@ def run_lazy_detection(
         f"{classes}=",
         _MASKS_OFF if OmegaConf.select(cfg, "model.roi_heads.mask_in_features") else "",
     )
+    if not eval_only:
+        learned = names_of(cfg.dataloader.train.dataset.names)[0]
+        keep_for_prediction(cfg, cfg.train.output_dir, learned)
     for split in ("train", "test"):
         if OmegaConf.select(cfg, f"dataloader.{split}.mapper") is not None:
             node = cfg.dataloader[split]

@@ -28,7 +28,13 @@ from flsl_d2.detection.checks import (
     mixed_precision,
 )
 from flsl_d2.detection.coco_evaluator import FLSLCOCOEvaluator
-from flsl_d2.detection.setup import load_for_evaluation, resume_or_start, seed_run, start_run
+from flsl_d2.detection.setup import (
+    keep_for_prediction,
+    load_for_evaluation,
+    resume_or_start,
+    seed_run,
+    start_run,
+)
 from flsl_d2.detection.solver import add_solver_config, build_yaml_optimizer
 from flsl_d2.engine.checkpoints import Checkpoints, LeaveWhenAsked
 from flsl_d2.engine.config_files import resolve_config_path
@@ -212,6 +218,7 @@ def run_yaml_detection(
         checkpointer = FLSLCheckpointer(model, cfg.OUTPUT_DIR)
         load_for_evaluation(checkpointer, cfg.MODEL.WEIGHTS, resume, "MODEL.WEIGHTS ")
         return DetectionTrainer.test(cfg, model)
+    keep_for_prediction(cfg, cfg.OUTPUT_DIR, cfg.DATASETS.TRAIN[0])
     check_batch(cfg.SOLVER.IMS_PER_BATCH, "SOLVER.IMS_PER_BATCH")
     for name in cfg.DATASETS.TEST:
         check_test_set(
