@@ -1,4 +1,4 @@
-"""Page of tokens: click one and see what several encoders make of it.
+"""Interactive page: a click on a token shows its relation to others for several encoders.
 
 The page is one HTML file: tokens travel as float16, images as JPEG. Maps are computed in the
 browser, and compared there with those of Python.

@@ -1,4 +1,4 @@
-"""Where the objects and the clutter of a scene lie, and what of them can be seen.
+"""Layout of a scene: places of objects and clutter, and their visible parts.
 
 A class is a shape with its texture; size, turn, stretch and place are drawn at random.
 """
