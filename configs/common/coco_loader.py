@@ -1,8 +1,8 @@
 """COCO 2017, shorter side 480 to 800 in training and 800 in evaluation, longest side 1333.
 
-Other data in COCO format, by its files; the model's number of classes follows them:
-``dataloader.train.dataset.json_file=FILE dataloader.train.dataset.image_root=FOLDER`` and the same
-for ``dataloader.test``. Or by a name that is registered: ``dataloader.train.dataset.names=NAME
+Two overrides choose other files in COCO format, which set the model's number of classes:
+``dataloader.train.dataset.json_file=FILE dataloader.train.dataset.image_root=FOLDER``, and the same
+for ``dataloader.test``. Registered names work as well: ``dataloader.train.dataset.names=NAME
 dataloader.test.dataset.names=NAME model.roi_heads.num_classes=NUMBER``.
 """
 

@@ -2,9 +2,9 @@
 
     tools/pretrain_net.py --config-file configs/pretrain/flsl_vit_large_p16_in1k.py --num-gpus 16
 
-The next size after the paper's: the recipe of ViT-B/16 with ViT-L and recomputed blocks. A starting
-point that nobody has run: neither the paper nor the published code has this size, so watch the
-health of its first epochs. Hardware, time and score: not measured.
+The recipe of ViT-B/16 with ViT-L and recomputed blocks. Nobody has run it, and neither the paper
+nor the published code has this size, so watch the health of its first epochs. Hardware, time and
+score: not measured.
 """
 
 from ..common.vit_sizes import large as _size

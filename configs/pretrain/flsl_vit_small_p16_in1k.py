@@ -2,9 +2,9 @@
 
     tools/pretrain_net.py --config-file configs/pretrain/flsl_vit_small_p16_in1k.py --num-gpus 8
 
-ImageNet lies in $DETECTRON2_DATASETS/imagenet/train; any other tree of images:
-``dataset.root=FOLDER``; a data set registered in Detectron2, without its labels:
-``dataset.name=coco_2017_train``. On a CPU: ``train.device=cpu``.
+ImageNet lies in $DETECTRON2_DATASETS/imagenet/train. ``dataset.root=FOLDER`` takes any other tree
+of images, ``dataset.name=coco_2017_train`` the images of a data set registered in Detectron2, and
+``train.device=cpu`` trains on a CPU.
 
 Hardware and time: the paper's run took 8 GPUs for 3.5 days. Mask R-CNN fine-tuned from its weights
 reaches 44.9 box and 40.8 mask AP on COCO (1x). These are figures of the paper.

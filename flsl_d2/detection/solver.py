@@ -13,6 +13,7 @@ from detectron2.solver.build import maybe_add_gradient_clipping
 from torch import nn
 
 from flsl_d2.errors import InputError
+from flsl_d2.modeling import TimmBackbone
 
 __all__ = ["add_solver_config", "build_yaml_optimizer", "layer_decay"]
 
@@ -44,11 +45,11 @@ def build_yaml_optimizer(cfg: CfgNode, model: nn.Module) -> torch.optim.Optimize
     """Build the optimiser of a YAML config over the parameters that are trained.
 
     With ``SOLVER.OPTIMIZER: ADAMW``, betas are (0.9, 0.999) and learning rates follow
-    :func:`layer_decay`.
+    :func:`layer_decay`; those of a timm model follow timm's groups of layers.
 
     Args:
         cfg: config with the nodes of :func:`add_solver_config`.
-        model: detector; its encoder has ``MODEL.FLSL_VIT.DEPTH`` blocks.
+        model: detector; an ``FLSLViT`` in it has ``MODEL.FLSL_VIT.DEPTH`` blocks.
 
     Raises:
         InputError: an unknown name of an optimiser.
@@ -64,8 +65,22 @@ def build_yaml_optimizer(cfg: CfgNode, model: nn.Module) -> torch.optim.Optimize
         weight_decay_norm=solver.WEIGHT_DECAY_NORM,
         bias_lr_factor=solver.BIAS_LR_FACTOR,
         weight_decay_bias=solver.WEIGHT_DECAY_BIAS,
-        lr_factor_func=layer_decay(solver.LAYER_DECAY, cfg.MODEL.FLSL_VIT.DEPTH),
+        lr_factor_func=_layer_factor(cfg, model),
         overrides={"pos_embed": {"weight_decay": 0.0}},
     )
     optimizer = torch.optim.AdamW(groups, lr=solver.BASE_LR, weight_decay=solver.WEIGHT_DECAY)
     return maybe_add_gradient_clipping(cfg, optimizer)
+
+
+def _layer_factor(cfg: CfgNode, model: nn.Module) -> Callable[[str], float]:
+    """Learning rate factor by the name of a weight."""
+    rate = cfg.SOLVER.LAYER_DECAY
+    factors = {
+        f"{prefix}.{name}": factor
+        for prefix, module in model.named_modules()
+        if isinstance(module, TimmBackbone)
+        for name, factor in module.layer_factors(rate).items()
+    }
+    if factors:
+        return lambda name: factors.get(name, 1.0)
+    return layer_decay(rate, cfg.MODEL.FLSL_VIT.DEPTH)

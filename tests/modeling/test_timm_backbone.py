@@ -9,6 +9,7 @@ from detectron2.config import get_cfg
 from detectron2.modeling import build_backbone
 
 from flsl_d2 import add_flsl_config
+from flsl_d2.detection.solver import add_solver_config, build_yaml_optimizer
 from flsl_d2.errors import InputError
 from flsl_d2.modeling.timm_backbone import (
     TimmBackbone,
@@ -115,6 +116,25 @@ def test_layer_factors_fall_towards_the_input():
     ordered = [factors[f"model.blocks.{i}.attn.qkv.weight"] for i in range(3)]
     assert ordered == [ordered[2] / 4, ordered[2] / 2, ordered[2]]
     assert factors["model.patch_embed.proj.weight"] < ordered[0]
+
+
+def test_yaml_layer_decay_follows_timms_layers():
+    """Blocks are numbered anew in every stage, so their numbers alone tell no depth."""
+    cfg = get_cfg()
+    add_flsl_config(cfg)
+    add_solver_config(cfg)
+    cfg.MODEL.BACKBONE.NAME = "build_timm_pyramid"
+    cfg.MODEL.TIMM.NAME = "convnext_atto?pretrained=false"
+    cfg.SOLVER.OPTIMIZER, cfg.SOLVER.LAYER_DECAY, cfg.SOLVER.BASE_LR = "ADAMW", 0.5, 1.0
+    model = torch.nn.Sequential()
+    model.backbone = build_backbone(cfg)
+    groups = build_yaml_optimizer(cfg, model).param_groups
+    rates = {id(p): group["lr"] for group in groups for p in group["params"]}
+    factors = model.backbone.bottom_up.layer_factors(0.5)
+    for name, parameter in model.backbone.bottom_up.named_parameters():
+        assert rates[id(parameter)] == factors[name]
+    assert factors["model.stages.3.blocks.0.gamma"] > factors["model.stages.0.blocks.1.gamma"]
+    assert rates[id(model.backbone.fpn_lateral2.weight)] == 1.0
 
 
 def test_weights_of_a_file_are_taken_whole(tmp_path):
