@@ -145,9 +145,13 @@ class TimmBackbone(Backbone):
         """Positions of the last map as tokens (B, N, D), row-major."""
         return self._maps(images)[-1].flatten(2).transpose(1, 2)
 
-    @torch.no_grad()
+    @torch.enable_grad()
     def _try_out(self, strides: list[int]) -> list[int]:
-        """Find the channels of the maps, with an image higher than usual that is not square."""
+        """Find the channels of the maps, with an image higher than usual that is not square.
+
+        Parameters that no map depends on, such as the classification head, are frozen, because
+        ``DistributedDataParallel`` refuses parameters that get no gradient.
+        """
         stride = strides[-1]
         usual = timm.data.resolve_model_data_config(self.model)["input_size"][1]
         height, width = (usual // stride + 3) * stride, 5 * stride
@@ -168,6 +172,10 @@ class TimmBackbone(Backbone):
                 f"timm's '{self.name}' gives maps of {shapes} for an image of {height} x {width} "
                 f"pixels, where strides {strides} give {expected}; choose another model."
             )
+        torch.stack([map_.sum() for map_ in maps]).sum().backward()
+        for parameter in self.model.parameters():
+            parameter.requires_grad_(parameter.grad is not None)
+            parameter.grad = None
         return [map_.shape[1] for map_ in maps]
 
     def _maps(self, images: Tensor) -> list[Tensor]:

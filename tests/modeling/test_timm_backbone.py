@@ -118,6 +118,18 @@ def test_layer_factors_fall_towards_the_input():
     assert factors["model.patch_embed.proj.weight"] < ordered[0]
 
 
+@pytest.mark.parametrize("name", ["resnet18", "vit_tiny_patch16_224", "convnext_atto"])
+def test_every_trained_parameter_gets_a_gradient(name):
+    """Several processes cannot train a model of which some parameters get none."""
+    net = TimmBackbone(name, pretrained=False)
+    torch.stack([each.sum() for each in net(torch.rand(1, 3, 64, 64)).values()]).sum().backward()
+    without = {n for n, p in net.named_parameters() if p.requires_grad and p.grad is None}
+    assert not without
+    frozen = {n for n, p in net.named_parameters() if not p.requires_grad}
+    assert frozen
+    assert all(name.startswith(("model.head.", "model.fc.")) for name in frozen)
+
+
 def test_yaml_layer_decay_follows_timms_layers():
     """Blocks are numbered anew in every stage, so their numbers alone tell no depth."""
     cfg = get_cfg()
@@ -132,7 +144,7 @@ def test_yaml_layer_decay_follows_timms_layers():
     rates = {id(p): group["lr"] for group in groups for p in group["params"]}
     factors = model.backbone.bottom_up.layer_factors(0.5)
     for name, parameter in model.backbone.bottom_up.named_parameters():
-        assert rates[id(parameter)] == factors[name]
+        assert not parameter.requires_grad or rates[id(parameter)] == factors[name]
     assert factors["model.stages.3.blocks.0.gamma"] > factors["model.stages.0.blocks.1.gamma"]
     assert rates[id(model.backbone.fpn_lateral2.weight)] == 1.0
 
