@@ -18,6 +18,7 @@ from detectron2.config import CfgNode
 from detectron2.layers import ShapeSpec
 from detectron2.modeling import BACKBONE_REGISTRY, FPN, Backbone
 from detectron2.modeling.backbone.fpn import LastLevelMaxPool
+from timm.data.config import resolve_model_data_config
 from torch import Tensor, nn
 
 from flsl_d2.errors import InputError
@@ -84,7 +85,7 @@ class TimmBackbone(Backbone):
     ) -> None:
         super().__init__()
         self.name, self.frozen = name, frozen
-        self.model = _create(name, pretrained and not weights, model_args)
+        self.model: Any = _create(name, pretrained and not weights, model_args)
         if weights:
             _load(self.model, weights)
         self.pixel_adapter = _pixel_adapter(self.model, pixel_mean, pixel_std, bgr)
@@ -149,7 +150,7 @@ class TimmBackbone(Backbone):
     def _try_out(self, strides: list[int]) -> list[int]:
         """Find the channels of the maps, with an image higher than usual that is not square."""
         stride = strides[-1]
-        usual = timm.data.resolve_model_data_config(self.model)["input_size"][1]
+        usual = resolve_model_data_config(self.model)["input_size"][1]
         height, width = (usual // stride + 3) * stride, 5 * stride
         self.model.eval()
         try:
@@ -304,7 +305,7 @@ def _load(model: nn.Module, path: str) -> None:
 _HEADS = ("head", "fc.", "fc_norm", "classifier", "attn_pool", "last_linear", "num_batches")
 
 
-def _levels(model: nn.Module, name: str) -> tuple[list[int], list[int]]:
+def _levels(model: Any, name: str) -> tuple[list[int], list[int]]:
     """Indexes and strides of the maps to return: the last of each stride from 4 on."""
     if not hasattr(model, "forward_intermediates"):
         raise InputError(
@@ -326,7 +327,7 @@ def _pixel_adapter(
     model: nn.Module, mean: Sequence[float], std: Sequence[float], bgr: bool
 ) -> PixelAdapter | None:
     """Build the change from the pixels fed to those that the model was trained on, if any."""
-    config = timm.data.resolve_model_data_config(model)
+    config = resolve_model_data_config(model)
     own_mean = [255 * value for value in config["mean"]]
     own_std = [255 * value for value in config["std"]]
     adapter = PixelAdapter(list(mean), list(std), bgr, own_mean, own_std)

@@ -278,7 +278,7 @@ def _score_frame(mask: np.ndarray, path: Path, objects: range) -> list[tuple[flo
 
 
 def _segment_and_write(
-    encoder: Encoder, sequence: Sequence, run: DavisRun, progress: tqdm
+    encoder: Encoder, sequence: Sequence, run: DavisRun, progress: tqdm[Any]
 ) -> list[np.ndarray]:
     """Segment a sequence and write its masks to a folder that appears when it is complete."""
     folder = run.output / "masks" / sequence.name
