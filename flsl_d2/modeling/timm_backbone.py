@@ -71,6 +71,8 @@ class TimmBackbone(Backbone):
             fixed image size, or weights that do not cover it.
     """
 
+    model: Any  # timm's models have no common type
+
     def __init__(
         self,
         name: str,
@@ -85,7 +87,7 @@ class TimmBackbone(Backbone):
     ) -> None:
         super().__init__()
         self.name, self.frozen = name, frozen
-        self.model: Any = _create(name, pretrained and not weights, model_args)
+        self.model = _create(name, pretrained and not weights, model_args)
         if weights:
             _load(self.model, weights)
         self.pixel_adapter = _pixel_adapter(self.model, pixel_mean, pixel_std, bgr)
