@@ -32,8 +32,9 @@ from flsl_d2.evaluation.davis.sequences import (
     sequence_names,
     write_indexed_png,
 )
-from flsl_d2.evaluation.features import RANDOM, Encoder, frozen_encoder, usable_device
+from flsl_d2.evaluation.features import RANDOM, frozen_encoder, usable_device
 from flsl_d2.files import writable_folder, write_text
+from flsl_d2.modeling import Encoder
 
 __all__ = [
     "DavisRun",
