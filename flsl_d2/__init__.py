@@ -1,4 +1,4 @@
-"""FLSL for Detectron2: ``import flsl_d2`` registers ``FLSLViT`` and its feature pyramid.
+"""FLSL for Detectron2: ``import flsl_d2`` registers the backbones.
 
 A YAML project adds ``flsl_d2.add_flsl_config(cfg)``; a LazyConfig project uses the classes of
 ``flsl_d2.modeling``.

@@ -6,7 +6,7 @@ __all__ = ["InputError", "TrainingError"]
 
 
 class _SentenceError(Exception):
-    """Base of errors that are told in one sentence.
+    """Base of errors whose message is one sentence.
 
     PyTorch raises the error of a data worker again with the worker's traceback as its message;
     only the sentence at its end is kept.

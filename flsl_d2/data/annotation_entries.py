@@ -182,7 +182,7 @@ class AnnotationCheck:
 
     Attributes:
         annotated: number of annotations of each category id.
-        learned: of these, the number that training uses.
+        learned: number of these that training uses.
         boxes: annotations whose box has an area.
     """
 

@@ -19,7 +19,8 @@ _FEWEST = 5  # annotations from which a convention can be concluded
 _SAME = 0.75
 _OTHER = 0.5  # the same, below which a box is not that of its mask
 _BORDER = 1.0  # pixels by which a right box may reach over the border
-_REACHING_SHARE = 0.1  # of boxes that reach over the border, if corners are taken for sizes
+# Share of boxes that reach over the border where corners were taken for sizes.
+_REACHING_SHARE = 0.1
 _CORNERS = "two corners instead of x, y, width, height"
 
 Boxes = np.ndarray  # (N, 4) float64

@@ -1,4 +1,4 @@
-"""Picture files of an annotation file, also where both spell a name differently.
+"""Picture files that an annotation file names, found in spite of other spellings.
 
 Annotation tools on other systems write names with backslashes, repeat the image folder, quote
 characters as in a URL, or use another Unicode form or letter case than the file.

@@ -137,6 +137,7 @@ class Predictor:
         self.input_format, self.resize = _preprocessing(cfg, short_side)
         file = weights or _folder_weights(folder, cfg)
         checkpointer = FLSLCheckpointer(self.model)
+        checkpointer.require_whole = True
         checkpointer.resume_or_load(file, resume=False)
         if checkpointer.loaded_encoder_only:
             raise InputError(f"weights '{file}' hold an encoder and no detector; train one first.")

@@ -232,7 +232,7 @@ def check_and_keep_run(
 
 
 def keep_config(cfg: DictConfig | CfgNode, folder: str | Path) -> None:
-    """Write ``config.yaml`` for people to read; no code reads it back."""
+    """Write ``config.yaml``, for people and :class:`flsl_d2.detection.predictor.Predictor`."""
     path = Path(folder, "config.yaml")
     if isinstance(cfg, CfgNode):
         path.write_text(cfg.dump())

@@ -175,7 +175,7 @@ def mean_shift_labels(tokens: Tensor, width: float) -> Tensor:
 
     Args:
         tokens: (N, D).
-        width: of the kernel, which is ``exp(width * cosine)`` at the first step.
+        width: width of the kernel, which is ``exp(width * cosine)`` at the first step.
     """
     return cluster(tokens, width / tokens.shape[1])[0]
 

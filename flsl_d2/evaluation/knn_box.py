@@ -16,7 +16,7 @@ from flsl_d2.evaluation.samples import Sample, Task
 
 __all__ = ["BoxKnn", "cell_tokens"]
 
-_CELLS = 3  # of a box, on each side
+_CELLS = 3  # cells of a box along each side
 
 
 class BoxKnn:

@@ -285,7 +285,7 @@ def _load_registered(name: str) -> LabelledDataset:
 
 
 def _check_categories(name: str, records: list[dict[str, Any]], count: int) -> None:
-    """Check the categories of a user's own loader, which the check of COCO files never saw."""
+    """Check the categories of a user's own loader, which the check of COCO files does not see."""
     for record in records:
         for annotation in record.get("annotations", []):
             if not 0 <= annotation["category_id"] < count:

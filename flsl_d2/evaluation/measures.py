@@ -50,7 +50,7 @@ class Measure(Protocol):
     ``InputError`` where the data or the encoder do not allow this measure.
 
     Attributes:
-        name: of the measure in :data:`MEASURES`, and the start of the names of its scores.
+        name: name of the measure in :data:`MEASURES`, and start of the names of its scores.
         without_direction: scores for which neither high nor low is better; all others are the
             better the higher.
     """
@@ -207,7 +207,7 @@ def run_measures(task: Task, names: Sequence[str]) -> tuple[dict[str, float], di
 
     Args:
         task: its encoder is in evaluation mode.
-        names: of the measures.
+        names: names of the measures.
 
     Returns:
         The scores by full name, and for every measure that failed the reason.

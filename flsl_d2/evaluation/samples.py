@@ -168,7 +168,7 @@ def log_progress(items: Iterable[_T], total: int, title: str) -> Iterator[_T]:
     Args:
         items: to iterate over.
         total: number of the items.
-        title: of the bar.
+        title: title of the bar.
     """
     start = last_report_time = time.monotonic()
     bar = tqdm(items, desc=title, total=total, unit="image", disable=None, leave=False)

@@ -42,7 +42,7 @@ _NAMES = {
 _NOT_SHOWN = ("iteration", "eta_seconds", "rank_data_time")
 # Largest over smallest value above which the axis is logarithmic.
 _LOG_FACTOR = 30.0
-_FEW_VALUES = 20  # of a curve that is drawn with a dot for each
+_FEW_VALUES = 20  # a curve of fewer values gets a dot for each
 
 
 def read_metrics(metrics_json_path: str | os.PathLike[str]) -> tuple[Series, list[int]]:

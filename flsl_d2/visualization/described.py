@@ -26,7 +26,7 @@ class DescribedEncoder:
     """Tokens of some images by one encoder, and what they group.
 
     Attributes:
-        name: of the encoder on pages.
+        name: name of the encoder on pages.
         tokens: (N, D) float32 of each image.
         grids: rows and columns of each image.
         labels: for every scale (times sqrt(D)) the clusters of each image, (rows, columns).
@@ -65,11 +65,11 @@ def describe_encoder(
     """Cluster every image at every scale, and group the tokens of all images.
 
     Args:
-        name: of the encoder.
+        name: name of the encoder.
         token_sets: (N, D) of each image, not normalised.
         grids: rows and columns of each image.
         images: (H, W, 3) uint8 RGB each.
-        scales: of attention and clusters, times sqrt(D).
+        scales: scales of attention and clusters, times sqrt(D).
         assigned: for every image the index of each token's centroid (N,) and how well the token
             fits it (N,), from a projection head; None groups the tokens by k-means.
         num_centroids: number of centroids of that head.

@@ -92,7 +92,7 @@ def picture_table(
         rows: panels of each row; the first panel of a row gives the height of the row.
         headings: text above each column.
         labels: text to the left of each row.
-        width: of every picture, in inches.
+        width: width of every picture in inches.
     """
     num_columns = max(len(row) for row in rows)
     scaled = [
@@ -201,7 +201,7 @@ def label_plot(axes: Axes, title: str, x_label: str, y_label: str = "") -> None:
     axes.xaxis.set_major_locator(MaxNLocator(5, integer=True))
 
 
-# The first eight are told apart by most colour-blind readers (Okabe and Ito).
+# Most colour-blind readers can distinguish the first eight (Okabe and Ito).
 _PALETTE = (
     (230, 159, 0), (86, 180, 233), (0, 158, 115), (240, 228, 66), (213, 94, 0), (204, 121, 167),
     (0, 114, 178), (255, 255, 255), (160, 82, 45), (148, 0, 211), (127, 255, 0), (255, 105, 180),
@@ -239,7 +239,7 @@ def overlay_masks(
         image: (H, W, 3) uint8.
         masks: (h, w) bool each, of the image's aspect ratio; resized to the image.
         colours: (M, 3) uint8, one for each mask.
-        opacity: of the tint.
+        opacity: opacity of the tint, 0 to 1.
     """
     height, width = image.shape[:2]
     out = image.copy()

@@ -89,7 +89,7 @@ def assign_centroids(
     Args:
         head: on the device of the tokens.
         token_sets: (N, D) of each image, with the final LayerNorm applied.
-        scale: of the attention.
+        scale: scale of the attention.
 
     Returns:
         For every image the indices of the centroids (N,) and the cosine similarities to them (N,).

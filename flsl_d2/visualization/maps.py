@@ -81,7 +81,7 @@ def attention_values(
         tokens: (N, D).
         grid: rows and columns.
         token: row-major index.
-        scale: of the attention; by default 0.1 / sqrt(D), the method's value within a view
+        scale: scale of the attention; by default 0.1 / sqrt(D), the method's value within a view
             (arXiv 2306.06203, Sec. 5).
     """
     tokens = as_tokens(tokens, grid)
@@ -199,7 +199,7 @@ def cluster_overlay(
         image: (H, W, 3) uint8.
         labels: (N,) or (rows, columns) cluster numbers from 0 on.
         grid: rows and columns.
-        opacity: of the colours.
+        opacity: opacity of the colours, 0 to 1.
     """
     height, width = image.shape[:2]
     cells = np.asarray(torch.as_tensor(labels).cpu()).reshape(grid)
@@ -231,7 +231,7 @@ def attended_share(tokens: Array, grid: Grid, scale: float) -> float:
     Args:
         tokens: (N, D).
         grid: rows and columns.
-        scale: of the attention.
+        scale: scale of the attention.
     """
     tokens = as_tokens(tokens, grid)
     weights = attention(tokens[None], tokens[None], scale)[0]

@@ -79,7 +79,7 @@ def crop_patch(image: np.ndarray, grid: Grid, token: int, side: int = 96) -> np.
         image: (H, W, 3) uint8.
         grid: rows and columns.
         token: row-major index.
-        side: of the result in pixels.
+        side: side of the result in pixels.
 
     Returns:
         (side, side, 3) uint8; at the image's edge the patch is not in the middle.

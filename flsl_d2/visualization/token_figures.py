@@ -63,7 +63,7 @@ def encoder_figure(
         grid: rows and columns of the tokens, one for all images or one for each.
         path: PNG file to write.
         tokens: for each image the token whose attention and mode are shown; the middle by default.
-        scale: of the attention; 0.1 / sqrt(D) by default, the method's value within a view.
+        scale: scale of the attention; 0.1 / sqrt(D), the method's value within a view, by default.
         num_iterations: mean-shift steps from the token to its mode.
         title: heading of the page.
 
@@ -128,7 +128,7 @@ def comparison_figure(
         images: (H, W, 3) uint8 each.
         points: see :data:`Points`.
         path: PNG file to write.
-        scale: of attention, mode and clusters, times sqrt(D); one of the encoders' scales.
+        scale: scale of attention, mode and clusters, times sqrt(D); one of the encoders'.
         num_iterations: mean-shift steps to the mode.
         maps: kinds of maps, of `MAPS`.
     """
@@ -185,7 +185,7 @@ def modes_figure(
         images: (H, W, 3) uint8 each.
         points: see :data:`Points`.
         path: PNG file to write.
-        scale: of the attention, times sqrt(D).
+        scale: scale of the attention, times sqrt(D).
         num_iterations: n.
     """
     steps = range(1, num_iterations + 1)
@@ -212,7 +212,7 @@ def nearest_figure(
         images: (H, W, 3) uint8 each.
         points: see :data:`Points`.
         path: PNG file to write.
-        count: of patches in a row.
+        count: number of patches in a row.
     """
     rows = []
     for point in points:

@@ -1,4 +1,4 @@
-"""Page of tokens: click one and see what several encoders make of it.
+"""Interactive page: a click on a token shows its relation to others for several encoders.
 
 The page is one HTML file: tokens travel as float16, images as JPEG. Maps are computed in the
 browser, and compared there with those of Python.
@@ -28,7 +28,7 @@ __all__ = ["write_page"]
 
 _JPEG_QUALITY = 85
 _NUM_COLOURS = 12
-_CELL_PIXELS = 16  # of the grid for the position R2 of colours
+_CELL_PIXELS = 16  # side of the grid's cells for the position R2 of colours
 
 
 def write_page(
@@ -49,7 +49,7 @@ def write_page(
         images: (H, W, 3) uint8 RGB each.
         image_names: names that are shown below the images.
         points: for every image the token chosen at first, x and y as shares of width and height.
-        scale: of attention and clusters at first, times sqrt(D); one of the encoders' scales.
+        scale: first scale of attention and clusters, times sqrt(D); one of the encoders'.
         num_iterations: end of the slider of mean-shift steps.
         made: sentence about how the page was made, for its foot.
 

@@ -107,7 +107,7 @@ def chosen_points(
     Args:
         points: taken in every image; without any, the middle is.
         images: (H, W, 3) each.
-        files: of the images, for messages.
+        files: files of the images, for messages.
 
     Raises:
         InputError: a point lies outside an image.
@@ -132,7 +132,7 @@ def chosen_encoders(
 
     Args:
         weights: see :func:`flsl_d2.evaluation.features.frozen_encoder`.
-        names: of the encoders; by default those of the files and their folders.
+        names: names of the encoders; by default those of the files and their folders.
         device: PyTorch's name of the device.
 
     Raises:
@@ -183,7 +183,7 @@ def visualize(
         names: names of the encoders on the pages; an empty one, and no list, stand for the name of
             the file and its folder.
         short_side: pixels that the shorter side of images is resized to; 0 keeps their size.
-        scale: of attention and clusters, times sqrt(D).
+        scale: scale of attention and clusters, times sqrt(D).
         num_iterations: mean-shift steps from a token to its mode.
         max_images: bound of the images of each folder and of the data set.
         device: device of the encoders.

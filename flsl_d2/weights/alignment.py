@@ -1,4 +1,4 @@
-"""Tensors in timm's names made those of ``FLSLViT``, with the parts that it does not compute."""
+"""Conversion of tensors in timm's names to those of ``FLSLViT``, with an account of the rest."""
 
 from __future__ import annotations
 

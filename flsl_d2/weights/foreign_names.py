@@ -1,4 +1,4 @@
-"""Names and shapes of other libraries' vision transformers, made those of timm.
+"""Conversion of other libraries' names and shapes of vision transformers to timm's.
 
 Sources: ``modeling_vit.py``, ``modeling_dinov2.py`` and ``modeling_dinov2_with_registers.py`` of
 huggingface/transformers; ``big_vision/models/vit.py`` of google-research/big_vision;

@@ -139,7 +139,7 @@ def read_plain_pickle(path: str) -> Any:
 
     Raises:
         ForeignObjectError: the pickle asks for anything else; the text names it.
-        Exception: of any type, where the file is damaged.
+        Exception: any type of exception, where the file is damaged.
     """
     # A map of the file ends where the file does, whatever size an instruction claims to have.
     with open(path, "rb") as stream, mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ) as file:

@@ -1,6 +1,6 @@
 """Kinds of files with an encoder's weights: one entry for each.
 
-An entry says how the kind is told from others, which tensors are left out and why, and what the
+An entry says how the kind is recognised, which tensors are left out and why, and what the
 source computes that no tensor tells: how positions are resampled, and the number of heads. The
 layouts are those of the projects' own code at the addresses that ``docs/CHECKPOINTS.md`` names.
 """

@@ -1,4 +1,4 @@
-"""Where the patches of student views lie in the teacher's view, and the teacher's tokens there.
+"""Places of student views' patches in the teacher's view, and the teacher's tokens there.
 
 Shape suffixes: B images, Q queries, N tokens of a square grid, D width.
 """

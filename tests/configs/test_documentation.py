@@ -1,9 +1,20 @@
-"""The guides say what the recipes and the engine have."""
+"""Documents, examples and headers of recipes name what the code has."""
 
 from __future__ import annotations
 
+import ast
+import contextlib
+import io
+import pkgutil
 import re
+import runpy
+import sys
+from collections.abc import Iterator
 from fnmatch import fnmatchcase
+from functools import cache
+from pathlib import Path
+
+import pytest
 
 from flsl_d2.detection.yaml import load_yaml_config
 from flsl_d2.engine.config_files import CONFIGS_FOLDER, load_lazy_config
@@ -14,7 +25,31 @@ PRETRAINING = "pretrain/flsl_vit_small_p16_in1k.py"
 DETECTION = "coco/mask_rcnn_flsl_vit_s16_1x.py"
 YAML = "coco/mask_rcnn_flsl_vit_s16_1x.yaml"
 
-TEXT = (CONFIGS_FOLDER.parent / "docs" / "CONFIGS.md").read_text()
+ROOT = CONFIGS_FOLDER.parent
+TEXT = (ROOT / "docs" / "CONFIGS.md").read_text()
+GUIDES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *(ROOT / "docs").glob("*.md")]
+CHANGELOG = ROOT / "CHANGELOG.md"  # names what is gone, so only its links are tested
+DOCUMENTS = [*GUIDES, *(ROOT / "docs" / "records").glob("*.md"), ROOT / "tests/golden/README.md"]
+TOOLS = sorted(path.stem for path in (ROOT / "tools").glob("*.py"))
+# Options that documents name of pip, docker, srun, torchrun, git and pytest.
+OTHER_PROGRAMS = {
+    "--extra-index-url",
+    "--find-links",
+    "--ipc",
+    "--kill-on-bad-exit",
+    "--logdir",
+    "--no-build-isolation",
+    "--no-deps",
+    "--nproc-per-node",
+    "--shm-size",
+    "--upgrade",
+    "--upgrade-package",
+}
+# What a run and its tools write, by names that look like keys of configs.
+FILE_ENDINGS = (
+    *(".csv", ".html", ".json", ".md", ".npz", ".pkl", ".png", ".pth", ".py", ".safetensors"),
+    *(".txt", ".yaml"),
+)
 
 
 def test_all_recipes_are_listed_and_all_listed_are_there():
@@ -26,7 +61,7 @@ def test_all_recipes_are_listed_and_all_listed_are_there():
     tables = "\n".join(line for line in TEXT.splitlines() if line.startswith("|"))
     listed = {
         name if "/" in name else f"pretrain/{name}"
-        for name in re.findall(r"`([\w/]+\.py)`", tables)
+        for name in re.findall(r"`(?!tools/)([\w/]+\.py)`", tables)
     }
     assert listed == recipes
 
@@ -53,3 +88,132 @@ def test_every_key_that_may_differ_is_a_key_of_a_recipe():
 def _with_length(cfg):
     set_run_length(cfg, 1000)
     return cfg
+
+
+def _name(path: Path) -> str:
+    return str(path.relative_to(ROOT))
+
+
+def _code(text: str) -> Iterator[str]:
+    """Lines of fenced code with continued lines joined, then inline code."""
+    for block in re.findall(r"^```\w*\n(.*?)^```", text, re.M | re.S):
+        yield from block.replace("\\\n", " ").splitlines()
+    yield from re.findall(r"`([^`\n]+)`", re.sub(r"^```.*?^```", "", text, flags=re.M | re.S))
+
+
+@cache
+def _help(tool: str, *benchmark: str) -> str:
+    """Help of a tool, printed in this process."""
+    printed, arguments = io.StringIO(), sys.argv
+    sys.argv = [f"tools/{tool}.py", *benchmark, "--help"]
+    try:
+        with contextlib.redirect_stdout(printed), pytest.raises(SystemExit) as stopped:
+            runpy.run_path(str(ROOT / "tools" / f"{tool}.py"), run_name="__main__")
+    finally:
+        sys.argv = arguments
+    assert stopped.value.code == 0
+    return printed.getvalue()
+
+
+def _options(text: str) -> set[str]:
+    return set(re.findall(r"(?<![\w-])--[a-z][\w-]*", re.sub("^#SBATCH.*", "", text)))
+
+
+def _commands() -> Iterator[tuple[str, str, str]]:
+    """Place, tool and arguments of every command in documents, recipes and examples of tools."""
+    texts = {_name(path): list(_code(path.read_text())) for path in DOCUMENTS}
+    for path in CONFIGS_FOLDER.rglob("*.py"):
+        header = ast.get_docstring(ast.parse(path.read_text())) or ""
+        texts[_name(path)] = header.replace("\\\n", " ").splitlines()
+    for tool in TOOLS:
+        texts[f"tools/{tool}.py --help"] = _help(tool).replace("\\\n", " ").splitlines()
+    for place, lines in texts.items():
+        for line in lines:
+            found = re.search(r"(?<![\w/])tools/(\w+)\.py(.*)", line.partition(" #")[0])
+            if found:
+                yield place, found[1], found[2]
+
+
+def _anchors(path: Path) -> set[str]:
+    headings = re.findall(r"^#+ (.+)$", path.read_text(), re.M)
+    words = (re.sub(r"[^\w\- ]", "", heading.lower()) for heading in headings)
+    return {heading.replace(" ", "-") for heading in words}
+
+
+@pytest.mark.parametrize("path", [*DOCUMENTS, CHANGELOG], ids=_name)
+def test_relative_links_lead_somewhere(path):
+    for link in re.findall(r"\]\(([^)\s]+)\)", path.read_text()):
+        if re.match(r"\w+:", link):
+            continue
+        file, _, anchor = link.partition("#")
+        target = (path.parent / file).resolve() if file else path
+        assert target.exists(), link
+        assert not anchor or anchor in _anchors(target), link
+
+
+@pytest.mark.parametrize("path", DOCUMENTS, ids=_name)
+def test_files_and_names_of_python_exist(path):
+    text = path.read_text()
+    folders = "flsl_d2|pretrain|tools|configs|tests|docs"
+    for file in re.findall(rf"(?<![\w/.])(?:{folders})/[\w./*-]*\w", text):
+        assert list(ROOT.glob(file)), file
+    for code in _code(text):
+        for name in re.findall(r"(?<![\w./-])(?:flsl_d2|pretrain)(?:\.[A-Za-z_]\w*)+", code):
+            if not name.endswith(FILE_ENDINGS) and ".my_" not in name:  # ".my_": an example's
+                pkgutil.resolve_name(name)
+
+
+def test_options_in_commands_are_those_of_the_tool():
+    for place, tool, arguments in _commands():
+        assert tool in TOOLS, (place, tool)
+        benchmark = [arguments.split()[0]] if tool == "benchmark" and arguments.strip() else []
+        benchmark = [word for word in benchmark if not word.startswith("-")]
+        unknown = _options(arguments) - _options(_help(tool, *benchmark))
+        assert not unknown, (place, tool, unknown)
+
+
+@pytest.mark.parametrize("path", GUIDES, ids=_name)
+def test_options_in_the_text_are_those_of_some_tool(path):
+    known = OTHER_PROGRAMS.union(*(_options(_help(tool)) for tool in TOOLS))
+    known = known.union(*(_options(_help("benchmark", name)) for name in ("data", "detection")))
+    for code in _code(path.read_text()):
+        assert _options(code) <= known, code
+
+
+def test_overrides_in_commands_are_keys_of_the_named_config():
+    for place, tool, arguments in _commands():
+        configs = re.findall(r"configs/[\w/]+\.(?:py|yaml)", arguments)
+        keys = re.findall(r"(?<!\S)([a-z_]+(?:\.\w+)+)=", arguments)
+        if "records" in place or not configs or not keys:
+            continue
+        known = set().union(*(_keys(config.removeprefix("configs/")) for config in configs))
+        assert set(keys) <= known, (place, tool, set(keys) - known)
+
+
+@pytest.mark.parametrize("path", GUIDES, ids=_name)
+def test_keys_in_the_text_are_keys_of_a_recipe(path):
+    known = _keys(PRETRAINING) | _keys(DETECTION) | _keys(YAML)
+    roots = "dataset|views|dataloader|model|schedules|train|optimizer|lr_multiplier"
+    roots += "|MODEL|DATASETS|SOLVER|TEST|INPUT|DATALOADER"
+    for code in _code(path.read_text()):
+        for key in re.findall(rf"(?<![\w./=-])(?:{roots})(?:\.[\w*]+)+(?!\w*[(:])", code):
+            if not key.endswith(FILE_ENDINGS):
+                assert any(fnmatchcase(name, key) for name in known), key
+
+
+@pytest.mark.parametrize("path", GUIDES, ids=_name)
+def test_targets_of_make_exist(path):
+    targets = set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), re.M))
+    for code in _code(path.read_text()):
+        assert set(re.findall(r"^make ([a-z][a-z-]+)(?=\s|$)", code)) <= targets, code
+
+
+@cache
+def _keys(config: str) -> frozenset[str]:
+    """Every key of a config, those of whole nodes included."""
+    cfg = load_yaml_config(config) if config.endswith(".yaml") else load_lazy_config(config)
+    if config.startswith(("pretrain/", "demo/flsl")):
+        cfg = _with_length(cfg)
+    flat = flat_config(cfg)
+    parts = (key.split(".") for key in flat)
+    return frozenset(".".join(part[:end]) for part in parts for end in range(1, len(part) + 1))

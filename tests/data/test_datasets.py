@@ -58,9 +58,9 @@ def test_builtin_leaves_a_users_own_name_alone(tmp_path: Path) -> None:
     kept = DatasetCatalog["pennfudan_train"], MetadataCatalog["pennfudan_train"]
     DatasetCatalog.remove("pennfudan_train")
     try:
-        DatasetCatalog.register("pennfudan_train", lambda: [{"mine": True}])
+        DatasetCatalog.register("pennfudan_train", lambda: [{"own": True}])
         register_builtin(tmp_path)
-        assert DatasetCatalog.get("pennfudan_train") == [{"mine": True}]
+        assert DatasetCatalog.get("pennfudan_train") == [{"own": True}]
     finally:
         DatasetCatalog["pennfudan_train"], MetadataCatalog["pennfudan_train"] = kept
 

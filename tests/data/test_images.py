@@ -343,7 +343,7 @@ def test_nothing_hangs_and_decoders_do_not_write_into_the_log(tmp_path: Path) ->
 @pytest.fixture
 def ordinary_user(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Root may read everything, so that a test run as root becomes someone else for a while."""
-    monkeypatch.chdir(tmp_path)  # of the folders above only root may know
+    monkeypatch.chdir(tmp_path)  # the folders above may be readable by root alone
     tmp_path.chmod(0o755)
     if os.geteuid():
         yield

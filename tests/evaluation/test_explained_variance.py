@@ -61,7 +61,7 @@ def test_half_of_each() -> None:
     torch.manual_seed(0)
 
     def tokens(c, y, x):
-        place = (torch.pi * y).cos() * 2**0.5  # of variance 1
+        place = (torch.pi * y).cos() * 2**0.5  # variance 1
         colour = (c[..., :1] - 0.5) * 12**0.5
         return place + colour
 

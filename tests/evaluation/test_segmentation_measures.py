@@ -164,7 +164,7 @@ def test_recall_leaves_crowds_and_hidden_objects_out() -> None:
     data = dataset(1, [((1, 1, 5, 5), 0), ((1, 1, 5, 5), 1), ((5, 0, 8, 2), 0)])
     image = data.images[0]
     image.record["annotations"][2]["iscrowd"] = 1
-    # Of two equal masks the one that comes later is in front.
+    # The later one of two equal masks is in front.
     ((mask, category),) = image.objects
     assert (mask.sum(), category) == (32 * 32, 2)
 

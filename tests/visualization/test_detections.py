@@ -82,8 +82,8 @@ def test_results_and_models_give_the_truth_again(scenes: str) -> None:
         assert found.classes == truth.classes
         assert found.scores == pytest.approx(scores)
         np.testing.assert_allclose(found.boxes, truth.boxes, atol=1e-3)
-        for mine, theirs in zip(found.masks, truth.masks, strict=True):
-            np.testing.assert_array_equal(mine, theirs)
+        for mask, expected in zip(found.masks, truth.masks, strict=True):
+            np.testing.assert_array_equal(mask, expected)
         assert detector(source, 0.7, contiguous)(record, image).classes == []
 
 

@@ -1,4 +1,4 @@
-"""Where the objects and the clutter of a scene lie, and what of them can be seen.
+"""Layout of a scene: places of objects and clutter, and their visible parts.
 
 A class is a shape with its texture; size, turn, stretch and place are drawn at random.
 """
@@ -25,7 +25,8 @@ CLASS_NAMES: tuple[str, ...] = tuple(name for name, _ in CLASSES)
 
 MAX_OBJECTS = 6
 SIZE_RANGE = (0.2, 0.55)  # an object's diameter as a share of the image's shorter side
-MIN_VISIBLE_SHARE = 0.25  # of an object's area, what is outside the image counted as hidden
+# Share of an object's area; what is outside the image counts as hidden.
+MIN_VISIBLE_SHARE = 0.25
 MIN_VISIBLE_PIXELS = 64
 _PLACEMENTS = 16  # tries per object before it is left out
 HALF_COVERED = 128

@@ -17,7 +17,7 @@ import numpy as np
 
 __all__ = ["Statistics", "boundary_accuracy", "region_similarity", "statistics"]
 
-_TOLERANCE = 0.008  # of a boundary, as a share of the image's diagonal
+_TOLERANCE = 0.008  # distance within which boundaries match, as a share of the diagonal
 
 
 class Statistics(NamedTuple):

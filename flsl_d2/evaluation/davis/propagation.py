@@ -86,7 +86,7 @@ def propagate_through(
         frames: tokens (N, D) of each frame, in order. Only the context is kept in memory.
         first_labels: (N, K) labels of the tokens of the first frame.
         grid: rows and columns of tokens.
-        settings: of the propagation.
+        settings: settings of the propagation.
 
     Yields:
         (N, K) float32 for each frame but the first. Rows sum to 1 where those of `first_labels`
@@ -120,7 +120,7 @@ def propagate(
         sources: (C, N, D) tokens of the other frames, L2-normalised.
         labels: (C, N, K) labels of the sources.
         grid: rows and columns, N = rows * columns.
-        settings: of the propagation; ``context`` is not used here.
+        settings: settings of the propagation; ``context`` is not used here.
         max_pairs: bound of the similarities held at once; changes the memory, not the result.
 
     Returns:
@@ -171,8 +171,8 @@ def frame_size(size: tuple[int, int], short_side: int, patch_size: int) -> tuple
 
     Args:
         size: height and width of the frame.
-        short_side: of the result, in pixels.
-        patch_size: of the encoder, in pixels.
+        short_side: shorter side of the result in pixels.
+        patch_size: patch size of the encoder in pixels.
 
     Raises:
         InputError: the shorter side is smaller than a patch.
@@ -204,7 +204,7 @@ def segment_sequence(
     Args:
         encoder: in evaluation mode; everything but reading and writing happens on its device.
         sequence: from :func:`flsl_d2.evaluation.davis.find_sequence`.
-        settings: of the propagation; the protocol's by default.
+        settings: settings of the propagation; the protocol's by default.
         short_side: see :func:`frame_size`.
         batch_size: frames that are encoded together.
 

@@ -87,7 +87,7 @@ class Sequence:
     """A video all of whose files exist and have one size.
 
     Attributes:
-        name: of its folders.
+        name: name of its folders.
         frames: image files, in order.
         masks: file for each frame, or for the first frame alone.
         size: height and width in pixels.
@@ -142,7 +142,7 @@ def find_sequence(root: Path, resolution: str, name: str, all_masks: bool = True
     Args:
         root: folder of DAVIS.
         resolution: folder below JPEGImages and Annotations, such as ``480p``.
-        name: of the sequence.
+        name: name of the sequence.
         all_masks: whether every frame needs its mask; otherwise only the first does.
 
     Raises:
