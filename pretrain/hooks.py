@@ -17,7 +17,7 @@ from flsl_d2.data.images import read_rgb
 from flsl_d2.errors import TrainingError
 from flsl_d2.evaluation import TokenFeatures, extract_tokens
 from flsl_d2.evaluation.labelled_images import LabelledDataset
-from flsl_d2.evaluation.measures import MEASURES, measure_all, prepare_measures
+from flsl_d2.evaluation.measures import measure_all, prepare_measures
 from flsl_d2.files import replaced_file
 from flsl_d2.modeling import FLSLViT
 from flsl_d2.visualization import encoder_figure
@@ -115,7 +115,8 @@ class FeatureMeasures(HookBase):
     Args:
         train: name of the registered data set with labels to learn from.
         val: name of the registered data set to score on.
-        measures: names in :data:`flsl_d2.evaluation.measures.MEASURES`.
+        measures: names in :data:`flsl_d2.evaluation.measures.MEASURES`; None for all that fit the
+            data.
         period_iters: number of steps between two measurements; 0 measures after the last step
             only.
         max_images: largest number of images of each data set.
@@ -130,12 +131,12 @@ class FeatureMeasures(HookBase):
         self,
         train: str,
         val: str,
-        measures: Sequence[str] = tuple(MEASURES),
+        measures: Sequence[str] | None = None,
         period_iters: int = 0,
         max_images: int | None = 200,
         short_side: int = 224,
     ) -> None:
-        self.measures, self.period, self.short_side = tuple(measures), period_iters, short_side
+        self.measures, self.period, self.short_side = measures, period_iters, short_side
         self.data: tuple[LabelledDataset, LabelledDataset] | None = None
         if comm.is_main_process():
             self.data = prepare_measures(

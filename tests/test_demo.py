@@ -42,5 +42,6 @@ def test_leaves_a_table_and_pictures(tmp_path):
         "detections_flsl",
         "clusters_flsl",
         "clusters_random_weights",
+        "overview",
     ):
         assert cv2.imread(str(tmp_path / f"{name}.png")) is not None, name

@@ -127,7 +127,9 @@ class CheckedMapper:
             ) from error
 
 
-def check_test_set(name: str, build: Callable[[], tuple[DataLoader, DatasetEvaluator]]) -> None:
+def check_test_set(
+    name: str, build: Callable[[], tuple[DataLoader[Any], DatasetEvaluator]]
+) -> None:
     """Build the loader and the evaluator of a test set, and map its first image.
 
     Called before training, so that a test set that cannot be evaluated is found before the first

@@ -155,7 +155,8 @@ def _drawn(rgb: np.ndarray, found: Detections | None) -> np.ndarray:
 
 def _write_masks(folder: Path, name: str, found: Detections) -> None:
     folder.mkdir(parents=True, exist_ok=True)
-    for index, (mask, label) in enumerate(zip(found.masks, found.names, strict=True)):
+    masks = [] if found.masks is None else list(found.masks)
+    for index, (mask, label) in enumerate(zip(masks, found.names, strict=True)):
         safe = "".join(c if c.isalnum() else "_" for c in label)
         Image.fromarray(mask.astype(np.uint8) * 255).save(folder / f"{name}_{index:03d}_{safe}.png")
 

@@ -159,10 +159,10 @@ class Predictor:
         Raises:
             InputError: a file that cannot be read, or an array that is no image.
         """
-        one = isinstance(images, (np.ndarray, str, Path))
-        if not one and not len(images):
+        several = [images] if isinstance(images, (np.ndarray, str, Path)) else list(images)
+        if not several:
             return []
-        pixels = [self.read(image) for image in ([images] if one else images)]
+        pixels = [self.read(image) for image in several]
         if self.tile:
             return [self._in_tiles(image) for image in pixels]
         return [self._detections(found) for found in self._instances(pixels)]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import logging
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -158,7 +159,7 @@ def run_lazy_detection(
         )
         return _evaluate(cfg, wrap_ddp(model, broadcast_buffers=False))
     for name in _test_names(cfg):
-        check_test_set(name, lambda name=name: _test_set(cfg, name))
+        check_test_set(name, partial(_test_set, cfg, name))
     with stop_requests() as request:
         _train(cfg, _build_model(cfg), resume, request)
     return None
@@ -248,11 +249,11 @@ def _test_names(cfg: DictConfig) -> list[str]:
     return names_of(names) if names and "evaluator" in cfg.dataloader else []
 
 
-def _test_set(cfg: DictConfig, name: str) -> tuple[DataLoader, DatasetEvaluator]:
+def _test_set(cfg: DictConfig, name: str) -> tuple[DataLoader[Any], DatasetEvaluator]:
     """Build the loader and the evaluator of one of the test sets."""
     several = len(_test_names(cfg)) > 1
     # The optimizer's node holds the model, which must not be copied.
-    cfg = OmegaConf.masked_copy(cfg, [key for key in cfg if key != "optimizer"])
+    cfg = OmegaConf.masked_copy(cfg, [str(key) for key in cfg if key != "optimizer"])
     cfg.dataloader.test.dataset.names = name
     evaluators = cfg.dataloader.evaluator
     nodes = list(evaluators) if isinstance(evaluators, ListConfig) else [evaluators]
@@ -263,7 +264,7 @@ def _test_set(cfg: DictConfig, name: str) -> tuple[DataLoader, DatasetEvaluator]
     return instantiate(cfg.dataloader.test), evaluator
 
 
-def _test_sets(cfg: DictConfig) -> Iterator[tuple[str, DataLoader, DatasetEvaluator]]:
+def _test_sets(cfg: DictConfig) -> Iterator[tuple[str, DataLoader[Any], DatasetEvaluator]]:
     for name in _test_names(cfg):
         yield (name, *_test_set(cfg, name))
 

@@ -113,7 +113,7 @@ class UAVDTEvaluator(DatasetEvaluator):
         """Forget all detections."""
         self._detections: list[tuple[int, np.ndarray, np.ndarray, np.ndarray]] = []
 
-    def process(self, inputs: list[dict], outputs: list[dict]) -> None:
+    def process(self, inputs: list[dict[str, Any]], outputs: list[dict[str, Any]]) -> None:
         """Store the detections of a batch."""
         for image, output in zip(inputs, outputs, strict=True):
             instances = output["instances"].to("cpu")
@@ -144,7 +144,7 @@ class UAVDTEvaluator(DatasetEvaluator):
         logger.info("UAVDT: %s", ", ".join(f"{k} {v:.2f}" for k, v in results.items()))
         return OrderedDict(uavdt=results)
 
-    def _ap(self, detections: list, threshold: float, only_class: int | None = None) -> float:
+    def _ap(self, detections: list[Any], threshold: float, only_class: int | None = None) -> float:
         """AP of one class, or of all classes as one, over the images that were processed."""
         found, truth = {}, {}
         for image, boxes, scores, classes in detections:

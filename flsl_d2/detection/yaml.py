@@ -6,6 +6,7 @@ import os
 import re
 import weakref
 from collections.abc import Iterator, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -13,6 +14,7 @@ import yaml
 from detectron2.config import CfgNode, get_cfg
 from detectron2.data import build_detection_test_loader, build_detection_train_loader
 from detectron2.engine import DefaultTrainer, HookBase, hooks
+from detectron2.evaluation import DatasetEvaluator
 from detectron2.modeling import build_model
 from detectron2.utils import comm
 from torch import nn
@@ -154,13 +156,18 @@ class DetectionTrainer(DefaultTrainer):
         return build_yaml_optimizer(cfg, model)
 
     @classmethod
-    def build_train_loader(cls, cfg: CfgNode) -> DataLoader:
+    def build_train_loader(cls, cfg: CfgNode) -> DataLoader[Any]:
         """Build Detectron2's loader on the project's reader of images."""
         mapper = CheckedMapper(FLSLDatasetMapper(cfg, is_train=True))
         return build_detection_train_loader(cfg, mapper=mapper)
 
     @classmethod
-    def build_test_loader(cls, cfg: CfgNode, dataset_name: str) -> DataLoader:
+    def build_test_set(cls, cfg: CfgNode, name: str) -> tuple[DataLoader[Any], DatasetEvaluator]:
+        """Build the loader and the evaluator of a test set."""
+        return cls.build_test_loader(cfg, name), cls.build_evaluator(cfg, name)
+
+    @classmethod
+    def build_test_loader(cls, cfg: CfgNode, dataset_name: str) -> DataLoader[Any]:
         """Build Detectron2's loader on the project's reader of images."""
         mapper = CheckedMapper(FLSLDatasetMapper(cfg, is_train=False))
         return build_detection_test_loader(cfg, dataset_name, mapper=mapper)
@@ -221,13 +228,7 @@ def run_yaml_detection(
     keep_for_prediction(cfg, cfg.OUTPUT_DIR, cfg.DATASETS.TRAIN[0])
     check_batch(cfg.SOLVER.IMS_PER_BATCH, "SOLVER.IMS_PER_BATCH")
     for name in cfg.DATASETS.TEST:
-        check_test_set(
-            name,
-            lambda name=name: (
-                DetectionTrainer.build_test_loader(cfg, name),
-                DetectionTrainer.build_evaluator(cfg, name),
-            ),
-        )
+        check_test_set(name, partial(DetectionTrainer.build_test_set, cfg, name))
     cfg.SOLVER.AMP.ENABLED = mixed_precision(cfg.SOLVER.AMP.ENABLED, cfg.MODEL.DEVICE)
     with stop_requests() as request:
         trainer = DetectionTrainer(cfg, request)

@@ -19,6 +19,12 @@ import torch.multiprocessing as mp
 from detectron2.engine import create_ddp_model
 from detectron2.utils import comm
 from torch import nn
+from torch.multiprocessing.spawn import (
+    ProcessContext,
+    ProcessExitedException,
+    ProcessRaisedException,
+    start_processes,
+)
 
 from flsl_d2.engine.stopping import STOP_SIGNALS, STOPPED, StopRequest, forwarding, signals_held
 from flsl_d2.errors import InputError, TrainingError
@@ -128,7 +134,7 @@ def launch(
     reports = mp.get_context("spawn").SimpleQueue()
     world = (num_processes_per_machine, num_machines, machine_rank, dist_url, device)
     with signals_held():  # until this process and the workers have their handlers
-        workers = mp.start_processes(
+        workers = start_processes(
             _worker,
             (*world, main_func, reports, args),
             num_processes_per_machine,
@@ -140,11 +146,11 @@ def launch(
             _wait(workers, reports, stop)
 
 
-def _wait(workers: mp.ProcessContext, reports: Any, stop: StopRequest) -> None:
+def _wait(workers: ProcessContext, reports: Any, stop: StopRequest) -> None:
     try:
         while not workers.join(grace_period=_GRACE_SECONDS):
             pass
-    except (mp.ProcessRaisedException, mp.ProcessExitedException) as failure:
+    except (ProcessRaisedException, ProcessExitedException) as failure:
         ended_by = getattr(failure, "signal_name", None)
         if getattr(failure, "exit_code", None) == STOPPED or (stop and ended_by in _names()):
             raise SystemExit(STOPPED) from None

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple, Protocol
+from typing import NamedTuple
 
 import cv2
 import numpy as np
@@ -10,14 +10,13 @@ import torch
 from torch import Tensor
 
 from flsl_d2.errors import InputError
-from flsl_d2.modeling import FLSLViT
+from flsl_d2.modeling import Encoder, FLSLViT
 from flsl_d2.modeling.pixels import IMAGENET_MEAN, IMAGENET_STD
 from flsl_d2.modeling.timm_backbone import TIMM_PREFIX, TimmBackbone, build_timm_backbone
 from flsl_d2.weights import build_encoder
 
 __all__ = [
     "RANDOM",
-    "Encoder",
     "TokenFeatures",
     "device_of",
     "encode_images",
@@ -27,36 +26,6 @@ __all__ = [
 ]
 
 RANDOM = "random"
-
-
-class Encoder(Protocol):
-    """Encoder as evaluations and pictures take it, such as ``FLSLViT`` and ``TimmBackbone``.
-
-    Attributes:
-        patch_size: side in pixels of the square that a token stands for; sides of images are
-            multiples of it.
-        embed_dim: width D of the tokens.
-        training: whether the encoder is in training mode.
-    """
-
-    patch_size: int
-    embed_dim: int
-    training: bool
-
-    def forward_tokens(self, images: Tensor) -> Tensor:
-        """Encode images (B, 3, H, W) to tokens (B, N, D), row-major.
-
-        Args:
-            images: RGB, normalised with ImageNet's mean and standard deviation. An encoder that
-                was trained on other pixels changes them itself.
-        """
-        ...
-
-    def state_dict(self) -> dict[str, Any]: ...
-
-    def train(self, mode: bool = True) -> Any: ...
-
-    def to(self, device: Any) -> Any: ...
 
 
 def device_of(encoder: Encoder) -> torch.device:

@@ -16,12 +16,13 @@ from flsl_d2.errors import InputError
 from flsl_d2.evaluation.classification import Classification
 from flsl_d2.evaluation.cluster_quality import ClusterQuality
 from flsl_d2.evaluation.explained_variance import ExplainedVariance
-from flsl_d2.evaluation.features import RANDOM, Encoder, frozen_encoder, usable_device
+from flsl_d2.evaluation.features import RANDOM, frozen_encoder, usable_device
 from flsl_d2.evaluation.knn_box import BoxKnn
 from flsl_d2.evaluation.labelled_images import LabelledDataset, load_labelled
 from flsl_d2.evaluation.samples import Options, Sample, Task, encode_dataset, log_progress
 from flsl_d2.evaluation.segmentation import KnnSegmentation, LinearSegmentation
 from flsl_d2.files import writable_folder, write_text
+from flsl_d2.modeling import Encoder
 
 __all__ = [
     "MEASURES",

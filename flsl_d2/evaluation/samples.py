@@ -15,8 +15,9 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from flsl_d2.errors import InputError
-from flsl_d2.evaluation.features import Encoder, extract_tokens
+from flsl_d2.evaluation.features import extract_tokens
 from flsl_d2.evaluation.labelled_images import LabelledDataset, LabelledImage
+from flsl_d2.modeling import Encoder
 from flsl_d2.modeling.attention import Attention
 
 __all__ = ["Options", "Sample", "Task", "encode_dataset", "global_attention", "log_progress"]

@@ -38,7 +38,9 @@ class Encoder(Protocol):
         """Encode images (B, 3, H, W) to tokens (B, N, D), row-major.
 
         Args:
-            images: normalised RGB images whose sides are multiples of ``patch_size``.
+            images: RGB images, normalised with ImageNet's mean and standard deviation, whose sides
+                are multiples of ``patch_size``. An encoder that was trained on other pixels
+                changes them itself.
         """
         ...
 

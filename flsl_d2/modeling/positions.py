@@ -149,7 +149,7 @@ def resample_positions(
     """
     side = grid_of_table(table.shape[1])
     square = table.reshape(1, side, side, -1)
-    if torch.jit.is_tracing():
+    if torch.jit.is_tracing():  # type: ignore[attr-defined]
         # Scale factors are constants of a trace, so it holds for images of its example's size.
         grid = (int(grid[0]), int(grid[1]))
     if grid == (side, side):

@@ -18,6 +18,7 @@ from detectron2.config import CfgNode
 from detectron2.layers import ShapeSpec
 from detectron2.modeling import BACKBONE_REGISTRY, FPN, Backbone
 from detectron2.modeling.backbone.fpn import LastLevelMaxPool
+from timm.data.config import resolve_model_data_config
 from torch import Tensor, nn
 
 from flsl_d2.errors import InputError
@@ -69,6 +70,8 @@ class TimmBackbone(Backbone):
         InputError: no such model (the closest names are given), a model without dense maps or of a
             fixed image size, or weights that do not cover it.
     """
+
+    model: Any  # timm's models have no common type
 
     def __init__(
         self,
@@ -153,7 +156,7 @@ class TimmBackbone(Backbone):
         ``DistributedDataParallel`` refuses parameters that get no gradient.
         """
         stride = strides[-1]
-        usual = timm.data.resolve_model_data_config(self.model)["input_size"][1]
+        usual = resolve_model_data_config(self.model)["input_size"][1]
         height, width = (usual // stride + 3) * stride, 5 * stride
         self.model.eval()
         try:
@@ -312,7 +315,7 @@ def _load(model: nn.Module, path: str) -> None:
 _HEADS = ("head", "fc.", "fc_norm", "classifier", "attn_pool", "last_linear", "num_batches")
 
 
-def _levels(model: nn.Module, name: str) -> tuple[list[int], list[int]]:
+def _levels(model: Any, name: str) -> tuple[list[int], list[int]]:
     """Indexes and strides of the maps to return: the last of each stride from 4 on."""
     if not hasattr(model, "forward_intermediates"):
         raise InputError(
@@ -334,7 +337,7 @@ def _pixel_adapter(
     model: nn.Module, mean: Sequence[float], std: Sequence[float], bgr: bool
 ) -> PixelAdapter | None:
     """Build the change from the pixels fed to those that the model was trained on, if any."""
-    config = timm.data.resolve_model_data_config(model)
+    config = resolve_model_data_config(model)
     own_mean = [255 * value for value in config["mean"]]
     own_std = [255 * value for value in config["std"]]
     adapter = PixelAdapter(list(mean), list(std), bgr, own_mean, own_std)

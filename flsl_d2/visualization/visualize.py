@@ -15,13 +15,13 @@ from flsl_d2.data.images import read_image
 from flsl_d2.errors import InputError
 from flsl_d2.evaluation.features import (
     RANDOM,
-    Encoder,
     TokenFeatures,
     extract_tokens,
     frozen_encoder,
     usable_device,
 )
 from flsl_d2.files import writable_folder
+from flsl_d2.modeling import Encoder
 from flsl_d2.modeling.projection_head import FLSLHead
 from flsl_d2.modeling.timm_backbone import TIMM_PREFIX
 from flsl_d2.visualization.described import CLUSTER_SCALES, DescribedEncoder, describe_encoder

@@ -39,7 +39,7 @@ class _Function:
         raise ForeignObjectError("the state of a function")
 
 
-class _Pairs(OrderedDict):
+class _Pairs(OrderedDict[Any, Any]):
     def __setstate__(self, state: Any) -> None:
         raise ForeignObjectError("the state of an OrderedDict")
 
@@ -52,7 +52,7 @@ class _DataType:
             raise ForeignObjectError(f"numpy.dtype({code!r})")
         self.numpy = np.dtype(code)
 
-    def __setstate__(self, state: tuple) -> None:
+    def __setstate__(self, state: tuple[Any, ...]) -> None:
         # The state begins with the version of its format and the byte order.
         self.numpy = self.numpy.newbyteorder(state[1] if state[1] in "<>" else "|")
 
@@ -62,17 +62,17 @@ class _Array:
 
     values: np.ndarray | None = None
 
-    def __setstate__(self, state: tuple) -> None:
+    def __setstate__(self, state: tuple[Any, ...]) -> None:
         _, shape, dtype, is_fortran, data = state
         self.values = _values(data, dtype, shape, "F" if is_fortran else "C")
 
 
-def _values(data: Any, dtype: _DataType, shape: tuple, order: Any) -> np.ndarray:
+def _values(data: Any, dtype: _DataType, shape: tuple[int, ...], order: Any) -> np.ndarray:
     values = np.frombuffer(_bytes(data), dtype.numpy).reshape(shape, order=order)
     return values.astype(dtype.numpy.newbyteorder("="))
 
 
-def _array_from_buffer(data: Any, dtype: _DataType, shape: tuple, order: str) -> _Array:
+def _array_from_buffer(data: Any, dtype: _DataType, shape: tuple[int, ...], order: str) -> _Array:
     array = _Array()
     array.values = _values(data, dtype, shape, order)
     return array

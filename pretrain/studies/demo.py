@@ -17,7 +17,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import torch
-from detectron2.data import DatasetCatalog
+from detectron2.data import DatasetCatalog, MetadataCatalog
 
 from flsl_d2.data import register_scenes
 from flsl_d2.data.images import read_rgb
@@ -34,6 +34,9 @@ from flsl_d2.visualization import (
     token_at,
 )
 from flsl_d2.visualization.curves import read_metrics
+from flsl_d2.visualization.detections import choose_records, detector, draw_objects
+from flsl_d2.visualization.figures import Panel, enlarge, picture_table
+from flsl_d2.visualization.maps import cluster_labels, cluster_overlay
 from flsl_d2.weights import build_encoder
 
 __all__ = ["main", "run_demo"]
@@ -146,6 +149,7 @@ def _draw(folder: Path, weights: Path) -> None:
     untrained = FLSLViT(**trained.architecture).eval()
     for encoder, name in ((trained, "FLSL"), (untrained, "random weights")):
         _draw_encoder(encoder, name, folder)
+    _draw_overview(trained, folder)
     for run in STARTS.values():
         loss_curves(folder / run / "metrics.json", folder / f"detection_curves_{run}.png")
         detections_beside_ground_truth(
@@ -173,6 +177,38 @@ def _draw_encoder(encoder: FLSLViT, name: str, folder: Path) -> None:
         tokens=tokens,
         scale=DRAWN_SCALE / encoder.embed_dim**0.5,
         title=f"What the encoder's tokens group: {name}",
+    )
+
+
+def _draw_overview(encoder: FLSLViT, folder: Path) -> None:
+    """Draw validation images above their clusters and the detections in them."""
+    metadata = MetadataCatalog.get("flsl_scenes_val")
+    detect = detector(
+        str(folder / "flsl" / "inference" / "coco_instances_results.json"),
+        0.5,
+        metadata.thing_dataset_id_to_contiguous_id,
+    )
+    columns = []
+    for record in choose_records(DatasetCatalog.get("flsl_scenes_val"), 6):
+        image = read_rgb(record["file_name"])
+        features = extract_tokens(encoder, image, IMAGE_SIZE[0])
+        labels = cluster_labels(
+            features.tokens, features.grid, DRAWN_SCALE / encoder.embed_dim**0.5
+        )
+        large, _ = enlarge(image)
+        found = detect(record, image[..., ::-1])
+        columns.append(
+            [
+                Panel(large),
+                Panel(cluster_overlay(large, labels, features.grid)),
+                Panel(draw_objects(image, found, metadata.thing_classes)),
+            ]
+        )
+    picture_table(
+        folder / "overview.png",
+        "Images, mean-shift clusters of the pre-trained encoder, and detections",
+        [list(row) for row in zip(*columns, strict=True)],
+        width=1.6,
     )
 
 

@@ -111,7 +111,7 @@ def test_what_cannot_be_used_is_said(files, tmp_path):
         ([f"dataloader.train.dataset.json_file={train}"], False, "image_root is empty"),
         ([f"dataloader.test.dataset.image_root={root}"], False, "json_file is empty"),
         (lazy("train", f"{root}/none.json", root), False, "does not exist"),
-        (lazy("train", str(nothing), root), False, "categories"),
+        (lazy("train", str(nothing), root), False, "lacks the list categories"),
         (lazy("train", train, root), True, "--eval-only"),
         (lazy("train", f"[{train},{train}]", root), False, "takes one path"),
         (lazy("train", train, root) + lazy("test", train, "elsewhere"), False, "two folders"),

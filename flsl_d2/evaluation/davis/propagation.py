@@ -21,7 +21,8 @@ from torch.nn import functional as F
 
 from flsl_d2.errors import InputError
 from flsl_d2.evaluation.davis.sequences import Sequence, read_frame, read_mask
-from flsl_d2.evaluation.features import Encoder, device_of, encode_images
+from flsl_d2.evaluation.features import device_of, encode_images
+from flsl_d2.modeling import Encoder
 
 __all__ = [
     "Propagation",

@@ -32,8 +32,9 @@ from flsl_d2.evaluation.davis.sequences import (
     sequence_names,
     write_indexed_png,
 )
-from flsl_d2.evaluation.features import RANDOM, Encoder, frozen_encoder, usable_device
+from flsl_d2.evaluation.features import RANDOM, frozen_encoder, usable_device
 from flsl_d2.files import writable_folder, write_text
+from flsl_d2.modeling import Encoder
 
 __all__ = [
     "DavisRun",
@@ -278,7 +279,7 @@ def _score_frame(mask: np.ndarray, path: Path, objects: range) -> list[tuple[flo
 
 
 def _segment_and_write(
-    encoder: Encoder, sequence: Sequence, run: DavisRun, progress: tqdm
+    encoder: Encoder, sequence: Sequence, run: DavisRun, progress: tqdm[Any]
 ) -> list[np.ndarray]:
     """Segment a sequence and write its masks to a folder that appears when it is complete."""
     folder = run.output / "masks" / sequence.name
