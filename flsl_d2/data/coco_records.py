@@ -21,7 +21,7 @@ from flsl_d2.data.annotation_entries import check_files, check_images
 from flsl_d2.data.annotation_shapes import box_polygon, box_problem, is_side, usable_segmentation
 from flsl_d2.data.annotations import check_coco_files, report_findings
 from flsl_d2.data.coco_file import read_coco
-from flsl_d2.data.file_names import ImageFolder
+from flsl_d2.data.file_names import ImageFolder, stays_inside
 from flsl_d2.data.findings import Findings, Use
 from flsl_d2.errors import InputError
 
@@ -101,9 +101,11 @@ def _paths(images: list[Any], image_root: str) -> list[str]:
     found = ImageFolder(image_root).find([image["file_name"] for image in images], 0)
     paths = []
     for image, result in zip(images, found, strict=True):
-        if result.file_name is None:
-            raise ValueError(f"no file {image['file_name']}")
-        paths.append(os.path.join(image_root, result.file_name))
+        # A picture that is missing matters only where it is read, as with Detectron2's loader.
+        name = result.file_name or image["file_name"]
+        if not result.file_name and not stays_inside(name):
+            raise ValueError(f"the file name {name} leaves the image folder")
+        paths.append(os.path.join(image_root, name))
     return paths
 
 

@@ -15,7 +15,7 @@ import numpy as np
 import simplejpeg
 from detectron2.data.detection_utils import convert_PIL_to_numpy
 from detectron2.utils.file_io import PathManager
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 
 from flsl_d2.errors import InputError
 
@@ -203,7 +203,7 @@ def _check_size(height: int, width: int, max_pixels: int) -> None:
 def _open(data: bytes, max_pixels: int = MAX_PIXELS_LIMIT) -> Image.Image:
     try:
         image = Image.open(io.BytesIO(data), formats=_FORMATS)
-    except Image.UnidentifiedImageError:
+    except UnidentifiedImageError:
         raise OSError("not an image of a known format") from None
     _check_size(image.height, image.width, max_pixels)
     return image
