@@ -207,11 +207,12 @@ def write_files(folder: Path, coco: Coco, kinds: list[str], encoding: str) -> tu
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_bytes(picture(kind))
     text = json.dumps(coco, ensure_ascii=encoding != "latin-1")
+    plain = text.encode("utf-8", "surrogatepass")  # half a surrogate pair is one of the quirks
     data = {
-        "utf-8-sig": codecs.BOM_UTF8 + text.encode(),
+        "utf-8-sig": codecs.BOM_UTF8 + plain,
         "utf-16": json.dumps(coco).encode("utf-16"),
-        "cut": text[:-20].encode(),
+        "cut": plain[:-20],
         "latin-1": text.encode("latin-1", "replace"),
-    }.get(encoding) or text.encode("utf-8", "surrogatepass")
+    }.get(encoding, plain)
     (folder / "a.json").write_bytes(data)
     return folder / "a.json", root
