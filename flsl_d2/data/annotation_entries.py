@@ -166,7 +166,13 @@ def check_categories(categories: Sequence[Any], findings: Findings) -> dict[Any,
         elif category["id"] in names:
             findings.fault("categories with an id that another has", category["id"])
         else:
-            names[category["id"]] = str(category["name"])
+            name = str(category["name"])
+            if name in names.values():
+                findings.remark(
+                    "categories with a name that another has, which are learned as two classes",
+                    name,
+                )
+            names[category["id"]] = name
     _check_id_types(names, "categories", findings)
     return names
 

@@ -18,6 +18,7 @@ from detectron2.utils.file_io import PathManager
 from PIL import Image, UnidentifiedImageError
 
 from flsl_d2.errors import InputError
+from flsl_d2.files import describe_content
 
 __all__ = [
     "MAX_PIXELS",
@@ -204,7 +205,8 @@ def _open(data: bytes, max_pixels: int = MAX_PIXELS_LIMIT) -> Image.Image:
     try:
         image = Image.open(io.BytesIO(data), formats=_FORMATS)
     except UnidentifiedImageError:
-        raise OSError("not an image of a known format") from None
+        other = describe_content(data)
+        raise OSError(f"not an image of a known format{' but ' * bool(other)}{other}") from None
     _check_size(image.height, image.width, max_pixels)
     return image
 
