@@ -46,10 +46,19 @@ _TURNED = range(5, 9)  # orientations with rows and columns exchanged
 warnings.filterwarnings("ignore", module=r"PIL\.")
 
 
-def printable(path: str) -> str:
-    """Write a file name as one line of valid text, bytes that are no UTF-8 as ``\\xff``."""
-    text = os.fsencode(path).decode("utf-8", "backslashreplace")
-    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+def printable(text: str) -> str:
+    """Write a file name or other text as one line that any terminal and log file can take.
+
+    Bytes of a name that are no UTF-8 become ``\\xff``, and halves of characters ``\\ud800``.
+    """
+    return "".join(c if c.isprintable() else _escaped(c) for c in text)
+
+
+def _escaped(character: str) -> str:
+    code = ord(character)
+    if 0xDC80 <= code <= 0xDCFF:  # a byte of a file name, as os.fsdecode keeps it
+        return f"\\x{code - 0xDC00:02x}"
+    return character.encode("unicode_escape").decode()
 
 
 def read_rgb(path: str, max_pixels: int = MAX_PIXELS) -> np.ndarray:

@@ -54,6 +54,7 @@ def _mask(as_text: bool) -> dict[str, Any]:
 
 ODD_VALUES: list[Any] = [
     None, True, -1, 0, 0.5, "3", "96.0", "", [], {}, [1], 10**400, NAN, float("inf"), "\ud800",
+    "a\nb",
 ]  # fmt: skip
 SEGMENTATIONS: list[Any] = [
     None, [], [[]], [[1, 1, 9, 9]], [[1, 1, 9, 1, 9]], [1, 1, 9, 1, 9, 9], "x", [["a"] * 6],

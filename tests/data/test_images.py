@@ -415,6 +415,7 @@ def test_records_without_a_file_are_counted() -> None:
 def test_names_are_printed_as_text() -> None:
     assert printable("/a/bé 1.jpg") == "/a/bé 1.jpg"
     assert printable(os.fsdecode(b"/a/\xff\xe9.jpg")) == r"/a/\xff\xe9.jpg"
+    assert printable("/a/\ud800.jpg") == r"/a/\ud800.jpg"
     assert printable("/a/new\nline\t.jpg") == r"/a/new\nline\t.jpg"
     printable(os.fsdecode(bytes(range(1, 256)))).encode("utf-8")
 
