@@ -1,8 +1,9 @@
-"""Paths that users give, files that are whole or absent, and folders that can be written."""
+"""Paths that users give, contents by their first bytes, whole files, and writable folders."""
 
 from __future__ import annotations
 
 import os
+import re
 import secrets
 import tempfile
 from collections.abc import Iterator
@@ -12,10 +13,29 @@ from typing import Any, BinaryIO
 
 from flsl_d2.errors import InputError
 
-__all__ = ["UNFINISHED", "expand_home", "replaced_file", "writable_folder", "write_text"]
+__all__ = [
+    "UNFINISHED",
+    "describe_content",
+    "expand_home",
+    "replaced_file",
+    "writable_folder",
+    "write_text",
+]
 
 # The ending of a file's name while the file is written.
 UNFINISHED = ".part"
+
+# First bytes of files that people give by mistake: what they are, with the remedy.
+_CONTENTS = {
+    rb"version https://git-lfs\.": "a pointer of Git LFS (`git lfs pull` fetches the file itself)",
+    rb"(?i)\s*<(!doctype|html|head)\b": "a web page (download the file from its direct address)",
+    rb"\x1f\x8b": "compressed by gzip (unpack it)",
+    rb"PK\x03\x04": "a ZIP archive (unpack it)",
+    rb"(?s)....ftyp(hei|hev|mif1|msf1)": "a HEIC image (convert it to JPEG or PNG)",
+    rb"(?s)....ftypavi[fs]": "an AVIF image (convert it to JPEG or PNG)",
+    rb"\x00\x00\x00\x0cjP  |\xff\x4f\xff\x51": "a JPEG 2000 image (convert it to JPEG or PNG)",
+    rb"\x89HDF\r\n": "an HDF5 file, which Keras writes",
+}
 
 
 def expand_home(value: Any) -> Any:
@@ -37,6 +57,16 @@ def expand_home(value: Any) -> Any:
     if equals and path.startswith("~"):
         return f"{name}={os.path.expanduser(path)}"
     return os.path.expanduser(value)
+
+
+def describe_content(data: bytes) -> str:
+    """Say what a file of these first bytes is, where its reader expects something else.
+
+    Returns:
+        A phrase that follows "the file is", with the remedy in brackets; empty where the content
+        is none of those that are given by mistake.
+    """
+    return next((text for start, text in _CONTENTS.items() if re.match(start, data[:256])), "")
 
 
 @contextmanager

@@ -28,13 +28,22 @@ _UNKNOWN = (math.inf, math.inf)
 
 # Kinds of faults of which unknown image and category ids are mere consequences.
 _BAD_IMAGES = ("images without id", "images whose id", "images that are no")
-_BAD_CATEGORIES = ("categories without", "categories whose id")
+_BAD_CATEGORIES = ("categories without", "categories whose")
 
 
 def _is_id(value: Any) -> bool:
     if isinstance(value, str):
         return True
     return is_number(value) and math.isfinite(value) and value == int(value)
+
+
+def _is_text(value: str) -> bool:
+    """Whether a text can be written; JSON can hold half of a surrogate pair, and UTF-8 cannot."""
+    try:
+        value.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def _check_id_types(ids: Iterable[Any], of: str, findings: Findings) -> None:
@@ -161,12 +170,20 @@ def check_categories(categories: Sequence[Any], findings: Findings) -> dict[Any,
     for index, category in enumerate(categories):
         if not isinstance(category, dict) or _lacking(category, ("id", "name")):
             findings.fault("categories without id or name", f"categories[{index}]")
+        elif not _is_text(str(category["name"])):
+            findings.fault("categories whose name has half a character", f"categories[{index}]")
         elif not _is_id(category["id"]):
             findings.fault("categories whose id is no whole number", f"categories[{index}]")
         elif category["id"] in names:
             findings.fault("categories with an id that another has", category["id"])
         else:
-            names[category["id"]] = str(category["name"])
+            name = str(category["name"])
+            if name in names.values():
+                findings.remark(
+                    "categories with a name that another has, which are learned as two classes",
+                    name,
+                )
+            names[category["id"]] = name
     _check_id_types(names, "categories", findings)
     return names
 

@@ -11,6 +11,7 @@ from typing import Any
 from detectron2.utils.file_io import PathManager
 
 from flsl_d2.errors import InputError
+from flsl_d2.files import describe_content
 
 __all__ = ["COCO_LISTS", "category_names", "read_coco", "read_json"]
 
@@ -50,6 +51,9 @@ def read_json(path: str | os.PathLike[str]) -> Any:
 
 
 def _decode(data: bytes, path: str) -> str:
+    other = describe_content(data)
+    if other:
+        raise InputError(f"{path} is not JSON but {other}: name a file in COCO's instances format.")
     for mark, encoding in _OTHER_ENCODINGS.items():
         if data.startswith(mark):
             raise InputError(
@@ -106,7 +110,7 @@ def read_coco(
     if not isinstance(content, dict):
         raise InputError(
             f"{json_file} holds a {type(content).__name__} and is not in COCO format: expected an "
-            f"object with the lists {', '.join(needed)}."
+            f"object with the list{'s' * (len(needed) > 1)} {', '.join(needed)}."
         )
     lacking = [
         key

@@ -5,6 +5,8 @@ from __future__ import annotations
 import enum
 from typing import Any, NamedTuple
 
+from flsl_d2.data.images import printable
+
 __all__ = ["Findings", "Problem", "Use", "name_of"]
 
 
@@ -59,7 +61,7 @@ class Findings:
         counts[kind] = counts.get(kind, 0) + 1
         examples = self._examples.setdefault(kind, [])
         if len(examples) < self._max_report:
-            examples.append(str(example)[:200])
+            examples.append(printable(str(example)[:200]))
 
     def fault(self, kind: str, example: object) -> None:
         """Note something that makes the file unusable."""

@@ -15,7 +15,10 @@ from flsl_d2.errors import InputError
 
 __all__ = ["find_images", "image_files"]
 
-IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png", ".bmp", ".tif", ".tiff", ".webp", ".ppm", ".gif"}
+_JPEG_SUFFIXES = {".jpg", ".jpeg", ".jpe", ".jfif"}
+IMAGE_SUFFIXES = _JPEG_SUFFIXES | {".png", ".bmp", ".tif", ".tiff", ".webp", ".ppm", ".pgm", ".gif"}
+# Formats of cameras and phones that the reader does not know.
+_UNREAD_SUFFIXES = {".heic", ".heif", ".avif", ".jp2", ".jxl", ".dng", ".cr2", ".nef", ".arw"}
 
 # Folders in which operating systems and file servers keep previews, resource forks and deleted
 # files, beside those whose names begin with a dot (.Trash-1000, .ipynb_checkpoints).
@@ -27,9 +30,9 @@ logger = logging.getLogger(__name__)
 def find_images(root: str | Path) -> list[str]:
     """List all image files below a folder, sorted: ImageNet's layout or any other tree.
 
-    Links are followed, and each folder is entered once. Hidden files and the folders of operating
-    systems are left out and counted in a message. Folders that may not be listed (``lost+found``
-    of a file system) are named in a warning.
+    Links are followed, and each folder is entered once. Hidden files, the folders of operating
+    systems and images of formats that are not read are left out and counted in a message. Folders
+    that may not be listed (``lost+found`` of a file system) are named in a warning.
 
     Raises:
         InputError: there is no such folder, or no image in it.
@@ -42,16 +45,23 @@ def find_images(root: str | Path) -> list[str]:
         )
     found: list[str] = []
     hidden: list[str] = []
+    unread: list[str] = []
     for folder, names in _folders(root):
         for name in names:
-            if os.path.splitext(name)[1].lower() in IMAGE_SUFFIXES:
-                path = os.path.join(folder, name)
+            path = os.path.join(folder, name)
+            suffix = os.path.splitext(name)[1].lower()
+            if suffix in IMAGE_SUFFIXES:
                 (hidden if _is_hidden(os.path.relpath(path, root)) else found).append(path)
-    left_out = (
-        f"{len(hidden)} image files that are hidden or lie in folders of the operating system "
-        f"(such as '{printable(min(hidden))}') are left out"
-        if hidden
-        else ""
+            elif suffix in _UNREAD_SUFFIXES:
+                unread.append(path)
+    kinds = {
+        "that are hidden or lie in folders of the operating system": hidden,
+        "of formats that are not read (convert them to JPEG or PNG)": unread,
+    }
+    left_out = "; ".join(
+        f"{len(paths)} image files {kind}, such as '{printable(min(paths))}', are left out"
+        for kind, paths in kinds.items()
+        if paths
     )
     if not found:
         raise InputError(

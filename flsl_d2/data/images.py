@@ -18,6 +18,7 @@ from detectron2.utils.file_io import PathManager
 from PIL import Image, UnidentifiedImageError
 
 from flsl_d2.errors import InputError
+from flsl_d2.files import describe_content
 
 __all__ = [
     "MAX_PIXELS",
@@ -45,10 +46,19 @@ _TURNED = range(5, 9)  # orientations with rows and columns exchanged
 warnings.filterwarnings("ignore", module=r"PIL\.")
 
 
-def printable(path: str) -> str:
-    """Write a file name as one line of valid text, bytes that are no UTF-8 as ``\\xff``."""
-    text = os.fsencode(path).decode("utf-8", "backslashreplace")
-    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+def printable(text: str) -> str:
+    """Write a file name or other text as one line that any terminal and log file can take.
+
+    Bytes of a name that are no UTF-8 become ``\\xff``, and halves of characters ``\\ud800``.
+    """
+    return "".join(c if c.isprintable() else _escaped(c) for c in text)
+
+
+def _escaped(character: str) -> str:
+    code = ord(character)
+    if 0xDC80 <= code <= 0xDCFF:  # a byte of a file name, as os.fsdecode keeps it
+        return f"\\x{code - 0xDC00:02x}"
+    return character.encode("unicode_escape").decode()
 
 
 def read_rgb(path: str, max_pixels: int = MAX_PIXELS) -> np.ndarray:
@@ -204,7 +214,8 @@ def _open(data: bytes, max_pixels: int = MAX_PIXELS_LIMIT) -> Image.Image:
     try:
         image = Image.open(io.BytesIO(data), formats=_FORMATS)
     except UnidentifiedImageError:
-        raise OSError("not an image of a known format") from None
+        other = describe_content(data)
+        raise OSError(f"not an image of a known format{' but ' * bool(other)}{other}") from None
     _check_size(image.height, image.width, max_pixels)
     return image
 

@@ -27,7 +27,8 @@ _PREFIX_TOKENS = ("cls_token", "dist_token", "reg_token", "register_tokens")
 _PROJECTION = "the projection head serves pre-training only"
 # Reasons for leaving tensors out, by their names under the encoder's prefix.
 _DROPPED = {
-    r"(head|head_dist|pre_logits|classifier)\.": "the classifier is not part of the encoder",
+    r"(head|head_dist|pre_logits|((cls|distillation)_)?classifier)\.": "the classifier is not part "
+    "of the encoder",
     r"(fc_norm|attn_pool|pooler|MAPHead_0)\.": "it pools the tokens for a classifier",
     r"(mask_token|masked_embed)$": "masks patches in pre-training only",
     r"decoder": "the decoder serves pre-training only",

@@ -200,7 +200,22 @@ def _adapt(encoder: FLSLViT, state: dict[str, Tensor], prefix: str, path: str) -
         raise InputError(f"weights {path!r}: {error}") from error
     if fit.unmatched:
         raise InputError(f"weights {path!r} cover {fit.shortfall()}.")
+    for name in encoder.state_dict():
+        _check_values(state[prefix + name], prefix + name, path)
     return fit.notes
+
+
+def _check_values(tensor: Tensor, name: str, path: str) -> None:
+    if not tensor.is_floating_point():
+        raise InputError(
+            f"weights {path!r} hold {name} as {tensor.dtype}, as quantised networks do; give the "
+            "floating-point weights."
+        )
+    if not tensor.float().isfinite().all():
+        raise InputError(
+            f"weights {path!r} hold infinite values or NaN in {name}, as training that diverged "
+            "leaves them; give an earlier checkpoint."
+        )
 
 
 def _compare_positions(encoder: FLSLViT, weights: EncoderWeights) -> None:

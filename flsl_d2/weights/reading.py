@@ -18,6 +18,7 @@ from detectron2.utils.file_io import PathManager
 from safetensors import safe_open
 
 from flsl_d2.errors import InputError
+from flsl_d2.files import describe_content
 from flsl_d2.weights.plain_pickle import ForeignObjectError, read_plain_pickle
 
 __all__ = ["ENCODER_FORMAT", "local_weights_path", "read_weights", "split_weights_path"]
@@ -116,6 +117,14 @@ def read_weights(path: str) -> dict[str, Any]:
                 f"weights {path!r} hold objects of the classes {', '.join(classes)}, which could "
                 "run code when read; save the tensors alone, e.g. model.state_dict()."
             ) from error
+        if "TorchScript" in str(error):
+            raise InputError(
+                f"weights {path!r} are a TorchScript archive, which is a program; open it by "
+                "torch.jit.load and save its state_dict()."
+            ) from error
+        other = _other_content(local)
+        if other:
+            raise InputError(f"weights {path!r} cannot be read: the file is {other}.") from error
         raise InputError(
             f"weights {path!r} cannot be read ({_reason(error)}): the file is damaged, incomplete "
             "or not written by torch.save, safetensors, NumPy or Detectron2; download or write it "
@@ -139,6 +148,13 @@ def _read(local: str, suffix: str) -> Any:
             return {name: _from_numpy(archive[name]) for name in archive.files}
     with torch.serialization.safe_globals(_PLAIN_CLASSES):
         return torch.load(local, map_location="cpu", weights_only=True)
+
+
+def _other_content(path: str) -> str:
+    with open(path, "rb") as file:
+        start = file.read(256)
+    # A file of torch.save is a ZIP archive, too, and may be damaged.
+    return "" if start.startswith(b"PK") else describe_content(start)
 
 
 def _is_numpy_archive(path: str) -> bool:

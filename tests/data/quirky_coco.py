@@ -54,6 +54,7 @@ def _mask(as_text: bool) -> dict[str, Any]:
 
 ODD_VALUES: list[Any] = [
     None, True, -1, 0, 0.5, "3", "96.0", "", [], {}, [1], 10**400, NAN, float("inf"), "\ud800",
+    "a\nb",
 ]  # fmt: skip
 SEGMENTATIONS: list[Any] = [
     None, [], [[]], [[1, 1, 9, 9]], [[1, 1, 9, 1, 9]], [1, 1, 9, 1, 9, 9], "x", [["a"] * 6],
@@ -207,11 +208,12 @@ def write_files(folder: Path, coco: Coco, kinds: list[str], encoding: str) -> tu
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_bytes(picture(kind))
     text = json.dumps(coco, ensure_ascii=encoding != "latin-1")
+    plain = text.encode("utf-8", "surrogatepass")  # half a surrogate pair is one of the quirks
     data = {
-        "utf-8-sig": codecs.BOM_UTF8 + text.encode(),
+        "utf-8-sig": codecs.BOM_UTF8 + plain,
         "utf-16": json.dumps(coco).encode("utf-16"),
-        "cut": text[:-20].encode(),
+        "cut": plain[:-20],
         "latin-1": text.encode("latin-1", "replace"),
-    }.get(encoding) or text.encode("utf-8", "surrogatepass")
+    }.get(encoding, plain)
     (folder / "a.json").write_bytes(data)
     return folder / "a.json", root

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import json
 import logging
 import time
@@ -261,6 +262,30 @@ def test_not_text(scenes: Path, tmp_path: Path) -> None:
     (tmp_path / "x.json").write_bytes(b"\xff\xfe\x00\x80")
     with pytest.raises(InputError, match="is not JSON"):
         check_coco_files(tmp_path / "x.json", scenes)
+
+
+@pytest.mark.parametrize(
+    ("content", "expected"),
+    [
+        (gzip.compress(b"{}"), "is not JSON but compressed by gzip"),
+        (b"version https://git-lfs.github.com/spec/v1\n", "is not JSON but a pointer of Git LFS"),
+        (b"<!doctype html>", "is not JSON but a web page"),
+    ],
+)
+def test_what_a_file_is_instead_is_named(
+    content: bytes, expected: str, scenes: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "x.json").write_bytes(content)
+    with pytest.raises(InputError, match=expected):
+        check_coco_files(tmp_path / "x.json", scenes)
+
+
+def test_two_classes_of_one_name_are_remarked_on(
+    coco: Coco, scenes: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    coco["categories"][1]["name"] = coco["categories"][0]["name"]
+    check(coco, scenes, tmp_path)
+    assert "1 x categories with a name that another has" in caplog.text
 
 
 def test_missing_paths(scenes: Path, tmp_path: Path) -> None:

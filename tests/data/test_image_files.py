@@ -45,6 +45,17 @@ def test_a_folder_of_nothing_else_says_so(tmp_path: Path) -> None:
         find_images(tmp_path)
 
 
+def test_images_of_formats_that_are_not_read_are_counted(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    touch(tmp_path, ["a.HEIC", "b.avif", "c.txt"])
+    with pytest.raises(InputError, match=r"2 image files of formats .*a\.HEIC', are left out"):
+        find_images(tmp_path)
+    touch(tmp_path, ["d.jfif", "e.JPE", "f.webp"])
+    assert [Path(path).name for path in find_images(tmp_path)] == ["d.jfif", "e.JPE", "f.webp"]
+    assert "2 image files of formats that are not read" in caplog.text
+
+
 def test_the_folder_itself_may_be_hidden(tmp_path: Path) -> None:
     touch(tmp_path, [".cache/__MACOSX/a.jpg"])
     assert len(find_images(tmp_path / ".cache/__MACOSX")) == 1

@@ -267,6 +267,18 @@ def test_bad_images_are_refused(name: str, tmp_path: Path) -> None:
     assert "\n" not in str(caught.value)
 
 
+@pytest.mark.parametrize("suffix", ["avif", "jp2"])
+def test_formats_that_are_not_read_are_named(suffix: str, tmp_path: Path) -> None:
+    stream = io.BytesIO()
+    try:
+        Image.new("RGB", (16, 16)).save(stream, {"avif": "AVIF", "jp2": "JPEG2000"}[suffix])
+    except (KeyError, OSError) as error:
+        pytest.skip(f"this Pillow does not write {suffix}: {error}")
+    (tmp_path / f"a.{suffix}").write_bytes(stream.getvalue())
+    with pytest.raises(OSError, match=r"known format but an? .*\(convert it to JPEG or PNG\)"):
+        read_rgb(str(tmp_path / f"a.{suffix}"))
+
+
 def test_sizes_are_refused_before_they_are_decoded(tmp_path: Path) -> None:
     (tmp_path / "bomb.png").write_bytes(BAD["large.png"])
     with pytest.raises(OSError, match="1001 x 1000 pixels are more than max_pixels"):
@@ -403,6 +415,7 @@ def test_records_without_a_file_are_counted() -> None:
 def test_names_are_printed_as_text() -> None:
     assert printable("/a/bé 1.jpg") == "/a/bé 1.jpg"
     assert printable(os.fsdecode(b"/a/\xff\xe9.jpg")) == r"/a/\xff\xe9.jpg"
+    assert printable("/a/\ud800.jpg") == r"/a/\ud800.jpg"
     assert printable("/a/new\nline\t.jpg") == r"/a/new\nline\t.jpg"
     printable(os.fsdecode(bytes(range(1, 256)))).encode("utf-8")
 

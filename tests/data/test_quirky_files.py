@@ -141,6 +141,7 @@ def run(coco: Coco, kinds: list[str], encoding: str, use: Use, crops: bool, fold
                 evaluate(name, bool(use & Use.MASKS))
         except InputError as error:
             text = str(error)
+            text.encode()  # a terminal can show it
             # The header of a picture that is cut off shows nothing, so that it is found late.
             if checked and "cut" not in kinds:
                 pytest.fail(f"found late: {text}")
@@ -149,6 +150,8 @@ def run(coco: Coco, kinds: list[str], encoding: str, use: Use, crops: bool, fold
             if not (names_file and one_sentence):
                 pytest.fail(text)
             return "refused"
+    assert not any("\n" in message for message in messages)
+    "".join(messages).encode()
     return "used with a word" if messages else "used"
 
 

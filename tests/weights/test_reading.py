@@ -74,6 +74,26 @@ def test_missing_empty_and_folder(tmp_path):
         assert "empty" in refusal(tmp_path / name)
 
 
+@pytest.mark.parametrize("suffix", ["pth", "safetensors", "pkl"])
+@pytest.mark.parametrize(
+    ("content", "says"),
+    [
+        (b"version https://git-lfs.github.com/spec/v1\noid sha256:00\n", "a pointer of Git LFS"),
+        (b"\n<!DOCTYPE html><html>", "a web page"),
+        (b"\x1f\x8b\x08\x00", "compressed by gzip"),
+        (b"\x89HDF\r\n\x1a\n", "an HDF5 file"),
+    ],
+)
+def test_what_a_file_is_instead_is_named(tmp_path, suffix, content, says):
+    (tmp_path / f"a.{suffix}").write_bytes(content)
+    assert f"the file is {says}" in refusal(tmp_path / f"a.{suffix}")
+
+
+def test_torchscript_is_not_called_damaged(tmp_path):
+    torch.jit.script(torch.nn.Linear(1, 1)).save(tmp_path / "a.pt")
+    assert "are a TorchScript archive" in refusal(tmp_path / "a.pt")
+
+
 def test_what_is_not_a_dict_is_refused(tmp_path):
     torch.save([torch.ones(1)], tmp_path / "a.pth")
     assert "list" in refusal(tmp_path / "a.pth")

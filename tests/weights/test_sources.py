@@ -157,6 +157,19 @@ def test_incomplete_encoders_are_refused(tmp_path):
     refusal(wrong, tmp_path)
 
 
+def test_values_that_are_no_weights_are_refused(tmp_path):
+    state = timm_vit().state_dict()
+    name = "blocks.1.mlp.fc1.weight"
+    faulty = {
+        "infinite values or NaN": state[name].index_fill(0, torch.tensor(3), float("nan")),
+        "torch.int8": state[name].to(torch.int8),
+    }
+    for says, tensor in faulty.items():
+        torch.save({**state, name: tensor}, tmp_path / "a.pth")
+        with pytest.raises(InputError, match=f"hold {says}|hold {name} as {says}"):
+            build_encoder(str(tmp_path / "a.pth"))
+
+
 def test_a_student_where_there_is_none(tmp_path):
     text = refusal(flat(), tmp_path, "?which=student")
     assert "hold no set of encoder weights 'student'; leave which=student out" in text
