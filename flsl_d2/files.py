@@ -34,6 +34,7 @@ _CONTENTS = {
     rb"(?s)....ftyp(hei|hev|mif1|msf1)": "a HEIC image (convert it to JPEG or PNG)",
     rb"(?s)....ftypavi[fs]": "an AVIF image (convert it to JPEG or PNG)",
     rb"\x00\x00\x00\x0cjP  |\xff\x4f\xff\x51": "a JPEG 2000 image (convert it to JPEG or PNG)",
+    rb"\x93NUMPY": "a single NumPy array",
     rb"\x89HDF\r\n": "an HDF5 file, which Keras writes",
 }
 

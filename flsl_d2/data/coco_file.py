@@ -13,7 +13,7 @@ from detectron2.utils.file_io import PathManager
 from flsl_d2.errors import InputError
 from flsl_d2.files import describe_content
 
-__all__ = ["COCO_LISTS", "category_names", "read_coco", "read_json"]
+__all__ = ["COCO_LISTS", "read_coco", "read_json"]
 
 COCO_LISTS = ("images", "annotations", "categories")
 
@@ -124,22 +124,3 @@ def read_coco(
             f"{', '.join(lacking)}: name a file in COCO's instances format."
         )
     return {key: content[key] for key in COCO_LISTS if content.get(key) is not None}
-
-
-def category_names(json_file: str | os.PathLike[str]) -> list[str]:
-    """List the names of a file's categories, in the order of their class numbers.
-
-    Raises:
-        InputError: the file cannot be read or has no categories with id and name.
-    """
-    categories = read_coco(json_file, ("categories",))["categories"]
-    try:
-        names = [str(c["name"]) for c in sorted(categories, key=lambda c: c["id"])]
-    except (KeyError, TypeError):
-        names = []
-    if not names:
-        raise InputError(
-            f"{json_file} has no list of categories with id and name; give a file in COCO's "
-            "instances format."
-        )
-    return names

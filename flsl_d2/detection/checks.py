@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
-from detectron2.data import MetadataCatalog
+from detectron2.data import DatasetMapper, MetadataCatalog
 from detectron2.evaluation import DatasetEvaluator
 from detectron2.utils import comm
 from torch import nn
@@ -102,12 +102,20 @@ def _check_same_categories(first: str, expected: list[str], name: str, found: li
 class CheckedMapper:
     """A data set mapper whose exceptions name the image in one sentence.
 
+    Detectron2's own mapper, which reads some images in another way, is named in a warning.
+
     Args:
         mapper: function from a record in Detectron2's format to what the model takes.
     """
 
     def __init__(self, mapper: Callable[[dict[str, Any]], Any]) -> None:
         self.mapper = mapper
+        if type(mapper) is DatasetMapper:
+            logger.warning(
+                "Detectron2's DatasetMapper turns 16-bit images white and drops transparency; "
+                "flsl_d2.data.FLSLDatasetMapper takes the same arguments and reads images as "
+                "pre-training does."
+            )
 
     def __call__(self, record: dict[str, Any]) -> Any:
         """Map a record.

@@ -6,7 +6,7 @@ import logging
 
 from omegaconf import DictConfig, OmegaConf
 
-from flsl_d2.data.coco_file import category_names
+from flsl_d2.data.coco_file import read_coco
 from flsl_d2.data.datasets import register_files
 from flsl_d2.errors import InputError
 
@@ -34,7 +34,7 @@ def use_own_data(cfg: DictConfig, eval_only: bool) -> None:
         eval_only: whether the run only evaluates; training files alone are an error then.
 
     Raises:
-        InputError: one path of a pair is missing, or a file has no categories.
+        InputError: one path of a pair is missing, or a file has no list of categories.
     """
     own = {}
     for split in ("train", "test"):
@@ -50,7 +50,8 @@ def use_own_data(cfg: DictConfig, eval_only: bool) -> None:
         return
     key = num_classes_key(cfg)
     if key is not None:
-        count = len(category_names(next(iter(own.values()))))
+        # What is wrong with single categories is found by the check of the whole file.
+        count = len(read_coco(next(iter(own.values())), ("categories",))["categories"])
         if count != OmegaConf.select(cfg, key):
             logger.info("%s is set to %d, the number of categories in the file.", key, count)
             OmegaConf.update(cfg, key, count)

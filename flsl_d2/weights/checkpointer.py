@@ -17,6 +17,7 @@ from flsl_d2.errors import InputError
 from flsl_d2.files import UNFINISHED, replaced_file
 from flsl_d2.weights.loading import (
     check_encoder_in_detector,
+    check_values,
     encoders_of,
     find_encoder_weights,
     load_encoder,
@@ -24,7 +25,7 @@ from flsl_d2.weights.loading import (
 )
 from flsl_d2.weights.reading import local_weights_path, read_weights, split_weights_path
 from flsl_d2.weights.report import listed
-from flsl_d2.weights.weight_sets import plain_name
+from flsl_d2.weights.weight_sets import plain_name, tensor_dicts
 
 __all__ = [
     "FLSLCheckpointer",
@@ -208,6 +209,8 @@ class FLSLCheckpointer(SafeCheckpointer):
         encoders = encoders_of(self.model)
         nested = content.get("model")
         state = _tensors(nested if isinstance(nested, dict) else content)
+        if encoders:
+            state = self._chosen_state(content, state, model_names, encoders[0][0])
         # A checkpoint of the model has names outside the encoder, or the encoder's full names.
         if encoders and not _is_of_model(state, model_names, encoders[0][0]):
             weights = find_encoder_weights(content, self._which, self._path)
@@ -216,6 +219,25 @@ class FLSLCheckpointer(SafeCheckpointer):
         if model_names.isdisjoint(state) and not content.get("matching_heuristics"):
             raise InputError(unknown_layout(content, self._path))
         return {**content, "model": state} if isinstance(nested, dict) else {"model": state}
+
+    def _chosen_state(
+        self,
+        content: dict[str, Any],
+        state: dict[str, Tensor],
+        model_names: set[str],
+        prefix: str,
+    ) -> dict[str, Tensor]:
+        """Find the model's tensors in other containers than ``model``, or those of ``which``."""
+        is_of_model = _is_of_model(state, model_names, prefix)
+        if is_of_model and not self._which:
+            return state
+        inner = _inner_state(content, f"{prefix}patch_embed.proj.weight", self._which)
+        if is_of_model and not inner:
+            raise InputError(
+                f"weights {self._path!r} hold no set of this model's weights {self._which!r}; "
+                f"leave which={self._which} out to take the one that they have."
+            )
+        return inner or state
 
     def _load_model(self, checkpoint: dict[str, Any]) -> Any:
         weights = checkpoint.pop("_encoder", None)
@@ -227,6 +249,10 @@ class FLSLCheckpointer(SafeCheckpointer):
             return None  # Detectron2 would warn of the rest of the model, which starts as it is.
         for prefix, encoder in encoders_of(self.model):
             check_encoder_in_detector(encoder, checkpoint["model"], prefix, self._path)
+        own = self.model.state_dict()
+        for name, tensor in checkpoint["model"].items():
+            if name in own and isinstance(tensor, Tensor) and tensor.is_floating_point():
+                check_values(tensor, name, self._path)
         result = super()._load_model(checkpoint)
         if self.require_whole and result is not None:
             self._refuse_missing([*result.missing_keys, *(n for n, *_ in result.incorrect_shapes)])
@@ -246,6 +272,27 @@ def _tensors(state: dict[str, Any]) -> dict[str, Tensor]:
     return {
         plain_name(str(name)): value for name, value in state.items() if isinstance(value, Tensor)
     }
+
+
+def _inner_state(content: dict[str, Any], name: str, which: str | None) -> dict[str, Tensor]:
+    """Find the tensors among which one has this name behind any prefix, and take that off.
+
+    Frameworks write a model as ``state_dict``, with ``model.`` before each name.
+
+    Args:
+        content: content of a file.
+        name: name of a tensor of the model.
+        which: key of the dict that is meant; None for any.
+    """
+    for containers, tensors in tensor_dicts(content):
+        if which and which not in containers:
+            continue
+        plain = {plain_name(each): tensor for each, tensor in tensors.items()}
+        for found in plain:
+            if f".{found}".endswith(f".{name}"):
+                prefix = found.removesuffix(name)
+                return {n.removeprefix(prefix): t for n, t in plain.items() if n.startswith(prefix)}
+    return {}
 
 
 def _is_of_model(state: dict[str, Tensor], model_names: set[str], prefix: str) -> bool:

@@ -23,6 +23,7 @@ from flsl_d2.weights.weight_sets import choose_set, find_weight_sets, tensor_dic
 __all__ = [
     "build_encoder",
     "check_encoder_in_detector",
+    "check_values",
     "encoders_of",
     "find_encoder_weights",
     "load_encoder",
@@ -201,11 +202,16 @@ def _adapt(encoder: FLSLViT, state: dict[str, Tensor], prefix: str, path: str) -
     if fit.unmatched:
         raise InputError(f"weights {path!r} cover {fit.shortfall()}.")
     for name in encoder.state_dict():
-        _check_values(state[prefix + name], prefix + name, path)
+        check_values(state[prefix + name], prefix + name, path)
     return fit.notes
 
 
-def _check_values(tensor: Tensor, name: str, path: str) -> None:
+def check_values(tensor: Tensor, name: str, path: str) -> None:
+    """Check that a tensor of a file can be a trained weight.
+
+    Raises:
+        InputError: its values are integers, infinite or NaN.
+    """
     if not tensor.is_floating_point():
         raise InputError(
             f"weights {path!r} hold {name} as {tensor.dtype}, as quantised networks do; give the "

@@ -184,6 +184,8 @@ def _foreign_classes(path: str, error: Exception) -> list[str]:
     """Names of the classes that the file's reader refused, as far as they can be found out."""
     if isinstance(error, ForeignObjectError):
         return [str(error)]
+    if "Object arrays" in str(error):
+        return ["object (in a NumPy array)"]
     try:
         with torch.serialization.safe_globals(_PLAIN_CLASSES):
             return torch.serialization.get_unsafe_globals_in_checkpoint(path)

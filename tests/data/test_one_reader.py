@@ -123,7 +123,8 @@ def test_unreadable_and_other_pictures_are_found_in_one_look(tmp_path: Path) -> 
     with pytest.raises(InputError) as caught:
         check_coco_files(json_file, tmp_path, open_pictures=True)
     unreadable, other = str(caught.value).splitlines()[1:]
-    assert "empty.png (empty file), html.png (not an image of a known format)" in unreadable
+    assert "empty.png (empty file), html.png (not an image of a known format" in unreadable
+    assert "but a web page" in unreadable
     height, width = smooth().shape[:2]
     assert f"good.png is {width} x {height}, not 4 x 3" in other
 

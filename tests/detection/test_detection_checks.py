@@ -6,12 +6,13 @@ import json
 
 import numpy as np
 import pytest
+from detectron2.data import DatasetMapper
 from detectron2.data.common import DatasetFromList, MapDataset
 from PIL import Image
 from torch import nn
 from torch.utils.data import DataLoader
 
-from flsl_d2.data import register_coco_format
+from flsl_d2.data import FLSLDatasetMapper, register_coco_format
 from flsl_d2.detection.checks import (
     CheckedMapper,
     check_batch,
@@ -113,6 +114,12 @@ def test_data_sets_of_one_run_have_the_same_categories(tmp_path):
 
 def broken_mapper(record):
     raise KeyError("bbox")
+
+
+@pytest.mark.parametrize("mapper", [DatasetMapper, FLSLDatasetMapper])
+def test_detectron2s_own_mapper_is_named(mapper, caplog):
+    CheckedMapper(mapper(is_train=False, augmentations=[], image_format="RGB"))
+    assert ("turns 16-bit images white" in caplog.text) == (mapper is DatasetMapper)
 
 
 @pytest.mark.parametrize("num_workers", [0, 1])

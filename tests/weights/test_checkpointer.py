@@ -354,6 +354,37 @@ def test_an_evaluation_takes_whole_detectors_alone(tmp_path, wrapper):
         FLSLCheckpointer(other).load(str(tmp_path / "a.pth"))  # training may start from a part
 
 
+@pytest.mark.parametrize("prefix", ["", "module.", "model.", "ema_model.module."])
+@pytest.mark.parametrize("key", ["state_dict", "model_state_dict", None])
+def test_whole_detectors_of_other_frameworks_load(tmp_path, prefix, key):
+    model, other = randomised(Detector()), Detector()
+    state = {f"{prefix}{name}": tensor for name, tensor in model.state_dict().items()}
+    torch.save({key: state, "epoch": 3} if key else state, tmp_path / "a.pth")
+    checkpointer = FLSLCheckpointer(other)
+    checkpointer.require_whole = True
+    checkpointer.load(str(tmp_path / "a.pth"))
+    assert same(model, other)
+    assert not checkpointer.loaded_encoder_only
+
+
+def test_one_of_two_detectors_in_a_file_is_taken(tmp_path):
+    model, averaged, other = randomised(Detector()), randomised(Detector()), Detector()
+    content = {"model": model.state_dict(), "model_ema": averaged.state_dict()}
+    torch.save(content, tmp_path / "a.pth")
+    FLSLCheckpointer(other).load(f"{tmp_path / 'a.pth'}?which=model_ema")
+    assert same(averaged, other)
+    FLSLCheckpointer(other).load(str(tmp_path / "a.pth"))
+    assert same(model, other)
+    assert "hold no set of this model's" in refusal(other, f"{tmp_path / 'a.pth'}?which=teacher")
+
+
+def test_a_detector_whose_training_diverged_is_refused(tmp_path):
+    state = randomised(Detector()).state_dict()
+    state["head.bias"] = state["head.bias"] * float("nan")
+    torch.save({"model": state}, tmp_path / "a.pth")
+    assert "infinite values or NaN in head.bias" in refusal(Detector(), str(tmp_path / "a.pth"))
+
+
 def test_another_set_of_weights_is_taken_into_a_detector(encoder, tmp_path, caplog):
     other = randomised(FLSLViT(**SMALL))
     content = {"model": encoder.state_dict(), "model_ema": other.state_dict()}

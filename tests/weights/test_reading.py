@@ -82,6 +82,7 @@ def test_missing_empty_and_folder(tmp_path):
         (b"\n<!DOCTYPE html><html>", "a web page"),
         (b"\x1f\x8b\x08\x00", "compressed by gzip"),
         (b"\x89HDF\r\n\x1a\n", "an HDF5 file"),
+        (b"\x93NUMPY\x01\x00", "a single NumPy array"),
     ],
 )
 def test_what_a_file_is_instead_is_named(tmp_path, suffix, content, says):
