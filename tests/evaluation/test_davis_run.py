@@ -35,6 +35,7 @@ from flsl_d2.evaluation.davis import (
 from flsl_d2.evaluation.davis.run import average
 from flsl_d2.evaluation.davis.sequences import read_mask
 from flsl_d2.modeling import FLSLViT
+from flsl_d2.weights.export import write_encoder
 
 HEIGHT, WIDTH = 96, 160
 COLOURS = ((40, 60, 200), (220, 60, 40), (60, 210, 80))  # background and two objects, RGB
@@ -528,9 +529,7 @@ def test_the_command_writes_what_counts_and_ends_with_2_if_a_sequence_failed(
 ) -> None:
     encoder = tiny_encoder()
     weights = tmp_path / "encoder.pth"
-    torch.save(
-        {"model": encoder.state_dict(), "encoder": encoder.architecture, "format": ""}, weights
-    )
+    write_encoder(encoder, weights)
     tool = Path(__file__).parents[2] / "tools" / "eval_davis.py"
     command = [sys.executable, str(tool), "--weights", str(weights), "--davis-root", str(davis)]
     command += ["--output", str(tmp_path / "out"), "--short-side", str(HEIGHT), "--device", "cpu"]
