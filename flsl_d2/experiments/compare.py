@@ -20,7 +20,7 @@ from flsl_d2.engine.command_line import (
 from flsl_d2.engine.launch import WorkerError
 from flsl_d2.errors import InputError
 from flsl_d2.experiments.compare_page import Comparison, write_comparison_page
-from flsl_d2.experiments.encoders import Encoder, read_encoders
+from flsl_d2.experiments.encoders import ComparedEncoder, read_encoders
 from flsl_d2.experiments.evaluations import add_evaluation_options, chosen_evaluations
 from flsl_d2.experiments.jobs import Job, Record, make_slots, versions
 from flsl_d2.experiments.runner import run_jobs
@@ -84,7 +84,7 @@ def run_comparison(comparison: Comparison) -> None:
         )
 
 
-def _subject(encoder: Encoder, comparison: Comparison) -> Subject:
+def _subject(encoder: ComparedEncoder, comparison: Comparison) -> Subject:
     """Make the row of an encoder, with the jobs of all evaluations and seeds."""
     folder = comparison.output / "encoders"
     jobs: dict[str, list[Job]] = {}
@@ -102,7 +102,9 @@ def _subject(encoder: Encoder, comparison: Comparison) -> Subject:
     return Subject({"encoder": encoder.name}, jobs, about, encoder.failure)
 
 
-def _print_plan(comparison: Comparison, encoders: Sequence[Encoder], jobs: Sequence[Job]) -> None:
+def _print_plan(
+    comparison: Comparison, encoders: Sequence[ComparedEncoder], jobs: Sequence[Job]
+) -> None:
     evaluations = ", ".join(evaluation.name for evaluation in comparison.evaluations)
     count = len({job.key for job in jobs})
     print(

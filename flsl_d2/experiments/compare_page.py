@@ -12,7 +12,7 @@ from detectron2.data import DatasetCatalog
 
 from flsl_d2.data.images import read_image
 from flsl_d2.evaluation import extract_tokens
-from flsl_d2.experiments.encoders import Encoder
+from flsl_d2.experiments.encoders import ComparedEncoder
 from flsl_d2.experiments.evaluations import DetectionEvaluation, Evaluation
 from flsl_d2.experiments.jobs import Record, versions
 from flsl_d2.experiments.plots import draw_measures, overlaid_curves, plot_file
@@ -93,7 +93,7 @@ def token_pictures(encoders: Mapping[str, str], dataset: str, num_images: int, p
 
 def write_comparison_page(
     comparison: Comparison,
-    encoders: Sequence[Encoder],
+    encoders: Sequence[ComparedEncoder],
     subjects: Sequence[Subject],
     records: Mapping[str, Record],
     table: Table,

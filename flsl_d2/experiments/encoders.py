@@ -19,11 +19,11 @@ from flsl_d2.weights import build_encoder
 from flsl_d2.weights.export import write_encoder
 from flsl_d2.weights.reading import local_weights_path, split_weights_path
 
-__all__ = ["Encoder", "read_encoders"]
+__all__ = ["ComparedEncoder", "read_encoders"]
 
 
 @dataclass(frozen=True)
-class Encoder:
+class ComparedEncoder:
     """One row of a comparison.
 
     Attributes:
@@ -53,7 +53,7 @@ class Encoder:
         return EncoderFile(label, str(path), identity, seed=seed)
 
 
-def read_encoders(weights: Sequence[tuple[str, str]]) -> list[Encoder]:
+def read_encoders(weights: Sequence[tuple[str, str]]) -> list[ComparedEncoder]:
     """Read every file once; a file that cannot be used is a failure of its encoder.
 
     Args:
@@ -86,16 +86,16 @@ def _default_name(source: str) -> str:
     return source if _is_random(source) else Path(source).stem
 
 
-def _read(name: str, source: str) -> Encoder:
+def _read(name: str, source: str) -> ComparedEncoder:
     try:
         path, which = split_weights_path(source)
         sha256 = file_sha256(local_weights_path(path)) + (f"?which={which}" if which else "")
-        return Encoder(name, source, dict(build_encoder(source).architecture), sha256)
+        return ComparedEncoder(name, source, dict(build_encoder(source).architecture), sha256)
     except InputError as error:
-        return Encoder(name, source, failure=str(error))
+        return ComparedEncoder(name, source, failure=str(error))
 
 
-def _untrained(name: str, source: str, files: dict[str, Encoder]) -> Encoder:
+def _untrained(name: str, source: str, files: dict[str, ComparedEncoder]) -> ComparedEncoder:
     model = source.partition(":")[2]
     if model and model not in files:
         raise InputError(
@@ -103,10 +103,10 @@ def _untrained(name: str, source: str, files: dict[str, Encoder]) -> Encoder:
             f"{', '.join(files) or 'none, so write random'}."
         )
     if model and files[model].failure:
-        return Encoder(name, "random", failure=files[model].failure)
+        return ComparedEncoder(name, "random", failure=files[model].failure)
     candidates = [files[model]] if model else [file for file in files.values() if not file.failure]
     architecture = candidates[0].architecture if candidates else FLSLViT().architecture
-    return Encoder(name, "random", dict(architecture))
+    return ComparedEncoder(name, "random", dict(architecture))
 
 
 def _write_untrained(architecture: dict[str, Any], seed: int, path: Path) -> None:

@@ -14,7 +14,7 @@ from omegaconf import OmegaConf
 from flsl_d2.engine.command_line import named_weights
 from flsl_d2.engine.config_files import load_lazy_config
 from flsl_d2.errors import InputError
-from flsl_d2.experiments.encoders import Encoder, read_encoders
+from flsl_d2.experiments.encoders import ComparedEncoder, read_encoders
 from flsl_d2.experiments.evaluations import DetectionEvaluation, EncoderFile, architecture_overrides
 from flsl_d2.modeling import FLSLViT
 from flsl_d2.weights import build_encoder
@@ -29,7 +29,7 @@ def write(path: Path, **arguments) -> str:
     return str(path)
 
 
-def read(*texts: str) -> list[Encoder]:
+def read(*texts: str) -> list[ComparedEncoder]:
     return read_encoders([named_weights(text) for text in texts])
 
 
