@@ -251,7 +251,7 @@ def report_findings(
         masks_off: overrides that take masks out of a model; empty where it has none.
 
     Raises:
-        InputError: with all faults, one a line.
+        InputError: with all faults, one a line where there are several.
     """
     unusable = findings.lines("unusable")
     if masks_off:
@@ -262,7 +262,10 @@ def report_findings(
         faults += unusable
     if faults:
         lines = "\n".join(f"  - {line}" for line in faults)
-        raise InputError(f"{json_file} cannot be used, correct the following:\n{lines}")
+        several = f", correct the following:\n{lines}"
+        raise InputError(
+            f"{json_file} cannot be used{several if len(faults) > 1 else f': {faults[0]}'}"
+        )
     for line in unusable:
         boxes = any(problem.kind in line for problem in BOX_PROBLEMS)
         done = "they are left out" if boxes else "their boxes stand for their masks"
