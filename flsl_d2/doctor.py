@@ -28,7 +28,7 @@ from PIL import Image
 import flsl_d2
 from flsl_d2.data.datasets import datasets_root
 from flsl_d2.data.images import read_rgb
-from flsl_d2.engine.launch import usable_cores
+from flsl_d2.engine.launch import has_native_bf16, usable_cores
 
 __all__ = ["CHECKS", "Finding", "main"]
 
@@ -111,8 +111,8 @@ def check_gpus() -> Iterator[Finding]:
                 text += f"; this PyTorch needs {oldest / 10:.1f}, install one for an older CUDA"
                 yield Finding(FAIL, f"GPU {index}", text)
             else:
-                bf16 = torch.cuda.is_bf16_supported(including_emulation=False)
-                yield Finding(OK, f"GPU {index}", f"{text}, {'bf16' if bf16 else 'fp16, no bf16'}")
+                precision = "bf16" if has_native_bf16() else "fp16, no bf16"
+                yield Finding(OK, f"GPU {index}", f"{text}, {precision}")
         return
     driver = _driver()
     if driver is None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +19,7 @@ from flsl_d2.engine.command_line import add_option, described_parser, run_tool
 from flsl_d2.errors import InputError
 from flsl_d2.files import write_text
 from flsl_d2.visualization.detections import DrawnObjects, draw_objects
+from flsl_d2.visualization.figures import enlarge
 
 __all__ = ["main", "predict_images", "predict_video"]
 
@@ -112,9 +113,9 @@ def predict_video(predictor: Predictor, video: str | Path, output: str | Path) -
         raise InputError(f"video '{video}' cannot be decoded; convert it to MP4 with H.264.")
     output.mkdir(parents=True, exist_ok=True)
     file = output / f"{Path(video).stem}_detections.mp4"
-    size = _drawn(frame[..., ::-1], None).shape
+    height, width = enlarge(frame)[0].shape[:2]
     rate = reader.get(cv2.CAP_PROP_FPS) or 25.0
-    writer = cv2.VideoWriter(str(file), cv2.VideoWriter.fourcc(*"mp4v"), rate, (size[1], size[0]))
+    writer = cv2.VideoWriter(str(file), cv2.VideoWriter.fourcc(*"mp4v"), rate, (width, height))
     if not writer.isOpened():
         raise InputError(f"OpenCV cannot write '{file}'; install an OpenCV with FFmpeg.")
     total = int(reader.get(cv2.CAP_PROP_FRAME_COUNT)) or None
@@ -141,11 +142,7 @@ def _image_files(inputs: Sequence[str]) -> list[str]:
     return files
 
 
-def _drawn(rgb: np.ndarray, found: Detections | None) -> np.ndarray:
-    if found is None:
-        found = Detections(
-            np.zeros((0, 4), np.float32), np.zeros(0, np.float32), np.zeros(0, np.int64)
-        )
+def _drawn(rgb: np.ndarray, found: Detections) -> np.ndarray:
     masks: list[np.ndarray | None] = [None] * len(found)
     if found.masks is not None:
         masks = list(found.masks)
@@ -161,14 +158,10 @@ def _write_masks(folder: Path, name: str, found: Detections) -> None:
         Image.fromarray(mask.astype(np.uint8) * 255).save(folder / f"{name}_{index:03d}_{safe}.png")
 
 
-def _videos(inputs: Sequence[str]) -> Iterator[str]:
-    yield from (text for text in inputs if text.lower().endswith(VIDEO_SUFFIXES))
-
-
 def _predict(args: argparse.Namespace) -> None:
     if args.batch_size < 1:
         raise InputError(f"--batch-size is {args.batch_size}; use 1 or more.")
-    videos = list(_videos(args.input))
+    videos = [text for text in args.input if text.lower().endswith(VIDEO_SUFFIXES)]
     pictures = [text for text in args.input if text not in videos]
     files = _image_files(pictures)
     if not files and not videos:
