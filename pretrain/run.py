@@ -44,7 +44,7 @@ from pretrain.trainer import (
     step_files,
     write_bad_numbers,
 )
-from pretrain.views import NestedViews
+from pretrain.views import CutViews
 
 __all__ = ["images_digest", "launch_pretraining", "run_pretraining"]
 
@@ -116,12 +116,15 @@ def _run(cfg: DictConfig, options: ResumeOptions, request: StopRequest) -> None:
     batch_size = cfg.dataloader.total_batch_size
     max_iter = set_run_length(cfg, len(files))
     schedules: Schedules = instantiate(cfg.schedules)
-    views: NestedViews = instantiate(cfg.views)
+    views: CutViews = instantiate(cfg.views)
     seed_all_rng(cfg.train.seed)
     model = instantiate(cfg.model).to(cfg.train.device)
     method: Method = model
     if cfg.train.compile:
         method.compile_blocks()
+    method.check_run(
+        views, batch_size // comm.get_world_size() // max(cfg.train.accumulation_steps, 1)
+    )
     views.keep_crops = method.needs_crops
     dataset = PretrainDataset(
         files, views, cfg.train.seed, cfg.dataset.on_error, cfg.dataset.max_pixels

@@ -191,7 +191,7 @@ def test_a_place_is_the_teachers_own_token_there():
     values = Schedules(1, 1, 1, cross_scale=(0.9, 0.9))(0)
     with torch.no_grad():
         model(inputs, values)
-        keys = model.teacher.tokens(model._normalised(inputs.views[0]))[0]
+        keys = model.teacher.tokens(model.normalised(inputs.views[0]))[0]
     expected = []
     for (top, left, height, width), mask in zip(views.boxes, views.queries, strict=True):
         side = math.isqrt(len(mask))
