@@ -27,7 +27,7 @@ def decided_by_main(function: Callable[[], T]) -> T:
     result, error = comm.all_gather((result, error))[0]
     if error is not None:
         raise error
-    return result  # type: ignore[return-value]  # the main process has run the function
+    return result
 
 
 def checked_by_all(function: Callable[[], T]) -> T:
