@@ -165,6 +165,8 @@ class NestedViews:
         flip: probability that a view is mirrored horizontally, drawn for each view by itself.
             With ``model.partner=place`` a token's place in its own view then says less about where
             it lies in the teacher's.
+        photometry: strength of the photometric augmentation, 0 to 1; see
+            :func:`pretrain.augmentation.draw_augmentation`.
         keep_crops: whether the views before augmentation are returned as well, which multi-stage
             training shows to the teacher of the previous stage.
         on_device: work that is left to the training device, one of :data:`DEVICE_WORK`; the draws
@@ -175,7 +177,7 @@ class NestedViews:
 
     Raises:
         InputError: ``on_device`` is unknown, the patch does not divide a size, a window is larger
-            than the grid, or ``flip`` is not a probability.
+            than the grid, or ``flip`` or ``photometry`` lies outside 0 to 1.
     """
 
     def __init__(
@@ -191,6 +193,7 @@ class NestedViews:
         local_window: int = 2,
         random_pooling: bool = True,
         flip: float = 0.0,
+        photometry: float = 1.0,
         keep_crops: bool = False,
         on_device: str = "nothing",
         reduced_decoding: bool = False,
@@ -199,8 +202,9 @@ class NestedViews:
             raise InputError(
                 f"views.on_device is '{on_device}'; use one of {', '.join(DEVICE_WORK)}."
             )
-        if not 0 <= flip <= 1:
-            raise InputError(f"views.flip is {flip}, a probability; use a value from 0 to 1.")
+        for name, value in (("flip", flip), ("photometry", photometry)):
+            if not 0 <= value <= 1:
+                raise InputError(f"views.{name} is {value}; use a value from 0 to 1.")
         for name, size, window in (
             ("global_size", global_size, global_window),
             ("local_size", local_size, local_window),
@@ -216,6 +220,7 @@ class NestedViews:
                     f"{size // patch_size} tokens wide; use 1 to {size // patch_size}."
                 )
         self.patch_size, self.random_pooling, self.flip = patch_size, random_pooling, flip
+        self.photometry = photometry
         self.keep_crops, self.on_device = keep_crops, on_device
         self.reduced_decoding = reduced_decoding
         self.global_size, self.teacher_scale = global_size, teacher_scale
@@ -232,10 +237,10 @@ class NestedViews:
             OSError: the file cannot be decoded; the text is the reason.
         """
         teacher = self._teacher_crop(image, rng)
-        boxes, queries, augmentations = [], [], [draw_augmentation(rng)]
+        boxes, queries, augmentations = [], [], [draw_augmentation(rng, self.photometry)]
         for size, scale, window in self.student_views:
             boxes.append(crop_box(rng, self.global_size, self.global_size, scale))
-            augmentations.append(draw_augmentation(rng))
+            augmentations.append(draw_augmentation(rng, self.photometry))
             grid = size // self.patch_size
             mask = pooled_queries(rng, grid, window, self.random_pooling)
             queries.append(torch.from_numpy(mask))

@@ -16,9 +16,10 @@ from flsl_d2.errors import InputError
 from flsl_d2.mean_shift import attention, mean_shift, mix_attention
 from flsl_d2.modeling import FLSLViT
 from flsl_d2.modeling.projection_head import FLSLHead
+from flsl_d2.modeling.vit import gather_tokens
 from pretrain.methods.base import BaseMethod, feature_std
-from pretrain.methods.flsl_objective import FLSLLoss, gather_queries
-from pretrain.methods.places import places_of_queries, tokens_at
+from pretrain.methods.flsl_objective import FLSLLoss
+from pretrain.methods.places import PlaceBound, places_of_queries, tokens_at
 from pretrain.methods.previous_stage import PreviousStage
 from pretrain.methods.protocol import Losses, Monitored, StepInputs
 from pretrain.schedules import StepValues
@@ -49,9 +50,14 @@ class EncoderWithHead(nn.Module):
         """Images (B, 3, H, W) to tokens (B, N, D)."""
         return self.backbone.forward_tokens(images, self._num_blocks, positions)
 
-    def packed_tokens(self, batches: Sequence[Tensor], positions: str = "own") -> list[Tensor]:
+    def packed_tokens(
+        self,
+        batches: Sequence[Tensor],
+        positions: str = "own",
+        kept: Sequence[Tensor | None] | None = None,
+    ) -> list[Tensor]:
         """:meth:`tokens` of images of several sizes, in one pass."""
-        return self.backbone.forward_packed(batches, self._num_blocks, positions)
+        return self.backbone.forward_packed(batches, self._num_blocks, positions, kept)
 
     @property
     def _num_blocks(self) -> int | None:
@@ -79,9 +85,9 @@ class FLSL(BaseMethod):
         partner: how the mode m+_i that a query z_i is compared with is found.
             ``similarity``, as published: the mode of the student's query in the teacher's view,
             ``m+_i = sum_j softmax_j(s_ca z_i.z+_j) z+_j``. ``place``: the mode of the teacher's
-            own token where the query's patch came from, ``u_i = Z+(place_i)``, interpolated
-            bilinearly in the teacher's grid,
-            ``m+_i = sum_j softmax_j(s_ca u_i.z+_j) z+_j``.
+            own token where the query's patch came from,
+            ``m+_n = sum_j softmax_j(s_ca z+_n.z+_j) z+_j`` for each token n of the teacher, whose
+            logits ``g_t(m+_n)`` are interpolated bilinearly in the teacher's grid.
         teacher_positions: whether positions are added to the teacher's patches. Without them no
             target depends on a place other than through the image, so that features which are a
             map of places earn nothing.
@@ -91,10 +97,16 @@ class FLSL(BaseMethod):
         position_jitter: whose positions are shifted and scaled at random for each image
             (:func:`flsl_d2.modeling.positions.jittered_positions`): ``none``, ``teacher`` or
             ``both``. A target then depends on a place by its neighbours alone.
+        position_share: largest share of the variance of the targets' logits that a token's place
+            in the teacher's view may explain (:class:`pretrain.methods.places.PlaceBound`); 1 for
+            no bound. It needs ``partner=place``.
+        token_share: share of the tokens of the student's global view that is encoded, drawn for
+            each image; all of them are queries. The others are dropped before the first block, as
+            in masked Siamese networks (arXiv 2204.07141), which makes a step cheaper.
 
     Raises:
         InputError: head and loss disagree about the number of centroids, the previous stage has
-            other patches, or a switch has an unknown value.
+            other patches, a switch has an unknown value, or switches exclude each other.
     """
 
     views_type = NestedViews
@@ -111,6 +123,8 @@ class FLSL(BaseMethod):
         teacher_positions: bool = True,
         position_drop: float = 0.0,
         position_jitter: str = "none",
+        position_share: float = 1.0,
+        token_share: float = 1.0,
     ) -> None:
         super().__init__(EncoderWithHead(backbone, head, norm_modes), has_teacher=True)
         num_centroids = len(head.last_layer.weight_v)
@@ -135,10 +149,36 @@ class FLSL(BaseMethod):
             raise InputError(
                 f"model.position_drop is {position_drop}, a probability; use a value from 0 to 1."
             )
+        for name, share in (("position_share", position_share), ("token_share", token_share)):
+            if not 0 < share <= 1:
+                raise InputError(
+                    f"model.{name} is {share}, a share; use a value above 0 and up to 1."
+                )
+        if partner != "place" and position_share < 1:
+            raise InputError(
+                f"model.position_share is {position_share} and model.partner '{partner}', whose "
+                "targets have no place of their own; set model.partner=place."
+            )
+        if previous_stage is not None and (partner == "place" or token_share < 1):
+            raise InputError(
+                f"model.partner is '{partner}' and model.token_share {token_share} beside a "
+                "previous stage, whose attention starts from all queries of the student; set "
+                "model.partner=similarity and model.token_share=1."
+            )
+        if token_share < 1 and not pack_views:
+            raise InputError(
+                f"model.token_share is {token_share}, and only packed views drop tokens; set "
+                "model.pack_views=True."
+            )
         self.previous_stage, self.pack_views = previous_stage, pack_views
         self.needs_crops = previous_stage is not None
         self.num_centroids = num_centroids
         self.partner, self.position_drop = partner, position_drop
+        self.token_share = token_share
+        self.place_bound: PlaceBound | None = None
+        if position_share < 1:
+            num_tokens = backbone.pos_embed.shape[1]
+            self.place_bound = PlaceBound(num_tokens, num_centroids, position_share)
         jittered = {"none": "own", "teacher": "jittered", "both": "jittered"}[position_jitter]
         self.teacher_positions = jittered if teacher_positions else "none"
         self.student_positions = "jittered" if position_jitter == "both" else "own"
@@ -161,29 +201,33 @@ class FLSL(BaseMethod):
         priors = self._priors(inputs) if self.previous_stage else [None] * len(queries)
         places = inputs.places if self.partner == "place" else [None] * len(queries)
         groups = _groups_of_one_size(student_views, queries, priors, places)
-        student_tokens = self._student_tokens(groups)
+        student_tokens, kept = self._student_tokens(groups)
         # The teacher comes second, so that the student's draws do not depend on the teacher's.
         with torch.no_grad():
             teacher_tokens = self.teacher.tokens(teacher_view, self.teacher_positions)  # (B, N, D)
+            if self.partner == "place":
+                place_logits = self._place_logits(teacher_tokens, values.cross_scale * scale)
         parts = []
-        for group, tokens in zip(groups, student_tokens, strict=True):
-            _, view_indexes, group_priors, group_places = zip(*group, strict=True)
-            indexes = torch.cat(view_indexes)
-            points = gather_queries(tokens, indexes)  # (V * B, Q, D)
+        for group, tokens, encoded in zip(groups, student_tokens, kept, strict=True):
+            views, view_indexes, group_priors, group_places = zip(*group, strict=True)
+            indexes = torch.cat(view_indexes) if encoded is None else encoded
+            # (V * B, Q, D)
+            points = gather_tokens(tokens, indexes) if encoded is None else tokens
             modes = mean_shift(points, tokens, values.self_scale * scale)
             with torch.no_grad():
-                keys = teacher_tokens.repeat(len(group), 1, 1)
-                starts = points
                 if self.partner == "place":
-                    xy = places_of_queries(indexes, tokens.shape[1], torch.cat(group_places))
-                    starts = tokens_at(keys, xy).to(points.dtype)
-                cross_modes = self._cross_modes(
-                    starts, keys, values.cross_scale * scale, group_priors, values.own_attention
-                )
-            parts.append([x.flatten(0, 1) for x in (points, modes, cross_modes)])
-        points, modes, cross_modes = (torch.cat(part) for part in zip(*parts, strict=True))
+                    num_tokens = (views[0].shape[-1] // self.student.backbone.patch_size) ** 2
+                    xy = places_of_queries(indexes, num_tokens, torch.cat(group_places))
+                    targets = tokens_at(place_logits.repeat(len(group), 1, 1), xy)
+                else:
+                    keys = teacher_tokens.repeat(len(group), 1, 1)
+                    targets = self._cross_modes(
+                        points, keys, values.cross_scale * scale, group_priors, values.own_attention
+                    )
+            parts.append([x.flatten(0, 1) for x in (points, modes, targets)])
+        points, modes, targets = (torch.cat(part) for part in zip(*parts, strict=True))
         with torch.no_grad():
-            teacher_logits = self.teacher.logits(cross_modes)
+            teacher_logits = targets if self.partner == "place" else self.teacher.logits(targets)
         losses, monitored = self.loss(
             points,
             modes,
@@ -198,16 +242,32 @@ class FLSL(BaseMethod):
         """Return the centroids as long as the schedule freezes them."""
         return self.student.head.last_layer.parameters() if values.last_layer_frozen else ()
 
-    def _student_tokens(self, groups: list[list[tuple[Any, ...]]]) -> list[Tensor]:
-        """Tokens (V * B, N, D) of each group's V views."""
+    def _student_tokens(
+        self, groups: list[list[tuple[Any, ...]]]
+    ) -> tuple[list[Tensor], list[Tensor | None]]:
+        """Tokens (V * B, N, D) of each group's V views, and which of them are encoded.
+
+        The latter are indexes (V * B, M) for the global view where tokens are dropped, and else
+        None.
+        """
         batches = [torch.cat([view for view, *_ in group]) for group in groups]
+        kept: list[Tensor | None] = [None] * len(groups)
+        if self.token_share < 1:
+            num_tokens = (batches[0].shape[-1] // self.student.backbone.patch_size) ** 2
+            order = torch.rand(len(batches[0]), num_tokens, device=batches[0].device).argsort(dim=1)
+            kept[0] = order[:, : max(round(self.token_share * num_tokens), 1)]
         # Nothing is drawn without the switch, so that stochastic depth draws what it did.
         dropped = self.training and self.position_drop > 0
         drop = dropped and float(torch.rand(())) < self.position_drop
         positions = "none" if drop else self.student_positions
         if self.pack_views:
-            return self.student.packed_tokens(batches, positions)
-        return [self.student.tokens(images, positions) for images in batches]
+            return self.student.packed_tokens(batches, positions, kept), kept
+        return [self.student.tokens(images, positions) for images in batches], kept
+
+    def _place_logits(self, teacher_tokens: Tensor, scale: float) -> Tensor:
+        """Logits (B, N, K) of the modes of the teacher's tokens (B, N, D) within its view."""
+        logits = self.teacher.logits(mean_shift(teacher_tokens, teacher_tokens, scale))
+        return logits if self.place_bound is None else self.place_bound(logits)
 
     def _cross_modes(
         self,
