@@ -62,6 +62,7 @@ class Batch:
         augmentations: for each view, where they are left to the device; else empty.
         places: for each view (B, 4) float32, where they do not follow from the boxes; else empty.
         num_global: number of views, the first ones, that are global.
+        segments: for each view (B, N) int64, the label of the segment at each token; or empty.
     """
 
     views: list[Tensor]
@@ -74,6 +75,7 @@ class Batch:
     augmentations: list[AugmentationBatch] = field(default_factory=list)
     places: list[np.ndarray] = field(default_factory=list)
     num_global: int = 1
+    segments: list[Tensor] = field(default_factory=list)
 
     def pin_memory(self) -> Batch:
         """Pin the tensors for PyTorch's loader, so that copies to the GPU need not wait."""
@@ -106,6 +108,7 @@ class Batch:
             boxes=select(self.boxes),
             flips=select(self.flips),
             places=select(self.places),
+            segments=select(self.segments),
             crops=select(self.crops),
             augmentations=[AugmentationBatch(*select(list(a))) for a in self.augmentations],
         )
@@ -131,7 +134,8 @@ class Batch:
             crops, views = views, augment_views(views, self.augmentations)
         arrays = self.places or self._places()
         places = [torch.from_numpy(place).to(device, non_blocking=True) for place in arrays]
-        return StepInputs(views, queries, places, crops, self.num_global)
+        segments = [labels.to(device, non_blocking=True) for labels in self.segments]
+        return StepInputs(views, queries, places, crops, self.num_global, segments)
 
     def _places(self) -> list[np.ndarray]:
         """Compute ``StepInputs.places`` of each student view, float32."""
@@ -366,6 +370,7 @@ def collate(samples: list[tuple[Views, list[str]]]) -> Batch:
         augmentations=[stack_augmentations(drawn) for drawn in per_view("augmentations")],
         places=[np.stack(places) for places in per_view("places")],
         num_global=views[0].num_global,
+        segments=[_to_shared_memory(labels) for labels in stack("segments")],
     )
 
 

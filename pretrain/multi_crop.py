@@ -6,8 +6,11 @@ Most methods other than FLSL compare such views. Everything random comes from on
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Sequence
+from typing import Any
 
+import cv2
 import numpy as np
 import torch
 
@@ -16,7 +19,9 @@ from flsl_d2.errors import InputError
 from pretrain.augmentation import Augmentation, apply_augmentation
 from pretrain.views import DEVICE_WORK, Views, crop_box, resized_crop
 
-__all__ = ["MultiCropViews", "place_of_box"]
+__all__ = ["SEGMENTS", "MultiCropViews", "labels_of_tokens", "place_of_box"]
+
+SEGMENTS = ("none", "grid", "felzenszwalb")
 
 
 class MultiCropViews:
@@ -40,6 +45,11 @@ class MultiCropViews:
         blur: probability of a blur whose standard deviation is uniform in 0.1 to 2 pixels.
         solarise: probability that values from 128 up are inverted.
         on_device: work that is left to the training device, ``nothing`` or ``augmentation``.
+        segments: segments of the image whose labels the tokens of the views get: ``none``;
+            ``grid``, a grid of 10 x 10 cells; or ``felzenszwalb`` (Felzenszwalb and Huttenlocher,
+            IJCV 2004) by scikit-image, on the image with a shorter side of at most 224 pixels.
+        segment_scale: scale of Felzenszwalb's segments; larger ones for a larger scale.
+        segment_size: least number of pixels of Felzenszwalb's segments.
 
     Raises:
         InputError: an argument is out of range, or the patch does not divide a size.
@@ -64,7 +74,16 @@ class MultiCropViews:
         blur: tuple[float, float, float] = (1.0, 0.1, 0.5),
         solarise: tuple[float, float, float] = (0.0, 0.2, 0.0),
         on_device: str = "nothing",
+        segments: str = "none",
+        segment_scale: float = 1000.0,
+        segment_size: int = 1000,
     ) -> None:
+        if segments not in SEGMENTS:
+            raise InputError(f"views.segments is '{segments}'; use one of {', '.join(SEGMENTS)}.")
+        if segments == "felzenszwalb":
+            _segmentation()
+        self.segments, self.segment_scale = segments, segment_scale
+        self.segment_size = segment_size
         if on_device not in DEVICE_WORK[:2]:
             raise InputError(
                 f"views.on_device is '{on_device}', and views that are cut from the whole image "
@@ -118,6 +137,7 @@ class MultiCropViews:
         pixels = image.pixels() if isinstance(image, ImageFile) else image
         height, width = pixels.shape[:2]
         views = Views([], [], [], [], [], num_global=self.num_global)
+        labels = self._labels(pixels) if self.segments != "none" else None
         for size, (smallest, largest), blur, solarise in self.kinds:
             box = crop_box(rng, height, width, (smallest, largest))
             mirrored = bool(rng.random() < self.flip)
@@ -130,7 +150,23 @@ class MultiCropViews:
                 views.augmentations.append(drawn)
             views.images.append(torch.from_numpy(view).permute(2, 0, 1))
             views.places.append(place_of_box(box, mirrored, height, width))
+            if labels is not None:
+                place = views.places[-1]
+                views.segments.append(labels_of_tokens(labels, place, size // self.patch_size))
         return views
+
+    def _labels(self, pixels: np.ndarray) -> np.ndarray:
+        """Label the segments of an image: int64, at least as large as its grid of cells."""
+        if self.segments == "grid":
+            return np.arange(100).reshape(10, 10)
+        factor = 224 / min(pixels.shape[:2])
+        if factor < 1:
+            pixels = cv2.resize(pixels, None, fx=factor, fy=factor, interpolation=cv2.INTER_AREA)
+        return np.asarray(
+            _segmentation().felzenszwalb(
+                pixels, self.segment_scale, sigma=0.8, min_size=self.segment_size
+            )
+        )
 
     def _draw(self, rng: np.random.Generator, blur: float, solarise: float) -> Augmentation:
         """Draw an augmentation; the number of draws depends on no probability."""
@@ -147,6 +183,35 @@ class MultiCropViews:
             float(sigma) if blurred else 0.0,
             bool(solarised),
         )
+
+
+def labels_of_tokens(labels: np.ndarray, place: np.ndarray, side: int) -> torch.Tensor:
+    """Labels at the centres of a view's patches.
+
+    Args:
+        labels: (H, W), labels of an image of any size.
+        place: (4,) of :func:`place_of_box`.
+        side: number of tokens along each side of the view.
+
+    Returns:
+        (side * side,) int64, row-major.
+    """
+    top, left, rows, columns = place.astype(np.float64)
+    centres = (np.arange(side) + 0.5) / side
+    y = ((top + centres * rows) * labels.shape[0]).astype(np.int64)
+    x = ((left + centres * columns) * labels.shape[1]).astype(np.int64)
+    y, x = y.clip(0, labels.shape[0] - 1), x.clip(0, labels.shape[1] - 1)
+    return torch.from_numpy(labels[y][:, x].astype(np.int64).ravel())
+
+
+def _segmentation() -> Any:
+    try:
+        return importlib.import_module("skimage.segmentation")
+    except ImportError as error:
+        raise InputError(
+            f"views.segments=felzenszwalb needs the package scikit-image ({error}); install it "
+            "with pip install 'flsl-d2[methods]', or set views.segments=grid."
+        ) from None
 
 
 def place_of_box(

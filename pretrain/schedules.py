@@ -47,6 +47,7 @@ class StepValues:
     cross_scale: float
     last_layer_frozen: bool
     own_attention: float = 1.0
+    progress: float = 0.0  # share of the run that lies behind the step
 
 
 class Schedules:
@@ -136,6 +137,7 @@ class Schedules:
             lr=self._lr(iteration),
             teacher_temp=self._teacher_temp(iteration),
             last_layer_frozen=iteration < self.frozen_iters,
+            progress=where,
             **cosines,
         )
 

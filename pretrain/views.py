@@ -54,6 +54,8 @@ class Views:
         places: for each view (4,) float32, its place in the image, where views are cut from the
             whole image; else empty. See :class:`pretrain.methods.protocol.StepInputs`.
         num_global: number of views, the first ones, that are global.
+        segments: for each view (N,) int64, the label of the segment at each token, where segments
+            are wanted; else empty.
     """
 
     images: list[Tensor]
@@ -65,6 +67,7 @@ class Views:
     augmentations: list[Augmentation] = field(default_factory=list)
     places: list[np.ndarray] = field(default_factory=list)
     num_global: int = 1
+    segments: list[Tensor] = field(default_factory=list)
 
 
 class CutViews(Protocol):

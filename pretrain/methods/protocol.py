@@ -41,6 +41,8 @@ class StepInputs:
             ``left + x * width`` holds for every view.
         crops: the views before augmentation, where the method needs them; else empty.
         num_global: number of views, the first ones, that are global.
+        segments: for each view (B, N) int64, the label of the segment at each token, where the
+            views have segments; else empty. Labels of an image's views belong together.
     """
 
     views: list[Tensor]
@@ -48,6 +50,7 @@ class StepInputs:
     places: list[Tensor] = field(default_factory=list)
     crops: list[Tensor] = field(default_factory=list)
     num_global: int = 1
+    segments: list[Tensor] = field(default_factory=list)
 
 
 class Method(Protocol):

@@ -1,0 +1,23 @@
+"""Colourisation pre-training of ViT-S/16 on ImageNet-1k (arXiv 1603.08511).
+
+    tools/pretrain_net.py --num-gpus 8 \\
+        --config-file configs/pretrain/colorization_vit_small_p16_in1k.py
+
+The paper trains a CNN by SGD; here is its task for a ViT, with views of MAE's recipe and AdamW.
+Hardware and time: not measured. Expected: no score was measured here, and the paper has none for a
+ViT.
+"""
+
+from detectron2.config import LazyCall as L
+
+from pretrain.methods.colorization import Colorization
+
+from .mae_vit_small_p16_in1k import dataloader, dataset, schedules, train, views
+from .mae_vit_small_p16_in1k import model as _mae
+
+__all__ = ["dataloader", "dataset", "model", "schedules", "train", "views"]
+
+model = L(Colorization)(backbone=_mae.backbone)
+dataloader.total_batch_size = 512
+
+train.update(epochs=100, output_dir="./output/colorization_vit_small_p16_in1k")

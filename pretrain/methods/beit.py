@@ -1,0 +1,119 @@
+"""BEiT: predict discrete tokens of masked patches (arXiv 2106.08254).
+
+Shape suffixes: B images, N tokens, T patches of a batch, K codes, P side of a patch.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from flsl_d2.errors import InputError
+from flsl_d2.modeling import FLSLViT
+from pretrain.methods.base import BaseMethod, feature_std
+from pretrain.methods.masking import MaskedNetworks, block_masks, patches_of
+from pretrain.methods.protocol import Losses, Monitored, StepInputs
+from pretrain.schedules import StepValues
+
+__all__ = ["BEiT", "PatchTokens"]
+
+
+class PatchTokens(nn.Module):
+    """Tokens of patches by k-means of their pixels, learned from batch to batch.
+
+    The first batch gives the centres. Afterwards each batch moves each centre to the mean of all
+    patches that it was given so far (mini-batch k-means, Sculley, WWW 2010), so the centres settle.
+    The original's tokeniser is a variational autoencoder trained on other data.
+
+    Args:
+        num_codes: K.
+        width: number of values of a patch.
+    """
+
+    def __init__(self, num_codes: int, width: int) -> None:
+        super().__init__()
+        self.codes: Tensor
+        self.counts: Tensor
+        self.register_buffer("codes", torch.zeros(num_codes, width))
+        self.register_buffer("counts", torch.zeros(num_codes))
+
+    @torch.no_grad()
+    def forward(self, patches: Tensor) -> Tensor:
+        """Patches (T, width) to codes (T,) int64; in training the centres learn.
+
+        The codes are those before the centres move.
+        """
+        patches = patches.float()
+        together = dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
+        if self.training and not bool(self.counts.any()):
+            chosen = torch.randperm(len(patches))[: len(self.codes)].to(patches.device)
+            self.codes.copy_(patches[chosen])
+            if together:
+                dist.broadcast(self.codes, 0)
+        labels = torch.cat(
+            [torch.cdist(part, self.codes).argmin(1) for part in patches.split(8192)]
+        )
+        if self.training:
+            sums = torch.zeros_like(self.codes).index_add_(0, labels, patches)
+            counts = torch.zeros_like(self.counts).index_add_(
+                0, labels, torch.ones(len(labels), device=labels.device)
+            )
+            if together:
+                dist.all_reduce(sums)
+                dist.all_reduce(counts)
+            self.counts += counts
+            self.codes += (sums - counts[:, None] * self.codes) / self.counts.clamp(min=1)[:, None]
+        return labels
+
+
+class BEiT(BaseMethod):
+    """A linear layer tells the codes of the masked patches from their tokens.
+
+    As nested loops (c the code of a patch, y the prediction)::
+
+        for b in range(B):
+            for i in masked[b]:
+                loss -= log_softmax(y[b][i])[c[b][i]] / number of masked tokens
+
+    Args:
+        backbone: the encoder.
+        num_codes: K.
+        mask_share: share of the tokens that is masked, in rectangles.
+    """
+
+    masks_tokens = True
+
+    def __init__(self, backbone: FLSLViT, num_codes: int = 8192, mask_share: float = 0.4) -> None:
+        super().__init__(MaskedNetworks(backbone, nn.Linear(backbone.embed_dim, num_codes)))
+        self.num_centroids, self.mask_share = num_codes, mask_share
+        self.tokens = PatchTokens(num_codes, 3 * backbone.patch_size**2)
+
+    def check_run(self, views: object, images: int) -> None:
+        """Check that a batch has a patch for each code, besides what every method checks."""
+        super().check_run(views, images)
+        side = getattr(views, "global_size", 0) // self.student.backbone.patch_size
+        patches = images * side**2 * getattr(views, "num_global", 1)
+        if patches < self.num_centroids:
+            raise InputError(
+                f"model.num_codes is {self.num_centroids}, and the first batch, from which the "
+                f"codes start, has {patches} patches; use fewer codes or more images."
+            )
+
+    def forward(self, inputs: StepInputs, _values: StepValues) -> tuple[Losses, Monitored]:
+        """Compute the loss of a step; see :class:`pretrain.methods.protocol.Method`."""
+        images = self.normalised(torch.cat(inputs.views[: inputs.num_global]))
+        patch = self.student.backbone.patch_size
+        codes = self.tokens(patches_of(images, patch).flatten(0, 1))
+        mask = block_masks(
+            len(images), images.shape[-1] // patch, 1.0, self.mask_share, self.mask_share
+        )
+        masked = mask.flatten().nonzero()[:, 0].to(images.device, non_blocking=True)
+        tokens = self.student.masked_tokens(images, mask.to(images.device, non_blocking=True))
+        predicted = self.student.head(tokens.flatten(0, 1)[masked]).float()
+        loss = F.cross_entropy(predicted, codes[masked])
+        counts = torch.zeros(self.num_centroids, dtype=torch.int64, device=codes.device)
+        counts.index_add_(0, codes, torch.ones_like(codes))
+        monitored = {"assigned": counts, "mean_assignment": counts / len(codes)}
+        return {"loss": loss}, {**monitored, "feature_std": feature_std(tokens)}

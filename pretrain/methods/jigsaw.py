@@ -1,0 +1,117 @@
+"""Jigsaw puzzles: tell how the tiles of an image were shuffled (arXiv 1603.09246).
+
+Shape suffixes: B images, S side of a view in pixels, T side of a tile, D width, R permutations.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from flsl_d2.errors import InputError
+from flsl_d2.modeling import FLSLViT
+from pretrain.methods.base import BaseMethod, Networks, feature_std
+from pretrain.methods.protocol import Losses, Monitored, StepInputs
+from pretrain.schedules import StepValues
+
+__all__ = ["Jigsaw", "TileMethod", "distant_permutations"]
+
+_GRID = 3
+
+
+class TileMethod(BaseMethod):
+    """A method whose encoder sees tiles of an image, cut from a grid of 3 x 3 cells.
+
+    Each tile lies at a random place in its cell, so that edges of neighbours do not continue each
+    other. Its side is the largest multiple of the patch that fits into a cell.
+
+    Args:
+        student: the encoder and a head.
+    """
+
+    def check_run(self, views: object, images: int) -> None:
+        """Check that a cell holds a patch, besides what every method checks."""
+        super().check_run(views, images)
+        size, patch = getattr(views, "global_size", 0), self.student.backbone.patch_size
+        if size // _GRID < patch:
+            raise InputError(
+                f"views.global_size is {size}, and a third of it is less than a patch of {patch} "
+                f"pixels; use at least {_GRID * patch}."
+            )
+
+    def tiles(self, images: Tensor) -> Tensor:
+        """Cut images (B, 3, S, S) into tiles (B, 9, 3, T, T), row-major."""
+        cell, patch = images.shape[-1] // _GRID, self.student.backbone.patch_size
+        side = cell // patch * patch
+        margins = torch.randint(cell - side + 1, (len(images), _GRID**2, 2)).tolist()
+        cut = []
+        for image, shifts in zip(images, margins, strict=True):
+            for place, (down, right) in enumerate(shifts):
+                top, left = place // _GRID * cell + down, place % _GRID * cell + right
+                cut.append(image[:, top : top + side, left : left + side])
+        return torch.stack(cut).unflatten(0, (len(images), -1))
+
+    def encode_tiles(self, tiles: Tensor) -> tuple[Tensor, Tensor]:
+        """Encode tiles (B, n, 3, T, T) to global outputs (B, n, D) and tokens (B * n, N, D)."""
+        tokens = self.student.backbone.forward_tokens(tiles.flatten(0, 1))
+        return tokens.mean(dim=1).unflatten(0, tiles.shape[:2]), tokens
+
+
+class Jigsaw(TileMethod):
+    """A head tells the permutation from the outputs of the shuffled tiles, side by side.
+
+    As nested loops (perms the R permutations, x the tiles, f the encoder, r the permutation drawn
+    for an image)::
+
+        for b in range(B):
+            z = concatenation of f(x[b][perms[r[b]][0]]) to f(x[b][perms[r[b]][8]])
+            loss -= log_softmax(head(z))[r[b]] / B
+
+    Args:
+        backbone: the encoder.
+        num_permutations: R.
+        hidden_dim: width of the head's hidden layer.
+    """
+
+    def __init__(
+        self, backbone: FLSLViT, num_permutations: int = 1000, hidden_dim: int = 4096
+    ) -> None:
+        width = _GRID**2 * backbone.embed_dim
+        head = nn.Sequential(
+            nn.Linear(width, hidden_dim), nn.GELU(), nn.Linear(hidden_dim, num_permutations)
+        )
+        super().__init__(Networks(backbone, head))
+        self.permutations: Tensor
+        self.register_buffer("permutations", distant_permutations(_GRID**2, num_permutations))
+
+    def forward(self, inputs: StepInputs, _values: StepValues) -> tuple[Losses, Monitored]:
+        """Compute the loss of a step; see :class:`pretrain.methods.protocol.Method`."""
+        images = self.normalised(torch.cat(inputs.views[: inputs.num_global]))
+        tiles = self.tiles(images)
+        drawn = torch.randint(len(self.permutations), (len(images),)).to(images.device)
+        order = self.permutations[drawn]
+        shuffled = tiles.gather(1, order.view(*order.shape, 1, 1, 1).expand_as(tiles))
+        outputs, tokens = self.encode_tiles(shuffled)
+        logits = self.student.head(outputs.flatten(1)).float()
+        right = (logits.argmax(dim=1) == drawn).float().mean()
+        monitored = {"feature_std": feature_std(tokens), "task_accuracy": right}
+        return {"loss": F.cross_entropy(logits, drawn)}, monitored
+
+
+def distant_permutations(length: int, count: int) -> Tensor:
+    """Permutations of which each is far from those before it, as far as random tries tell.
+
+    The paper takes the farthest of all permutations by Hamming distance; here each is the one of
+    100 random permutations with the largest smallest distance.
+
+    Returns:
+        (count, length) int64, the same for the same arguments.
+    """
+    generator = torch.Generator().manual_seed(0)
+    chosen = torch.randperm(length, generator=generator)[None]
+    while len(chosen) < count:
+        tries = torch.rand(100, length, generator=generator).argsort(dim=1)
+        distance = (tries[:, None] != chosen).sum(dim=-1).min(dim=1).values
+        chosen = torch.cat([chosen, tries[distance.argmax()][None]])
+    return chosen

@@ -1,0 +1,151 @@
+"""Masked and dropped tokens: what is masked, masked inputs of the encoder, and a small decoder.
+
+Shape suffixes: B images, N tokens of an image, M tokens that are masked, D width, P side of a
+patch. All draws come from the generators of the CPU, which are seeded for each step.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import torch.nn.functional as F
+from timm.models.vision_transformer import Block
+from torch import Tensor, nn
+
+from flsl_d2.errors import InputError
+from flsl_d2.modeling import FLSLViT
+from flsl_d2.modeling.positions import sincos_at
+from flsl_d2.modeling.vit import gather_tokens
+from pretrain.methods.base import Networks, import_extra
+
+__all__ = [
+    "MaskedNetworks",
+    "TokenDecoder",
+    "block_masks",
+    "gather_tokens",
+    "patches_of",
+    "random_split",
+]
+
+
+class MaskedNetworks(Networks):
+    """Networks whose encoder takes masked patches, each replaced by one learned token.
+
+    Args:
+        backbone: the encoder.
+        head: module behind the encoder.
+    """
+
+    def __init__(self, backbone: FLSLViT, head: nn.Module | None = None) -> None:
+        super().__init__(backbone, head)
+        self.mask_token = nn.Parameter(torch.empty(backbone.embed_dim))
+        nn.init.trunc_normal_(self.mask_token, std=0.02)
+
+    def masked_tokens(self, images: Tensor, mask: Tensor) -> Tensor:
+        """Encode images of which patches are masked; these keep their positions.
+
+        Args:
+            images: (B, 3, H, W), normalised.
+            mask: (B, rows, columns) bool, True = masked.
+
+        Returns:
+            (B, N, D).
+        """
+        patches = self.backbone.embed(images, "none")
+        # A gradient reaches the token even where nothing is masked, which several processes need.
+        patches = torch.where(mask[..., None], self.mask_token.to(patches.dtype), patches)
+        tokens = patches + self.backbone.positions_of((patches.shape[1], patches.shape[2]))
+        return self.backbone.forward_embedded(tokens.flatten(1, 2))
+
+
+class TokenDecoder(nn.Module):
+    """Small transformer over the tokens of the encoder, with its own width.
+
+    Args:
+        in_dim: width of the encoder.
+        num_outputs: number of outputs for each token.
+        dim: width; a multiple of 4 and of ``num_heads``.
+        depth: number of blocks.
+        num_heads: number of attention heads.
+    """
+
+    def __init__(
+        self, in_dim: int, num_outputs: int, dim: int = 512, depth: int = 8, num_heads: int = 16
+    ) -> None:
+        super().__init__()
+        if dim % 4 or dim % num_heads:
+            raise InputError(
+                f"the decoder's width is {dim}; use a multiple of 4 and of its {num_heads} heads."
+            )
+        self.dim = dim
+        self.embed = nn.Linear(in_dim, dim)
+        self.blocks = nn.Sequential(*(Block(dim, num_heads, qkv_bias=True) for _ in range(depth)))
+        self.norm = nn.LayerNorm(dim)
+        self.predict = nn.Linear(dim, num_outputs)
+        for module in self.modules():
+            if isinstance(module, nn.Linear):
+                nn.init.xavier_uniform_(module.weight)
+                nn.init.zeros_(module.bias)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        """Tokens (B, N, dim) that are embedded already to (B, N, num_outputs)."""
+        return self.predict(self.norm(self.blocks(tokens)))
+
+    def positions(self, num_tokens: int, device: torch.device) -> Tensor:
+        """Return fixed sine-cosine positions (1, N, dim) of a square grid."""
+        place = torch.arange(math.isqrt(num_tokens), device=device, dtype=torch.float32)
+        return sincos_at(place, place, self.dim).view(1, num_tokens, self.dim)
+
+
+def block_masks(
+    num_images: int, side: int, image_share: float, smallest: float, largest: float
+) -> Tensor:
+    """Masks made of rectangles (BEiT, arXiv 2106.08254), as lightly draws them.
+
+    Args:
+        num_images: B.
+        side: number of tokens along each side of a view.
+        image_share: share of the images that are masked at all.
+        smallest: least share of the tokens of an image that is masked.
+        largest: largest share of the tokens of an image that is masked.
+
+    Returns:
+        (B, side, side) bool on the CPU, True = masked.
+
+    Raises:
+        InputError: the smallest mask is less than a token.
+    """
+    least = int(side * side * smallest)
+    if least < 1:
+        raise InputError(
+            f"masks cover at least {smallest:g} of a view of {side * side} tokens, which is less "
+            "than one; use larger views or a larger share."
+        )
+    return import_extra("lightly.models.utils").random_block_mask(
+        (num_images, side, side), image_share, smallest, largest, min(4, least)
+    )
+
+
+def random_split(
+    num_images: int, num_tokens: int, share: float, device: torch.device
+) -> tuple[Tensor, Tensor]:
+    """Split the tokens of each image at random.
+
+    Args:
+        num_images: B.
+        num_tokens: N.
+        share: share of the tokens in the second part.
+        device: device of the results.
+
+    Returns:
+        Indexes (B, N - M) and (B, M); each part has at least one token.
+    """
+    count = min(max(round(share * num_tokens), 1), num_tokens - 1)
+    order = torch.rand(num_images, num_tokens).argsort(dim=1).to(device, non_blocking=True)
+    return order[:, : num_tokens - count], order[:, num_tokens - count :]
+
+
+def patches_of(images: Tensor, patch_size: int) -> Tensor:
+    """Pixels (B, N, 3 * P * P) of the patches of images (B, 3, H, W), channel by channel."""
+    return F.unfold(images, patch_size, stride=patch_size).transpose(1, 2)

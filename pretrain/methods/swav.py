@@ -1,0 +1,95 @@
+"""SwAV: views predict each other's balanced assignments to prototypes (arXiv 2006.09882).
+
+Shape suffixes: B images, D width, F width of the outputs, K prototypes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from flsl_d2.modeling import FLSLViT
+from pretrain.methods.base import (
+    BaseMethod,
+    Networks,
+    encode_views,
+    feature_std,
+    global_output,
+    import_extra,
+)
+from pretrain.methods.dino import assignments
+from pretrain.methods.protocol import Losses, Monitored, StepInputs
+from pretrain.schedules import StepValues
+
+__all__ = ["SwAV"]
+
+
+class SwAV(BaseMethod):
+    """Each view predicts the assignments of the global views, which Sinkhorn-Knopp balances.
+
+    As nested loops (z the cosines of a view's output to the prototypes)::
+
+        for v in range(num_global):
+            Q = exp(z[v] / epsilon)                    # (B, K)
+            for _ in range(3):
+                Q = Q / sum_b(Q) / K                   # each prototype has an equal share
+                Q = Q / sum_k(Q) / B                   # each image has an equal share
+            Q = Q * B
+            for s in range(num_views):
+                if s != v:
+                    for b in range(B):
+                        p = softmax(z[s][b] / tau)
+                        loss -= sum_k(Q[b][k] * log(p[k])) / (num_global * (num_views - 1) * B)
+
+    The batch is that of all processes. Head and loss are lightly's. There is no queue of earlier
+    outputs, which the original adds after 15 epochs for small batches.
+
+    Args:
+        backbone: the encoder.
+        num_prototypes: K.
+        hidden_dim: width of the head's hidden layer.
+        output_dim: F.
+        temperature: tau.
+        epsilon: temperature of the assignments.
+    """
+
+    min_global = 2
+    min_images = 2
+
+    def __init__(
+        self,
+        backbone: FLSLViT,
+        num_prototypes: int = 3000,
+        hidden_dim: int = 2048,
+        output_dim: int = 128,
+        temperature: float = 0.1,
+        epsilon: float = 0.05,
+    ) -> None:
+        heads = import_extra("lightly.models.modules.heads")
+        head = heads.SwaVProjectionHead(backbone.embed_dim, hidden_dim, output_dim)
+        super().__init__(Networks(backbone, head))
+        self.num_centroids = num_prototypes
+        self.prototypes = nn.Linear(output_dim, num_prototypes, bias=False)
+        self.loss = import_extra("lightly.loss").SwaVLoss(
+            temperature, sinkhorn_epsilon=epsilon, sinkhorn_gather_distributed=True
+        )
+
+    def forward(self, inputs: StepInputs, _values: StepValues) -> tuple[Losses, Monitored]:
+        """Compute the loss of a step; see :class:`pretrain.methods.protocol.Method`."""
+        views = [self.normalised(view) for view in inputs.views]
+        tokens = encode_views(self.student.backbone, views)
+        outputs = F.normalize(self.student.head(global_output(tokens)).float(), dim=-1)
+        prototypes = F.normalize(self.prototypes.weight.float(), dim=-1)
+        with torch.autocast(outputs.device.type, enabled=False):
+            cosines = F.linear(outputs, prototypes).chunk(len(views))
+        count = inputs.num_global
+        loss = self.loss(list(cosines[:count]), list(cosines[count:])).squeeze()
+        monitored = assignments(torch.cat(cosines[:count]).detach(), self.loss.temperature)
+        return {"loss": loss}, {**monitored, "feature_std": feature_std(tokens[0])}
+
+    def frozen_parameters(self, values: StepValues) -> Iterable[nn.Parameter]:
+        """Return the prototypes as long as the schedule freezes them."""
+        return self.prototypes.parameters() if values.last_layer_frozen else ()

@@ -1,0 +1,228 @@
+"""Losses of masked prediction and proxy tasks against slow implementations."""
+
+from __future__ import annotations
+
+import itertools
+import math
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from detectron2.config import instantiate
+from skimage.color import rgb2lab
+from skimage.feature import hog as skimage_hog
+from tiny_methods import CLOSE, VALUES, cross_entropy, softmax, step, tiny_config, tiny_method
+
+from flsl_d2.errors import InputError
+from pretrain.methods.beit import PatchTokens
+from pretrain.methods.colorization import rgb_to_lab
+from pretrain.methods.jigsaw import distant_permutations
+from pretrain.methods.maskfeat import hog
+
+
+def negative_log(logits, label: int) -> float:
+    return -math.log(softmax(logits)[label])
+
+
+def global_of(method, images: torch.Tensor) -> torch.Tensor:
+    return method.student.backbone.forward_tokens(images).mean(dim=1)
+
+
+@pytest.mark.parametrize(("size", "cell"), [(16, 4), (32, 8)])
+def test_hog_is_scikit_images(size, cell):
+    images = torch.rand(2, 3, size, size, generator=torch.Generator().manual_seed(0)) * 255
+    ours = hog(images, 9, cell)
+    for image, channels in zip(images, ours.unflatten(1, (3, 9)), strict=True):
+        for channel, histograms in zip(image, channels, strict=True):
+            expected = skimage_hog(
+                channel.numpy().astype(np.float64),
+                orientations=9,
+                pixels_per_cell=(cell, cell),
+                cells_per_block=(1, 1),
+                block_norm="L2",
+                feature_vector=False,
+            )[:, :, 0, 0]
+            # Pixels whose angle lies at the border of two bins, in float32, would be off by more.
+            assert np.abs(histograms.permute(1, 2, 0).numpy() - expected).max() < 2e-3
+
+
+def test_maskfeat(monkeypatch):
+    method = tiny_method("maskfeat")
+    inputs = step(method, num_global=1)
+    mask = torch.rand(3, 4, 4, generator=torch.Generator().manual_seed(3)) < 0.4
+    monkeypatch.setattr("pretrain.methods.maskfeat.block_masks", lambda *_: mask)
+    with torch.no_grad():
+        images = method.normalised(inputs.views[0])
+        outputs = method.student.head(method.student.masked_tokens(images, mask)).tolist()
+    histograms = hog(inputs.views[0], 9, 2).tolist()
+    expected, count = 0.0, int(mask.sum())
+    for b, row, column in mask.nonzero().tolist():
+        target = [
+            histograms[b][channel][2 * row + y][2 * column + x]
+            for channel in range(27)
+            for y in (0, 1)
+            for x in (0, 1)
+        ]
+        for y, h in zip(outputs[b][4 * row + column], target, strict=True):
+            expected += (y - h) ** 2 / (108 * count)
+    assert method(inputs, VALUES)[0]["loss"].item() == pytest.approx(expected, **CLOSE)
+    with pytest.raises(InputError, match="cell_size is 3, which does not divide"):
+        tiny_method("maskfeat", "model.cell_size=3")
+
+
+def test_codes_are_the_running_means_of_their_patches():
+    torch.manual_seed(0)
+    tokeniser = PatchTokens(3, 4)
+    batches = [torch.randn(10, 4) for _ in range(3)]
+    torch.manual_seed(1)
+    chosen = torch.randperm(10)[:3]
+    codes = [row.tolist() for row in batches[0][chosen]]
+    counts = [0, 0, 0]
+    torch.manual_seed(1)
+    for batch in batches:
+        labels = tokeniser(batch).tolist()
+        own = [min(range(3), key=lambda k, p=p: math.dist(p, codes[k])) for p in batch.tolist()]
+        assert labels == own
+        for k in range(3):
+            members = [p for p, label in zip(batch.tolist(), own, strict=True) if label == k]
+            total = counts[k] + len(members)
+            for d in range(4):
+                # The first batch's centres count for nothing, as they are patches of it.
+                moved = counts[k] * codes[k][d] + sum(p[d] for p in members)
+                codes[k][d] = moved / total if total else codes[k][d]
+            counts[k] = total
+        torch.testing.assert_close(tokeniser.codes, torch.tensor(codes))
+    tokeniser.eval()
+    tokeniser(batches[0])
+    torch.testing.assert_close(tokeniser.codes, torch.tensor(codes))
+
+
+def test_beit(monkeypatch):
+    method = tiny_method("beit")
+    inputs = step(method, num_global=1)
+    mask = torch.rand(3, 4, 4, generator=torch.Generator().manual_seed(3)) < 0.4
+    monkeypatch.setattr("pretrain.methods.beit.block_masks", lambda *_: mask)
+    images = method.normalised(inputs.views[0])
+    patches = [
+        images[b, :, 4 * y : 4 * y + 4, 4 * x : 4 * x + 4].flatten()
+        for b, y, x in itertools.product(range(3), range(4), range(4))
+    ]
+    torch.manual_seed(5)
+    codes = [patches[n] for n in torch.randperm(48)[:9].tolist()]
+    with torch.no_grad():
+        outputs = method.student.head(method.student.masked_tokens(images, mask))
+    expected, count = 0.0, int(mask.sum())
+    for b, row, column in mask.nonzero().tolist():
+        patch = patches[16 * b + 4 * row + column]
+        label = min(range(9), key=lambda k, p=patch: float((p - codes[k]).norm()))
+        expected += negative_log(outputs[b, 4 * row + column].tolist(), label) / count
+    torch.manual_seed(5)
+    losses, monitored = method(inputs, VALUES)
+    assert losses["loss"].item() == pytest.approx(expected, **CLOSE)
+    assert monitored["assigned"].sum() == 48
+    with pytest.raises(InputError, match="num_codes is 9, and the first batch"):
+        method.check_run(instantiate(tiny_config("beit", "views.global_size=4").views), 1)
+
+
+def test_rotation():
+    method = tiny_method("rotation")
+    inputs = step(method, num_global=1)
+    images = method.normalised(inputs.views[0])
+    expected = 0.0
+    with torch.no_grad():
+        for image in images:
+            for turns in range(4):
+                turned = torch.from_numpy(np.rot90(image.numpy(), turns, (1, 2)).copy())
+                logits = method.student.head(global_of(method, turned[None]))[0]
+                expected += negative_log(logits.tolist(), turns) / 12
+    assert method(inputs, VALUES)[0]["loss"].item() == pytest.approx(expected, **CLOSE)
+
+
+def tiles_of(image: torch.Tensor, shifts) -> list[torch.Tensor]:
+    """Tiles of 4 pixels in the 3 x 3 cells of 5 pixels of an image of 16."""
+    cut = []
+    for place, (down, right) in enumerate(shifts):
+        top, left = 5 * (place // 3) + down, 5 * (place % 3) + right
+        cut.append(image[:, top : top + 4, left : left + 4])
+    return cut
+
+
+def test_jigsaw():
+    method = tiny_method("jigsaw")
+    inputs = step(method, num_global=1)
+    images = method.normalised(inputs.views[0])
+    torch.manual_seed(5)
+    shifts = torch.randint(2, (3, 9, 2)).tolist()
+    drawn = torch.randint(5, (3,)).tolist()
+    expected = 0.0
+    with torch.no_grad():
+        for b in range(3):
+            tiles = tiles_of(images[b], shifts[b])
+            order = method.permutations[drawn[b]].tolist()
+            z = torch.cat([global_of(method, tiles[n][None])[0] for n in order])
+            expected += negative_log(method.student.head(z).tolist(), drawn[b]) / 3
+    torch.manual_seed(5)
+    assert method(inputs, VALUES)[0]["loss"].item() == pytest.approx(expected, **CLOSE)
+    with pytest.raises(InputError, match="less than a patch of 4 pixels; use at least 12"):
+        method.check_run(instantiate(tiny_config("jigsaw", "views.global_size=8").views), 4)
+
+
+def test_permutations_are_far_from_each_other():
+    permutations = distant_permutations(9, 20)
+    assert (permutations.sort(dim=1).values == torch.arange(9)).all()
+    for a, b in itertools.combinations(permutations.tolist(), 2):
+        assert sum(x != y for x, y in zip(a, b, strict=True)) >= 6
+
+
+def test_context():
+    method = tiny_method("context")
+    inputs = step(method, num_global=1)
+    images = method.normalised(inputs.views[0])
+    torch.manual_seed(5)
+    shifts = torch.randint(2, (3, 9, 2)).tolist()
+    drawn = torch.randint(8, (3,)).tolist()
+    expected = 0.0
+    with torch.no_grad():
+        for b in range(3):
+            tiles = tiles_of(images[b], shifts[b])
+            neighbours = [tile for n, tile in enumerate(tiles) if n != 4]
+            pair = [tiles[4], neighbours[drawn[b]]]
+            z = torch.cat([global_of(method, tile[None])[0] for tile in pair])
+            expected += negative_log(method.student.head(z).tolist(), drawn[b]) / 3
+    torch.manual_seed(5)
+    assert method(inputs, VALUES)[0]["loss"].item() == pytest.approx(expected, **CLOSE)
+
+
+def test_lab_is_scikit_images():
+    images = torch.rand(2, 3, 8, 8, generator=torch.Generator().manual_seed(0))
+    images[0, :, 0, 0], images[0, :, 0, 1] = 0.0, 1.0
+    expected = rgb2lab(images.permute(0, 2, 3, 1).numpy())
+    ours = rgb_to_lab(images).permute(0, 2, 3, 1).numpy()
+    # Constants of the standard are rounded differently.
+    assert np.abs(ours - expected).max() < 0.05
+
+
+def test_colorization():
+    method = tiny_method("colorization")
+    inputs = step(method, num_global=1)
+    lab = rgb2lab(inputs.views[0].permute(0, 2, 3, 1).numpy() / 255)
+    grey = torch.from_numpy(lab[..., 0]).float() * 2.55
+    with torch.no_grad():
+        images = method.normalised(grey[:, None].expand(-1, 3, -1, -1))
+        outputs = method.student.head(method.student.backbone.forward_tokens(images)).tolist()
+    expected = 0.0
+    for b, row, column in itertools.product(range(3), range(4), range(4)):
+        patch = lab[b, 4 * row : 4 * row + 4, 4 * column : 4 * column + 4]
+        a, blue = (math.floor(patch[..., k].mean() / 10) + 11 for k in (1, 2))
+        expected += negative_log(outputs[b][4 * row + column], a * 22 + blue) / 48
+    # The grey image differs by the rounded constants of Lab.
+    assert method(inputs, VALUES)[0]["loss"].item() == pytest.approx(expected, rel=1e-3)
+
+
+def test_cross_entropy_of_the_slow_arithmetic():
+    """The helpers of these tests agree with PyTorch."""
+    logits, targets = torch.randn(5), torch.rand(5)
+    targets /= targets.sum()
+    expected = F.cross_entropy(logits[None], targets[None]).item()
+    assert cross_entropy(targets.tolist(), softmax(logits)) == pytest.approx(expected, rel=1e-5)
