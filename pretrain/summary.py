@@ -68,14 +68,12 @@ def describe_run(
     Raises:
         InputError: none of the images that are tried can be read.
     """
-    views, batch, world = cfg.views, cfg.dataloader.total_batch_size, comm.get_world_size()
+    batch, world = cfg.dataloader.total_batch_size, comm.get_world_size()
     parameters = sum(p.numel() for p in method.exported_encoder().parameters())
     steps = schedules.total_iters
     lines = [
         f"{len(files):,} images; {try_images(files)}",
-        f"crops: 1 of {views.global_size} px for the teacher; 1 of {views.global_size} and "
-        f"{views.num_local} of {views.local_size} px for the student; patches of "
-        f"{views.patch_size} px",
+        f"crops: {_crops(cfg.views)}; patches of {cfg.model.backbone.patch_size} px",
         f"encoder: {parameters / 1e6:.1f} million parameters, in {precision} on {cfg.train.device}",
         f"step: {batch} images ({world} process(es), {batch // world} each)",
         f"learning rate: up to {schedules.peak_lr:.3g} over {schedules.warmup_iters:,} steps, "
@@ -89,6 +87,14 @@ def describe_run(
             "(docs/CHECKPOINTS.md) will serve a detector better"
         )
     return lines
+
+
+def _crops(views: DictConfig) -> str:
+    local = f"{views.num_local} of {views.local_size} px"
+    if "num_global" in views:  # views that student and teacher share
+        return f"{views.num_global} of {views.global_size} px and {local}"
+    size = views.global_size
+    return f"1 of {size} px for the teacher; 1 of {size} px and {local} for the student"
 
 
 class FirstSteps(HookBase):
