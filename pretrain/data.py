@@ -63,6 +63,7 @@ class Batch:
         places: for each view (B, 4) float32, where they do not follow from the boxes; else empty.
         num_global: number of views, the first ones, that are global.
         segments: for each view (B, N) int64, the label of the segment at each token; or empty.
+        grids: for each view (B, 2), rows and columns of tokens, where sizes differ; or empty.
     """
 
     views: list[Tensor]
@@ -76,6 +77,7 @@ class Batch:
     places: list[np.ndarray] = field(default_factory=list)
     num_global: int = 1
     segments: list[Tensor] = field(default_factory=list)
+    grids: list[np.ndarray] = field(default_factory=list)
 
     def pin_memory(self) -> Batch:
         """Pin the tensors for PyTorch's loader, so that copies to the GPU need not wait."""
@@ -109,6 +111,7 @@ class Batch:
             flips=select(self.flips),
             places=select(self.places),
             segments=select(self.segments),
+            grids=select(self.grids),
             crops=select(self.crops),
             augmentations=[AugmentationBatch(*select(list(a))) for a in self.augmentations],
         )
@@ -135,7 +138,7 @@ class Batch:
         arrays = self.places or self._places()
         places = [torch.from_numpy(place).to(device, non_blocking=True) for place in arrays]
         segments = [labels.to(device, non_blocking=True) for labels in self.segments]
-        return StepInputs(views, queries, places, crops, self.num_global, segments)
+        return StepInputs(views, queries, places, crops, self.num_global, segments, self.grids)
 
     def _places(self) -> list[np.ndarray]:
         """Compute ``StepInputs.places`` of each student view, float32."""
@@ -371,6 +374,7 @@ def collate(samples: list[tuple[Views, list[str]]]) -> Batch:
         places=[np.stack(places) for places in per_view("places")],
         num_global=views[0].num_global,
         segments=[_to_shared_memory(labels) for labels in stack("segments")],
+        grids=[np.stack(grids) for grids in per_view("grids")],
     )
 
 

@@ -20,6 +20,7 @@ from flsl_d2.evaluation.labelled_images import LabelledDataset
 from flsl_d2.evaluation.measures import measure_all, prepare_measures
 from flsl_d2.files import replaced_file
 from flsl_d2.modeling import FLSLViT
+from flsl_d2.modeling.timm_backbone import TimmBackbone
 from flsl_d2.visualization import encoder_figure
 from flsl_d2.weights.export import encoder_file
 from pretrain.methods import Method
@@ -51,11 +52,19 @@ def untouched_generators() -> Iterator[None]:
 def save_teacher_backbone(method: Method, path: str | Path) -> None:
     """Write the method's encoder (:func:`encoder_file`) so that no reader sees half of the file.
 
+    The file of a timm model has timm's names: ``timm:NAME?weights=FILE`` and the key ``weights`` of
+    :class:`flsl_d2.modeling.timm_backbone.TimmBackbone` load it.
+
     Raises:
         OSError: the file cannot be written; a file that was there before is unchanged.
     """
+    encoder = method.exported_encoder()
+    if isinstance(encoder, FLSLViT):
+        content = encoder_file(encoder)
+    else:
+        content = {"model": {name: x.cpu() for name, x in encoder.model.state_dict().items()}}
     with replaced_file(path) as file:
-        torch.save(encoder_file(method.exported_encoder()), file)
+        torch.save(content, file)
 
 
 class ExportTeacher(HookBase):
@@ -153,9 +162,9 @@ class FeatureMeasures(HookBase):
                 self._measure(self.trainer.method.exported_encoder())
             comm.synchronize()
 
-    def _measure(self, encoder: FLSLViT) -> None:
+    def _measure(self, encoder: FLSLViT | TimmBackbone) -> None:
         assert self.data is not None, "only the main process measures"
-        device = str(encoder.pos_embed.device)
+        device = str(next(encoder.parameters()).device)
         # Compiled blocks would be compiled anew for the size of every image.
         with untouched_generators(), torch.compiler.set_stance("force_eager"):
             results, failures = measure_all(

@@ -73,7 +73,7 @@ def describe_run(
     steps = schedules.total_iters
     lines = [
         f"{len(files):,} images; {try_images(files)}",
-        f"crops: {_crops(cfg.views)}; patches of {cfg.model.backbone.patch_size} px",
+        f"crops: {_crops(cfg.views)}; patches of {cfg.views.patch_size} px",
         f"encoder: {parameters / 1e6:.1f} million parameters, in {precision} on {cfg.train.device}",
         f"step: {batch} images ({world} process(es), {batch // world} each)",
         f"learning rate: up to {schedules.peak_lr:.3g} over {schedules.warmup_iters:,} steps, "

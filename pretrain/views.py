@@ -56,6 +56,8 @@ class Views:
         num_global: number of views, the first ones, that are global.
         segments: for each view (N,) int64, the label of the segment at each token, where segments
             are wanted; else empty.
+        grids: for each view (2,) its rows and columns of tokens, where it fills only the upper left
+            of its image; else empty.
     """
 
     images: list[Tensor]
@@ -68,6 +70,7 @@ class Views:
     places: list[np.ndarray] = field(default_factory=list)
     num_global: int = 1
     segments: list[Tensor] = field(default_factory=list)
+    grids: list[np.ndarray] = field(default_factory=list)
 
 
 class CutViews(Protocol):
@@ -107,20 +110,23 @@ def crop_box(
     return (height - h) // 2, (width - w) // 2, h, w
 
 
-def resized_crop(image: np.ndarray, box: tuple[int, int, int, int], size: int) -> np.ndarray:
-    """Cut ``box`` out of an image and resample it bicubically, antialiased, to ``size`` squared.
+def resized_crop(
+    image: np.ndarray, box: tuple[int, int, int, int], size: int | tuple[int, int]
+) -> np.ndarray:
+    """Cut ``box`` out of an image and resample it bicubically, antialiased.
 
     Args:
         image: (H, W, 3) uint8.
         box: top, left, height, width.
-        size: side of the result in pixels.
+        size: side of a square result in pixels, or height and width.
     """
     top, left, height, width = box
+    shape = (size, size) if isinstance(size, int) else size
     # The image becomes a batch before it is cut; otherwise PyTorch does not see that the channels
     # come last, and takes twice as long.
     crop = torch.from_numpy(image)[None, top : top + height, left : left + width]
     crop = crop.permute(0, 3, 1, 2)
-    out = F.interpolate(crop, size=(size, size), mode="bicubic", antialias=True)
+    out = F.interpolate(crop, size=shape, mode="bicubic", antialias=True)
     return np.ascontiguousarray(out[0].permute(1, 2, 0).numpy())
 
 

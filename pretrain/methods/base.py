@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from flsl_d2.errors import InputError
 from flsl_d2.modeling import FLSLViT
 from flsl_d2.modeling.pixels import IMAGENET_MEAN, IMAGENET_STD
+from flsl_d2.modeling.timm_backbone import TimmBackbone
 from pretrain.multi_crop import MultiCropViews
 from pretrain.schedules import StepValues
 
@@ -125,14 +126,19 @@ class BaseMethod(nn.Module):
     def update_teacher(self, momentum: float) -> None:
         """Exponential moving average: ``teacher = momentum * teacher + (1 - momentum) * student``.
 
-        Fixed positions are averaged as well, which leaves them unchanged.
+        Fixed positions are averaged as well, which leaves them unchanged. The statistics of batch
+        norm in the encoder are the student's.
         """
-        if self.teacher is not None:
-            torch._foreach_lerp_(
-                list(self.teacher.parameters()), list(self.student.parameters()), 1 - momentum
-            )
+        if self.teacher is None:
+            return
+        torch._foreach_lerp_(
+            list(self.teacher.parameters()), list(self.student.parameters()), 1 - momentum
+        )
+        buffers = self.student.backbone.buffers()
+        for own, other in zip(self.teacher.backbone.buffers(), buffers, strict=True):
+            own.copy_(other)
 
-    def exported_encoder(self) -> FLSLViT:
+    def exported_encoder(self) -> FLSLViT | TimmBackbone:
         """Return the teacher's encoder, or the student's where there is no teacher."""
         networks = self.student if self.teacher is None else self.teacher
         return networks.backbone

@@ -48,6 +48,8 @@ class EncoderWithHead(nn.Module):
 
     def tokens(self, images: Tensor, positions: str = "own") -> Tensor:
         """Images (B, 3, H, W) to tokens (B, N, D)."""
+        if not isinstance(self.backbone, FLSLViT):
+            return self.backbone.forward_tokens(images)
         return self.backbone.forward_tokens(images, self._num_blocks, positions)
 
     def packed_tokens(
@@ -56,7 +58,9 @@ class EncoderWithHead(nn.Module):
         positions: str = "own",
         kept: Sequence[Tensor | None] | None = None,
     ) -> list[Tensor]:
-        """:meth:`tokens` of images of several sizes, in one pass."""
+        """:meth:`tokens` of images of several sizes, in one pass for a ``FLSLViT``."""
+        if not isinstance(self.backbone, FLSLViT):
+            return [self.backbone.forward_tokens(images) for images in batches]
         return self.backbone.forward_packed(batches, self._num_blocks, positions, kept)
 
     @property
@@ -128,6 +132,17 @@ class FLSL(BaseMethod):
     ) -> None:
         super().__init__(EncoderWithHead(backbone, head, norm_modes), has_teacher=True)
         num_centroids = len(head.last_layer.weight_v)
+        usual = (norm_modes, previous_stage, teacher_positions, position_drop, position_jitter)
+        shares = (position_share, token_share)
+        if not isinstance(backbone, FLSLViT) and (
+            usual != (False, None, True, 0.0, "none") or shares != (1.0, 1.0)
+        ):
+            raise InputError(
+                f"{type(backbone).__name__} has no tokens and positions before its first layer; "
+                "leave model.norm_modes, model.previous_stage, model.teacher_positions, "
+                "model.position_drop, model.position_jitter, model.position_share and "
+                "model.token_share as they are in the recipe, or use an encoder of class FLSLViT."
+            )
         if len(loss.log_prior) != num_centroids:
             raise InputError(
                 f"the head has {num_centroids} centroids and the loss {len(loss.log_prior)}; "

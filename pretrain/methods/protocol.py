@@ -16,9 +16,11 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any, Protocol, TypeAlias
 
+import numpy as np
 from torch import Tensor, nn
 
 from flsl_d2.modeling import FLSLViT
+from flsl_d2.modeling.timm_backbone import TimmBackbone
 from pretrain.schedules import StepValues
 
 __all__ = ["Losses", "Method", "Monitored", "StepInputs"]
@@ -43,6 +45,8 @@ class StepInputs:
         num_global: number of views, the first ones, that are global.
         segments: for each view (B, N) int64, the label of the segment at each token, where the
             views have segments; else empty. Labels of an image's views belong together.
+        grids: for each view (B, 2) int64 on the CPU, rows and columns of tokens, where images fill
+            only the upper left of their view; else empty.
     """
 
     views: list[Tensor]
@@ -51,6 +55,7 @@ class StepInputs:
     crops: list[Tensor] = field(default_factory=list)
     num_global: int = 1
     segments: list[Tensor] = field(default_factory=list)
+    grids: list[np.ndarray] = field(default_factory=list)
 
 
 class Method(Protocol):
@@ -103,7 +108,7 @@ class Method(Protocol):
         """Move the teacher after the optimiser's step; a method without one does nothing."""
         ...
 
-    def exported_encoder(self) -> FLSLViT:
+    def exported_encoder(self) -> FLSLViT | TimmBackbone:
         """Return the encoder that is measured, pictured and written for downstream use."""
         ...
 

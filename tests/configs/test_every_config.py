@@ -189,6 +189,8 @@ def test_full_size(recipe):
     cfg = load_lazy_config(recipe)
     with torch.device("meta"):
         model = instantiate(cfg.model)
+    if "resnet" in recipe:
+        return  # tests/modeling/test_timm_backbone.py
     size, patch = encoder_of(recipe)
     net = model.student.backbone if recipe in PRETRAINING else model.backbone.net
     count = sum(p.numel() for p in net.parameters()) / 1e6

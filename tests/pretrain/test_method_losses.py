@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 
+import numpy as np
 import pytest
 import torch
 from detectron2.config import instantiate
@@ -25,6 +26,7 @@ from flsl_d2.errors import InputError
 from flsl_d2.modeling.positions import sincos_positions
 from pretrain.methods.base import global_output
 from pretrain.methods.masking import block_masks, random_split
+from pretrain.methods.navit import pooled_indexes
 
 
 def dino_by_loops(method, inputs, student_views=None) -> float:
@@ -536,3 +538,72 @@ def test_adclr():
     assert losses["loss"].item() == pytest.approx(whole + 0.5 * query, **CLOSE)
     with pytest.raises(InputError, match="query crops have the size of a patch"):
         method.check_run(instantiate(tiny_config("dino").views), 4)
+
+
+def test_navit():
+    """Images are encoded one by one here, and attention is written out."""
+    method = tiny_method("navit", "model.pack_tokens=20")
+    inputs = step(method, num_global=2, num_local=1)
+    inputs.grids = [
+        np.array([[4, 4], [2, 4], [4, 3]]),
+        np.array([[3, 4], [4, 4], [1, 4]]),
+        np.array([[2, 2], [1, 2], [2, 2]]),
+    ]
+    np.random.seed(7)
+    rng = np.random.default_rng(np.random.randint(2**31))
+    student, teacher = method.student, method.teacher
+    rows: list[list[torch.Tensor]] = [[], [], []]
+    with torch.no_grad():
+
+        def tokens_of_image(networks, view: int, image: int) -> torch.Tensor:
+            height, width = 4 * inputs.grids[view][image]
+            pixels = method.normalised(inputs.views[view])[image, :, :height, :width]
+            return networks.backbone.forward_tokens(pixels[None])[0]
+
+        for view, window in ((1, 3), (2, 2)):
+            for image in range(3):
+                z = tokens_of_image(student, view, image)
+                keys = tokens_of_image(teacher, 0, image)
+                for i in pooled_indexes(rng, inputs.grids[view][image], window).tolist():
+                    rows[0].append(z[i])
+                    for out, tokens, s in (
+                        (rows[1], z, VALUES.self_scale),
+                        (rows[2], keys, VALUES.cross_scale),
+                    ):
+                        weights = softmax([s / 4 * dot(z[i], token) for token in tokens])
+                        out.append(sum(w * t for w, t in zip(weights, tokens, strict=True)))
+        points, modes, cross_modes = map(torch.stack, rows)
+        expected, _ = method.loss(
+            points,
+            modes,
+            student.logits(modes),
+            teacher.logits(cross_modes),
+            intra_weight=VALUES.intra_weight,
+            teacher_temp=VALUES.teacher_temp,
+        )
+    np.random.seed(7)
+    losses, _ = method(inputs, VALUES)
+    for name, value in expected.items():
+        assert losses[name].item() == pytest.approx(value.item(), rel=1e-4), name
+
+
+@pytest.mark.parametrize("grid", [(5, 7), (1, 4), (2, 2), (9, 3)])
+def test_pooled_indexes_have_one_token_of_each_window(grid):
+    for seed in range(10):
+        found = pooled_indexes(np.random.default_rng(seed), np.array(grid), 3).tolist()
+        high, wide = min(3, grid[0]), min(3, grid[1])
+        assert len(found) == len(set(found)) == (grid[0] // high) * (grid[1] // wide)
+        assert all(0 <= i < grid[0] * grid[1] for i in found)
+        # With the strip on one side or the other, no two tokens lie in one window.
+        corners = [(top, left) for top in (0, grid[0] % high) for left in (0, grid[1] % wide)]
+        assert any(
+            len({((i // grid[1] - y) // high, (i % grid[1] - x) // wide) for i in found})
+            == len(found)
+            for y, x in corners
+        )
+
+
+def test_a_packed_budget_below_one_view_is_refused():
+    method = tiny_method("navit", "model.pack_tokens=15")
+    with pytest.raises(InputError, match="pack_tokens is 15, less than the 16 tokens"):
+        method.check_run(instantiate(tiny_config("navit").views), 4)

@@ -14,9 +14,11 @@ from detectron2.utils.events import EventStorage
 from tiny_methods import RECIPES, tiny_config
 
 from flsl_d2.errors import InputError
+from flsl_d2.modeling.timm_backbone import TimmBackbone
 from flsl_d2.weights import build_encoder
 from pretrain.data import PretrainDataset, build_pretrain_loader
 from pretrain.hooks import save_teacher_backbone
+from pretrain.methods.base import import_extra
 from pretrain.optimizer import build_adamw
 from pretrain.trainer import PretrainTrainer
 
@@ -79,13 +81,17 @@ def test_method(name, images, tmp_path):
 
     path = tmp_path / "teacher_backbone.pth"
     save_teacher_backbone(whole.method, path)
-    pictures = torch.randn(1, 3, 24, 16)
     exported = whole.method.exported_encoder().eval()
+    pictures = torch.randn(1, 3, 6 * exported.patch_size, 4 * exported.patch_size)
+    if "resnet" in name:
+        loaded = TimmBackbone("resnet10t", weights=str(path)).eval()
+    else:
+        loaded = build_encoder(str(path))
     expected = exported.forward_tokens(pictures)
-    torch.testing.assert_close(build_encoder(str(path)).forward_tokens(pictures), expected)
+    torch.testing.assert_close(loaded.forward_tokens(pictures), expected)
 
 
-@pytest.mark.parametrize("name", RECIPES)
+@pytest.mark.parametrize("name", ["dino", "detcon", "flsl_resnet50"])
 def test_method_on_device_augments_the_same_views(name, images):
     """The loss differs by the rounding of 8-bit images alone, a grey level in 255."""
     losses = []
@@ -98,3 +104,28 @@ def test_method_on_device_augments_the_same_views(name, images):
 def test_views_that_do_not_fit_are_refused(images):
     with pytest.raises(InputError, match="num_global is 1, and DINO compares 2"):
         build(tiny_config("dino", "views.num_global=1"), images)
+    cfg = tiny_config("dino")
+    cfg.views = tiny_config("flsl_resnet50").views
+    with pytest.raises(InputError, match="DINO takes the views of MultiCropViews"):
+        build(cfg, images)
+
+
+def test_masked_tokens_on_a_cnn_are_refused():
+    for name in ("mae", "droppos", "maskfeat"):
+        cfg = tiny_config(name)
+        cfg.model.backbone = tiny_config("simclr_resnet50").model.backbone
+        with pytest.raises(InputError, match="masks or drops tokens, and TimmBackbone"):
+            instantiate(cfg.model)
+    with pytest.raises(InputError, match="has no tokens and positions before"):
+        instantiate(tiny_config("flsl_resnet50", "model.token_share=0.5").model)
+
+
+def test_a_batch_without_other_images_is_refused():
+    cfg = tiny_config("simclr")
+    with pytest.raises(InputError, match="works off 1 image"):
+        instantiate(cfg.model).check_run(instantiate(cfg.views), 1)
+
+
+def test_a_package_that_is_missing_is_named():
+    with pytest.raises(InputError, match="needs the package nonsense"):
+        import_extra("nonsense.loss")

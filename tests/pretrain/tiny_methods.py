@@ -13,10 +13,10 @@ from pretrain.methods.base import encode_views, global_output
 from pretrain.methods.protocol import StepInputs
 from pretrain.schedules import Schedules
 
-# By method: the recipes of the methods other than FLSL.
+# By method, with "_resnet50" where the encoder is one: all recipes but those of FLSL with ViTs.
 RECIPES = {
-    path.name.partition("_vit_")[0]: f"configs/pretrain/{path.name}"
-    for path in sorted((CONFIGS_FOLDER / "pretrain").glob("*_vit_*.py"))
+    path.name.partition("_vit_")[0].removesuffix("_in1k.py"): f"configs/pretrain/{path.name}"
+    for path in sorted((CONFIGS_FOLDER / "pretrain").glob("*.py"))
     if not path.name.startswith("flsl_vit_")
 }
 TINY = [
@@ -25,6 +25,7 @@ TINY = [
     "schedules.teacher_momentum=[0.9,1.0]",
     "schedules.frozen_last_layer_epochs=0",
 ]
+TINY_RESNET = ["views.global_size=64", "model.backbone.name=resnet10t", *TINY[-2:]]
 LOCAL = ["views.local_size=8", "views.num_local=1"]
 HEAD = ["model.head.num_centroids=8", "model.head.hidden_dim=8", "model.head.bottleneck_dim=8"]
 DECODER = ["model.decoder_dim=8", "model.decoder_depth=1", "model.decoder_heads=2"]
@@ -50,6 +51,10 @@ SMALL = {
     "beit": ["model.num_codes=9"],
     "detcon": [*PROJECTION, "model.num_segments=3", "views.segments=grid"],
     "adclr": [*HEAD, "views.num_local=2"],
+    "flsl_resnet50": [*HEAD, "views.local_size=32", "views.num_local=1", "model.head.in_dim=512"],
+    "simclr_resnet50": PROJECTION,
+    "densecl_resnet50": [*PROJECTION, "model.queue_length=6"],
+    "navit": [*LOCAL, *HEAD, "model.pack_tokens=20"],
     "rotation": [],
     "jigsaw": ["model.num_permutations=5", "model.hidden_dim=8"],
     "context": ["model.hidden_dim=8"],
@@ -59,7 +64,8 @@ SMALL = {
 
 
 def tiny_config(name: str, *overrides: str) -> DictConfig:
-    return load_lazy_config(RECIPES[name], [*TINY, *SMALL[name], *overrides])
+    tiny = TINY_RESNET if "resnet" in name else TINY
+    return load_lazy_config(RECIPES[name], [*tiny, *SMALL[name], *overrides])
 
 
 def tiny_method(name: str, *overrides: str) -> torch.nn.Module:
