@@ -22,7 +22,15 @@ from flsl_d2.modeling.timm_backbone import TimmBackbone
 from pretrain.multi_crop import MultiCropViews
 from pretrain.schedules import StepValues
 
-__all__ = ["BaseMethod", "Networks", "encode_views", "feature_std", "global_output", "import_extra"]
+__all__ = [
+    "BaseMethod",
+    "Networks",
+    "encode_views",
+    "feature_std",
+    "full_precision",
+    "global_output",
+    "import_extra",
+]
 
 _Self = TypeVar("_Self", bound="BaseMethod")
 
@@ -210,6 +218,11 @@ def encode_views(backbone: Any, views: Sequence[Tensor]) -> list[Tensor]:
 def global_output(tokens: Sequence[Tensor]) -> Tensor:
     """Mean of the tokens of each view, (V * B, D): there is no class token."""
     return torch.cat([view.mean(dim=1) for view in tokens])
+
+
+def full_precision(like: Tensor) -> torch.autocast:
+    """Context in which the losses of a device's tensors are computed without half precision."""
+    return torch.autocast(like.device.type, enabled=False)
 
 
 @torch.no_grad()

@@ -16,6 +16,7 @@ from pretrain.methods.base import (
     BaseMethod,
     Networks,
     feature_std,
+    full_precision,
     global_output,
     import_extra,
 )
@@ -129,8 +130,11 @@ class DenseCL(BaseMethod):
             similarity = F.normalize(tokens, dim=-1) @ F.normalize(key_tokens, dim=-1).mT
             nearest = similarity.argmax(dim=-1)[..., None].expand_as(dense_keys)
             matched = dense_keys.gather(1, nearest)
-        contrast = self._contrast(queries, keys, self.queue)
-        dense = self._contrast(dense_queries.flatten(0, 1), matched.flatten(0, 1), self.dense_queue)
+        with full_precision(keys):
+            contrast = self._contrast(queries, keys, self.queue)
+            dense = self._contrast(
+                dense_queries.flatten(0, 1), matched.flatten(0, 1), self.dense_queue
+            )
         self.queue.push(keys)
         self.dense_queue.push(F.normalize(dense_keys.mean(dim=1), dim=-1))
         losses = {

@@ -15,6 +15,7 @@ from pretrain.methods.base import (
     Networks,
     encode_views,
     feature_std,
+    full_precision,
     import_extra,
 )
 from pretrain.methods.protocol import Losses, Monitored, StepInputs
@@ -98,7 +99,8 @@ class DetCon(BaseMethod):
             teacher_tokens = encode_views(self.teacher.backbone, views)
             targets = self.teacher.head(self._means(teacher_tokens, drawn, inputs.segments)).float()
         shape = (2, len(views[0]), self.num_segments, -1)
-        loss = self.loss(*predictions.view(shape), *targets.view(shape), *drawn)
+        with full_precision(predictions):
+            loss = self.loss(*predictions.view(shape), *targets.view(shape), *drawn)
         return {"loss": loss}, {"feature_std": feature_std(teacher_tokens[0])}
 
     def _draw(self, labels: Tensor) -> Tensor:

@@ -16,6 +16,7 @@ from pretrain.methods.base import (
     Networks,
     encode_views,
     feature_std,
+    full_precision,
     global_output,
     import_extra,
 )
@@ -80,7 +81,8 @@ class MoCoV3(BaseMethod):
         with torch.no_grad():
             tokens = encode_views(self.teacher.backbone, views)
             keys = F.normalize(self.teacher.head(global_output(tokens)).float(), dim=-1).chunk(2)
-        loss = self._contrast(queries[0], keys[1]) + self._contrast(queries[1], keys[0])
+        with full_precision(keys[0]):
+            loss = self._contrast(queries[0], keys[1]) + self._contrast(queries[1], keys[0])
         return {"loss": loss}, {"feature_std": feature_std(tokens[0])}
 
     def _contrast(self, queries: Tensor, keys: Tensor) -> Tensor:

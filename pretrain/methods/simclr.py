@@ -11,6 +11,7 @@ from pretrain.methods.base import (
     Networks,
     encode_views,
     feature_std,
+    full_precision,
     global_output,
     import_extra,
 )
@@ -62,4 +63,6 @@ class SimCLR(BaseMethod):
         views = [self.normalised(view) for view in inputs.views[:2]]
         tokens = encode_views(self.student.backbone, views)
         outputs = self.student.head(global_output(tokens)).float()
-        return {"loss": self.loss(*outputs.chunk(2))}, {"feature_std": feature_std(tokens[0])}
+        with full_precision(outputs):
+            loss = self.loss(*outputs.chunk(2))
+        return {"loss": loss}, {"feature_std": feature_std(tokens[0])}

@@ -17,6 +17,7 @@ from pretrain.methods.base import (
     Networks,
     encode_views,
     feature_std,
+    full_precision,
     global_output,
     import_extra,
 )
@@ -83,7 +84,7 @@ class SwAV(BaseMethod):
         tokens = encode_views(self.student.backbone, views)
         outputs = F.normalize(self.student.head(global_output(tokens)).float(), dim=-1)
         prototypes = F.normalize(self.prototypes.weight.float(), dim=-1)
-        with torch.autocast(outputs.device.type, enabled=False):
+        with full_precision(outputs):
             cosines = F.linear(outputs, prototypes).chunk(len(views))
         count = inputs.num_global
         loss = self.loss(list(cosines[:count]), list(cosines[count:])).squeeze()

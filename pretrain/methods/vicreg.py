@@ -16,6 +16,7 @@ from pretrain.methods.base import (
     Networks,
     encode_views,
     feature_std,
+    full_precision,
     global_output,
     import_extra,
 )
@@ -76,7 +77,9 @@ class VICReg(BaseMethod):
         views = [self.normalised(view) for view in inputs.views[:2]]
         tokens = encode_views(self.student.backbone, views)
         outputs = self.student.head(global_output(tokens)).float()
-        return {"loss": self.loss(*outputs.chunk(2))}, {"feature_std": feature_std(tokens[0])}
+        with full_precision(outputs):
+            loss = self.loss(*outputs.chunk(2))
+        return {"loss": loss}, {"feature_std": feature_std(tokens[0])}
 
 
 class _LocalNetworks(Networks):
@@ -148,7 +151,8 @@ class VICRegL(BaseMethod):
         ]
         count = inputs.num_global
         local_views = (features[count:], grids[count:]) if len(views) > count else (None, None)
-        loss = self.loss(features[:count], grids[:count], *local_views).squeeze()
+        with full_precision(views[0]):
+            loss = self.loss(features[:count], grids[:count], *local_views).squeeze()
         return {"loss": loss}, {"feature_std": feature_std(tokens[0])}
 
 

@@ -159,6 +159,12 @@ def build_trainer(
     cfg.schedules.update(total_batch_size=batch_size, iters_per_epoch=1000, total_iters=10**6)
     torch.manual_seed(0)
     model: FLSL = instantiate(cfg.model).to(device).train()
+    if type(model) is not FLSL:
+        raise InputError(
+            f"the config trains {type(model).__name__}, and the benchmark counts the operations of "
+            "FLSL's step; give a config of FLSL, such as "
+            "configs/pretrain/flsl_vit_small_p16_in1k.py."
+        )
     if cfg.train.compile:
         model.compile_blocks()
     trainer = PretrainTrainer(
