@@ -34,6 +34,7 @@ from flsl_d2.errors import InputError, TrainingError
 from flsl_d2.files import write_text
 from flsl_d2.weights import FLSLCheckpointer
 from pretrain.data import PretrainDataset, build_pretrain_loader
+from pretrain.health import HealthReport
 from pretrain.hooks import EncoderPictures, ExportTeacher, FeatureMeasures
 from pretrain.methods import Method
 from pretrain.monitor import CollapseWatch, ConsoleProgress, Monitor
@@ -248,7 +249,8 @@ def _hooks(
     """Return the hooks in the order in which they run: a step is logged before it is saved."""
     output, period = Path(cfg.train.output_dir), cfg.train.log_period
     num_centroids = trainer.method.num_centroids
-    registered: list[HookBase] = [FirstSteps(), CollapseWatch()]
+    watch = CollapseWatch()
+    registered: list[HookBase] = [FirstSteps(), watch]
     if cfg.train.measures.val:
         registered.append(FeatureMeasures(**cfg.train.measures))
     if comm.is_main_process():
@@ -263,6 +265,7 @@ def _hooks(
             EncoderPictures(
                 files, output / "pictures", cfg.train.pictures_period, cfg.views.global_size
             ),
+            HealthReport(files, watch, cfg.train.health_period, cfg.views.global_size),
             PeriodicWriter(writers, period),
             ExportTeacher(output / "teacher_backbone.pth", cfg.train.checkpoint_period),
         ]

@@ -67,6 +67,7 @@ PRETRAINING_KEYS = NeutralKeys(
         "train.output_dir",
         "train.checkpoint_*",
         "train.pictures_period",
+        "train.health_period",
         "train.measures.*",
         "dataloader.num_workers",
     ),
