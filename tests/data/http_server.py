@@ -17,6 +17,7 @@ class FileServer(ThreadingHTTPServer):
     Attributes:
         failures: number of the next requests that are answered with status 503.
         requests: number of requests that were answered with content.
+        limit: number of such requests after which all others are answered with status 503.
         url: address of the folder.
     """
 
@@ -25,12 +26,13 @@ class FileServer(ThreadingHTTPServer):
     def __init__(self, folder: Path) -> None:
         super().__init__(("127.0.0.1", 0), partial(_Handler, directory=str(folder)))
         self.failures = self.requests = 0
+        self.limit = float("inf")
         self.url = f"http://127.0.0.1:{self.server_address[1]}"
 
 
 class _Handler(SimpleHTTPRequestHandler):
     def do_GET(self) -> None:
-        if self.server.failures > 0:
+        if self.server.failures > 0 or self.server.requests >= self.server.limit:
             self.server.failures -= 1
             self._send(503, b"")
             return
