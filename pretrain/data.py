@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, get_worker_info
 
-from flsl_d2.data.image_store import ImageStore
+from flsl_d2.data.image_store import ImageStore, as_store
 from flsl_d2.data.images import MAX_PIXELS, MAX_PIXELS_LIMIT, ImageFile, printable
 from flsl_d2.errors import InputError, TrainingError
 from pretrain.device_views import (
@@ -25,7 +25,7 @@ from pretrain.device_views import (
 from pretrain.image_stream import ImageStream
 from pretrain.methods.flsl_objective import query_indexes
 from pretrain.methods.protocol import StepInputs
-from pretrain.views import NestedViews, Views
+from pretrain.views import CutViews, Views
 
 __all__ = [
     "Batch",
@@ -56,6 +56,8 @@ class Batch:
         sizes: side in pixels of each student view.
         crops: the views before augmentation, where they are kept; else empty.
         augmentations: for each view, where they are left to the device; else empty.
+        places: for each view (B, 4) float32, where they do not follow from the boxes; else empty.
+        num_global: number of views, the first ones, that are global.
         next_error: the error that took the place of the next batch of this process; None for none.
     """
 
@@ -67,6 +69,8 @@ class Batch:
     sizes: list[int] = field(default_factory=list)
     crops: list[Tensor] = field(default_factory=list)
     augmentations: list[AugmentationBatch] = field(default_factory=list)
+    places: list[np.ndarray] = field(default_factory=list)
+    num_global: int = 1
     next_error: TrainingError | None = None
 
     def pin_memory(self) -> Batch:
@@ -99,6 +103,7 @@ class Batch:
             queries=select(self.queries),
             boxes=select(self.boxes),
             flips=select(self.flips),
+            places=select(self.places),
             crops=select(self.crops),
             augmentations=[AugmentationBatch(*select(list(a))) for a in self.augmentations],
         )
@@ -122,8 +127,9 @@ class Batch:
                 views.append(view)
         if self.augmentations:
             crops, views = views, augment_views(views, self.augmentations)
-        places = [torch.from_numpy(place).to(device, non_blocking=True) for place in self._places()]
-        return StepInputs(views, queries, places, crops)
+        arrays = self.places or self._places()
+        places = [torch.from_numpy(place).to(device, non_blocking=True) for place in arrays]
+        return StepInputs(views, queries, places, crops, self.num_global)
 
     def _places(self) -> list[np.ndarray]:
         """Compute ``StepInputs.places`` of each student view, float32."""
@@ -153,7 +159,7 @@ class PretrainDataset(Dataset[tuple[Views, list[str]]]):
     def __init__(
         self,
         files: ImageStore | Sequence[str],
-        views: NestedViews,
+        views: CutViews,
         seed: int = 0,
         on_error: str = "skip",
         max_pixels: int = MAX_PIXELS,
@@ -162,7 +168,7 @@ class PretrainDataset(Dataset[tuple[Views, list[str]]]):
             raise InputError(f"dataset.on_error is '{on_error}'; use 'skip' or 'raise'.")
         if not 1 <= max_pixels <= MAX_PIXELS_LIMIT:
             raise InputError(f"dataset.max_pixels is {max_pixels}; use 1 to {MAX_PIXELS_LIMIT}.")
-        self.files = files if isinstance(files, ImageStore) else ImageStore(files)
+        self.files = as_store(files)
         self.views, self.seed = views, seed
         self.on_error, self.max_pixels = on_error, max_pixels
 
@@ -315,6 +321,8 @@ def collate(samples: list[tuple[Views, list[str]]]) -> Batch:
         sizes=views[0].sizes,
         crops=[_to_shared_memory(crops) for crops in stack("crops")],
         augmentations=[stack_augmentations(drawn) for drawn in per_view("augmentations")],
+        places=[np.stack(places) for places in per_view("places")],
+        num_global=views[0].num_global,
     )
 
 

@@ -13,7 +13,7 @@ import torch
 from detectron2.engine import HookBase
 from detectron2.utils import comm
 
-from flsl_d2.data.image_store import ImageStore
+from flsl_d2.data.image_store import ImageStore, as_store
 from flsl_d2.data.images import ImageFile, read_rgb
 from flsl_d2.errors import TrainingError
 from flsl_d2.evaluation import TokenFeatures, extract_tokens
@@ -198,7 +198,7 @@ class EncoderPictures(HookBase):
         num_iterations: int = 3,
     ) -> None:
         places = np.linspace(0, len(files) - 1, min(num_images, len(files))).round().astype(int)
-        self.files = files if isinstance(files, ImageStore) else ImageStore(files)
+        self.files = as_store(files)
         self.places = [int(place) for place in places]
         self.folder, self.period, self.short_side = folder, period, short_side
         self.scale, self.num_iterations = scale, num_iterations

@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass, field
+from typing import Protocol
 
 import numpy as np
 import torch
@@ -19,7 +20,15 @@ from flsl_d2.data.images import ImageFile
 from flsl_d2.errors import InputError
 from pretrain.augmentation import Augmentation, apply_augmentation, draw_augmentation
 
-__all__ = ["DEVICE_WORK", "NestedViews", "Views", "crop_box", "pooled_queries", "resized_crop"]
+__all__ = [
+    "DEVICE_WORK",
+    "CutViews",
+    "NestedViews",
+    "Views",
+    "crop_box",
+    "pooled_queries",
+    "resized_crop",
+]
 
 ASPECT_RATIOS = (3 / 4, 4 / 3)
 _LOG_RATIOS = (math.log(ASPECT_RATIOS[0]), math.log(ASPECT_RATIOS[1]))
@@ -42,6 +51,9 @@ class Views:
         sizes: side in pixels of each student view.
         crops: the images before augmentation, where they are kept; else empty.
         augmentations: for each view, where they are left to the device; else empty.
+        places: for each view (4,) float32, its place in the image, where views are cut from the
+            whole image; else empty. See :class:`pretrain.methods.protocol.StepInputs`.
+        num_global: number of views, the first ones, that are global.
     """
 
     images: list[Tensor]
@@ -51,6 +63,22 @@ class Views:
     sizes: list[int]
     crops: list[Tensor] = field(default_factory=list)
     augmentations: list[Augmentation] = field(default_factory=list)
+    places: list[np.ndarray] = field(default_factory=list)
+    num_global: int = 1
+
+
+class CutViews(Protocol):
+    """An object that cuts the views of an image: NestedViews, or MultiCropViews.
+
+    Attributes:
+        keep_crops: whether the views before augmentation are returned as well.
+    """
+
+    keep_crops: bool
+
+    def __call__(self, image: np.ndarray | ImageFile, rng: np.random.Generator) -> Views:
+        """Cut the views of an (H, W, 3) uint8 RGB image, or of a file, with draws from ``rng``."""
+        ...
 
 
 def crop_box(

@@ -169,21 +169,40 @@ def _listed_files(file: Path) -> list[str]:
 def _folders(root: Path) -> list[tuple[str, list[str]]]:
     """Each folder below the root, itself included, with the names of its files."""
 
-    def log_unlisted(error: OSError) -> None:
-        logger.warning("%s is left out: %s", printable(str(error.filename)), error.strerror)
-
-    folders, entered = [], set()
-    for folder, subfolders, names in os.walk(root, followlinks=True, onerror=log_unlisted):
-        status = os.stat(folder)
-        if (status.st_dev, status.st_ino) in entered:
+    folders: list[tuple[str, list[str]]] = []
+    entered: set[tuple[int, int]] = set()
+    pending = [str(root)]
+    while pending:
+        folder = pending.pop()
+        try:
+            status = os.stat(folder)
             # A link back to a parent: walked again and again, it would multiply every image.
-            subfolders.clear()
+            if (status.st_dev, status.st_ino) in entered:
+                continue
+            entered.add((status.st_dev, status.st_ino))
+            subfolders, names = _listed(folder)
+        except OSError as error:
+            logger.warning("%s is left out: %s", printable(str(error.filename)), error.strerror)
             continue
-        entered.add((status.st_dev, status.st_ino))
         # A folder that is linked from a hidden one is entered by its other name.
-        subfolders.sort(key=lambda name: (_is_hidden(name), name))
+        subfolders.sort(key=lambda name: (_is_hidden(name), name), reverse=True)
+        pending += [os.path.join(folder, name) for name in subfolders]
         folders.append((folder, names))
     return folders
+
+
+def _listed(folder: str) -> tuple[list[str], list[str]]:
+    """Names of the folders and of the files in a folder."""
+    folders: list[str] = []
+    names: list[str] = []
+    with os.scandir(folder) as entries:
+        for entry in entries:
+            # Asking where a link points costs more than the rest, so one that is named like an
+            # image counts as a file.
+            is_image = os.path.splitext(entry.name)[1].lower() in IMAGE_SUFFIXES
+            is_folder = entry.is_dir(follow_symlinks=not is_image)
+            (folders if is_folder else names).append(entry.name)
+    return folders, names
 
 
 def _is_hidden(path: str) -> bool:

@@ -26,7 +26,7 @@ from flsl_d2.data.image_names import ImageNames
 from flsl_d2.errors import InputError
 from flsl_d2.files import writable_folder
 
-__all__ = ["SHARDS_INDEX", "ImageStore", "ShardStore", "open_images"]
+__all__ = ["SHARDS_INDEX", "ImageStore", "ShardStore", "as_store", "open_images"]
 
 logger = logging.getLogger(__name__)
 
@@ -72,6 +72,11 @@ class ImageStore(Sequence[str]):
 
     def prefetch(self, indexes: Iterable[int]) -> None:
         """Read images that are asked for next at once, where waiting for each takes long."""
+
+
+def as_store(images: ImageStore | Sequence[str]) -> ImageStore:
+    """Return a store as it is, and a list of paths as a store of files."""
+    return images if isinstance(images, ImageStore) else ImageStore(images)
 
 
 def open_images(

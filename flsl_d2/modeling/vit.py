@@ -338,9 +338,25 @@ class FLSLViT(Backbone):
             return tokens + jittered_positions(
                 len(tokens), grid, side, self.embed_dim, tokens.device
             )
-        return tokens + resample_positions(
+        return tokens + self.positions_of(grid)
+
+    def positions_of(self, grid: tuple[int, int]) -> Tensor:
+        """Return the positions (1, rows, columns, D) that a grid of patches gets."""
+        return resample_positions(
             self.pos_embed, grid, self.position_offset, self.position_antialias
         )
+
+    def forward_embedded(self, tokens: Tensor, num_blocks: int | None = None) -> Tensor:
+        """Run the blocks on tokens that are embedded already, of which some may be left out.
+
+        Args:
+            tokens: (B, N, D) of :meth:`embed`. Global attention does not depend on their places.
+            num_blocks: see :meth:`forward_tokens`.
+
+        Returns:
+            (B, N, D).
+        """
+        return self._run_blocks(tokens[:, None], num_blocks)[:, 0]
 
     def compile_blocks(self, backend: str = "inductor") -> None:
         """Compile the blocks in place; see :meth:`flsl_d2.modeling.blocks.Block.compile_in_place`.

@@ -5,26 +5,25 @@ Shape suffixes: B images, N tokens, D width, Q queries, K centroids.
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Iterable, Sequence
 from itertools import groupby
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from flsl_d2.errors import InputError
 from flsl_d2.mean_shift import attention, mean_shift, mix_attention
 from flsl_d2.modeling import FLSLViT
-from flsl_d2.modeling.pixels import IMAGENET_MEAN, IMAGENET_STD
 from flsl_d2.modeling.projection_head import FLSLHead
 from flsl_d2.modeling.vit import gather_tokens
+from pretrain.methods.base import BaseMethod, feature_std
 from pretrain.methods.flsl_objective import FLSLLoss
 from pretrain.methods.places import PlaceBound, places_of_queries, tokens_at
 from pretrain.methods.previous_stage import PreviousStage
 from pretrain.methods.protocol import Losses, Monitored, StepInputs
 from pretrain.schedules import StepValues
+from pretrain.views import NestedViews
 
 __all__ = ["FLSL", "JITTERED", "PARTNERS", "EncoderWithHead"]
 
@@ -69,7 +68,7 @@ class EncoderWithHead(nn.Module):
         return self.head(self.backbone.final_norm(modes) if self.norm_modes else modes)
 
 
-class FLSL(nn.Module):
+class FLSL(BaseMethod):
     """The modes of several student views are pulled to the modes of the teacher's view.
 
     A :class:`pretrain.methods.protocol.Method`.
@@ -110,6 +109,8 @@ class FLSL(nn.Module):
             other patches, a switch has an unknown value, or switches exclude each other.
     """
 
+    views_type = NestedViews
+
     def __init__(
         self,
         backbone: FLSLViT,
@@ -125,7 +126,7 @@ class FLSL(nn.Module):
         position_share: float = 1.0,
         token_share: float = 1.0,
     ) -> None:
-        super().__init__()
+        super().__init__(EncoderWithHead(backbone, head, norm_modes), has_teacher=True)
         num_centroids = len(head.last_layer.weight_v)
         if len(loss.log_prior) != num_centroids:
             raise InputError(
@@ -181,20 +182,7 @@ class FLSL(nn.Module):
         jittered = {"none": "own", "teacher": "jittered", "both": "jittered"}[position_jitter]
         self.teacher_positions = jittered if teacher_positions else "none"
         self.student_positions = "jittered" if position_jitter == "both" else "own"
-        self.student = EncoderWithHead(backbone, head, norm_modes)
-        self.teacher = copy.deepcopy(self.student)
-        self.teacher.requires_grad_(False).eval()
         self.loss = loss
-        self.pixel_mean: Tensor
-        self.pixel_std: Tensor
-        self.register_buffer("pixel_mean", torch.tensor(IMAGENET_MEAN).view(3, 1, 1), False)
-        self.register_buffer("pixel_std", torch.tensor(IMAGENET_STD).view(3, 1, 1), False)
-
-    def train(self, mode: bool = True) -> FLSL:
-        """Like ``nn.Module.train``, except that the teacher stays in evaluation mode."""
-        super().train(mode)
-        self.teacher.eval()
-        return self
 
     def forward(self, inputs: StepInputs, values: StepValues) -> tuple[Losses, Monitored]:
         """Compute the losses of a step; see :class:`pretrain.methods.protocol.Method`.
@@ -208,7 +196,7 @@ class FLSL(nn.Module):
             The losses of :class:`FLSLLoss`, and what is monitored.
         """
         scale = self.student.backbone.embed_dim**-0.5
-        teacher_view, *student_views = [self._normalised(view) for view in inputs.views]
+        teacher_view, *student_views = [self.normalised(view) for view in inputs.views]
         queries = inputs.queries
         priors = self._priors(inputs) if self.previous_stage else [None] * len(queries)
         places = inputs.places if self.partner == "place" else [None] * len(queries)
@@ -248,37 +236,11 @@ class FLSL(nn.Module):
             intra_weight=values.intra_weight,
             teacher_temp=values.teacher_temp,
         )
-        return losses, {**monitored, "feature_std": _feature_std(teacher_tokens)}
-
-    def compile_blocks(self, backend: str = "inductor") -> None:
-        """Compile the transformer blocks of student and teacher (``torch.compile``).
-
-        All blocks of an encoder share their code, so it is compiled once for each size of view,
-        during the first steps; the rest of the step is small beside them.
-
-        Args:
-            backend: backend of ``torch.compile``.
-        """
-        self.student.backbone.compile_blocks(backend)
-        self.teacher.backbone.compile_blocks(backend)
+        return losses, {**monitored, "feature_std": feature_std(teacher_tokens)}
 
     def frozen_parameters(self, values: StepValues) -> Iterable[nn.Parameter]:
         """Return the centroids as long as the schedule freezes them."""
         return self.student.head.last_layer.parameters() if values.last_layer_frozen else ()
-
-    def exported_encoder(self) -> FLSLViT:
-        """Return the teacher's encoder."""
-        return self.teacher.backbone
-
-    @torch.no_grad()
-    def update_teacher(self, momentum: float) -> None:
-        """Exponential moving average: ``teacher = momentum * teacher + (1 - momentum) * student``.
-
-        Fixed positions are averaged as well, which leaves them unchanged.
-        """
-        torch._foreach_lerp_(
-            list(self.teacher.parameters()), list(self.student.parameters()), 1 - momentum
-        )
 
     def _student_tokens(
         self, groups: list[list[tuple[Any, ...]]]
@@ -325,29 +287,15 @@ class FLSL(nn.Module):
     def _priors(self, inputs: StepInputs) -> list[Tensor]:
         """Attention (B, Q, N) of the previous stage for each student view's queries."""
         assert self.previous_stage is not None
-        teacher_crop, *student_crops = [self._normalised(crop) for crop in inputs.crops]
+        teacher_crop, *student_crops = [self.normalised(crop) for crop in inputs.crops]
         keys = self.previous_stage.tokens(teacher_crop)
         return [
             self.previous_stage.prior(crop, indexes, keys)
             for crop, indexes in zip(student_crops, inputs.queries, strict=True)
         ]
 
-    def _normalised(self, images: Tensor) -> Tensor:
-        return (images.float() - self.pixel_mean) / self.pixel_std
-
 
 def _groups_of_one_size(views: list[Tensor], *others: Sequence[Any]) -> list[list[tuple[Any, ...]]]:
     """Group views that can be encoded in one batch, each with what belongs to it."""
     items = zip(views, *others, strict=True)
     return [list(group) for _, group in groupby(items, key=lambda item: item[0].shape[-1])]
-
-
-@torch.no_grad()
-def _feature_std(tokens: Tensor) -> Tensor:
-    """Spread of the features, an indicator of collapse.
-
-    The standard deviation over tokens (B, N, D) of the L2-normalised features, times sqrt(D):
-    about 1 for features that fill the space, 0 when all are the same.
-    """
-    unit = F.normalize(tokens.float().flatten(0, 1), dim=-1)
-    return unit.std(dim=0).mean() * unit.shape[-1] ** 0.5

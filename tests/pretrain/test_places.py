@@ -197,7 +197,7 @@ def test_a_place_is_the_teachers_own_token_there():
     values = Schedules(1, 1, 1, cross_scale=(0.9, 0.9))(0)
     with torch.no_grad():
         model(inputs, values)
-        keys = model.teacher.tokens(model._normalised(inputs.views[0]))[0]
+        keys = model.teacher.tokens(model.normalised(inputs.views[0]))[0]
         modes = [(0.9 / math.sqrt(8) * keys @ key).softmax(dim=0) @ keys for key in keys]
         logits = [model.teacher.logits(mode) for mode in modes]
     expected = []
