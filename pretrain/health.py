@@ -140,8 +140,9 @@ class HealthReport(HookBase):
     def _report(self, done: int) -> None:
         histories = self.trainer.storage.histories()
         method = self.trainer.method
-        # FLSL's term between views; other methods with centroids have a single loss.
-        name = "loss_inter" if "loss_inter" in histories else "loss"
+        # The term over centroids: FLSL's, that of methods with several terms, or the loss.
+        terms = ("loss_inter", "loss_global", "loss")
+        name = next((term for term in terms if term in histories), "loss")
         wanted = name in histories and method.num_centroids
         place = self._place(method.exported_encoder())
         if self._untrained is None and place is not None:
