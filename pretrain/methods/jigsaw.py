@@ -5,6 +5,7 @@ Shape suffixes: B images, S side of a view in pixels, T side of a tile, D width,
 
 from __future__ import annotations
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -108,10 +109,10 @@ def distant_permutations(length: int, count: int) -> Tensor:
     Returns:
         (count, length) int64, the same for the same arguments.
     """
-    generator = torch.Generator().manual_seed(0)
-    chosen = torch.randperm(length, generator=generator)[None]
+    rng = np.random.default_rng(0)
+    chosen = rng.permutation(length)[None]
     while len(chosen) < count:
-        tries = torch.rand(100, length, generator=generator).argsort(dim=1)
-        distance = (tries[:, None] != chosen).sum(dim=-1).min(dim=1).values
-        chosen = torch.cat([chosen, tries[distance.argmax()][None]])
-    return chosen
+        tries = rng.random((100, length)).argsort(axis=1)
+        distance = (tries[:, None] != chosen).sum(axis=-1).min(axis=1)
+        chosen = np.concatenate([chosen, tries[distance.argmax()][None]])
+    return torch.from_numpy(chosen)
