@@ -23,6 +23,7 @@ from flsl_d2.weights.export import write_encoder
 ROOT = Path(__file__).resolve().parents[1]
 DATA = ["--train", "flsl_scenes_train", "--val", "flsl_scenes_val", "--max-images", "4"]
 DATA += ["--short-side", "96"]
+CNN = "timm:resnet18?pretrained=false"
 DETECTION = "configs/demo/mask_rcnn_flsl_vit_scenes.py"
 
 
@@ -61,15 +62,17 @@ def test_encoders_side_by_side_with_a_failed_row(compare, encoder_file, tmp_path
     output = tmp_path / "out"
     given = [
         *("--weights", "random", "--weights", f"small={encoder_file}"),
-        *("--weights", f"damaged={tmp_path / 'damaged.pth'}"),
+        *("--weights", f"damaged={tmp_path / 'damaged.pth'}", "--weights", f"cnn={CNN}"),
         *("--measures", "knn_segmentation", *DATA, "--output", str(output), "--pictures", "2"),
     ]
     status, said, errors = compare(*given)
     assert status == 1, said + errors
     failed, cells = re.match(r"error: (\d+) of (\d+) cells of the table failed", errors).groups()
-    assert 0 < int(failed) == int(cells) / 3  # one of three encoders
+    assert 0 < int(failed) == int(cells) / 4  # one of four encoders
     assert "damaged is left out: weights" in said
-    random, small, damaged = rows(output)
+    random, small, damaged, cnn = rows(output)
+    assert float(cnn["knn_segmentation/mIoU"]) > 0
+    assert cnn["source"] == CNN
     assert 0 < float(random["knn_segmentation/mIoU"]) != float(small["knn_segmentation/mIoU"])
     assert damaged["knn_segmentation/mIoU"] == ""
     assert "damaged.pth" in damaged["failures"]
@@ -85,7 +88,7 @@ def test_encoders_side_by_side_with_a_failed_row(compare, encoder_file, tmp_path
 
     before = {file: file.stat().st_mtime_ns for file in output.glob("jobs/*/*")}
     # The earlier names of the options work as well.
-    earlier = ["--eval" if text == "--measures" else text for text in given[6:]]
+    earlier = ["--eval" if text == "--measures" else text for text in given[8:]]
     status, again, _ = compare(*given[:4], *earlier, "--encoder", f"same={encoder_file}")
     assert status == 0, again
     assert "2 of 2 jobs are done already" in again

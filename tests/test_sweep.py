@@ -137,9 +137,14 @@ def test_interrupted_grid_goes_on_to_the_table_of_an_uninterrupted_one(sweep, tm
     status, output, errors = sweep(
         *arguments_of(grid, "--grid", "model.loss.volume_weight=5", LOW),
         *(*measured, "--measures", "knn_segmentation"),
+        *("--short-side", "96", "--weights", "cnn=timm:resnet18?pretrained=false"),
     )
     assert status == 0, output + errors
-    assert "1 of 2 jobs are done already" in output
+    assert "1 of 3 jobs are done already" in output
+    own, cnn = rows(grid / "table.csv")
+    assert (own["volume_weight"], cnn["volume_weight"]) == ("5", "cnn")
+    assert 0 < float(cnn["knn_segmentation/mIoU"]) <= 100
+    assert cnn["loss"] == ""
     (row,) = rows(grid / "runs.csv")
     assert 0 < float(row["knn_segmentation/mIoU"]) <= 100
     assert row["loss"] == continued["loss"]
@@ -167,6 +172,7 @@ def test_bad_input_is_one_sentence_before_any_run(sweep, tmp_path):
         ([*grid, "--train", train, "--val", val, "--measures", "knn_boxes"], "knn_boxes"),
         ([*grid, "--detection", "configs/pretrain/flsl_vit_small_p16_in1k.py"], "backbone.net"),
         ([*grid, "--detection-override", "a=b"], "add --detection"),
+        ([*grid, "--weights", "random"], "--weights needs an evaluation"),
         ([*grid, "dataset.name=", "dataset.root=/nowhere"], "/nowhere"),
         ([*grid, "--output", "/proc/no"], "'/proc/no' cannot be written"),
     ]

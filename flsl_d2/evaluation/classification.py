@@ -19,8 +19,6 @@ from flsl_d2.evaluation.classifiers import (
 )
 from flsl_d2.evaluation.samples import Sample, Task
 
-__all__ = ["Classification"]
-
 
 class Classification:
     """Accuracy of the class of an image, from the mean of its tokens.

@@ -13,15 +13,6 @@ from torch import Tensor
 
 from flsl_d2.errors import InputError
 
-__all__ = [
-    "WEIGHT_DECAY",
-    "class_votes",
-    "fit_linear",
-    "nearest",
-    "top_hits",
-    "usable_neighbours",
-]
-
 WEIGHT_DECAY = 1e-3
 _MIN_CLASSES_FOR_TOP5 = 5
 _MAX_PAIRS = 2**25  # similarities held at once: 128 MiB of float32
@@ -36,7 +27,6 @@ def nearest(
         queries: (Q, D), L2-normalised.
         bank: (M, D), L2-normalised.
         num_neighbours: K; at most M.
-        temperature: T of the weights.
 
     Returns:
         Indices (Q, K) into the bank by falling similarity, and weights exp(cosine / T), (Q, K).
@@ -68,7 +58,6 @@ def class_votes(labels: Tensor, weights: Tensor, num_classes: int) -> Tensor:
     Args:
         labels: (Q, K) class of each neighbour.
         weights: (Q, K) weight of its vote.
-        num_classes: C.
 
     Returns:
         (C,) votes of all queries together.
@@ -82,7 +71,6 @@ def top_hits(scores: Tensor, truth: int) -> dict[str, bool]:
 
     Args:
         scores: (C,); the lowest of several classes with equal scores comes first.
-        truth: the true class.
 
     Returns:
         ``top1``, and with five classes or more ``top5``: whether the truth is among the best.

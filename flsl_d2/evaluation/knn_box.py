@@ -14,8 +14,6 @@ from flsl_d2.evaluation.classifiers import class_votes, nearest, top_hits, usabl
 from flsl_d2.evaluation.labelled_images import LabelledBox
 from flsl_d2.evaluation.samples import Sample, Task
 
-__all__ = ["BoxKnn", "cell_tokens"]
-
 _CELLS = 3  # cells of a box along each side
 
 

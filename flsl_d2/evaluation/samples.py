@@ -20,8 +20,6 @@ from flsl_d2.evaluation.labelled_images import LabelledDataset, LabelledImage
 from flsl_d2.modeling import Encoder
 from flsl_d2.modeling.attention import Attention
 
-__all__ = ["Options", "Sample", "Task", "encode_dataset", "global_attention", "log_progress"]
-
 logger = logging.getLogger(__name__)
 
 _T = TypeVar("_T")
@@ -142,11 +140,6 @@ def _attention_inputs(encoder: Encoder) -> Iterator[list[Tensor]]:
 def encode_dataset(encoder: Encoder, dataset: LabelledDataset, short_side: int) -> Iterator[Sample]:
     """Yield every image of a data set with its tokens, in order.
 
-    Args:
-        encoder: in evaluation mode.
-        dataset: from :func:`flsl_d2.evaluation.labelled_images.load_labelled`.
-        short_side: see :func:`flsl_d2.evaluation.features.extract_tokens`.
-
     Raises:
         InputError: an image cannot be read, or a side is smaller than a patch.
     """
@@ -163,13 +156,7 @@ def encode_dataset(encoder: Encoder, dataset: LabelledDataset, short_side: int) 
 
 
 def log_progress(items: Iterable[_T], total: int, title: str) -> Iterator[_T]:
-    """Show a bar with ETA on a terminal, and elsewhere a line in the log every half minute.
-
-    Args:
-        items: to iterate over.
-        total: number of the items.
-        title: title of the bar.
-    """
+    """Show a bar with ETA on a terminal, and elsewhere a line in the log every half minute."""
     start = last_report_time = time.monotonic()
     bar = tqdm(items, desc=title, total=total, unit="image", disable=None, leave=False)
     for done, item in enumerate(bar):

@@ -10,8 +10,6 @@ from collections.abc import Sequence
 from flsl_d2.errors import InputError
 from flsl_d2.visualization.figures import label_plot, plot_grid, save_figure
 
-__all__ = ["Series", "loss_curves", "read_metrics"]
-
 Series = dict[str, tuple[list[int], list[float]]]
 
 _LINE, _RESUMED = "#0072b2", "#d55e00"
@@ -124,9 +122,7 @@ def loss_curves(
 
     Args:
         metrics_json_path: file that Detectron2's JSONWriter wrote.
-        path: PNG file to write.
         keys: to draw; by default all that change, losses first.
-        title: heading of the page; the run's folder by default.
 
     Raises:
         InputError: the file is missing or empty, or a key is not in it.

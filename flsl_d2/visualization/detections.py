@@ -28,15 +28,6 @@ from flsl_d2.visualization.figures import (
     picture_table,
 )
 
-__all__ = [
-    "DrawnObjects",
-    "choose_records",
-    "detections_beside_ground_truth",
-    "detector",
-    "draw_objects",
-    "ground_truth",
-]
-
 Predictor = Callable[[np.ndarray], Any]
 """Model that takes (H, W, 3) uint8 BGR and returns ``Instances`` or ``{"instances": Instances}``,
 as Detectron2's ``DefaultPredictor`` does."""
@@ -170,9 +161,7 @@ def draw_objects(image: np.ndarray, objects: DrawnObjects, class_names: list[str
     Detectron2's Visualizer fills their holes.
 
     Args:
-        image: (H, W, 3) uint8 RGB.
         objects: in pixels of that image.
-        class_names: by class number.
 
     Returns:
         (H', W', 3) uint8 RGB, the shorter side at least 384 px.
@@ -208,9 +197,7 @@ def detections_beside_ground_truth(
         dataset_name: registered data set in COCO format.
         predictor_or_outputs: model whose ``Instances`` are in pixels of the given image
             (:data:`Predictor`), or COCO results (:data:`Results`).
-        path: PNG file to write.
         num_images: number of rows; the images are spread evenly over those with objects.
-        score_threshold: detections with a lower score are not drawn.
 
     Raises:
         InputError: unknown data set, faulty data set files, unreadable results or images, or no

@@ -19,21 +19,6 @@ from matplotlib.figure import Figure
 from matplotlib.textpath import TextPath
 from matplotlib.ticker import MaxNLocator
 
-__all__ = [
-    "COLOUR_MAP",
-    "Panel",
-    "enlarge",
-    "label_plot",
-    "mark_cell",
-    "new_figure",
-    "overlay_heat",
-    "overlay_masks",
-    "palette",
-    "picture_table",
-    "plot_grid",
-    "save_figure",
-]
-
 COLOUR_MAP = "turbo"
 PANEL_INCHES = 2.5
 SHORTER_SIDE = 384
@@ -87,11 +72,7 @@ def picture_table(
     """Write a page of pictures in rows and columns.
 
     Args:
-        path: PNG file to write.
-        title: heading of the page.
         rows: panels of each row; the first panel of a row gives the height of the row.
-        headings: text above each column.
-        labels: text to the left of each row.
         width: width of every picture in inches.
     """
     num_columns = max(len(row) for row in rows)
@@ -173,8 +154,6 @@ def plot_grid(count: int, title: str, num_legend_rows: int = 0) -> tuple[Figure,
     """Make a figure with small plots, three in a row.
 
     Args:
-        count: number of plots.
-        title: heading of the page.
         num_legend_rows: rows of a legend below the plots, to leave room for.
 
     Returns:
@@ -217,7 +196,6 @@ def enlarge(image: np.ndarray, shorter_side: int = SHORTER_SIDE) -> tuple[np.nda
     """Enlarge a small image, so that text and lines on it can be read.
 
     Args:
-        image: (H, W, 3) uint8.
         shorter_side: in pixels; larger images stay as they are.
 
     Returns:
@@ -236,10 +214,8 @@ def overlay_masks(
     """Tint each mask and draw its outline; holes stay clear.
 
     Args:
-        image: (H, W, 3) uint8.
         masks: (h, w) bool each, of the image's aspect ratio; resized to the image.
         colours: (M, 3) uint8, one for each mask.
-        opacity: opacity of the tint, 0 to 1.
     """
     height, width = image.shape[:2]
     out = image.copy()
@@ -260,11 +236,7 @@ def overlay_heat(
     """Lay values over the greyed image as colours.
 
     Args:
-        image: (H, W, 3) uint8.
         values: (h, w) floats, one for each cell of the image.
-        low: value at the start of the colour map.
-        high: value at its end.
-        colour_map: name of a colour map of matplotlib.
     """
     height, width = image.shape[:2]
     smooth = cv2.resize(values.astype(np.float32), (width, height), interpolation=cv2.INTER_LINEAR)
@@ -276,11 +248,6 @@ def overlay_heat(
 
 def mark_cell(image: np.ndarray, grid: tuple[int, int], cell: int) -> np.ndarray:
     """Mark one cell of a grid over the image with a cross, white on black.
-
-    Args:
-        image: (H, W, 3) uint8.
-        grid: rows and columns.
-        cell: row-major index.
 
     Raises:
         ValueError: ``cell`` is not an index into the grid.

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from flsl_d2.evaluation.davis import boundary_accuracy, region_similarity, statistics
+from flsl_d2.evaluation.davis.measures import boundary_accuracy, region_similarity, statistics
 
 
 def square(top: int, left: int, side: int = 20, shape: tuple[int, int] = (100, 100)) -> np.ndarray:

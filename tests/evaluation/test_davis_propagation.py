@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from flsl_d2.errors import InputError
-from flsl_d2.evaluation.davis import Propagation, propagate, propagate_through
+from flsl_d2.evaluation.davis.propagation import Propagation, propagate, propagate_through
 
 
 def tokens(*shape: int, seed: int = 0) -> Tensor:

@@ -17,23 +17,23 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from flsl_d2.errors import InputError
-from flsl_d2.evaluation.davis import (
+from flsl_d2.evaluation.davis.measures import Statistics
+from flsl_d2.evaluation.davis.propagation import Propagation, frame_size, segment_sequence
+from flsl_d2.evaluation.davis.run import (
     DavisRun,
-    Propagation,
     Scores,
-    Statistics,
-    davis_palette,
+    average,
     evaluate_davis,
-    find_sequence,
-    frame_size,
-    read_indexed_png,
     run_davis,
     score_sequence,
-    segment_sequence,
+)
+from flsl_d2.evaluation.davis.sequences import (
+    davis_palette,
+    find_sequence,
+    read_indexed_png,
+    read_mask,
     write_indexed_png,
 )
-from flsl_d2.evaluation.davis.run import average
-from flsl_d2.evaluation.davis.sequences import read_mask
 from flsl_d2.modeling import FLSLViT
 from flsl_d2.weights.export import write_encoder
 

@@ -87,7 +87,7 @@ def test_a_measure_that_fails_does_not_stop_the_others(
     )
     assert list(failures) == ["knn_box"]
     assert results["knn_segmentation/mIoU"] > 0
-    table = measures_table(["knn_box", "knn_segmentation"], results, failures)
+    table = measures_table(["knn_box", "knn_segmentation"], results, failures, {})
     assert "failed" in table.splitlines()[2]
     assert f"knn_box failed: {failures['knn_box']}" in table
     assert f"{results['knn_segmentation/mIoU']:.2f}" in table

@@ -86,6 +86,19 @@ def test_many_measures_of_few_rows_are_read_downwards():
     assert Table(points, measures).markdown().startswith("| volume_weight | m0 |")
 
 
+def test_a_cell_without_a_meaning_says_why():
+    omitted = Outcome({"a": 1.0}, omitted={"b": "no attention"})
+    cells = {name: cell_of([Record("done", omitted)], name) for name in "ab"}
+    assert cells["b"] == Cell(omitted="no attention")
+    both = Row({"encoder": "vit"}, {"a": Cell((2.0,)), "b": Cell((3.0,))})
+    table = Table([both, Row({"encoder": "cnn"}, cells)], [Measure("a"), Measure("b")])
+    lines = table.markdown().splitlines()
+    assert lines[3] == "| cnn | 1.00 | n/a |"
+    assert lines[5] == "- n/a: cnn: b: no attention"
+    assert "% n/a: cnn: b: no attention" in table.latex()
+    assert table.csv().splitlines()[2] == "cnn,1.0,,"
+
+
 def test_csv_has_every_number_in_full():
     rows = list(csv.DictReader(io.StringIO(example().csv())))
     assert float(rows[0]["detection/box AP"]) == 12.0

@@ -7,7 +7,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from flsl_d2.visualization.groups import kmeans_groups, most_used_groups
+from flsl_d2.evaluation import TokenFeatures
+from flsl_d2.visualization.described import kmeans_groups, most_used_groups
 from flsl_d2.visualization.patches import Patch, crop_patch, nearest_patches
 
 GRIDS = [(4, 6), (6, 6), (5, 4)]
@@ -20,9 +21,14 @@ def two_groups() -> tuple[list[torch.Tensor], list[torch.Tensor]]:
     return [directions[g] + 0.1 * torch.randn(len(g), 16) for g in groups], groups
 
 
+def features(tokens: list[torch.Tensor]) -> list[TokenFeatures]:
+    image = np.zeros((1, 1, 3), np.uint8)
+    return [TokenFeatures(each, GRIDS[i], image) for i, each in enumerate(tokens)]
+
+
 def test_nearest_patches_are_of_the_same_group_in_other_images() -> None:
     tokens, groups = two_groups()
-    found = nearest_patches(tokens, GRIDS, 0, 5, count=4)
+    found = nearest_patches(features(tokens), 0, 5, count=4)
     assert found
     for patch in found:
         assert patch.image != 0
@@ -34,7 +40,7 @@ def test_nearest_patches_are_of_the_same_group_in_other_images() -> None:
 
 def test_nearest_patches_lie_apart_and_none_better_is_passed_over() -> None:
     tokens = [torch.randn(r * c, 8) for r, c in GRIDS]
-    found = nearest_patches(tokens, GRIDS, 1, 7, count=99)
+    found = nearest_patches(features(tokens), 1, 7, count=99)
     everything = sorted(
         (-float(F.cosine_similarity(t[j], tokens[1][7], dim=0)), i, j)
         for i, t in enumerate(tokens)
@@ -55,7 +61,7 @@ def test_nearest_patches_lie_apart_and_none_better_is_passed_over() -> None:
 
 
 def test_one_image_has_no_other() -> None:
-    assert nearest_patches([torch.randn(24, 8)], GRIDS[:1], 0, 3) == []
+    assert nearest_patches(features([torch.randn(24, 8)]), 0, 3) == []
 
 
 def test_most_used_groups_count_and_show_the_best() -> None:

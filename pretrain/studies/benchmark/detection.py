@@ -26,8 +26,6 @@ from pretrain.studies.benchmark.measuring import (
 )
 from pretrain.trainer import PRECISIONS, resolve_precision
 
-__all__ = ["benchmark_detection", "pyramids"]
-
 SIZES = {"s": VIT_SIZES["small"], "b": VIT_SIZES["base"], "l": VIT_SIZES["large"]}
 
 

@@ -12,8 +12,6 @@ from flsl_d2.visualization.figures import new_figure, save_figure
 from pretrain.studies.benchmark.measuring import prepared_device, report, time_in_turn
 from pretrain.studies.benchmark.step import Step
 
-__all__ = ["benchmark_scaling"]
-
 AXES: dict[str, tuple[str, tuple[int, ...]]] = {
     "batch": ("images a step", ()),  # the values of --batches
     "views.global_size": ("pixels of the global views", (112, 160, 224, 288)),

@@ -32,19 +32,6 @@ from pretrain.studies.benchmark.measuring import (
 from pretrain.trainer import PretrainTrainer, resolve_precision
 from pretrain.views import NestedViews, Views
 
-__all__ = [
-    "PEAK_TFLOPS",
-    "VARIANTS",
-    "Step",
-    "benchmark_step",
-    "build_trainer",
-    "encoder_flops",
-    "peak_tflops",
-    "random_batch",
-    "run_step",
-    "step_flops",
-]
-
 # Dense bf16 and fp16 peak of GPUs, from the vendor's data sheets, by a part of PyTorch's name.
 PEAK_TFLOPS = {
     "H200": 989,
@@ -69,8 +56,6 @@ def encoder_flops(encoder: FLSLViT, num_tokens: int, training: bool = False) -> 
     """Count the floating-point operations of a forward pass over one image.
 
     Args:
-        encoder: encoder to count.
-        num_tokens: number of tokens of the image.
         training: whether stochastic depth leaves branches out; the result is then the mean.
     """
     width = encoder.embed_dim
@@ -92,7 +77,6 @@ def step_flops(model: FLSL, view_tokens: Sequence[int], view_queries: Sequence[i
     student counts three times and the teacher once.
 
     Args:
-        model: student and teacher.
         view_tokens: number of tokens of each view, the teacher's first.
         view_queries: number of queries of each student view.
     """
@@ -147,15 +131,7 @@ def random_batch(views: NestedViews, batch_size: int, seed: int = 0) -> Batch:
 def build_trainer(
     cfg: DictConfig, batch_size: int, device: torch.device, precision: str, batches: Iterable[Batch]
 ) -> PretrainTrainer:
-    """Build the trainer of a real run, with schedules of a run that does not end.
-
-    Args:
-        cfg: pre-training config.
-        batch_size: number of images of a step.
-        device: device to train on.
-        precision: value of ``train.precision``.
-        batches: batches of the steps.
-    """
+    """Build the trainer of a real run, with schedules of a run that does not end."""
     cfg.schedules.update(total_batch_size=batch_size, iters_per_epoch=1000, total_iters=10**6)
     torch.manual_seed(0)
     model: FLSL = instantiate(cfg.model).to(device).train()
@@ -182,15 +158,7 @@ def run_step(trainer: PretrainTrainer) -> None:
 
 
 class Step:
-    """Step of the real trainer, always on the same batch.
-
-    Args:
-        config_file: pre-training config.
-        overrides: changes to it.
-        batch_size: number of images of a step.
-        device: device to train on.
-        precision: value of ``train.precision``.
-    """
+    """Step of the real trainer, always on the same batch."""
 
     def __init__(
         self,
