@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import fields
@@ -11,6 +12,7 @@ from pathlib import Path
 from typing import Any, ClassVar, Protocol
 
 from tabulate import tabulate
+from tqdm import tqdm
 
 from flsl_d2.errors import InputError
 from flsl_d2.evaluation.classification import Classification
@@ -25,7 +27,6 @@ from flsl_d2.evaluation.samples import (
     Task,
     encode_dataset,
     global_attention,
-    log_progress,
 )
 from flsl_d2.evaluation.segmentation import KnnSegmentation, LinearSegmentation
 from flsl_d2.files import writable_folder, write_text
@@ -234,7 +235,9 @@ def run_measures(task: Task, names: Sequence[str]) -> tuple[dict[str, float], di
             break
         samples = encode_dataset(task.encoder, dataset, task.options.short_side)
         try:
-            for sample in log_progress(samples, len(dataset.images), f"Measuring {dataset.name}"):
+            # A log file gets a line every half minute.
+            interval, title = 0.1 if sys.stderr.isatty() else 30.0, f"Measuring {dataset.name}"
+            for sample in tqdm(samples, title, len(dataset.images), False, mininterval=interval):
                 call_each(observe, sample)
         except InputError as error:  # an image cannot be encoded, which stops all measures
             failures |= dict.fromkeys(running, str(error))

@@ -40,7 +40,7 @@ def benchmark_scaling(args: argparse.Namespace) -> None:
                 "images/s": timing.rate(batch),
                 "peak GiB": timing.peak_gib,
                 "MiB kept for backward": step.stored_bytes() / 2**20 if step else None,
-                "GFLOP/image": step.flops_per_image / 1e9 if step else None,
+                "GFLOP/image": step.flops_per_image() / 1e9 if step else None,
             }
         )
         del step, timing
