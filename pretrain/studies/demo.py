@@ -34,7 +34,12 @@ from flsl_d2.visualization import (
     token_at,
 )
 from flsl_d2.visualization.curves import read_metrics
-from flsl_d2.visualization.detections import choose_records, detector, draw_objects
+from flsl_d2.visualization.detections import (
+    choose_records,
+    draw_objects,
+    found_objects,
+    read_results,
+)
 from flsl_d2.visualization.figures import Panel, enlarge, picture_table
 from flsl_d2.visualization.maps import cluster_labels, cluster_overlay
 from flsl_d2.weights import build_encoder
@@ -175,16 +180,16 @@ def _draw_encoder(encoder: FLSLViT, name: str, folder: Path) -> None:
 def _draw_overview(encoder: FLSLViT, folder: Path) -> None:
     """Draw validation images above their clusters and the detections in them."""
     metadata = MetadataCatalog.get("flsl_scenes_val")
-    results = str(folder / "flsl" / "inference" / "coco_instances_results.json")
-    detect = detector(results, 0.5, metadata.thing_dataset_id_to_contiguous_id)
+    results = read_results(folder / "flsl" / "inference" / "coco_instances_results.json")
     columns = []
     for record in choose_records(DatasetCatalog.get("flsl_scenes_val"), 6):
         image = read_rgb(record["file_name"])
         features = extract_tokens(encoder, image, IMAGE_SIZE[0])
         clusters = cluster_labels(features, DRAWN_SCALE / encoder.embed_dim**0.5)
         large, _ = enlarge(image)
-        found = draw_objects(image, detect(record, image[..., ::-1]), metadata.thing_classes)
-        columns.append([Panel(large), Panel(cluster_overlay(large, clusters)), Panel(found)])
+        found = found_objects(results, record, 0.5, metadata.thing_dataset_id_to_contiguous_id)
+        drawn = draw_objects(image, found, metadata.thing_classes)
+        columns.append([Panel(large), Panel(cluster_overlay(large, clusters)), Panel(drawn)])
     picture_table(
         folder / "overview.png",
         "Images, mean-shift clusters of the pre-trained encoder, and detections",
