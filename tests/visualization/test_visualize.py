@@ -68,7 +68,8 @@ def test_two_encoders_on_real_images(
         pytest.skip(f"no coco in {datasets_root}")
     ran = run_tool(
         "visualize", "--weights", *weights.values(), "--names", "fine", "coarse",
-        "--dataset", "coco_2017_val", "--max-images", "2", "--short-side", "96", "--iterations", "2", "--output", str(tmp_path),
+        "--dataset", "coco_2017_val", "--max-images", "2", "--short-side", "96",
+        "--iterations", "2", "--output", tmp_path,
     )  # fmt: skip
     assert ran.returncode == 0, ran.stderr
     assert sorted(file.name for file in tmp_path.iterdir()) == sorted(
