@@ -16,6 +16,7 @@ from detectron2.utils.env import seed_all_rng
 from detectron2.utils.events import JSONWriter, TensorboardXWriter
 from omegaconf import DictConfig
 
+from flsl_d2.agreement import check_equal, checked_by_all, decided_by_main
 from flsl_d2.data.image_files import image_files
 from flsl_d2.engine.checkpoints import Checkpoints
 from flsl_d2.engine.config_files import load_lazy_config
@@ -44,7 +45,7 @@ from pretrain.trainer import (
     step_files,
     write_bad_numbers,
 )
-from pretrain.views import NestedViews
+from pretrain.views import CutViews
 
 __all__ = ["images_digest", "launch_pretraining", "run_pretraining"]
 
@@ -108,20 +109,27 @@ def run_pretraining(
 def _run(cfg: DictConfig, options: ResumeOptions, request: StopRequest) -> None:
     output = Path(cfg.train.output_dir)
     prepare_output(output, "train.output_dir", ["pretrain", "flsl_d2"])
-    files = image_files(**{key: cfg.dataset[key] for key in ("root", "name")})
+    files = checked_by_all(
+        lambda: image_files(**{key: cfg.dataset[key] for key in ("root", "name")})
+    )
+    digest = images_digest(files)
+    check_equal(digest, "the images", "give all machines the same images under the same names")
     check_and_keep_run(
-        cfg, output, "train.output_dir", options, PRETRAINING_KEYS, {"images": images_digest(files)}
+        cfg, output, "train.output_dir", options, PRETRAINING_KEYS, {"images": digest}
     )
     precision = resolve_precision(cfg.train.precision, cfg.train.device)
     batch_size = cfg.dataloader.total_batch_size
     max_iter = set_run_length(cfg, len(files))
     schedules: Schedules = instantiate(cfg.schedules)
-    views: NestedViews = instantiate(cfg.views)
+    views: CutViews = instantiate(cfg.views)
     seed_all_rng(cfg.train.seed)
     model = instantiate(cfg.model).to(cfg.train.device)
     method: Method = model
     if cfg.train.compile:
         method.compile_blocks()
+    method.check_run(
+        views, batch_size // comm.get_world_size() // max(cfg.train.accumulation_steps, 1)
+    )
     views.keep_crops = method.needs_crops
     dataset = PretrainDataset(
         files, views, cfg.train.seed, cfg.dataset.on_error, cfg.dataset.max_pixels
@@ -170,8 +178,9 @@ def _run(cfg: DictConfig, options: ResumeOptions, request: StopRequest) -> None:
     try:
         trainer.train(start_iter, max_iter)
     except BadNumbersError as error:
-        at = step_files(files, batch_size, cfg.train.seed, error.iteration, comm.get_world_size())
-        raise write_bad_numbers(error, at, output) from error
+        bad_step = error
+        # All processes are here; one of them writes the file, and all raise the same error.
+        raise decided_by_main(lambda: _bad_numbers(bad_step, cfg, files)) from error
     except OSError as error:
         if error.errno not in _DISK:
             raise
@@ -179,6 +188,13 @@ def _run(cfg: DictConfig, options: ResumeOptions, request: StopRequest) -> None:
             f"'{output}' can no longer be written ({error.strerror}); the checkpoints in it are "
             "untouched: make room and continue with --resume."
         ) from error
+
+
+def _bad_numbers(error: BadNumbersError, cfg: DictConfig, files: list[str]) -> TrainingError:
+    """Write ``bad_numbers.json`` and return the error to raise."""
+    batch_size, world_size = cfg.dataloader.total_batch_size, comm.get_world_size()
+    at = step_files(files, batch_size, cfg.train.seed, error.iteration, world_size)
+    return write_bad_numbers(error, at, cfg.train.output_dir)
 
 
 def images_digest(files: list[str]) -> str:

@@ -16,7 +16,8 @@ from typing import Any, NoReturn
 
 import torch
 
-from flsl_d2.engine.launch import WorkerError, leave, started_by_torchrun
+from flsl_d2.engine.launch import WorkerError, leave
+from flsl_d2.engine.launchers import started_by_torchrun
 from flsl_d2.engine.stopping import STOPPED
 from flsl_d2.errors import InputError, TrainingError
 from flsl_d2.files import expand_home
