@@ -134,6 +134,7 @@ def test_variants_take_the_same_step():
         step()
         step()
         losses.append(step.trainer.storage.latest()["loss"][0])
+    # Packed views are summed in another order in float32.
     assert losses[0] == pytest.approx(losses[1], rel=1e-5)
 
 
@@ -157,6 +158,7 @@ def test_both_detection_backbones_are_the_same(use_rel_pos):
     with torch.no_grad():
         maps = [model.eval()(image) for model in both.values()]
     for level in maps[0]:
+        # Other kernels of attention, in float32 through twelve blocks and the pyramid.
         torch.testing.assert_close(maps[0][level], maps[1][level], rtol=1e-3, atol=1e-4)
 
 

@@ -129,6 +129,7 @@ def test_interrupted_grid_goes_on_to_the_table_of_an_uninterrupted_one(sweep, tm
     whole, _ = read_metrics(tmp_path / "whole" / "metrics.json")
     continued = rows(grid / "runs.csv")[1]
     for key in ("loss", "loss_intra", "loss_inter", "loss_volume", "feature_std"):
+        # Resumed on the same processor, to the bit; the log has about six digits.
         assert float(continued[key]) == pytest.approx(whole[key][1][-1], rel=1e-5), key
 
     # Another grid in the same folder: its run is there already and only has to be evaluated.

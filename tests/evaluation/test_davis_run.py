@@ -217,6 +217,7 @@ def test_the_batch_size_changes_nothing(davis: Path, batch_size: int) -> None:
     found = evaluate_davis(tiny_encoder(), small_run(davis, batch_size=batch_size)).objects
     for name, objects in expected.items():
         for index, scores in objects.items():
+            # Another batch rounds tokens in another way, which may move no pixel.
             assert found[name][index].region == pytest.approx(scores.region, abs=1e-6)
             assert found[name][index].boundary == pytest.approx(scores.boundary, abs=1e-6)
 

@@ -69,6 +69,7 @@ def test_again_and_with_other_threads_the_same(encoder: FLSLViT, datasets_root: 
     finally:
         torch.set_num_threads(before)
     assert scores[0] == scores[1]
+    # One more thread sums in another order, which may move a few of thousands of pixels.
     assert scores[0] == pytest.approx(scores[2], abs=0.01)
 
 

@@ -44,6 +44,7 @@ def test_mean_and_spread_are_of_the_sample():
 @given(st.lists(st.floats(-1e6, 1e6), min_size=2, max_size=20), st.floats(-1e3, 1e3))
 def test_a_shift_moves_the_mean_and_leaves_the_spread(values, shift):
     cell, moved = Cell(tuple(values)), Cell(tuple(v + shift for v in values))
+    # Values up to 1e6 in float64, and the spread of values whose difference is small beside them.
     assert moved.mean == pytest.approx(cell.mean + shift, abs=1e-6)
     assert moved.std == pytest.approx(cell.std, abs=1e-3)
 

@@ -71,4 +71,5 @@ def test_each_token_gets_the_nearest_centroid_of_its_mode(model: FLSL) -> None:
             projected = F.normalize(head.mlp(weights @ tokens), dim=0)
             expected = centroids @ projected
             assert number[i] == expected.argmax()
+            # Rounding of float32.
             assert float(cosine[i]) == pytest.approx(float(expected.max().detach()), abs=1e-5)

@@ -46,6 +46,7 @@ def of(tokens: torch.Tensor, image: np.ndarray | None = None) -> TokenFeatures:
 def test_attention_stays_in_the_tokens_group(halves: tuple[torch.Tensor, np.ndarray]) -> None:
     tokens, groups = halves
     values = attention_values(of(tokens), token=0)
+    # Rounding of float32 in a softmax.
     np.testing.assert_allclose(values.sum(), len(tokens), rtol=1e-4)
     assert values[groups == 0].min() > 10 * values[groups == 1].max()
 
@@ -145,6 +146,7 @@ def test_heat_is_strongest_where_values_are() -> None:
     values = np.zeros((4, 4))
     values[1, 2] = 1
     heat = overlay_heat(np.zeros((40, 40, 3), np.uint8), values, 0, 1, "gray")[..., 0]
+    # Within a cell of 10 pixels, whose values are interpolated.
     assert np.unravel_index(heat.argmax(), heat.shape) == pytest.approx((14, 24), abs=2)
 
 

@@ -82,6 +82,7 @@ def test_embedded_tokens_are_the_given_ones_as_float16(page: Path) -> None:
         ):
             assert (at["rows"], at["columns"]) == grid
             embedded = decoded(at["tokens"], "<f2").astype(np.float32)
+            # Half the last bit of float16, and its smallest numbers.
             np.testing.assert_allclose(embedded, tokens.ravel().numpy(), rtol=2**-11, atol=1e-7)
             assert len(decoded(at["labels"][0], "<u2")) == len(tokens)
             assert len(decoded(at["pca"], "u1")) == 3 * len(tokens)
@@ -162,9 +163,11 @@ def test_browser_computes_what_python_does(page: Path) -> None:
         for row, found in enumerate(results):
             each, token = sets[row], found["token"]
             expected = attention_values(each, token, scale).ravel() / len(each.tokens)
+            # The page's tokens are float16, and the exponential magnifies their rounding.
             np.testing.assert_allclose(found["attention"], expected, rtol=0.02, atol=1e-5)
             for n, mode in zip((1, 2, 5), found["modes"], strict=True):
                 expected = mode_similarity_values(each, token, scale, n)
+                # The page's tokens are float16, through up to five mean-shift steps.
                 np.testing.assert_allclose(mode, expected.ravel(), atol=5e-3)
             near = nearest_patches(sets, row, token, 6)
             assert [(i, j) for i, j, _ in found["nearest"]] == [(p.image, p.token) for p in near]

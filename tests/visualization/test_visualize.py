@@ -94,6 +94,7 @@ def test_two_encoders_on_real_images(
             assert (at["rows"], at["columns"]) == expected.grid
             tokens = np.frombuffer(base64.b64decode(at["tokens"]), "<f2").astype(np.float32)
             expected = expected.tokens.numpy().ravel()
+            # The page's tokens are float16.
             np.testing.assert_allclose(tokens, expected, rtol=2e-3, atol=1e-4)
 
 
