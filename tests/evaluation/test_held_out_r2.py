@@ -133,7 +133,7 @@ def test_images_of_one_colour_are_no_obstacle() -> None:
 
 def test_attended_share() -> None:
     far = 50 * torch.eye(16)
-    assert attended_share(far, (4, 4), scale=1.0) == pytest.approx(1 / 16)
-    assert attended_share(far, (4, 4), scale=1e-9) == pytest.approx(1.0)
+    assert attended_share(far, scale=1.0) == pytest.approx(1 / 16)
+    assert attended_share(far, scale=1e-9) == pytest.approx(1.0)
     halves = 50 * torch.eye(2).repeat_interleave(8, dim=0)
-    assert attended_share(halves, (4, 4), scale=1.0) == pytest.approx(0.5)
+    assert attended_share(halves, scale=1.0) == pytest.approx(0.5)
