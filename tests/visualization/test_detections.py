@@ -66,8 +66,8 @@ def coco_results(name: str, score: float = 0.9) -> list[dict[str, Any]]:
 
 
 def test_results_give_the_truth_again(scenes: str) -> None:
-    contiguous = MetadataCatalog.get(scenes).thing_dataset_id_to_contiguous_id
     record = DatasetCatalog.get(scenes)[2]
+    contiguous = MetadataCatalog.get(scenes).thing_dataset_id_to_contiguous_id
     truth = ground_truth(record)
     results = coco_results(scenes, 0.6)
     found = found_objects(results, record, 0.5, contiguous)
