@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import logging
 import multiprocessing
 import os
@@ -11,7 +12,11 @@ import sys
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
+from detectron2.data import DatasetCatalog, MetadataCatalog
+from detectron2.data.datasets import builtin
 from detectron2.utils import logger as detectron2_logger
+
+from flsl_d2.data import register_builtin
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -19,10 +24,7 @@ ROOT = Path(__file__).resolve().parents[1]
 def run_tool(
     tool: str, *arguments: object, timeout: float = 300, **environment: str
 ) -> subprocess.CompletedProcess[str]:
-    """Run a file of ``tools/`` in the checkout, like ``python tools/NAME.py ARGUMENTS``.
-
-    Data sets that are registered when ``flsl_d2`` is imported keep the folder that they have here.
-    """
+    """Run a file of ``tools/`` in the checkout, like ``python tools/NAME.py ARGUMENTS``."""
     texts = [str(argument) for argument in arguments]
     with TemporaryDirectory() as folder:
         files = [Path(folder, name) for name in ("stdout", "stderr")]
@@ -51,6 +53,11 @@ def _run(tool: str, arguments: list[str], files: list[Path], environment: dict[s
     detectron2_logger.setup_logger.cache_clear()
     os.environ.update(environment)
     os.chdir(ROOT)
+    # Names are registered as by an import: below the folder of the environment, no others.
+    DatasetCatalog.clear()
+    MetadataCatalog.clear()
+    importlib.reload(builtin)
+    register_builtin()
     path = str(ROOT / "tools" / f"{tool}.py")
     sys.argv = [path, *arguments]
     try:

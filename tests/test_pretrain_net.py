@@ -169,7 +169,7 @@ def test_learns_on_real_images(datasets_root, tmp_path):
         ("dataset.root=/nowhere", "'/nowhere'"),
         ("dataset.root={empty}", "holds no image"),
         ("dataset.name=coco_2017_trian", "coco_2017_trian"),
-        ("dataset.name=objects365_val", "objects365"),
+        ("dataset.name=coco_2017_train", "coco"),
         ("model.backbone.embed_dmi=48", "model.backbone.embed_dmi"),
         ("views.global_size=225", "global_size is 225"),
         ("train.precision=fp8", "'fp8'"),
