@@ -127,22 +127,20 @@ class Table:
         chosen = (max if measure.better == "higher" else min)(means.values())
         return [i for i, value in means.items() if value == chosen]
 
-    def reasons(self, row: Row) -> list[str]:
-        """Return why cells of a row have failed or have no meaning: each reason once."""
-        names: dict[str, list[str]] = {}
+    def gaps(self, row: Row) -> list[tuple[str, str, str]]:
+        """Return why cells of a row have no number: ``failed`` or ``n/a``, measures, reason."""
+        names: dict[tuple[str, str], list[str]] = {}
         for measure in self.measures:
             cell = row.cell(measure)
-            texts = [f"failed: {reason}" for reason in cell.failures]
-            texts += [f"n/a: {cell.omitted}"] if cell.omitted else []
-            for text in dict.fromkeys(texts):
-                names.setdefault(text, []).append(measure.name)
-        total = len(self.measures)
-        reasons = []
-        for text, affected in names.items():
-            kind, _, reason = text.partition(": ")
-            of = "everything" if len(affected) == total > 1 else ", ".join(affected)
-            reasons.append(f"{kind}: {of}: {reason}")
-        return reasons
+            found = [("failed", reason) for reason in cell.failures]
+            found += [("n/a", cell.omitted)] if cell.omitted else []
+            for gap in dict.fromkeys(found):
+                names.setdefault(gap, []).append(measure.name)
+        everything = len(self.measures)
+        return [
+            (kind, "everything" if len(of) == everything > 1 else ", ".join(of), reason)
+            for (kind, reason), of in names.items()
+        ]
 
     def lines(self) -> list[list[Shown]]:
         """Return the heading and the lines as shown, all of the same length."""
@@ -168,16 +166,15 @@ class Table:
         return [list(line) for line in zip(*lines, strict=True)]
 
     def notes(self) -> list[str]:
-        """Return a line for each reason of :meth:`reasons`, with the rows that it affects."""
-        rows: dict[str, list[str]] = {}
+        """Return a line for each of :meth:`gaps`, with the rows that it affects."""
+        rows: dict[tuple[str, str, str], list[str]] = {}
         for row in self.rows:
-            for reason in self.reasons(row):
-                rows.setdefault(reason, []).append(", ".join(row.labels.values()))
-        notes = []
-        for reason, names in rows.items():
-            kind, _, rest = reason.partition(": ")
-            notes.append(f"{kind}: {' | '.join(names)}: {rest}")
-        return notes
+            for gap in self.gaps(row):
+                rows.setdefault(gap, []).append(", ".join(row.labels.values()))
+        return [
+            f"{kind}: {' | '.join(names)}: {measures}: {reason}"
+            for (kind, measures, reason), names in rows.items()
+        ]
 
     def markdown(self) -> str:
         """Return a GitHub table, with the best values in bold and failures below it."""
@@ -222,7 +219,7 @@ class Table:
             for measure in self.measures:
                 cell = row.cell(measure)
                 cells += (cell.mean, cell.std, len(cell.values))[: len(parts)]
-            failures = [r.removeprefix("failed: ") for r in self.reasons(row) if r[:3] != "n/a"]
+            failures = [f"{of}: {why}" for kind, of, why in self.gaps(row) if kind == "failed"]
             rest = [*(row.about.get(name, "") for name in about), "; ".join(failures)]
             writer.writerow([*row.labels.values(), *cells, *rest])
         return stream.getvalue()
