@@ -139,8 +139,10 @@ def test_two_processes_do_what_one_does(images, tmp_path):
     for two in (tmp_path / "launch", tmp_path / "torchrun"):
         for a, b in zip(metrics(tmp_path / "one"), metrics(two), strict=True):
             for name in ("loss", "loss_volume", "grad_norm", "centroids_in_use"):
+                # Each process sums its own images first, in float32, through three steps of AdamW.
                 assert a[name] == pytest.approx(b[name], rel=1e-3), (two.name, name)
         for name, tensor in weights(tmp_path / "one").items():
+            # As above.
             torch.testing.assert_close(tensor, weights(two)[name], rtol=1e-3, atol=1e-4)
 
 
