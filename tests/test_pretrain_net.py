@@ -142,7 +142,7 @@ def test_two_processes_do_what_one_does(images, tmp_path):
                 # Each process sums its own images first, in float32, through three steps of AdamW.
                 assert a[name] == pytest.approx(b[name], rel=1e-3), (two.name, name)
         for name, tensor in weights(tmp_path / "one").items():
-            # As above.
+            # The weights follow from those sums.
             torch.testing.assert_close(tensor, weights(two)[name], rtol=1e-3, atol=1e-4)
 
 
