@@ -14,6 +14,7 @@ from pathlib import Path
 import cv2
 import pytest
 import torch
+from forked import FORKED_SUBPROCESS
 
 from flsl_d2.data import register_scenes
 from flsl_d2.data.scenes import make_scenes
@@ -56,7 +57,8 @@ def arguments_of(output: Path, *arguments: str) -> list[str]:
 
 @pytest.fixture
 def sweep(datasets, monkeypatch, run_main):
-    """Run the tool in this process; its jobs are processes as always."""
+    """Run the tool in this process, and its jobs in forked ones."""
+    monkeypatch.setattr("flsl_d2.experiments.runner.subprocess", FORKED_SUBPROCESS)
     register_scenes(datasets / "flsl_scenes")
     monkeypatch.chdir(ROOT)
     monkeypatch.setenv("DETECTRON2_DATASETS", str(datasets))
