@@ -109,7 +109,7 @@ def native_grid(height: int, width: int, patch_size: int, budget: int) -> tuple[
     """
     aspect = min(max(height / width, 1 / MAX_ASPECT), MAX_ASPECT)
     rows = min(math.sqrt(budget * aspect), height / patch_size)
-    rows = max(math.floor(rows), 1)
+    rows = min(max(math.floor(rows), 1), budget)
     columns = max(round(rows / aspect), 1)
     return rows, max(min(columns, budget // rows, _canvas(budget)), 1)
 
