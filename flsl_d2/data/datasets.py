@@ -19,6 +19,7 @@ __all__ = [
     "register_builtin",
     "register_coco_format",
     "register_files",
+    "register_pair",
     "register_scenes",
     "use_own_loader",
 ]
@@ -161,6 +162,17 @@ def register_files(
             )
     register_coco_format(json_file, json_file, image_root)
     return json_file
+
+
+def register_pair(name: str) -> None:
+    """Register a data set that is named by its files, ``ANNOTATIONS.json:IMAGES``.
+
+    Any other name is left alone.
+    """
+    stem, separator, image_root = name.partition(".json:")
+    if separator and name not in DatasetCatalog:
+        json_file = os.path.expanduser(f"{stem}.json")
+        register_coco_format(name, json_file, os.path.expanduser(image_root))
 
 
 def detection_records(
