@@ -8,6 +8,8 @@ loader leaves out is what :mod:`flsl_d2.data.annotations` reports.
 
 from __future__ import annotations
 
+import contextlib
+import io
 import os
 from collections import defaultdict
 from typing import Any
@@ -165,7 +167,8 @@ def read_coco_api(json_file: str) -> COCO:
         ]
     api = COCO()
     api.dataset = dataset
-    api.createIndex()
+    with contextlib.redirect_stdout(io.StringIO()):  # pycocotools prints what it does
+        api.createIndex()
     return api
 
 

@@ -93,13 +93,13 @@ def test_yaml_gives_what_detectron2s_own_predictor_gives(tmp_path, scenes):
 
 def test_tiles_cover_the_image_and_one_tile_changes_nothing(run_folder, scenes):
     whole = Predictor(run_folder, device="cpu", score_threshold=0.5)(scenes[0])[0]
-    one = Predictor(run_folder, device="cpu", score_threshold=0.5, tile=500)(scenes[0])[0]
+    one = Predictor(run_folder, device="cpu", score_threshold=0.5, slice_side=500)(scenes[0])[0]
     kept = {tuple(box) for box in one.boxes.round(2).tolist()}
     assert kept <= {tuple(box) for box in whole.boxes.round(2).tolist()}
-    several = Predictor(run_folder, device="cpu", score_threshold=0.5, tile=64)(scenes[0])[0]
+    several = Predictor(run_folder, device="cpu", score_threshold=0.5, slice_side=64)(scenes[0])[0]
     assert several.masks.shape[1:] == (96, 128)
     seen = np.zeros((96, 128), bool)
-    for top, left in _corners(96, 128, 64):
+    for top, left in _corners(96, 128, 64, 0.2):
         seen[top : top + 64, left : left + 64] = True
         assert top + 64 <= 96
         assert left + 64 <= 128
