@@ -123,7 +123,8 @@ def _prepare(args: argparse.Namespace, output: Path) -> None:
         ]
         settings += _settings(args, data, plan, staging, output)
         recipe = _RECIPES["masks" if data.has_masks else "boxes"]
-        title = f"Detector of {', '.join(data.names[:3])}{', ...' * (len(data.names) > 3)}."
+        more = f" and {len(data.names) - 3} more classes" * (len(data.names) > 3)
+        title = f"Detector of {', '.join(data.names[:3])}{more}."
         write_text(staging / CONFIG_FILE, config_text(title, recipe, settings))
         write_text(staging / _SUMMARY_FILE, "\n".join(lines) + "\n")
         load_lazy_config(str(staging / CONFIG_FILE))
