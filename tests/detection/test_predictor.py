@@ -282,7 +282,7 @@ def test_what_cannot_be_done_is_one_sentence(
     old = tmp_path / "old"
     old.mkdir()
     text = (run_folder / "config.yaml").read_text()
-    (old / "config.yaml").write_text(text.replace("vit.FLSLViT", "vit.ViTOfOldTimes"))
+    (old / "config.yaml").write_text(text.replace("flsl_d2.FLSLViT", "flsl_d2.ViTOfOldTimes"))
     for name in (CLASSES_FILE, "model_final.pth"):
         (old / name).symlink_to(run_folder / name)
     encoder = tmp_path / "encoder.pth"
