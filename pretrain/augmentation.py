@@ -35,24 +35,30 @@ class Augmentation(NamedTuple):
     solarise: bool
 
 
-def draw_augmentation(rng: np.random.Generator) -> Augmentation:
+def draw_augmentation(rng: np.random.Generator, strength: float = 1.0) -> Augmentation:
     """Draw the augmentation of BYOL (arXiv 2006.07733) and DINO (arXiv 2104.14294), without flips.
 
     Colour jitter (p 0.8: brightness 0.4, contrast 0.4, saturation 0.2, hue 0.1, in random order),
     greyscale (p 0.2), then at even odds either blur (p 0.5) or blur (p 0.1) and solarise (p 0.2).
     The blur's standard deviation is uniform in 0.1 to 2 pixels.
+
+    Args:
+        rng: source of randomness.
+        strength: factor of the colour jitter's deviations from 1 and of its hue, and of the
+            probabilities of greyscale and solarise, 0 to 1.
     """
     order: tuple[int, ...] = ()
     factors = (1.0, 1.0, 1.0, 0.0)
     if rng.random() < 0.8:
-        brightness, contrast = rng.uniform(0.6, 1.4), rng.uniform(0.6, 1.4)
-        factors = (brightness, contrast, rng.uniform(0.8, 1.2), rng.uniform(-0.1, 0.1))
+        widths = [strength * width for width in (0.4, 0.4, 0.2)]
+        brightness, contrast, saturation = (rng.uniform(1 - w, 1 + w) for w in widths)
+        factors = (brightness, contrast, saturation, rng.uniform(-0.1, 0.1) * strength)
         order = tuple(int(i) for i in rng.permutation(4))
-    grey = rng.random() < 0.2
+    grey = rng.random() < 0.2 * strength
     blur_only = rng.random() < 0.5
     blurred = rng.random() < (0.5 if blur_only else 0.1)
     sigma = rng.uniform(0.1, 2.0) if blurred else 0.0
-    solarise = not blur_only and rng.random() < 0.2
+    solarise = not blur_only and rng.random() < 0.2 * strength
     return Augmentation(order, factors, grey, sigma, solarise)
 
 

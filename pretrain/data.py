@@ -28,7 +28,7 @@ from pretrain.device_views import (
 )
 from pretrain.methods.flsl_objective import query_indexes
 from pretrain.methods.protocol import StepInputs
-from pretrain.views import NestedViews, Views
+from pretrain.views import CutViews, Views
 
 __all__ = [
     "Batch",
@@ -60,6 +60,8 @@ class Batch:
         sizes: side in pixels of each student view.
         crops: the views before augmentation, where they are kept; else empty.
         augmentations: for each view, where they are left to the device; else empty.
+        places: for each view (B, 4) float32, where they do not follow from the boxes; else empty.
+        num_global: number of views, the first ones, that are global.
     """
 
     views: list[Tensor]
@@ -70,6 +72,8 @@ class Batch:
     sizes: list[int] = field(default_factory=list)
     crops: list[Tensor] = field(default_factory=list)
     augmentations: list[AugmentationBatch] = field(default_factory=list)
+    places: list[np.ndarray] = field(default_factory=list)
+    num_global: int = 1
 
     def pin_memory(self) -> Batch:
         """Pin the tensors for PyTorch's loader, so that copies to the GPU need not wait."""
@@ -101,6 +105,7 @@ class Batch:
             queries=select(self.queries),
             boxes=select(self.boxes),
             flips=select(self.flips),
+            places=select(self.places),
             crops=select(self.crops),
             augmentations=[AugmentationBatch(*select(list(a))) for a in self.augmentations],
         )
@@ -124,8 +129,9 @@ class Batch:
                 views.append(view)
         if self.augmentations:
             crops, views = views, augment_views(views, self.augmentations)
-        places = [torch.from_numpy(place).to(device, non_blocking=True) for place in self._places()]
-        return StepInputs(views, queries, places, crops)
+        arrays = self.places or self._places()
+        places = [torch.from_numpy(place).to(device, non_blocking=True) for place in arrays]
+        return StepInputs(views, queries, places, crops, self.num_global)
 
     def _places(self) -> list[np.ndarray]:
         """Compute ``StepInputs.places`` of each student view, float32."""
@@ -155,7 +161,7 @@ class PretrainDataset(Dataset[tuple[Views, list[str]]]):
     def __init__(
         self,
         files: list[str],
-        views: NestedViews,
+        views: CutViews,
         seed: int = 0,
         on_error: str = "skip",
         max_pixels: int = MAX_PIXELS,
@@ -358,6 +364,8 @@ def collate(samples: list[tuple[Views, list[str]]]) -> Batch:
         sizes=views[0].sizes,
         crops=[_to_shared_memory(crops) for crops in stack("crops")],
         augmentations=[stack_augmentations(drawn) for drawn in per_view("augmentations")],
+        places=[np.stack(places) for places in per_view("places")],
+        num_global=views[0].num_global,
     )
 
 

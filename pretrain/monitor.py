@@ -35,16 +35,18 @@ def collapse_signs(assigned: Tensor, feature_std: float) -> list[str]:
     """Describe the signs of collapse in the monitored values.
 
     Args:
-        assigned: (K,) number of queries that the teacher assigned to each centroid.
+        assigned: (K,) number of queries that the teacher assigned to each centroid; empty for a
+            method without centroids.
         feature_std: spread of the teacher's features, about 1 where they fill the space.
 
     Returns:
         A phrase for each sign; empty for a healthy run.
     """
     signs = []
-    share, centroid = (assigned.double() / assigned.sum().clamp(min=1)).max(dim=0)
-    if share > MAX_SHARE:
-        signs.append(f"centroid {int(centroid)} has {float(share):.1%} of all queries")
+    if len(assigned):
+        share, centroid = (assigned.double() / assigned.sum().clamp(min=1)).max(dim=0)
+        if share > MAX_SHARE:
+            signs.append(f"centroid {int(centroid)} has {float(share):.1%} of all queries")
     if not feature_std > MIN_FEATURE_STD:
         signs.append(f"the features hardly vary (feature_std {feature_std:.3g})")
     return signs
@@ -72,12 +74,14 @@ class CollapseWatch(HookBase):
     def after_step(self) -> None:
         """Accumulate on the device; judge at the end of each window."""
         monitored: Monitored = self.trainer.monitored
-        if "assigned" not in monitored or "feature_std" not in monitored:
+        if "feature_std" not in monitored:
             return
+        # A method without centroids is judged by its features alone.
+        assigned = monitored.get("assigned", torch.zeros(0, dtype=torch.int64))
         if self.assigned is None or self.feature_std is None:
-            self.assigned = torch.zeros_like(monitored["assigned"])
+            self.assigned = torch.zeros_like(assigned)
             self.feature_std = torch.zeros_like(monitored["feature_std"])
-        self.assigned += monitored["assigned"]
+        self.assigned += assigned
         self.feature_std += monitored["feature_std"]
         self.steps += 1
         if (self.trainer.iter + 1) % self.window == 0:
@@ -86,7 +90,7 @@ class CollapseWatch(HookBase):
             self._reset()
 
     def _judge(self, assigned: Tensor, feature_std: Tensor) -> None:
-        if dist.is_initialized() and comm.get_world_size() > 1:
+        if len(assigned) and dist.is_initialized() and comm.get_world_size() > 1:
             dist.all_reduce(assigned)
         signs = collapse_signs(assigned, float(feature_std) / self.window)
         self.bad_windows = self.bad_windows + 1 if signs else 0
@@ -252,15 +256,15 @@ class ConsoleProgress(EventWriter):
             f"epoch {done / self.iters_per_epoch:.2f}",
             f"loss {smooth('loss')}" + (f" ({', '.join(terms)})" if terms else ""),
             f"lr {latest('lr')}",
-            f"tau_t {latest('teacher_temp')}",
             f"grad {smooth('grad_norm')}",
         ]
         if self.num_centroids:
             parts += [
+                f"tau_t {latest('teacher_temp')}",
                 f"centroids {latest('centroids_in_use', '.0f')}/{self.num_centroids}",
                 f"entropy {latest('assignment_entropy', '.2f')}",
-                f"feat_std {latest('feature_std', '.2f')}",
             ]
+        parts.append(f"feat_std {latest('feature_std', '.2f')}")
         if "time" in histories:
             seconds = histories["time"].median(1000)
             eta = datetime.timedelta(seconds=int(seconds * (self.max_iter - done)))

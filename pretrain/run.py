@@ -16,6 +16,7 @@ from detectron2.utils.env import seed_all_rng
 from detectron2.utils.events import JSONWriter, TensorboardXWriter
 from omegaconf import DictConfig
 
+from flsl_d2.agreement import check_equal, checked_by_all, decided_by_main
 from flsl_d2.data.image_files import image_files
 from flsl_d2.engine.checkpoints import Checkpoints
 from flsl_d2.engine.config_files import load_lazy_config
@@ -30,13 +31,16 @@ from flsl_d2.engine.run_folder import (
 )
 from flsl_d2.engine.stopping import StopRequest, stop_requests
 from flsl_d2.errors import InputError, TrainingError
+from flsl_d2.files import write_text
 from flsl_d2.weights import FLSLCheckpointer
 from pretrain.data import PretrainDataset, build_pretrain_loader
 from pretrain.hooks import EncoderPictures, ExportTeacher, FeatureMeasures
 from pretrain.methods import Method
 from pretrain.monitor import CollapseWatch, ConsoleProgress, Monitor
 from pretrain.optimizer import build_adamw
+from pretrain.presets import PRESET_FILE, use_images
 from pretrain.schedules import Schedules, set_run_length
+from pretrain.summary import FirstSteps, describe_run
 from pretrain.trainer import (
     BadNumbersError,
     PretrainTrainer,
@@ -44,7 +48,7 @@ from pretrain.trainer import (
     step_files,
     write_bad_numbers,
 )
-from pretrain.views import NestedViews
+from pretrain.views import CutViews
 
 __all__ = ["images_digest", "launch_pretraining", "run_pretraining"]
 
@@ -54,7 +58,12 @@ _DISK = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EFBIG, err
 
 
 def launch_pretraining(args: argparse.Namespace) -> None:
-    """Load the config of a command line and run it in the number of processes it asks for."""
+    """Load the config of a command line and run it in the number of processes it asks for.
+
+    Without a config, a preset for the images is chosen (:mod:`pretrain.presets`).
+    """
+    if args.images:
+        use_images(args)
     launch(
         _run_in_process,
         args.num_gpus,
@@ -69,7 +78,7 @@ def launch_pretraining(args: argparse.Namespace) -> None:
 def _run_in_process(args: argparse.Namespace) -> None:
     # Each process loads the config itself, because data sets that a config registers and functions
     # that it defines exist only where it is loaded.
-    run_pretraining(_load(args), args.resume, args.allow_changes, args.overwrite)
+    run_pretraining(_load(args), args.resume, args.allow_changes, args.overwrite, args.preset)
 
 
 def _load(args: argparse.Namespace) -> DictConfig:
@@ -84,7 +93,11 @@ def _load(args: argparse.Namespace) -> DictConfig:
 
 
 def run_pretraining(
-    cfg: DictConfig, resume: bool, allow_changes: bool = False, overwrite: bool = False
+    cfg: DictConfig,
+    resume: bool,
+    allow_changes: bool = False,
+    overwrite: bool = False,
+    preset: str = "",
 ) -> None:
     """Pre-train in this process, one of possibly several.
 
@@ -95,6 +108,7 @@ def run_pretraining(
         resume: whether to continue from the last checkpoint of the output folder, if there is one.
         allow_changes: see :class:`flsl_d2.engine.run_folder.ResumeOptions`.
         overwrite: see :class:`flsl_d2.engine.run_folder.ResumeOptions`.
+        preset: text of the config file that repeats the run, which the folder gets as well.
 
     Raises:
         InputError: the config, the images or the output folder cannot be used.
@@ -102,40 +116,41 @@ def run_pretraining(
         SystemExit: the run was asked to stop; the status is 75.
     """
     with stop_requests() as request:
-        _run(cfg, ResumeOptions(resume, allow_changes, overwrite), request)
+        _run(cfg, ResumeOptions(resume, allow_changes, overwrite), request, preset)
 
 
-def _run(cfg: DictConfig, options: ResumeOptions, request: StopRequest) -> None:
+def _run(cfg: DictConfig, options: ResumeOptions, request: StopRequest, preset: str) -> None:
     output = Path(cfg.train.output_dir)
     prepare_output(output, "train.output_dir", ["pretrain", "flsl_d2"])
-    files = image_files(**{key: cfg.dataset[key] for key in ("root", "name")})
-    check_and_keep_run(
-        cfg, output, "train.output_dir", options, PRETRAINING_KEYS, {"images": images_digest(files)}
+    files = checked_by_all(
+        lambda: image_files(**{key: cfg.dataset[key] for key in ("root", "name")})
     )
+    digest = images_digest(files)
+    check_equal(digest, "the images", "give all machines the same images under the same names")
+    check_and_keep_run(
+        cfg, output, "train.output_dir", options, PRETRAINING_KEYS, {"images": digest}
+    )
+    if preset and comm.is_main_process():
+        write_text(output / PRESET_FILE, preset)
     precision = resolve_precision(cfg.train.precision, cfg.train.device)
     batch_size = cfg.dataloader.total_batch_size
     max_iter = set_run_length(cfg, len(files))
     schedules: Schedules = instantiate(cfg.schedules)
-    views: NestedViews = instantiate(cfg.views)
+    views: CutViews = instantiate(cfg.views)
     seed_all_rng(cfg.train.seed)
     model = instantiate(cfg.model).to(cfg.train.device)
     method: Method = model
     if cfg.train.compile:
         method.compile_blocks()
+    method.check_run(
+        views, batch_size // comm.get_world_size() // max(cfg.train.accumulation_steps, 1)
+    )
     views.keep_crops = method.needs_crops
     dataset = PretrainDataset(
         files, views, cfg.train.seed, cfg.dataset.on_error, cfg.dataset.max_pixels
     )
-    logger.info(
-        "%d images; %d steps of %d images (%.2f epochs) in %s on %s, %d process(es)",
-        len(files),
-        max_iter,
-        batch_size,
-        max_iter / cfg.schedules.iters_per_epoch,
-        precision,
-        cfg.train.device,
-        comm.get_world_size(),
-    )
+    for line in describe_run(cfg, files, method, schedules, precision):
+        logger.info("%s", line)
     trainer = PretrainTrainer(
         wrap_ddp(model, broadcast_buffers=False),
         None,
@@ -170,8 +185,9 @@ def _run(cfg: DictConfig, options: ResumeOptions, request: StopRequest) -> None:
     try:
         trainer.train(start_iter, max_iter)
     except BadNumbersError as error:
-        at = step_files(files, batch_size, cfg.train.seed, error.iteration, comm.get_world_size())
-        raise write_bad_numbers(error, at, output) from error
+        bad_step = error
+        # All processes are here; one of them writes the file, and all raise the same error.
+        raise decided_by_main(lambda: _bad_numbers(bad_step, cfg, files)) from error
     except OSError as error:
         if error.errno not in _DISK:
             raise
@@ -179,6 +195,13 @@ def _run(cfg: DictConfig, options: ResumeOptions, request: StopRequest) -> None:
             f"'{output}' can no longer be written ({error.strerror}); the checkpoints in it are "
             "untouched: make room and continue with --resume."
         ) from error
+
+
+def _bad_numbers(error: BadNumbersError, cfg: DictConfig, files: list[str]) -> TrainingError:
+    """Write ``bad_numbers.json`` and return the error to raise."""
+    batch_size, world_size = cfg.dataloader.total_batch_size, comm.get_world_size()
+    at = step_files(files, batch_size, cfg.train.seed, error.iteration, world_size)
+    return write_bad_numbers(error, at, cfg.train.output_dir)
 
 
 def images_digest(files: list[str]) -> str:
@@ -225,7 +248,7 @@ def _hooks(
     """Return the hooks in the order in which they run: a step is logged before it is saved."""
     output, period = Path(cfg.train.output_dir), cfg.train.log_period
     num_centroids = trainer.method.num_centroids
-    registered: list[HookBase] = [CollapseWatch()]
+    registered: list[HookBase] = [FirstSteps(), CollapseWatch()]
     if cfg.train.measures.val:
         registered.append(FeatureMeasures(**cfg.train.measures))
     if comm.is_main_process():

@@ -120,12 +120,16 @@ def write_bad_numbers(
         for rank, (values, rank_files) in enumerate(zip(error.terms, files, strict=True))
     ]
     path = Path(folder, BAD_NUMBERS_FILE)
-    write_text(path, json.dumps({"iteration": error.iteration, "ranks": ranks}, indent=1))
+    try:
+        write_text(path, json.dumps({"iteration": error.iteration, "ranks": ranks}, indent=1))
+        written = f"all values and files are in {path}"
+    except OSError as failure:
+        written = f"{path}, for all values and files, cannot be written ({failure.strerror})"
     first = [printable(file) for file in files[error.bad[0][0]]]
     names = ", ".join(first[:_SHOWN_FILES]) + (", ..." if len(first) > _SHOWN_FILES else "")
     return TrainingError(
-        f"{error}; its images are {names}; all values and files are in {path}, and the checkpoints "
-        "before are untouched. Lower schedules.base_lr or use another train.precision, then "
+        f"{error}; its images are {names}; {written}, and the checkpoints before are untouched. "
+        " Lower schedules.base_lr or use another train.precision, then "
         "continue with --resume --allow-changes."
     )
 

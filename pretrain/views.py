@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass, field
+from typing import Protocol
 
 import numpy as np
 import torch
@@ -19,7 +20,15 @@ from flsl_d2.data.images import ImageFile
 from flsl_d2.errors import InputError
 from pretrain.augmentation import Augmentation, apply_augmentation, draw_augmentation
 
-__all__ = ["DEVICE_WORK", "NestedViews", "Views", "crop_box", "pooled_queries", "resized_crop"]
+__all__ = [
+    "DEVICE_WORK",
+    "CutViews",
+    "NestedViews",
+    "Views",
+    "crop_box",
+    "pooled_queries",
+    "resized_crop",
+]
 
 ASPECT_RATIOS = (3 / 4, 4 / 3)
 _LOG_RATIOS = (math.log(ASPECT_RATIOS[0]), math.log(ASPECT_RATIOS[1]))
@@ -42,6 +51,9 @@ class Views:
         sizes: side in pixels of each student view.
         crops: the images before augmentation, where they are kept; else empty.
         augmentations: for each view, where they are left to the device; else empty.
+        places: for each view (4,) float32, its place in the image, where views are cut from the
+            whole image; else empty. See :class:`pretrain.methods.protocol.StepInputs`.
+        num_global: number of views, the first ones, that are global.
     """
 
     images: list[Tensor]
@@ -51,6 +63,22 @@ class Views:
     sizes: list[int]
     crops: list[Tensor] = field(default_factory=list)
     augmentations: list[Augmentation] = field(default_factory=list)
+    places: list[np.ndarray] = field(default_factory=list)
+    num_global: int = 1
+
+
+class CutViews(Protocol):
+    """An object that cuts the views of an image: NestedViews, or MultiCropViews.
+
+    Attributes:
+        keep_crops: whether the views before augmentation are returned as well.
+    """
+
+    keep_crops: bool
+
+    def __call__(self, image: np.ndarray | ImageFile, rng: np.random.Generator) -> Views:
+        """Cut the views of an (H, W, 3) uint8 RGB image, or of a file, with draws from ``rng``."""
+        ...
 
 
 def crop_box(
@@ -137,6 +165,8 @@ class NestedViews:
         flip: probability that a view is mirrored horizontally, drawn for each view by itself.
             With ``model.partner=place`` a token's place in its own view then says less about where
             it lies in the teacher's.
+        photometry: strength of the photometric augmentation, 0 to 1; see
+            :func:`pretrain.augmentation.draw_augmentation`.
         keep_crops: whether the views before augmentation are returned as well, which multi-stage
             training shows to the teacher of the previous stage.
         on_device: work that is left to the training device, one of :data:`DEVICE_WORK`; the draws
@@ -147,7 +177,7 @@ class NestedViews:
 
     Raises:
         InputError: ``on_device`` is unknown, the patch does not divide a size, a window is larger
-            than the grid, or ``flip`` is not a probability.
+            than the grid, or ``flip`` or ``photometry`` lies outside 0 to 1.
     """
 
     def __init__(
@@ -163,6 +193,7 @@ class NestedViews:
         local_window: int = 2,
         random_pooling: bool = True,
         flip: float = 0.0,
+        photometry: float = 1.0,
         keep_crops: bool = False,
         on_device: str = "nothing",
         reduced_decoding: bool = False,
@@ -171,8 +202,9 @@ class NestedViews:
             raise InputError(
                 f"views.on_device is '{on_device}'; use one of {', '.join(DEVICE_WORK)}."
             )
-        if not 0 <= flip <= 1:
-            raise InputError(f"views.flip is {flip}, a probability; use a value from 0 to 1.")
+        for name, value in (("flip", flip), ("photometry", photometry)):
+            if not 0 <= value <= 1:
+                raise InputError(f"views.{name} is {value}; use a value from 0 to 1.")
         for name, size, window in (
             ("global_size", global_size, global_window),
             ("local_size", local_size, local_window),
@@ -188,6 +220,7 @@ class NestedViews:
                     f"{size // patch_size} tokens wide; use 1 to {size // patch_size}."
                 )
         self.patch_size, self.random_pooling, self.flip = patch_size, random_pooling, flip
+        self.photometry = photometry
         self.keep_crops, self.on_device = keep_crops, on_device
         self.reduced_decoding = reduced_decoding
         self.global_size, self.teacher_scale = global_size, teacher_scale
@@ -204,10 +237,10 @@ class NestedViews:
             OSError: the file cannot be decoded; the text is the reason.
         """
         teacher = self._teacher_crop(image, rng)
-        boxes, queries, augmentations = [], [], [draw_augmentation(rng)]
+        boxes, queries, augmentations = [], [], [draw_augmentation(rng, self.photometry)]
         for size, scale, window in self.student_views:
             boxes.append(crop_box(rng, self.global_size, self.global_size, scale))
-            augmentations.append(draw_augmentation(rng))
+            augmentations.append(draw_augmentation(rng, self.photometry))
             grid = size // self.patch_size
             mask = pooled_queries(rng, grid, window, self.random_pooling)
             queries.append(torch.from_numpy(mask))

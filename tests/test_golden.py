@@ -18,9 +18,10 @@ from conftest import GOLDEN_FILES
 from flsl_d2.mean_shift import attention, mean_shift, mix_attention, sharpened_prior
 from flsl_d2.modeling import FLSLViT
 from flsl_d2.modeling.projection_head import FLSLHead
+from flsl_d2.modeling.vit import gather_tokens
 from pretrain.methods import StepInputs
 from pretrain.methods.flsl import FLSL
-from pretrain.methods.flsl_objective import FLSLLoss, gather_queries, query_indexes
+from pretrain.methods.flsl_objective import FLSLLoss, query_indexes
 from pretrain.methods.previous_stage import PreviousStage
 from pretrain.schedules import StepValues
 
@@ -108,7 +109,7 @@ def test_modes_and_prior(golden: Golden) -> None:
     meta = golden.meta
     for index in range(2):
         tokens, mask = golden[f"group{index}.enc_s"], golden.group(index)[1]
-        queries = gather_queries(tokens, query_indexes(mask))
+        queries = gather_tokens(tokens, query_indexes(mask))
         keys = golden["teacher_tokens"].repeat(len(tokens) // meta["B"], 1, 1)
         name = f"group{index}."
         assert_equal(mean_shift(queries, tokens, meta["sa"]), golden[name + "mode_s"], "self modes")
@@ -132,7 +133,7 @@ def test_modes_of_a_later_stage(golden: Golden) -> None:
         stage.tokens = lambda crops, known=known: known[len(crops)]
         keys = golden["teacher_tokens"].repeat(len(images) // meta["B"], 1, 1)
         prior = stage.prior(images, query_indexes(mask), keys)
-        queries = gather_queries(golden[name + "enc_s"], query_indexes(mask))
+        queries = gather_tokens(golden[name + "enc_s"], query_indexes(mask))
         modes = golden.model._cross_modes(queries, keys, meta["ca"], [prior], MIXTURE)
         assert_equal(modes, golden[name + f"mode_t_mixture{MIXTURE}"], "cross modes")
 

@@ -49,6 +49,8 @@ views = L(NestedViews)(
     random_pooling=True,
     # Probability that a view is mirrored; the published run has no flips.
     flip=0.0,
+    # Strength of the photometric augmentation, 0 to 1.
+    photometry=1.0,
     # Work of the training device instead of the workers: "nothing", "augmentation", or "crops" (the
     # student's crops and the augmentation); for GPUs that wait for their images.
     on_device="nothing",
@@ -100,6 +102,8 @@ model = L(FLSL)(
     teacher_positions=True,
     position_drop=0.0,
     position_jitter="none",
+    position_share=1.0,
+    token_share=1.0,
 )
 
 # Pairs are start and end of a cosine over the run; see pretrain/schedules.py.

@@ -1,9 +1,11 @@
-"""Image files of a folder or of a registered data set."""
+"""Image files of a folder, a pattern, a list of paths or a registered data set."""
 
 from __future__ import annotations
 
+import glob
 import logging
 import os
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from detectron2.data import DatasetCatalog, MetadataCatalog
@@ -13,7 +15,7 @@ from flsl_d2.data.coco_records import read_picture_files
 from flsl_d2.data.images import printable
 from flsl_d2.errors import InputError
 
-__all__ = ["find_images", "image_files"]
+__all__ = ["FoundImages", "find_images", "image_files", "search_images"]
 
 _JPEG_SUFFIXES = {".jpg", ".jpeg", ".jpe", ".jfif"}
 IMAGE_SUFFIXES = _JPEG_SUFFIXES | {".png", ".bmp", ".tif", ".tiff", ".webp", ".ppm", ".pgm", ".gif"}
@@ -27,51 +29,134 @@ _SYSTEM_FOLDERS = {"__macosx", "@eadir", "$recycle.bin", "system volume informat
 logger = logging.getLogger(__name__)
 
 
-def find_images(root: str | Path) -> list[str]:
-    """List all image files below a folder, sorted: ImageNet's layout or any other tree.
+@dataclass
+class FoundImages:
+    """Image files below a folder, of a pattern or of a list, and what was left out.
 
-    Links are followed, and each folder is entered once. Hidden files, the folders of operating
-    systems and images of formats that are not read are left out and counted in a message. Folders
-    that may not be listed (``lost+found`` of a file system) are named in a warning.
+    Attributes:
+        files: paths of the images, in the order in which they are numbered.
+        hidden: hidden image files, and those in folders of the operating system.
+        unread: image files of formats that are not read.
+    """
+
+    files: list[str] = field(default_factory=list)
+    hidden: list[str] = field(default_factory=list)
+    unread: list[str] = field(default_factory=list)
+
+    def left_out(self) -> str:
+        """Say how many image files are left out and why; empty where none is."""
+        kinds = {
+            "that are hidden or lie in folders of the operating system": self.hidden,
+            "of formats that are not read (convert them to JPEG or PNG)": self.unread,
+        }
+        return "; ".join(
+            f"{len(paths)} image files {kind}, such as '{printable(min(paths))}', are left out"
+            for kind, paths in kinds.items()
+            if paths
+        )
+
+
+def find_images(root: str | Path) -> list[str]:
+    """List the files of :func:`search_images`; a warning counts those that are left out.
 
     Raises:
-        InputError: there is no such folder, or no image in it.
+        InputError: there is no such folder, list or match, or no image in it.
+    """
+    found = search_images(root)
+    if left_out := found.left_out():
+        logger.warning("%s: %s.", root, left_out)
+    return found.files
+
+
+def search_images(root: str | Path) -> FoundImages:
+    """Find image files: below a folder, of a glob pattern, or named in a text file.
+
+    A folder may be ImageNet's layout or any other tree; its images are sorted. Links are followed,
+    and each folder is entered once. Hidden files, the folders of operating systems and images of
+    formats that are not read are left out and counted. Folders that may not be listed
+    (``lost+found`` of a file system) are named in a warning. A pattern such as ``photos/*/2024*``
+    matches files and folders, and ``**`` any depth. A text file has one path a line, relative to
+    its own folder; empty lines and those that begin with ``#`` are skipped, and the order is kept.
+
+    Args:
+        root: folder, pattern or text file.
+
+    Raises:
+        InputError: there is no such folder, list or match, or no image in it.
     """
     root = Path(root).expanduser()
-    if not root.is_dir():
+    found = FoundImages()
+    if root.is_dir():
+        _add_folder(found, root)
+    elif root.is_file():
+        return FoundImages(_listed_files(root))
+    elif matches := glob.glob(str(root), recursive=True):
+        _add_matches(found, matches)
+    else:
         raise InputError(
-            f"dataset.root is '{root}', which is not a folder; set it to a folder of images, or "
+            f"dataset.root is '{root}', which is not a folder and matches no file; set it to a "
+            "folder of images, a pattern such as 'photos/**/*.jpg' or a text file of paths, or "
             "set dataset.name to a registered data set."
         )
-    found: list[str] = []
-    hidden: list[str] = []
-    unread: list[str] = []
-    for folder, names in _folders(root):
-        for name in names:
-            path = os.path.join(folder, name)
-            suffix = os.path.splitext(name)[1].lower()
-            if suffix in IMAGE_SUFFIXES:
-                (hidden if _is_hidden(os.path.relpath(path, root)) else found).append(path)
-            elif suffix in _UNREAD_SUFFIXES:
-                unread.append(path)
-    kinds = {
-        "that are hidden or lie in folders of the operating system": hidden,
-        "of formats that are not read (convert them to JPEG or PNG)": unread,
-    }
-    left_out = "; ".join(
-        f"{len(paths)} image files {kind}, such as '{printable(min(paths))}', are left out"
-        for kind, paths in kinds.items()
-        if paths
-    )
-    if not found:
+    if not found.files:
+        left_out = found.left_out()
         raise InputError(
             f"dataset.root is '{root}', which holds no image file "
             f"({', '.join(sorted(IMAGE_SUFFIXES))}){'; ' * bool(left_out)}{left_out}; set it to a "
             "folder of images."
         )
-    if left_out:
-        logger.warning("%s: %s.", root, left_out)
-    return sorted(found)
+    found.files.sort()
+    return found
+
+
+def _add_folder(found: FoundImages, root: Path) -> None:
+    for folder, names in _folders(root):
+        for name in names:
+            path = os.path.join(folder, name)
+            _add_file(found, path, os.path.relpath(path, root))
+
+
+def _add_file(found: FoundImages, path: str, name: str) -> None:
+    suffix = os.path.splitext(path)[1].lower()
+    if suffix in IMAGE_SUFFIXES:
+        (found.hidden if _is_hidden(name) else found.files).append(path)
+    elif suffix in _UNREAD_SUFFIXES:
+        found.unread.append(path)
+
+
+def _add_matches(found: FoundImages, matches: list[str]) -> None:
+    """Add what a pattern matches; a file that several matches hold counts once."""
+    for match in matches:
+        if os.path.isdir(match):
+            _add_folder(found, Path(match))
+        else:
+            _add_file(found, match, os.path.basename(match))
+    for paths in (found.files, found.hidden, found.unread):
+        paths[:] = dict.fromkeys(paths)
+
+
+def _listed_files(file: Path) -> list[str]:
+    """Absolute paths that a text file names."""
+    try:
+        lines = file.read_text(encoding="utf-8-sig", errors="surrogateescape").splitlines()
+    except OSError as error:
+        raise InputError(
+            f"dataset.root is '{file}', which cannot be read ({error.strerror}); set it to a "
+            "folder of images or a text file of their paths."
+        ) from error
+    names = [name for line in lines if (name := line.strip()) and not name.startswith("#")]
+    strange = [name for name in names if os.path.splitext(name)[1].lower() not in IMAGE_SUFFIXES]
+    if strange or not names:
+        reason = (
+            f"line '{printable(strange[0][:80])}' names no image file" if strange else "it is empty"
+        )
+        raise InputError(
+            f"dataset.root is '{file}', which is not a folder and no list of image files "
+            f"({reason}); set it to a folder, or to a text file with the path of an image in every "
+            "line."
+        )
+    folder = os.path.abspath(file.parent)
+    return [os.path.join(folder, os.path.expanduser(name)) for name in names]
 
 
 def _folders(root: Path) -> list[tuple[str, list[str]]]:
@@ -100,7 +185,11 @@ def _is_hidden(path: str) -> bool:
 
 
 def image_files(root: str = "", name: str = "") -> list[str]:
-    """Files of the data set: of the registered ``name`` where given, else below ``root``.
+    """Files of the data set: of the registered ``name`` where given, else of ``root``.
+
+    Args:
+        root: folder, pattern or text file; see :func:`search_images`.
+        name: name of a registered data set.
 
     Labels of a registered data set are not looked at, and need not be there.
 

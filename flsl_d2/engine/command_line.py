@@ -16,7 +16,8 @@ from typing import Any, NoReturn
 
 import torch
 
-from flsl_d2.engine.launch import WorkerError, leave, started_by_torchrun
+from flsl_d2.engine.launch import WorkerError, leave
+from flsl_d2.engine.launchers import started_by_torchrun
 from flsl_d2.engine.stopping import STOPPED
 from flsl_d2.errors import InputError, TrainingError
 from flsl_d2.files import expand_home
@@ -234,7 +235,7 @@ def add_overrides(parser: argparse.ArgumentParser, help_text: str) -> None:
 
 
 def tool_argument_parser(
-    description: str, epilog: str = "", eval_only: bool = False
+    description: str, epilog: str = "", eval_only: bool = False, config_required: bool = True
 ) -> argparse.ArgumentParser:
     """Make a parser with the options that pre-training and fine-tuning have in common.
 
@@ -242,12 +243,13 @@ def tool_argument_parser(
         description: purpose of the tool.
         epilog: examples of complete commands.
         eval_only: whether the tool has ``--eval-only``.
+        config_required: whether ``--config-file`` must be given.
 
     Returns:
         A parser for :func:`parse_tool_arguments`.
     """
     parser = described_parser(description, epilog)
-    add_option(parser, "--config-file")
+    add_option(parser, "--config-file", required=config_required)
     switches = {
         "--resume": "continue from the last checkpoint in the output folder, if there is one",
         "--allow-changes": "with --resume: continue although the config differs from the run's",

@@ -26,6 +26,7 @@ from torch.multiprocessing.spawn import (
     start_processes,
 )
 
+from flsl_d2.engine.launchers import restart_store, slurm_variables, started_by_torchrun
 from flsl_d2.engine.stopping import STOP_SIGNALS, STOPPED, StopRequest, forwarding, signals_held
 from flsl_d2.errors import InputError, TrainingError
 
@@ -34,7 +35,6 @@ __all__ = [
     "has_native_bf16",
     "launch",
     "leave",
-    "started_by_torchrun",
     "usable_cores",
     "wrap_ddp",
 ]
@@ -67,11 +67,6 @@ def has_native_bf16() -> bool:
     return torch.cuda.is_available() and torch.cuda.is_bf16_supported(including_emulation=False)
 
 
-def started_by_torchrun() -> bool:
-    """Whether torchrun, or a launcher with the same variables, started this process."""
-    return {"RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR"} <= os.environ.keys()
-
-
 def leave(status: int) -> NoReturn:
     """End a process of a group: run the functions registered with ``atexit``, then exit at once.
 
@@ -101,8 +96,8 @@ def launch(
     A single process is not started: the function runs in this one. Several GPU processes
     communicate by NCCL, several CPU processes by gloo. Under torchrun the processes exist
     already: none are started, the counts given here are ignored, and the program ends with
-    :func:`leave`. SIGTERM and SIGUSR1 are passed on to the processes; see
-    :mod:`flsl_d2.engine.stopping`.
+    :func:`leave`. The same holds for several tasks of one ``srun``, where the counts are 1.
+    SIGTERM and SIGUSR1 are passed on to the processes; see :mod:`flsl_d2.engine.stopping`.
 
     Args:
         main_func: function at the top level of a module, which the workers import.
@@ -120,6 +115,8 @@ def launch(
         WorkerError: a worker raised another exception; the other workers have been ended.
         SystemExit: the workers stopped on request; the status is 75.
     """
+    if num_processes_per_machine * num_machines == 1 and not started_by_torchrun():
+        os.environ.update(slurm_variables(os.environ))
     if started_by_torchrun():
         _run_under_torchrun(main_func, args, device)
         return
@@ -177,8 +174,10 @@ def wrap_ddp(model: nn.Module, **ddp_options: Any) -> nn.Module:
     Returns:
         The wrapped model; the model itself where there is one process.
     """
-    if next(model.parameters()).device.type != "cuda":
-        ddp_options["device_ids"] = None
+    device = next(model.parameters()).device
+    # Not the local rank, which Detectron2 takes: a process may see one GPU only.
+    ddp_options["device_ids"] = [device.index] if device.type == "cuda" else None
+    if device.type != "cuda":
         ddp_options["fp16_compression"] = False  # a CUDA-only communication hook
     return create_ddp_model(model, **ddp_options)
 
@@ -292,14 +291,43 @@ def _reported(main_func: Callable[..., None], reports: Any, args: tuple[Any, ...
 
 
 def _run_under_torchrun(main_func: Callable[..., None], args: tuple[Any, ...], device: str) -> None:
-    if int(os.environ["WORLD_SIZE"]) == 1 or dist.is_initialized():
+    world_size, rank = int(os.environ["WORLD_SIZE"]), int(os.environ["RANK"])
+    if world_size == 1 or dist.is_initialized():
         main_func(*args)
         return
-    num_local = int(os.environ.get("LOCAL_WORLD_SIZE", os.environ["WORLD_SIZE"]))
+    local_rank = int(os.environ.get("LOCAL_RANK", "0"))
+    unknown = world_size if "LOCAL_RANK" in os.environ else 1
+    num_local = int(os.environ.get("LOCAL_WORLD_SIZE", unknown))
+    options = {"store": restart_store(os.environ, _TIMEOUT), "world_size": world_size, "rank": rank}
     if _is_cuda(device):
-        _check(num_local, 1, 0, "env://", device)
-        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-    _join_group("nccl" if _is_cuda(device) else "gloo", num_local)
+        torch.cuda.set_device(_visible_gpu(local_rank, num_local, device))
+    _join_group("nccl" if _is_cuda(device) else "gloo", num_local, **options)
+    if _is_cuda(device):
+        _check_one_gpu_each(str(torch.cuda.get_device_properties().uuid))
     status = _run_in_group(main_func, args)
     if status:
         raise SystemExit(status)
+
+
+def _visible_gpu(local_rank: int, num_local: int, device: str) -> int:
+    """Return the number of this process's GPU among those it sees."""
+    if torch.cuda.is_available() and torch.cuda.device_count() == 1:
+        return 0  # the launcher gave each process a GPU: srun --gpus-per-task=1, Kubernetes, Ray
+    _check(num_local, 1, 0, "env://", device)
+    return local_rank
+
+
+def _check_one_gpu_each(gpu: str) -> None:
+    """Check that no two processes have the same GPU, on which NCCL would fail with a code.
+
+    Args:
+        gpu: the unique number of this process's GPU.
+    """
+    gpus = comm.all_gather(gpu)
+    for rank, other in enumerate(gpus):
+        first = gpus.index(other)
+        if first != rank:
+            raise InputError(
+                f"ranks {first} and {rank} have the same GPU ({other}); start one process for each "
+                "GPU, and check CUDA_VISIBLE_DEVICES."
+            )

@@ -19,6 +19,7 @@ from detectron2.utils import comm
 from detectron2.utils.logger import setup_logger
 from omegaconf import DictConfig, OmegaConf
 
+from flsl_d2.agreement import decided_by_main
 from flsl_d2.errors import InputError, TrainingError
 from flsl_d2.files import writable_folder, write_text
 from flsl_d2.weights.checkpointer import checkpoint_files
@@ -206,10 +207,22 @@ def check_and_keep_run(
         also: settings that decide the result and are not in the config.
 
     Raises:
-        InputError: the folder holds a run and ``resume`` was not given, or a run of other settings.
+        InputError: the folder holds a run and ``resume`` was not given, or a run of other settings;
+            raised on all processes.
     """
-    folder = Path(folder)
     settings = {**flat_config(cfg), **(also or {})}
+    # Other machines may see another folder, so one process looks and decides for all.
+    decided_by_main(lambda: _check_and_keep(cfg, Path(folder), key, options, neutral, settings))
+
+
+def _check_and_keep(
+    cfg: DictConfig | CfgNode,
+    folder: Path,
+    key: str,
+    options: ResumeOptions,
+    neutral: NeutralKeys,
+    settings: Mapping[str, str],
+) -> None:
     files = checkpoint_files(folder)
     if files and not options.resume and not options.overwrite:
         raise InputError(
@@ -220,9 +233,6 @@ def check_and_keep_run(
         before = _read(folder / RUN_FILE)
         _compare(before.get("settings"), settings, folder, key, neutral, options.allow_changes)
         _compare_processes(before.get("processes"))
-    comm.synchronize()  # no rank may look at the folder after it changes
-    if not comm.is_main_process():
-        return
     if files and not options.resume:
         logger.warning("Deleting the checkpoints of the run in %s, as --overwrite asks.", folder)
         for file in [*files, folder / "last_checkpoint"]:

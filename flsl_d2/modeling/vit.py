@@ -270,7 +270,11 @@ class FLSLViT(Backbone):
         return self._encode(images, num_blocks, positions).flatten(1, 2)
 
     def forward_packed(
-        self, batches: Sequence[Tensor], num_blocks: int | None = None, positions: str = "own"
+        self,
+        batches: Sequence[Tensor],
+        num_blocks: int | None = None,
+        positions: str = "own",
+        kept: Sequence[Tensor | None] | None = None,
     ) -> list[Tensor]:
         """``[self.forward_tokens(images, ...) for images in batches]`` in one pass.
 
@@ -284,9 +288,11 @@ class FLSLViT(Backbone):
             batches: normalised images (B, 3, H, W); each entry has another size.
             num_blocks: see :meth:`forward_tokens`.
             positions: see :meth:`forward_tokens`.
+            kept: for each entry the indexes (B, M) of the tokens that are encoded, the others being
+                dropped before the first block; None for all.
 
         Returns:
-            (B, N, D) for each entry.
+            (B, N, D) for each entry; (B, M, D) where tokens are dropped.
 
         Raises:
             InputError: the encoder has windows, relative positions or prefix tokens.
@@ -299,6 +305,11 @@ class FLSLViT(Backbone):
                 "use_rel_pos=False and num_prefix_tokens=0; set those, or encode size by size."
             )
         parts = [self.embed(images, positions).flatten(1, 2) for images in batches]
+        if kept is not None:
+            parts = [
+                part if indexes is None else gather_tokens(part, indexes)
+                for part, indexes in zip(parts, kept, strict=True)
+            ]
         shapes = tuple((part.shape[0], part.shape[1]) for part in parts)
         tokens = torch.cat([part.flatten(0, 1) for part in parts])  # (T, D)
         tokens = self._run_blocks(tokens, num_blocks, shapes)
@@ -327,9 +338,25 @@ class FLSLViT(Backbone):
             return tokens + jittered_positions(
                 len(tokens), grid, side, self.embed_dim, tokens.device
             )
-        return tokens + resample_positions(
+        return tokens + self.positions_of(grid)
+
+    def positions_of(self, grid: tuple[int, int]) -> Tensor:
+        """Return the positions (1, rows, columns, D) that a grid of patches gets."""
+        return resample_positions(
             self.pos_embed, grid, self.position_offset, self.position_antialias
         )
+
+    def forward_embedded(self, tokens: Tensor, num_blocks: int | None = None) -> Tensor:
+        """Run the blocks on tokens that are embedded already, of which some may be left out.
+
+        Args:
+            tokens: (B, N, D) of :meth:`embed`. Global attention does not depend on their places.
+            num_blocks: see :meth:`forward_tokens`.
+
+        Returns:
+            (B, N, D).
+        """
+        return self._run_blocks(tokens[:, None], num_blocks)[:, 0]
 
     def compile_blocks(self, backend: str = "inductor") -> None:
         """Compile the blocks in place; see :meth:`flsl_d2.modeling.blocks.Block.compile_in_place`.
@@ -383,6 +410,11 @@ class FLSLViT(Backbone):
         super()._load_from_state_dict(
             state_dict, prefix, metadata, strict, missing, unexpected, errors
         )
+
+
+def gather_tokens(tokens: Tensor, indexes: Tensor) -> Tensor:
+    """Tokens (B, N, D) at ``indexes`` (B, M): (B, M, D)."""
+    return tokens.gather(1, indexes[..., None].expand(-1, -1, tokens.shape[-1]))
 
 
 def _check_sizes(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import platform
 import zipfile
 from contextlib import suppress
 from pathlib import Path
@@ -13,6 +14,7 @@ from detectron2.checkpoint import DetectionCheckpointer
 from detectron2.utils import comm
 from torch import Tensor
 
+from flsl_d2.agreement import checked_by_all, decided_by_main
 from flsl_d2.errors import InputError
 from flsl_d2.files import UNFINISHED, replaced_file
 from flsl_d2.weights.loading import (
@@ -111,8 +113,8 @@ class SafeCheckpointer(DetectionCheckpointer):
             file.write(last_filename_basename.encode())
 
     def has_checkpoint(self) -> bool:
-        """Tell whether the folder holds a checkpoint, whole or not."""
-        return bool(checkpoint_files(self.save_dir))
+        """Tell whether the main process sees a checkpoint in the folder, whole or not."""
+        return decided_by_main(lambda: bool(checkpoint_files(self.save_dir)))
 
     def resume_or_load(self, path: str, *, resume: bool = True) -> dict[str, Any]:
         """Load the newest whole checkpoint when resuming and there is one, else ``path``.
@@ -126,13 +128,13 @@ class SafeCheckpointer(DetectionCheckpointer):
 
     def _newest_whole(self) -> str:
         # One process decides for all: they must not resume from different steps.
-        chosen, refused = self._choose() if comm.is_main_process() else ("", [])
-        chosen, refused = comm.all_gather((chosen, refused))[0]
+        chosen, refused = decided_by_main(self._choose)
         if not chosen:
             raise InputError(
                 f"no checkpoint in '{self.save_dir}' can be read ({'; '.join(refused)}); restore "
                 "one from a copy, or start anew in another output folder."
             )
+        checked_by_all(lambda: _check_readable(chosen))
         return chosen
 
     def _choose(self) -> tuple[str, list[str]]:
@@ -146,6 +148,16 @@ class SafeCheckpointer(DetectionCheckpointer):
             refused.append(f"{file.name}: {damage}")
             logger.warning("Checkpoint %s is damaged or gone (%s).", file, damage)
         return "", refused
+
+
+def _check_readable(path: str) -> None:
+    try:
+        Path(path).open("rb").close()
+    except OSError as error:
+        raise InputError(
+            f"rank {comm.get_rank()} on {platform.node()} cannot read '{path}' ({error.strerror}), "
+            "from which rank 0 resumes; give an output folder that all machines share."
+        ) from None
 
 
 class FLSLCheckpointer(SafeCheckpointer):

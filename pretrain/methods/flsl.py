@@ -5,25 +5,25 @@ Shape suffixes: B images, N tokens, D width, Q queries, K centroids.
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Iterable, Sequence
 from itertools import groupby
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from flsl_d2.errors import InputError
 from flsl_d2.mean_shift import attention, mean_shift, mix_attention
 from flsl_d2.modeling import FLSLViT
-from flsl_d2.modeling.pixels import IMAGENET_MEAN, IMAGENET_STD
 from flsl_d2.modeling.projection_head import FLSLHead
-from pretrain.methods.flsl_objective import FLSLLoss, gather_queries
-from pretrain.methods.places import places_of_queries, tokens_at
+from flsl_d2.modeling.vit import gather_tokens
+from pretrain.methods.base import BaseMethod, feature_std
+from pretrain.methods.flsl_objective import FLSLLoss
+from pretrain.methods.places import PlaceBound, places_of_queries, tokens_at
 from pretrain.methods.previous_stage import PreviousStage
 from pretrain.methods.protocol import Losses, Monitored, StepInputs
 from pretrain.schedules import StepValues
+from pretrain.views import NestedViews
 
 __all__ = ["FLSL", "JITTERED", "PARTNERS", "EncoderWithHead"]
 
@@ -50,9 +50,14 @@ class EncoderWithHead(nn.Module):
         """Images (B, 3, H, W) to tokens (B, N, D)."""
         return self.backbone.forward_tokens(images, self._num_blocks, positions)
 
-    def packed_tokens(self, batches: Sequence[Tensor], positions: str = "own") -> list[Tensor]:
+    def packed_tokens(
+        self,
+        batches: Sequence[Tensor],
+        positions: str = "own",
+        kept: Sequence[Tensor | None] | None = None,
+    ) -> list[Tensor]:
         """:meth:`tokens` of images of several sizes, in one pass."""
-        return self.backbone.forward_packed(batches, self._num_blocks, positions)
+        return self.backbone.forward_packed(batches, self._num_blocks, positions, kept)
 
     @property
     def _num_blocks(self) -> int | None:
@@ -63,7 +68,7 @@ class EncoderWithHead(nn.Module):
         return self.head(self.backbone.final_norm(modes) if self.norm_modes else modes)
 
 
-class FLSL(nn.Module):
+class FLSL(BaseMethod):
     """The modes of several student views are pulled to the modes of the teacher's view.
 
     A :class:`pretrain.methods.protocol.Method`.
@@ -80,9 +85,9 @@ class FLSL(nn.Module):
         partner: how the mode m+_i that a query z_i is compared with is found.
             ``similarity``, as published: the mode of the student's query in the teacher's view,
             ``m+_i = sum_j softmax_j(s_ca z_i.z+_j) z+_j``. ``place``: the mode of the teacher's
-            own token where the query's patch came from, ``u_i = Z+(place_i)``, interpolated
-            bilinearly in the teacher's grid,
-            ``m+_i = sum_j softmax_j(s_ca u_i.z+_j) z+_j``.
+            own token where the query's patch came from,
+            ``m+_n = sum_j softmax_j(s_ca z+_n.z+_j) z+_j`` for each token n of the teacher, whose
+            logits ``g_t(m+_n)`` are interpolated bilinearly in the teacher's grid.
         teacher_positions: whether positions are added to the teacher's patches. Without them no
             target depends on a place other than through the image, so that features which are a
             map of places earn nothing.
@@ -92,11 +97,19 @@ class FLSL(nn.Module):
         position_jitter: whose positions are shifted and scaled at random for each image
             (:func:`flsl_d2.modeling.positions.jittered_positions`): ``none``, ``teacher`` or
             ``both``. A target then depends on a place by its neighbours alone.
+        position_share: largest share of the variance of the targets' logits that a token's place
+            in the teacher's view may explain (:class:`pretrain.methods.places.PlaceBound`); 1 for
+            no bound. It needs ``partner=place``.
+        token_share: share of the tokens of the student's global view that is encoded, drawn for
+            each image; all of them are queries. The others are dropped before the first block, as
+            in masked Siamese networks (arXiv 2204.07141), which makes a step cheaper.
 
     Raises:
         InputError: head and loss disagree about the number of centroids, the previous stage has
-            other patches, or a switch has an unknown value.
+            other patches, a switch has an unknown value, or switches exclude each other.
     """
+
+    views_type = NestedViews
 
     def __init__(
         self,
@@ -110,8 +123,10 @@ class FLSL(nn.Module):
         teacher_positions: bool = True,
         position_drop: float = 0.0,
         position_jitter: str = "none",
+        position_share: float = 1.0,
+        token_share: float = 1.0,
     ) -> None:
-        super().__init__()
+        super().__init__(EncoderWithHead(backbone, head, norm_modes), has_teacher=True)
         num_centroids = len(head.last_layer.weight_v)
         if len(loss.log_prior) != num_centroids:
             raise InputError(
@@ -134,27 +149,40 @@ class FLSL(nn.Module):
             raise InputError(
                 f"model.position_drop is {position_drop}, a probability; use a value from 0 to 1."
             )
+        for name, share in (("position_share", position_share), ("token_share", token_share)):
+            if not 0 < share <= 1:
+                raise InputError(
+                    f"model.{name} is {share}, a share; use a value above 0 and up to 1."
+                )
+        if partner != "place" and position_share < 1:
+            raise InputError(
+                f"model.position_share is {position_share} and model.partner '{partner}', whose "
+                "targets have no place of their own; set model.partner=place."
+            )
+        if previous_stage is not None and (partner == "place" or token_share < 1):
+            raise InputError(
+                f"model.partner is '{partner}' and model.token_share {token_share} beside a "
+                "previous stage, whose attention starts from all queries of the student; set "
+                "model.partner=similarity and model.token_share=1."
+            )
+        if token_share < 1 and not pack_views:
+            raise InputError(
+                f"model.token_share is {token_share}, and only packed views drop tokens; set "
+                "model.pack_views=True."
+            )
         self.previous_stage, self.pack_views = previous_stage, pack_views
         self.needs_crops = previous_stage is not None
         self.num_centroids = num_centroids
         self.partner, self.position_drop = partner, position_drop
+        self.token_share = token_share
+        self.place_bound: PlaceBound | None = None
+        if position_share < 1:
+            num_tokens = backbone.pos_embed.shape[1]
+            self.place_bound = PlaceBound(num_tokens, num_centroids, position_share)
         jittered = {"none": "own", "teacher": "jittered", "both": "jittered"}[position_jitter]
         self.teacher_positions = jittered if teacher_positions else "none"
         self.student_positions = "jittered" if position_jitter == "both" else "own"
-        self.student = EncoderWithHead(backbone, head, norm_modes)
-        self.teacher = copy.deepcopy(self.student)
-        self.teacher.requires_grad_(False).eval()
         self.loss = loss
-        self.pixel_mean: Tensor
-        self.pixel_std: Tensor
-        self.register_buffer("pixel_mean", torch.tensor(IMAGENET_MEAN).view(3, 1, 1), False)
-        self.register_buffer("pixel_std", torch.tensor(IMAGENET_STD).view(3, 1, 1), False)
-
-    def train(self, mode: bool = True) -> FLSL:
-        """Like ``nn.Module.train``, except that the teacher stays in evaluation mode."""
-        super().train(mode)
-        self.teacher.eval()
-        return self
 
     def forward(self, inputs: StepInputs, values: StepValues) -> tuple[Losses, Monitored]:
         """Compute the losses of a step; see :class:`pretrain.methods.protocol.Method`.
@@ -168,34 +196,38 @@ class FLSL(nn.Module):
             The losses of :class:`FLSLLoss`, and what is monitored.
         """
         scale = self.student.backbone.embed_dim**-0.5
-        teacher_view, *student_views = [self._normalised(view) for view in inputs.views]
+        teacher_view, *student_views = [self.normalised(view) for view in inputs.views]
         queries = inputs.queries
         priors = self._priors(inputs) if self.previous_stage else [None] * len(queries)
         places = inputs.places if self.partner == "place" else [None] * len(queries)
         groups = _groups_of_one_size(student_views, queries, priors, places)
-        student_tokens = self._student_tokens(groups)
+        student_tokens, kept = self._student_tokens(groups)
         # The teacher comes second, so that the student's draws do not depend on the teacher's.
         with torch.no_grad():
             teacher_tokens = self.teacher.tokens(teacher_view, self.teacher_positions)  # (B, N, D)
+            if self.partner == "place":
+                place_logits = self._place_logits(teacher_tokens, values.cross_scale * scale)
         parts = []
-        for group, tokens in zip(groups, student_tokens, strict=True):
-            _, view_indexes, group_priors, group_places = zip(*group, strict=True)
-            indexes = torch.cat(view_indexes)
-            points = gather_queries(tokens, indexes)  # (V * B, Q, D)
+        for group, tokens, encoded in zip(groups, student_tokens, kept, strict=True):
+            views, view_indexes, group_priors, group_places = zip(*group, strict=True)
+            indexes = torch.cat(view_indexes) if encoded is None else encoded
+            # (V * B, Q, D)
+            points = gather_tokens(tokens, indexes) if encoded is None else tokens
             modes = mean_shift(points, tokens, values.self_scale * scale)
             with torch.no_grad():
-                keys = teacher_tokens.repeat(len(group), 1, 1)
-                starts = points
                 if self.partner == "place":
-                    xy = places_of_queries(indexes, tokens.shape[1], torch.cat(group_places))
-                    starts = tokens_at(keys, xy).to(points.dtype)
-                cross_modes = self._cross_modes(
-                    starts, keys, values.cross_scale * scale, group_priors, values.own_attention
-                )
-            parts.append([x.flatten(0, 1) for x in (points, modes, cross_modes)])
-        points, modes, cross_modes = (torch.cat(part) for part in zip(*parts, strict=True))
+                    num_tokens = (views[0].shape[-1] // self.student.backbone.patch_size) ** 2
+                    xy = places_of_queries(indexes, num_tokens, torch.cat(group_places))
+                    targets = tokens_at(place_logits.repeat(len(group), 1, 1), xy)
+                else:
+                    keys = teacher_tokens.repeat(len(group), 1, 1)
+                    targets = self._cross_modes(
+                        points, keys, values.cross_scale * scale, group_priors, values.own_attention
+                    )
+            parts.append([x.flatten(0, 1) for x in (points, modes, targets)])
+        points, modes, targets = (torch.cat(part) for part in zip(*parts, strict=True))
         with torch.no_grad():
-            teacher_logits = self.teacher.logits(cross_modes)
+            teacher_logits = targets if self.partner == "place" else self.teacher.logits(targets)
         losses, monitored = self.loss(
             points,
             modes,
@@ -204,48 +236,38 @@ class FLSL(nn.Module):
             intra_weight=values.intra_weight,
             teacher_temp=values.teacher_temp,
         )
-        return losses, {**monitored, "feature_std": _feature_std(teacher_tokens)}
-
-    def compile_blocks(self, backend: str = "inductor") -> None:
-        """Compile the transformer blocks of student and teacher (``torch.compile``).
-
-        All blocks of an encoder share their code, so it is compiled once for each size of view,
-        during the first steps; the rest of the step is small beside them.
-
-        Args:
-            backend: backend of ``torch.compile``.
-        """
-        self.student.backbone.compile_blocks(backend)
-        self.teacher.backbone.compile_blocks(backend)
+        return losses, {**monitored, "feature_std": feature_std(teacher_tokens)}
 
     def frozen_parameters(self, values: StepValues) -> Iterable[nn.Parameter]:
         """Return the centroids as long as the schedule freezes them."""
         return self.student.head.last_layer.parameters() if values.last_layer_frozen else ()
 
-    def exported_encoder(self) -> FLSLViT:
-        """Return the teacher's encoder."""
-        return self.teacher.backbone
+    def _student_tokens(
+        self, groups: list[list[tuple[Any, ...]]]
+    ) -> tuple[list[Tensor], list[Tensor | None]]:
+        """Tokens (V * B, N, D) of each group's V views, and which of them are encoded.
 
-    @torch.no_grad()
-    def update_teacher(self, momentum: float) -> None:
-        """Exponential moving average: ``teacher = momentum * teacher + (1 - momentum) * student``.
-
-        Fixed positions are averaged as well, which leaves them unchanged.
+        The latter are indexes (V * B, M) for the global view where tokens are dropped, and else
+        None.
         """
-        torch._foreach_lerp_(
-            list(self.teacher.parameters()), list(self.student.parameters()), 1 - momentum
-        )
-
-    def _student_tokens(self, groups: list[list[tuple[Any, ...]]]) -> list[Tensor]:
-        """Tokens (V * B, N, D) of each group's V views."""
         batches = [torch.cat([view for view, *_ in group]) for group in groups]
+        kept: list[Tensor | None] = [None] * len(groups)
+        if self.token_share < 1:
+            num_tokens = (batches[0].shape[-1] // self.student.backbone.patch_size) ** 2
+            order = torch.rand(len(batches[0]), num_tokens, device=batches[0].device).argsort(dim=1)
+            kept[0] = order[:, : max(round(self.token_share * num_tokens), 1)]
         # Nothing is drawn without the switch, so that stochastic depth draws what it did.
         dropped = self.training and self.position_drop > 0
         drop = dropped and float(torch.rand(())) < self.position_drop
         positions = "none" if drop else self.student_positions
         if self.pack_views:
-            return self.student.packed_tokens(batches, positions)
-        return [self.student.tokens(images, positions) for images in batches]
+            return self.student.packed_tokens(batches, positions, kept), kept
+        return [self.student.tokens(images, positions) for images in batches], kept
+
+    def _place_logits(self, teacher_tokens: Tensor, scale: float) -> Tensor:
+        """Logits (B, N, K) of the modes of the teacher's tokens (B, N, D) within its view."""
+        logits = self.teacher.logits(mean_shift(teacher_tokens, teacher_tokens, scale))
+        return logits if self.place_bound is None else self.place_bound(logits)
 
     def _cross_modes(
         self,
@@ -265,29 +287,15 @@ class FLSL(nn.Module):
     def _priors(self, inputs: StepInputs) -> list[Tensor]:
         """Attention (B, Q, N) of the previous stage for each student view's queries."""
         assert self.previous_stage is not None
-        teacher_crop, *student_crops = [self._normalised(crop) for crop in inputs.crops]
+        teacher_crop, *student_crops = [self.normalised(crop) for crop in inputs.crops]
         keys = self.previous_stage.tokens(teacher_crop)
         return [
             self.previous_stage.prior(crop, indexes, keys)
             for crop, indexes in zip(student_crops, inputs.queries, strict=True)
         ]
 
-    def _normalised(self, images: Tensor) -> Tensor:
-        return (images.float() - self.pixel_mean) / self.pixel_std
-
 
 def _groups_of_one_size(views: list[Tensor], *others: Sequence[Any]) -> list[list[tuple[Any, ...]]]:
     """Group views that can be encoded in one batch, each with what belongs to it."""
     items = zip(views, *others, strict=True)
     return [list(group) for _, group in groupby(items, key=lambda item: item[0].shape[-1])]
-
-
-@torch.no_grad()
-def _feature_std(tokens: Tensor) -> Tensor:
-    """Spread of the features, an indicator of collapse.
-
-    The standard deviation over tokens (B, N, D) of the L2-normalised features, times sqrt(D):
-    about 1 for features that fill the space, 0 when all are the same.
-    """
-    unit = F.normalize(tokens.float().flatten(0, 1), dim=-1)
-    return unit.std(dim=0).mean() * unit.shape[-1] ** 0.5

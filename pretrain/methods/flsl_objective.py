@@ -17,7 +17,6 @@ from flsl_d2.errors import InputError
 
 __all__ = [
     "FLSLLoss",
-    "gather_queries",
     "inter_view_loss",
     "intra_view_loss",
     "mean_over_ranks",
@@ -44,11 +43,6 @@ def query_indexes(mask: Tensor) -> Tensor:
         (B, Q) int64, ascending.
     """
     return mask.nonzero()[:, 1].view(len(mask), -1)
-
-
-def gather_queries(tokens: Tensor, indexes: Tensor) -> Tensor:
-    """Tokens (B, N, D) at ``indexes`` (B, Q) of :func:`query_indexes`: (B, Q, D)."""
-    return tokens.gather(1, indexes[..., None].expand(-1, -1, tokens.shape[-1]))
 
 
 def intra_view_loss(queries: Tensor, modes: Tensor) -> Tensor:

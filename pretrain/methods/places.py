@@ -1,6 +1,6 @@
-"""Places of student views' patches in the teacher's view, and the teacher's tokens there.
+"""Places of student views' patches in the teacher's view, and the teacher's targets there.
 
-Shape suffixes: B images, Q queries, N tokens of a square grid, D width.
+Shape suffixes: B images, Q queries, N tokens of a square grid, D width, K centroids.
 """
 
 from __future__ import annotations
@@ -9,9 +9,12 @@ import math
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
-__all__ = ["places_of_queries", "tokens_at"]
+from flsl_d2.errors import InputError
+from pretrain.methods.flsl_objective import mean_over_ranks
+
+__all__ = ["PlaceBound", "places_of_queries", "tokens_at"]
 
 
 def places_of_queries(indexes: Tensor, num_tokens: int, places: Tensor) -> Tensor:
@@ -55,3 +58,64 @@ def tokens_at(tokens: Tensor, xy: Tensor) -> Tensor:
             grid, 2 * xy.float()[:, None] - 1, padding_mode="border", align_corners=False
         )
     return out[:, :, 0].transpose(1, 2)
+
+
+class PlaceBound(nn.Module):
+    """Bound on the share of the targets' variance that a token's place in its view explains.
+
+    Logits ``l_bn`` of token n of image b have a mean ``mu_n`` for each place n and ``mu`` over all.
+    The variance between places, ``V_p = mean_n |mu_n - mu|^2``, and that within them,
+    ``V_w = mean_bn |l_bn - mu_n|^2``, give place the share ``V_p / (V_p + V_w)``. Where it exceeds
+    ``share``, the means of the places are shrunk until it does not::
+
+        kept = min(1, sqrt(share / (1 - share) * V_w / V_p))
+        for b in range(B):
+            for n in range(N):
+                out[b, n] = l[b, n] - (1 - kept) * (mu[n] - mu)
+
+    Means and ``V_w`` are running averages over steps and ranks, so that small batches do.
+
+    Args:
+        num_tokens: N, number of tokens of the view.
+        num_centroids: K.
+        share: largest share of the variance, above 0 and below 1.
+        momentum: momentum of the running averages.
+    """
+
+    def __init__(
+        self, num_tokens: int, num_centroids: int, share: float, momentum: float = 0.95
+    ) -> None:
+        super().__init__()
+        self.share, self.momentum = share, momentum
+        self.means: Tensor
+        self.variance: Tensor
+        self.weight: Tensor
+        self.register_buffer("means", torch.zeros(num_tokens, num_centroids))
+        self.register_buffer("variance", torch.zeros(()))
+        self.register_buffer("weight", torch.zeros(()))  # of the averages so far, which start at 0
+
+    @torch.no_grad()
+    def forward(self, logits: Tensor) -> Tensor:
+        """Logits (B, N, K) to logits of the same shape, float32.
+
+        Raises:
+            InputError: the view has another number of tokens.
+        """
+        if logits.shape[1] != len(self.means):
+            raise InputError(
+                f"the teacher's view has {logits.shape[1]} tokens and the table of positions "
+                f"{len(self.means)}, and model.position_share needs as many; set "
+                "model.backbone.img_size to views.global_size."
+            )
+        logits = logits.float()
+        if self.training:
+            rest = 1 - self.momentum
+            self.means.lerp_(mean_over_ranks(logits.mean(dim=0)), rest)
+            self.weight.lerp_(torch.ones_like(self.weight), rest)
+            within = (logits - self.means / self.weight).square().sum(dim=-1).mean()
+            self.variance.lerp_(mean_over_ranks(within), rest)
+        means, within = self.means / self.weight, self.variance / self.weight
+        deviations = means - means.mean(dim=0)
+        between = deviations.square().sum(dim=-1).mean()
+        kept = (self.share / (1 - self.share) * within / between.clamp_min(1e-12)).sqrt()
+        return logits - (1 - kept.clamp(max=1.0)) * deviations

@@ -11,8 +11,8 @@ from torch import Tensor
 from flsl_d2.errors import InputError
 from flsl_d2.mean_shift import attention, sharpened_prior
 from flsl_d2.modeling import FLSLViT
+from flsl_d2.modeling.vit import gather_tokens
 from flsl_d2.weights import build_encoder
-from pretrain.methods.flsl_objective import gather_queries
 
 __all__ = ["PreviousStage", "load_previous_stage"]
 
@@ -73,7 +73,7 @@ class PreviousStage:
         Returns:
             (B, Q, M) float32, rows sum to 1.
         """
-        queries = gather_queries(self.tokens(student_crops), indexes)
+        queries = gather_tokens(self.tokens(student_crops), indexes)
         # The sigmoid's slope makes the rounding errors of half precision visible.
         with torch.autocast(queries.device.type, enabled=False):
             weights = attention(queries.float(), teacher_tokens.float(), self.scale)

@@ -3,8 +3,9 @@
 A method is an ``nn.Module`` that holds its networks and turns the views of a step into losses.
 Everything else belongs to the loop and is the same for all methods: reading images, cutting views,
 schedules, mixed precision, accumulation, clipping, the optimiser, checkpoints, and hooks.
-:class:`pretrain.methods.flsl.FLSL` is the first method and the example to follow. A config names
-the method under ``model``, and its constructor arguments are the keys of that node.
+:class:`pretrain.methods.base.BaseMethod` has what methods share, and
+:class:`pretrain.methods.dino.DINO` is a short example. A config names the method under ``model``,
+and its constructor arguments are the keys of that node.
 
 Shape suffixes: B images, S side of a view in pixels, Q queries of a view, K centroids.
 """
@@ -31,18 +32,22 @@ class StepInputs:
     """The views of a process's share of a step, on the training device.
 
     Attributes:
-        views: images (B, 3, S, S) in 0 to 255, the teacher's view first.
-        queries: for each student view (B, Q) int64, the tokens that are queries.
-        places: for each student view (B, 4), its box in the teacher's view: top, left, height and
-            width as shares of that view. A mirrored view has its right side as ``left`` and a
-            negative width, so that ``left + x * width`` holds for every view.
+        views: images (B, 3, S, S) in 0 to 255; of nested views the teacher's first, of others the
+            global ones first.
+        queries: for each student view of nested views (B, Q) int64, the tokens that are queries.
+        places: (B, 4), top, left, height and width of a view's box as shares: of the teacher's
+            view, for each student view of nested views; of the image, for each view of others. A
+            mirrored view has its right side as ``left`` and a negative width, so that
+            ``left + x * width`` holds for every view.
         crops: the views before augmentation, where the method needs them; else empty.
+        num_global: number of views, the first ones, that are global.
     """
 
     views: list[Tensor]
     queries: list[Tensor]
     places: list[Tensor] = field(default_factory=list)
     crops: list[Tensor] = field(default_factory=list)
+    num_global: int = 1
 
 
 class Method(Protocol):
@@ -57,6 +62,18 @@ class Method(Protocol):
     needs_crops: bool
     num_centroids: int
 
+    def check_run(self, views: object, images: int) -> None:
+        """Check that views and batch fit the method, before the run starts.
+
+        Args:
+            views: object that cuts the views.
+            images: number of images that a process works off at a time.
+
+        Raises:
+            InputError: they do not fit.
+        """
+        ...
+
     def __call__(self, inputs: StepInputs, values: StepValues) -> tuple[Losses, Monitored]:
         """Compute the losses of a step.
 
@@ -69,7 +86,8 @@ class Method(Protocol):
             unweighted. And what is monitored, without gradient: scalars are logged under their
             names; ``assigned`` (K,) int64, the number of queries that the teacher assigns to each
             centroid, ``mean_assignment`` (K,), its mean probabilities, and the scalar
-            ``feature_std`` feed the indicators of collapse, which are left out without them. Over
+            ``feature_std`` feed the indicators of collapse, each of which is left out without its
+            values. Over
             accumulated parts of a step integers are summed and other numbers averaged.
         """
         ...

@@ -86,15 +86,24 @@ def test_two_machines_of_one_process(tmp_path):
     assert (tmp_path / "rank1").read_text() == "1 2 0 1 0.5 0 1"
 
 
-def test_torchrun(tmp_path):
+def record_after_a_death(folder: str) -> None:
+    if os.environ["TORCHELASTIC_RESTART_COUNT"] == "0":
+        comm.synchronize()
+        if comm.get_rank() == 1:
+            os.kill(os.getpid(), 9)
+        comm.synchronize()
+    record(folder)
+
+
+def test_torchrun_brings_back_ranks_of_which_one_was_killed(tmp_path):
     script = tmp_path / "run.py"
     script.write_text(
         "import sys, test_launch as t\nfrom flsl_d2.engine.launch import launch\n"
-        "launch(t.record, 1, args=(sys.argv[1],), device='cpu')\n"
+        "launch(t.record_after_a_death, 1, args=(sys.argv[1],), device='cpu')\n"
     )
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2"]
     done = subprocess.run(
-        [*command, f"--master-port={free_port()}", str(script), str(tmp_path)],
+        [*command, "--standalone", "--max-restarts=1", str(script), str(tmp_path)],
         env={**os.environ, "PYTHONPATH": f"{REPOSITORY}:{REPOSITORY}/tests/engine"},
         capture_output=True,
         text=True,

@@ -13,10 +13,10 @@ from hypothesis import strategies as st
 from torch import nn
 
 from flsl_d2.errors import InputError
+from flsl_d2.modeling.vit import gather_tokens
 from pretrain.methods import flsl_objective as objective
 from pretrain.methods.flsl_objective import (
     FLSLLoss,
-    gather_queries,
     intra_view_loss,
     mean_over_ranks,
     query_indexes,
@@ -191,7 +191,7 @@ def test_the_mean_over_ranks_is_the_same_to_the_bit_on_each(monkeypatch):
     torch.testing.assert_close(means[0], ranks.mean(dim=0))
 
 
-def test_gather_queries_keeps_order():
+def test_gather_tokens_keeps_order():
     tokens = torch.arange(2 * 4 * 1.0).view(2, 4, 1)
     mask = torch.tensor([[True, False, True, False], [False, False, True, True]])
-    assert gather_queries(tokens, query_indexes(mask)).flatten(1).tolist() == [[0, 2], [6, 7]]
+    assert gather_tokens(tokens, query_indexes(mask)).flatten(1).tolist() == [[0, 2], [6, 7]]

@@ -21,7 +21,7 @@ from pretrain.augmentation import Augmentation
 from pretrain.data import collate
 from pretrain.methods.flsl import FLSL
 from pretrain.methods.flsl_objective import FLSLLoss, query_indexes
-from pretrain.methods.places import places_of_queries, tokens_at
+from pretrain.methods.places import PlaceBound, places_of_queries, tokens_at
 from pretrain.schedules import Schedules
 from pretrain.views import DEVICE_WORK, NestedViews
 
@@ -62,7 +62,7 @@ def test_tokens_at_the_centres_are_the_tokens_and_between_them_their_mix():
 @pytest.mark.parametrize("on_device", DEVICE_WORK)
 def test_a_query_and_its_place_show_the_same(monkeypatch, on_device, flip):
     """The colours of the image are its coordinates, so patches tell where they come from."""
-    monkeypatch.setattr(views_module, "draw_augmentation", lambda _: NO_AUGMENTATION)
+    monkeypatch.setattr(views_module, "draw_augmentation", lambda *_: NO_AUGMENTATION)
     rows, columns = np.mgrid[0:160, 0:200]
     image = np.stack([rows, columns, np.full_like(rows, 90)], axis=2).astype(np.uint8)
     views = NestedViews(**SIZES, flip=flip, on_device=on_device)
@@ -142,6 +142,8 @@ def test_a_map_of_places_earns_the_published_objective_and_less_or_nothing_with_
         assert nothing == pytest.approx(0, abs=1e-6)  # rounding of single precision
     # The mean of 256 draws is not the expectation, so some information seems to be left.
     assert earned_by_a_map_of_places(partner="place", position_jitter="both") < 0.1 * published
+    # Features that hold nothing but places have no variance within a place, so nothing is left.
+    assert earned_by_a_map_of_places(partner="place", position_share=0.01) < 0.1 * published
 
 
 def test_positions_are_dropped_in_the_stated_share_of_steps_and_from_the_seed():
@@ -151,7 +153,7 @@ def test_positions_are_dropped_in_the_stated_share_of_steps_and_from_the_seed():
         model = FLSL(encoder, FLSLHead(8, 4, 8, 4), FLSLLoss(4), position_drop=drop).train(mode)
         images = torch.zeros(1, 3, 16, 16)
         torch.manual_seed(seed)
-        (tokens,) = model._student_tokens([[(images,)]])
+        ((tokens,), _) = model._student_tokens([[(images,)]])
         return bool((tokens - tokens[:, :1]).abs().max() > 1e-6)
 
     kept = [encoded_with_positions(0.3, seed) for seed in range(100)]
@@ -169,6 +171,10 @@ def test_positions_are_dropped_in_the_stated_share_of_steps_and_from_the_seed():
         ({"partner": "plcae"}, "'plcae'"),
         ({"position_drop": 1.5}, "position_drop is 1.5"),
         ({"position_jitter": "student"}, "'student'"),
+        ({"position_share": 0.05}, "position_share is 0.05 and model.partner 'similarity'"),
+        ({"position_share": 0.0, "partner": "place"}, "position_share is 0.0"),
+        ({"token_share": 1.5}, "token_share is 1.5"),
+        ({"token_share": 0.5, "pack_views": False}, "only packed views"),
     ],
 )
 def test_switches_out_of_range_are_refused(arguments, message):
@@ -180,7 +186,7 @@ def test_switches_out_of_range_are_refused(arguments, message):
 
 
 def test_a_place_is_the_teachers_own_token_there():
-    """The mode that a query is compared with, by hand."""
+    """The logits that a query is compared with, by hand."""
     torch.manual_seed(0)
     encoder = FLSLViT(img_size=32, patch_size=8, embed_dim=8, depth=1, num_heads=2)
     model = FLSL(encoder, FLSLHead(8, 4, 8, 4), FLSLLoss(4), partner="place").eval()
@@ -191,7 +197,9 @@ def test_a_place_is_the_teachers_own_token_there():
     values = Schedules(1, 1, 1, cross_scale=(0.9, 0.9))(0)
     with torch.no_grad():
         model(inputs, values)
-        keys = model.teacher.tokens(model._normalised(inputs.views[0]))[0]
+        keys = model.teacher.tokens(model.normalised(inputs.views[0]))[0]
+        modes = [(0.9 / math.sqrt(8) * keys @ key).softmax(dim=0) @ keys for key in keys]
+        logits = [model.teacher.logits(mode) for mode in modes]
     expected = []
     for (top, left, height, width), mask in zip(views.boxes, views.queries, strict=True):
         side = math.isqrt(len(mask))
@@ -199,11 +207,71 @@ def test_a_place_is_the_teachers_own_token_there():
             x = (left + (index % side + 0.5) / side * width) / 32 * 4 - 0.5
             y = (top + (index // side + 0.5) / side * height) / 32 * 4 - 0.5
             x, y = min(max(x, 0), 3), min(max(y, 0), 3)
-            start = torch.zeros(8)
+            mixed = torch.zeros(4)
             for r, c in itertools.product(range(4), range(4)):
-                start += max(0, 1 - abs(x - c)) * max(0, 1 - abs(y - r)) * keys[4 * r + c]
-            mode = (0.9 / math.sqrt(8) * keys @ start).softmax(dim=0) @ keys
-            with torch.no_grad():
-                expected.append((model.teacher.logits(mode) / 0.04).softmax(dim=-1))
+                mixed += max(0, 1 - abs(x - c)) * max(0, 1 - abs(y - r)) * logits[4 * r + c]
+            expected.append((mixed / 0.04).softmax(dim=-1))
     # A temperature of 0.04 multiplies rounding of single precision by 25.
     torch.testing.assert_close(model.loss.targets, torch.stack(expected), rtol=1e-3, atol=1e-4)
+
+
+def place_share(logits: np.ndarray) -> float:
+    """Share of the variance of logits (B, N, K) between the means of the places, by loops."""
+    images, places, _ = logits.shape
+    means = [sum(logits[b, n] for b in range(images)) / images for n in range(places)]
+    mean = sum(means) / places
+    between = sum(((each - mean) ** 2).sum() for each in means) / places
+    within = sum(
+        ((logits[b, n] - means[n]) ** 2).sum() for b in range(images) for n in range(places)
+    ) / (images * places)
+    return between / (between + within)
+
+
+@settings(deadline=None, max_examples=30)
+@given(st.integers(0, 1000), st.floats(0.01, 0.9), st.floats(0.0, 5.0))
+def test_place_explains_at_most_its_share_of_the_targets_variance(seed, share, strength):
+    torch.manual_seed(seed)
+    logits = torch.randn(8, 9, 5) + strength * torch.randn(9, 5)
+    bounded = PlaceBound(9, 5, share)(logits)  # the first step's averages are its own
+    before, after = (place_share(each.double().numpy()) for each in (logits, bounded))
+    # Sums of 360 numbers in single precision.
+    assert after == pytest.approx(min(before, share), abs=1e-4)
+    if before < share:
+        torch.testing.assert_close(bounded, logits)
+    # What tells the images at a place apart stays.
+    torch.testing.assert_close(
+        bounded - bounded.mean(dim=0), logits - logits.mean(dim=0), rtol=1e-4, atol=1e-4
+    )
+
+
+def test_the_bound_averages_over_steps_and_is_kept_in_checkpoints():
+    torch.manual_seed(0)
+    bound, expected = PlaceBound(4, 3, 0.05, momentum=0.5), torch.zeros(4, 3)
+    for step in range(1, 4):
+        logits = torch.randn(6, 4, 3)
+        bound(logits)
+        expected = expected / 2 + logits.mean(dim=0) / 2
+        torch.testing.assert_close(bound.means / bound.weight, expected / (1 - 0.5**step))
+    copy = PlaceBound(4, 3, 0.05)
+    copy.load_state_dict(bound.state_dict())
+    assert torch.equal(copy.eval()(logits), bound.eval()(logits))
+    with pytest.raises(InputError, match="9 tokens and the table of positions 4"):
+        bound(torch.zeros(1, 9, 3))
+
+
+def test_dropped_tokens_are_not_encoded_and_the_kept_ones_are_the_queries():
+    torch.manual_seed(0)
+    encoder = FLSLViT(img_size=32, patch_size=8, embed_dim=8, depth=1, num_heads=2).eval()
+    model = FLSL(encoder, FLSLHead(8, 4, 8, 4), FLSLLoss(4), partner="place", token_share=0.4)
+    image = torch.randn(3, 3, 32, 32)
+    local = torch.randn(3, 3, 16, 16)
+    tokens, (kept, nothing) = model.eval()._student_tokens([[(image,)], [(local,)]])
+    assert nothing is None
+    assert tokens[0].shape == (3, 6, 8)
+    assert tokens[1].shape == (3, 4, 8)
+    assert all(len(set(indexes)) == 6 for indexes in kept.tolist())
+    assert len({tuple(indexes) for indexes in kept.tolist()}) == 3
+    for b, indexes in enumerate(kept):
+        part = encoder.embed(image[b : b + 1]).flatten(1, 2)[:, indexes]
+        alone = encoder.final_norm(encoder.blocks[0](part[:, None]))[0, 0]
+        torch.testing.assert_close(tokens[0][b], alone)

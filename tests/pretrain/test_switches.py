@@ -68,12 +68,15 @@ SWITCHES = {
         *LEARNT,
     },
     "views.flip=1.0": {"views", "flips", *MODES},
+    "views.photometry=0.5": {"views", *MODES},
     "model.norm_modes=True": MODES,
     "model.partner=place": TARGETS,
     "model.teacher_positions=False": TARGETS,
     "model.position_drop=1.0": MODES,
     "model.position_jitter=teacher": TARGETS,
     "model.position_jitter=both": MODES,
+    "model.partner=place model.position_share=0.01": TARGETS,
+    "model.token_share=0.5": MODES,
     "model.head.learn_scale=True": {"gradients", "student", "teacher"},
     "train.clip_mode=global": LEARNT,
     "train.clip_mode=none": LEARNT,
@@ -169,12 +172,12 @@ def default(images) -> dict[str, object]:
 
 @pytest.mark.parametrize("switch", SWITCHES, ids=lambda switch: switch[:48])
 def test_switch(images, default, switch):
-    assert changed(default, quantities(images, switch)) == SWITCHES[switch]
+    assert changed(default, quantities(images, *switch.split())) == SWITCHES[switch]
 
 
 def test_every_key_of_the_method_is_tested():
     cfg = load_lazy_config(CONFIG, [])
-    tested = {switch.split("=")[0] for switch in SWITCHES}
+    tested = {part.split("=")[0] for switch in SWITCHES for part in switch.split()}
     elsewhere = {
         # what is trained on, not the method's own switches
         "schedules.final_lr",

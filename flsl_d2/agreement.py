@@ -1,0 +1,88 @@
+"""Decisions that all processes of a run share, and errors that all of them raise."""
+
+from __future__ import annotations
+
+import platform
+from collections.abc import Callable
+from typing import TypeVar
+
+from detectron2.utils import comm
+
+from flsl_d2.errors import InputError, TrainingError
+
+__all__ = ["check_equal", "checked_by_all", "decided_by_main", "in_turns"]
+
+T = TypeVar("T")
+
+
+def decided_by_main(function: Callable[[], T]) -> T:
+    """Run a function on the main process alone, and return its result on all.
+
+    Raises:
+        InputError: the function raised it; all processes raise it.
+        TrainingError: likewise.
+    """
+    is_main = comm.is_main_process()
+    result, error = _outcome(function) if is_main else (None, None)
+    result, error = comm.all_gather((result, error))[0]
+    if error is not None:
+        raise error
+    return result
+
+
+def checked_by_all(function: Callable[[], T]) -> T:
+    """Run a function on every process; an error of one is raised on all.
+
+    A process that raises an error alone would leave the others waiting for it.
+
+    Raises:
+        InputError: the function raised it on some process; the first process's is raised on all.
+        TrainingError: likewise.
+    """
+    result, error = _outcome(function)
+    error = next((e for e in comm.all_gather(error) if e is not None), None)
+    if error is not None:
+        raise error
+    return result  # type: ignore[return-value]  # without an error there is a result
+
+
+def in_turns(function: Callable[[], T]) -> T:
+    """Run a function on rank 0, then on the first rank of each other machine, then on the rest.
+
+    The later ones find what the earlier ones have left on the disk.
+
+    Raises:
+        InputError: the function raised it on some process; it is raised on all.
+        TrainingError: likewise.
+    """
+    turn = 0 if comm.is_main_process() else 1 if comm.get_local_rank() == 0 else 2
+    results = [checked_by_all(function if i == turn else lambda: None) for i in range(3)]
+    return results[turn]  # type: ignore[return-value]
+
+
+def check_equal(value: str, what: str, remedy: str) -> None:
+    """Check that all processes have the same value.
+
+    Args:
+        value: the value of this process.
+        what: name of the value, the beginning of the message.
+        remedy: what to do, its end.
+
+    Raises:
+        InputError: values differ; raised on all processes.
+    """
+    all_values = comm.all_gather((platform.node(), value))
+    for rank, (machine, other) in enumerate(all_values):
+        first_machine, first = all_values[0]
+        if other != first:
+            raise InputError(
+                f"{what} differ between processes: {first} on rank 0 ({first_machine}), {other} on "
+                f"rank {rank} ({machine}); {remedy}."
+            )
+
+
+def _outcome(function: Callable[[], T]) -> tuple[T | None, InputError | TrainingError | None]:
+    try:
+        return function(), None
+    except (InputError, TrainingError) as error:
+        return None, error

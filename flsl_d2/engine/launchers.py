@@ -1,0 +1,84 @@
+"""What torchrun, SLURM and Kubernetes tell a process about the others of its run."""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Mapping
+from datetime import timedelta
+
+import torch.distributed as dist
+
+from flsl_d2.errors import InputError
+
+__all__ = ["restart_store", "slurm_variables", "started_by_torchrun"]
+
+
+def started_by_torchrun() -> bool:
+    """Whether torchrun, or a launcher with the same variables, started this process.
+
+    Kubernetes' training operator gives no LOCAL_RANK to a pod, which has one process.
+    """
+    return {"RANK", "WORLD_SIZE", "MASTER_ADDR"} <= os.environ.keys()
+
+
+def restart_store(variables: Mapping[str, str], timeout: timedelta) -> dist.Store | None:
+    """Store in which ranks find each other, apart from that of the attempts before a restart.
+
+    torchrun's own store outlives a restart, with the addresses of the ranks that died.
+
+    Args:
+        variables: environment.
+        timeout: time after which a rank gives up waiting for the others.
+
+    Returns:
+        None where PyTorch makes a store by itself.
+
+    Raises:
+        InputError: restarts on several machines, whose counts of restarts may differ.
+    """
+    if variables.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
+        return None
+    if int(variables.get("GROUP_WORLD_SIZE", "1")) > 1:
+        if int(variables.get("TORCHELASTIC_MAX_RESTARTS", "0")):
+            raise InputError(
+                "torchrun --max-restarts on several machines keeps the addresses of processes that "
+                "died; set TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 for torchrun on all machines."
+            )
+        return None
+    store = dist.TCPStore(
+        variables["MASTER_ADDR"], int(variables["MASTER_PORT"]), is_master=False, timeout=timeout
+    )
+    return dist.PrefixStore(f"attempt_{variables.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
+
+
+def slurm_variables(variables: Mapping[str, str]) -> dict[str, str]:
+    """Variables of torchrun for a task of ``srun``; none where the step has a single task.
+
+    Args:
+        variables: environment of the task; MASTER_ADDR and MASTER_PORT in it are kept.
+
+    Raises:
+        InputError: machines have different numbers of tasks.
+    """
+    if int(variables.get("SLURM_STEP_NUM_TASKS", "1")) == 1 or "SLURM_PROCID" not in variables:
+        return {}
+    per_node = variables.get("SLURM_STEP_TASKS_PER_NODE", "")
+    same = re.fullmatch(r"(\d+)(\(x\d+\))?", per_node)
+    if not same:
+        raise InputError(
+            f"SLURM started '{per_node}' tasks on its machines; start the same number on each, by "
+            "srun --ntasks-per-node."
+        )
+    first = re.match(r"(?:[^,\[]|\[[^\]]*\])+", variables["SLURM_STEP_NODELIST"])
+    assert first is not None, "a list of machines names one"
+    port = 20000 + (int(variables["SLURM_JOB_ID"]) + int(variables["SLURM_STEP_ID"])) % 20000
+    return {
+        "RANK": variables["SLURM_PROCID"],
+        "WORLD_SIZE": variables["SLURM_STEP_NUM_TASKS"],
+        "LOCAL_RANK": variables["SLURM_LOCALID"],
+        "LOCAL_WORLD_SIZE": same[1],
+        # node[07-09,12],other: the first is node07.
+        "MASTER_ADDR": variables.get("MASTER_ADDR", re.sub(r"\[([^],-]+)[^]]*\]", r"\1", first[0])),
+        "MASTER_PORT": variables.get("MASTER_PORT", str(port)),
+    }

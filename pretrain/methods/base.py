@@ -1,0 +1,232 @@
+"""What pre-training methods share: student and teacher, pixels, export, checks before a run.
+
+Shape suffixes: B images, N tokens, D width, S side of a view in pixels.
+"""
+
+from __future__ import annotations
+
+import copy
+import importlib
+from collections.abc import Iterable, Sequence
+from itertools import groupby
+from typing import Any, ClassVar, TypeVar
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from flsl_d2.errors import InputError
+from flsl_d2.modeling import FLSLViT
+from flsl_d2.modeling.pixels import IMAGENET_MEAN, IMAGENET_STD
+from pretrain.multi_crop import MultiCropViews
+from pretrain.schedules import StepValues
+
+__all__ = ["BaseMethod", "Networks", "encode_views", "feature_std", "global_output", "import_extra"]
+
+_Self = TypeVar("_Self", bound="BaseMethod")
+
+
+class Networks(nn.Module):
+    """An encoder and the modules that are trained with it, as student or teacher.
+
+    Args:
+        backbone: the encoder.
+        head: module behind the encoder; None for a method without one.
+    """
+
+    def __init__(self, backbone: FLSLViT, head: nn.Module | None = None) -> None:
+        super().__init__()
+        self.backbone, self.head = backbone, head
+
+
+class BaseMethod(nn.Module):
+    """Student, teacher and everything that does not depend on the objective.
+
+    A subclass adds ``forward``, the objective; see :class:`pretrain.methods.protocol.Method`.
+
+    Args:
+        student: the trained networks; ``student.backbone`` is the encoder.
+        has_teacher: whether a moving average of the student is kept as ``teacher``, which is then
+            the encoder that is exported.
+
+    Attributes:
+        student: the trained networks.
+        teacher: their moving average, without gradient; None for a method without.
+        views_type: class of views that the method takes.
+        min_global: least number of global views.
+        min_images: least number of images that a process works off at a time.
+        masks_tokens: whether the encoder gets tokens that are masked or dropped, which only
+            ``FLSLViT`` takes.
+        needs_crops: see :class:`pretrain.methods.protocol.Method`.
+        num_centroids: see :class:`pretrain.methods.protocol.Method`.
+    """
+
+    views_type: ClassVar[type] = MultiCropViews
+    min_global: ClassVar[int] = 1
+    min_images: ClassVar[int] = 1
+    masks_tokens: ClassVar[bool] = False
+    needs_crops: bool = False
+    num_centroids: int = 0
+
+    def __init__(self, student: Any, has_teacher: bool = False) -> None:
+        super().__init__()
+        if self.masks_tokens:
+            self._check_plain_vit(student.backbone)
+        self.student = student
+        self.teacher: Any = None
+        if has_teacher:
+            self.teacher = copy.deepcopy(student).requires_grad_(False).eval()
+        self.pixel_mean: Tensor
+        self.pixel_std: Tensor
+        self.register_buffer("pixel_mean", torch.tensor(IMAGENET_MEAN).view(3, 1, 1), False)
+        self.register_buffer("pixel_std", torch.tensor(IMAGENET_STD).view(3, 1, 1), False)
+
+    def train(self: _Self, mode: bool = True) -> _Self:
+        """Like ``nn.Module.train``, except that the teacher stays in evaluation mode."""
+        super().train(mode)
+        if self.teacher is not None:
+            self.teacher.eval()
+        return self
+
+    def check_run(self, views: object, images: int) -> None:
+        """Check that views and batch fit the method, before the run starts.
+
+        Args:
+            views: object that cuts the views.
+            images: number of images that a process works off at a time.
+
+        Raises:
+            InputError: they do not fit.
+        """
+        name = type(self).__name__
+        if not isinstance(views, self.views_type):
+            raise InputError(
+                f"{name} takes the views of {self.views_type.__name__}, and the config's views are "
+                f"{type(views).__name__}; use the views of its recipe in configs/pretrain."
+            )
+        count = getattr(views, "num_global", self.min_global)
+        if count < self.min_global:
+            raise InputError(
+                f"views.num_global is {count}, and {name} compares {self.min_global} global views "
+                f"of an image; set views.num_global={self.min_global}."
+            )
+        if images < self.min_images:
+            raise InputError(
+                f"a process works off {images} image(s) at a time, and {name} needs at least "
+                f"{self.min_images}; raise dataloader.total_batch_size, or lower "
+                "train.accumulation_steps."
+            )
+
+    def frozen_parameters(self, _values: StepValues) -> Iterable[nn.Parameter]:
+        """Return no parameter: all are trained in every step."""
+        return ()
+
+    @torch.no_grad()
+    def update_teacher(self, momentum: float) -> None:
+        """Exponential moving average: ``teacher = momentum * teacher + (1 - momentum) * student``.
+
+        Fixed positions are averaged as well, which leaves them unchanged.
+        """
+        if self.teacher is not None:
+            torch._foreach_lerp_(
+                list(self.teacher.parameters()), list(self.student.parameters()), 1 - momentum
+            )
+
+    def exported_encoder(self) -> FLSLViT:
+        """Return the teacher's encoder, or the student's where there is no teacher."""
+        networks = self.student if self.teacher is None else self.teacher
+        return networks.backbone
+
+    def compile_blocks(self, backend: str = "inductor") -> None:
+        """Compile the transformer blocks of student and teacher (``torch.compile``).
+
+        All blocks of an encoder share their code, so it is compiled once for each size of view,
+        during the first steps; the rest of the step is small beside them.
+
+        Args:
+            backend: backend of ``torch.compile``.
+
+        Raises:
+            InputError: the encoder has no transformer blocks.
+        """
+        for networks in (self.student, self.teacher):
+            if networks is None:
+                continue
+            if not hasattr(networks.backbone, "compile_blocks"):
+                raise InputError(
+                    f"train.compile is True, and {type(networks.backbone).__name__} has no blocks "
+                    "that are compiled one by one; set train.compile=False."
+                )
+            networks.backbone.compile_blocks(backend)
+
+    def normalised(self, images: Tensor) -> Tensor:
+        """Images in 0 to 255 to what the encoder takes, float32."""
+        return (images.float() - self.pixel_mean) / self.pixel_std
+
+    def _check_plain_vit(self, backbone: nn.Module) -> None:
+        name = type(self).__name__
+        if not isinstance(backbone, FLSLViT):
+            raise InputError(
+                f"{name} masks or drops tokens, and {type(backbone).__name__} has none before its "
+                "first layer; use an encoder of class FLSLViT."
+            )
+        windows = any(getattr(block, "window_size", 0) for block in backbone.blocks)
+        if windows or backbone.num_prefix_tokens or backbone.architecture["use_rel_pos"]:
+            raise InputError(
+                f"{name} masks or drops tokens, which an encoder with windows, relative positions "
+                "or prefix tokens does not take; set window_size=0, use_rel_pos=False and "
+                "num_prefix_tokens=0 in model.backbone."
+            )
+
+
+def encode_views(backbone: Any, views: Sequence[Tensor]) -> list[Tensor]:
+    """Encode views of several sizes, in one pass where the encoder can pack them.
+
+    Args:
+        backbone: the encoder.
+        views: normalised images (B, 3, S, S); views of the same size follow each other.
+
+    Returns:
+        Tokens (B, N, D) of each view.
+    """
+    groups = [list(group) for _, group in groupby(views, key=lambda view: view.shape[-1])]
+    batches = [torch.cat(group) for group in groups]
+    if len(batches) > 1 and isinstance(backbone, FLSLViT):
+        encoded = backbone.forward_packed(batches)
+    else:
+        encoded = [backbone.forward_tokens(images) for images in batches]
+    tokens: list[Tensor] = []
+    for group, part in zip(groups, encoded, strict=True):
+        tokens += part.chunk(len(group))
+    return tokens
+
+
+def global_output(tokens: Sequence[Tensor]) -> Tensor:
+    """Mean of the tokens of each view, (V * B, D): there is no class token."""
+    return torch.cat([view.mean(dim=1) for view in tokens])
+
+
+@torch.no_grad()
+def feature_std(tokens: Tensor) -> Tensor:
+    """Spread of the features, an indicator of collapse.
+
+    The standard deviation over tokens (B, N, D) of the L2-normalised features, times sqrt(D):
+    about 1 for features that fill the space, 0 when all are the same.
+    """
+    unit = F.normalize(tokens.float().flatten(0, 1), dim=-1)
+    return unit.std(dim=0).mean() * unit.shape[-1] ** 0.5
+
+
+def import_extra(module: str) -> Any:
+    """Import a module of the extra ``methods``.
+
+    Raises:
+        InputError: its package is not installed.
+    """
+    try:
+        return importlib.import_module(module)
+    except ImportError as error:
+        raise InputError(
+            f"this method needs the package {module.split('.')[0]} ({error}); install it with "
+            "pip install 'flsl-d2[methods]'."
+        ) from None

@@ -1,0 +1,169 @@
+"""Views of an image that are cut independently of each other: global ones, then local ones.
+
+Most methods other than FLSL compare such views. Everything random comes from one
+``numpy.random.Generator`` for each image, as in ``pretrain/views.py``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+
+from flsl_d2.data.images import ImageFile
+from flsl_d2.errors import InputError
+from pretrain.augmentation import Augmentation, apply_augmentation
+from pretrain.views import DEVICE_WORK, Views, crop_box, resized_crop
+
+__all__ = ["MultiCropViews", "place_of_box"]
+
+
+class MultiCropViews:
+    """Global and local random resized crops of an image, each augmented by itself.
+
+    The defaults are two global views with DINO's augmentation (arXiv 2104.14294). Tuples of three
+    hold a value for the first global view, for further global views, and for local ones.
+
+    Args:
+        patch_size: side of a patch in pixels; divides both sizes.
+        global_size: side in pixels of global views.
+        local_size: side in pixels of local views.
+        num_global: number of global views.
+        num_local: number of local views.
+        global_scale: share of the image's area that a global view covers, smallest and largest.
+        local_scale: share of the image's area that a local view covers.
+        flip: probability that a view is mirrored.
+        jitter: largest change of brightness, contrast, saturation and hue (in turns).
+        jitter_probability: probability of that colour jitter.
+        grey: probability of greyscale.
+        blur: probability of a blur whose standard deviation is uniform in 0.1 to 2 pixels.
+        solarise: probability that values from 128 up are inverted.
+        on_device: work that is left to the training device, ``nothing`` or ``augmentation``.
+
+    Raises:
+        InputError: an argument is out of range, or the patch does not divide a size.
+    """
+
+    # The views before augmentation are not kept; only FLSL's multi-stage training asks for them.
+    keep_crops = False
+
+    def __init__(
+        self,
+        patch_size: int = 16,
+        global_size: int = 224,
+        local_size: int = 96,
+        num_global: int = 2,
+        num_local: int = 0,
+        global_scale: tuple[float, float] = (0.4, 1.0),
+        local_scale: tuple[float, float] = (0.05, 0.4),
+        flip: float = 0.5,
+        jitter: tuple[float, float, float, float] = (0.4, 0.4, 0.2, 0.1),
+        jitter_probability: float = 0.8,
+        grey: float = 0.2,
+        blur: tuple[float, float, float] = (1.0, 0.1, 0.5),
+        solarise: tuple[float, float, float] = (0.0, 0.2, 0.0),
+        on_device: str = "nothing",
+    ) -> None:
+        if on_device not in DEVICE_WORK[:2]:
+            raise InputError(
+                f"views.on_device is '{on_device}', and views that are cut from the whole image "
+                f"leave at most the augmentation; use one of {', '.join(DEVICE_WORK[:2])}."
+            )
+        if num_global < 1 or num_local < 0:
+            raise InputError(
+                f"views.num_global is {num_global} and views.num_local {num_local}; use at least "
+                "one global view, and no negative number."
+            )
+        sizes = [("global_size", global_size), ("local_size", local_size)]
+        for name, size in sizes[: 2 if num_local else 1]:
+            if size < patch_size or size % patch_size:
+                raise InputError(
+                    f"views.{name} is {size} pixels, which patches of {patch_size} do not divide; "
+                    f"use a multiple of {patch_size}."
+                )
+        probabilities: dict[str, Sequence[float]] = {
+            "flip": [flip],
+            "jitter_probability": [jitter_probability],
+            "grey": [grey],
+            "blur": blur,
+            "solarise": solarise,
+        }
+        for name, values in probabilities.items():
+            if not all(0 <= value <= 1 for value in values):
+                raise InputError(
+                    f"views.{name} is {', '.join(map(str, values))}; use probabilities, 0 to 1."
+                )
+        self.patch_size, self.global_size, self.on_device = patch_size, global_size, on_device
+        self.num_global, self.num_local = num_global, num_local
+        self.flip, self.grey = flip, grey
+        self.jitter, self.jitter_probability = tuple(jitter), jitter_probability
+        kinds = [0, *[1] * (num_global - 1), *[2] * num_local]
+        self.kinds = [
+            (
+                local_size if kind == 2 else global_size,
+                tuple(local_scale if kind == 2 else global_scale),
+                blur[kind],
+                solarise[kind],
+            )
+            for kind in kinds
+        ]
+
+    def __call__(self, image: np.ndarray | ImageFile, rng: np.random.Generator) -> Views:
+        """Cut the views of an (H, W, 3) uint8 RGB image, or of a file.
+
+        Raises:
+            OSError: the file cannot be decoded; the text is the reason.
+        """
+        pixels = image.pixels() if isinstance(image, ImageFile) else image
+        height, width = pixels.shape[:2]
+        views = Views([], [], [], [], [], num_global=self.num_global)
+        for size, (smallest, largest), blur, solarise in self.kinds:
+            box = crop_box(rng, height, width, (smallest, largest))
+            mirrored = bool(rng.random() < self.flip)
+            drawn = self._draw(rng, blur, solarise)
+            view = resized_crop(pixels, box, size)
+            view = np.ascontiguousarray(view[:, ::-1]) if mirrored else view
+            if self.on_device == "nothing":
+                view = apply_augmentation(view, drawn)
+            else:
+                views.augmentations.append(drawn)
+            views.images.append(torch.from_numpy(view).permute(2, 0, 1))
+            views.places.append(place_of_box(box, mirrored, height, width))
+        return views
+
+    def _draw(self, rng: np.random.Generator, blur: float, solarise: float) -> Augmentation:
+        """Draw an augmentation; the number of draws depends on no probability."""
+        jittered = rng.random() < self.jitter_probability
+        brightness, contrast, saturation, hue = rng.uniform(-1, 1, 4) * self.jitter
+        order = tuple(int(i) for i in rng.permutation(4))
+        grey, blurred, solarised = rng.random(3) < (self.grey, blur, solarise)
+        sigma = rng.uniform(0.1, 2.0)
+        factors = (max(1 + brightness, 0), max(1 + contrast, 0), max(1 + saturation, 0), hue)
+        return Augmentation(
+            order if jittered else (),
+            factors if jittered else (1.0, 1.0, 1.0, 0.0),
+            bool(grey),
+            float(sigma) if blurred else 0.0,
+            bool(solarised),
+        )
+
+
+def place_of_box(
+    box: tuple[int, int, int, int], mirrored: bool, height: int, width: int
+) -> np.ndarray:
+    """Box of a view as shares of its image, as in :class:`pretrain.methods.protocol.StepInputs`.
+
+    Args:
+        box: top, left, height, width in pixels.
+        mirrored: whether the view is mirrored.
+        height: height of the image in pixels.
+        width: width of the image in pixels.
+
+    Returns:
+        (4,) float32.
+    """
+    top, left, rows, columns = box
+    if mirrored:
+        left, columns = left + columns, -columns
+    return np.array([top / height, left / width, rows / height, columns / width], np.float32)

@@ -1,0 +1,135 @@
+"""What a run is about to do, and what it costs once its first steps are done."""
+
+from __future__ import annotations
+
+import datetime
+import logging
+import os
+import resource
+import sys
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from detectron2.engine import HookBase
+from detectron2.utils import comm
+from omegaconf import DictConfig
+
+from flsl_d2.data.images import picture_size, printable
+from flsl_d2.errors import InputError
+from pretrain.methods import Method
+from pretrain.schedules import Schedules
+
+__all__ = ["FirstSteps", "describe_run", "try_images"]
+
+logger = logging.getLogger("pretrain")
+
+_TRIED_IMAGES = 100
+
+
+def try_images(files: Sequence[str], most: int = _TRIED_IMAGES) -> str:
+    """Read the headers of some images, spread evenly, and say how many cannot be read.
+
+    Raises:
+        InputError: none of them can be read.
+    """
+    places = np.linspace(0, len(files) - 1, min(most, len(files))).round().astype(int)
+    failures = []
+    for place in places:
+        try:
+            picture_size(files[place])
+        except OSError as error:
+            failures.append(f"'{printable(files[place])}' ({error})")
+    if len(failures) == len(places):
+        raise InputError(
+            f"none of {len(places)} images that were tried can be read, the first is "
+            f"{failures[0]}; check the files, or the mount they lie on."
+        )
+    found = f"{len(failures)} of {len(places)} that were tried cannot be read"
+    return f"{found}, such as {failures[0]}" if failures else found
+
+
+def describe_run(
+    cfg: DictConfig,
+    files: Sequence[str],
+    method: Method,
+    schedules: Schedules,
+    precision: str,
+) -> list[str]:
+    """Say in a few lines what a run is about to do.
+
+    Args:
+        cfg: config of the run, after its length is set.
+        files: the images.
+        method: the method, whose encoder is counted.
+        schedules: values of each step.
+        precision: resolved precision of the steps.
+
+    Raises:
+        InputError: none of the images that are tried can be read.
+    """
+    batch, world = cfg.dataloader.total_batch_size, comm.get_world_size()
+    parameters = sum(p.numel() for p in method.exported_encoder().parameters())
+    steps = schedules.total_iters
+    lines = [
+        f"{len(files):,} images; {try_images(files)}",
+        f"crops: {_crops(cfg.views)}; patches of {cfg.model.backbone.patch_size} px",
+        f"encoder: {parameters / 1e6:.1f} million parameters, in {precision} on {cfg.train.device}",
+        f"step: {batch} images ({world} process(es), {batch // world} each)",
+        f"learning rate: up to {schedules.peak_lr:.3g} over {schedules.warmup_iters:,} steps, "
+        f"then down to {schedules.final_lr:.3g}",
+        f"length: {steps:,} steps ({steps * batch / len(files):.1f} epochs); the duration follows "
+        f"after {FirstSteps.steps} steps",
+    ]
+    if len(files) < 200:
+        lines.append(
+            f"note: {len(files)} images teach an encoder little; published weights "
+            "(docs/CHECKPOINTS.md) will serve a detector better"
+        )
+    return lines
+
+
+def _crops(views: DictConfig) -> str:
+    local = f"{views.num_local} of {views.local_size} px"
+    if "num_global" in views:  # views that student and teacher share
+        return f"{views.num_global} of {views.global_size} px and {local}"
+    size = views.global_size
+    return f"1 of {size} px for the teacher; 1 of {size} px and {local} for the student"
+
+
+class FirstSteps(HookBase):
+    """Log the expected duration and the peak memory, once, after the first steps of this start."""
+
+    steps = 50
+
+    def after_step(self) -> None:
+        """Log when the steps are done."""
+        if self.trainer.iter + 1 - self.trainer.start_iter != self.steps:
+            return
+        # The first steps start workers and choose kernels, so the median is taken.
+        seconds = self.trainer.storage.history("time").median(self.steps)
+        left = datetime.timedelta(
+            seconds=round(seconds * (self.trainer.max_iter - self.trainer.iter - 1))
+        )
+        end = datetime.datetime.now(datetime.timezone.utc) + left
+        logger.info(
+            "After %d steps: %.3g s a step, so %s remain (until %s UTC), pictures and scores not "
+            "counted; peak memory %s.",
+            self.steps,
+            seconds,
+            left,
+            f"{end:%Y-%m-%d %H:%M}",
+            _peak_memory(),
+        )
+
+
+def _peak_memory() -> str:
+    if torch.cuda.is_available():
+        card = torch.cuda.get_device_properties(torch.cuda.current_device())
+        used, total, place = torch.cuda.max_memory_reserved(), card.total_memory, card.name
+    else:
+        unit = 1 if sys.platform == "darwin" else 1024
+        used = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+        total = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+        place = "this machine"
+    return f"{used / 2**30:.1f} of {total / 2**30:.0f} GiB of {place}"

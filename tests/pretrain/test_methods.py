@@ -1,0 +1,100 @@
+"""Every pre-training method: steps on pictures, exact resume, an encoder that detection loads."""
+
+from __future__ import annotations
+
+import copy
+import math
+
+import cv2
+import numpy as np
+import pytest
+import torch
+from detectron2.config import instantiate
+from detectron2.utils.events import EventStorage
+from tiny_methods import RECIPES, tiny_config
+
+from flsl_d2.errors import InputError
+from flsl_d2.weights import build_encoder
+from pretrain.data import PretrainDataset, build_pretrain_loader
+from pretrain.hooks import save_teacher_backbone
+from pretrain.optimizer import build_adamw
+from pretrain.trainer import PretrainTrainer
+
+
+@pytest.fixture(scope="module")
+def images(tmp_path_factory) -> list[str]:
+    folder = tmp_path_factory.mktemp("images")
+    rng = np.random.default_rng(0)
+    files = []
+    for i in range(8):
+        files.append(str(folder / f"{i}.png"))
+        coarse = rng.integers(0, 256, (5, 7, 3), dtype=np.uint8)
+        cv2.imwrite(files[-1], cv2.resize(coarse, (40, 32), interpolation=cv2.INTER_CUBIC))
+    return files
+
+
+def build(cfg, images: list[str], start: int = 0) -> PretrainTrainer:
+    """Trainer of four images a step, whose loader begins with step ``start``."""
+    cfg.schedules.update(total_batch_size=4, iters_per_epoch=2, total_iters=4, base_lr=0.05)
+    torch.manual_seed(0)
+    model = instantiate(cfg.model)
+    views = instantiate(cfg.views)
+    model.check_run(views, 4)
+    loader = build_pretrain_loader(PretrainDataset(images, views), 4, 0, start_iter=start)
+    return PretrainTrainer(model, loader, build_adamw(model), instantiate(cfg.schedules))
+
+
+def train(trainer: PretrainTrainer, start: int, stop: int) -> dict[str, float]:
+    trainer.start_iter, trainer.max_iter = start, stop
+    with EventStorage(start) as trainer.storage:
+        for trainer.iter in range(start, stop):
+            trainer.run_step()
+            trainer.storage.step()
+        return {name: value for name, (value, _) in trainer.storage.latest().items()}
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_method(name, images, tmp_path):
+    """Steps change every trained weight, a run continues to the bit, and the encoder loads."""
+    whole = build(tiny_config(name), images)
+    before = copy.deepcopy(whole.method.state_dict())
+    logged = train(whole, 0, 2)
+    state = copy.deepcopy(whole.state_dict())
+    weights = copy.deepcopy(whole.method.state_dict())
+    logged = train(whole, 2, 3)
+    assert all(math.isfinite(value) for value in logged.values())
+    assert 0 < logged["feature_std"] < 2
+    after = whole.method.state_dict()
+    for key, parameter in whole.method.named_parameters():
+        if parameter.requires_grad:
+            assert parameter.grad is not None, f"{key} has no part in the loss"
+            assert not torch.equal(before[key], after[key]), f"{key} was not trained"
+
+    resumed = build(tiny_config(name), images, start=2)
+    resumed.method.load_state_dict(weights)
+    resumed.load_state_dict(state)
+    train(resumed, 2, 3)
+    for key, tensor in resumed.method.state_dict().items():
+        assert torch.equal(tensor, after[key]), key
+
+    path = tmp_path / "teacher_backbone.pth"
+    save_teacher_backbone(whole.method, path)
+    pictures = torch.randn(1, 3, 24, 16)
+    exported = whole.method.exported_encoder().eval()
+    expected = exported.forward_tokens(pictures)
+    torch.testing.assert_close(build_encoder(str(path)).forward_tokens(pictures), expected)
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_method_on_device_augments_the_same_views(name, images):
+    """The loss differs by the rounding of 8-bit images alone, a grey level in 255."""
+    losses = []
+    for on_device in ("nothing", "augmentation"):
+        trainer = build(tiny_config(name, f"views.on_device={on_device}"), images)
+        losses.append(train(trainer, 0, 1)["loss"])
+    assert losses[0] == pytest.approx(losses[1], rel=0.05)
+
+
+def test_views_that_do_not_fit_are_refused(images):
+    with pytest.raises(InputError, match="num_global is 1, and DINO compares 2"):
+        build(tiny_config("dino", "views.num_global=1"), images)

@@ -1,0 +1,139 @@
+"""Two processes that decide together. All checks share one group: starting Python costs most."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from detectron2.utils import comm
+from omegaconf import OmegaConf
+from torch import nn
+
+from flsl_d2 import agreement
+from flsl_d2.engine.launch import launch
+from flsl_d2.engine.run_folder import NeutralKeys, ResumeOptions, check_and_keep_run
+from flsl_d2.errors import InputError, TrainingError
+from flsl_d2.weights.checkpointer import SafeCheckpointer
+from pretrain import trainer
+from pretrain.run import _bad_numbers
+
+
+def own_folder(folder: Path) -> Path:
+    """As seen by two machines that do not share their disks."""
+    return folder / f"machine{comm.get_rank()}"
+
+
+def check_bad_numbers_have_one_writer(folder: Path) -> None:
+    writers = []
+
+    def count(path, text):
+        writers.append(path)
+        Path(path).write_text(text)
+
+    trainer.write_text = count
+    cfg = OmegaConf.create(
+        {
+            "train": {"seed": 0, "output_dir": str(folder)},
+            "dataloader": {"total_batch_size": 4},
+        }
+    )
+    terms = [{"loss": 1.0}, {"loss": float("nan")}]
+    error = trainer.BadNumbersError(7, terms, [(1, "loss")])
+    raised = agreement.decided_by_main(
+        lambda: _bad_numbers(error, cfg, [f"{i}.jpg" for i in range(9)])
+    )
+    assert isinstance(raised, TrainingError)
+    assert len(set(comm.all_gather(str(raised)))) == 1
+    assert sum(comm.all_gather(len(writers))) == 1
+    if comm.is_main_process():
+        report = json.loads((folder / trainer.BAD_NUMBERS_FILE).read_text())
+        assert [len(rank["files"]) for rank in report["ranks"]] == [2, 2]
+
+
+def check_machines_that_see_other_folders_do_not_hang(folder: Path) -> None:
+    output = own_folder(folder)
+    output.mkdir()
+    checkpointer = SafeCheckpointer(nn.Linear(1, 1), str(output), save_to_disk=True)
+    if comm.is_main_process():
+        checkpointer.save("model_0000004", iteration=4)
+    neutral = NeutralKeys((), ())
+    # Only the first machine holds a run, of which the second must hear.
+    with pytest.raises(InputError, match="holds the checkpoints of a run"):
+        check_and_keep_run(OmegaConf.create(), output, "k", ResumeOptions(), neutral)
+    check_and_keep_run(OmegaConf.create(), output, "k", ResumeOptions(resume=True), neutral)
+    assert checkpointer.has_checkpoint()
+    comm.synchronize()
+    # The second machine has no such folder when it opens the checkpoint.
+    if not comm.is_main_process():
+        Path.open = _not_mounted
+    checkpointer.save_dir = str(folder / "machine0")
+    try:
+        with pytest.raises(InputError, match=r"rank 1 on .* cannot read .*all machines share"):
+            checkpointer.resume_or_load("", resume=True)
+    finally:
+        Path.open = OPEN
+
+
+OPEN = Path.open
+
+
+def _not_mounted(path: Path, mode: str = "r") -> None:
+    raise FileNotFoundError(2, "No such file or directory", str(path))
+
+
+def check_other_images_are_refused(folder: Path) -> None:
+    agreement.check_equal("10, sha256 abc", "the images", "share them")
+    with pytest.raises(
+        InputError, match=r"the images differ.*: 0 images on rank 0 .*, 1 images on"
+    ):
+        agreement.check_equal(f"{comm.get_rank()} images", "the images", "share them")
+
+
+def check_an_error_of_one_is_raised_on_all(folder: Path) -> None:
+    def fail_on_the_second() -> str:
+        if comm.get_rank() == 1:
+            raise InputError("the second sees no images")
+        return "seen"
+
+    with pytest.raises(InputError, match="the second sees"):
+        agreement.checked_by_all(fail_on_the_second)
+    assert agreement.decided_by_main(fail_on_the_second) == "seen"
+    order = folder / "order"
+    assert agreement.in_turns(lambda: _append(order)) == str(comm.get_rank())
+    assert order.read_text() == "01"
+
+
+def _append(path: Path) -> str:
+    with path.open("a") as file:
+        file.write(str(comm.get_rank()))
+    return str(comm.get_rank())
+
+
+CHECKS = [
+    check_bad_numbers_have_one_writer,
+    check_machines_that_see_other_folders_do_not_hang,
+    check_other_images_are_refused,
+    check_an_error_of_one_is_raised_on_all,
+]
+
+
+def run_checks(folder: str) -> None:
+    for check in CHECKS:
+        own = Path(folder, check.__name__)
+        own.mkdir(exist_ok=True)
+        comm.synchronize()
+        check(own)
+        comm.synchronize()
+
+
+def test_two_processes(tmp_path):
+    launch(run_checks, 2, args=(str(tmp_path),), device="cpu")
+
+
+def test_one_process_needs_no_group():
+    assert agreement.decided_by_main(lambda: 3) == 3
+    assert agreement.in_turns(lambda: 4) == 4
+    agreement.check_equal("a", "b", "c")
+    with pytest.raises(InputError, match="here"):
+        agreement.checked_by_all(lambda: (_ for _ in ()).throw(InputError("here")))
