@@ -40,6 +40,7 @@ def scenes(tmp_path_factory) -> Path:
         category["id"] = IDS[category["id"]]
     for annotation in content["annotations"]:
         annotation["category_id"] = IDS[annotation["category_id"]]
+    content["categories"].append({"id": 91, "name": "nothing"})
     (root / "all.json").write_text(json.dumps(content))
     torch.manual_seed(0)
     write_encoder(FLSLViT(**ENCODER), root / "encoder.pth")
@@ -67,6 +68,7 @@ def test_a_run_leaves_detector_report_and_config_and_can_be_repeated(scenes, tmp
     assert "from 14 pixels and 3 channels to 16 pixels" in out
     assert "4 images to train on" in out
     assert "2 images to validate on (split off by image with seed 0)" in out
+    assert "no training image has an object of nothing" in out
     assert "finds nearly nothing" in out
     assert "The run has 3 steps of 1 images" in out
     assert f"-m flsl_d2.detection.predict --model {folder}" in out
@@ -87,7 +89,7 @@ def test_a_run_leaves_detector_report_and_config_and_can_be_repeated(scenes, tmp
     assert found
     assert {entry["category_id"] for entry in found} <= set(IDS.values())
     predictor = Predictor(folder, device="cpu")
-    assert predictor.category_ids == list(IDS.values())
+    assert predictor.category_ids == [*IDS.values(), 91]
     assert predictor.class_names[0] == "disc"
     cfg = load_lazy_config(str(folder / "finetune.py"))
     assert cfg.train.max_iter == 3

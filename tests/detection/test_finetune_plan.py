@@ -66,8 +66,8 @@ def test_a_plan_can_always_run(num_images, side, name, memory, encoder, max_iter
         (120, "cpu", 24, 1500, 2, 25),
         (120, "cuda", 24, 1500, 8, 100),
         (10, "cuda", 24, 500, 2, 100),
-        (1_000, "cuda", 12, 50_000, 2, 100),
-        (10_000, "cuda", 80, 25_763, 16, 41),
+        (1_000, "cuda", 12, 25_000, 4, 100),
+        (10_000, "cuda", 80, 25_764, 16, 41),
         (118_000, "cuda", 80, 88_500, 16, 12),
         (1_000_000, "cuda", 80, 750_000, 16, 12),
     ],
@@ -97,11 +97,12 @@ def test_small_pictures_are_enlarged_to_twice_their_side_at_most():
 def test_objects_that_anchors_do_not_fit_are_named_with_a_remedy():
     square = [[0.2, 0.2]] * 8
     assert anchor_warnings(facts(1, objects=square), 800) == []
-    (tiny,) = anchor_warnings(facts(1, objects=[*square, [0.01, 0.01], [0.012, 0.01]]), 800)
-    assert "20% of the objects are too small" in tiny
-    assert "median side is 8 pixels" in tiny
-    side = int(tiny.split("--short-side ")[1].split()[0])
-    assert anchor_warnings(facts(1, objects=[*square, [0.01, 0.01], [0.012, 0.01]]), side) == []
+    with_small = facts(1, objects=[*square, [0.012, 0.012], [0.012, 0.012]])
+    (small,) = anchor_warnings(with_small, 800)
+    assert "20% of the objects are too small" in small
+    assert "median side is 10 pixels" in small
+    side = int(small.split("--short-side ")[1].split()[0])
+    assert anchor_warnings(with_small, side) == []
     (tinier,) = anchor_warnings(facts(1, objects=[[0.002, 0.002]]), 800)
     assert "--slice" in tinier
     (large,) = anchor_warnings(facts(1, objects=[[1.3, 1.3]]), 800)
