@@ -338,7 +338,8 @@ def _of_globox(annotation: Any) -> list[_Object]:
 def _coco(objects: dict[str, list[_Object]], pictures: _Pictures) -> dict[str, list[Any]]:
     labels = sorted({each.label for listed in objects.values() for each in listed})
     ids = {label: number for number, label in enumerate(labels, 1)}
-    images, annotations = [], []
+    images: list[dict[str, Any]] = []
+    annotations: list[dict[str, Any]] = []
     for image_id, (file, listed) in enumerate(sorted(objects.items()), 1):
         height, width = pictures.size(file)
         images.append({"id": image_id, "file_name": file, "height": height, "width": width})

@@ -164,7 +164,7 @@ def read_channels(path: str, count: int = 0, max_pixels: int = MAX_PIXELS_LIMIT)
             pixels = decoded.reshape(*decoded.shape[:2], -1)
             if pixels.shape[2] >= 3:  # OpenCV has blue first
                 pixels = pixels[..., [2, 1, 0, *range(3, pixels.shape[2])]]
-        _check_size(*pixels.shape[:2], max_pixels)
+        _check_size(pixels.shape[0], pixels.shape[1], max_pixels)
         if count and pixels.shape[2] != count:
             raise OSError(f"{pixels.shape[2]} channels instead of {count}")
         return np.ascontiguousarray(pixels, dtype=np.float32)

@@ -6,7 +6,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import timm
+from timm.layers.patch_embed import resample_patch_embed
+from timm.models import adapt_input_conv
 
 from flsl_d2.detection.finetune_plan import PythonCode
 from flsl_d2.errors import InputError
@@ -54,7 +55,7 @@ def prepare_encoder(
         sizes = {"embed_dim": net.embed_dim, "depth": 12, "patch_size": net.patch_size}
         return [f"Encoder: {weights}."], settings, sizes
     encoder = FLSLViT() if weights == "random" else build_encoder(weights)
-    architecture = dict(encoder.architecture)
+    architecture: dict[str, Any] = dict(encoder.architecture)
     lines, file = [f"Encoder: {weights}."], absolute_path(weights)
     patch = 2 ** round(np.log2(architecture["patch_size"]))
     if (patch, channels) != (architecture["patch_size"], architecture["in_chans"]):
@@ -81,14 +82,14 @@ def prepare_encoder(
 
 def _adapted(encoder: FLSLViT, patch: int, channels: int) -> FLSLViT:
     """Give an encoder patches of another side and images of another number of channels."""
-    architecture = dict(encoder.architecture)
-    grid = architecture["img_size"] // architecture["patch_size"]
+    architecture: dict[str, Any] = dict(encoder.architecture)
+    grid = architecture["img_size"] // encoder.patch_size
     changed = {"patch_size": patch, "in_chans": channels, "img_size": grid * patch}
     new = FLSLViT(**{**architecture, **changed})
     state = encoder.state_dict()
     name = "patch_embed.proj.weight"
-    weight = timm.layers.resample_patch_embed(state[name], [patch, patch])
-    state[name] = timm.models.adapt_input_conv(channels, weight)
+    weight = resample_patch_embed(state[name], [patch, patch])
+    state[name] = adapt_input_conv(channels, weight)
     new.load_state_dict(state)
     return new
 

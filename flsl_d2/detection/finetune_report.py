@@ -318,7 +318,7 @@ def _notes(
     if results and anywhere > 0.5 * total and right < 0.5 * anywhere:
         worst = confusion[:-1, :-1].copy()
         np.fill_diagonal(worst, 0)
-        row, column = np.unravel_index(worst.argmax(), worst.shape)
+        row, column = (int(i) for i in np.unravel_index(worst.argmax(), worst.shape))
         example = f" (most often {names[row]} as {names[column]})" if worst.max() else ""
         notes.append(
             f"{anywhere} of {total} objects are found at the right place with a wrong class"

@@ -293,15 +293,15 @@ class Predictor:
                 size = slices[len(parts) - 1].shape[:2]
                 cut.append(_ends_at_slice(part.boxes, (top, left), size, (height, width)))
                 parts.append(_moved(part, top, left, size, (height, width)))
+        masks = [part.masks for part in parts if part.masks is not None]
         together = Detections(
-            *(np.concatenate([getattr(p, name) for p in parts]) for name in _ARRAYS),
+            np.concatenate([part.boxes for part in parts]),
+            np.concatenate([part.scores for part in parts]),
+            np.concatenate([part.classes for part in parts]),
             self.class_names,
-            None if parts[0].masks is None else np.concatenate([p.masks for p in parts]),  # type: ignore[misc]
+            np.concatenate(masks) if masks else None,
         )
         return together[_once(together, np.concatenate(cut))]
-
-
-_ARRAYS = ("boxes", "scores", "classes")
 
 
 def _corners(height: int, width: int, side: int, overlap: float) -> Iterator[tuple[int, int]]:
@@ -443,4 +443,4 @@ def _classes(folder: Path | None, cfg: DictConfig | CfgNode) -> tuple[list[str],
     metadata = MetadataCatalog.get(first) if first else None
     names = list(metadata.get("thing_classes", [])) if metadata else []
     ids = metadata.get("thing_dataset_id_to_contiguous_id", {}) if metadata else {}
-    return names, sorted(ids, key=ids.get), ""
+    return names, sorted(ids, key=lambda id_: ids[id_]), ""
