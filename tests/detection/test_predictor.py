@@ -13,7 +13,6 @@ import pytest
 import torch
 from detectron2.config import LazyConfig, instantiate
 from detectron2.engine import DefaultPredictor
-from detectron2.modeling import build_model
 from detectron2.structures import Boxes, Instances
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -77,36 +76,18 @@ def test_a_batch_of_files_equals_arrays_one_by_one(run_folder, scenes):
         assert found.class_names == NAMES
 
 
-def test_yaml_gives_what_detectron2s_own_predictor_gives(tmp_path, scenes):
-    cfg = load_yaml_config(
-        "coco/mask_rcnn_flsl_vit_s16_1x.yaml",
-        ["MODEL.FLSL_VIT.DEPTH", "1", "MODEL.FLSL_VIT.EMBED_DIM", "48", "MODEL.DEVICE", "cpu",
-         "MODEL.FLSL_SFP.OUT_CHANNELS", "32", "MODEL.ROI_HEADS.SCORE_THRESH_TEST", "0.0",
-         "INPUT.MIN_SIZE_TEST", "128"],
-    )  # fmt: skip
-    torch.manual_seed(0)
-    model = build_model(cfg)
-    torch.nn.init.normal_(model.roi_heads.box_predictor.cls_score.weight, std=1.0)
-    torch.save({"model": model.state_dict()}, tmp_path / "model_final.pth")
-    cfg.MODEL.WEIGHTS = str(tmp_path / "model_final.pth")
-    (tmp_path / "config.yaml").write_text(cfg.dump())
-    own = Predictor(tmp_path, device="cpu", score_threshold=0.0)(scenes[:1])[0]
-    bgr = cv2.imread(scenes[0])
-    expected = DefaultPredictor(cfg)(bgr)["instances"]
-    np.testing.assert_allclose(np.sort(own.scores), np.sort(expected.scores.numpy()), rtol=1e-6)
-    np.testing.assert_allclose(
-        own.boxes, expected.pred_boxes.tensor[expected.scores.argsort(descending=True, stable=True)]
-    )
-
-
 def test_slices_cover_the_image_and_small_pictures_are_taken_whole(run_folder, scenes):
-    whole = Predictor(run_folder, device="cpu", score_threshold=0.2)(scenes)
-    sliced = Predictor(run_folder, device="cpu", score_threshold=0.2, slice_side=150)(scenes)
+    predictor = Predictor(run_folder, device="cpu", score_threshold=0.2)
+    whole = predictor(scenes)
+    predictor.slice_side = 150
+    sliced = predictor(scenes)
     for one, other in zip(whole, sliced, strict=True):
         np.testing.assert_array_equal(one.boxes, other.boxes)
         np.testing.assert_array_equal(one.masks, other.masks)
-    several = Predictor(run_folder, "", "cpu", 0.2, slice_side=64, batch_size=3)(scenes[0])[0]
-    one_by_one = Predictor(run_folder, "", "cpu", 0.2, slice_side=64)(scenes[0])[0]
+    predictor.slice_side = 64
+    one_by_one = predictor(scenes[0])[0]
+    predictor.batch_size = 3
+    several = predictor(scenes[0])[0]
     np.testing.assert_allclose(several.boxes, one_by_one.boxes, atol=1e-3)
     assert several.masks.shape[1:] == (96, 128)
     assert (np.diff(several.scores) <= 0).all()
@@ -166,24 +147,30 @@ def _shared_predictor(run_folder: Path) -> Predictor:
     return predictor
 
 
-def test_both_kinds_of_configs_give_equal_outputs(scenes, tmp_path):
+def test_both_kinds_of_configs_give_what_detectron2s_own_predictor_gives(scenes, tmp_path):
     """The recipe and its YAML twin, made small alike, with the same weights."""
-    sizes = {"embed_dim": 32, "depth": 1, "num_heads": 2, "img_size": 80}
     lazy = load_lazy_config(
         "coco/mask_rcnn_flsl_vit_s16_1x.py",
         [
-            *(f"model.backbone.net.{key}={value}" for key, value in sizes.items()),
+            "model.backbone.net={embed_dim:32,depth:1,num_heads:2,img_size:80}",
             "dataloader.test.mapper.augmentations.0.short_edge_length=96",
+            "model.proposal_generator.post_nms_topk=[20,20]",
             "model.roi_heads.num_classes=6",
-            "model.roi_heads.box_predictor.test_score_thresh=0.0",
+            "model.roi_heads.box_head={conv_dims:[16],fc_dims:[32]}",
+            "model.roi_heads.box_predictor={test_score_thresh:0.0,input_shape:{channels:32}}",
+            "model.roi_heads.mask_head.conv_dims=[16,16]",
         ],
     )
     yaml_cfg = load_yaml_config(
         "coco/mask_rcnn_flsl_vit_s16_1x.yaml",
         [
-            *(t for k, v in sizes.items() for t in (f"MODEL.FLSL_VIT.{k.upper()}", str(v))),
-            *("INPUT.MIN_SIZE_TEST", "96", "MODEL.ROI_HEADS.NUM_CLASSES", "6"),
-            *("MODEL.ROI_HEADS.SCORE_THRESH_TEST", "0.0", "MODEL.DEVICE", "cpu"),
+            *("MODEL.FLSL_VIT.EMBED_DIM", "32", "MODEL.FLSL_VIT.DEPTH", "1"),
+            *("MODEL.FLSL_VIT.NUM_HEADS", "2", "MODEL.FLSL_VIT.IMG_SIZE", "80"),
+            *("INPUT.MIN_SIZE_TEST", "96", "MODEL.RPN.POST_NMS_TOPK_TEST", "20"),
+            *("MODEL.ROI_HEADS.NUM_CLASSES", "6", "MODEL.ROI_HEADS.SCORE_THRESH_TEST", "0.0"),
+            *("MODEL.ROI_BOX_HEAD.NUM_CONV", "1", "MODEL.ROI_BOX_HEAD.CONV_DIM", "16"),
+            *("MODEL.ROI_BOX_HEAD.FC_DIM", "32", "MODEL.ROI_MASK_HEAD.NUM_CONV", "1"),
+            *("MODEL.ROI_MASK_HEAD.CONV_DIM", "16", "MODEL.DEVICE", "cpu"),
         ],
     )
     torch.manual_seed(0)
@@ -202,6 +189,11 @@ def test_both_kinds_of_configs_give_equal_outputs(scenes, tmp_path):
     assert len(found[0]) > 0
     for field in ("boxes", "scores", "classes", "masks"):
         np.testing.assert_array_equal(getattr(found[0], field), getattr(found[1], field))
+    yaml_cfg.MODEL.WEIGHTS = file
+    expected = DefaultPredictor(yaml_cfg)(cv2.imread(scenes[0]))["instances"]
+    order = expected.scores.argsort(descending=True, stable=True)
+    np.testing.assert_allclose(found[1].scores, expected.scores[order].numpy(), rtol=1e-6)
+    np.testing.assert_allclose(found[1].boxes, expected.pred_boxes.tensor[order])
 
 
 def test_results_are_cocos():
