@@ -97,6 +97,11 @@ def _check_options(args: argparse.Namespace, output: Path) -> None:
         if getattr(args, name) < 0:
             option = name.replace("_", "-")
             raise InputError(f"--{option} is {getattr(args, name)}; give 0 or more.")
+    if args.num_gpus < 1 or args.batch_size % args.num_gpus:
+        raise InputError(
+            f"--batch-size is {args.batch_size} and --num-gpus {args.num_gpus}; give at least one "
+            "process and a batch that they can share equally."
+        )
     if args.device.startswith("cuda") and not torch.cuda.is_available():
         raise InputError("--device is cuda, but PyTorch finds no GPU; give --device cpu.")
 
@@ -113,7 +118,15 @@ def _prepare(args: argparse.Namespace, output: Path) -> None:
             args.weights, args.freeze, data.channels or 3, staging, output
         )
         device = find_device(args.device)
-        plan = make_plan(data.facts, device, sizes, args.max_iter, args.short_side, args.batch_size)
+        plan = make_plan(
+            data.facts,
+            device,
+            sizes,
+            args.max_iter,
+            args.short_side,
+            args.batch_size,
+            args.num_gpus,
+        )
         warnings = anchor_warnings(data.facts, plan.short_side)
         lines = [
             *data.lines,

@@ -12,7 +12,7 @@ from timm.models import adapt_input_conv
 from flsl_d2.detection.finetune_plan import PythonCode
 from flsl_d2.errors import InputError
 from flsl_d2.modeling import FLSLViT
-from flsl_d2.modeling.timm_backbone import TIMM_PREFIX, build_timm_backbone
+from flsl_d2.modeling.timm_backbone import TIMM_PREFIX, build_timm_backbone, timm_pyramid
 from flsl_d2.weights import build_encoder
 from flsl_d2.weights.export import write_encoder
 
@@ -47,6 +47,7 @@ def prepare_encoder(
                 "give a file of a plain ViT's weights for such images."
             )
         net = build_timm_backbone(weights)
+        timm_pyramid(net)  # refuses strides that are no powers of two
         code = f"L(build_timm_backbone)(text={weights!r}, frozen={freeze})"
         settings: list[tuple[str, Any, str]] = [
             ("model.backbone", PythonCode(f"L(timm_pyramid)(net={code})"), ""),

@@ -181,6 +181,7 @@ def make_plan(
     max_iter: int = 0,
     short_side: int = 0,
     batch_size: int = 0,
+    num_processes: int = 1,
 ) -> Plan:
     """Choose the settings by the rules of this module.
 
@@ -191,6 +192,8 @@ def make_plan(
         max_iter: number of steps; 0 chooses it.
         short_side: shorter side of the images in pixels; 0 chooses it.
         batch_size: images of a step; 0 chooses it.
+        num_processes: number of GPUs, each with the memory of the device, or of processes that
+            share the memory of a CPU. The batch is a multiple of it.
     """
     reasons = {}
     if not short_side:
@@ -208,10 +211,11 @@ def make_plan(
         recompute = True
         per_image = _image_bytes(encoder, short_side, max_side, device.is_gpu, True)
         reasons["recompute"] = "one image does not fit the memory otherwise"
-    fitting = max(1, int(room // per_image))
+    fitting = max(1, int(room // per_image)) * (num_processes if device.is_gpu else 1)
     if not batch_size:
         most = min(16 if device.is_gpu else 2, fitting, max(1, facts.num_images // 4))
         batch_size = 2 ** int(math.log2(most))
+        batch_size = max(batch_size // num_processes, 1) * num_processes
     reasons["batch_size"] = (
         f"an image needs about {per_image / _GIB:.1f} of {device.memory / _GIB:.0f} GiB (estimate)"
         + ("" if batch_size <= fitting else f", so {batch_size} may not fit")

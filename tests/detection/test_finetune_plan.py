@@ -89,6 +89,13 @@ def test_an_encoder_that_does_not_fit_is_recomputed_and_the_user_is_told():
     assert "may not fit" in asked.reasons["batch_size"]
 
 
+def test_several_gpus_share_a_batch():
+    plan = make_plan(facts(1000), Device("cuda", 12 * GIB, 8), SMALL, num_processes=3)
+    assert plan.batch_size == 6
+    few = make_plan(facts(9), Device("cuda", 12 * GIB, 8), SMALL, num_processes=8)
+    assert few.batch_size == 8
+
+
 def test_small_pictures_are_enlarged_to_twice_their_side_at_most():
     assert make_plan(facts(100, 100), Device("cuda", 24 * GIB, 8), SMALL).short_side == 192
     assert make_plan(facts(100, 4000), Device("cuda", 24 * GIB, 8), SMALL).short_side == 800
