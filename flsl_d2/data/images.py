@@ -185,7 +185,7 @@ def preview(image: str | np.ndarray) -> np.ndarray:
     try:
         if isinstance(image, str):
             channels, bits = stored_format(image) if image.lower().endswith(_STORED) else (3, 8)
-            if bits == 8 and (channels <= 3 or not _is_tiff(image)):
+            if bits == 8 and (channels in (1, 3) or not _is_tiff(image)):
                 return read_rgb(image, MAX_PIXELS_LIMIT)
             image = read_channels(image)
     except OSError as error:

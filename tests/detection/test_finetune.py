@@ -96,6 +96,14 @@ def test_a_run_leaves_detector_report_and_config_and_can_be_repeated(scenes, tmp
     assert cfg.model.backbone.net.patch_size == 16
     assert cfg.lr_multiplier.warmup_length * cfg.train.max_iter < 1
 
+    # Resuming a run that is complete reports again.
+    status, out, err = run_main(main, "--output", str(folder), "--resume")
+    assert status == 0, err
+    assert "Going on with" in out
+    assert json.loads((folder / "results.json").read_text())["figures"] == pytest.approx(
+        figures, nan_ok=True
+    )
+
     # The same seed gives the same weights.
     status, _, err = run_main(main, *arguments(scenes, tmp_path / "b", val_share="0.34"))
     assert status == 0, err
