@@ -67,6 +67,7 @@ PRETRAINING_KEYS = NeutralKeys(
         "train.output_dir",
         "train.checkpoint_*",
         "train.pictures_period",
+        "train.health_period",
         "train.measures.*",
         "dataloader.num_workers",
     ),
@@ -74,6 +75,7 @@ PRETRAINING_KEYS = NeutralKeys(
         *("train.device", "train.compile", "train.log_period"),
         # The images are compared by their names below their common folder.
         *("dataset.root", "dataset.name", "dataset.max_failed_share"),
+        *("dataset.cache_gb", "dataset.cache_dir", "dataset.patience"),
         "model.backbone.use_act_checkpoint",
     ),
 )

@@ -13,7 +13,7 @@ import torch
 from detectron2.config import instantiate
 from omegaconf import DictConfig, ListConfig, OmegaConf
 
-from flsl_d2.data.image_files import image_files
+from flsl_d2.data.image_store import open_images
 from flsl_d2.engine.config_files import load_lazy_config
 from flsl_d2.engine.overrides import apply_lazy_overrides
 from flsl_d2.errors import InputError
@@ -149,7 +149,7 @@ def _checked(point: Point) -> Point:
     """
     cfg = copy.deepcopy(point.cfg)
     try:
-        files = image_files(**{key: cfg.dataset[key] for key in ("root", "name")})
+        files = open_images(**{key: cfg.dataset[key] for key in ("root", "name")})
         total_iters = set_run_length(cfg, len(files))
         resolve_precision(cfg.train.precision, cfg.train.device)
         with torch.device("meta"), warnings.catch_warnings():
