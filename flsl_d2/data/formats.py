@@ -133,13 +133,17 @@ def _is_number(text: str) -> bool:
     return True
 
 
-def convert_to_coco(source: AnnotationSource, images: str | Path, output: str | Path) -> str:
+def convert_to_coco(
+    source: AnnotationSource, images: str | Path, output: str | Path, labels: Sequence[str] = ()
+) -> str:
     """Write annotations as a file in COCO's format.
 
     Args:
         source: annotations of another format than COCO's.
         images: folder of the pictures, with subfolders.
         output: JSON file to write.
+        labels: classes that the file gets even if no object has them, as a second part of a data
+            set needs.
 
     Returns:
         A sentence of what was found.
@@ -174,7 +178,7 @@ def convert_to_coco(source: AnnotationSource, images: str | Path, output: str | 
             f"the annotations '{source.path}' ({source.kind}) hold no box of a picture below "
             f"'{root}'; check both paths."
         )
-    content = _coco(objects, pictures)
+    content = _coco(objects, pictures, labels)
     write_text(output, json.dumps(content))
     notes = [f"{count} {what} are left out" for what, count in left_out.items()]
     return "; ".join(
@@ -335,9 +339,11 @@ def _of_globox(annotation: Any) -> list[_Object]:
     ]
 
 
-def _coco(objects: dict[str, list[_Object]], pictures: _Pictures) -> dict[str, list[Any]]:
-    labels = sorted({each.label for listed in objects.values() for each in listed})
-    ids = {label: number for number, label in enumerate(labels, 1)}
+def _coco(
+    objects: dict[str, list[_Object]], pictures: _Pictures, labels: Sequence[str]
+) -> dict[str, list[Any]]:
+    found = {each.label for listed in objects.values() for each in listed}
+    ids = {label: number for number, label in enumerate(sorted(found.union(labels)), 1)}
     images: list[dict[str, Any]] = []
     annotations: list[dict[str, Any]] = []
     for image_id, (file, listed) in enumerate(sorted(objects.items()), 1):

@@ -56,10 +56,10 @@ def prepare_data(args: argparse.Namespace, staging: Path) -> OwnData:
     folder = staging / "annotations"
     train = _as_coco(args.annotations, args.images, folder / "converted.json", lines)
     images_of_val = args.val_images or args.images
-    check_coco_files(train, args.images, Use.BOXES, open_pictures=True)
+    names = check_coco_files(train, args.images, Use.BOXES, open_pictures=True)
     if args.val_annotations:
         target = folder / "converted_val.json"
-        val = _as_coco(args.val_annotations, images_of_val, target, lines)
+        val = _as_coco(args.val_annotations, images_of_val, target, lines, names)
         how = "as given"
     else:
         parts = split_by_image(read_coco(train), args.val_share, args.seed, args.val_group)
@@ -68,7 +68,6 @@ def prepare_data(args: argparse.Namespace, staging: Path) -> OwnData:
             write_text(path, json.dumps(part))
         how = f"split off by image with seed {args.seed}"
         how += f", images with the same {args.val_group!r} together" if args.val_group else ""
-    names = check_coco_files(train, args.images, Use.BOXES)
     records = load_coco(str(train), args.images)
     facts = collect_facts(records, names)
     if not facts.num_images:
@@ -118,12 +117,14 @@ def prepare_data(args: argparse.Namespace, staging: Path) -> OwnData:
     return OwnData(train, val, names, has_masks, facts, lines, channels)
 
 
-def _as_coco(annotations: str, images: str, output: Path, lines: list[str]) -> Path:
+def _as_coco(
+    annotations: str, images: str, output: Path, lines: list[str], labels: Sequence[str] = ()
+) -> Path:
     """Convert annotations where they are not in COCO's format."""
     source = recognise_annotations(annotations)
     if source.kind == "COCO":
         return source.path
-    lines.append(f"{convert_to_coco(source, images, output)}.")
+    lines.append(f"{convert_to_coco(source, images, output, labels)}.")
     return output
 
 

@@ -116,6 +116,13 @@ def test_polygons_become_masks(images, tmp_path):
         check_coco_files(tmp_path / "all.json", images, Use.BOXES | Use.MASKS)
 
 
+def test_a_second_part_gets_the_classes_of_the_first(images, tmp_path):
+    convert_to_coco(recognise_annotations(voc(tmp_path)), images, tmp_path / "a.json", ["bolt"])
+    coco = json.loads((tmp_path / "a.json").read_text())
+    assert [category["name"] for category in coco["categories"]] == ["bolt", "nut"]
+    assert {annotation["category_id"] for annotation in coco["annotations"]} == {2}
+
+
 def test_coco_is_taken_as_it_is(tmp_path):
     (tmp_path / "a.json").write_text('{"images": [], "annotations": [], "categories": []}')
     assert recognise_annotations(tmp_path / "a.json").kind == "COCO"
