@@ -113,7 +113,10 @@ def _prepare(args: argparse.Namespace, output: Path) -> None:
     """
     with TemporaryDirectory() as name:
         staging = Path(name)
-        data = prepare_data(args, staging)
+        try:
+            data = prepare_data(args, staging)
+        except InputError as error:  # the folder is gone when the message is read
+            raise InputError(str(error).replace(f"{staging}/", "")) from error
         encoder_lines, settings, sizes = prepare_encoder(
             args.weights, args.freeze, data.channels or 3, staging, output
         )
