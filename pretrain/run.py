@@ -8,6 +8,7 @@ import logging
 from collections.abc import Sequence
 from pathlib import Path
 
+import torch
 from detectron2.config import instantiate
 from detectron2.engine import HookBase, hooks
 from detectron2.utils import comm
@@ -43,6 +44,7 @@ from pretrain.summary import FirstSteps, describe_run
 from pretrain.trainer import (
     BadNumbersError,
     PretrainTrainer,
+    resolve_compile,
     resolve_precision,
     step_files,
     write_bad_numbers,
@@ -135,9 +137,10 @@ def _run(cfg: DictConfig, options: ResumeOptions, request: StopRequest, preset: 
     schedules: Schedules = instantiate(cfg.schedules)
     views: CutViews = instantiate(cfg.views)
     seed_all_rng(cfg.train.seed)
+    torch.set_float32_matmul_precision("high" if cfg.train.get("tf32") else "highest")
     model = instantiate(cfg.model).to(cfg.train.device)
     method: Method = model
-    if cfg.train.compile:
+    if resolve_compile(cfg.train.compile, cfg.train.device, method.exported_encoder()):
         method.compile_blocks()
     method.check_run(
         views, batch_size // comm.get_world_size() // max(cfg.train.accumulation_steps, 1)
@@ -149,7 +152,7 @@ def _run(cfg: DictConfig, options: ResumeOptions, request: StopRequest, preset: 
     for line in describe_run(cfg, files, method, schedules, precision):
         logger.info("%s", line)
     trainer = PretrainTrainer(
-        wrap_ddp(model, broadcast_buffers=False),
+        wrap_ddp(model, broadcast_buffers=False, gradient_as_bucket_view=True),
         None,
         build_adamw(model),
         schedules,
@@ -177,6 +180,8 @@ def _run(cfg: DictConfig, options: ResumeOptions, request: StopRequest, preset: 
         comm.get_rank(),
         comm.get_world_size(),
         start_iter,
+        cfg.dataloader.get("prefetch_factor", 2),
+        cfg.train.device,
     )
     trainer.register_hooks(_hooks(cfg, checkpointer, trainer, monitor, files, max_iter, start_iter))
     try:
@@ -262,7 +267,11 @@ def _hooks(
         ]
         registered += [
             EncoderPictures(
-                files, output / "pictures", cfg.train.pictures_period, cfg.views.global_size
+                files,
+                output / "pictures",
+                cfg.train.pictures_period,
+                cfg.views.global_size,
+                max_share=cfg.train.get("pictures_max_share", 1.0),
             ),
             PeriodicWriter(writers, period),
             ExportTeacher(output / "teacher_backbone.pth", cfg.train.checkpoint_period),

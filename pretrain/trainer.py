@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import random
+import shutil
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
@@ -14,6 +16,7 @@ from typing import Any, cast
 
 import numpy as np
 import torch
+import torch.distributed as dist
 from detectron2.engine import SimpleTrainer
 from detectron2.utils import comm
 from torch import Tensor, nn
@@ -22,6 +25,7 @@ from flsl_d2.data.images import printable
 from flsl_d2.engine.launch import has_native_bf16
 from flsl_d2.errors import InputError, TrainingError
 from flsl_d2.files import write_text
+from flsl_d2.modeling.transfer import to_device
 from pretrain.data import Batch
 from pretrain.image_stream import ImageStream
 from pretrain.methods.protocol import Losses, Method, Monitored
@@ -34,6 +38,7 @@ __all__ = [
     "BadNumbersError",
     "PretrainTrainer",
     "check_finite",
+    "resolve_compile",
     "resolve_precision",
     "step_files",
     "write_bad_numbers",
@@ -150,6 +155,29 @@ def resolve_precision(precision: str, device: str) -> str:
     if precision == "fp16" and not device.startswith("cuda"):
         raise InputError(f"train.precision is 'fp16' on device '{device}'; use bf16 or fp32 there.")
     return precision
+
+
+def resolve_compile(setting: bool | str, device: str, encoder: nn.Module) -> bool:
+    """Resolve ``auto``: blocks are compiled on a GPU, where they and a C compiler are there.
+
+    A step of 64 images on a GPU is bound by the 1,600 operations that Python starts for it.
+
+    Args:
+        setting: ``train.compile``.
+        device: training device.
+        encoder: the encoder.
+
+    Raises:
+        InputError: the setting is none of ``auto``, True and False.
+    """
+    if setting not in ("auto", True, False):
+        raise InputError(f"train.compile is '{setting}'; use auto, True or False.")
+    if setting != "auto":
+        return bool(setting)
+    # Triton compiles a small C file for each kernel.
+    names = (os.environ.get("CC", "cc"), "gcc", "clang")
+    compiler = any(shutil.which(name) for name in names)
+    return device.startswith("cuda") and compiler and hasattr(encoder, "compile_blocks")
 
 
 class PretrainTrainer(SimpleTrainer):
@@ -279,21 +307,18 @@ class PretrainTrainer(SimpleTrainer):
         scalars = {name: loss.detach() for name, loss in losses.items()}
         scalars["grad_norm"] = grad_norm
         scalars.update((name, x) for name, x in self.monitored.items() if x.dim() == 0)
-        # One transfer for all, so that the device is waited for once.
-        numbers = torch.stack([x.float() for x in scalars.values()]).tolist()
-        local_values = dict(zip(scalars, numbers, strict=True))
         assert self.last_batch is not None
         stop = self.stop_asked() or self.last_batch.next_error is not None
-        local = (local_values, data_time, len(self.last_batch.failed), stop)
-        terms, data_times, failed, stops = zip(*comm.all_gather(local), strict=True)
-        self.num_failed += sum(failed)
+        counts = torch.tensor([data_time, len(self.last_batch.failed), stop], dtype=torch.float32)
+        terms, (data_times, failed, stops) = _gathered(scalars, counts)
+        self.num_failed += int(sum(failed))
         self.stop_agreed = any(stops)
         self._count_overflow()
         # The scaler leaves out a step whose gradients overflow, and only that one.
         check_finite(self.iter, terms, exempt=["grad_norm"] if self.scaler.is_enabled() else [])
         if not comm.is_main_process():
             return
-        for name in local_values:
+        for name in scalars:
             self.storage.put_scalar(name, float(np.mean([rank[name] for rank in terms])))
         self.storage.put_scalar("data_time", max(data_times))
         scheduled = {name: float(value) for name, value in asdict(values).items()}
@@ -321,6 +346,30 @@ class PretrainTrainer(SimpleTrainer):
         self.loss_scale = self.scaler.get_scale()
         for name, count in state_dict.get("counts", {}).items():
             setattr(self, name, int(count))
+
+
+def _gathered(
+    scalars: Mapping[str, Tensor], counts: Tensor
+) -> tuple[list[dict[str, float]], list[list[float]]]:
+    """Bring the numbers of a step from all processes, with one exchange and one wait for a device.
+
+    Args:
+        scalars: numbers on the training device by name, the same names on each process.
+        counts: (N,) float32, further numbers on the CPU.
+
+    Returns:
+        The scalars of each rank, and for each of the counts the values of all ranks.
+    """
+    values = torch.stack([x.float() for x in scalars.values()])
+    numbers = torch.cat([values, to_device(counts, values.device)])
+    if comm.get_world_size() > 1:
+        gathered = numbers.new_empty(comm.get_world_size(), len(numbers))
+        dist.all_gather_into_tensor(gathered, numbers)
+    else:
+        gathered = numbers[None]
+    rows = gathered.tolist()
+    terms = [dict(zip(scalars, row, strict=False)) for row in rows]
+    return terms, [[row[len(scalars) + i] for row in rows] for i in range(len(counts))]
 
 
 def _combine(parts: list[Tensor]) -> Tensor:

@@ -6,6 +6,8 @@ import json
 from pathlib import Path
 
 import pytest
+import torch
+import torch.distributed as dist
 from detectron2.utils import comm
 from omegaconf import OmegaConf
 from torch import nn
@@ -110,7 +112,27 @@ def _append(path: Path) -> str:
     return str(comm.get_rank())
 
 
+def check_numbers_of_a_step_are_one_exchange(folder: Path) -> None:
+    rank, exchanges = comm.get_rank(), []
+    real = dist.all_gather_into_tensor
+
+    def count(*arguments, **options):
+        exchanges.append(arguments)
+        return real(*arguments, **options)
+
+    dist.all_gather_into_tensor = count
+    try:
+        scalars = {"loss": torch.tensor(1.5 + rank), "assigned": torch.tensor(3)}
+        terms, counts = trainer._gathered(scalars, torch.tensor([0.25 * rank, 7.0, rank]))
+    finally:
+        dist.all_gather_into_tensor = real
+    assert terms == [{"loss": 1.5, "assigned": 3.0}, {"loss": 2.5, "assigned": 3.0}]
+    assert counts == [[0.0, 0.25], [7.0, 7.0], [0.0, 1.0]]
+    assert len(exchanges) == 1
+
+
 CHECKS = [
+    check_numbers_of_a_step_are_one_exchange,
     check_bad_numbers_have_one_writer,
     check_machines_that_see_other_folders_do_not_hang,
     check_other_images_are_refused,

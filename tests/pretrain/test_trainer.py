@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import shutil
 
 import pytest
 import torch
@@ -17,7 +18,12 @@ from pretrain.methods.flsl import FLSL
 from pretrain.methods.flsl_objective import FLSLLoss
 from pretrain.optimizer import build_adamw, clip_gradients
 from pretrain.schedules import Schedules
-from pretrain.trainer import BadNumbersError, PretrainTrainer, resolve_precision
+from pretrain.trainer import (
+    BadNumbersError,
+    PretrainTrainer,
+    resolve_compile,
+    resolve_precision,
+)
 
 
 def small_model(**options) -> FLSL:
@@ -207,6 +213,21 @@ def test_precision_follows_the_device():
         resolve_precision("fp8", "cpu")
     with pytest.raises(InputError, match="fp16"):
         resolve_precision("fp16", "cpu")
+
+
+def test_blocks_are_compiled_by_default_on_a_gpu_alone(monkeypatch):
+    encoder = small_model().exported_encoder()
+    assert not resolve_compile("auto", "cpu", encoder)
+    monkeypatch.setattr(shutil, "which", lambda name: f"/usr/bin/{name}")
+    assert not resolve_compile("auto", "cpu", encoder)
+    assert resolve_compile("auto", "cuda", encoder)
+    assert not resolve_compile("auto", "cuda", torch.nn.Linear(1, 1))  # it has no blocks
+    monkeypatch.setattr(shutil, "which", lambda name: None)
+    assert not resolve_compile("auto", "cuda", encoder)
+    assert resolve_compile(True, "cpu", encoder)
+    assert not resolve_compile(False, "cuda", encoder)
+    with pytest.raises(InputError, match=r"train\.compile is 'yes'"):
+        resolve_compile("yes", "cpu", encoder)
 
 
 def test_exported_teacher_is_complete_and_plain(tmp_path):

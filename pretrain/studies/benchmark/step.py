@@ -29,7 +29,7 @@ from pretrain.studies.benchmark.measuring import (
     stored_for_backward,
     time_in_turn,
 )
-from pretrain.trainer import PretrainTrainer, resolve_precision
+from pretrain.trainer import PretrainTrainer, resolve_compile, resolve_precision
 from pretrain.views import NestedViews, Views
 
 __all__ = [
@@ -111,7 +111,7 @@ def step_flops(model: FLSL, view_tokens: Sequence[int], view_queries: Sequence[i
 # Overrides that change the speed of a step and not its result; in "a+b" the later one wins.
 VARIANTS: dict[str, tuple[str, ...]] = {
     "eager": ("model.pack_views=False", "train.compile=False"),
-    "packed": ("model.pack_views=True",),
+    "packed": ("model.pack_views=True", "train.compile=False"),
     "compiled": ("train.compile=True",),
     "checkpointed": ("model.backbone.use_act_checkpoint=True",),
     "augmented on device": ("views.on_device=augmentation",),
@@ -159,7 +159,7 @@ def build_trainer(
     cfg.schedules.update(total_batch_size=batch_size, iters_per_epoch=1000, total_iters=10**6)
     torch.manual_seed(0)
     model: FLSL = instantiate(cfg.model).to(device).train()
-    if cfg.train.compile:
+    if resolve_compile(cfg.train.compile, device.type, model.exported_encoder()):
         model.compile_blocks()
     trainer = PretrainTrainer(
         model,
