@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from flsl_d2.errors import InputError
+from flsl_d2.modeling.transfer import to_device
 
 __all__ = [
     "grid_of_table",
