@@ -36,10 +36,10 @@ dataset = dict(
     # An image of more pixels counts as one that cannot be read.
     max_pixels=100_000_000,
     # Images of a URL that are kept on the local disk, in 10^9 bytes; the folder "" is ~/.cache.
-    cache_gb=0,
+    cache_gb=0.0,
     cache_dir="",
     # Seconds that a failing server is asked again before the run writes a checkpoint and ends.
-    patience=60,
+    patience=60.0,
 )
 
 views = L(NestedViews)(
