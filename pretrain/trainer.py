@@ -38,6 +38,7 @@ __all__ = [
     "BadNumbersError",
     "PretrainTrainer",
     "check_finite",
+    "gathered_numbers",
     "resolve_compile",
     "resolve_precision",
     "step_files",
@@ -310,7 +311,7 @@ class PretrainTrainer(SimpleTrainer):
         assert self.last_batch is not None
         stop = self.stop_asked() or self.last_batch.next_error is not None
         counts = torch.tensor([data_time, len(self.last_batch.failed), stop], dtype=torch.float32)
-        terms, (data_times, failed, stops) = _gathered(scalars, counts)
+        terms, (data_times, failed, stops) = gathered_numbers(scalars, counts)
         self.num_failed += int(sum(failed))
         self.stop_agreed = any(stops)
         self._count_overflow()
@@ -348,7 +349,7 @@ class PretrainTrainer(SimpleTrainer):
             setattr(self, name, int(count))
 
 
-def _gathered(
+def gathered_numbers(
     scalars: Mapping[str, Tensor], counts: Tensor
 ) -> tuple[list[dict[str, float]], list[list[float]]]:
     """Bring the numbers of a step from all processes, with one exchange and one wait for a device.

@@ -123,7 +123,7 @@ def check_numbers_of_a_step_are_one_exchange(folder: Path) -> None:
     dist.all_gather_into_tensor = count
     try:
         scalars = {"loss": torch.tensor(1.5 + rank), "assigned": torch.tensor(3)}
-        terms, counts = trainer._gathered(scalars, torch.tensor([0.25 * rank, 7.0, rank]))
+        terms, counts = trainer.gathered_numbers(scalars, torch.tensor([0.25 * rank, 7.0, rank]))
     finally:
         dist.all_gather_into_tensor = real
     assert terms == [{"loss": 1.5, "assigned": 3.0}, {"loss": 2.5, "assigned": 3.0}]

@@ -33,6 +33,7 @@ from pretrain.trainer import PretrainTrainer, resolve_compile, resolve_precision
 from pretrain.views import NestedViews, Views
 
 __all__ = [
+    "NOT_COMPILED",
     "PEAK_TFLOPS",
     "VARIANTS",
     "Step",
@@ -108,10 +109,12 @@ def step_flops(model: FLSL, view_tokens: Sequence[int], view_queries: Sequence[i
     return total + (3 + 1) * 2 * weights * sum(view_queries)
 
 
+# Blocks are compiled where a variant says so, and not by default on GPUs.
+NOT_COMPILED = "train.compile=False"
 # Overrides that change the speed of a step and not its result; in "a+b" the later one wins.
 VARIANTS: dict[str, tuple[str, ...]] = {
     "eager": ("model.pack_views=False", "train.compile=False"),
-    "packed": ("model.pack_views=True", "train.compile=False"),
+    "packed": ("model.pack_views=True",),
     "compiled": ("train.compile=True",),
     "checkpointed": ("model.backbone.use_act_checkpoint=True",),
     "augmented on device": ("views.on_device=augmentation",),
@@ -227,7 +230,7 @@ class Step:
 
 def benchmark_step(args: argparse.Namespace) -> None:
     """Measure speed, memory and share of the peak of each variant, and of a reference."""
-    overrides = {name: [*args.opts, *_overrides_of(name)] for name in args.variants}
+    overrides = {name: [NOT_COMPILED, *args.opts, *_overrides_of(name)] for name in args.variants}
     device = prepared_device(args)
     makers: dict[str, Callable[[], Callable[[], None]]] = {}
     if args.reference_module:
