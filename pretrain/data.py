@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -38,6 +39,7 @@ __all__ = [
 ]
 
 MAX_REPLACEMENTS = 20
+LOOK_AHEAD = 2  # batches
 ENOUGH_IMAGES = 1000  # a share of fewer images is too uncertain
 
 
@@ -59,7 +61,8 @@ class Batch:
         augmentations: for each view, where they are left to the device; else empty.
         places: for each view (B, 4) float32, where they do not follow from the boxes; else empty.
         num_global: number of views, the first ones, that are global.
-        next_error: the error that took the place of the next batch of this process; None for none.
+        next_error: the error that took the place of one of the next two batches of this process;
+            None for none.
     """
 
     views: list[Tensor]
@@ -258,17 +261,20 @@ class PretrainLoader:
         self.loader = loader
 
     def __iter__(self) -> Iterator[Batch]:
-        batch = None
+        waiting: deque[Batch] = deque()
         # A process that had no images for a step would leave the others waiting in the middle of
-        # it, so each batch says whether there is one after it.
+        # it. So a batch says whether an error comes soon: within two steps, because a step's
+        # numbers, by which processes agree to stop, may be read in the next one.
         for following in self.loader:
-            if batch is not None:
-                if isinstance(following, TrainingError):
+            if isinstance(following, TrainingError):
+                for batch in waiting:
                     batch.next_error = following
-                yield batch
             if isinstance(following, InputError | TrainingError):
+                yield from waiting
                 raise following
-            batch = following
+            waiting.append(following)
+            if len(waiting) > LOOK_AHEAD:
+                yield waiting.popleft()
 
 
 def build_pretrain_loader(

@@ -6,6 +6,7 @@ import argparse
 import errno
 import logging
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -40,15 +41,9 @@ from pretrain.monitor import CollapseWatch, ConsoleProgress, Monitor
 from pretrain.optimizer import build_adamw
 from pretrain.presets import PRESET_FILE, use_images
 from pretrain.schedules import Schedules, set_run_length
+from pretrain.step_numbers import BadNumbersError, step_files, write_bad_numbers
 from pretrain.summary import FirstSteps, describe_run
-from pretrain.trainer import (
-    BadNumbersError,
-    PretrainTrainer,
-    resolve_compile,
-    resolve_precision,
-    step_files,
-    write_bad_numbers,
-)
+from pretrain.trainer import PretrainTrainer, resolve_compile, resolve_precision
 from pretrain.views import CutViews
 
 __all__ = ["launch_pretraining", "run_pretraining"]
@@ -163,6 +158,7 @@ def _run(cfg: DictConfig, options: ResumeOptions, request: StopRequest, preset: 
         cfg.train.accumulation_steps,
     )
     trainer.stop_asked = lambda: bool(request)
+    trainer.reads_now = partial(_reads_now, cfg, max_iter)
     monitor = Monitor(
         cfg.train.log_period,
         batch_size,
@@ -200,6 +196,13 @@ def _run(cfg: DictConfig, options: ResumeOptions, request: StopRequest, preset: 
             f"'{output}' can no longer be written ({error.strerror}); the checkpoints in it are "
             "untouched: make room and continue with --resume."
         ) from error
+
+
+def _reads_now(cfg: DictConfig, max_iter: int, done: int) -> bool:
+    """Whether a step is logged or saved, so that its numbers are needed at once."""
+    periods = (cfg.train.log_period, cfg.train.checkpoint_period)
+    on_gpu = str(cfg.train.device).startswith("cuda")
+    return not on_gpu or done >= max_iter or any(done % period == 0 for period in periods)
 
 
 def _raise_data_error(trainer: PretrainTrainer) -> None:

@@ -17,7 +17,7 @@ from flsl_d2.engine.launch import launch
 from flsl_d2.engine.run_folder import NeutralKeys, ResumeOptions, check_and_keep_run
 from flsl_d2.errors import InputError, TrainingError
 from flsl_d2.weights.checkpointer import SafeCheckpointer
-from pretrain import trainer
+from pretrain import step_numbers
 from pretrain.run import _bad_numbers
 
 
@@ -33,7 +33,7 @@ def check_bad_numbers_have_one_writer(folder: Path) -> None:
         writers.append(path)
         Path(path).write_text(text)
 
-    trainer.write_text = count
+    step_numbers.write_text = count
     cfg = OmegaConf.create(
         {
             "train": {"seed": 0, "output_dir": str(folder)},
@@ -41,7 +41,7 @@ def check_bad_numbers_have_one_writer(folder: Path) -> None:
         }
     )
     terms = [{"loss": 1.0}, {"loss": float("nan")}]
-    error = trainer.BadNumbersError(7, terms, [(1, "loss")])
+    error = step_numbers.BadNumbersError(7, terms, [(1, "loss")])
     raised = agreement.decided_by_main(
         lambda: _bad_numbers(error, cfg, [f"{i}.jpg" for i in range(9)])
     )
@@ -49,7 +49,7 @@ def check_bad_numbers_have_one_writer(folder: Path) -> None:
     assert len(set(comm.all_gather(str(raised)))) == 1
     assert sum(comm.all_gather(len(writers))) == 1
     if comm.is_main_process():
-        report = json.loads((folder / trainer.BAD_NUMBERS_FILE).read_text())
+        report = json.loads((folder / step_numbers.BAD_NUMBERS_FILE).read_text())
         assert [len(rank["files"]) for rank in report["ranks"]] == [2, 2]
 
 
@@ -123,11 +123,12 @@ def check_numbers_of_a_step_are_one_exchange(folder: Path) -> None:
     dist.all_gather_into_tensor = count
     try:
         scalars = {"loss": torch.tensor(1.5 + rank), "assigned": torch.tensor(3)}
-        terms, counts = trainer.gathered_numbers(scalars, torch.tensor([0.25 * rank, 7.0, rank]))
+        counts = {"data_time": 0.25 * rank, "failed": 7, "stop": rank == 1}
+        terms, counts = step_numbers.StepNumbers(4, None, scalars, counts).read()
     finally:
         dist.all_gather_into_tensor = real
     assert terms == [{"loss": 1.5, "assigned": 3.0}, {"loss": 2.5, "assigned": 3.0}]
-    assert counts == [[0.0, 0.25], [7.0, 7.0], [0.0, 1.0]]
+    assert counts == {"data_time": [0.0, 0.25], "failed": [7.0, 7.0], "stop": [0.0, 1.0]}
     assert len(exchanges) == 1
 
 

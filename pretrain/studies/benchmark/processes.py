@@ -10,9 +10,10 @@ import torch
 from detectron2.utils import comm
 
 from flsl_d2.engine.launch import launch, wrap_ddp
+from pretrain.step_numbers import StepNumbers
 from pretrain.studies.benchmark.measuring import prepared_device, report, seconds_of
 from pretrain.studies.benchmark.step import Step
-from pretrain.trainer import PretrainTrainer, gathered_numbers
+from pretrain.trainer import PretrainTrainer
 
 __all__ = ["benchmark_processes"]
 
@@ -73,4 +74,5 @@ def _median(function: Callable[[], None], args: argparse.Namespace, device: torc
 
 def _exchange_numbers(trainer: PretrainTrainer, device: torch.device) -> None:
     scalars = {str(i): torch.zeros((), device=device) for i in range(10)}
-    gathered_numbers(scalars, torch.zeros(3))
+    counts = {"data_time": 0.0, "failed": 0.0, "stop": 0.0}
+    StepNumbers(0, trainer.schedules(0), scalars, counts).read()
