@@ -13,7 +13,7 @@ from pretrain.studies.benchmark.gpus import Row, benchmark_rows, run_rows
 
 CONFIG = "configs/pretrain/flsl_vit_small_p16_in1k.py"
 TINY = [
-    *("views.global_size=32", "views.local_size=16", "model.backbone.img_size=32"),
+    *("views.global_size=64", "views.local_size=32"),
     *("model.backbone.embed_dim=24", "model.backbone.depth=1", "model.backbone.num_heads=1"),
     *("model.head.num_centroids=8", "model.head.hidden_dim=16", "model.head.bottleneck_dim=8"),
 ]

@@ -89,7 +89,7 @@ def run_step(overrides: list[str], folder) -> Dispatched:
     trainer.run_step()  # the first also moves the previous stage
     with pytest.MonkeyPatch.context() as patch, Dispatched() as dispatched:
         patch.setattr(transfer, "needs_pinning", lambda device: device.type != "cpu")
-        patch.setattr(torch.Tensor, "pin_memory", dispatched.pin)
+        patch.setattr(torch.Tensor, "pin_memory", lambda tensor: dispatched.pin(tensor))
         trainer.run_step()
         trainer.after_step()
     assert {number.device.type for number in trainer.read} == {"meta"}

@@ -33,7 +33,8 @@ def _measure(args: argparse.Namespace) -> None:
         device = torch.device("cuda", torch.cuda.current_device())
     step = Step(args.config_file, args.opts, args.batch_size, device, args.precision)
     trainer, world_size = step.trainer, comm.get_world_size()
-    wrapped = wrap_ddp(trainer.method, broadcast_buffers=False, gradient_as_bucket_view=True)
+    plain: torch.nn.Module = trainer.model
+    wrapped = wrap_ddp(plain, broadcast_buffers=False, gradient_as_bucket_view=True)
 
     def step_of(model: torch.nn.Module) -> Callable[[], None]:
         def run() -> None:
@@ -44,7 +45,7 @@ def _measure(args: argparse.Namespace) -> None:
 
     functions = {
         "step": step_of(wrapped),
-        "step without exchange of gradients": step_of(trainer.method),
+        "step without exchange of gradients": step_of(plain),
         "exchange of numbers": lambda: _exchange_numbers(trainer, device),
     }
     medians = {name: _median(function, args, device) for name, function in functions.items()}
