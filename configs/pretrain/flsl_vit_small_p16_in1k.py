@@ -111,6 +111,7 @@ model = L(FLSL)(
     position_drop=0.0,
     position_jitter="none",
     position_share=1.0,
+    image_share=1.0,
     token_share=1.0,
 )
 

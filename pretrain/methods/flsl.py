@@ -19,7 +19,7 @@ from flsl_d2.modeling.projection_head import FLSLHead
 from flsl_d2.modeling.vit import gather_tokens
 from pretrain.methods.base import BaseMethod, feature_std
 from pretrain.methods.flsl_objective import FLSLLoss
-from pretrain.methods.places import PlaceBound, places_of_queries, tokens_at
+from pretrain.methods.places import VarianceBound, places_of_queries, tokens_at
 from pretrain.methods.previous_stage import PreviousStage
 from pretrain.methods.protocol import Losses, Monitored, StepInputs
 from pretrain.schedules import StepValues
@@ -98,8 +98,9 @@ class FLSL(BaseMethod):
             (:func:`flsl_d2.modeling.positions.jittered_positions`): ``none``, ``teacher`` or
             ``both``. A target then depends on a place by its neighbours alone.
         position_share: largest share of the variance of the targets' logits that a token's place
-            in the teacher's view may explain (:class:`pretrain.methods.places.PlaceBound`); 1 for
-            no bound. It needs ``partner=place``.
+            in the teacher's view may explain (:class:`pretrain.methods.places.VarianceBound`); 1
+            for no bound. It needs ``partner=place``.
+        image_share: likewise, the largest share that the mean of an image may explain.
         token_share: share of the tokens of the student's global view that is encoded, drawn for
             each image; all of them are queries. The others are dropped before the first block, as
             in masked Siamese networks (arXiv 2204.07141), which makes a step cheaper.
@@ -124,6 +125,7 @@ class FLSL(BaseMethod):
         position_drop: float = 0.0,
         position_jitter: str = "none",
         position_share: float = 1.0,
+        image_share: float = 1.0,
         token_share: float = 1.0,
     ) -> None:
         super().__init__(EncoderWithHead(backbone, head, norm_modes), has_teacher=True)
@@ -149,15 +151,20 @@ class FLSL(BaseMethod):
             raise InputError(
                 f"model.position_drop is {position_drop}, a probability; use a value from 0 to 1."
             )
-        for name, share in (("position_share", position_share), ("token_share", token_share)):
+        for name, share in (
+            ("position_share", position_share),
+            ("image_share", image_share),
+            ("token_share", token_share),
+        ):
             if not 0 < share <= 1:
                 raise InputError(
                     f"model.{name} is {share}, a share; use a value above 0 and up to 1."
                 )
-        if partner != "place" and position_share < 1:
+        if partner != "place" and min(position_share, image_share) < 1:
             raise InputError(
-                f"model.position_share is {position_share} and model.partner '{partner}', whose "
-                "targets have no place of their own; set model.partner=place."
+                f"model.position_share is {position_share}, model.image_share {image_share} and "
+                f"model.partner '{partner}', whose targets have no place of their own; set "
+                "model.partner=place."
             )
         if previous_stage is not None and (partner == "place" or token_share < 1):
             raise InputError(
@@ -175,10 +182,11 @@ class FLSL(BaseMethod):
         self.num_centroids = num_centroids
         self.partner, self.position_drop = partner, position_drop
         self.token_share = token_share
-        self.place_bound: PlaceBound | None = None
-        if position_share < 1:
-            num_tokens = backbone.pos_embed.shape[1]
-            self.place_bound = PlaceBound(num_tokens, num_centroids, position_share)
+        self.variance_bound: VarianceBound | None = None
+        if min(position_share, image_share) < 1:
+            self.variance_bound = VarianceBound(
+                backbone.pos_embed.shape[1], num_centroids, position_share, image_share
+            )
         jittered = {"none": "own", "teacher": "jittered", "both": "jittered"}[position_jitter]
         self.teacher_positions = jittered if teacher_positions else "none"
         self.student_positions = "jittered" if position_jitter == "both" else "own"
@@ -267,7 +275,7 @@ class FLSL(BaseMethod):
     def _place_logits(self, teacher_tokens: Tensor, scale: float) -> Tensor:
         """Logits (B, N, K) of the modes of the teacher's tokens (B, N, D) within its view."""
         logits = self.teacher.logits(mean_shift(teacher_tokens, teacher_tokens, scale))
-        return logits if self.place_bound is None else self.place_bound(logits)
+        return logits if self.variance_bound is None else self.variance_bound(logits)
 
     def _cross_modes(
         self,

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from flsl_d2.errors import InputError
 from pretrain.methods.flsl_objective import mean_over_ranks
 
-__all__ = ["PlaceBound", "places_of_queries", "tokens_at"]
+__all__ = ["VarianceBound", "places_of_queries", "tokens_at"]
 
 
 def places_of_queries(indexes: Tensor, num_tokens: int, places: Tensor) -> Tensor:
@@ -60,33 +60,46 @@ def tokens_at(tokens: Tensor, xy: Tensor) -> Tensor:
     return out[:, :, 0].transpose(1, 2)
 
 
-class PlaceBound(nn.Module):
-    """Bound on the share of the targets' variance that a token's place in its view explains.
+class VarianceBound(nn.Module):
+    """Bound on what a token's place, and its image, explain of the targets' variance.
 
     Logits ``l_bn`` of token n of image b have a mean ``mu_n`` for each place n and ``mu`` over all.
     The variance between places, ``V_p = mean_n |mu_n - mu|^2``, and that within them,
     ``V_w = mean_bn |l_bn - mu_n|^2``, give place the share ``V_p / (V_p + V_w)``. Where it exceeds
-    ``share``, the means of the places are shrunk until it does not::
+    ``position_share``, the means of the places are shrunk until it does not; then the means
+    ``nu_b`` of the images likewise::
 
-        kept = min(1, sqrt(share / (1 - share) * V_w / V_p))
+        kept = min(1, sqrt(position_share / (1 - position_share) * V_w / V_p))
         for b in range(B):
             for n in range(N):
-                out[b, n] = l[b, n] - (1 - kept) * (mu[n] - mu)
+                l[b, n] -= (1 - kept) * (mu[n] - mu)
+        kept = min(1, sqrt(image_share / (1 - image_share) * V_w / V_i))  # of the images' means
+        for b in range(B):
+            for n in range(N):
+                l[b, n] -= (1 - kept) * (nu[b] - mu)
 
-    Means and ``V_w`` are running averages over steps and ranks, so that small batches do.
+    The places' means and variances are running averages over steps and ranks, so that small batches
+    do; those of the images are of the batch.
 
     Args:
         num_tokens: N, number of tokens of the view.
         num_centroids: K.
-        share: largest share of the variance, above 0 and below 1.
+        position_share: largest share of place, above 0; 1 for no bound.
+        image_share: largest share of the image, above 0; 1 for no bound.
         momentum: momentum of the running averages.
     """
 
     def __init__(
-        self, num_tokens: int, num_centroids: int, share: float, momentum: float = 0.95
+        self,
+        num_tokens: int,
+        num_centroids: int,
+        position_share: float = 1.0,
+        image_share: float = 1.0,
+        momentum: float = 0.95,
     ) -> None:
         super().__init__()
-        self.share, self.momentum = share, momentum
+        self.position_share, self.image_share = position_share, image_share
+        self.momentum = momentum
         self.means: Tensor
         self.variance: Tensor
         self.weight: Tensor
@@ -104,18 +117,33 @@ class PlaceBound(nn.Module):
         if logits.shape[1] != len(self.means):
             raise InputError(
                 f"the teacher's view has {logits.shape[1]} tokens and the table of positions "
-                f"{len(self.means)}, and model.position_share needs as many; set "
-                "model.backbone.img_size to views.global_size."
+                f"{len(self.means)}, and model.position_share and model.image_share need as many; "
+                "set model.backbone.img_size to views.global_size."
             )
         logits = logits.float()
         if self.training:
             rest = 1 - self.momentum
             self.means.lerp_(mean_over_ranks(logits.mean(dim=0)), rest)
             self.weight.lerp_(torch.ones_like(self.weight), rest)
-            within = (logits - self.means / self.weight).square().sum(dim=-1).mean()
+            within = _mean_square(logits - self.means / self.weight)
             self.variance.lerp_(mean_over_ranks(within), rest)
         means, within = self.means / self.weight, self.variance / self.weight
-        deviations = means - means.mean(dim=0)
-        between = deviations.square().sum(dim=-1).mean()
-        kept = (self.share / (1 - self.share) * within / between.clamp_min(1e-12)).sqrt()
-        return logits - (1 - kept.clamp(max=1.0)) * deviations
+        mean = means.mean(dim=0)
+        logits = logits - _excess(means - mean, within, self.position_share)
+        image_means = logits.mean(dim=1, keepdim=True)  # (B, 1, K)
+        within = mean_over_ranks(_mean_square(logits - image_means))
+        return logits - _excess(image_means - mean, within, self.image_share)
+
+
+def _excess(deviations: Tensor, within: Tensor, share: float) -> Tensor:
+    """Part of group means' deviations (..., K) above their share of the variance."""
+    if share == 1:
+        return torch.zeros_like(deviations)
+    between = mean_over_ranks(_mean_square(deviations)).clamp_min(1e-12)
+    kept = (share / (1 - share) * within / between).sqrt()
+    return (1 - kept.clamp(max=1.0)) * deviations
+
+
+def _mean_square(values: Tensor) -> Tensor:
+    """Mean squared length of vectors (..., K)."""
+    return values.square().sum(dim=-1).mean()

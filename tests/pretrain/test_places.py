@@ -21,7 +21,7 @@ from pretrain.augmentation import Augmentation
 from pretrain.data import collate
 from pretrain.methods.flsl import FLSL
 from pretrain.methods.flsl_objective import FLSLLoss, query_indexes
-from pretrain.methods.places import PlaceBound, places_of_queries, tokens_at
+from pretrain.methods.places import VarianceBound, places_of_queries, tokens_at
 from pretrain.schedules import Schedules
 from pretrain.views import DEVICE_WORK, NestedViews
 
@@ -171,7 +171,8 @@ def test_positions_are_dropped_in_the_stated_share_of_steps_and_from_the_seed():
         ({"partner": "plcae"}, "'plcae'"),
         ({"position_drop": 1.5}, "position_drop is 1.5"),
         ({"position_jitter": "student"}, "'student'"),
-        ({"position_share": 0.05}, "position_share is 0.05 and model.partner 'similarity'"),
+        ({"position_share": 0.05}, "position_share is 0.05, .* model.partner 'similarity'"),
+        ({"image_share": 0.05}, "image_share 0.05 and model.partner 'similarity'"),
         ({"position_share": 0.0, "partner": "place"}, "position_share is 0.0"),
         ({"token_share": 1.5}, "token_share is 1.5"),
         ({"token_share": 0.5, "pack_views": False}, "only packed views"),
@@ -215,44 +216,52 @@ def test_a_place_is_the_teachers_own_token_there():
     torch.testing.assert_close(model.loss.targets, torch.stack(expected), rtol=1e-3, atol=1e-4)
 
 
-def place_share(logits: np.ndarray) -> float:
-    """Share of the variance of logits (B, N, K) between the means of the places, by loops."""
-    images, places, _ = logits.shape
-    means = [sum(logits[b, n] for b in range(images)) / images for n in range(places)]
-    mean = sum(means) / places
-    between = sum(((each - mean) ** 2).sum() for each in means) / places
+def explained_share(logits: np.ndarray) -> float:
+    """Share of the variance of logits (G, M, K) between the means of the G groups, by loops."""
+    groups, members, _ = logits.shape
+    means = [sum(logits[g, m] for m in range(members)) / members for g in range(groups)]
+    mean = sum(means) / groups
+    between = sum(((each - mean) ** 2).sum() for each in means) / groups
     within = sum(
-        ((logits[b, n] - means[n]) ** 2).sum() for b in range(images) for n in range(places)
-    ) / (images * places)
+        ((logits[g, m] - means[g]) ** 2).sum() for g in range(groups) for m in range(members)
+    ) / (groups * members)
     return between / (between + within)
 
 
+@pytest.mark.parametrize("which", ["position_share", "image_share"])
 @settings(deadline=None, max_examples=30)
 @given(st.integers(0, 1000), st.floats(0.01, 0.9), st.floats(0.0, 5.0))
-def test_place_explains_at_most_its_share_of_the_targets_variance(seed, share, strength):
+def test_a_group_explains_at_most_its_share_of_the_targets_variance(which, seed, share, strength):
     torch.manual_seed(seed)
-    logits = torch.randn(8, 9, 5) + strength * torch.randn(9, 5)
-    bounded = PlaceBound(9, 5, share)(logits)  # the first step's averages are its own
-    before, after = (place_share(each.double().numpy()) for each in (logits, bounded))
+    groups, axis = (9, 0) if which == "position_share" else (8, 1)  # the axis of the members
+    offsets = strength * torch.randn(groups, 5)
+    logits = torch.randn(8, 9, 5) + offsets.unsqueeze(axis)
+    bounded = VarianceBound(9, 5, **{which: share})(logits)  # a first step averages itself alone
+    before, after = (
+        explained_share(each.movedim(axis, 1).double().numpy()) for each in (logits, bounded)
+    )
     # Sums of 360 numbers in single precision.
     assert after == pytest.approx(min(before, share), abs=1e-4)
     if before < share:
         torch.testing.assert_close(bounded, logits)
-    # What tells the images at a place apart stays.
+    # What tells the members of a group apart stays.
     torch.testing.assert_close(
-        bounded - bounded.mean(dim=0), logits - logits.mean(dim=0), rtol=1e-4, atol=1e-4
+        bounded - bounded.mean(dim=axis, keepdim=True),
+        logits - logits.mean(dim=axis, keepdim=True),
+        rtol=1e-4,
+        atol=1e-4,
     )
 
 
 def test_the_bound_averages_over_steps_and_is_kept_in_checkpoints():
     torch.manual_seed(0)
-    bound, expected = PlaceBound(4, 3, 0.05, momentum=0.5), torch.zeros(4, 3)
+    bound, expected = VarianceBound(4, 3, 0.05, momentum=0.5), torch.zeros(4, 3)
     for step in range(1, 4):
         logits = torch.randn(6, 4, 3)
         bound(logits)
         expected = expected / 2 + logits.mean(dim=0) / 2
         torch.testing.assert_close(bound.means / bound.weight, expected / (1 - 0.5**step))
-    copy = PlaceBound(4, 3, 0.05)
+    copy = VarianceBound(4, 3, 0.05)
     copy.load_state_dict(bound.state_dict())
     assert torch.equal(copy.eval()(logits), bound.eval()(logits))
     with pytest.raises(InputError, match="9 tokens and the table of positions 4"):

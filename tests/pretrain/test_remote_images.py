@@ -22,7 +22,7 @@ from http_server import serving
 TINY = [
     *("train.device=cpu", "train.max_iter=6", "train.log_period=1", "train.checkpoint_period=100"),
     *("dataloader.num_workers=0", "dataloader.total_batch_size=2"),
-    *("views.global_size=32", "views.local_size=16", "model.backbone.img_size=32"),
+    *("views.global_size=64", "views.local_size=32"),
     *("model.backbone.embed_dim=24", "model.backbone.depth=1", "model.backbone.num_heads=1"),
     *("model.head.num_centroids=8", "model.head.hidden_dim=16", "model.head.bottleneck_dim=8"),
     *("train.pictures_period=0", "dataset.patience=0.3"),

@@ -76,6 +76,7 @@ SWITCHES = {
     "model.position_jitter=teacher": TARGETS,
     "model.position_jitter=both": MODES,
     "model.partner=place model.position_share=0.01": TARGETS,
+    "model.partner=place model.image_share=0.01": TARGETS,
     "model.token_share=0.5": MODES,
     "model.head.learn_scale=True": {"gradients", "student", "teacher"},
     "train.clip_mode=global": LEARNT,
