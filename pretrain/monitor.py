@@ -59,11 +59,15 @@ class CollapseWatch(HookBase):
 
     Args:
         window: number of steps that are judged together.
+
+    Attributes:
+        signs: signs of collapse in the last window.
     """
 
     def __init__(self, window: int = 100) -> None:
         self.window = window
         self.bad_windows = 0
+        self.signs: list[str] = []
         self._reset()
 
     def _reset(self) -> None:
@@ -92,7 +96,7 @@ class CollapseWatch(HookBase):
     def _judge(self, assigned: Tensor, feature_std: Tensor) -> None:
         if len(assigned) and dist.is_initialized() and comm.get_world_size() > 1:
             dist.all_reduce(assigned)
-        signs = collapse_signs(assigned, float(feature_std) / self.window)
+        signs = self.signs = collapse_signs(assigned, float(feature_std) / self.window)
         self.bad_windows = self.bad_windows + 1 if signs else 0
         if self.bad_windows % 10 == 2:
             logger.warning(

@@ -148,6 +148,7 @@ def _cpu_preset(num_images: int, batch_size: int) -> Preset:
         *_common(num_images, batch, epochs, epochs * num_images / batch),
         ("train.max_iter=0", "the length is given in epochs"),
         ("train.pictures_period=500", "a page of pictures takes seconds"),
+        ("train.health_period=250", "a run of minutes is judged more often"),
         (f"schedules.base_lr={1e-3 * 256 / batch:.3g}", "a peak of 0.001, as in the demo"),
         ("dataset.name=''", "the images are not the demo's"),
     ]

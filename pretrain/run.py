@@ -35,6 +35,7 @@ from flsl_d2.errors import InputError, TrainingError
 from flsl_d2.files import write_text
 from flsl_d2.weights import FLSLCheckpointer
 from pretrain.data import PretrainDataset, build_pretrain_loader
+from pretrain.health import HealthReport
 from pretrain.hooks import EncoderPictures, ExportTeacher, FeatureMeasures
 from pretrain.methods import Method
 from pretrain.monitor import CollapseWatch, ConsoleProgress, Monitor
@@ -257,7 +258,8 @@ def _hooks(
     """Return the hooks in the order in which they run: a step is logged before it is saved."""
     output, period = Path(cfg.train.output_dir), cfg.train.log_period
     num_centroids = trainer.method.num_centroids
-    registered: list[HookBase] = [FirstSteps(), CollapseWatch()]
+    watch = CollapseWatch()
+    registered: list[HookBase] = [FirstSteps(), watch]
     if cfg.train.measures.val:
         registered.append(FeatureMeasures(**cfg.train.measures))
     if comm.is_main_process():
@@ -276,6 +278,7 @@ def _hooks(
                 cfg.views.global_size,
                 max_share=cfg.train.get("pictures_max_share", 1.0),
             ),
+            HealthReport(files, watch, cfg.train.health_period, cfg.views.global_size),
             PeriodicWriter(writers, period),
             ExportTeacher(output / "teacher_backbone.pth", cfg.train.checkpoint_period),
         ]

@@ -38,5 +38,6 @@ train.update(
     max_iter=300,
     log_period=10,
     pictures_period=100,
+    health_period=100,
     output_dir="./output/demo/pretrain",
 )

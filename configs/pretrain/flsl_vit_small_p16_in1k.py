@@ -165,6 +165,8 @@ train = dict(
     # the time.
     pictures_period=1000,
     pictures_max_share=0.02,
+    # Steps between two sentences about the health of the run; 0: only at the end.
+    health_period=1000,
     # Scores of the teacher's frozen tokens: registered data sets to learn from and to score on ("":
     # none), steps between two scores (0: at the end), largest number of images of each.
     measures=dict(train="", val="", period_iters=0, max_images=200),

@@ -67,6 +67,7 @@ PRETRAINING_KEYS = NeutralKeys(
         "train.output_dir",
         "train.checkpoint_*",
         "train.pictures_*",
+        "train.health_period",
         "train.measures.*",
         *("dataloader.num_workers", "dataloader.prefetch_factor"),
     ),
