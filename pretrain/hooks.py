@@ -239,9 +239,7 @@ class EncoderPictures(HookBase):
         width = features[0].tokens.shape[1]
         path = self.folder / f"iter_{self.trainer.iter:07d}.png"
         encoder_figure(
-            [each.image for each in features],
-            [each.tokens for each in features],
-            [each.grid for each in features],
+            features,
             path,
             scale=self.scale / width**0.5,
             num_iterations=self.num_iterations,

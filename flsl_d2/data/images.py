@@ -20,16 +20,6 @@ from PIL import Image, UnidentifiedImageError
 from flsl_d2.errors import InputError
 from flsl_d2.files import describe_content
 
-__all__ = [
-    "MAX_PIXELS",
-    "MAX_PIXELS_LIMIT",
-    "ImageFile",
-    "picture_size",
-    "printable",
-    "read_image",
-    "read_rgb",
-]
-
 MAX_PIXELS = 100_000_000  # 300 MB decoded
 # Divisors of the size for which decoders have fast transforms of a block.
 JPEG_REDUCTIONS = (8, 4, 2, 1)

@@ -23,8 +23,6 @@ from flsl_d2.modeling.attention import (
 )
 from flsl_d2.modeling.transfer import to_device
 
-__all__ = ["Block", "Mlp", "StochasticDepth"]
-
 Branch: TypeAlias = Callable[[Tensor, PackedShapes | None], Tensor]
 
 
@@ -122,8 +120,6 @@ class Block(nn.Module):
     """Pre-norm transformer block whose attention sees the whole grid or windows of it.
 
     Args:
-        dim: width of the tokens.
-        num_heads: number of attention heads.
         mlp_ratio: hidden width of the MLP over ``dim``.
         qkv_bias: whether the query, key and value projections have a bias.
         drop_path: probability of leaving a residual branch out in training.

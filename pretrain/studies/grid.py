@@ -20,8 +20,6 @@ from flsl_d2.errors import InputError
 from pretrain.schedules import set_run_length
 from pretrain.trainer import resolve_precision
 
-__all__ = ["Axis", "Point", "grid_points", "parse_axis", "short_names"]
-
 
 @dataclass(frozen=True)
 class Axis:
@@ -84,9 +82,6 @@ def grid_points(
     A single number for a pair of ``schedules`` (start and end) stands for both.
 
     Args:
-        config_file: pre-training config.
-        axes: axes of the grid.
-        overrides: changes to the config of all runs.
         seeds: values of ``train.seed``; empty for the config's own.
 
     Raises:

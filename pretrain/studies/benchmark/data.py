@@ -31,11 +31,6 @@ from pretrain.studies.benchmark.measuring import (
 from pretrain.studies.benchmark.step import build_trainer, run_step
 from pretrain.views import DEVICE_WORK
 
-__all__ = [
-    "benchmark_data",
-    "benchmark_end_to_end",
-]
-
 
 def benchmark_data(args: argparse.Namespace) -> None:
     """Measure each division of work between worker and device, and decoding alone."""
