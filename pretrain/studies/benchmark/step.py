@@ -52,6 +52,8 @@ def peak_tflops(device_name: str) -> float | None:
     return next((peak for part, peak in PEAK_TFLOPS.items() if part in device_name), None)
 
 
+# Blocks are compiled where a variant says so, and not by default on GPUs.
+NOT_COMPILED = "train.compile=False"
 # Overrides that change the speed of a step and not its result; in "a+b" the later one wins.
 VARIANTS: dict[str, tuple[str, ...]] = {
     "eager": ("model.pack_views=False", "train.compile=False"),
