@@ -63,10 +63,11 @@ def resolve_compile(setting: bool | str, device: str, encoder: nn.Module) -> boo
     Raises:
         InputError: the setting is none of ``auto``, True and False.
     """
-    if setting not in ("auto", True, False):
+    text = str(setting).lower()  # an override of a key that holds text is text
+    if text not in ("auto", "true", "false"):
         raise InputError(f"train.compile is '{setting}'; use auto, True or False.")
-    if setting != "auto":
-        return bool(setting)
+    if text != "auto":
+        return text == "true"
     # Triton compiles a small C file for each kernel.
     names = (os.environ.get("CC", "cc"), "gcc", "clang")
     compiler = any(shutil.which(name) for name in names)

@@ -264,6 +264,8 @@ def test_blocks_are_compiled_by_default_on_a_gpu_alone(monkeypatch):
     assert not resolve_compile("auto", "cuda", encoder)
     assert resolve_compile(True, "cpu", encoder)
     assert not resolve_compile(False, "cuda", encoder)
+    assert resolve_compile("True", "cpu", encoder)  # as an override gives it
+    assert not resolve_compile("false", "cuda", encoder)
     with pytest.raises(InputError, match=r"train\.compile is 'yes'"):
         resolve_compile("yes", "cpu", encoder)
 
