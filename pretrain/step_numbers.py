@@ -56,16 +56,17 @@ class StepNumbers:
         local = torch.stack([x.float() for x in scalars.values()])
         known = torch.tensor(list(counts.values()), dtype=torch.float32)
         local = torch.cat([local, to_device(known, local.device)])
-        numbers = local[None]
+        numbers = local
         if comm.get_world_size() > 1:
-            numbers = local.new_empty(comm.get_world_size(), len(local))
+            # Gloo takes one row only.
+            numbers = local.new_empty(comm.get_world_size() * len(local))
             dist.all_gather_into_tensor(numbers, local)
         self._arrived = None
         if numbers.is_cuda:
             numbers = numbers.to("cpu", non_blocking=True)
             self._arrived = torch.cuda.Event()
             self._arrived.record()
-        self._numbers = numbers
+        self._numbers = numbers.view(-1, len(local))
 
     def read(self) -> tuple[list[dict[str, float]], dict[str, list[float]]]:
         """Wait for the numbers.
