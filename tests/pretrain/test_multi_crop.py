@@ -38,7 +38,8 @@ def test_places_tell_where_a_view_comes_from():
     for seed in range(4):
         views = cut(ramps(), np.random.default_rng(seed))
         assert [len(v[0]) for v in views.images] == [32, 32, 16, 16, 16]
-        for image, (top, left, height, width) in zip(views.images, views.places, strict=True):
+        for image, place in zip(views.images, views.places, strict=True):
+            top, left, height, width = place.tolist()
             side = image.shape[-1]
             middle = image[:, side // 2 - 1 : side // 2 + 1, side // 2 - 1 : side // 2 + 1]
             red, green = middle[:2].float().mean(dim=(1, 2)).tolist()
