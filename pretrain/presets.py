@@ -2,20 +2,21 @@
 
 The rules, from the number N of images and the memory of a device:
 
-- *Encoder.* On a CPU the demo's (128 wide, 6 blocks, patches of 8, views of 80 pixels). On a GPU
+- *Encoder.* On a CPU that of ``flsl_vit_mini_p8_small_data.py`` (128 wide, 6 blocks, patches of 8,
+  views of 80 pixels), with that recipe's batch, rate and keys. On a GPU
   ViT-T/16 below 5,000 images, ViT-S/16 below 500,000 or with less than 40 GiB, else ViT-B/16.
-- *Images of a step.* On a CPU 32. On a GPU as many as fit (:data:`MIB_PER_IMAGE`), at most 512 as
+- *Images of a step.* On a CPU 16. On a GPU as many as fit (:data:`MIB_PER_IMAGE`), at most 512 as
   published, and at most a tenth of the images or 32; a power of two for each process.
 - *Centroids.* 8 for each image of a step, as published (4,096 for 512), 256 to 4,096: with more,
   most get no query (docs/records/position_shortcut_2026-11.md).
 - *Learning rate.* On a GPU 1e-3 * sqrt(batch / 512), which is the published rate at 512 images a
-  step and falls more slowly than linearly below. On a CPU the demo's 1e-3.
+  step and falls more slowly than linearly below. On a CPU 1e-3.
 - *Length.* On a GPU the published 300 epochs, but at least 10,000 steps and about 200,000 at most;
-  on a CPU 10 epochs, but at least 2,000 steps and about 20,000 at most. Whole epochs.
+  on a CPU 10 epochs, but at least 4,000 steps and about 40,000 at most. Whole epochs.
 - *Teacher.* Its momentum begins at 0.99 instead of 0.996 in runs below 50,000 steps, and its
   temperature rises over half of the run at most. The warm-up is a tenth of any run.
-- *Positions.* ``model.partner=place`` and ``model.position_jitter=both``, because short runs of the
-  published objective end as a map of places (docs/METHOD.md).
+- *Positions.* The keys of that recipe that keep features from becoming a map of places, as short
+  runs of the published objective do (docs/METHOD.md). They were measured with its encoder alone.
 """
 
 from __future__ import annotations
@@ -44,10 +45,10 @@ MIB_PER_IMAGE = {"tiny": 36, "small": 70, "base": 136}
 # GiB of weights, optimiser, teacher and CUDA's own.
 FIXED_GIB = {"tiny": 1.4, "small": 1.6, "base": 2.8}
 USED_SHARE = 0.9
-CPU_CONFIG = "demo/flsl_vit_scenes.py"
-CPU_BATCH = 32
+CPU_CONFIG = "pretrain/flsl_vit_mini_p8_small_data.py"
+CPU_BATCH = 16
 PUBLISHED_BATCH, PUBLISHED_PEAK_LR, PUBLISHED_EPOCHS = 512, 1e-3, 300
-GPU_STEPS, CPU_STEPS, CPU_EPOCHS = (10_000, 200_000), (2_000, 20_000), 10
+GPU_STEPS, CPU_STEPS, CPU_EPOCHS = (10_000, 200_000), (4_000, 40_000), 10
 
 
 @dataclass(frozen=True)
@@ -133,6 +134,10 @@ def choose_preset(
     changes = [
         *_common(num_images, batch, epochs, steps),
         ("train.device=cuda", f"the smallest card has {memory:.0f} GiB"),
+        ("model.partner=place", "against features that are a map of places"),
+        ("model.position_share=0.01", "the same"),
+        ("model.image_share=0.15", "targets tell the parts of an image apart"),
+        ("model.position_drop=0.1", "against features that are a map of places"),
         (f"schedules.base_lr={peak * 256 / batch:.3g}", f"a peak of {peak:.3g} at this batch"),
     ]
     if epochs < 60:
@@ -147,10 +152,8 @@ def _cpu_preset(num_images: int, batch_size: int) -> Preset:
     changes = [
         *_common(num_images, batch, epochs, epochs * num_images / batch),
         ("train.max_iter=0", "the length is given in epochs"),
-        ("train.pictures_period=500", "a page of pictures takes seconds"),
         ("train.health_period=250", "a run of minutes is judged more often"),
-        (f"schedules.base_lr={1e-3 * 256 / batch:.3g}", "a peak of 0.001, as in the demo"),
-        ("dataset.name=''", "the images are not the demo's"),
+        (f"schedules.base_lr={1e-3 * 256 / batch:.3g}", "a peak of 0.001"),
     ]
     return Preset(CPU_CONFIG, "a small ViT for CPUs (128 wide, 6 blocks, patch 8)", tuple(changes))
 
@@ -163,8 +166,6 @@ def _common(num_images: int, batch: int, epochs: int, steps: float) -> list[tupl
         (f"train.epochs={epochs}", f"{steps:,.0f} steps over {num_images:,} images"),
         (f"model.head.num_centroids={centroids}", "8 for each image of a step"),
         (f"schedules.teacher_momentum=[{momentum},1.0]", "follows the length of the run"),
-        ("model.partner=place", "against features that are a map of places"),
-        ("model.position_jitter=both", "the same"),
         (f"train.checkpoint_period={max(round(steps / 10), 1)}", "a tenth of the run"),
     ]
 
