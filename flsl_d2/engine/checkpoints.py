@@ -124,8 +124,9 @@ class Checkpoints(HookBase):
 class KeepBest(hooks.BestCheckpointer):
     """Keep the weights with the best value of an evaluation as ``model_best.pth``.
 
-    The file has no state of training, and is never resumed from. ``best.json`` beside it has the value, its step and the number of evaluations since; a resumed
-    run goes on from it. Runs on the main process, after the hook that evaluates.
+    The file has no state of training, and is never resumed from. ``best.json`` beside it has the
+    value, its step and the number of evaluations since; a resumed run goes on from it. Runs on
+    the main process, after the hook that evaluates.
 
     Args:
         eval_period: number of steps between two evaluations; 0 for one at the end.
@@ -148,7 +149,7 @@ class KeepBest(hooks.BestCheckpointer):
         """Take over the best value of the run that is resumed; forget that of any other run."""
         with suppress(OSError, ValueError, KeyError, TypeError):
             kept = json.loads(self.file.read_text())
-            if kept["metric"] == self._val_metric and kept["iteration"] < self.trainer.start_iter:
+            if kept["metric"] == self._val_metric and kept["iteration"] <= self.trainer.start_iter:
                 self.best_metric, self.best_iter = kept["value"], kept["iteration"]
                 self.without_gain = kept["evaluations_without_gain"]
                 return
