@@ -149,7 +149,8 @@ class KeepBest(hooks.BestCheckpointer):
         """Take over the best value of the run that is resumed; forget that of any other run."""
         with suppress(OSError, ValueError, KeyError, TypeError):
             kept = json.loads(self.file.read_text())
-            if kept["metric"] == self._val_metric and kept["iteration"] <= self.trainer.start_iter:
+            resumed = 0 < self.trainer.start_iter >= kept["iteration"]
+            if resumed and kept["metric"] == self._val_metric:
                 self.best_metric, self.best_iter = kept["value"], kept["iteration"]
                 self.without_gain = kept["evaluations_without_gain"]
                 return
