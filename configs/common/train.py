@@ -28,4 +28,6 @@ train = dict(
     eval_period=5000,
     # Steps between two lines on the console and in metrics.json.
     log_period=20,
+    # Trackers beside TensorBoard: a list of "wandb" and "mlflow".
+    trackers=[],
 )
