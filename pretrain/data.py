@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -11,28 +11,24 @@ import cv2
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, Sampler, get_worker_info
+from torch.utils.data import DataLoader, Dataset, get_worker_info
 
-from flsl_d2.data.images import (
-    MAX_PIXELS,
-    MAX_PIXELS_LIMIT,
-    ImageFile,
-    printable,
-)
-from flsl_d2.errors import InputError
+from flsl_d2.data.image_store import ImageStore, as_store
+from flsl_d2.data.images import MAX_PIXELS, MAX_PIXELS_LIMIT, ImageFile, printable
+from flsl_d2.errors import InputError, TrainingError
 from pretrain.device_views import (
     AugmentationBatch,
     augment_views,
     crop_batch,
     stack_augmentations,
 )
+from pretrain.image_stream import ImageStream
 from pretrain.methods.flsl_objective import query_indexes
 from pretrain.methods.protocol import StepInputs
 from pretrain.views import CutViews, Views
 
 __all__ = [
     "Batch",
-    "ImageStream",
     "PretrainDataset",
     "PretrainLoader",
     "build_pretrain_loader",
@@ -62,6 +58,7 @@ class Batch:
         augmentations: for each view, where they are left to the device; else empty.
         places: for each view (B, 4) float32, where they do not follow from the boxes; else empty.
         num_global: number of views, the first ones, that are global.
+        next_error: the error that took the place of the next batch of this process; None for none.
     """
 
     views: list[Tensor]
@@ -74,6 +71,7 @@ class Batch:
     augmentations: list[AugmentationBatch] = field(default_factory=list)
     places: list[np.ndarray] = field(default_factory=list)
     num_global: int = 1
+    next_error: TrainingError | None = None
 
     def pin_memory(self) -> Batch:
         """Pin the tensors for PyTorch's loader, so that copies to the GPU need not wait."""
@@ -147,7 +145,7 @@ class PretrainDataset(Dataset[tuple[Views, list[str]]]):
     """Views of images, a function of (seed, epoch, index) alone.
 
     Args:
-        files: paths of the images.
+        files: the images; a list of paths is a store of files.
         views: function from a file and a generator to views.
         seed: seed of all randomness.
         on_error: ``skip`` replaces an image that cannot be read by another image of the data set,
@@ -160,7 +158,7 @@ class PretrainDataset(Dataset[tuple[Views, list[str]]]):
 
     def __init__(
         self,
-        files: list[str],
+        files: ImageStore | Sequence[str],
         views: CutViews,
         seed: int = 0,
         on_error: str = "skip",
@@ -170,7 +168,8 @@ class PretrainDataset(Dataset[tuple[Views, list[str]]]):
             raise InputError(f"dataset.on_error is '{on_error}'; use 'skip' or 'raise'.")
         if not 1 <= max_pixels <= MAX_PIXELS_LIMIT:
             raise InputError(f"dataset.max_pixels is {max_pixels}; use 1 to {MAX_PIXELS_LIMIT}.")
-        self.files, self.views, self.seed = files, views, seed
+        self.files = as_store(files)
+        self.views, self.seed = views, seed
         self.on_error, self.max_pixels = on_error, max_pixels
 
     def __len__(self) -> int:
@@ -182,15 +181,17 @@ class PretrainDataset(Dataset[tuple[Views, list[str]]]):
         Raises:
             InputError: the image cannot be read and ``on_error`` is ``raise``, or many images in
                 a row cannot be read.
+            TrainingError: the server of the images stays away.
         """
         epoch, index = key
         rng = np.random.default_rng([self.seed, epoch, index])
         failed: list[str] = []
         for _ in range(MAX_REPLACEMENTS):
-            file = self.files[index]
             try:
-                return self.views(ImageFile(file, self.max_pixels), rng), failed
+                image = ImageFile(self.files.source(index), self.max_pixels)
+                return self.views(image, rng), failed
             except OSError as error:
+                file = self.files[index]
                 if self.on_error == "raise":
                     raise InputError(
                         f"image '{printable(file)}' cannot be used ({error}); remove it, or set "
@@ -206,15 +207,16 @@ class PretrainDataset(Dataset[tuple[Views, list[str]]]):
 
     def __getitems__(
         self, keys: list[tuple[int, int]]
-    ) -> list[tuple[Views, list[str]]] | InputError:
+    ) -> list[tuple[Views, list[str]]] | InputError | TrainingError:
         """Return the samples of a batch, or the error that stops the run.
 
         PyTorch's loader calls this where it exists. An error that a worker raises would arrive
         with the worker's traceback in front of its sentence.
         """
         try:
+            self.files.prefetch([index for _, index in keys])
             return [self[key] for key in keys]
-        except InputError as error:
+        except (InputError, TrainingError) as error:
             return error
 
 
@@ -244,58 +246,6 @@ def check_failed_share(
         )
 
 
-class ImageStream(Sampler[list[tuple[int, int]]]):
-    """Endless stream of shuffled epochs, divided among ranks, from any step on.
-
-    Step ``i`` of the run takes positions ``i * B`` to ``(i + 1) * B`` of the stream, B being the
-    images of a step of all ranks, so the images of a step do not depend on the number of ranks.
-
-    Args:
-        num_images: number of images of the data set.
-        total_batch_size: B.
-        seed: seed of the shuffling.
-        rank: rank of this process.
-        world_size: number of processes; divides B.
-        start_iter: first step, for a run that is resumed.
-
-    Raises:
-        InputError: the processes do not divide the images of a step.
-    """
-
-    def __init__(
-        self,
-        num_images: int,
-        total_batch_size: int,
-        seed: int = 0,
-        rank: int = 0,
-        world_size: int = 1,
-        start_iter: int = 0,
-    ) -> None:
-        if total_batch_size % world_size:
-            raise InputError(
-                f"dataloader.total_batch_size is {total_batch_size}, which {world_size} processes "
-                "do not divide; use a multiple."
-            )
-        self.num_images, self.total_batch_size, self.seed = num_images, total_batch_size, seed
-        self.rank, self.batch_size = rank, total_batch_size // world_size
-        self.start_iter = start_iter
-
-    def __iter__(self) -> Iterator[list[tuple[int, int]]]:
-        iteration, known_epoch = self.start_iter, -1
-        order = np.empty(0, dtype=np.int64)
-        while True:
-            first = iteration * self.total_batch_size + self.rank * self.batch_size
-            batch = []
-            for position in range(first, first + self.batch_size):
-                epoch, place = divmod(position, self.num_images)
-                if epoch != known_epoch:
-                    order = np.random.default_rng([self.seed, epoch]).permutation(self.num_images)
-                    known_epoch = epoch
-                batch.append((epoch, int(order[place])))
-            yield batch
-            iteration += 1
-
-
 class PretrainLoader:
     """Batches of a PyTorch loader, which raise the errors of the data set as they are.
 
@@ -307,10 +257,17 @@ class PretrainLoader:
         self.loader = loader
 
     def __iter__(self) -> Iterator[Batch]:
-        for batch in self.loader:
-            if isinstance(batch, InputError):
-                raise batch
-            yield batch
+        batch = None
+        # A process that had no images for a step would leave the others waiting in the middle of
+        # it, so each batch says whether there is one after it.
+        for following in self.loader:
+            if batch is not None:
+                if isinstance(following, TrainingError):
+                    batch.next_error = following
+                yield batch
+            if isinstance(following, InputError | TrainingError):
+                raise following
+            batch = following
 
 
 def build_pretrain_loader(
@@ -369,8 +326,10 @@ def collate(samples: list[tuple[Views, list[str]]]) -> Batch:
     )
 
 
-def _collate_or_pass(samples: list[tuple[Views, list[str]]] | InputError) -> Batch | InputError:
-    return samples if isinstance(samples, InputError) else collate(samples)
+def _collate_or_pass(
+    samples: list[tuple[Views, list[str]]] | InputError | TrainingError,
+) -> Batch | InputError | TrainingError:
+    return samples if isinstance(samples, InputError | TrainingError) else collate(samples)
 
 
 def _to_shared_memory(batch: Tensor) -> Tensor:

@@ -13,7 +13,8 @@ import torch
 from detectron2.engine import HookBase
 from detectron2.utils import comm
 
-from flsl_d2.data.images import read_rgb
+from flsl_d2.data.image_store import ImageStore, as_store
+from flsl_d2.data.images import ImageFile, read_rgb
 from flsl_d2.errors import TrainingError
 from flsl_d2.evaluation import TokenFeatures, extract_tokens
 from flsl_d2.evaluation.labelled_images import LabelledDataset
@@ -174,7 +175,7 @@ class EncoderPictures(HookBase):
     randomness of the run is unchanged, and the run goes on where a picture cannot be drawn.
 
     Args:
-        files: paths of the images of the data set; the images drawn are spread evenly over them.
+        files: images of the data set; those drawn are spread evenly over them.
         folder: folder of the PNG files.
         period: number of steps between two pages; 0 draws none. A run of fewer steps has no page
             at its end either.
@@ -188,7 +189,7 @@ class EncoderPictures(HookBase):
 
     def __init__(
         self,
-        files: Sequence[str],
+        files: ImageStore | Sequence[str],
         folder: Path,
         period: int,
         short_side: int = 224,
@@ -197,7 +198,8 @@ class EncoderPictures(HookBase):
         num_iterations: int = 3,
     ) -> None:
         places = np.linspace(0, len(files) - 1, min(num_images, len(files))).round().astype(int)
-        self.files = [files[i] for i in places]
+        self.files = as_store(files)
+        self.places = [int(place) for place in places]
         self.folder, self.period, self.short_side = folder, period, short_side
         self.scale, self.num_iterations = scale, num_iterations
         self._has_failed = False
@@ -222,9 +224,7 @@ class EncoderPictures(HookBase):
         width = features[0].tokens.shape[1]
         path = self.folder / f"iter_{self.trainer.iter:07d}.png"
         encoder_figure(
-            [each.image for each in features],
-            [each.tokens for each in features],
-            [each.grid for each in features],
+            features,
             path,
             scale=self.scale / width**0.5,
             num_iterations=self.num_iterations,
@@ -236,12 +236,13 @@ class EncoderPictures(HookBase):
     def _features(self) -> list[TokenFeatures]:
         backbone = self.trainer.method.exported_encoder()
         features = []
-        for file in self.files:
+        for place in self.places:
             try:
-                image = read_rgb(file)
-            except OSError:
+                image = ImageFile(self.files.source(place)).pixels()
+            except (OSError, TrainingError):
                 continue  # the monitor names unreadable images
             features.append(extract_tokens(backbone, image, self.short_side))
         if not features:
-            raise OSError(f"none of {', '.join(self.files)} can be read.")
+            names = ", ".join(self.files[place] for place in self.places)
+            raise OSError(f"none of {names} can be read.")
         return features

@@ -31,7 +31,7 @@ from pathlib import Path
 import torch
 from detectron2.data import DatasetCatalog
 
-from flsl_d2.data.image_files import image_files, search_images
+from flsl_d2.data.image_store import open_images
 from flsl_d2.errors import InputError
 
 __all__ = ["PRESET_FILE", "Preset", "choose_preset", "device_memory", "use_images"]
@@ -192,7 +192,7 @@ def use_images(args: argparse.Namespace) -> None:
         InputError: the images cannot be found, or the preset does not fit.
     """
     named = args.images in DatasetCatalog.list() and not Path(args.images).exists()
-    place = args.images if named else os.path.abspath(args.images)
+    place = args.images if named or "://" in args.images else os.path.abspath(args.images)
     given = [f"dataset.name={place}"] if named else ["dataset.name=''", f"dataset.root={place}"]
     if args.config_file:
         args.opts = [*given, *args.opts]
@@ -203,7 +203,7 @@ def use_images(args: argparse.Namespace) -> None:
     if args.resume and kept.is_file():
         args.config_file, args.opts = str(kept), [*given, *args.opts]
         return
-    files = image_files(name=place) if named else search_images(place).files
+    files = open_images(**{"name" if named else "root": place})
     device = typed.setdefault("train.device", "cuda" if torch.cuda.is_available() else "cpu")
     batch = typed.get("dataloader.total_batch_size", "")
     # Under torchrun the processes exist already, and the options are ignored.

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import argparse
 import errno
-import hashlib
 import logging
-import os
+from collections.abc import Sequence
 from pathlib import Path
 
 from detectron2.config import instantiate
@@ -16,8 +15,8 @@ from detectron2.utils.env import seed_all_rng
 from detectron2.utils.events import JSONWriter, TensorboardXWriter
 from omegaconf import DictConfig
 
-from flsl_d2.agreement import check_equal, checked_by_all, decided_by_main
-from flsl_d2.data.image_files import image_files
+from flsl_d2.agreement import decided_by_main
+from flsl_d2.data.image_store import ImageStore, open_images
 from flsl_d2.engine.checkpoints import Checkpoints
 from flsl_d2.engine.config_files import load_lazy_config
 from flsl_d2.engine.launch import launch, wrap_ddp
@@ -53,10 +52,12 @@ from pretrain.trainer import (
 )
 from pretrain.views import CutViews
 
-__all__ = ["images_digest", "launch_pretraining", "run_pretraining"]
+__all__ = ["launch_pretraining", "run_pretraining"]
 
 logger = logging.getLogger("pretrain")
 
+# Configs from before images were read from servers have the first two alone.
+_IMAGE_KEYS = ("root", "name", "cache_dir", "cache_gb", "patience")
 _DISK = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EFBIG, errno.EIO)
 
 
@@ -115,7 +116,8 @@ def run_pretraining(
 
     Raises:
         InputError: the config, the images or the output folder cannot be used.
-        TrainingError: numbers are not finite, or the folder can no longer be written.
+        TrainingError: numbers are not finite, the folder can no longer be written, or the server
+            of the images stays away.
         SystemExit: the run was asked to stop; the status is 75.
     """
     with stop_requests() as request:
@@ -125,14 +127,9 @@ def run_pretraining(
 def _run(cfg: DictConfig, options: ResumeOptions, request: StopRequest, preset: str) -> None:
     output = Path(cfg.train.output_dir)
     prepare_output(output, "train.output_dir", ["pretrain", "flsl_d2"])
-    files = checked_by_all(
-        lambda: image_files(**{key: cfg.dataset[key] for key in ("root", "name")})
-    )
-    digest = images_digest(files)
-    check_equal(digest, "the images", "give all machines the same images under the same names")
-    check_and_keep_run(
-        cfg, output, "train.output_dir", options, PRETRAINING_KEYS, {"images": digest}
-    )
+    files = open_images(**{key: cfg.dataset[key] for key in _IMAGE_KEYS if key in cfg.dataset})
+    also = {"images": files.names.digest}
+    check_and_keep_run(cfg, output, "train.output_dir", options, PRETRAINING_KEYS, also)
     if preset and comm.is_main_process():
         write_text(output / PRESET_FILE, preset)
     precision = resolve_precision(cfg.train.precision, cfg.train.device)
@@ -191,6 +188,9 @@ def _run(cfg: DictConfig, options: ResumeOptions, request: StopRequest, preset: 
         bad_step = error
         # All processes are here; one of them writes the file, and all raise the same error.
         raise decided_by_main(lambda: _bad_numbers(bad_step, cfg, files)) from error
+    except SystemExit:
+        _raise_data_error(trainer)
+        raise
     except OSError as error:
         if error.errno not in _DISK:
             raise
@@ -200,21 +200,22 @@ def _run(cfg: DictConfig, options: ResumeOptions, request: StopRequest, preset: 
         ) from error
 
 
-def _bad_numbers(error: BadNumbersError, cfg: DictConfig, files: list[str]) -> TrainingError:
+def _raise_data_error(trainer: PretrainTrainer) -> None:
+    """Raise, on all processes, the error for which one of them has no images for the next step."""
+    own = trainer.last_batch.next_error if trainer.last_batch else None
+    error = next((e for e in comm.all_gather(own) if e is not None), None)
+    if error is not None:
+        raise TrainingError(
+            f"{error}; the checkpoint after step {trainer.iter + 1} is written: continue with "
+            "--resume."
+        )
+
+
+def _bad_numbers(error: BadNumbersError, cfg: DictConfig, files: Sequence[str]) -> TrainingError:
     """Write ``bad_numbers.json`` and return the error to raise."""
     batch_size, world_size = cfg.dataloader.total_batch_size, comm.get_world_size()
     at = step_files(files, batch_size, cfg.train.seed, error.iteration, world_size)
     return write_bad_numbers(error, at, cfg.train.output_dir)
-
-
-def images_digest(files: list[str]) -> str:
-    """Return the number of images and a hash of their names below their common folder.
-
-    Data sets in different folders have the same digest if their names are the same.
-    """
-    root = os.path.commonpath([os.path.dirname(file) for file in files])
-    names = "\0".join(os.path.relpath(file, root) for file in files)
-    return f"{len(files)}, sha256 {hashlib.sha256(os.fsencode(names)).hexdigest()[:16]}"
 
 
 def _resume(
@@ -244,7 +245,7 @@ def _hooks(
     checkpointer: FLSLCheckpointer,
     trainer: PretrainTrainer,
     monitor: Monitor,
-    files: list[str],
+    files: ImageStore,
     max_iter: int,
     start_iter: int,
 ) -> list[HookBase]:

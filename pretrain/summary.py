@@ -15,7 +15,8 @@ from detectron2.engine import HookBase
 from detectron2.utils import comm
 from omegaconf import DictConfig
 
-from flsl_d2.data.images import picture_size, printable
+from flsl_d2.data.image_store import ImageStore, as_store
+from flsl_d2.data.images import ImageFile, picture_size, printable
 from flsl_d2.errors import InputError
 from pretrain.methods import Method
 from pretrain.schedules import Schedules
@@ -27,17 +28,19 @@ logger = logging.getLogger("pretrain")
 _TRIED_IMAGES = 100
 
 
-def try_images(files: Sequence[str], most: int = _TRIED_IMAGES) -> str:
+def try_images(files: ImageStore | Sequence[str], most: int = _TRIED_IMAGES) -> str:
     """Read the headers of some images, spread evenly, and say how many cannot be read.
 
     Raises:
         InputError: none of them can be read.
     """
-    places = np.linspace(0, len(files) - 1, min(most, len(files))).round().astype(int)
-    failures = []
+    places = np.linspace(0, len(files) - 1, min(most, len(files))).round().astype(int).tolist()
+    images, failures = as_store(files), []
+    images.prefetch(places)
     for place in places:
         try:
-            picture_size(files[place])
+            source = images.source(place)
+            picture_size(source) if isinstance(source, str) else ImageFile(source)
         except OSError as error:
             failures.append(f"'{printable(files[place])}' ({error})")
     if len(failures) == len(places):
@@ -51,7 +54,7 @@ def try_images(files: Sequence[str], most: int = _TRIED_IMAGES) -> str:
 
 def describe_run(
     cfg: DictConfig,
-    files: Sequence[str],
+    files: ImageStore | Sequence[str],
     method: Method,
     schedules: Schedules,
     precision: str,

@@ -22,7 +22,8 @@ from flsl_d2.data.images import printable
 from flsl_d2.engine.launch import has_native_bf16
 from flsl_d2.errors import InputError, TrainingError
 from flsl_d2.files import write_text
-from pretrain.data import Batch, ImageStream
+from pretrain.data import Batch
+from pretrain.image_stream import ImageStream
 from pretrain.methods.protocol import Losses, Method, Monitored
 from pretrain.optimizer import clip_gradients
 from pretrain.schedules import Schedules, StepValues
@@ -174,7 +175,8 @@ class PretrainTrainer(SimpleTrainer):
         method: the method without its wrapper.
         monitored: what the method monitored in the last step.
         stop_asked: function that says whether this process was asked to stop.
-        stop_agreed: whether any process was asked to stop before the last step; equal on all.
+        stop_agreed: whether any process was asked to stop before the last step, or has no images
+            for the next one; equal on all.
         num_failed: number of images of all processes that could not be read so far.
         num_overflows: number of steps that were left out because float16 gradients overflowed.
 
@@ -281,7 +283,8 @@ class PretrainTrainer(SimpleTrainer):
         numbers = torch.stack([x.float() for x in scalars.values()]).tolist()
         local_values = dict(zip(scalars, numbers, strict=True))
         assert self.last_batch is not None
-        local = (local_values, data_time, len(self.last_batch.failed), self.stop_asked())
+        stop = self.stop_asked() or self.last_batch.next_error is not None
+        local = (local_values, data_time, len(self.last_batch.failed), stop)
         terms, data_times, failed, stops = zip(*comm.all_gather(local), strict=True)
         self.num_failed += sum(failed)
         self.stop_agreed = any(stops)

@@ -11,12 +11,9 @@ import pytest
 import torch
 from PIL import Image
 from torch import nn
-from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.utils.flop_counter import FlopCounterMode
 
 from flsl_d2.engine.config_files import load_lazy_config
 from flsl_d2.errors import InputError
-from flsl_d2.modeling import FLSLViT
 from pretrain.studies.benchmark.__main__ import main
 from pretrain.studies.benchmark.detection import benchmark_detection, pyramids
 from pretrain.studies.benchmark.measuring import (
@@ -26,7 +23,7 @@ from pretrain.studies.benchmark.measuring import (
     time_in_turn,
 )
 from pretrain.studies.benchmark.scaling import benchmark_scaling
-from pretrain.studies.benchmark.step import Step, _overrides_of, encoder_flops, peak_tflops
+from pretrain.studies.benchmark.step import Step, _overrides_of, peak_tflops
 
 CPU = torch.device("cpu")
 CONFIG = "pretrain/flsl_vit_small_p16_in1k.py"
@@ -43,28 +40,12 @@ TINY = [
 ]
 
 
-@pytest.mark.parametrize(
-    "change", ["model.backbone.depth=3", "views.num_local=3", "views.global_window=2"]
-)
-def test_operations_equal_pytorchs_count(change):
-    step = Step(CONFIG, [*TINY, change, "model.backbone.drop_path_rate=0"], 2, CPU, "fp32")
-    values = step.trainer.schedules(0)
-    with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
-        step.trainer._forward(step.batch, values)["loss"].backward()
-    # Not in the formula: the gradient by the image, which nobody computes; in PyTorch's count
-    # neither, but the first layer of the encoder has it in the formula's factor of three.
-    assert counter.get_total_flops() == pytest.approx(2 * step.flops_per_image, rel=0.05)
-
-
 def test_the_published_step_costs_what_was_counted_elsewhere():
     """ViT-S/16, views of 224, 224 and 2 x 96 pixels, windows of 2 tokens: 49.5 GFLOP an image."""
     options = ["views.global_window=2", "model.backbone.drop_path_rate=0"]
-    full = Step(CONFIG, options, 1, CPU, "fp32").flops_per_image
-    assert full / 1e9 == pytest.approx(49.5, rel=0.01)
-    # With rates of 0 to 0.1, a twentieth of the student's blocks is left out.
-    left = Step(CONFIG, options[:1], 1, CPU, "fp32").flops_per_image
-    student = 3 * encoder_flops(FLSLViT(), 196) + 2 * 3 * encoder_flops(FLSLViT(), 36)
-    assert full - left == pytest.approx(0.05 * student, rel=0.03)
+    full = Step(CONFIG, options, 1, CPU, "fp32").flops_per_image()
+    # The count elsewhere was by a formula, with the gradient by the image, which nobody computes.
+    assert full / 1e9 == pytest.approx(49.5, rel=0.02)
 
 
 def test_ratios_are_of_rounds():
@@ -153,6 +134,7 @@ def test_variants_take_the_same_step():
         step()
         step()
         losses.append(step.trainer.storage.latest()["loss"][0])
+    # Packed views are summed in another order in float32.
     assert losses[0] == pytest.approx(losses[1], rel=1e-5)
 
 
@@ -176,6 +158,7 @@ def test_both_detection_backbones_are_the_same(use_rel_pos):
     with torch.no_grad():
         maps = [model.eval()(image) for model in both.values()]
     for level in maps[0]:
+        # Other kernels of attention, in float32 through twelve blocks and the pyramid.
         torch.testing.assert_close(maps[0][level], maps[1][level], rtol=1e-3, atol=1e-4)
 
 

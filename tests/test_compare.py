@@ -13,6 +13,7 @@ from pathlib import Path
 import cv2
 import pytest
 import torch
+from forked import FORKED_SUBPROCESS
 
 from flsl_d2.data import register_scenes
 from flsl_d2.data.scenes import make_scenes
@@ -23,6 +24,7 @@ from flsl_d2.weights.export import write_encoder
 ROOT = Path(__file__).resolve().parents[1]
 DATA = ["--train", "flsl_scenes_train", "--val", "flsl_scenes_val", "--max-images", "4"]
 DATA += ["--short-side", "96"]
+CNN = "timm:resnet18?pretrained=false"
 DETECTION = "configs/demo/mask_rcnn_flsl_vit_scenes.py"
 
 
@@ -35,7 +37,8 @@ def datasets(tmp_path_factory) -> Path:
 
 @pytest.fixture
 def compare(datasets, monkeypatch, run_main):
-    """Run the tool in this process; its jobs are processes as always."""
+    """Run the tool in this process, and its jobs in forked ones."""
+    monkeypatch.setattr("flsl_d2.experiments.runner.subprocess", FORKED_SUBPROCESS)
     register_scenes(datasets / "flsl_scenes")
     monkeypatch.chdir(ROOT)
     monkeypatch.setenv("DETECTRON2_DATASETS", str(datasets))
@@ -171,8 +174,6 @@ def installed(tmp_path_factory) -> Path:
 
 def test_installed_wheel_compares_in_an_empty_folder(installed, datasets, encoder_file, tmp_path):
     """Every process runs from the installed files, without the checkout."""
-    other = tmp_path / "other.pth"
-    write_encoder(FLSLViT(img_size=48, patch_size=16, embed_dim=16, depth=1, num_heads=1), other)
     folder = tmp_path / "empty"
     folder.mkdir()
     check = (
@@ -183,7 +184,7 @@ def test_installed_wheel_compares_in_an_empty_folder(installed, datasets, encode
     )
     command = [
         *(sys.executable, "-c", check, "--device", "cpu", "--output", "out", *DATA),
-        *("--weights", f"one={encoder_file}", "--weights", f"two={other}"),
+        *("--weights", f"one={encoder_file}", "--weights", f"two={CNN}"),
         *("--measures", "knn_segmentation", "--pictures", "1"),
     ]
     settings = {"DETECTRON2_DATASETS": str(datasets), "PYTHONPATH": str(installed)}
@@ -199,6 +200,7 @@ def test_installed_wheel_compares_in_an_empty_folder(installed, datasets, encode
     one, two = rows(folder / "out")
     assert float(one["knn_segmentation/mIoU"]) > 0
     assert float(two["knn_segmentation/mIoU"]) > 0
+    assert (two["source"], two["sha256"]) == (CNN, "")
     logs = [file.read_text() for file in (folder / "out").glob("jobs/*/console.txt")]
     assert len(logs) == 2
     assert all(" -m flsl_d2.evaluation " in log for log in logs)

@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 
 import pytest
 import torch
+from forked import run_tool
 from timm.models.vision_transformer import VisionTransformer
 
 from flsl_d2.errors import InputError
@@ -34,26 +32,16 @@ def run_of_dino(path) -> VisionTransformer:
     return student
 
 
-def command(*arguments) -> subprocess.CompletedProcess:
-    return subprocess.run(
-        [sys.executable, "tools/convert_checkpoint.py", *map(str, arguments)],
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        timeout=120,
-        check=False,
-    )
-
-
 @torch.no_grad()
 def test_the_command_converts_a_student_and_accounts_for_every_weight(tmp_path):
     source, target, report = (tmp_path / n for n in ("dino.pth", "out/student.pth", "r/a.json"))
     student = run_of_dino(source)
-    done = command(source, target, "--which", "student", "--report", report)
+    done = run_tool("convert_checkpoint", source, target, "--which", "student", "--report", report)
     assert done.returncode == 0, done.stderr
     for said in ("DINO checkpoint", "18 of the encoder's 18", "norm.weight -> final_norm.weight"):
         assert said in done.stdout
     images = torch.randn(1, 3, 64, 64)
+    # timm's operations in another order, in float32.
     torch.testing.assert_close(
         build_encoder(str(target)).forward_tokens(images),
         student.forward_features(images)[:, 1:],
@@ -69,7 +57,7 @@ def test_the_command_converts_a_student_and_accounts_for_every_weight(tmp_path):
 
 def test_the_command_ends_with_one_sentence(tmp_path):
     (tmp_path / "a.pth").write_bytes(b"nothing")
-    done = command(tmp_path / "a.pth", tmp_path / "b.pth")
+    done = run_tool("convert_checkpoint", tmp_path / "a.pth", tmp_path / "b.pth")
     assert done.returncode == 2
     assert done.stderr.startswith("error: weights ")
     assert done.stderr.count("\n") == 1

@@ -4,42 +4,21 @@ from __future__ import annotations
 
 import json
 import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
+from forked import run_tool
 
 from flsl_d2.errors import InputError
 from flsl_d2.evaluation.measures import report_features
 
-ROOT = Path(__file__).resolve().parents[1]
 DATA = ("--train", "pennfudan_train", "--val", "pennfudan_val")
-
-
-def command(*arguments: str, **environment: str) -> subprocess.CompletedProcess:
-    return subprocess.run(
-        [sys.executable, "tools/eval_features.py", *arguments],
-        cwd=ROOT,
-        env={**os.environ, "OMP_NUM_THREADS": "1", **environment},
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
 
 
 def test_table_and_json_with_a_failed_measure(datasets_root: Path, tmp_path: Path) -> None:
     file = tmp_path / "scores.json"
     few = ("--max-images", "2", "--short-side", "48", "--measures", "knn_box", "knn_segmentation")
-    done = command(
-        "--weights",
-        "random",
-        *DATA,
-        *few,
-        "--json",
-        str(file),
-        DETECTRON2_DATASETS=str(datasets_root),
-    )
+    done = run_tool("eval_features", "--weights", "random", *DATA, *few, "--json", file)
     assert done.returncode == 2
     assert "Traceback" not in done.stderr
     assert done.stderr.splitlines()[-1].startswith("error: 1 of 2 measures failed (knn_box)")
@@ -56,7 +35,7 @@ def test_table_and_json_with_a_failed_measure(datasets_root: Path, tmp_path: Pat
 
 
 def test_wrong_input_is_one_sentence(tmp_path: Path) -> None:
-    done = command("--weights", str(tmp_path / "absent.pth"), *DATA)
+    done = run_tool("eval_features", "--weights", tmp_path / "absent.pth", *DATA)
     assert done.returncode == 2
     assert "Traceback" not in done.stderr
     assert "absent.pth" in done.stderr

@@ -86,5 +86,6 @@ def test_one_and_two_processes_give_the_same_ap(scenes, tmp_path):
     truth = some_as_truth(scenes, one)
     for kind in ("bbox", "segm"):
         aps = [average_precisions(truth, detections, kind) for detections in (one, two)]
+        # The same detections in another order; AP is a mean of float64.
         np.testing.assert_allclose(aps[0], aps[1], rtol=0, atol=1e-6)
         assert 0.01 < aps[0][0] < 0.99

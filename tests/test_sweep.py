@@ -14,6 +14,7 @@ from pathlib import Path
 import cv2
 import pytest
 import torch
+from forked import FORKED_SUBPROCESS
 
 from flsl_d2.data import register_scenes
 from flsl_d2.data.scenes import make_scenes
@@ -56,7 +57,8 @@ def arguments_of(output: Path, *arguments: str) -> list[str]:
 
 @pytest.fixture
 def sweep(datasets, monkeypatch, run_main):
-    """Run the tool in this process; its jobs are processes as always."""
+    """Run the tool in this process, and its jobs in forked ones."""
+    monkeypatch.setattr("flsl_d2.experiments.runner.subprocess", FORKED_SUBPROCESS)
     register_scenes(datasets / "flsl_scenes")
     monkeypatch.chdir(ROOT)
     monkeypatch.setenv("DETECTRON2_DATASETS", str(datasets))
@@ -129,6 +131,7 @@ def test_interrupted_grid_goes_on_to_the_table_of_an_uninterrupted_one(sweep, tm
     whole, _ = read_metrics(tmp_path / "whole" / "metrics.json")
     continued = rows(grid / "runs.csv")[1]
     for key in ("loss", "loss_intra", "loss_inter", "loss_volume", "feature_std"):
+        # Resumed on the same processor, to the bit; the log has about six digits.
         assert float(continued[key]) == pytest.approx(whole[key][1][-1], rel=1e-5), key
 
     # Another grid in the same folder: its run is there already and only has to be evaluated.
@@ -137,9 +140,14 @@ def test_interrupted_grid_goes_on_to_the_table_of_an_uninterrupted_one(sweep, tm
     status, output, errors = sweep(
         *arguments_of(grid, "--grid", "model.loss.volume_weight=5", LOW),
         *(*measured, "--measures", "knn_segmentation"),
+        *("--short-side", "96", "--weights", "cnn=timm:resnet18?pretrained=false"),
     )
     assert status == 0, output + errors
-    assert "1 of 2 jobs are done already" in output
+    assert "1 of 3 jobs are done already" in output
+    own, cnn = rows(grid / "table.csv")
+    assert (own["volume_weight"], cnn["volume_weight"]) == ("5", "cnn")
+    assert 0 < float(cnn["knn_segmentation/mIoU"]) <= 100
+    assert cnn["loss"] == ""
     (row,) = rows(grid / "runs.csv")
     assert 0 < float(row["knn_segmentation/mIoU"]) <= 100
     assert row["loss"] == continued["loss"]
@@ -167,6 +175,7 @@ def test_bad_input_is_one_sentence_before_any_run(sweep, tmp_path):
         ([*grid, "--train", train, "--val", val, "--measures", "knn_boxes"], "knn_boxes"),
         ([*grid, "--detection", "configs/pretrain/flsl_vit_small_p16_in1k.py"], "backbone.net"),
         ([*grid, "--detection-override", "a=b"], "add --detection"),
+        ([*grid, "--weights", "random"], "--weights needs an evaluation"),
         ([*grid, "dataset.name=", "dataset.root=/nowhere"], "/nowhere"),
         ([*grid, "--output", "/proc/no"], "'/proc/no' cannot be written"),
     ]

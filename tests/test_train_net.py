@@ -3,19 +3,16 @@
 from __future__ import annotations
 
 import json
-import os
 import re
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
+from forked import run_tool
 
 from flsl_d2.modeling import FLSLViT
 
 REPOSITORY = Path(__file__).parents[1]
-TOOL = REPOSITORY / "tools" / "train_net.py"
 PY = "configs/coco/mask_rcnn_flsl_vit_s16_1x.py"
 YAML = "configs/coco/mask_rcnn_flsl_vit_s16_1x.yaml"
 ENCODER = {"embed_dim": 48, "depth": 2, "num_heads": 3}
@@ -85,14 +82,7 @@ def encoder_file(tmp_path_factory) -> str:
 
 
 def run(datasets: Path, *arguments: str) -> str:
-    done = subprocess.run(
-        [sys.executable, str(TOOL), *arguments],
-        env={**os.environ, "DETECTRON2_DATASETS": str(datasets), "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        timeout=300,
-        check=False,
-    )
+    done = run_tool("train_net", *arguments, DETECTRON2_DATASETS=str(datasets))
     assert done.returncode == 0, done.stdout + done.stderr
     assert done.stderr == "" or "Error" not in done.stderr
     return done.stdout
@@ -189,26 +179,6 @@ def test_own_data_without_masks_in_two_processes(few_images, boxes_only, tmp_pat
     assert torch.load(tmp_path / "model_final.pth", weights_only=True)["iteration"] == 1
 
 
-# Runs one bad command after the other in one process, since starting one takes seconds.
-DRIVER = """
-import contextlib, io, json, runpy, sys
-results = []
-for arguments in json.load(sys.stdin):
-    sys.argv = [sys.argv[0], *arguments]
-    errors = io.StringIO()
-    try:
-        with contextlib.redirect_stderr(errors), contextlib.redirect_stdout(io.StringIO()):
-            runpy.run_path(TOOL, run_name="__main__")
-        status = 0
-    except SystemExit as end:
-        status = end.code
-    except BaseException as error:
-        status = repr(error)
-    results.append([status, errors.getvalue()])
-print("RESULTS" + json.dumps(results))
-"""
-
-
 def test_bad_input_is_one_sentence_and_status_2(few_images, encoder_file, boxes_only, tmp_path):
     def py(*changes: str) -> list[str]:
         return ["--config-file", PY, *TINY_PY, f"train.output_dir={tmp_path}", *changes]
@@ -256,19 +226,10 @@ def test_bad_input_is_one_sentence_and_status_2(few_images, encoder_file, boxes_
     (missing / "pennfudan" / "images").mkdir(parents=True)
     (missing / "pennfudan" / "annotations").symlink_to(few_images / "pennfudan" / "annotations")
     for root, some in ((few_images, cases), (missing, [(py(), "images are missing")])):
-        done = subprocess.run(
-            [sys.executable, "-c", f"TOOL = {str(TOOL)!r}\n{DRIVER}"],
-            input=json.dumps([arguments for arguments, _ in some]),
-            env={**os.environ, "DETECTRON2_DATASETS": str(root), "OMP_NUM_THREADS": "1"},
-            capture_output=True,
-            text=True,
-            timeout=300,
-            check=False,
-        )
-        assert "RESULTS" in done.stdout, done.stderr
-        results = json.loads(done.stdout.partition("RESULTS")[2])
-        for (arguments, part), (status, errors) in zip(some, results, strict=True):
-            assert status == 2, (arguments, status, errors)
+        for arguments, part in some:
+            done = run_tool("train_net", *arguments, DETECTRON2_DATASETS=str(root))
+            errors = done.stderr
+            assert done.returncode == 2, (arguments, errors)
             assert errors.startswith("error: "), arguments
             assert part in errors, arguments
             assert errors.count("error: ") == 1, arguments
@@ -278,8 +239,7 @@ def test_bad_input_is_one_sentence_and_status_2(few_images, encoder_file, boxes_
 
 
 def test_help_explains_with_examples():
-    done = subprocess.run(
-        [sys.executable, str(TOOL), "--help"], capture_output=True, text=True, check=True
-    )
+    done = run_tool("train_net", "--help")
+    assert done.returncode == 0
     for part in ("--eval-only", "--resume", "MODEL.WEIGHTS", "model.roi_heads.num_classes=1"):
         assert part in done.stdout

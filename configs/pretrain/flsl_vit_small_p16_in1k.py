@@ -24,7 +24,8 @@ from pretrain.schedules import Schedules
 from pretrain.views import NestedViews
 
 dataset = dict(
-    # Folder below which every image is used; ImageNet's layout or any other.
+    # Folder below which every image is used; ImageNet's layout or any other. Or a folder of shards
+    # (tools/make_shards.py), or the URL of either.
     root=os.path.join(os.getenv("DETECTRON2_DATASETS", "datasets"), "imagenet", "train"),
     # Data set registered in Detectron2; where given, it is used and root is not.
     name="",
@@ -34,6 +35,11 @@ dataset = dict(
     max_failed_share=0.1,
     # An image of more pixels counts as one that cannot be read.
     max_pixels=100_000_000,
+    # Images of a URL that are kept on the local disk, in 10^9 bytes; the folder "" is ~/.cache.
+    cache_gb=0.0,
+    cache_dir="",
+    # Seconds that a failing server is asked again before the run writes a checkpoint and ends.
+    patience=60.0,
 )
 
 views = L(NestedViews)(

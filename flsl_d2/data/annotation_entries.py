@@ -20,8 +20,6 @@ from flsl_d2.data.annotation_shapes import (
 from flsl_d2.data.file_names import ImageFolder, stays_inside
 from flsl_d2.data.findings import Findings, Use, name_of
 
-__all__ = ["AnnotationCheck", "check_categories", "check_files", "check_images"]
-
 Sizes = dict[Any, tuple[float, float]]  # image id -> height, width
 
 _UNKNOWN = (math.inf, math.inf)

@@ -10,17 +10,6 @@ import numpy as np
 
 from flsl_d2.data.findings import Problem
 
-__all__ = [
-    "box_polygon",
-    "box_problem",
-    "has_mask",
-    "is_number",
-    "is_side",
-    "runs_of_text",
-    "segmentation_problem",
-    "usable_segmentation",
-]
-
 Size = tuple[float, float]  # height, width; infinite where unknown
 
 # Characters hold 5 bits each: runs of up to 2^34 pixels, whose sums still fit 64 bits.

@@ -31,13 +31,6 @@ from flsl_d2.data.findings import Findings, Use
 from flsl_d2.data.images import picture_size
 from flsl_d2.errors import InputError
 
-__all__ = [
-    "check_coco_files",
-    "check_registered_dataset",
-    "check_registered_name",
-    "report_findings",
-]
-
 logger = logging.getLogger(__name__)
 
 # COCO train2017 itself has a few boxes without width. A few are left out and do no harm; a larger

@@ -11,8 +11,6 @@ import pycocotools.mask
 from flsl_d2.data.annotation_entries import Sizes
 from flsl_d2.data.annotation_shapes import usable_segmentation
 
-__all__ = ["Convention", "find_other_convention"]
-
 _MOST_COMPARED = 2000  # annotations, spread evenly over the file
 _FEWEST = 5  # annotations from which a convention can be concluded
 # Intersection over union of a box with the extents of its mask; small boxes are rounded.

@@ -13,8 +13,6 @@ from detectron2.utils.file_io import PathManager
 from flsl_d2.errors import InputError
 from flsl_d2.files import describe_content
 
-__all__ = ["COCO_LISTS", "read_coco", "read_json"]
-
 COCO_LISTS = ("images", "annotations", "categories")
 
 # Little-endian UTF-32 begins with the mark of UTF-16.

@@ -25,8 +25,6 @@ from flsl_d2.data.file_names import ImageFolder, stays_inside
 from flsl_d2.data.findings import Findings, Use
 from flsl_d2.errors import InputError
 
-__all__ = ["load_coco", "read_coco_api", "read_picture_files"]
-
 
 def read_picture_files(json_file: str, image_root: str) -> list[str]:
     """Paths of a data set's pictures, in the order of their ids; annotations are not looked at.

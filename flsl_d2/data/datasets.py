@@ -13,16 +13,6 @@ from flsl_d2.data.coco_records import load_coco
 from flsl_d2.data.imagenet_boxes import register_imagenet_boxes
 from flsl_d2.errors import InputError
 
-__all__ = [
-    "datasets_root",
-    "detection_records",
-    "register_builtin",
-    "register_coco_format",
-    "register_files",
-    "register_scenes",
-    "use_own_loader",
-]
-
 # name: (annotation file, image folder), below the folder of all data sets
 _BUILTIN = {
     "pennfudan_train": ("pennfudan/annotations/instances_train.json", "pennfudan/images"),
@@ -174,8 +164,6 @@ def detection_records(
 
     Args:
         names: one or several registered names; not used where the files are given.
-        json_file: path of annotations; see :func:`register_files`.
-        image_root: image folder; see :func:`register_files`.
         filter_empty: whether images without usable annotations are left out.
         check_consistency: whether the data sets must have the same classes.
 

@@ -14,8 +14,6 @@ from urllib.parse import unquote
 
 from detectron2.utils.file_io import PathManager
 
-__all__ = ["FoundFile", "ImageFolder", "stays_inside"]
-
 
 class FoundFile(NamedTuple):
     """The search result for one ``file_name``.
@@ -40,11 +38,7 @@ def stays_inside(file_name: str) -> bool:
 
 
 class ImageFolder:
-    """Folder of pictures whose listings are read once each.
-
-    Args:
-        root: path of the folder.
-    """
+    """Folder of pictures whose listings are read once each."""
 
     def __init__(self, root: str) -> None:
         self.root = root

@@ -7,8 +7,6 @@ from typing import Any, NamedTuple
 
 from flsl_d2.data.images import printable
 
-__all__ = ["Findings", "Problem", "Use", "name_of"]
-
 
 class Use(enum.Flag):
     """Parts of a data set that a run reads; several are combined by ``|``.

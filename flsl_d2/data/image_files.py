@@ -37,11 +37,13 @@ class FoundImages:
         files: paths of the images, in the order in which they are numbered.
         hidden: hidden image files, and those in folders of the operating system.
         unread: image files of formats that are not read.
+        watched: folders or the list that change when files are added or removed; empty if unknown.
     """
 
     files: list[str] = field(default_factory=list)
     hidden: list[str] = field(default_factory=list)
     unread: list[str] = field(default_factory=list)
+    watched: list[str] = field(default_factory=list)
 
     def left_out(self) -> str:
         """Say how many image files are left out and why; empty where none is."""
@@ -87,9 +89,9 @@ def search_images(root: str | Path) -> FoundImages:
     root = Path(root).expanduser()
     found = FoundImages()
     if root.is_dir():
-        _add_folder(found, root)
+        found.watched = _add_folder(found, root)
     elif root.is_file():
-        return FoundImages(_listed_files(root))
+        return FoundImages(_listed_files(root), watched=[str(root)])
     elif matches := glob.glob(str(root), recursive=True):
         _add_matches(found, matches)
     else:
@@ -109,17 +111,22 @@ def search_images(root: str | Path) -> FoundImages:
     return found
 
 
-def _add_folder(found: FoundImages, root: Path) -> None:
-    for folder, names in _folders(root):
+def _add_folder(found: FoundImages, root: Path) -> list[str]:
+    """Add the images below a folder; return the folders."""
+    folders = _folders(root)
+    for folder, names in folders:
+        hidden = _is_hidden(os.path.relpath(folder, root)) if folder != str(root) else False
         for name in names:
-            path = os.path.join(folder, name)
-            _add_file(found, path, os.path.relpath(path, root))
+            _add_file(
+                found, f"{folder.removesuffix(os.sep)}{os.sep}{name}", hidden or _is_hidden(name)
+            )
+    return [folder for folder, _ in folders]
 
 
-def _add_file(found: FoundImages, path: str, name: str) -> None:
+def _add_file(found: FoundImages, path: str, hidden: bool) -> None:
     suffix = os.path.splitext(path)[1].lower()
     if suffix in IMAGE_SUFFIXES:
-        (found.hidden if _is_hidden(name) else found.files).append(path)
+        (found.hidden if hidden else found.files).append(path)
     elif suffix in _UNREAD_SUFFIXES:
         found.unread.append(path)
 
@@ -130,7 +137,7 @@ def _add_matches(found: FoundImages, matches: list[str]) -> None:
         if os.path.isdir(match):
             _add_folder(found, Path(match))
         else:
-            _add_file(found, match, os.path.basename(match))
+            _add_file(found, match, _is_hidden(os.path.basename(match)))
     for paths in (found.files, found.hidden, found.unread):
         paths[:] = dict.fromkeys(paths)
 
@@ -162,21 +169,40 @@ def _listed_files(file: Path) -> list[str]:
 def _folders(root: Path) -> list[tuple[str, list[str]]]:
     """Each folder below the root, itself included, with the names of its files."""
 
-    def log_unlisted(error: OSError) -> None:
-        logger.warning("%s is left out: %s", printable(str(error.filename)), error.strerror)
-
-    folders, entered = [], set()
-    for folder, subfolders, names in os.walk(root, followlinks=True, onerror=log_unlisted):
-        status = os.stat(folder)
-        if (status.st_dev, status.st_ino) in entered:
+    folders: list[tuple[str, list[str]]] = []
+    entered: set[tuple[int, int]] = set()
+    pending = [str(root)]
+    while pending:
+        folder = pending.pop()
+        try:
+            status = os.stat(folder)
             # A link back to a parent: walked again and again, it would multiply every image.
-            subfolders.clear()
+            if (status.st_dev, status.st_ino) in entered:
+                continue
+            entered.add((status.st_dev, status.st_ino))
+            subfolders, names = _listed(folder)
+        except OSError as error:
+            logger.warning("%s is left out: %s", printable(str(error.filename)), error.strerror)
             continue
-        entered.add((status.st_dev, status.st_ino))
         # A folder that is linked from a hidden one is entered by its other name.
-        subfolders.sort(key=lambda name: (_is_hidden(name), name))
+        subfolders.sort(key=lambda name: (_is_hidden(name), name), reverse=True)
+        pending += [os.path.join(folder, name) for name in subfolders]
         folders.append((folder, names))
     return folders
+
+
+def _listed(folder: str) -> tuple[list[str], list[str]]:
+    """Names of the folders and of the files in a folder."""
+    folders: list[str] = []
+    names: list[str] = []
+    with os.scandir(folder) as entries:
+        for entry in entries:
+            # Asking where a link points costs more than the rest, so one that is named like an
+            # image counts as a file.
+            is_image = os.path.splitext(entry.name)[1].lower() in IMAGE_SUFFIXES
+            is_folder = entry.is_dir(follow_symlinks=not is_image)
+            (folders if is_folder else names).append(entry.name)
+    return folders, names
 
 
 def _is_hidden(path: str) -> bool:

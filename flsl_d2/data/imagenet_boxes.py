@@ -19,8 +19,6 @@ from detectron2.structures import BoxMode
 
 from flsl_d2.errors import InputError
 
-__all__ = ["load_imagenet_boxes", "register_imagenet_boxes"]
-
 
 def register_imagenet_boxes(
     root: str | os.PathLike[str], name: str = "imagenet_boxes", replace: bool = False

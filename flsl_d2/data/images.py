@@ -20,16 +20,6 @@ from PIL import Image, UnidentifiedImageError
 from flsl_d2.errors import InputError
 from flsl_d2.files import describe_content
 
-__all__ = [
-    "MAX_PIXELS",
-    "MAX_PIXELS_LIMIT",
-    "ImageFile",
-    "picture_size",
-    "printable",
-    "read_image",
-    "read_rgb",
-]
-
 MAX_PIXELS = 100_000_000  # 300 MB decoded
 # Divisors of the size for which decoders have fast transforms of a block.
 JPEG_REDUCTIONS = (8, 4, 2, 1)
@@ -129,7 +119,8 @@ class ImageFile:
     content, not of the name.
 
     Args:
-        path: path of a regular file; a pipe or a device would be read for ever.
+        source: path of a regular file, because a pipe or a device would be read for ever; or the
+            content of a file.
         max_pixels: number of pixels from which an image is refused before it is decoded.
 
     Attributes:
@@ -140,9 +131,9 @@ class ImageFile:
         OSError: not readable or not an image; the text is the reason.
     """
 
-    def __init__(self, path: str, max_pixels: int = MAX_PIXELS) -> None:
+    def __init__(self, source: str | bytes, max_pixels: int = MAX_PIXELS) -> None:
         with _any_error_as_oserror():
-            self._data = _read_bytes(path, max_pixels)
+            self._data = _read_bytes(source, max_pixels) if isinstance(source, str) else source
             if not self._data:
                 raise OSError("empty file")
             size = self._size = _plain_jpeg_size(self._data)

@@ -25,16 +25,6 @@ from flsl_d2.data.datasets import datasets_root
 from flsl_d2.engine.launch import usable_cores
 from flsl_d2.errors import InputError
 
-__all__ = [
-    "PREPARATIONS",
-    "ade20k_labels",
-    "check_label_images",
-    "prepare_ade20k",
-    "prepare_coco_stuff",
-    "read_labels",
-    "stuff_labels",
-]
-
 _PREPARATION = "tools/prepare_labels.py makes those of ADE20K and of COCO"
 IGNORED = 255
 
@@ -50,7 +40,6 @@ def read_labels(path: str, copy: bool = False, dtype: np.dtype | str | None = No
     Detectron2's own function demands an array without a copy, which numpy 2 refuses.
 
     Args:
-        path: path of the image.
         copy: not used; part of the evaluator's interface.
         dtype: type of the array; uint8 by default.
     """
@@ -143,7 +132,6 @@ def prepare_ade20k(root: str | os.PathLike[str] | None = None, num_workers: int 
 
     Args:
         root: the folder of all data sets; ``$DETECTRON2_DATASETS`` by default.
-        num_workers: number of processes; 0 for one per usable core.
 
     Raises:
         InputError: ADE20K is missing.
@@ -162,7 +150,6 @@ def prepare_coco_stuff(root: str | os.PathLike[str] | None = None, num_workers: 
 
     Args:
         root: the folder of all data sets; ``$DETECTRON2_DATASETS`` by default.
-        num_workers: number of processes; 0 for one per usable core.
 
     Raises:
         InputError: the panoptic annotations are missing.

@@ -17,8 +17,6 @@ from flsl_d2.data.annotation_shapes import box_polygon
 from flsl_d2.data.images import printable, read_image
 from flsl_d2.errors import InputError
 
-__all__ = ["FLSLDatasetMapper"]
-
 
 class FLSLDatasetMapper(DatasetMapper):
     """Detectron2's mapper, with these differences.
@@ -35,9 +33,6 @@ class FLSLDatasetMapper(DatasetMapper):
 
     def __call__(self, dataset_dict: dict[str, Any]) -> dict[str, Any]:
         """Read and transform one image with its annotations.
-
-        Args:
-            dataset_dict: record in Detectron2's data set format.
 
         Returns:
             The input of Detectron2's models.

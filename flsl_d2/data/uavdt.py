@@ -22,8 +22,6 @@ from tqdm import tqdm
 from flsl_d2.data.datasets import datasets_root
 from flsl_d2.errors import InputError
 
-__all__ = ["CATEGORIES", "convert_sequence", "convert_uavdt"]
-
 CATEGORIES = {1: "car", 2: "truck", 3: "bus"}
 IMAGES = "UAV-benchmark-M"
 _TRUTH = ("UAV-benchmark-MOTD_v1.0/GT", "GT")
@@ -77,9 +75,6 @@ def convert_sequence(
 
     Args:
         folder: folder of the pictures ``img000001.jpg`` and so on, named after the sequence.
-        truth: folder of the text files.
-        first_image: id of the first image.
-        first_annotation: id of the first annotation.
 
     Raises:
         InputError: a line cannot be read.

@@ -7,7 +7,7 @@ import re
 from collections.abc import Mapping
 from datetime import timedelta
 
-import torch.distributed as dist
+from torch.distributed import PrefixStore, Store, TCPStore  # type: ignore[attr-defined]
 
 from flsl_d2.errors import InputError
 
@@ -22,7 +22,7 @@ def started_by_torchrun() -> bool:
     return {"RANK", "WORLD_SIZE", "MASTER_ADDR"} <= os.environ.keys()
 
 
-def restart_store(variables: Mapping[str, str], timeout: timedelta) -> dist.Store | None:
+def restart_store(variables: Mapping[str, str], timeout: timedelta) -> Store | None:
     """Store in which ranks find each other, apart from that of the attempts before a restart.
 
     torchrun's own store outlives a restart, with the addresses of the ranks that died.
@@ -46,10 +46,10 @@ def restart_store(variables: Mapping[str, str], timeout: timedelta) -> dist.Stor
                 "died; set TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 for torchrun on all machines."
             )
         return None
-    store = dist.TCPStore(
+    store = TCPStore(
         variables["MASTER_ADDR"], int(variables["MASTER_PORT"]), is_master=False, timeout=timeout
     )
-    return dist.PrefixStore(f"attempt_{variables.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
+    return PrefixStore(f"attempt_{variables.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
 
 
 def slurm_variables(variables: Mapping[str, str]) -> dict[str, str]:

@@ -76,6 +76,7 @@ PRETRAINING_KEYS = NeutralKeys(
         *("train.device", "train.compile", "train.log_period"),
         # The images are compared by their names below their common folder.
         *("dataset.root", "dataset.name", "dataset.max_failed_share"),
+        *("dataset.cache_gb", "dataset.cache_dir", "dataset.patience"),
         "model.backbone.use_act_checkpoint",
     ),
 )

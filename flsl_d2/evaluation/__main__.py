@@ -9,8 +9,6 @@ from detectron2.utils.logger import setup_logger
 from flsl_d2.engine.command_line import add_defaults, add_option, described_parser, run_tool
 from flsl_d2.evaluation.measures import MEASURES, report_features
 
-__all__ = ["main"]
-
 DESCRIPTION = "Measure an encoder's frozen tokens: k-NN, linear probes and clusters."
 EXAMPLES = f"""examples:
   all measures, on 200 images each of COCO's splits:
@@ -41,19 +39,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     add_defaults(parser, ("--seed", 0, "seed of all draws"))
     args = parser.parse_args(arguments)
     setup_logger(name="flsl_d2", abbrev_name="flsl_d2")
-    run_tool(
-        lambda: report_features(
-            args.weights,
-            args.train,
-            args.val,
-            args.measures,
-            args.json,
-            seed=args.seed,
-            device=args.device,
-            max_images=args.max_images,
-            short_side=args.short_side,
-        )
-    )
+    settings = vars(args) | {"json_file": args.json}
+    del settings["json"]
+    run_tool(lambda: report_features(**settings))
 
 
 if __name__ == "__main__":

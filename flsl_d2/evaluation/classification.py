@@ -10,16 +10,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from flsl_d2.errors import InputError
-from flsl_d2.evaluation.classifiers import (
-    class_votes,
-    fit_linear,
-    nearest,
-    top_hits,
-    usable_neighbours,
-)
+from flsl_d2.evaluation.classifiers import NeighbourVotes, fit_linear, top_hits
 from flsl_d2.evaluation.samples import Sample, Task
-
-__all__ = ["Classification"]
 
 
 class Classification:
@@ -70,22 +62,17 @@ class Classification:
     def fit(self) -> None:
         """Build the bank of k-NN and train the linear probe."""
         features = torch.stack(self.features)
-        self.bank_labels = torch.tensor(self.labels, device=features.device)
-        self.bank = F.normalize(features, dim=1)
-        self.ks = usable_neighbours(self.options.class_neighbours, len(self.bank))
-        shares = F.one_hot(self.bank_labels, self.num_classes).double()
+        labels = torch.tensor(self.labels, device=features.device)
+        bank = F.normalize(features, dim=1)
+        self.votes = NeighbourVotes(bank, labels, self.num_classes, self.options)
+        shares = F.one_hot(labels, self.num_classes).double()
         self.weight, self.bias = fit_linear(features, shares, self.options.probe_steps)
 
     def observe_val(self, sample: Sample) -> None:
         """Classify an image."""
         self.num_images += 1
         feature, truth = sample.tokens.mean(dim=0, keepdim=True), sample.image.record["image_class"]
-        query = F.normalize(feature, dim=1)
-        indices, weights = nearest(query, self.bank, self.ks[-1], self.options.temperature)
-        labels = self.bank_labels[indices]
-        scores = {
-            f"k{k}": class_votes(labels[:, :k], weights[:, :k], self.num_classes) for k in self.ks
-        }
+        scores = self.votes(F.normalize(feature, dim=1))
         scores["linear"] = (feature.double() @ self.weight + self.bias)[0]
         for name, score in scores.items():
             for top, hit in top_hits(score, truth).items():

@@ -5,22 +5,12 @@ Shape suffixes: Q queries, M entries of the bank, D width, K neighbours, C class
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from flsl_d2.errors import InputError
-
-__all__ = [
-    "WEIGHT_DECAY",
-    "class_votes",
-    "fit_linear",
-    "nearest",
-    "top_hits",
-    "usable_neighbours",
-]
+from flsl_d2.evaluation.samples import Options
 
 WEIGHT_DECAY = 1e-3
 _MIN_CLASSES_FOR_TOP5 = 5
@@ -36,7 +26,6 @@ def nearest(
         queries: (Q, D), L2-normalised.
         bank: (M, D), L2-normalised.
         num_neighbours: K; at most M.
-        temperature: T of the weights.
 
     Returns:
         Indices (Q, K) into the bank by falling similarity, and weights exp(cosine / T), (Q, K).
@@ -47,34 +36,39 @@ def nearest(
     return torch.cat([part.indices for part in parts]), (cosine / temperature).exp()
 
 
-def usable_neighbours(values: Sequence[int], bank_size: int) -> list[int]:
-    """Sort the values of k and drop those that are larger than the bank.
-
-    Raises:
-        InputError: no value is left.
-    """
-    usable = sorted(k for k in values if k <= bank_size)
-    if not usable:
-        raise InputError(
-            f"the bank has {bank_size} tokens, too few for k = {min(values)}; use more training "
-            "images."
-        )
-    return usable
-
-
-def class_votes(labels: Tensor, weights: Tensor, num_classes: int) -> Tensor:
-    """Add the weights of all neighbours by class.
+class NeighbourVotes:
+    """Votes of the k most similar entries of a bank for their classes, for several k.
 
     Args:
-        labels: (Q, K) class of each neighbour.
-        weights: (Q, K) weight of its vote.
+        bank: (M, D), L2-normalised.
+        labels: class of each entry.
         num_classes: C.
+        options: values of k, of which those larger than the bank are left out, and T.
 
-    Returns:
-        (C,) votes of all queries together.
+    Raises:
+        InputError: the bank is too small for every k.
     """
-    votes = weights.new_zeros(num_classes)
-    return votes.index_add_(0, labels.flatten(), weights.flatten())
+
+    def __init__(self, bank: Tensor, labels: Tensor, num_classes: int, options: Options) -> None:
+        self.bank, self.labels, self.num_classes = bank, labels, num_classes
+        self.temperature = options.temperature
+        self.ks = sorted(k for k in options.class_neighbours if k <= len(bank))
+        if not self.ks:
+            raise InputError(
+                f"the bank has {len(bank)} tokens, too few for k = "
+                f"{min(options.class_neighbours)}; use more training images."
+            )
+
+    def __call__(self, queries: Tensor) -> dict[str, Tensor]:
+        """Add the votes for all queries (Q, D), L2-normalised: (C,) by ``k10`` and so on."""
+        indices, weights = nearest(queries, self.bank, self.ks[-1], self.temperature)
+        labels = self.labels[indices]
+        return {
+            f"k{k}": weights.new_zeros(self.num_classes).index_add_(
+                0, labels[:, :k].flatten(), weights[:, :k].flatten()
+            )
+            for k in self.ks
+        }
 
 
 def top_hits(scores: Tensor, truth: int) -> dict[str, bool]:
@@ -82,7 +76,6 @@ def top_hits(scores: Tensor, truth: int) -> dict[str, bool]:
 
     Args:
         scores: (C,); the lowest of several classes with equal scores comes first.
-        truth: the true class.
 
     Returns:
         ``top1``, and with five classes or more ``top5``: whether the truth is among the best.

@@ -38,8 +38,6 @@ from flsl_d2.evaluation.segmentation import check_labelled_pixels, patch_distrib
 from flsl_d2.mean_shift import cluster
 from flsl_d2.modeling.attention import Attention
 
-__all__ = ["ClusterQuality", "attention_rows", "mean_shift_labels"]
-
 _NUM_TUNING_IMAGES = 8
 
 
@@ -185,10 +183,8 @@ def attention_rows(attention: Attention, attended: Tensor, num_tokens: int) -> T
     """Compute a block's attention weights between the tokens of patches, averaged over heads.
 
     Args:
-        attention: global attention of the block.
         attended: input of the attention, (1, rows, columns, D); or (1, 1, P + N, D) with P prefix
             tokens (class token, registers), whose share of the weights is left out.
-        num_tokens: N.
 
     Returns:
         (N, N); row i holds the weights of token i and sums to 1.

@@ -5,17 +5,14 @@ judged on others by ``R2 = 1 - |error|^2 / |deviation from the mean of the fitte
 Features that hold little but position or colour can make a self-supervised loss fall although no
 object is learned.
 
-Shape suffixes: N tokens of an image, D width, F functions.
+Shape suffixes: N tokens of an image, D width, F functions, the first of which is 1.
 """
 
 from __future__ import annotations
 
-import functools
 import math
-import operator
 from collections import defaultdict
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import ClassVar
 
 import cv2
@@ -24,30 +21,17 @@ import torch
 from torch import Tensor
 
 from flsl_d2.errors import InputError
+from flsl_d2.evaluation.features import TokenFeatures
 from flsl_d2.evaluation.samples import Sample, Task
-
-__all__ = [
-    "ExplainedVariance",
-    "LinearFit",
-    "colour_functions",
-    "colour_r2",
-    "held_out_r2",
-    "patch_colours",
-    "position_functions",
-    "position_order",
-    "position_r2",
-]
 
 _MAX_HALF_WAVES = 12
 _TOKENS_PER_FUNCTION = 10
 
 
 def position_order(grids: Sequence[tuple[int, int]], num_fitted: int) -> int:
-    """Largest number of half-waves, up to 12, that the grids and the fitted tokens allow.
+    """Largest number of half-waves, up to 12, that the grids and the number of tokens allow.
 
-    Args:
-        grids: rows and columns of the images.
-        num_fitted: number of tokens that the map is fitted to; ten for each function at least.
+    There are at least ten fitted tokens for each function.
     """
     side = min(min(grid) for grid in grids)
     fitting = (math.isqrt(8 * (num_fitted // _TOKENS_PER_FUNCTION) + 1) - 3) // 2
@@ -73,122 +57,72 @@ def patch_colours(image: np.ndarray, grid: tuple[int, int]) -> Tensor:
     )
 
 
-def colour_functions(colours: Tensor) -> Tensor:
-    """Products of up to two of red, green and blue: (N, 3) in [0, 255] to (N, 10) float64."""
-    with_one = torch.cat([torch.ones(len(colours), 1), colours / 255], dim=1).double()
+def colour_functions(image: np.ndarray, grid: tuple[int, int]) -> Tensor:
+    """Products of up to two of red, green and blue of every patch: (N, 10) float64."""
+    colours = patch_colours(image, grid) / 255
+    with_one = torch.cat([torch.ones(len(colours), 1), colours], dim=1).double()
     first, second = torch.triu_indices(4, 4)
     return with_one[:, first] * with_one[:, second]
 
 
-@dataclass(frozen=True)
-class LinearFit:
-    """Sums of a least-squares fit from functions to tokens; fits of images add and subtract.
-
-    Attributes:
-        gram: (F, F) products of the functions with each other.
-        cross: (F, D) products of the functions with the tokens.
-        sums: (D,) sum of the tokens.
-        count: number of the tokens.
-    """
-
-    gram: Tensor
-    cross: Tensor
-    sums: Tensor
-    count: int
-
-    @classmethod
-    def of(cls, functions: Tensor, tokens: Tensor) -> LinearFit:
-        """Make the fit of one image.
-
-        Args:
-            functions: (N, F) float64, one of them constant.
-            tokens: (N, D) float64.
-        """
-        gram, cross = functions.T @ functions, functions.T @ tokens
-        return cls(gram, cross, tokens.sum(dim=0), len(tokens))
-
-    def __add__(self, other: LinearFit) -> LinearFit:
-        return LinearFit(
-            self.gram + other.gram,
-            self.cross + other.cross,
-            self.sums + other.sums,
-            self.count + other.count,
-        )
-
-    def __sub__(self, other: LinearFit) -> LinearFit:
-        return self + LinearFit(-other.gram, -other.cross, -other.sums, -other.count)
-
-    @property
-    def mean(self) -> Tensor:
-        """Mean of the fitted tokens, (D,)."""
-        return self.sums / self.count
-
-    def solve(self) -> Tensor:
-        """Return the map (F, D) of the least squares."""
-        gram = self.gram.clone()
-        # Functions can be equal in the fitted images, for example where these have one colour.
-        gram.diagonal().add_(1e-9 * float(gram.diagonal().mean()))
-        return torch.linalg.solve(gram, self.cross)
-
-
-def position_r2(token_sets: Sequence[Tensor], grids: Sequence[tuple[int, int]]) -> float | None:
-    """Share of the tokens' variance that their position alone predicts, in images not fitted to.
+def fit_sums(functions: Tensor, tokens: Tensor) -> Tensor:
+    """Return what a least-squares fit needs of an image; sums of images add and subtract.
 
     Args:
-        token_sets: (N, D) of each image.
-        grids: rows and columns of each image.
+        functions: (N, F) float64.
+        tokens: (N, D) float64.
 
     Returns:
-        See :func:`held_out_r2`.
+        (F, F + D): products of the functions with each other and with the tokens.
     """
-    sizes = [len(tokens) for tokens in token_sets]
+    return functions.T @ torch.cat([functions, tokens], dim=1)
+
+
+def solve_fit(sums: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the map (F, D) of the least squares, and the mean (D,) of the fitted tokens."""
+    gram, cross = sums[:, : len(sums)].clone(), sums[:, len(sums) :]
+    mean = cross[0] / gram[0, 0]  # the first function is 1
+    # Functions can be equal in the fitted images, for example where these have one colour.
+    gram.diagonal().add_(1e-9 * float(gram.diagonal().mean()))
+    return torch.linalg.solve(gram, cross), mean
+
+
+def position_r2(features: Sequence[TokenFeatures]) -> float | None:
+    """Share of the tokens' variance that their position alone predicts; see `held_out_r2`."""
+    grids, sizes = [each.grid for each in features], [len(each.tokens) for each in features]
     order = position_order(grids, sum(sizes) - max(sizes))
-    return held_out_r2(token_sets, [position_functions(grid, order) for grid in grids])
+    return held_out_r2(features, [position_functions(grid, order) for grid in grids])
 
 
-def colour_r2(
-    token_sets: Sequence[Tensor],
-    grids: Sequence[tuple[int, int]],
-    images: Sequence[np.ndarray],
-) -> float | None:
-    """Share of the tokens' variance that the mean colours of their patches alone predict.
-
-    Args:
-        token_sets: (N, D) of each image.
-        grids: rows and columns of each image.
-        images: (H, W, 3) uint8 each.
-
-    Returns:
-        See :func:`held_out_r2`.
-    """
-    colours = [patch_colours(image, grid) for image, grid in zip(images, grids, strict=True)]
-    return held_out_r2(token_sets, [colour_functions(each) for each in colours])
+def colour_r2(features: Sequence[TokenFeatures]) -> float | None:
+    """Share of the variance that the mean colours of patches predict; see `held_out_r2`."""
+    return held_out_r2(features, [colour_functions(each.image, each.grid) for each in features])
 
 
-def held_out_r2(token_sets: Sequence[Tensor], functions: Sequence[Tensor]) -> float | None:
+def held_out_r2(features: Sequence[TokenFeatures], functions: Sequence[Tensor]) -> float | None:
     """Share of the tokens' variance that a linear map of some functions predicts.
 
     The map is fitted to the tokens of all images but one and predicts those of the one; every
     image is left out once. Errors and deviations are summed over the images.
 
     Args:
-        token_sets: (N, D) of each image.
-        functions: (N, F) float64 of each image; one of them is constant.
+        features: tokens of each image.
+        functions: (N, F) float64 of each image.
 
     Returns:
         1 where the functions predict everything, about 0 (or a little less) where they predict
         nothing; None for a single image, and for tokens that do not vary.
     """
-    if len(token_sets) < 2:
+    if len(features) < 2:
         return None
-    tokens = [each.double() for each in token_sets]
-    fits = [LinearFit.of(f, t) for f, t in zip(functions, tokens, strict=True)]
-    whole = functools.reduce(operator.add, fits)
+    tokens = [each.tokens.double() for each in features]
+    sums = [fit_sums(*pair) for pair in zip(functions, tokens, strict=True)]
+    whole = torch.stack(sums).sum(dim=0)
     error = deviation = 0.0
-    for f, t, own in zip(functions, tokens, fits, strict=True):
-        others = whole - own
-        error += float((t - f @ others.solve()).square().sum())
-        deviation += float((t - others.mean).square().sum())
+    for f, t, own in zip(functions, tokens, sums, strict=True):
+        weights, mean = solve_fit(whole - own)
+        error += float((t - f @ weights).square().sum())
+        deviation += float((t - mean).square().sum())
     return 1 - error / deviation if deviation > 0 else None
 
 
@@ -207,28 +141,27 @@ class ExplainedVariance:
     def __init__(self, task: Task) -> None:
         side = max(task.options.short_side // task.encoder.patch_size, 1)
         self.order = position_order([(side, side)], len(task.train.images) * side**2)
-        self.fits: dict[str, LinearFit] = {}
-        self.maps: dict[str, Tensor] = {}
+        self.sums: dict[str, Tensor] = {}
         self.errors: dict[str, float] = defaultdict(float)
         self.deviation = self.energy = 0.0
 
     def _functions(self, sample: Sample) -> dict[str, Tensor]:
         return {
             "position": position_functions(sample.grid, self.order),
-            "colour": colour_functions(patch_colours(sample.pixels, sample.grid)),
+            "colour": colour_functions(sample.pixels, sample.grid),
         }
 
     def observe_train(self, sample: Sample) -> None:
         """Add an image to the sums that the maps are fitted to."""
         tokens = sample.tokens.double().cpu()
         for name, functions in self._functions(sample).items():
-            fit = LinearFit.of(functions, tokens)
-            self.fits[name] = self.fits[name] + fit if name in self.fits else fit
+            self.sums[name] = fit_sums(functions, tokens) + self.sums.get(name, 0.0)
 
     def fit(self) -> None:
         """Solve for the maps."""
-        self.maps = {name: fit.solve() for name, fit in self.fits.items()}
-        self.mean = self.fits["position"].mean  # both fits have the same tokens
+        fits = {name: solve_fit(sums) for name, sums in self.sums.items()}
+        self.maps = {name: weights for name, (weights, _) in fits.items()}
+        self.mean = fits["position"][1]  # both fits have the same tokens
 
     def observe_val(self, sample: Sample) -> None:
         """Predict an image's tokens."""

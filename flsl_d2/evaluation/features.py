@@ -15,16 +15,6 @@ from flsl_d2.modeling.pixels import IMAGENET_MEAN, IMAGENET_STD
 from flsl_d2.modeling.timm_backbone import TIMM_PREFIX, TimmBackbone, build_timm_backbone
 from flsl_d2.weights import build_encoder
 
-__all__ = [
-    "RANDOM",
-    "TokenFeatures",
-    "device_of",
-    "encode_images",
-    "extract_tokens",
-    "frozen_encoder",
-    "usable_device",
-]
-
 RANDOM = "random"
 
 
@@ -86,17 +76,26 @@ class TokenFeatures(NamedTuple):
     grid: tuple[int, int]
     image: np.ndarray
 
+    def on_cpu(self) -> TokenFeatures:
+        """Return the tokens as float32 on the CPU, without gradient.
+
+        Raises:
+            ValueError: the tokens do not fill the grid.
+        """
+        if self.tokens.ndim != 2 or len(self.tokens) != self.grid[0] * self.grid[1]:
+            raise ValueError(
+                f"tokens of shape {tuple(self.tokens.shape)} do not fill a grid of {self.grid[0]} "
+                f"x {self.grid[1]}: expected (N, D) with N = rows * columns"
+            )
+        return self._replace(tokens=self.tokens.detach().cpu().float())
+
 
 @torch.inference_mode()
 def encode_images(encoder: Encoder, images: np.ndarray) -> Tensor:
-    """Normalise images and encode them to the tokens of the last block.
-
-    Args:
-        encoder: in evaluation mode.
-        images: (B, H, W, 3) uint8 RGB; H and W are multiples of the patch size.
+    """Normalise images (B, H, W, 3) uint8 RGB of whole patches, and encode them.
 
     Returns:
-        (B, N, D) float32, on the encoder's device.
+        Tokens of the last block, (B, N, D) float32, on the encoder's device.
     """
     device = device_of(encoder)
     pixels = torch.from_numpy(images).to(device).permute(0, 3, 1, 2).float()
@@ -116,7 +115,6 @@ def extract_tokens(
     The image keeps its aspect ratio up to the rounding of both sides to whole patches.
 
     Args:
-        encoder: in evaluation mode.
         image: (H, W, 3) uint8 RGB.
         short_side: pixels to resize the shorter side to; None keeps the size of the image.
         max_long_side: bound of the longer side in pixels, where the image is resized.

@@ -10,11 +10,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from flsl_d2.errors import InputError
-from flsl_d2.evaluation.classifiers import class_votes, nearest, top_hits, usable_neighbours
+from flsl_d2.evaluation.classifiers import NeighbourVotes, top_hits
 from flsl_d2.evaluation.labelled_images import LabelledBox
 from flsl_d2.evaluation.samples import Sample, Task
-
-__all__ = ["BoxKnn", "cell_tokens"]
 
 _CELLS = 3  # cells of a box along each side
 
@@ -64,10 +62,9 @@ class BoxKnn:
         """Join the bank, and drop the values of k that are larger than the bank."""
         if not self.tokens:
             raise InputError("no training image has a box; use a data set with boxes.")
-        self.bank = torch.cat(self.tokens)
-        labels = torch.tensor(self.labels, device=self.bank.device)
-        self.bank_labels = labels.repeat_interleave(_CELLS**2)
-        self.ks = usable_neighbours(self.options.class_neighbours, len(self.bank))
+        bank = torch.cat(self.tokens)
+        labels = torch.tensor(self.labels, device=bank.device).repeat_interleave(_CELLS**2)
+        self.votes = NeighbourVotes(bank, labels, self.num_classes, self.options)
 
     def observe_val(self, sample: Sample) -> None:
         """Classify the largest box of an image."""
@@ -75,14 +72,9 @@ class BoxKnn:
         if box is None:
             return
         self.num_images += 1
-        indices, weights = nearest(
-            _box_tokens(sample, box), self.bank, self.ks[-1], self.options.temperature
-        )
-        labels = self.bank_labels[indices]
-        for k in self.ks:
-            votes = class_votes(labels[:, :k], weights[:, :k], self.num_classes)
+        for name, votes in self.votes(_box_tokens(sample, box)).items():
             for top, hit in top_hits(votes, box.category).items():
-                self.hits[f"k{k}_{top}"] += hit
+                self.hits[f"{name}_{top}"] += hit
 
     def results(self) -> dict[str, float]:
         """Return ``k10_top1`` and so on, and ``top5`` from five classes up, in percent."""

@@ -21,15 +21,6 @@ from flsl_d2.data.images import printable, read_image
 from flsl_d2.data.label_images import read_labels
 from flsl_d2.errors import InputError
 
-__all__ = [
-    "IGNORED",
-    "LabelledBox",
-    "LabelledDataset",
-    "LabelledImage",
-    "decode_mask",
-    "load_labelled",
-]
-
 IGNORED = -1
 
 
@@ -192,8 +183,6 @@ def decode_mask(segmentation: Any, height: int, width: int) -> np.ndarray | None
 
     Args:
         segmentation: polygons, or run lengths with or without compression.
-        height: H.
-        width: W.
 
     Returns:
         None for an annotation without a segmentation.
@@ -214,7 +203,6 @@ def load_labelled(name: str, max_images: int | None = None, seed: int = 0) -> La
         name: data set in Detectron2's catalog with boxes, masks or semantic labels; or a folder
             with a subfolder of images for each class.
         max_images: bound; more are thinned to a sample drawn by the seed, in their order.
-        seed: seed for the sample.
 
     Raises:
         InputError: the name is not known, the files are faulty, or nothing is labelled.

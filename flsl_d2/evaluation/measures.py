@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import fields
@@ -11,6 +12,7 @@ from pathlib import Path
 from typing import Any, ClassVar, Protocol
 
 from tabulate import tabulate
+from tqdm import tqdm
 
 from flsl_d2.errors import InputError
 from flsl_d2.evaluation.classification import Classification
@@ -19,23 +21,16 @@ from flsl_d2.evaluation.explained_variance import ExplainedVariance
 from flsl_d2.evaluation.features import RANDOM, frozen_encoder, usable_device
 from flsl_d2.evaluation.knn_box import BoxKnn
 from flsl_d2.evaluation.labelled_images import LabelledDataset, load_labelled
-from flsl_d2.evaluation.samples import Options, Sample, Task, encode_dataset, log_progress
+from flsl_d2.evaluation.samples import (
+    Options,
+    Sample,
+    Task,
+    encode_dataset,
+    global_attention,
+)
 from flsl_d2.evaluation.segmentation import KnnSegmentation, LinearSegmentation
 from flsl_d2.files import writable_folder, write_text
 from flsl_d2.modeling import Encoder
-
-__all__ = [
-    "MEASURES",
-    "Measure",
-    "better",
-    "measure_all",
-    "measure_features",
-    "measures_table",
-    "prepare_measures",
-    "report_features",
-    "run_measures",
-    "suitable_measures",
-]
 
 logger = logging.getLogger(__name__)
 
@@ -98,17 +93,26 @@ def suitable_measures(dataset: LabelledDataset) -> list[str]:
 
 
 def better(score: str) -> str:
-    """Tell which values of a score are better.
+    """Return ``higher``, or an empty text for a score of which neither high nor low is better.
 
-    Args:
-        score: full name, such as ``knn_segmentation/mIoU``.
-
-    Returns:
-        ``higher``, or an empty text where neither is better, or for an unknown measure.
+    The score is given by its full name, such as ``knn_segmentation/mIoU``; the text is empty for
+    an unknown measure, too.
     """
     measure, _, key = score.partition("/")
     kind = MEASURES.get(measure)
     return "" if kind is None or key in kind.without_direction else "higher"
+
+
+def omitted_scores(encoder: Encoder, measures: Sequence[str]) -> dict[str, str]:
+    """Return the scores that have no meaning for an encoder, by full name, with the reason."""
+    if "cluster_quality" not in measures or global_attention(encoder) is not None:
+        return {}
+    names = [
+        f"cluster_quality/{score}_attention" for score in ("ari", "ari_foreground", "boundary_f")
+    ]
+    return dict.fromkeys(
+        names, "the last block has no attention of all tokens to all, as an FLSLViT's can have"
+    )
 
 
 def measure_features(
@@ -130,7 +134,6 @@ def measure_features(
         val: the same for what is scored.
         measures: names in `MEASURES`; by default those that the labels of ``train`` allow.
         seed: seed for everything that is drawn. The global generators are not touched.
-        device: to encode and compute on.
         max_images: bound of the images of each data set, drawn by the seed; None for all.
         **options: fields of :class:`flsl_d2.evaluation.samples.Options`.
 
@@ -205,10 +208,6 @@ def prepare_measures(
 def run_measures(task: Task, names: Sequence[str]) -> tuple[dict[str, float], dict[str, str]]:
     """Run measures on one pass over the training and one over the validation images.
 
-    Args:
-        task: its encoder is in evaluation mode.
-        names: names of the measures.
-
     Returns:
         The scores by full name, and for every measure that failed the reason.
     """
@@ -236,7 +235,9 @@ def run_measures(task: Task, names: Sequence[str]) -> tuple[dict[str, float], di
             break
         samples = encode_dataset(task.encoder, dataset, task.options.short_side)
         try:
-            for sample in log_progress(samples, len(dataset.images), f"Measuring {dataset.name}"):
+            # A log file gets a line every half minute.
+            interval, title = 0.1 if sys.stderr.isatty() else 30.0, f"Measuring {dataset.name}"
+            for sample in tqdm(samples, title, len(dataset.images), False, mininterval=interval):
                 call_each(observe, sample)
         except InputError as error:  # an image cannot be encoded, which stops all measures
             failures |= dict.fromkeys(running, str(error))
@@ -277,14 +278,9 @@ def report_features(
     json_file: Path | None = None,
     **settings: Any,
 ) -> None:
-    """Measure a weight file and print the table.
+    """Measure an encoder, print the table and write scores, failures and settings as JSON.
 
     Args:
-        weights: see :func:`flsl_d2.evaluation.features.frozen_encoder`.
-        train: see :func:`measure_features`.
-        val: see there.
-        measures: see there.
-        json_file: file for scores, failures and settings.
         **settings: ``seed``, ``device``, ``max_images`` and options of :func:`measure_features`.
 
     Raises:
@@ -298,10 +294,11 @@ def report_features(
         logger.warning("The encoder is an untrained ViT-S/16; its scores are a lower reference.")
     results, failures = measure_all(encoder, train, val, measures, **settings)
     names = list(measures or dict.fromkeys([*(n.split("/")[0] for n in results), *failures]))
-    print(measures_table(names, results, failures))
+    omitted = omitted_scores(encoder, [name for name in names if name not in failures])
+    print(measures_table(names, results, failures, omitted))
     if json_file is not None:
-        named = {"weights": weights, "train": train, "val": val, "measures": names}
-        content = {"settings": named | settings, "results": results, "failures": failures}
+        named = {"weights": weights, "train": train, "val": val, "measures": names} | settings
+        content = {"settings": named, "results": results, "failures": failures, "omitted": omitted}
         write_text(json_file, json.dumps(content, indent=1) + "\n")
     if failures:
         raise InputError(
@@ -311,32 +308,30 @@ def report_features(
 
 
 def measures_table(
-    measures: Sequence[str], results: Mapping[str, float], failures: Mapping[str, str]
+    measures: Sequence[str],
+    results: Mapping[str, float],
+    failures: Mapping[str, str],
+    omitted: Mapping[str, str],
 ) -> str:
-    """Format scores as a table with a line for each, and the reasons of failures below.
-
-    Args:
-        measures: names in the order of the table.
-        results: scores by full name.
-        failures: reasons by the name of the measure.
-    """
-    lines = []
+    """Format scores by full name as a table with a line for each, and reasons below."""
+    lines: list[tuple[str, str, str]] = []
     for measure in measures:
-        if measure in failures:
-            lines.append((measure, "", "failed"))
-        for name, value in results.items():
-            if name.startswith(f"{measure}/"):
-                lines.append((measure, name.removeprefix(f"{measure}/"), f"{value:.2f}"))
-    # The name of a measure stands in the first of its lines only.
-    shown = [
-        (line[0] if index == 0 or lines[index - 1][0] != line[0] else "", *line[1:])
-        for index, line in enumerate(lines)
-    ]
+        values = {name: f"{value:.2f}" for name, value in results.items()}
+        values |= dict.fromkeys(omitted, "n/a")
+        scores = [
+            (name.removeprefix(f"{measure}/"), value)
+            for name, value in values.items()
+            if name.startswith(f"{measure}/")
+        ]
+        scores = [("", "failed")] * (measure in failures) + scores
+        # The name of a measure stands in the first of its lines only.
+        lines += [("" if i else measure, *score) for i, score in enumerate(scores)]
     table = tabulate(
-        shown,
+        lines,
         headers=("measure", "score", "value"),
         colalign=("left", "left", "right"),
         disable_numparse=True,
     )
     reasons = [f"{measure} failed: {reason}" for measure, reason in failures.items()]
+    reasons += [f"n/a: {reason}" for reason in dict.fromkeys(omitted.values())]
     return "\n".join([table, *reasons])

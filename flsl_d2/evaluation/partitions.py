@@ -15,14 +15,8 @@ from torch import Tensor
 
 from flsl_d2.evaluation.labelled_images import IGNORED
 
-__all__ = [
-    "BOUNDARY_TOLERANCE",
-    "adjusted_rand_index",
-    "boundaries",
-    "boundary_f_score",
-    "enlarge_labels",
-    "kmeans",
-]
+# Distance at which boundaries match, as a share of the diagonal (Martin et al., PAMI 2004).
+BOUNDARY_TOLERANCE = 0.0075
 
 
 def kmeans(
@@ -37,9 +31,6 @@ def kmeans(
     Args:
         points: (N, D).
         num_clusters: K; with fewer distinct points some clusters stay empty.
-        seed: seed for the starts.
-        num_restarts: number of starts.
-        max_iterations: bound of the steps after each start.
 
     Returns:
         (N,) int64 in [0, K), on the device of the points.
@@ -47,42 +38,27 @@ def kmeans(
     num_clusters = min(num_clusters, len(points))
     generator = np.random.default_rng(seed)
     between = _squared_distances(points, points).double().cpu().numpy()
-    runs = [
-        _run(points, between, num_clusters, generator, max_iterations) for _ in range(num_restarts)
-    ]
+    runs = []
+    for _ in range(num_restarts):
+        centroids = points[_plus_plus(between, num_clusters, generator)]
+        labels = torch.full((len(points),), -1, device=points.device)
+        for _ in range(max_iterations):
+            previous, labels = labels, _squared_distances(points, centroids).argmin(dim=1)
+            if torch.equal(previous, labels):
+                break
+            sums = torch.zeros_like(centroids).index_add_(0, labels, points)
+            counts = labels.bincount(minlength=num_clusters)[:, None]
+            # An empty cluster stays where it is.
+            centroids = torch.where(counts > 0, sums / counts.clamp(min=1), centroids)
+        distances = _squared_distances(points, centroids).amin(dim=1)
+        runs.append((labels, float(distances.double().sum())))
     return min(runs, key=lambda run: run[1])[0]
 
 
-def _run(
-    points: Tensor,
-    between: np.ndarray,
-    num_clusters: int,
-    generator: np.random.Generator,
-    max_iterations: int,
-) -> tuple[Tensor, float]:
-    centroids = points[_plus_plus(between, num_clusters, generator)]
-    labels = torch.full((len(points),), -1, device=points.device)
-    for _ in range(max_iterations):
-        previous, labels = labels, _squared_distances(points, centroids).argmin(dim=1)
-        if torch.equal(previous, labels):
-            break
-        sums = torch.zeros_like(centroids).index_add_(0, labels, points)
-        counts = labels.bincount(minlength=num_clusters)
-        # An empty cluster stays where it is.
-        centroids = torch.where(counts[:, None] > 0, sums / counts.clamp(min=1)[:, None], centroids)
-    distortion = _squared_distances(points, centroids).amin(dim=1).double().sum()
-    return labels, float(distortion)
-
-
 def _plus_plus(between: np.ndarray, num_clusters: int, generator: np.random.Generator) -> list[int]:
-    """Draw starts by k-means++ (Arthur and Vassilvitskii, 2007).
+    """Draw starts by k-means++ (Arthur and Vassilvitskii, 2007) from squared distances (N, N).
 
     The odds of a point are its squared distance to the nearest start that was drawn before.
-
-    Args:
-        between: (N, N) squared distances.
-        num_clusters: number of starts.
-        generator: generator of the draws.
     """
     chosen = [int(generator.integers(len(between)))]
     nearest = between[chosen[0]].copy()
@@ -100,10 +76,6 @@ def _squared_distances(points: Tensor, centroids: Tensor) -> Tensor:
     return torch.cdist(points, centroids, compute_mode="use_mm_for_euclid_dist").square()
 
 
-BOUNDARY_TOLERANCE = 0.0075
-"""Distance at which boundaries match, as a share of the diagonal (Martin et al., PAMI 2004)."""
-
-
 def adjusted_rand_index(first: np.ndarray, second: np.ndarray) -> float:
     """Measure the agreement of two partitions about pairs, corrected for chance.
 
@@ -111,41 +83,23 @@ def adjusted_rand_index(first: np.ndarray, second: np.ndarray) -> float:
     partitions, 0 on average for random ones, negative where they agree less than by chance.
 
     Args:
-        first: labels of any shape.
-        second: labels of the same shape.
+        first: labels of any shape, small numbers from 0 on.
+        second: labels of the same shape, likewise.
 
     Returns:
         The index; 1 where both put everything into one part, or each pixel into its own.
     """
-    first, second = _counted_from_zero(first), _counted_from_zero(second)
-    joint = _counts(first * (int(second.max(initial=0)) + 1) + second)
+    first, second = first.ravel().astype(np.int64), second.ravel().astype(np.int64)
+    joint = np.bincount(first * (second.max(initial=0) + 1) + second)
     # Python's floats: products of the counts of pairs do not fit into 64-bit integers.
-    together = _pairs(joint)
-    in_first, in_second = _pairs(np.bincount(first)), _pairs(np.bincount(second))
+    together, in_first, in_second = (
+        float((counts * (counts - 1) // 2).sum())
+        for counts in (joint, np.bincount(first), np.bincount(second))
+    )
     pairs = first.size * (first.size - 1) / 2
     expected = in_first * in_second / pairs if pairs else 0.0
     best = (in_first + in_second) / 2
     return 1.0 if best == expected else (together - expected) / (best - expected)
-
-
-def _counted_from_zero(labels: np.ndarray) -> np.ndarray:
-    """Flatten labels and make them small; all pixels are sorted only where labels are large."""
-    labels = labels.ravel().astype(np.int64)
-    if labels.size and np.ptp(labels) < labels.size:
-        return labels - labels.min()
-    return np.unique(labels, return_inverse=True)[1]
-
-
-def _counts(labels: np.ndarray) -> np.ndarray:
-    """Count how often each label occurs, in any order, possibly with zeros."""
-    if labels.max(initial=0) < 4 * labels.size:
-        return np.bincount(labels)
-    return np.unique(labels, return_counts=True)[1]
-
-
-def _pairs(counts: np.ndarray) -> float:
-    counts = counts.astype(np.int64)
-    return float((counts * (counts - 1) // 2).sum())
 
 
 def boundaries(labels: np.ndarray) -> np.ndarray:
@@ -155,36 +109,33 @@ def boundaries(labels: np.ndarray) -> np.ndarray:
     """
     result = np.zeros(labels.shape, dtype=bool)
     known = labels != IGNORED
-    differs = (labels[:, :-1] != labels[:, 1:]) & known[:, :-1] & known[:, 1:]
-    result[:, :-1] |= differs
-    differs = (labels[:-1] != labels[1:]) & known[:-1] & known[1:]
-    result[:-1] |= differs
+    result[:, :-1] |= (labels[:, :-1] != labels[:, 1:]) & known[:, :-1] & known[:, 1:]
+    result[:-1] |= (labels[:-1] != labels[1:]) & known[:-1] & known[1:]
     return result
 
 
-def boundary_f_score(
-    truth: np.ndarray, predicted: np.ndarray, tolerance: float = BOUNDARY_TOLERANCE
-) -> float:
-    """Harmonic mean of precision and recall of the boundaries between parts.
+def match_boundaries(found: np.ndarray, true: np.ndarray, tolerance: float) -> float:
+    """F, the harmonic mean of precision and recall of boundary pixels.
 
-    A predicted boundary pixel is right if a true one lies within the tolerance, and a true one is
-    found if a predicted one does; Euclidean distance, many to one, as in DAVIS.
+    A pixel is matched if the other boundary has one within the tolerance, a share of the image's
+    diagonal that is rounded up to whole pixels; Euclidean distance, many to one.
 
     Args:
-        truth: (H, W); predictions where it is `IGNORED` do not count.
-        predicted: (H, W).
-        tolerance: share of the diagonal; rounded up to whole pixels.
+        found: (H, W) bool, predicted boundary.
+        true: (H, W) bool.
 
     Returns:
-        F in [0, 1]; 1 where neither has a boundary, 0 where only one has.
+        0 to 1; 1 where neither has a boundary, 0 where only one has.
     """
-    true_edges = boundaries(truth)
-    found_edges = boundaries(predicted) & (truth != IGNORED)
-    if not true_edges.any() or not found_edges.any():
-        return float(true_edges.any() == found_edges.any())
-    radius = np.ceil(tolerance * np.hypot(*truth.shape))
-    precision = (_distance_to(true_edges)[found_edges] <= radius).mean()
-    recall = (_distance_to(found_edges)[true_edges] <= radius).mean()
+    if not found.any() or not true.any():
+        return float(found.any() == true.any())
+    radius = np.ceil(tolerance * np.hypot(*true.shape))
+    # Matches lie within the bounding box of the boundaries, and objects are small.
+    rows, columns = (np.flatnonzero((found | true).any(axis=axis)) for axis in (1, 0))
+    window = slice(rows[0], rows[-1] + 1), slice(columns[0], columns[-1] + 1)
+    found, true = found[window], true[window]
+    precision = (_distance_to(true)[found] <= radius).mean()
+    recall = (_distance_to(found)[true] <= radius).mean()
     total = precision + recall
     return float(2 * precision * recall / total) if total else 0.0
 
@@ -194,39 +145,34 @@ def _distance_to(edges: np.ndarray) -> np.ndarray:
     return cv2.distanceTransform((~edges).astype(np.uint8), cv2.DIST_L2, cv2.DIST_MASK_PRECISE)
 
 
+def boundary_f_score(
+    truth: np.ndarray, predicted: np.ndarray, tolerance: float = BOUNDARY_TOLERANCE
+) -> float:
+    """F of the boundaries between parts, see :func:`match_boundaries`.
+
+    Predictions do not count where the truth is `IGNORED`.
+    """
+    found = boundaries(predicted) & (truth != IGNORED)
+    return match_boundaries(found, boundaries(truth), tolerance)
+
+
 def enlarge_labels(labels: np.ndarray, size: tuple[int, int]) -> np.ndarray:
-    """Enlarge labels of tokens to labels of pixels, with smooth borders.
+    """Enlarge labels of tokens (rows, columns) to labels of pixels (H, W), with smooth borders.
 
     Each part's indicator is resampled bilinearly and the largest wins, as for classes in
-    :func:`flsl_d2.evaluation.segmentation.label_pixels`. The cost does not grow with the number of
-    parts, because only the four tokens around a pixel matter.
-
-    Args:
-        labels: (rows, columns).
-        size: H and W.
-
-    Returns:
-        (H, W); of equal shares the smallest label wins.
+    :func:`flsl_d2.evaluation.segmentation.label_pixels`; of equal shares the smallest label. The
+    cost does not grow with the number of parts, because only the four tokens around a pixel matter.
     """
-    top, bottom, low = _neighbours(labels.shape[0], size[0])
-    left, right, near = _neighbours(labels.shape[1], size[1])
-    low, near = low[:, None], near[None]
-    corners = [
-        (labels[np.ix_(rows, columns)], row_share * column_share)
-        for rows, row_share in ((top, 1 - low), (bottom, low))
-        for columns, column_share in ((left, 1 - near), (right, near))
-    ]
-    winner = corners[0][0]
-    contested = np.logical_or.reduce([label != winner for label, _ in corners[1:]])
-    corners = [(label[contested], weight[contested]) for label, weight in corners]
-    best = np.full(len(corners[0][0]), -1.0)
-    chosen = np.zeros(len(best), dtype=labels.dtype)
-    for candidate, _ in corners:
-        share = sum(weight * (label == candidate) for label, weight in corners)
-        better = (share > best) | ((share == best) & (candidate < chosen))
-        best[better], chosen[better] = share[better], candidate[better]
-    winner[contested] = chosen
-    return winner
+    (top, bottom, low), (left, right, near) = map(_neighbours, labels.shape, size)
+    corners = np.stack([labels[np.ix_(r, c)] for r in (top, bottom) for c in (left, right)])
+    result = corners[0].copy()
+    contested = (corners != result).any(axis=0)
+    around = corners[:, contested]
+    weights = [np.outer(r, c)[contested] for r in (1 - low, low) for c in (1 - near, near)]
+    shares = np.stack([((around == label) * weights).sum(axis=0) for label in around])
+    largest = shares == shares.max(axis=0, initial=0)
+    result[contested] = np.where(largest, around, labels.max()).min(axis=0)
+    return result
 
 
 def _neighbours(count: int, size: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:

@@ -2,30 +2,19 @@
 
 from __future__ import annotations
 
-import logging
-import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from copy import copy
 from dataclasses import dataclass, field
-from typing import TypeVar
 
 import numpy as np
 from torch import Tensor, nn
-from tqdm import tqdm
 
 from flsl_d2.errors import InputError
 from flsl_d2.evaluation.features import extract_tokens
 from flsl_d2.evaluation.labelled_images import LabelledDataset, LabelledImage
 from flsl_d2.modeling import Encoder
 from flsl_d2.modeling.attention import Attention
-
-__all__ = ["Options", "Sample", "Task", "encode_dataset", "global_attention", "log_progress"]
-
-logger = logging.getLogger(__name__)
-
-_T = TypeVar("_T")
-_SECONDS_BETWEEN_LINES = 30
 
 
 @dataclass(frozen=True)
@@ -142,11 +131,6 @@ def _attention_inputs(encoder: Encoder) -> Iterator[list[Tensor]]:
 def encode_dataset(encoder: Encoder, dataset: LabelledDataset, short_side: int) -> Iterator[Sample]:
     """Yield every image of a data set with its tokens, in order.
 
-    Args:
-        encoder: in evaluation mode.
-        dataset: from :func:`flsl_d2.evaluation.labelled_images.load_labelled`.
-        short_side: see :func:`flsl_d2.evaluation.features.extract_tokens`.
-
     Raises:
         InputError: an image cannot be read, or a side is smaller than a patch.
     """
@@ -160,22 +144,3 @@ def encode_dataset(encoder: Encoder, dataset: LabelledDataset, short_side: int) 
             tokens, grid, pixels = extract_tokens(encoder, image.read(), short_side)
             # A copy, so that the labels which the measures decode are freed with the sample.
             yield Sample(index, tokens, grid, pixels, copy(image), latest[0] if latest else None)
-
-
-def log_progress(items: Iterable[_T], total: int, title: str) -> Iterator[_T]:
-    """Show a bar with ETA on a terminal, and elsewhere a line in the log every half minute.
-
-    Args:
-        items: to iterate over.
-        total: number of the items.
-        title: title of the bar.
-    """
-    start = last_report_time = time.monotonic()
-    bar = tqdm(items, desc=title, total=total, unit="image", disable=None, leave=False)
-    for done, item in enumerate(bar):
-        now = time.monotonic()
-        if bar.disable and now - last_report_time > _SECONDS_BETWEEN_LINES:
-            last_report_time = now
-            left = (now - start) / done * (total - done)
-            logger.info("%s: %d of %d images, %.0f s left", title, done, total, left)
-        yield item

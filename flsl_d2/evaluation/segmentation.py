@@ -20,18 +20,6 @@ from flsl_d2.evaluation.classifiers import fit_linear, nearest
 from flsl_d2.evaluation.labelled_images import IGNORED, LabelledDataset
 from flsl_d2.evaluation.samples import Sample, Task
 
-__all__ = [
-    "Confusion",
-    "KnnSegmentation",
-    "LinearSegmentation",
-    "ObjectRecall",
-    "PatchBank",
-    "check_labelled_pixels",
-    "check_pixel_classes",
-    "label_pixels",
-    "patch_distributions",
-]
-
 _MAX_LISTED_CLASSES = 20
 _MEDIUM_AREA, _LARGE_AREA = 32**2, 96**2  # pixels, as in COCO's evaluation
 _ELONGATED = 2.0  # longer side over shorter side of an object's bounding box
@@ -44,9 +32,7 @@ class PatchBank:
     pixel. The draw depends on the seed and the index of the image alone.
 
     Args:
-        dataset: the training images.
         size: bound of the patches in the bank.
-        seed: seed for the draw.
     """
 
     def __init__(self, dataset: LabelledDataset, size: int, seed: int) -> None:
@@ -112,7 +98,6 @@ def patch_distributions(
     Args:
         labels: (H, W) classes of pixels, `IGNORED` for none.
         grid: rows and columns of patches that the image is cut into.
-        num_classes: C.
 
     Returns:
         (N, C) float32 whose rows sum to 1, and (N,) bool: which patches have a labelled pixel
@@ -135,8 +120,6 @@ def label_pixels(scores: Tensor, grid: tuple[int, int], size: tuple[int, int]) -
 
     Args:
         scores: (N, C) of the tokens; resampled bilinearly to pixels.
-        grid: rows and columns, N = rows * columns.
-        size: H and W.
 
     Returns:
         (H, W) int64. The lowest of several classes with equal scores wins.
@@ -153,11 +136,7 @@ def label_pixels(scores: Tensor, grid: tuple[int, int], size: tuple[int, int]) -
 
 
 class Confusion:
-    """Counts of pixels by their true and their predicted class.
-
-    Args:
-        num_classes: C.
-    """
+    """Counts of pixels by their true and their predicted class."""
 
     def __init__(self, num_classes: int) -> None:
         self.counts = np.zeros((num_classes, num_classes), dtype=np.int64)
@@ -209,7 +188,6 @@ class ObjectRecall:
         """Add the objects of one image.
 
         Args:
-            objects: see :attr:`flsl_d2.evaluation.labelled_images.LabelledImage.objects`.
             predicted: (H, W) classes of pixels.
         """
         for mask, category in objects:

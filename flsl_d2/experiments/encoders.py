@@ -1,4 +1,4 @@
-"""The encoders of a comparison: named files, and untrained ones of the same architecture."""
+"""The encoders of a comparison: files, timm's models by name, and untrained ones."""
 
 from __future__ import annotations
 
@@ -12,14 +12,15 @@ from typing import Any
 import torch
 
 from flsl_d2.errors import InputError
-from flsl_d2.experiments.evaluations import EncoderFile
-from flsl_d2.experiments.jobs import file_sha256
+from flsl_d2.evaluation.features import RANDOM, frozen_encoder
+from flsl_d2.experiments.evaluations import EncoderFile, Evaluation
+from flsl_d2.experiments.jobs import file_sha256, versions
+from flsl_d2.experiments.tables import Subject
 from flsl_d2.modeling import FLSLViT
+from flsl_d2.modeling.timm_backbone import TIMM_PREFIX, parse_timm_name
 from flsl_d2.weights import build_encoder
 from flsl_d2.weights.export import write_encoder
 from flsl_d2.weights.reading import local_weights_path, split_weights_path
-
-__all__ = ["ComparedEncoder", "read_encoders"]
 
 
 @dataclass(frozen=True)
@@ -28,9 +29,9 @@ class ComparedEncoder:
 
     Attributes:
         name: name of the row.
-        source: path or URL; ``random`` for an untrained encoder.
-        architecture: arguments of ``FLSLViT``.
-        sha256: checksum of the file; empty for an untrained encoder.
+        source: path or URL; ``timm:NAME``; ``random`` for an untrained encoder.
+        architecture: arguments of ``FLSLViT`` or of ``timm.create_model``.
+        sha256: checksum of the file, or of timm's weights; empty for untrained encoders.
         failure: reason why it cannot be used; empty if it can.
     """
 
@@ -41,16 +42,37 @@ class ComparedEncoder:
     failure: str = ""
 
     def file(self, seed: int, folder: Path) -> EncoderFile:
-        """Return the weight file to evaluate; that of an untrained encoder is written first."""
+        """Return the weights to evaluate; those of an untrained FLSLViT are written first."""
         label = f"{self.name}, seed {seed}"
-        if self.source != "random":
+        if self.sha256:
             return EncoderFile(label, self.source, {"sha256": self.sha256}, seed=seed)
         identity = {"random": self.architecture, "seed": seed}
+        if self.source != RANDOM:
+            return EncoderFile(label, self.source, identity, seed=seed)
         text = json.dumps(identity, sort_keys=True)
         path = folder / f"random-{hashlib.sha256(text.encode()).hexdigest()[:12]}.pth"
         if not path.is_file():
-            _write_untrained(self.architecture, seed, path)
+            with torch.random.fork_rng(devices=[]):
+                torch.manual_seed(seed)
+                write_encoder(FLSLViT(**self.architecture), path)
         return EncoderFile(label, str(path), identity, seed=seed)
+
+    def subject(
+        self, labels: dict[str, str], evaluations: Sequence[Evaluation], seeds: Sequence[int],
+        output: Path,
+    ) -> Subject:  # fmt: skip
+        """Make the row of a table, with the jobs of all evaluations and seeds."""
+        files = [] if self.failure else [self.file(seed, output / "encoders") for seed in seeds]
+        jobs = {e.name: [e.job(file) for file in files] for e in evaluations if files}
+        about = {
+            "source": self.source,
+            "sha256": self.sha256,
+            "architecture": json.dumps(self.architecture),
+            "seeds": ",".join(map(str, seeds)),
+            "folders": " ".join(dict.fromkeys(job.key for stage in jobs.values() for job in stage)),
+            **versions(),
+        }
+        return Subject(labels, jobs, about, self.failure)
 
 
 def read_encoders(weights: Sequence[tuple[str, str]]) -> list[ComparedEncoder]:
@@ -58,9 +80,9 @@ def read_encoders(weights: Sequence[tuple[str, str]]) -> list[ComparedEncoder]:
 
     Args:
         weights: name and source of each; an empty name stands for that of the file. A source is a
-            file, a URL, ``random`` or ``random:NAME``. An untrained encoder has the architecture
-            of the first file that can be read, or of the file of that name; without a file, it is
-            a ViT-S/16.
+            file, a URL, ``timm:NAME``, ``random`` or ``random:NAME``. ``random`` has the
+            architecture of the first file of an ``FLSLViT`` that can be read, or of the file of
+            that name; without a file, it is a ViT-S/16.
 
     Raises:
         InputError: no encoders, two of one name, or an architecture of an unknown name.
@@ -79,15 +101,19 @@ def read_encoders(weights: Sequence[tuple[str, str]]) -> list[ComparedEncoder]:
 
 
 def _is_random(source: str) -> bool:
-    return source == "random" or source.startswith("random:")
+    return source == RANDOM or source.startswith(f"{RANDOM}:")
 
 
 def _default_name(source: str) -> str:
+    if source.startswith(TIMM_PREFIX):
+        return source.removeprefix(TIMM_PREFIX).partition("?")[0]
     return source if _is_random(source) else Path(source).stem
 
 
 def _read(name: str, source: str) -> ComparedEncoder:
     try:
+        if source.startswith(TIMM_PREFIX):
+            return _read_timm(name, source)
         path, which = split_weights_path(source)
         sha256 = file_sha256(local_weights_path(path)) + (f"?which={which}" if which else "")
         return ComparedEncoder(name, source, dict(build_encoder(source).architecture), sha256)
@@ -95,22 +121,28 @@ def _read(name: str, source: str) -> ComparedEncoder:
         return ComparedEncoder(name, source, failure=str(error))
 
 
+def _read_timm(name: str, source: str) -> ComparedEncoder:
+    model, arguments = parse_timm_name(source)
+    architecture = {"timm": model, **arguments}
+    encoder = frozen_encoder(source)
+    if arguments.get("pretrained") is False and not arguments.get("weights"):
+        return ComparedEncoder(name, source, architecture)
+    digest = hashlib.sha256()
+    for key, tensor in encoder.state_dict().items():
+        digest.update(key.encode() + tensor.numpy().tobytes())
+    return ComparedEncoder(name, source, architecture, digest.hexdigest())
+
+
 def _untrained(name: str, source: str, files: dict[str, ComparedEncoder]) -> ComparedEncoder:
     model = source.partition(":")[2]
-    if model and model not in files:
+    own = {key: file for key, file in files.items() if not file.source.startswith(TIMM_PREFIX)}
+    if model and model not in own:
         raise InputError(
             f"encoder {source!r} names no file of this comparison; choose from "
-            f"{', '.join(files) or 'none, so write random'}."
+            f"{', '.join(own) or 'none, so write random'}."
         )
-    if model and files[model].failure:
-        return ComparedEncoder(name, "random", failure=files[model].failure)
-    candidates = [files[model]] if model else [file for file in files.values() if not file.failure]
+    if model and own[model].failure:
+        return ComparedEncoder(name, RANDOM, failure=own[model].failure)
+    candidates = [own[model]] if model else [file for file in own.values() if not file.failure]
     architecture = candidates[0].architecture if candidates else FLSLViT().architecture
-    return ComparedEncoder(name, "random", dict(architecture))
-
-
-def _write_untrained(architecture: dict[str, Any], seed: int, path: Path) -> None:
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        encoder = FLSLViT(**architecture)
-    write_encoder(encoder, path)
+    return ComparedEncoder(name, RANDOM, dict(architecture))

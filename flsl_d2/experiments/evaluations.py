@@ -20,20 +20,9 @@ from flsl_d2.errors import InputError
 from flsl_d2.evaluation.labelled_images import load_labelled
 from flsl_d2.evaluation.measures import MEASURES
 from flsl_d2.experiments.jobs import Job, Outcome, result_settings
-from flsl_d2.modeling import FLSLViT
+from flsl_d2.modeling.timm_backbone import TIMM_PREFIX, build_timm_backbone
 from flsl_d2.visualization.curves import read_metrics
 from flsl_d2.weights import build_encoder
-
-__all__ = [
-    "DavisEvaluation",
-    "DetectionEvaluation",
-    "EncoderFile",
-    "Evaluation",
-    "FeatureEvaluation",
-    "add_evaluation_options",
-    "architecture_overrides",
-    "chosen_evaluations",
-]
 
 _DEFAULT_MEASURES = ("knn_segmentation", "cluster_quality")
 
@@ -44,7 +33,7 @@ class EncoderFile:
 
     Attributes:
         label: description for people.
-        path: weight file, which may be the product of ``needs``.
+        path: weight file, which may be the product of ``needs``; or ``timm:NAME``.
         identity: what determines the weights: a checksum, or the settings of the run that makes
             them.
         needs: job that writes the file.
@@ -59,11 +48,10 @@ class EncoderFile:
 
 
 class Evaluation(Protocol):
-    """Something that is measured of an encoder."""
+    """Something that is measured of an encoder; its name starts the names of its measures."""
 
     @property
-    def name(self) -> str:
-        """Start of the names of its measures."""
+    def name(self) -> str: ...
 
     @property
     def shown_dataset(self) -> str:
@@ -78,16 +66,7 @@ class Evaluation(Protocol):
 
 @dataclass(frozen=True)
 class FeatureEvaluation:
-    """One measure of frozen features; see :mod:`flsl_d2.evaluation.measures`.
-
-    Attributes:
-        name: name of the measure.
-        train: data set that labels are learned from.
-        val: data set that is scored.
-        device: ``cuda`` or ``cpu``.
-        max_images: largest number of images of either data set; None for all.
-        short_side: shorter side of the images in pixels.
-    """
+    """One measure of frozen features, by ``python -m flsl_d2.evaluation``."""
 
     name: str
     train: str
@@ -111,7 +90,7 @@ class FeatureEvaluation:
         load_labelled(self.val)
 
     def job(self, encoder: EncoderFile) -> Job:
-        """Make the job that runs ``python -m flsl_d2.evaluation``."""
+        """Make the job of an encoder."""
         settings = {
             "encoder": dict(encoder.identity),
             "measure": self.name,
@@ -134,19 +113,16 @@ class FeatureEvaluation:
 
         def outcome(folder: Path) -> Outcome:
             content = json.loads((folder / "features.json").read_text())
-            return Outcome(content["results"], content.get("failures", {}))
+            return Outcome(content["results"], content["failures"], content["omitted"])
 
         return Job(self.name, encoder.label, settings, command, outcome, encoder.needs)
 
 
 @dataclass(frozen=True)
 class DavisEvaluation:
-    """Video object segmentation by propagated labels; it has no randomness, hence no seed.
+    """Video object segmentation, by ``python -m flsl_d2.evaluation.davis``.
 
-    Attributes:
-        root: folder of the DAVIS 2017 data set.
-        device: ``cuda`` or ``cpu``.
-        name: start of the names of its measures.
+    It has no randomness, and the seed is that of untrained weights alone.
     """
 
     root: Path
@@ -160,11 +136,12 @@ class DavisEvaluation:
             raise InputError(f"the DAVIS folder '{self.root}' does not exist; check the path.")
 
     def job(self, encoder: EncoderFile) -> Job:
-        """Make the job that runs ``python -m flsl_d2.evaluation.davis``."""
+        """Make the job of an encoder."""
 
         def command(folder: Path, _num_processes: int) -> list[str]:
             return [
                 *("-m", "flsl_d2.evaluation.davis", "--weights", encoder.path),
+                *("--seed", str(encoder.seed)),
                 *("--davis-root", str(self.root), "--device", self.device),
                 *("--output", str(folder), "--json", str(folder / "davis.json")),
             ]
@@ -184,25 +161,16 @@ _AP = {"bbox/AP": "box AP", "bbox/AP50": "box AP50", "segm/AP": "mask AP", "segm
 # Arguments of the encoder that the detection config decides, whatever the encoder was trained
 # with: where attention looks, and class tokens, which have no place in windows.
 _CHOSEN_BY_DETECTOR = (
-    "window_size",
-    "global_block_indexes",
-    "mask_window_padding",
-    "num_prefix_tokens",
+    *("window_size", "global_block_indexes", "mask_window_padding", "num_prefix_tokens"),
 )
 
 
 @dataclass(frozen=True)
 class DetectionEvaluation:
-    """Fine-tuning a detector from the encoder, and its AP.
+    """Fine-tuning a detector from the encoder, and its AP, by ``python -m flsl_d2.detection``.
 
     The config's encoder takes the architecture of the weights; windows, stochastic depth and
     everything else stay the config's.
-
-    Attributes:
-        config_file: LazyConfig of a detector.
-        overrides: changes to it.
-        device: ``cuda`` or ``cpu``.
-        name: start of the names of its measures.
     """
 
     config_file: str
@@ -236,7 +204,7 @@ class DetectionEvaluation:
         return names_of(self._config().dataloader.test.dataset.names)[0]
 
     def job(self, encoder: EncoderFile) -> Job:
-        """Make the job that runs ``python -m flsl_d2.detection``."""
+        """Make the job of an encoder."""
         cfg = self._config()
         # Weights and seed are compared as "encoder" and "seed".
         without = (*DETECTION_KEYS.no_effect, "train.init_checkpoint", "train.seed")
@@ -247,8 +215,7 @@ class DetectionEvaluation:
             return [
                 *("-m", "flsl_d2.detection", "--config-file", self.config_file),
                 *("--resume", "--num-gpus", str(num_processes), *self.overrides),
-                *architecture_overrides(build_encoder(encoder.path), cfg),
-                f"train.init_checkpoint={encoder.path}",
+                *encoder_overrides(encoder.path, cfg),
                 f"train.output_dir={folder}",
                 f"train.seed={encoder.seed}",
                 f"train.device={self.device}",
@@ -270,15 +237,42 @@ class DetectionEvaluation:
         return Job(self.name, encoder.label, settings, command, outcome, encoder.needs)
 
 
-def architecture_overrides(encoder: FLSLViT, cfg: DictConfig) -> list[str]:
-    """Return overrides that give a detection config's encoder the architecture of another."""
+def encoder_overrides(source: str, cfg: DictConfig) -> list[str]:
+    """Return overrides that put an encoder into a detection config.
+
+    A weight file gives the config's FLSLViT its architecture. A timm model takes the place of the
+    FLSLViT under the pyramid that fits, and layer decay counts its blocks; a model of several
+    stages has no layer decay.
+    """
+    if source.startswith(TIMM_PREFIX):
+        return _timm_overrides(source, cfg)
     overrides = []
-    for key, value in encoder.architecture.items():
-        if key in _CHOSEN_BY_DETECTOR:
-            continue
-        known = key in cfg.model.backbone.net
-        text = "null" if value is None else str(value).lower()
-        overrides.append(f"{'' if known else '+'}model.backbone.net.{key}={text}")
+    for key, value in build_encoder(source).architecture.items():
+        if key not in _CHOSEN_BY_DETECTOR:
+            new = "" if key in cfg.model.backbone.net else "+"
+            text = "null" if value is None else str(value).lower()
+            overrides.append(f"{new}model.backbone.net.{key}={text}")
+    return [*overrides, f"train.init_checkpoint={source}"]
+
+
+def _timm_overrides(source: str, cfg: DictConfig) -> list[str]:
+    old, factor = cfg.model.backbone, "optimizer.params.lr_factor_func"
+    kept = [
+        ",".join(f"{key}:{node[key]}" for key in keys if key in node)
+        for node, keys in (
+            (old.net, ("frozen", "use_act_checkpoint")),
+            (old, ("out_channels", "norm", "square_pad")),
+        )
+    ]
+    net = f"{{_target_:flsl_d2.modeling.build_timm_backbone,text:'{source}',{kept[0]}}}"
+    pyramid = f"{{_target_:flsl_d2.modeling.timm_pyramid,net:{net},{kept[1]}}}"
+    overrides = ["model.backbone=null", f"+model.backbone={pyramid}", "train.init_checkpoint=''"]
+    if OmegaConf.select(cfg, factor, throw_on_missing=False) is not None:
+        model = build_timm_backbone(source, pretrained=False, weights="")
+        if model.is_plain and hasattr(model.model, "blocks"):
+            overrides.append(f"{factor}.num_layers={len(model.model.blocks)}")
+        else:
+            overrides.append(f"{factor}=null")
     return overrides
 
 
@@ -290,18 +284,14 @@ def add_evaluation_options(parser: argparse.ArgumentParser, old_prefix: str = ""
     """Add the options that choose evaluations, read by :func:`chosen_evaluations`.
 
     Args:
-        parser: parser of the tool.
         old_prefix: start of earlier names of ``--train`` and ``--val``.
     """
     for name in ("--train", "--val"):
         old_names = [f"--{old_prefix}{name[2:]}"] if old_prefix else []
         add_option(parser, name, old_names)
-    add_option(
-        parser,
-        "--measures",
-        help="measures of frozen features, with --train and --val (default: "
-        f"{','.join(_DEFAULT_MEASURES)})",
-    )
+    default = ",".join(_DEFAULT_MEASURES)
+    text = f"measures of frozen features, with --train and --val (default: {default})"
+    add_option(parser, "--measures", help=text)
     for name in ("--max-images", "--short-side", "--davis-root"):
         add_option(parser, name)
     for name, text in (
@@ -315,10 +305,6 @@ def add_evaluation_options(parser: argparse.ArgumentParser, old_prefix: str = ""
 
 def chosen_evaluations(args: argparse.Namespace, device: str) -> list[Evaluation]:
     """Make the evaluations that a command line asks for.
-
-    Args:
-        args: options of :func:`add_evaluation_options`.
-        device: ``cuda`` or ``cpu``.
 
     Raises:
         InputError: options that lack others.

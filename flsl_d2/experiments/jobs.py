@@ -25,19 +25,6 @@ from flsl_d2.engine.run_folder import flat_config
 from flsl_d2.errors import InputError
 from flsl_d2.files import write_text
 
-__all__ = [
-    "Job",
-    "Outcome",
-    "Record",
-    "Slot",
-    "file_sha256",
-    "make_slots",
-    "read_record",
-    "result_settings",
-    "versions",
-    "write_record",
-]
-
 
 @cache
 def versions() -> dict[str, str]:
@@ -125,10 +112,12 @@ class Outcome:
     Attributes:
         values: number of each measure.
         failures: reason for each measure that could not be computed.
+        omitted: reason for each measure that has no meaning for the encoder.
     """
 
     values: dict[str, float] = field(default_factory=dict)
     failures: dict[str, str] = field(default_factory=dict)
+    omitted: dict[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -183,7 +172,7 @@ def read_record(folder: Path) -> Record | None:
     """Read the record in a job's folder; None where there is none that can be read."""
     try:
         content = json.loads((folder / "result.json").read_text())
-        outcome = Outcome(content["values"], content["failures"])
+        outcome = Outcome(content["values"], content["failures"], content.get("omitted", {}))
         known = {key: content[key] for key in ("status", "error", "seconds", "about")}
         return Record(outcome=outcome, **known)
     except (OSError, ValueError, KeyError, TypeError):
@@ -201,7 +190,6 @@ def result_settings(cfg: DictConfig, without: Iterable[str]) -> dict[str, str]:
     """Return the values of a config that a result depends on, for :attr:`Job.settings`.
 
     Args:
-        cfg: any LazyConfig.
         without: patterns (``fnmatch``) of keys that do not change the result.
     """
     patterns = tuple(without)

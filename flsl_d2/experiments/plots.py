@@ -9,15 +9,12 @@ from typing import Any
 
 import numpy as np
 from matplotlib import colormaps
-from matplotlib.axes import Axes
 from matplotlib.patches import Rectangle
 
 from flsl_d2.errors import InputError
-from flsl_d2.experiments.tables import Cell, Measure, Row, Table
+from flsl_d2.experiments.tables import Measure, Row, Table
 from flsl_d2.visualization.curves import read_metrics
 from flsl_d2.visualization.figures import label_plot, new_figure, plot_grid, save_figure
-
-__all__ = ["bars", "draw_measures", "heat_maps", "lines", "overlaid_curves", "plot_file"]
 
 _COLOUR = "#0072b2"
 _BEST_COLOUR = "#d55e00"
@@ -32,10 +29,7 @@ def plot_file(folder: Path, name: str) -> Path:
 def draw_measures(table: Table, folder: Path, axes: Sequence[str] = ()) -> dict[str, Path]:
     """Draw each measure that any row has, except durations; return the files by measure.
 
-    Args:
-        table: rows to compare.
-        folder: folder of the PNG files.
-        axes: label columns of a grid: none for bars, one for lines, two or more for heat maps.
+    ``axes`` are the label columns of a grid: none for bars, one for lines, more for heat maps.
     """
     drawn = {}
     for measure in table.measures:
@@ -83,14 +77,7 @@ def bars(table: Table, measure: Measure, path: Path) -> None:
 
 
 def lines(table: Table, measure: Measure, axis: str, path: Path) -> None:
-    """Draw a measure against one key of the grid, a line for each setting of the other keys.
-
-    Args:
-        table: table whose label columns are the grid's keys.
-        measure: measure of the vertical axis.
-        axis: label column of the horizontal axis.
-        path: PNG file to write.
-    """
+    """Draw a measure against one key of the grid, a line for each setting of the other keys."""
     figure = new_figure(6.0, 4.2)
     axes = figure.subplots()
     axes.set_title(_heading(measure), fontsize=11)
@@ -118,13 +105,6 @@ def heat_maps(table: Table, measure: Measure, down: str, across: str, path: Path
     """Draw a measure over two keys of the grid, a map for each setting of the other keys.
 
     The best cell is framed.
-
-    Args:
-        table: table whose label columns are the grid's keys.
-        measure: measure shown as colour and number.
-        down: label column of the vertical axis.
-        across: label column of the horizontal axis.
-        path: PNG file to write.
     """
     groups = _groups(table, [down, across])
     rows_of, columns_of = _values_of(table.rows, down), _values_of(table.rows, across)
@@ -135,19 +115,23 @@ def heat_maps(table: Table, measure: Measure, down: str, across: str, path: Path
     best = [table.rows[i] for i in table.best(measure)]
     plots = figure.subplots(1, len(groups), squeeze=False)[0]
     for axes, (title, group) in zip(plots, groups.items(), strict=True):
-        cells = {(row.labels[down], row.labels[across]): row.cell(measure) for row in group}
         grid = np.full((len(rows_of), len(columns_of)), np.nan)
-        for (one, other), cell in cells.items():
-            if cell.values:
-                grid[rows_of.index(one), columns_of.index(other)] = cell.mean
+        places = [
+            (rows_of.index(row.labels[down]), columns_of.index(row.labels[across])) for row in group
+        ]
+        for row, place in zip(group, places, strict=True):
+            grid[place] = row.cell(measure).mean if row.cell(measure).values else np.nan
         axes.imshow(grid, "viridis", vmin=min(means), vmax=max(means), aspect="auto")
-        _write_numbers(axes, grid, rows_of, columns_of, cells, measure)
-        for row in [row for row in best if row in group]:
-            corner = (
-                columns_of.index(row.labels[across]) - 0.5,
-                rows_of.index(row.labels[down]) - 0.5,
-            )
-            axes.add_patch(Rectangle(corner, 1, 1, fill=False, edgecolor=_BEST_COLOUR, linewidth=4))
+        low, high = np.nanmin(grid, initial=np.inf), np.nanmax(grid, initial=-np.inf)
+        for row, (y, x) in zip(group, places, strict=True):
+            bright = not grid[y, x] <= low + 0.6 * (high - low)  # or there is no number
+            text = row.cell(measure).text(measure.digits).replace(" ± ", "\n± ")
+            colour = "black" if bright else "white"
+            axes.text(x, y, text, ha="center", va="center", color=colour, fontsize=9)
+            if row in best:
+                frame = Rectangle((x - 0.5, y - 0.5), 1, 1, fill=False, linewidth=4)
+                frame.set_edgecolor(_BEST_COLOUR)
+                axes.add_patch(frame)
         axes.set_xticks(range(len(columns_of)), columns_of)
         axes.set_yticks(range(len(rows_of)), rows_of)
         axes.set_xlabel(across)
@@ -164,8 +148,6 @@ def overlaid_curves(
     Args:
         files: metrics.json of each run by its label; those that cannot be read are left out.
         keys: keys of metrics.json, with the titles of their plots.
-        path: PNG file to write.
-        title: heading of the figure.
 
     Returns:
         Whether there was anything to draw.
@@ -215,20 +197,3 @@ def _groups(table: Table, without: Sequence[str]) -> dict[str, list[Row]]:
         shared = [f"{name}={value}" for name, value in row.labels.items() if name not in without]
         groups.setdefault(", ".join(shared), []).append(row)
     return groups
-
-
-def _write_numbers(
-    axes: Axes,
-    grid: np.ndarray,
-    rows_of: list[str],
-    columns_of: list[str],
-    cells: Mapping[tuple[str, str], Cell],
-    measure: Measure,
-) -> None:
-    low, high = np.nanmin(grid, initial=np.inf), np.nanmax(grid, initial=-np.inf)
-    for (one, other), cell in cells.items():
-        y, x = rows_of.index(one), columns_of.index(other)
-        bright = cell.values and grid[y, x] > low + 0.6 * (high - low)
-        colour = "black" if bright or not cell.values else "white"
-        text = cell.text(measure.digits).replace(" ± ", "\n± ")
-        axes.text(x, y, text, ha="center", va="center", color=colour, fontsize=9)

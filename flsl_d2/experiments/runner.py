@@ -25,8 +25,6 @@ from flsl_d2.errors import InputError
 from flsl_d2.experiments.jobs import Job, Record, Slot, read_record, versions, write_record
 from flsl_d2.files import writable_folder
 
-__all__ = ["Child", "locked", "module_search_path", "run_jobs", "signals_interrupt"]
-
 _SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 
@@ -89,9 +87,7 @@ class Child:
     """Process of a job.
 
     Args:
-        job: job to run.
         folder: folder of the job; the output of the process goes to ``console.txt`` in it.
-        slot: share of the machine.
         keep_open: file descriptors that the process inherits.
     """
 
@@ -181,7 +177,7 @@ def run_jobs(
     jobs: Sequence[Job],
     folder: Path,
     slots: Sequence[Slot],
-    on_end: Callable[[dict[str, Record]], None] = lambda records: None,
+    on_end: Callable[[dict[str, Record]], object] = lambda records: None,
 ) -> dict[str, Record]:
     """Run the jobs that are not done yet; a job that fails does not stop the others.
 
@@ -190,7 +186,6 @@ def run_jobs(
 
     Args:
         jobs: jobs in the order of their start, each after the one that it needs.
-        folder: output folder.
         slots: shares of the machine, one for each job that runs at a time.
         on_end: function that is called with the records so far whenever a job has ended.
 
@@ -221,7 +216,7 @@ class _Run:
         folder: Path,
         slots: Sequence[Slot],
         lock: int,
-        on_end: Callable[[dict[str, Record]], None],
+        on_end: Callable[[dict[str, Record]], object],
     ) -> None:
         self.folder, self.lock, self.on_end = folder, lock, on_end
         found = {job.key: record for job in jobs if (record := read_record(folder / job.key))}

@@ -8,21 +8,11 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import mean, stdev
+from typing import NamedTuple
 
 from flsl_d2.evaluation.measures import MEASURES, better
 from flsl_d2.experiments.jobs import Job, Record
 from flsl_d2.files import write_text
-
-__all__ = [
-    "Cell",
-    "Measure",
-    "Row",
-    "Shown",
-    "Subject",
-    "Table",
-    "cell_of",
-    "results_table",
-]
 
 _MAX_COLUMNS = 8  # as many as a page of paper or a screen has room for
 
@@ -49,10 +39,12 @@ class Cell:
     Attributes:
         values: value for each seed that succeeded.
         failures: reason for each seed that did not.
+        omitted: reason why the measure has no meaning for this row; empty where it has.
     """
 
     values: tuple[float, ...] = ()
     failures: tuple[str, ...] = ()
+    omitted: str = ""
 
     @property
     def mean(self) -> float | None:
@@ -68,7 +60,7 @@ class Cell:
         """Return mean and spread, and how many seeds failed."""
         failed = len(self.failures)
         if not self.values:
-            return "failed" if failed else ""
+            return "failed" if failed else "n/a" * bool(self.omitted)
         shown = f"{self.mean:.{digits}f}"
         if self.std is not None:
             shown += f" ± {self.std:.{digits}f}"
@@ -94,8 +86,7 @@ class Row:
         return self.cells.get(measure.name, Cell())
 
 
-@dataclass(frozen=True)
-class Shown:
+class Shown(NamedTuple):
     """Text of a cell, and how to show it.
 
     Attributes:
@@ -136,16 +127,19 @@ class Table:
         chosen = (max if measure.better == "higher" else min)(means.values())
         return [i for i, value in means.items() if value == chosen]
 
-    def failures(self, row: Row) -> list[str]:
-        """Return the reasons of a row's failures, each once, after the measures that failed."""
-        names: dict[str, list[str]] = {}
+    def gaps(self, row: Row) -> list[tuple[str, str, str]]:
+        """Return why cells of a row have no number: ``failed`` or ``n/a``, measures, reason."""
+        names: dict[tuple[str, str], list[str]] = {}
         for measure in self.measures:
-            for reason in dict.fromkeys(row.cell(measure).failures):
-                names.setdefault(reason, []).append(measure.name)
-        total = len(self.measures)
+            cell = row.cell(measure)
+            found = [("failed", reason) for reason in cell.failures]
+            found += [("n/a", cell.omitted)] if cell.omitted else []
+            for gap in dict.fromkeys(found):
+                names.setdefault(gap, []).append(measure.name)
+        everything = len(self.measures)
         return [
-            f"{'everything' if len(failed) == total > 1 else ', '.join(failed)}: {reason}"
-            for reason, failed in names.items()
+            (kind, "everything" if len(of) == everything > 1 else ", ".join(of), reason)
+            for (kind, reason), of in names.items()
         ]
 
     def lines(self) -> list[list[Shown]]:
@@ -171,13 +165,16 @@ class Table:
             line[0] = Shown(line[0].text, "number")
         return [list(line) for line in zip(*lines, strict=True)]
 
-    def notes(self, start: str = "") -> list[str]:
-        """Return a line for each reason of a failure, with the rows that it affects."""
-        rows: dict[str, list[str]] = {}
+    def notes(self) -> list[str]:
+        """Return a line for each of :meth:`gaps`, with the rows that it affects."""
+        rows: dict[tuple[str, str, str], list[str]] = {}
         for row in self.rows:
-            for reason in self.failures(row):
-                rows.setdefault(reason, []).append(", ".join(row.labels.values()))
-        return [f"{start}{' | '.join(names)}: {reason}" for reason, names in rows.items()]
+            for gap in self.gaps(row):
+                rows.setdefault(gap, []).append(", ".join(row.labels.values()))
+        return [
+            f"{kind}: {' | '.join(names)}: {measures}: {reason}"
+            for (kind, measures, reason), names in rows.items()
+        ]
 
     def markdown(self) -> str:
         """Return a GitHub table, with the best values in bold and failures below it."""
@@ -189,7 +186,7 @@ class Table:
         lines = [[text(shown) for shown in line] for line in self.lines()]
         rows = [f"| {' | '.join(cells)} |" for cells in lines]
         rows.insert(1, "| --- " * len(lines[0]) + "|")
-        notes = self.notes("- failed: ")
+        notes = [f"- {note}" for note in self.notes()]
         return "\n".join(rows + (["", *notes] if notes else [])) + "\n"
 
     def latex(self) -> str:
@@ -203,7 +200,7 @@ class Table:
         columns = "".join("l" if shown.kind == "label" else "r" for shown in lines[0])
         body = [" & ".join(map(text, line)) + r" \\" for line in lines]
         body = [rf"\begin{{tabular}}{{{columns}}}", r"\toprule", body[0], r"\midrule", *body[1:]]
-        notes = self.notes("% failed: ")
+        notes = [f"% {note}" for note in self.notes()]
         return "\n".join([*body, r"\bottomrule", r"\end{tabular}", *notes]) + "\n"
 
     def csv(self) -> str:
@@ -222,7 +219,8 @@ class Table:
             for measure in self.measures:
                 cell = row.cell(measure)
                 cells += (cell.mean, cell.std, len(cell.values))[: len(parts)]
-            rest = [*(row.about.get(name, "") for name in about), "; ".join(self.failures(row))]
+            failures = [f"{of}: {why}" for kind, of, why in self.gaps(row) if kind == "failed"]
+            rest = [*(row.about.get(name, "") for name in about), "; ".join(failures)]
             writer.writerow([*row.labels.values(), *cells, *rest])
         return stream.getvalue()
 
@@ -240,13 +238,15 @@ def cell_of(records: Iterable[Record], name: str) -> Cell:
     A record that failed as a whole is a failure of each of its measures. A record that is done
     without the measure (the speed of a run of one step, a class that no image has) leaves it out.
     """
-    values, failures = [], []
+    values, failures, omitted = [], [], ""
     for record in records:
         if name in record.outcome.values:
             values.append(record.outcome.values[name])
+        elif name in record.outcome.omitted:
+            omitted = record.outcome.omitted[name]
         elif record.status != "done":
             failures.append(record.outcome.failures.get(name, record.error or record.status))
-    return Cell(tuple(values), tuple(failures))
+    return Cell(tuple(values), tuple(failures), omitted)
 
 
 _LATEX = str.maketrans({
@@ -258,13 +258,8 @@ _LATEX = str.maketrans({
 
 # Measures of which neither higher nor lower is better, by the start of the last part of the name.
 _DESCRIPTIVE = (
-    "clusters",
-    "tuned_clusters",
-    "kernel_width",
-    "loss",
-    "centroids_in_use",
-    "entropy",
-    "feature_std",
+    *("clusters", "tuned_clusters", "kernel_width"),
+    *("loss", "centroids_in_use", "entropy", "feature_std"),
 )
 # Values of single classes stay in result.json, because COCO has 80 classes.
 _SINGLE_CLASS = ("IoU-", "AP-")
@@ -295,13 +290,8 @@ def results_table(
 ) -> Table:
     """Make a table with a row for each subject and a column for each number that any job gave.
 
-    Jobs without a record have not run yet, and their cells are empty.
-
-    Args:
-        subjects: rows of the table.
-        records: records of the jobs by key.
-        stages: stages in the order of their columns.
-        timed: stages whose duration is a column as well.
+    Jobs without a record, by key, have not run yet, and their cells are empty. The stages give the
+    order of the columns; the duration of those that are ``timed`` is a column as well.
     """
     names = {stage: _value_names(subjects, stage, records) for stage in stages}
     rows = []

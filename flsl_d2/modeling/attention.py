@@ -13,14 +13,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-__all__ = [
-    "Attention",
-    "PackedShapes",
-    "merge_windows",
-    "split_into_windows",
-    "window_key_mask",
-]
-
 # The sizes in one list of tokens of several images: (number of images, tokens of an image), ...
 PackedShapes = tuple[tuple[int, int], ...]
 

@@ -22,8 +22,6 @@ from flsl_d2.modeling.attention import (
     window_key_mask,
 )
 
-__all__ = ["Block", "Mlp", "StochasticDepth"]
-
 Branch: TypeAlias = Callable[[Tensor, PackedShapes | None], Tensor]
 
 
@@ -99,8 +97,6 @@ class Block(nn.Module):
     """Pre-norm transformer block whose attention sees the whole grid or windows of it.
 
     Args:
-        dim: width of the tokens.
-        num_heads: number of attention heads.
         mlp_ratio: hidden width of the MLP over ``dim``.
         qkv_bias: whether the query, key and value projections have a bias.
         drop_path: probability of leaving a residual branch out in training.

@@ -6,8 +6,6 @@ from typing import Any, Protocol
 
 from torch import Tensor
 
-__all__ = ["VIT_SIZES", "Encoder"]
-
 # ViT-T, ViT-S and ViT-B of DeiT (arXiv 2012.12877), ViT-L of ViT (arXiv 2010.11929).
 VIT_SIZES: dict[str, dict[str, int]] = {
     "tiny": {"embed_dim": 192, "depth": 12, "num_heads": 3},

@@ -20,8 +20,6 @@ from flsl_d2.modeling.positions import (
     resample_positions,
 )
 
-__all__ = ["Fit", "adapt_encoder_state", "fit_encoder_state"]
-
 # A child of Detectron2's logger, so that the line appears in projects that only set up that one.
 logger = logging.getLogger("detectron2.flsl_d2")
 
@@ -66,7 +64,6 @@ def fit_encoder_state(
     """Adapt and check the encoder's part of a state dict that PyTorch is loading.
 
     Args:
-        encoder: an ``FLSLViT``.
         state: the state dict, changed in place as :func:`adapt_encoder_state` does.
         prefix: beginning of the encoder's names in it, e.g. ``backbone.net.``.
         errors: PyTorch's list of loading errors; one sentence is appended where the encoder is
@@ -90,9 +87,7 @@ def adapt_encoder_state(encoder: _Encoder, state: dict[str, Tensor], prefix: str
     of another size) and relative position tables of another length (resampled linearly).
 
     Args:
-        encoder: an ``FLSLViT``.
         state: state dict of the encoder or of a model around it.
-        prefix: beginning of the encoder's names in it.
     """
     own = encoder.state_dict()
     fit = Fit(len(own))

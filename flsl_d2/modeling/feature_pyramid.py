@@ -15,8 +15,6 @@ from torch import Tensor, nn
 from flsl_d2.errors import InputError
 from flsl_d2.modeling.vit import NO_VALUE, FLSLViT
 
-__all__ = ["SimpleFeaturePyramid", "add_flsl_config", "build_flsl_vit_sfp_backbone"]
-
 
 class SimpleFeaturePyramid(Backbone):
     """Maps of several strides from the one map of a plain backbone.

@@ -8,8 +8,6 @@ import torch
 from detectron2.config import CfgNode
 from torch import Tensor, nn
 
-__all__ = ["IMAGENET_MEAN", "IMAGENET_STD", "PixelAdapter"]
-
 # Red, green, blue, on the scale of 0 to 255; torchvision's values.
 IMAGENET_MEAN = (123.675, 116.28, 103.53)
 IMAGENET_STD = (58.395, 57.12, 57.375)

@@ -10,16 +10,6 @@ from torch import Tensor
 
 from flsl_d2.errors import InputError
 
-__all__ = [
-    "grid_of_table",
-    "jittered_positions",
-    "num_leading_positions",
-    "resample_positions",
-    "sincos_at",
-    "sincos_positions",
-]
-
-
 # Largest shift, in sides of the grid, and largest scale of jittered positions.
 _MAX_SHIFT, _MAX_SCALE = 2.0, 1.5
 
@@ -81,11 +71,8 @@ def jittered_positions(
     are the positions of the table. Neighbours stay neighbours, and the place in the view is lost.
 
     Args:
-        num_images: B.
         grid: rows H and columns W of tokens.
         side: G, side of the grid that the table of positions is made for.
-        embed_dim: width D, a multiple of 4.
-        device: device of the result.
 
     Returns:
         (B, H, W, D) float32.

@@ -11,8 +11,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-__all__ = ["FLSLHead", "WeightNormLinear"]
-
 
 class WeightNormLinear(nn.Module):
     """Linear layer without bias whose rows have a separate norm, ``w = g * v / |v|``.

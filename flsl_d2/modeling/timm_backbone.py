@@ -25,15 +25,6 @@ from flsl_d2.errors import InputError
 from flsl_d2.modeling.feature_pyramid import SimpleFeaturePyramid
 from flsl_d2.modeling.pixels import IMAGENET_MEAN, IMAGENET_STD, PixelAdapter
 
-__all__ = [
-    "TIMM_PREFIX",
-    "TimmBackbone",
-    "build_timm_backbone",
-    "build_timm_pyramid",
-    "parse_timm_name",
-    "timm_pyramid",
-]
-
 TIMM_PREFIX = "timm:"
 # Arguments by which timm's families take images of any size, in the order in which they are tried.
 _ANY_SIZE: tuple[dict[str, Any], ...] = (
@@ -238,8 +229,6 @@ def timm_pyramid(
     """Put the pyramid that fits around a timm model: simple for one stride, FPN for several.
 
     Args:
-        net: the model.
-        out_channels: channels of every level.
         norm: normalisation of the pyramid, a name that Detectron2's ``get_norm`` knows.
         square_pad: pad images to squares of this side in pixels; simple pyramid only.
 

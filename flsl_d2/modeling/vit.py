@@ -30,8 +30,6 @@ from flsl_d2.modeling.positions import (
     sincos_positions,
 )
 
-__all__ = ["NO_VALUE", "POSITIONS", "FLSLViT", "evenly_spread_blocks"]
-
 # Positions that a pass may add to the patches: those of the table, those of
 # flsl_d2.modeling.positions.jittered_positions, or none.
 POSITIONS = ("own", "jittered", "none")

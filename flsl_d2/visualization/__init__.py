@@ -1,6 +1,5 @@
 """Pictures: detections, what an encoder's tokens group, and the curves of a run."""
 
-from flsl_d2.evaluation.explained_variance import colour_r2, position_r2
 from flsl_d2.visualization.curves import loss_curves
 from flsl_d2.visualization.described import DescribedEncoder, describe_encoder
 from flsl_d2.visualization.detections import detections_beside_ground_truth
@@ -20,7 +19,6 @@ __all__ = [
     "attention_map",
     "cluster_labels",
     "cluster_overlay",
-    "colour_r2",
     "comparison_figure",
     "describe_encoder",
     "detections_beside_ground_truth",
@@ -28,7 +26,6 @@ __all__ = [
     "loss_curves",
     "mode_similarity_map",
     "pca_rgb",
-    "position_r2",
     "token_at",
     "write_page",
 ]

@@ -15,8 +15,6 @@ from flsl_d2.engine.command_line import (
 )
 from flsl_d2.visualization.visualize import visualize
 
-__all__ = ["main"]
-
 DESCRIPTION = """Draw what the tokens of encoders group: attention, modes, clusters, principal
 components, nearest patches and centroids, as PNG files and as one page, index.html, in which any
 token can be clicked."""
@@ -57,24 +55,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
         "known layout, or 'random' for an untrained ViT-S/16",
     )
     add("--names", nargs="+", default=[], help=argparse.SUPPRESS)  # older than NAME=FILE
-    add(
-        "--images",
-        nargs="+",
-        default=[],
-        metavar="PATH",
-        help="image files, folders of images",
-    )
+    images = "image files, folders of images"
+    add("--images", nargs="+", default=[], metavar="PATH", help=images)
     most = "most images of each folder and data set (default: %(default)s)"
     add_option(parser, "--max-images", default=8, help=most)
     add_option(parser, "--output", default=Path("output/pictures"))
-    add(
-        "--token",
-        type=point,
-        action="append",
-        default=[],
-        metavar="X,Y",
-        help="token to look from, in pixels of the image; may be repeated (default: the middle)",
-    )
+    token = "token to look from, in pixels of the image; may be repeated (default: the middle)"
+    add("--token", type=point, action="append", default=[], metavar="X,Y", help=token)
     side = "shorter side of images in pixels; 0 keeps their size (default: %(default)s)"
     add_option(parser, "--short-side", help=side)
     add_option(parser, "--device")

@@ -5,12 +5,9 @@ from __future__ import annotations
 import json
 import math
 import os
-from collections.abc import Sequence
 
 from flsl_d2.errors import InputError
 from flsl_d2.visualization.figures import label_plot, plot_grid, save_figure
-
-__all__ = ["Series", "loss_curves", "read_metrics"]
 
 Series = dict[str, tuple[list[int], list[float]]]
 
@@ -114,33 +111,16 @@ def _default_keys(series: Series) -> list[str]:
     return sorted(shown, key=place)
 
 
-def loss_curves(
-    metrics_json_path: str | os.PathLike[str],
-    path: str | os.PathLike[str],
-    keys: Sequence[str] | None = None,
-    title: str | None = None,
-) -> None:
-    """Draw a small plot for every key.
-
-    Args:
-        metrics_json_path: file that Detectron2's JSONWriter wrote.
-        path: PNG file to write.
-        keys: to draw; by default all that change, losses first.
-        title: heading of the page; the run's folder by default.
+def loss_curves(metrics_json_path: str | os.PathLike[str], path: str | os.PathLike[str]) -> None:
+    """Draw a small plot for every key of a metrics.json that changes, losses first, as PNG.
 
     Raises:
-        InputError: the file is missing or empty, or a key is not in it.
+        InputError: the file is missing or empty.
     """
     series, resumed = read_metrics(metrics_json_path)
-    unknown = [key for key in keys or [] if key not in series]
-    if unknown:
-        raise InputError(
-            f"{metrics_json_path} has no {', '.join(unknown)}: choose from "
-            f"{', '.join(sorted(series))}."
-        )
-    keys = list(keys) if keys else _default_keys(series) or sorted(series)
+    keys = _default_keys(series) or sorted(series)
     folder = os.path.basename(os.path.dirname(os.path.abspath(metrics_json_path)))
-    figure, plots = plot_grid(len(keys), title or f"Training curves of {folder}")
+    figure, plots = plot_grid(len(keys), f"Training curves of {folder}")
     first = min(series[key][0][0] for key in keys)
     last = max(series[key][0][-1] for key in keys)
     margin = max(0.5, 0.03 * (last - first))

@@ -7,18 +7,40 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from flsl_d2.errors import InputError
+from flsl_d2.evaluation import TokenFeatures
 from flsl_d2.evaluation.explained_variance import colour_r2, position_r2
-from flsl_d2.visualization.groups import PatchGroup, kmeans_groups, most_used_groups
-from flsl_d2.visualization.maps import Array, Grid, as_tokens, attended_share, cluster_labels
-
-__all__ = ["CLUSTER_SCALES", "DescribedEncoder", "describe_encoder"]
+from flsl_d2.evaluation.partitions import kmeans
+from flsl_d2.mean_shift import mean_shift
+from flsl_d2.modeling.projection_head import FLSLHead
+from flsl_d2.visualization.maps import Grid, attended_share, cluster_labels
+from flsl_d2.visualization.patches import Patch, spread
+from flsl_d2.weights import read_weights
+from flsl_d2.weights.reading import split_weights_path
 
 # Times 1 / sqrt(D), as in the schedules of pre-training; 0.1 is the method's own within a view.
 CLUSTER_SCALES = (0.1, 0.3, 1.0, 2.0)
-_KMEANS_GROUPS = 24
+_KMEANS_GROUPS, _KMEANS_TOKENS = 24, 4096
+
+
+@dataclass(frozen=True)
+class PatchGroup:
+    """Tokens of several images that belong to one centroid.
+
+    Attributes:
+        number: index of the centroid.
+        count: number of its tokens.
+        num_images: number of images with such a token.
+        patches: its best tokens, best first.
+    """
+
+    number: int
+    count: int
+    num_images: int
+    patches: list[Patch]
 
 
 @dataclass(frozen=True)
@@ -27,8 +49,7 @@ class DescribedEncoder:
 
     Attributes:
         name: name of the encoder on pages.
-        tokens: (N, D) float32 of each image.
-        grids: rows and columns of each image.
+        features: tokens of each image, float32 on the CPU.
         labels: for every scale (times sqrt(D)) the clusters of each image, (rows, columns).
         attended: for every scale the share of the image that a token attends to, mean over images.
         groups: the most used centroids, or the largest groups of k-means.
@@ -38,8 +59,7 @@ class DescribedEncoder:
     """
 
     name: str
-    tokens: list[Tensor]
-    grids: list[Grid]
+    features: list[TokenFeatures]
     labels: dict[float, list[np.ndarray]]
     attended: dict[float, float]
     groups: list[PatchGroup]
@@ -50,34 +70,29 @@ class DescribedEncoder:
     @property
     def width(self) -> int:
         """Width D of the tokens."""
-        return self.tokens[0].shape[1]
+        return self.features[0].tokens.shape[1]
 
 
 def describe_encoder(
     name: str,
-    token_sets: Sequence[Array],
-    grids: Sequence[Grid],
-    images: Sequence[np.ndarray],
+    features: Sequence[TokenFeatures],
     scales: Sequence[float] = CLUSTER_SCALES,
-    assigned: tuple[Sequence[Array], Sequence[Array]] | None = None,
-    num_centroids: int = 0,
+    head: FLSLHead | None = None,
+    head_scale: float = 1.0,
 ) -> DescribedEncoder:
     """Cluster every image at every scale, and group the tokens of all images.
 
     Args:
-        name: name of the encoder.
-        token_sets: (N, D) of each image, not normalised.
-        grids: rows and columns of each image.
-        images: (H, W, 3) uint8 RGB each.
+        features: tokens of each image, not normalised.
         scales: scales of attention and clusters, times sqrt(D).
-        assigned: for every image the index of each token's centroid (N,) and how well the token
-            fits it (N,), from a projection head; None groups the tokens by k-means.
-        num_centroids: number of centroids of that head.
+        head: projection head whose centroids group the tokens; None groups them by k-means.
+        head_scale: scale of the mean-shift step before the head, times sqrt(D).
 
     Raises:
         InputError: a token is not finite, or too large for float16, in which pages hold tokens.
     """
-    tokens = [as_tokens(t, grid) for t, grid in zip(token_sets, grids, strict=True)]
+    features = [each.on_cpu() for each in features]
+    tokens, grids = [each.tokens for each in features], [each.grid for each in features]
     largest = max(float(t.abs().max().nan_to_num(torch.inf)) for t in tokens)
     if largest > torch.finfo(torch.float16).max:
         raise InputError(
@@ -85,26 +100,124 @@ def describe_encoder(
             "weights."
         )
     root = tokens[0].shape[1] ** 0.5
-    pairs = list(zip(tokens, grids, strict=True))
-    labels = {s: [cluster_labels(t, grid, s / root) for t, grid in pairs] for s in scales}
-    attended = {
-        s: float(np.mean([attended_share(t, grid, s / root) for t, grid in pairs])) for s in scales
-    }
-    if assigned is None:
+    if head is None:
         assigned = kmeans_groups(tokens, _KMEANS_GROUPS)
         note = f"k-means over all tokens, k = {_KMEANS_GROUPS}: this file has no projection head"
     else:
-        used = len(torch.cat([torch.as_tensor(a).reshape(-1) for a in assigned[0]]).unique())
-        note = f"centroids of the projection head; {used} of {num_centroids} are used by a token"
-    groups = most_used_groups(*assigned, grids)
+        assigned = assign_centroids(head, tokens, head_scale / root)
+        used, total = len(torch.cat(assigned[0]).unique()), len(head.last_layer.weight_v)
+        note = f"centroids of the projection head; {used} of {total} are used by a token"
     return DescribedEncoder(
         name,
-        tokens,
-        list(grids),
-        labels,
-        attended,
-        groups,
+        features,
+        {s: [cluster_labels(each, s / root) for each in features] for s in scales},
+        {s: float(np.mean([attended_share(t, s / root) for t in tokens])) for s in scales},
+        most_used_groups(*assigned, grids),
         note,
-        position_r2(tokens, grids),
-        colour_r2(tokens, grids, images),
+        position_r2(features),
+        colour_r2(features),
     )
+
+
+def read_head(path: str) -> FLSLHead | None:
+    """Read the projection head of a pre-training checkpoint of this project or the published code.
+
+    Args:
+        path: see :func:`flsl_d2.weights.build_encoder`; the teacher's head is read, or the
+            student's where the path asks for the student.
+
+    Returns:
+        None for a file without such a head, for example ``teacher_backbone.pth``.
+
+    Raises:
+        InputError: the file cannot be read.
+    """
+    path, which = split_weights_path(path)
+    which = which or "teacher"
+    content = read_weights(path)
+    if isinstance(content.get("model"), dict):
+        tensors, prefix = content["model"], f"{which}.head."
+    elif isinstance(content.get(which), dict) and "flsl_loss" in content:
+        tensors, prefix = content[which], "head."
+    else:  # For example a DINO checkpoint, whose head is made for the class token.
+        return None
+    bare = {str(name).removeprefix("module."): value for name, value in tensors.items()}
+    state = {n.removeprefix(prefix): value for n, value in bare.items() if n.startswith(prefix)}
+    first, centroids = state.get("mlp.0.weight"), state.get("last_layer.weight_v")
+    if first is None or centroids is None:
+        return None
+    head = FLSLHead(first.shape[1], len(centroids), len(first), centroids.shape[1])
+    expected = {name: tensor.shape for name, tensor in head.state_dict().items()}
+    if {name: tensor.shape for name, tensor in state.items()} != expected:
+        return None  # a head of another kind
+    head.load_state_dict(state)
+    return head.eval()
+
+
+@torch.no_grad()
+def assign_centroids(
+    head: FLSLHead, token_sets: Sequence[Tensor], scale: float
+) -> tuple[list[Tensor], list[Tensor]]:
+    """Find the nearest centroid of each token's mode after one mean-shift step within its image.
+
+    Args:
+        token_sets: (N, D) of each image, with the final LayerNorm applied.
+
+    Returns:
+        For every image the indices of the centroids (N,) and the cosine similarities to them (N,).
+    """
+    best = [head(mean_shift(t[None], t[None], scale)[0]).max(dim=-1) for t in token_sets]
+    return [each.indices for each in best], [each.values for each in best]
+
+
+def kmeans_groups(
+    token_sets: Sequence[Tensor], num_groups: int = _KMEANS_GROUPS, seed: int = 0
+) -> tuple[list[Tensor], list[Tensor]]:
+    """Group the L2-normalised tokens of all images by k-means.
+
+    Centres are found on at most 4,096 of the tokens; then every token goes to the nearest.
+
+    Returns:
+        For every image the indices of the groups (N,) and the cosine similarities to their
+        centres (N,).
+    """
+    sizes = [len(tokens) for tokens in token_sets]
+    unit = F.normalize(torch.cat(list(token_sets)), dim=1)
+    order = np.random.default_rng(seed).permutation(len(unit))
+    sample = unit[torch.from_numpy(order[:_KMEANS_TOKENS])]
+    labels = kmeans(sample, num_groups, seed, num_restarts=1)
+    sums = torch.zeros(int(labels.max()) + 1, unit.shape[1]).index_add_(0, labels, sample)
+    centres = F.normalize(sums[labels.unique()], dim=1)
+    cosine, labels = (unit @ centres.T).max(dim=1)
+    return list(labels.split(sizes)), list(cosine.split(sizes))
+
+
+def most_used_groups(
+    assigned: Sequence[Tensor],
+    scores: Sequence[Tensor],
+    grids: Sequence[Grid],
+    num_groups: int = 12,
+    num_patches: int = 8,
+    per_image: int = 3,
+) -> list[PatchGroup]:
+    """Choose the centroids with the most tokens, each with its best patches.
+
+    Args:
+        assigned: (N,) index of each token's centroid, for every image.
+        scores: (N,) how well each token fits its centroid, for every image.
+        per_image: bound of those from one image, so that a group shows whether it is found in many.
+    """
+    number, score = torch.cat(list(assigned)), torch.cat(list(scores))
+    image = torch.cat([torch.full((r * c,), i) for i, (r, c) in enumerate(grids)])
+    token = torch.cat([torch.arange(r * c) for r, c in grids])
+    counts = number.bincount()
+    groups = []
+    for k in counts.argsort(descending=True, stable=True)[:num_groups].tolist():
+        members = (number == k).nonzero()[:, 0]
+        if not len(members):
+            break
+        members = members[score[members].argsort(descending=True, stable=True)]
+        columns = (image[members].tolist(), token[members].tolist(), score[members].tolist())
+        best = spread(map(Patch, *columns), grids, num_patches, per_image)
+        groups.append(PatchGroup(k, len(members), len(set(columns[0])), best))
+    return groups

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 from detectron2.data import DatasetCatalog, MetadataCatalog
-from detectron2.structures import BoxMode, Instances
+from detectron2.structures import BoxMode
 from detectron2.utils.file_io import PathManager
 from detectron2.utils.visualizer import Visualizer
 
@@ -28,18 +28,6 @@ from flsl_d2.visualization.figures import (
     picture_table,
 )
 
-__all__ = [
-    "DrawnObjects",
-    "choose_records",
-    "detections_beside_ground_truth",
-    "detector",
-    "draw_objects",
-    "ground_truth",
-]
-
-Predictor = Callable[[np.ndarray], Any]
-"""Model that takes (H, W, 3) uint8 BGR and returns ``Instances`` or ``{"instances": Instances}``,
-as Detectron2's ``DefaultPredictor`` does."""
 Results = Sequence[dict[str, Any]] | str | os.PathLike[str]
 """Content of the coco_instances_results.json of Detectron2's ``COCOEvaluator``, or its path."""
 
@@ -76,24 +64,23 @@ def ground_truth(record: dict[str, Any]) -> DrawnObjects:
     )
 
 
-def _from_instances(instances: Instances, score_threshold: float) -> DrawnObjects:
-    instances = instances.to("cpu")
-    instances = instances[instances.scores >= score_threshold]
-    masks = instances.pred_masks.numpy() if instances.has("pred_masks") else [None] * len(instances)
-    return DrawnObjects(
-        boxes=instances.pred_boxes.tensor.detach().numpy().reshape(-1, 4),
-        masks=[None if mask is None else mask.astype(bool) for mask in masks],
-        classes=instances.pred_classes.tolist(),
-        scores=instances.scores.tolist(),
-    )
-
-
-def _from_results(
+def found_objects(
     results: Sequence[dict[str, Any]],
     record: dict[str, Any],
     score_threshold: float,
     contiguous: dict[int, int] | None,
 ) -> DrawnObjects:
+    """Return the detections of a Detectron2 record from a score on.
+
+    Args:
+        results: COCO results.
+        record: the image.
+        score_threshold: lowest score.
+        contiguous: class number of each category id of the data set.
+
+    Raises:
+        InputError: the results are of another data set.
+    """
     own = [
         r for r in results if r["image_id"] == record["image_id"] and r["score"] >= score_threshold
     ]
@@ -114,37 +101,12 @@ def _from_results(
     )
 
 
-def detector(
-    source: Predictor | Results, score_threshold: float, contiguous: dict[int, int] | None
-) -> Callable[[dict[str, Any], np.ndarray], DrawnObjects]:
-    """Make the function that finds the detections to draw, from a record and its image (BGR).
-
-    Args:
-        source: model, COCO results, or path of a JSON file with COCO results.
-        score_threshold: detections with a lower score are left out.
-        contiguous: class number of each category id of the data set, for COCO results.
+def read_results(path: str | os.PathLike[str]) -> list[dict[str, Any]]:
+    """Read a JSON file of COCO results.
 
     Raises:
-        InputError: the file of results cannot be read.
+        InputError: the file cannot be read.
     """
-    if not isinstance(source, (str, os.PathLike, Sequence)):
-
-        def predict(record: dict[str, Any], image_bgr: np.ndarray) -> DrawnObjects:
-            output = source(image_bgr)
-            instances = output if isinstance(output, Instances) else output["instances"]
-            return _from_instances(instances, score_threshold)
-
-        return predict
-
-    results = _read_results(source) if isinstance(source, (str, os.PathLike)) else source
-
-    def look_up(record: dict[str, Any], image_bgr: np.ndarray) -> DrawnObjects:
-        return _from_results(results, record, score_threshold, contiguous)
-
-    return look_up
-
-
-def _read_results(path: str | os.PathLike[str]) -> list[dict[str, Any]]:
     try:
         with PathManager.open(os.fspath(path), "r") as stream:
             return json.load(stream)
@@ -170,9 +132,7 @@ def draw_objects(image: np.ndarray, objects: DrawnObjects, class_names: list[str
     Detectron2's Visualizer fills their holes.
 
     Args:
-        image: (H, W, 3) uint8 RGB.
         objects: in pixels of that image.
-        class_names: by class number.
 
     Returns:
         (H', W', 3) uint8 RGB, the shorter side at least 384 px.
@@ -197,7 +157,7 @@ def draw_objects(image: np.ndarray, objects: DrawnObjects, class_names: list[str
 
 def detections_beside_ground_truth(
     dataset_name: str,
-    predictor_or_outputs: Predictor | Results,
+    results: Results,
     path: str | os.PathLike[str],
     num_images: int = 6,
     score_threshold: float = 0.5,
@@ -206,8 +166,7 @@ def detections_beside_ground_truth(
 
     Args:
         dataset_name: registered data set in COCO format.
-        predictor_or_outputs: model whose ``Instances`` are in pixels of the given image
-            (:data:`Predictor`), or COCO results (:data:`Results`).
+        results: COCO results or their file.
         path: PNG file to write.
         num_images: number of rows; the images are spread evenly over those with objects.
         score_threshold: detections with a lower score are not drawn.
@@ -225,25 +184,17 @@ def detections_beside_ground_truth(
         raise InputError(f"the data set {dataset_name!r} has no image: nothing can be drawn.")
     metadata = MetadataCatalog.get(dataset_name)
     class_names = list(metadata.get("thing_classes", []))
-    detect = detector(
-        predictor_or_outputs, score_threshold, metadata.get("thing_dataset_id_to_contiguous_id")
-    )
+    contiguous = metadata.get("thing_dataset_id_to_contiguous_id")
+    found = read_results(results) if isinstance(results, (str, os.PathLike)) else results
     rows = []
     for record in records:
         image = read_image(record["file_name"])
-        truth = ground_truth(record)
-        found = detect(record, np.ascontiguousarray(image[..., ::-1]))
-        rows.append(
-            [
-                Panel(enlarge(image)[0], os.path.basename(record["file_name"])),
-                Panel(draw_objects(image, truth, class_names), _counted(truth, "object")),
-                Panel(draw_objects(image, found, class_names), _counted(found, "detection")),
-            ]
-        )
+        row = [Panel(enlarge(image)[0], os.path.basename(record["file_name"]))]
+        detected = found_objects(found, record, score_threshold, contiguous)
+        for objects, noun in ((ground_truth(record), "object"), (detected, "detection")):
+            count = len(objects.classes)
+            note = f"{count or 'no'} {noun}{'s' * (count != 1)}"
+            row.append(Panel(draw_objects(image, objects, class_names), note))
+        rows.append(row)
     headings = ("image", "ground truth", f"detections (score at least {score_threshold:.0%})")
     picture_table(path, f"Detections on {dataset_name}", rows, headings, width=_PANEL_INCHES)
-
-
-def _counted(objects: DrawnObjects, noun: str) -> str:
-    count = len(objects.classes)
-    return f"{count or 'no'} {noun}{'s' * (count != 1)}"

@@ -7,8 +7,9 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import cv2
 import matplotlib
@@ -18,21 +19,6 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.textpath import TextPath
 from matplotlib.ticker import MaxNLocator
-
-__all__ = [
-    "COLOUR_MAP",
-    "Panel",
-    "enlarge",
-    "label_plot",
-    "mark_cell",
-    "new_figure",
-    "overlay_heat",
-    "overlay_masks",
-    "palette",
-    "picture_table",
-    "plot_grid",
-    "save_figure",
-]
 
 COLOUR_MAP = "turbo"
 PANEL_INCHES = 2.5
@@ -87,11 +73,7 @@ def picture_table(
     """Write a page of pictures in rows and columns.
 
     Args:
-        path: PNG file to write.
-        title: heading of the page.
         rows: panels of each row; the first panel of a row gives the height of the row.
-        headings: text above each column.
-        labels: text to the left of each row.
         width: width of every picture in inches.
     """
     num_columns = max(len(row) for row in rows)
@@ -104,22 +86,37 @@ def picture_table(
     heights = [width * row[0].image.shape[0] / row[0].image.shape[1] for row in rows]
     note_inches = _LINE_INCHES + 0.03 if any(panel.note for row in rows for panel in row) else 0.0
     top = 0.25 + 0.22 * _num_lines([title]) + _LINE_INCHES * _num_lines(headings)
-    page_width = max(float(x_of[-1]), _text_inches(title, _TITLE_SIZE) + 0.3)
-    sheet = _Sheet(page_width, top + sum(heights) + (note_inches + _GAP_INCHES) * len(rows))
-    sheet.write(title, page_width / 2, 0.1, _TITLE_SIZE, va="top")
+    size = (
+        max(float(x_of[-1]), _text_inches(title, _TITLE_SIZE) + 0.3),
+        top + sum(heights) + (note_inches + _GAP_INCHES) * len(rows),
+    )
+    figure = new_figure(*size)
+    figure.set_layout_engine("none")
+    # One axes in inches from the upper left, because hundreds of axes would take many seconds.
+    axes = figure.add_axes((0, 0, 1, 1))
+    axes.set_axis_off()
+    write = partial(axes.text, ha="center")
+    write(size[0] / 2, 0.1, title, fontsize=_TITLE_SIZE, va="top")
     for x, heading in zip(x_of, headings, strict=False):
-        sheet.write(heading, x + width / 2, top - 0.06, 10, va="bottom")
+        write(x + width / 2, top - 0.06, heading, fontsize=10, va="bottom")
     y = top
     for index, (row, height) in enumerate(zip(rows, heights, strict=True)):
         if labels:
-            sheet.write(labels[index], left - 0.1, y + height / 2, 8, ha="right", va="center")
+            place = left - 0.1, y + height / 2
+            axes.text(*place, labels[index], fontsize=8, ha="right", va="center")
         for x, panel in zip(x_of, row, strict=False):
-            sheet.show(panel.image, x, y, width, height)
-            sheet.write(panel.note, x + width / 2, y + height + 0.04, 8, va="top")
+            _show(axes, panel.image, x, y, width, height)
+            write(x + width / 2, y + height + 0.04, panel.note, fontsize=8, va="top")
             if panel.span:
-                _draw_scale(sheet, panel.span, x + width + 0.05, y, height)
+                _draw_scale(axes, panel.span, x + width + 0.05, y, height)
         y += height + note_inches + _GAP_INCHES
-    sheet.save(path)
+    axes.set(xlim=(0, size[0]), ylim=(size[1], 0))  # imshow has set its own limits
+    save_figure(figure, path)
+
+
+def _show(axes: Axes, image: np.ndarray, x: float, y: float, width: float, height: float) -> None:
+    extent = (x, x + width, y + height, y)
+    axes.imshow(image, extent=extent, interpolation="antialiased", aspect="auto")
 
 
 def _text_inches(text: str, size: float) -> float:
@@ -132,49 +129,18 @@ def _num_lines(texts: Sequence[str]) -> int:
     return max((text.count("\n") + 1 for text in texts), default=0)
 
 
-def _draw_scale(
-    sheet: _Sheet, span: tuple[float, float], x: float, y: float, height: float
-) -> None:
+def _draw_scale(axes: Axes, span: tuple[float, float], x: float, y: float, height: float) -> None:
     colours = matplotlib.colormaps[COLOUR_MAP](np.linspace(1, 0, 256))[:, None, :3]
-    sheet.show((255 * colours).astype(np.uint8), x, y, 0.1, height)
+    _show(axes, (255 * colours).astype(np.uint8), x, y, 0.1, height)
     for value, place, alignment in ((span[1], y, "top"), (span[0], y + height, "bottom")):
         text = f"{value:.2f}" if abs(value) < 10 else f"{value:.0f}"
-        sheet.write(text, x + 0.14, place, 7, ha="left", va=alignment)
-
-
-class _Sheet:
-    """Pictures and texts at places in inches from the upper left corner of a page.
-
-    All of them share one axes, because hundreds of axes would take many seconds.
-    """
-
-    def __init__(self, width: float, height: float) -> None:
-        self._figure = new_figure(width, height)
-        self._figure.set_layout_engine("none")
-        self._axes = self._figure.add_axes((0, 0, 1, 1))
-        self._axes.set_axis_off()
-        self._size = (width, height)
-
-    def show(self, image: np.ndarray, x: float, y: float, width: float, height: float) -> None:
-        extent = (x, x + width, y + height, y)
-        self._axes.imshow(image, extent=extent, interpolation="antialiased", aspect="auto")
-
-    def write(self, text: str, x: float, y: float, size: float, **alignment: Any) -> None:
-        if text:
-            self._axes.text(x, y, text, fontsize=size, **{"ha": "center", **alignment})
-
-    def save(self, path: str | os.PathLike[str]) -> None:
-        width, height = self._size
-        self._axes.set(xlim=(0, width), ylim=(height, 0))  # imshow has set its own limits
-        save_figure(self._figure, path)
+        axes.text(x + 0.14, place, text, fontsize=7, va=alignment)
 
 
 def plot_grid(count: int, title: str, num_legend_rows: int = 0) -> tuple[Figure, list[Axes]]:
     """Make a figure with small plots, three in a row.
 
     Args:
-        count: number of plots.
-        title: heading of the page.
         num_legend_rows: rows of a legend below the plots, to leave room for.
 
     Returns:
@@ -217,7 +183,6 @@ def enlarge(image: np.ndarray, shorter_side: int = SHORTER_SIDE) -> tuple[np.nda
     """Enlarge a small image, so that text and lines on it can be read.
 
     Args:
-        image: (H, W, 3) uint8.
         shorter_side: in pixels; larger images stay as they are.
 
     Returns:
@@ -236,10 +201,8 @@ def overlay_masks(
     """Tint each mask and draw its outline; holes stay clear.
 
     Args:
-        image: (H, W, 3) uint8.
         masks: (h, w) bool each, of the image's aspect ratio; resized to the image.
         colours: (M, 3) uint8, one for each mask.
-        opacity: opacity of the tint, 0 to 1.
     """
     height, width = image.shape[:2]
     out = image.copy()
@@ -260,11 +223,7 @@ def overlay_heat(
     """Lay values over the greyed image as colours.
 
     Args:
-        image: (H, W, 3) uint8.
         values: (h, w) floats, one for each cell of the image.
-        low: value at the start of the colour map.
-        high: value at its end.
-        colour_map: name of a colour map of matplotlib.
     """
     height, width = image.shape[:2]
     smooth = cv2.resize(values.astype(np.float32), (width, height), interpolation=cv2.INTER_LINEAR)
@@ -276,11 +235,6 @@ def overlay_heat(
 
 def mark_cell(image: np.ndarray, grid: tuple[int, int], cell: int) -> np.ndarray:
     """Mark one cell of a grid over the image with a cross, white on black.
-
-    Args:
-        image: (H, W, 3) uint8.
-        grid: rows and columns.
-        cell: row-major index.
 
     Raises:
         ValueError: ``cell`` is not an index into the grid.

@@ -10,8 +10,6 @@ from typing import Any
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
-__all__ = ["data_uri", "render"]
-
 _PARTS = Path(__file__).parent / "page"
 
 
@@ -31,10 +29,6 @@ def render(template: str, **values: Any) -> str:
 
     Templates have the function ``source`` for style sheets and scripts of ``page/``, the filter
     ``data_uri`` for paths of pictures and jinja2's ``tojson`` for data of scripts.
-
-    Args:
-        template: name of a file in ``page/``.
-        values: values of the template's names.
 
     Raises:
         jinja2.UndefinedError: the template has a name without a value.

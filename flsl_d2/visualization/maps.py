@@ -1,7 +1,4 @@
-"""Maps of the tokens of one image: attention, modes, principal components and clusters.
-
-Shape suffixes: N tokens on a grid of rows x columns, D width.
-"""
+"""Maps of the tokens of one image: attention, modes, principal components and clusters."""
 
 from __future__ import annotations
 
@@ -12,50 +9,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from flsl_d2.evaluation import TokenFeatures
 from flsl_d2.mean_shift import attention, cluster, mean_shift
 from flsl_d2.visualization.figures import Panel, mark_cell, overlay_heat, palette
 
-__all__ = [
-    "Array",
-    "Grid",
-    "as_tokens",
-    "attended_share",
-    "attention_map",
-    "attention_values",
-    "central_token",
-    "cluster_labels",
-    "cluster_overlay",
-    "mode_similarity_map",
-    "mode_similarity_values",
-    "pca_colours",
-    "pca_rgb",
-    "token_at",
-]
-
-Array = np.ndarray | torch.Tensor
 Grid = tuple[int, int]
 
 _WIDE_BORDERS_FROM = 300  # pixels of the shorter side
-
-
-def as_tokens(tokens: Array, grid: Grid) -> Tensor:
-    """Return tokens as float32 on the CPU, without gradient.
-
-    Raises:
-        ValueError: the tokens do not fill the grid.
-    """
-    tokens = torch.as_tensor(tokens).detach().cpu().float()
-    if tokens.ndim != 2 or len(tokens) != grid[0] * grid[1]:
-        raise ValueError(
-            f"tokens of shape {tuple(tokens.shape)} do not fill a grid of {grid[0]} x {grid[1]}: "
-            "expected (N, D) with N = rows * columns"
-        )
-    return tokens
-
-
-def central_token(grid: Grid) -> int:
-    """Return the row-major index of the grid's middle cell."""
-    return grid[0] // 2 * grid[1] + grid[1] // 2
+_CLUSTER_OPACITY = 0.5
 
 
 def token_at(x: float, y: float, size: tuple[float, float], grid: Grid) -> int:
@@ -65,71 +26,54 @@ def token_at(x: float, y: float, size: tuple[float, float], grid: Grid) -> int:
         x: distance of the point from the left, in pixels.
         y: distance of the point from the top, in pixels.
         size: height and width of the image in pixels.
-        grid: rows and columns of the tokens.
     """
     row = min(max(int(y * grid[0] / size[0]), 0), grid[0] - 1)
     column = min(max(int(x * grid[1] / size[1]), 0), grid[1] - 1)
     return row * grid[1] + column
 
 
-def attention_values(
-    tokens: Array, grid: Grid, token: int, scale: float | None = None
-) -> np.ndarray:
+def attention_values(features: TokenFeatures, token: int, scale: float | None = None) -> np.ndarray:
     """Attention of one token to all, (rows, columns), in multiples of the even share 1/N.
 
     Args:
-        tokens: (N, D).
-        grid: rows and columns.
+        features: tokens of an image, not normalised.
         token: row-major index.
         scale: scale of the attention; by default 0.1 / sqrt(D), the method's value within a view
             (arXiv 2306.06203, Sec. 5).
     """
-    tokens = as_tokens(tokens, grid)
+    tokens = features.on_cpu().tokens
     weights = attention(tokens[None, token : token + 1], tokens[None], _scale(scale, tokens))[0, 0]
-    return (weights * len(tokens)).reshape(grid).numpy()
+    return (weights * len(tokens)).reshape(features.grid).numpy()
 
 
 def mode_similarity_values(
-    tokens: Array, grid: Grid, token: int, scale: float | None = None, num_iterations: int = 3
+    features: TokenFeatures, token: int, scale: float | None = None, num_iterations: int = 3
 ) -> np.ndarray:
     """Cosine similarity of all tokens with the mode of one token, (rows, columns) in [-1, 1].
 
-    Args:
-        tokens: (N, D).
-        grid: rows and columns.
-        token: row-major index.
-        scale: see :func:`attention_values`.
-        num_iterations: mean-shift steps from the token to its mode.
+    The mode is where ``num_iterations`` mean-shift steps take the token.
     """
-    tokens = as_tokens(tokens, grid)
+    tokens = features.on_cpu().tokens
     query = tokens[None, token : token + 1]
     mode = mean_shift(query, tokens[None], _scale(scale, tokens), num_iterations)[0]
-    return F.cosine_similarity(tokens, mode, dim=-1).reshape(grid).numpy()
+    return F.cosine_similarity(tokens, mode, dim=-1).reshape(features.grid).numpy()
 
 
 def _scale(scale: float | None, tokens: Tensor) -> float:
     return 0.1 / tokens.shape[1] ** 0.5 if scale is None else scale
 
 
-def attention_map(
-    image: np.ndarray, tokens: Array, grid: Grid, token: int, scale: float | None = None
-) -> Panel:
+def attention_map(features: TokenFeatures, token: int, scale: float | None = None) -> Panel:
     """Show :func:`attention_values` over the image, with a cross at the token."""
-    values = attention_values(tokens, grid, token, scale)
-    return _heat_panel(image, values, 0.0, token)
+    return _heat_panel(features.image, attention_values(features, token, scale), 0.0, token)
 
 
 def mode_similarity_map(
-    image: np.ndarray,
-    tokens: Array,
-    grid: Grid,
-    token: int,
-    scale: float | None = None,
-    num_iterations: int = 3,
+    features: TokenFeatures, token: int, scale: float | None = None, num_iterations: int = 3
 ) -> Panel:
     """Show :func:`mode_similarity_values` over the image, with a cross at the token."""
-    values = mode_similarity_values(tokens, grid, token, scale, num_iterations)
-    return _heat_panel(image, values, float(values.min()), token)
+    values = mode_similarity_values(features, token, scale, num_iterations)
+    return _heat_panel(features.image, values, float(values.min()), token)
 
 
 def _heat_panel(image: np.ndarray, values: np.ndarray, low: float, token: int) -> Panel:
@@ -138,17 +82,13 @@ def _heat_panel(image: np.ndarray, values: np.ndarray, low: float, token: int) -
     return Panel(mark_cell(heat, (values.shape[0], values.shape[1]), token), span=(low, high))
 
 
-def pca_colours(token_sets: Sequence[Array]) -> list[np.ndarray]:
-    """First three principal components as red, green and blue, (N, 3) uint8 of each set.
+def pca_colours(token_sets: Sequence[Tensor]) -> list[np.ndarray]:
+    """First three principal components as red, green and blue, (N, 3) uint8 of each set (N, D).
 
-    Each component covers its 2nd to 98th percentile, and its sign makes its extreme bright.
-
-    Args:
-        token_sets: (N, D) each. The components are those of all sets together, so that a colour
-            means the same in every image; give one set for the components of one image.
+    The components are those of all sets together, so that a colour means the same in every image.
+    Each covers its 2nd to 98th percentile, and its sign makes its extreme bright.
     """
-    sizes = [len(tokens) for tokens in token_sets]
-    tokens = torch.cat([torch.as_tensor(tokens).detach().cpu().float() for tokens in token_sets])
+    tokens = torch.cat(list(token_sets))
     centred = tokens - tokens.mean(dim=0)
     rank = min(3, *centred.shape)
     basis, strength, _ = torch.linalg.svd(centred, full_matrices=False)
@@ -159,53 +99,37 @@ def pca_colours(token_sets: Sequence[Array]) -> list[np.ndarray]:
     low, high = torch.quantile(components, torch.tensor([0.02, 0.98]), dim=0)
     colours = ((components - low) / (high - low).clamp(min=1e-12)).clamp(0, 1)
     colours = F.pad(colours, (0, 3 - rank), value=0.5)
+    sizes = [len(each) for each in token_sets]
     return [part.numpy() for part in (colours * 255).to(torch.uint8).split(sizes)]
 
 
-def pca_rgb(tokens: Array, grid: Grid, size: tuple[int, int]) -> np.ndarray:
-    """Picture of :func:`pca_colours` of one image, (H, W, 3) uint8.
+def pca_rgb(features: TokenFeatures) -> np.ndarray:
+    """Picture of :func:`pca_colours` of one image, of its size: (H, W, 3) uint8.
 
-    Args:
-        tokens: (N, D).
-        grid: rows and columns.
-        size: H and W. Each cell has one flat colour, which shows the encoder's resolution.
+    Each cell has one flat colour, which shows the encoder's resolution.
     """
-    (colours,) = pca_colours([as_tokens(tokens, grid)])
-    return _enlarged_cells(colours.reshape(*grid, 3), size)
+    (colours,) = pca_colours([features.on_cpu().tokens])
+    return _enlarged_cells(colours.reshape(*features.grid, 3), features.image.shape[:2])
 
 
 def cluster_labels(
-    tokens: Array, grid: Grid, scale: float | None = None, merge_threshold: float = 0.95
+    features: TokenFeatures, scale: float | None = None, merge_threshold: float = 0.95
 ) -> np.ndarray:
     """Mean-shift clusters of one image, (rows, columns) int64; 0 is the largest.
 
-    Args:
-        tokens: (N, D).
-        grid: rows and columns.
-        scale: see :func:`attention_values`.
-        merge_threshold: cosine similarity above which two modes are one cluster.
+    Modes whose cosine similarity exceeds ``merge_threshold`` are one cluster.
     """
-    tokens = as_tokens(tokens, grid)
+    tokens = features.on_cpu().tokens
     labels, _ = cluster(tokens, _scale(scale, tokens), merge_threshold=merge_threshold)
-    return labels.reshape(grid).numpy()
+    return labels.reshape(features.grid).numpy()
 
 
-def cluster_overlay(
-    image: np.ndarray, labels: Array, grid: Grid, opacity: float = 0.5
-) -> np.ndarray:
-    """Colour every cluster and draw white borders between them.
-
-    Args:
-        image: (H, W, 3) uint8.
-        labels: (N,) or (rows, columns) cluster numbers from 0 on.
-        grid: rows and columns.
-        opacity: opacity of the colours, 0 to 1.
-    """
+def cluster_overlay(image: np.ndarray, labels: np.ndarray) -> np.ndarray:
+    """Colour every cluster, (rows, columns) from 0 on, and draw white borders between them."""
     height, width = image.shape[:2]
-    cells = np.asarray(torch.as_tensor(labels).cpu()).reshape(grid)
-    full = _enlarged_cells(cells, (height, width))
+    full = _enlarged_cells(labels, (height, width))
     colours = palette(int(full.max()) + 1)[full]
-    out = ((1 - opacity) * image + opacity * colours).astype(np.uint8)
+    out = ((1 - _CLUSTER_OPACITY) * image + _CLUSTER_OPACITY * colours).astype(np.uint8)
     border = np.zeros((height, width), bool)
     border[1:] |= full[1:] != full[:-1]
     border[:, 1:] |= full[:, 1:] != full[:, :-1]
@@ -216,23 +140,17 @@ def cluster_overlay(
     return out
 
 
-def _enlarged_cells(cells: np.ndarray, size: tuple[int, int]) -> np.ndarray:
+def _enlarged_cells(cells: np.ndarray, size: Sequence[int]) -> np.ndarray:
     """(rows, columns, ...) to (H, W, ...): each pixel has the value of its cell."""
     rows = np.arange(size[0]) * cells.shape[0] // size[0]
     columns = np.arange(size[1]) * cells.shape[1] // size[1]
     return cells[rows][:, columns]
 
 
-def attended_share(tokens: Array, grid: Grid, scale: float) -> float:
+def attended_share(tokens: Tensor, scale: float) -> float:
     """Share of the image that a token attends to: exp(entropy of its attention) / N, mean over all.
 
     1 is even attention to the whole image, 1/N attention to a single token.
-
-    Args:
-        tokens: (N, D).
-        grid: rows and columns.
-        scale: scale of the attention.
     """
-    tokens = as_tokens(tokens, grid)
     weights = attention(tokens[None], tokens[None], scale)[0]
     return float(torch.special.entr(weights).sum(dim=1).exp().mean() / len(tokens))

@@ -9,9 +9,8 @@ import cv2
 import numpy as np
 import torch.nn.functional as F
 
-from flsl_d2.visualization.maps import Array, Grid, as_tokens
-
-__all__ = ["Patch", "crop_patch", "nearest_patches", "spread"]
+from flsl_d2.evaluation import TokenFeatures
+from flsl_d2.visualization.maps import Grid
 
 _MIN_DISTANCE = 3  # cells; nearer patches of one image show the same thing twice
 _CONTEXT = 5  # patches that a crop shows across
@@ -26,26 +25,17 @@ class Patch(NamedTuple):
 
 
 def nearest_patches(
-    token_sets: Sequence[Array], grids: Sequence[Grid], image: int, token: int, count: int = 10
+    features: Sequence[TokenFeatures], image: int, token: int, count: int = 10
 ) -> list[Patch]:
-    """Find the most similar tokens (cosine) in all other images, none of them side by side.
-
-    Args:
-        token_sets: (N, D) of each image.
-        grids: rows and columns of each image.
-        image: index of the image of the query.
-        token: row-major index of the query.
-        count: bound of the patches.
-    """
-    sets = [as_tokens(t, grid) for t, grid in zip(token_sets, grids, strict=True)]
-    query = F.normalize(sets[image][token], dim=0)
+    """Find the most similar tokens (cosine) in all other images, none of them side by side."""
+    query = F.normalize(features[image].tokens[token], dim=0)
     found: list[Patch] = []
-    for i, tokens in enumerate(sets):
+    for i, each in enumerate(features):
         if i != image:
-            cosine = F.normalize(tokens, dim=1) @ query
+            cosine = F.normalize(each.tokens, dim=1) @ query
             found += [Patch(i, j, score) for j, score in enumerate(cosine.tolist())]
     found.sort(key=lambda patch: -patch.score)
-    return spread(found, grids, count)
+    return spread(found, [each.grid for each in features], count)
 
 
 def spread(
@@ -53,11 +43,7 @@ def spread(
 ) -> list[Patch]:
     """Take patches in order, except those within 2 cells of one that was taken before.
 
-    Args:
-        patches: best first.
-        grids: rows and columns of each image.
-        count: bound of the result.
-        per_image: bound of the patches of one image; None for no bound.
+    At most ``count`` are taken, and at most ``per_image`` of one image; None for no bound.
     """
     taken: list[Patch] = []
     for patch in patches:
@@ -74,12 +60,6 @@ def spread(
 
 def crop_patch(image: np.ndarray, grid: Grid, token: int, side: int = 96) -> np.ndarray:
     """Cut out a token's patch, outlined, with two patches of its surroundings on each side.
-
-    Args:
-        image: (H, W, 3) uint8.
-        grid: rows and columns.
-        token: row-major index.
-        side: side of the result in pixels.
 
     Returns:
         (side, side, 3) uint8; at the image's edge the patch is not in the middle.

@@ -16,6 +16,7 @@ import cv2
 import matplotlib
 import numpy as np
 
+from flsl_d2.evaluation import TokenFeatures
 from flsl_d2.evaluation.explained_variance import patch_colours, position_r2
 from flsl_d2.files import write_text
 from flsl_d2.visualization.described import DescribedEncoder
@@ -23,8 +24,6 @@ from flsl_d2.visualization.figures import COLOUR_MAP, palette
 from flsl_d2.visualization.html import render
 from flsl_d2.visualization.maps import attention_values, mode_similarity_values, pca_colours
 from flsl_d2.visualization.token_figures import chosen_token
-
-__all__ = ["write_page"]
 
 _JPEG_QUALITY = 85
 _NUM_COLOURS = 12
@@ -34,29 +33,26 @@ _CELL_PIXELS = 16  # side of the grid's cells for the position R2 of colours
 def write_page(
     path: str | os.PathLike[str],
     encoders: Sequence[DescribedEncoder],
-    images: Sequence[np.ndarray],
     image_names: Sequence[str],
     points: Sequence[tuple[float, float]],
     scale: float = 1.0,
     num_iterations: int = 5,
     made: str = "",
 ) -> int:
-    """Write the page.
+    """Write the page, and return its size in bytes.
 
     Args:
         path: HTML file; it appears when it is complete.
         encoders: with their tokens of the same images, and with clusters at the same scales.
-        images: (H, W, 3) uint8 RGB each.
         image_names: names that are shown below the images.
         points: for every image the token chosen at first, x and y as shares of width and height.
         scale: first scale of attention and clusters, times sqrt(D); one of the encoders'.
         num_iterations: end of the slider of mean-shift steps.
         made: sentence about how the page was made, for its foot.
-
-    Returns:
-        Size of the file in bytes.
     """
     scales = list(encoders[0].labels)
+    images = [features.image for features in encoders[0].features]
+    turbo = matplotlib.colormaps[COLOUR_MAP](np.arange(256))[:, :3] * 255
     content = {
         "images": [
             {
@@ -72,7 +68,7 @@ def write_page(
         "scales": scales,
         "chosenScale": scales.index(scale),
         "iterations": num_iterations,
-        "turbo": _base64(_turbo()),
+        "turbo": _base64(turbo.astype(np.uint8)),
         "palette": _base64(palette(_NUM_COLOURS)),
         "colourPositionR2": _position_r2_of_colours(images),
         "made": made,
@@ -82,25 +78,22 @@ def write_page(
 
 
 def _encoder(
-    encoder: DescribedEncoder,
-    points: Sequence[tuple[float, float]],
-    scale: float,
-    num_iterations: int,
+    encoder: DescribedEncoder, points: Sequence[tuple[float, float]], scale: float, steps: int
 ) -> dict[str, Any]:
-    together = pca_colours(encoder.tokens)
+    together = pca_colours([each.tokens for each in encoder.features])
+    kernel = scale / encoder.width**0.5
     images = []
-    for i, (tokens, grid) in enumerate(zip(encoder.tokens, encoder.grids, strict=True)):
+    for i, each in enumerate(encoder.features):
         token = chosen_token(encoder, (i, *points[i]))
-        kernel = scale / encoder.width**0.5
-        attended = attention_values(tokens, grid, token, kernel)
-        similarity = mode_similarity_values(tokens, grid, token, kernel, num_iterations)
+        attended = attention_values(each, token, kernel)
+        similarity = mode_similarity_values(each, token, kernel, steps)
         images.append(
             {
-                "rows": grid[0],
-                "columns": grid[1],
-                "tokens": _base64(tokens.numpy().astype("<f2")),
+                "rows": each.grid[0],
+                "columns": each.grid[1],
+                "tokens": _base64(each.tokens.numpy().astype("<f2")),
                 "labels": [_base64(labels[i].astype("<u2")) for labels in encoder.labels.values()],
-                "pca": _base64(pca_colours([tokens])[0]),
+                "pca": _base64(pca_colours([each.tokens])[0]),
                 "pcaAll": _base64(together[i]),
                 "check": {
                     "token": token,
@@ -131,17 +124,11 @@ def _encoder(
 
 def _position_r2_of_colours(images: Sequence[np.ndarray]) -> float | None:
     """Position R2 of the images' colours, to compare that of the tokens with."""
-    grids = [
-        (max(image.shape[0] // _CELL_PIXELS, 1), max(image.shape[1] // _CELL_PIXELS, 1))
-        for image in images
-    ]
-    colours = [patch_colours(image, grid) for image, grid in zip(images, grids, strict=True)]
-    return position_r2(colours, grids)
-
-
-def _turbo() -> np.ndarray:
-    """Return the colour map of the figures, (256, 3) uint8."""
-    return (matplotlib.colormaps[COLOUR_MAP](np.arange(256))[:, :3] * 255).astype(np.uint8)
+    colours = []
+    for image in images:
+        grid = (max(image.shape[0] // _CELL_PIXELS, 1), max(image.shape[1] // _CELL_PIXELS, 1))
+        colours.append(TokenFeatures(patch_colours(image, grid), grid, image))
+    return position_r2(colours)
 
 
 def _base64(array: np.ndarray) -> str:

@@ -13,20 +13,19 @@ from tqdm import tqdm
 from flsl_d2.data.image_files import find_images, image_files
 from flsl_d2.data.images import read_image
 from flsl_d2.errors import InputError
-from flsl_d2.evaluation.features import (
-    RANDOM,
-    TokenFeatures,
-    extract_tokens,
-    frozen_encoder,
-    usable_device,
-)
+from flsl_d2.evaluation.features import RANDOM, extract_tokens, frozen_encoder, usable_device
 from flsl_d2.files import writable_folder
 from flsl_d2.modeling import Encoder
 from flsl_d2.modeling.projection_head import FLSLHead
 from flsl_d2.modeling.timm_backbone import TIMM_PREFIX
-from flsl_d2.visualization.described import CLUSTER_SCALES, DescribedEncoder, describe_encoder
-from flsl_d2.visualization.groups import assign_centroids, read_head
+from flsl_d2.visualization.described import (
+    CLUSTER_SCALES,
+    DescribedEncoder,
+    describe_encoder,
+    read_head,
+)
 from flsl_d2.visualization.token_figures import (
+    Point,
     chosen_token,
     comparison_figure,
     encoder_figure,
@@ -35,15 +34,6 @@ from flsl_d2.visualization.token_figures import (
     nearest_figure,
 )
 from flsl_d2.visualization.token_page import write_page
-
-__all__ = [
-    "NamedEncoder",
-    "chosen_encoders",
-    "chosen_images",
-    "chosen_points",
-    "visualize",
-]
-
 
 _LARGE_PAGE = 25e6  # bytes
 
@@ -106,8 +96,6 @@ def chosen_points(
 
     Args:
         points: taken in every image; without any, the middle is.
-        images: (H, W, 3) each.
-        files: files of the images, for messages.
 
     Raises:
         InputError: a point lies outside an image.
@@ -131,9 +119,7 @@ def chosen_encoders(
     """Build the encoders of weight files, on a device, with names that differ.
 
     Args:
-        weights: see :func:`flsl_d2.evaluation.features.frozen_encoder`.
         names: names of the encoders; by default those of the files and their folders.
-        device: PyTorch's name of the device.
 
     Raises:
         InputError: weights or device cannot be used.
@@ -177,7 +163,6 @@ def visualize(
         weights: see :func:`flsl_d2.evaluation.features.frozen_encoder`.
         images: image files, and folders of which ``max_images`` are taken.
         dataset: data set registered in Detectron2, of which ``max_images`` are taken.
-        output: folder of all files that are written.
         points: tokens to look from, (x, y) in pixels of the original image; each is taken in every
             image. The middle of the image by default.
         names: names of the encoders on the pages; an empty one, and no list, stand for the name of
@@ -186,7 +171,6 @@ def visualize(
         scale: scale of attention and clusters, times sqrt(D).
         num_iterations: mean-shift steps from a token to its mode.
         max_images: bound of the images of each folder and of the data set.
-        device: device of the encoders.
 
     Raises:
         InputError: weights, images or numbers cannot be used; nothing is written then.
@@ -201,33 +185,21 @@ def visualize(
     folder = writable_folder(output, "--output")
     scales = sorted({*CLUSTER_SCALES, scale})
     described: list[DescribedEncoder] = []
-    shown: list[np.ndarray] = []
-    for encoder in encoders:
-        progress = tqdm(originals, f"encoding {encoder.name}", unit="image")
-        features = [
-            extract_tokens(encoder.encoder, image, short_side or None) for image in progress
-        ]
-        described.append(_describe(encoder, features, scales, scale))
-        shown = shown or [each.image for each in features]
+    for name, encoder, head in encoders:
+        progress = tqdm(originals, f"encoding {name}", unit="image")
+        features = [extract_tokens(encoder, image, short_side or None) for image in progress]
+        described.append(describe_encoder(name, features, scales, head, scale))
     rows = [(i, *share) for i in range(len(files)) for share in shares[i]]
+    _write_figures(folder, described, rows, scale, num_iterations)
     made = f"Weights: {', '.join(weights)}. Shorter side of the images: " + (
         f"{short_side} pixels." if short_side else "as it is."
     )
-    _write_figures(folder, described, shown, rows, scale, num_iterations)
-    first = [share[0] for share in shares]
-    size = write_page(
-        folder / "index.html",
-        described,
-        shown,
-        [Path(file).name for file in files],
-        first,
-        scale,
-        num_iterations,
-        made,
-    )
+    page, first = folder / "index.html", [share[0] for share in shares]
+    image_names = [Path(file).name for file in files]
+    size = write_page(page, described, image_names, first, scale, num_iterations, made)
     for each in described:
         print(_summary(each, scale))
-    print(f"page: {folder / 'index.html'} ({size / 1e6:.1f} MB); PNG files beside it")
+    print(f"page: {page} ({size / 1e6:.1f} MB); PNG files beside it")
     if size > _LARGE_PAGE:
         print("the page is large: a smaller --short-side or --max-images makes it lighter")
 
@@ -243,57 +215,31 @@ def _check_numbers(short_side: int, scale: float, num_iterations: int, max_image
         raise InputError(f"--max-images is {max_images}; give 1 or more.")
 
 
-def _describe(
-    encoder: NamedEncoder, features: Sequence[TokenFeatures], scales: Sequence[float], scale: float
-) -> DescribedEncoder:
-    tokens = [each.tokens.cpu() for each in features]
-    grids, images = [each.grid for each in features], [each.image for each in features]
-    assigned, num_centroids = None, 0
-    if encoder.head is not None:
-        assigned = assign_centroids(encoder.head, tokens, scale / tokens[0].shape[1] ** 0.5)
-        num_centroids = len(encoder.head.last_layer.weight_v)
-    return describe_encoder(encoder.name, tokens, grids, images, scales, assigned, num_centroids)
-
-
 def _write_figures(
     folder: Path,
     encoders: Sequence[DescribedEncoder],
-    images: Sequence[np.ndarray],
-    rows: Sequence[tuple[int, float, float]],
+    rows: Sequence[Point],
     scale: float,
     num_iterations: int,
 ) -> None:
     several = len(encoders) > 1
-    total = 4 * len(encoders) + several
-    progress = tqdm(total=total, desc="drawing", unit="page")
-    for i, encoder in enumerate(encoders):
-        start = f"{i + 1}_{_plain(encoder.name)}_" if several else ""
+    for i, encoder in enumerate(tqdm(encoders, "drawing", unit="encoder")):
+        plain = re.sub(r"[^A-Za-z0-9]+", "_", encoder.name).strip("_")
+        start = f"{i + 1}_{plain}_" if several else ""
         encoder_figure(
-            [images[row[0]] for row in rows],
-            [encoder.tokens[row[0]] for row in rows],
-            [encoder.grids[row[0]] for row in rows],
+            [encoder.features[row[0]] for row in rows],
             folder / f"{start}overview.png",
             [chosen_token(encoder, row) for row in rows],
             scale / encoder.width**0.5,
             num_iterations,
             title=f"What the encoder's tokens group: {encoder.name}, scale {scale:g} / sqrt(D)",
         )
-        progress.update()
-        modes_figure(encoder, images, rows, folder / f"{start}modes.png", scale, num_iterations)
-        progress.update()
-        if len(images) > 1:
-            nearest_figure(encoder, images, rows, folder / f"{start}nearest_patches.png")
-        progress.update()
-        groups_figure(encoder, images, folder / f"{start}centroids.png")
-        progress.update()
+        modes_figure(encoder, rows, folder / f"{start}modes.png", scale, num_iterations)
+        if len(encoder.features) > 1:
+            nearest_figure(encoder, rows, folder / f"{start}nearest_patches.png")
+        groups_figure(encoder, folder / f"{start}centroids.png")
     if several:
-        comparison_figure(encoders, images, rows, folder / "comparison.png", scale, num_iterations)
-        progress.update()
-    progress.close()
-
-
-def _plain(name: str) -> str:
-    return re.sub(r"[^A-Za-z0-9]+", "_", name).strip("_")
+        comparison_figure(encoders, rows, folder / "comparison.png", scale, num_iterations)
 
 
 def _summary(encoder: DescribedEncoder, scale: float) -> str:

@@ -7,8 +7,6 @@ from collections.abc import Sequence
 from flsl_d2.engine.command_line import described_parser, run_tool
 from flsl_d2.weights.export import FORMATS, convert_checkpoint
 
-__all__ = ["main"]
-
 DESCRIPTION = (
     "Read an encoder from another project's weight file and write it for this one, or for timm."
 )

@@ -15,8 +15,6 @@ from flsl_d2.weights.foreign_names import Renamed
 from flsl_d2.weights.sources import Source
 from flsl_d2.weights.weight_sets import WeightSet
 
-__all__ = ["TIMM_NAMES", "EncoderWeights", "align", "rename"]
-
 # The name of the last norm in timm, and the one here; reversed, the pair exports.
 TIMM_NAMES = (("norm.", "final_norm."),)
 _NAMES = (*TIMM_NAMES, (".gamma_1", ".ls1.gamma"), (".gamma_2", ".ls2.gamma"))
@@ -99,7 +97,6 @@ def rename(name: str, pairs: Iterable[tuple[str, str]]) -> str:
     """Replace the head (``norm.``) or the tail (``.gamma_1``) of a dotted name.
 
     Args:
-        name: name of a tensor.
         pairs: old and new heads (which end with a dot) and tails (which start with one).
     """
     for old, new in pairs:
@@ -117,15 +114,7 @@ def align(
     renamed: Renamed,
     other_sets: tuple[str, ...],
 ) -> EncoderWeights:
-    """Sort every tensor of a set into the encoder's, those dropped, and those unused.
-
-    Args:
-        source: kind of the file.
-        architecture: arguments of ``FLSLViT`` that the source gives.
-        chosen: the set of weights.
-        renamed: its tensors by timm's names.
-        other_sets: labels of further sets in the file.
-    """
+    """Sort every tensor of a set into the encoder's, those dropped, and those unused."""
     tensors: dict[str, Tensor] = {}
     file_names: dict[str, str] = {}
     dropped: dict[str, str] = {}

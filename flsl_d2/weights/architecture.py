@@ -12,8 +12,6 @@ from flsl_d2.modeling import FLSLViT
 from flsl_d2.modeling.positions import grid_of_table, num_leading_positions
 from flsl_d2.weights.alignment import EncoderWeights
 
-__all__ = ["architecture_of", "check_architecture", "refuse_unsupported"]
-
 # Arguments that shapes tell, or that change the result without changing a shape.
 _COMPARED = ("patch_size", "in_chans", "embed_dim", "depth", "num_heads", "mlp_ratio", "qkv_bias")
 

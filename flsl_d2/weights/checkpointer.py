@@ -29,14 +29,6 @@ from flsl_d2.weights.reading import local_weights_path, read_weights, split_weig
 from flsl_d2.weights.report import listed
 from flsl_d2.weights.weight_sets import plain_name, tensor_dicts
 
-__all__ = [
-    "FLSLCheckpointer",
-    "SafeCheckpointer",
-    "checkpoint_damage",
-    "checkpoint_files",
-    "remove_unfinished",
-]
-
 logger = logging.getLogger(__name__)
 
 
@@ -182,8 +174,6 @@ class FLSLCheckpointer(SafeCheckpointer):
 
         Args:
             path: file or URL; empty for none.
-            *args: further arguments of Detectron2's checkpointer.
-            **kwargs: likewise.
 
         Returns:
             The rest of the file's content.
@@ -292,8 +282,6 @@ def _inner_state(content: dict[str, Any], name: str, which: str | None) -> dict[
     Frameworks write a model as ``state_dict``, with ``model.`` before each name.
 
     Args:
-        content: content of a file.
-        name: name of a tensor of the model.
         which: key of the dict that is meant; None for any.
     """
     for containers, tensors in tensor_dicts(content):

@@ -14,8 +14,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-__all__ = ["Renamed", "foreign_network", "to_timm_names"]
-
 # Name in timm: the tensor, and its name or names in the file.
 Renamed = dict[str, tuple[Tensor, str]]
 

@@ -20,17 +20,6 @@ from flsl_d2.weights.report import LoadReport
 from flsl_d2.weights.sources import KNOWN_LAYOUTS, USUAL_HEADS, recognise
 from flsl_d2.weights.weight_sets import choose_set, find_weight_sets, tensor_dicts
 
-__all__ = [
-    "build_encoder",
-    "check_encoder_in_detector",
-    "check_values",
-    "encoders_of",
-    "find_encoder_weights",
-    "load_encoder",
-    "open_encoder",
-    "unknown_layout",
-]
-
 # A child of Detectron2's logger, so that the line appears in projects that only set up that one.
 logger = logging.getLogger("detectron2.flsl_d2.checkpoint")
 
@@ -88,7 +77,6 @@ def find_encoder_weights(
     Args:
         content: result of :func:`flsl_d2.weights.read_weights`.
         which: name of a set of weights, None for the default.
-        path: path of the file, for messages.
 
     Returns:
         None where no set of weights is that of a vision transformer.
@@ -143,7 +131,6 @@ def load_encoder(encoder: FLSLViT, weights: EncoderWeights, path: str) -> LoadRe
     Args:
         encoder: changed in place, and only if everything fits.
         weights: result of :func:`find_encoder_weights`.
-        path: path of the file, for the report.
 
     Raises:
         InputError: the weights do not cover the encoder, or were made for another architecture.

@@ -17,8 +17,6 @@ import numpy as np
 import torch
 from torch import Tensor
 
-__all__ = ["ForeignObjectError", "read_plain_pickle"]
-
 
 class ForeignObjectError(ValueError):
     """The pickle asks for something that is not data; the text is its name."""

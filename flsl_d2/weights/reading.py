@@ -21,9 +21,6 @@ from flsl_d2.errors import InputError
 from flsl_d2.files import describe_content
 from flsl_d2.weights.plain_pickle import ForeignObjectError, read_plain_pickle
 
-__all__ = ["ENCODER_FORMAT", "local_weights_path", "read_weights", "split_weights_path"]
-
-
 # Value of the key ``format`` in this project's encoder files.
 ENCODER_FORMAT = "flsl_d2 encoder"
 

@@ -6,8 +6,6 @@ from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-__all__ = ["LoadReport", "listed"]
-
 
 @dataclass
 class LoadReport:

@@ -20,8 +20,6 @@ from flsl_d2.weights.foreign_names import Renamed
 from flsl_d2.weights.reading import ENCODER_FORMAT
 from flsl_d2.weights.weight_sets import WeightSet
 
-__all__ = ["KNOWN_LAYOUTS", "SOURCES", "USUAL_HEADS", "Source", "recognise"]
-
 KNOWN_LAYOUTS = (
     "this project's own, published FLSL, DINO, iBOT, SelfPatch, MAE, MoCo v3, DINOv2, DeiT, plain "
     "ViTs of timm, transformers and Flax, Detectron2's ViTDet and Segment Anything"

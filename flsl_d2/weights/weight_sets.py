@@ -15,8 +15,6 @@ from torch import Tensor
 
 from flsl_d2.errors import InputError
 
-__all__ = ["WeightSet", "choose_set", "find_weight_sets", "plain_name", "tensor_dicts"]
-
 # Modules that PyTorch and Lightning put around others: DDP, torch.compile, FSDP, checkpointing.
 _WRAPPERS = {
     "module",

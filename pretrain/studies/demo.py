@@ -34,12 +34,15 @@ from flsl_d2.visualization import (
     token_at,
 )
 from flsl_d2.visualization.curves import read_metrics
-from flsl_d2.visualization.detections import choose_records, detector, draw_objects
+from flsl_d2.visualization.detections import (
+    choose_records,
+    draw_objects,
+    found_objects,
+    read_results,
+)
 from flsl_d2.visualization.figures import Panel, enlarge, picture_table
 from flsl_d2.visualization.maps import cluster_labels, cluster_overlay
 from flsl_d2.weights import build_encoder
-
-__all__ = ["main", "run_demo"]
 
 DESCRIPTION = "Pre-train, fine-tune and compare on a small data set: no download, no GPU."
 ROOT = Path(__file__).resolve().parents[2]
@@ -62,9 +65,6 @@ def run_demo(
     """Make the scenes, pre-train, fine-tune twice, and leave a table and pictures.
 
     Args:
-        output: folder of everything that is written.
-        num_train: number of scenes to train on.
-        num_val: number of scenes to evaluate on.
         pretrain_iters: steps of pre-training; 0 for the config's.
         detection_iters: steps of each fine-tuning; 0 for the config's.
 
@@ -162,17 +162,14 @@ def _draw(folder: Path, weights: Path) -> None:
 def _draw_encoder(encoder: FLSLViT, name: str, folder: Path) -> None:
     """Draw modes and clusters of some validation images, seen from the middle of an object."""
     records = [r for r in DatasetCatalog.get("flsl_scenes_val") if r["annotations"]][:5]
-    images, features, tokens = [], [], []
+    features, tokens = [], []
     for record in records:
         features.append(extract_tokens(encoder, read_rgb(record["file_name"]), IMAGE_SIZE[0]))
-        images.append(features[-1].image)
         boxes = [annotation["bbox"] for annotation in record["annotations"]]
         x, y, w, h = max(boxes, key=lambda box: box[2] * box[3])
         tokens.append(token_at(x + w / 2, y + h / 2, IMAGE_SIZE, features[-1].grid))
     encoder_figure(
-        images,
-        [each.tokens for each in features],
-        features[0].grid,
+        features,
         folder / f"clusters_{name.replace(' ', '_').lower()}.png",
         tokens=tokens,
         scale=DRAWN_SCALE / encoder.embed_dim**0.5,
@@ -183,27 +180,16 @@ def _draw_encoder(encoder: FLSLViT, name: str, folder: Path) -> None:
 def _draw_overview(encoder: FLSLViT, folder: Path) -> None:
     """Draw validation images above their clusters and the detections in them."""
     metadata = MetadataCatalog.get("flsl_scenes_val")
-    detect = detector(
-        str(folder / "flsl" / "inference" / "coco_instances_results.json"),
-        0.5,
-        metadata.thing_dataset_id_to_contiguous_id,
-    )
+    results = read_results(folder / "flsl" / "inference" / "coco_instances_results.json")
     columns = []
     for record in choose_records(DatasetCatalog.get("flsl_scenes_val"), 6):
         image = read_rgb(record["file_name"])
         features = extract_tokens(encoder, image, IMAGE_SIZE[0])
-        labels = cluster_labels(
-            features.tokens, features.grid, DRAWN_SCALE / encoder.embed_dim**0.5
-        )
+        clusters = cluster_labels(features, DRAWN_SCALE / encoder.embed_dim**0.5)
         large, _ = enlarge(image)
-        found = detect(record, image[..., ::-1])
-        columns.append(
-            [
-                Panel(large),
-                Panel(cluster_overlay(large, labels, features.grid)),
-                Panel(draw_objects(image, found, metadata.thing_classes)),
-            ]
-        )
+        found = found_objects(results, record, 0.5, metadata.thing_dataset_id_to_contiguous_id)
+        drawn = draw_objects(image, found, metadata.thing_classes)
+        columns.append([Panel(large), Panel(cluster_overlay(large, clusters)), Panel(drawn)])
     picture_table(
         folder / "overview.png",
         "Images, mean-shift clusters of the pre-trained encoder, and detections",

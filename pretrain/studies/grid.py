@@ -13,14 +13,12 @@ import torch
 from detectron2.config import instantiate
 from omegaconf import DictConfig, ListConfig, OmegaConf
 
-from flsl_d2.data.image_files import image_files
+from flsl_d2.data.image_store import open_images
 from flsl_d2.engine.config_files import load_lazy_config
 from flsl_d2.engine.overrides import apply_lazy_overrides
 from flsl_d2.errors import InputError
 from pretrain.schedules import set_run_length
 from pretrain.trainer import resolve_precision
-
-__all__ = ["Axis", "Point", "grid_points", "parse_axis", "short_names"]
 
 
 @dataclass(frozen=True)
@@ -84,9 +82,6 @@ def grid_points(
     A single number for a pair of ``schedules`` (start and end) stands for both.
 
     Args:
-        config_file: pre-training config.
-        axes: axes of the grid.
-        overrides: changes to the config of all runs.
         seeds: values of ``train.seed``; empty for the config's own.
 
     Raises:
@@ -149,7 +144,7 @@ def _checked(point: Point) -> Point:
     """
     cfg = copy.deepcopy(point.cfg)
     try:
-        files = image_files(**{key: cfg.dataset[key] for key in ("root", "name")})
+        files = open_images(**{key: cfg.dataset[key] for key in ("root", "name")})
         total_iters = set_run_length(cfg, len(files))
         resolve_precision(cfg.train.precision, cfg.train.device)
         with torch.device("meta"), warnings.catch_warnings():

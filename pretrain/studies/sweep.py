@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import json
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -12,22 +13,30 @@ from flsl_d2.engine.command_line import (
     add_option,
     add_overrides,
     described_parser,
+    named_weights,
     parse_tool_arguments,
     run_tool,
 )
 from flsl_d2.engine.config_files import load_lazy_config
 from flsl_d2.engine.launch import WorkerError
 from flsl_d2.engine.run_folder import PRETRAINING_KEYS
-from flsl_d2.experiments.evaluations import EncoderFile, add_evaluation_options, chosen_evaluations
-from flsl_d2.experiments.jobs import Job, Outcome, Record, make_slots, result_settings
+from flsl_d2.errors import InputError
+from flsl_d2.experiments.compare import ENCODERS
+from flsl_d2.experiments.encoders import read_encoders
+from flsl_d2.experiments.evaluations import (
+    EncoderFile,
+    Evaluation,
+    add_evaluation_options,
+    chosen_evaluations,
+)
+from flsl_d2.experiments.jobs import Job, Outcome, Record, make_slots, result_settings, versions
+from flsl_d2.experiments.plots import draw_measures, overlaid_curves, plot_file
 from flsl_d2.experiments.runner import run_jobs
 from flsl_d2.experiments.tables import Subject, Table, results_table
 from flsl_d2.files import write_text
 from flsl_d2.visualization.curves import read_metrics
-from pretrain.studies.grid import Point, grid_points, parse_axis, short_names
-from pretrain.studies.sweep_page import Sweep, write_sweep_page
-
-__all__ = ["Sweep", "main", "run_sweep"]
+from flsl_d2.visualization.html import render
+from pretrain.studies.grid import Axis, Point, grid_points, parse_axis, short_names
 
 DESCRIPTION = (
     "Pre-train over a grid of settings, evaluate each teacher, and write a table and a page."
@@ -38,6 +47,8 @@ EXAMPLES = """examples:
       --grid schedules.intra_weight=0.01,0.03 --grid model.loss.volume_weight=1,5 \\
       --train pennfudan_train --val pennfudan_val \\
       dataset.name= dataset.root=photos train.max_iter=100
+  the same beside a model of timm and an untrained encoder, which are evaluated alike:
+    tools/sweep.py ... --weights timm:vit_small_patch16_dinov3 --weights random
   three seeds of each, two runs at a time on eight GPUs, and Mask R-CNN from each teacher:
     tools/sweep.py --config-file configs/pretrain/flsl_vit_small_p16_in1k.py \\
       --grid model.head.num_centroids=2048,4096 --seeds 0,1,2 --num-gpus 8 --gpus-per-job 4 \\
@@ -47,19 +58,42 @@ Interrupted (Ctrl-C, SIGTERM, power), the same command goes on: what is done sta
 cut off resumes from its last checkpoint, what failed is tried again. A changed grid uses the runs
 that it has in common with the earlier one. docs/SWEEP.md explains the table."""
 
-# Columns for keys of metrics.json, as means over the last tenth of a run.
+# Columns for keys of metrics.json, as means over the last tenth of a run, and titles of the curves.
 _COLUMNS = {
-    "loss": "loss",
-    "loss_intra": "loss_intra",
-    "loss_inter": "loss_inter",
-    "loss_volume": "loss_volume",
-    "centroids_in_use": "centroids_in_use",
-    "assignment_entropy": "entropy",
-    "feature_std": "feature_std",
+    "loss": ("loss", "total loss"),
+    "loss_intra": ("loss_intra", "intra-view loss"),
+    "loss_inter": ("loss_inter", "inter-view loss"),
+    "loss_volume": ("loss_volume", "volume maximisation"),
+    "centroids_in_use": ("centroids_in_use", "centroids in use"),
+    "assignment_entropy": ("entropy", "assignment entropy (nats)"),
+    "feature_std": ("feature_std", "standard deviation of features"),
 }
 
 
-def run_sweep(sweep: Sweep) -> None:
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Run the sweep that a command line describes."""
+    parser = described_parser(DESCRIPTION, EXAMPLES)
+    add_option(parser, "--config-file", help="pre-training config of all runs")
+    grid = (
+        "a config key and its values; several --grid are combined. One number for a pair of "
+        "schedules.* stands for start and end"
+    )
+    parser.add_argument("--grid", action="append", default=[], metavar="KEY=V1,V2", help=grid)
+    text = "values of train.seed (default: that of the config)"
+    add_option(parser, "--seeds", default=[], help=text)
+    add_option(parser, "--output", required=True, help="folder of everything that is written")
+    add_evaluation_options(parser, old_prefix="eval-")
+    add_option(
+        parser, "--weights", type=named_weights, action="append", default=[],
+        metavar="[NAME=]FILE", help=f"{ENCODERS}; evaluated as the teachers are",
+    )  # fmt: skip
+    for name in ("--num-gpus", "--gpus-per-job"):
+        add_option(parser, name)
+    add_overrides(parser, "changes to the config of all runs")
+    run_tool(run_sweep, parse_tool_arguments(parser, arguments))
+
+
+def run_sweep(args: argparse.Namespace) -> None:
     """Run the jobs that are not done yet, and write the tables, plots and the page.
 
     Writes below ``output``: ``table.csv`` and ``table.md`` with a row for each setting (mean and
@@ -70,25 +104,29 @@ def run_sweep(sweep: Sweep) -> None:
         InputError: a part of the grid or the evaluations cannot work; nothing has run then.
         WorkerError: some jobs failed; everything else is done and written.
     """
-    points = grid_points(sweep.config_file, sweep.axes, sweep.overrides, sweep.seeds)
-    for evaluation in sweep.evaluations:
+    device = load_lazy_config(args.config_file, args.opts).train.device
+    axes, evaluations = [parse_axis(text) for text in args.grid], chosen_evaluations(args, device)
+    points = grid_points(args.config_file, axes, args.opts, args.seeds)
+    for evaluation in evaluations:
         evaluation.check()
-    slots = make_slots(points[0].cfg.train.device, sweep.num_gpus, sweep.gpus_per_job)
-    names = short_names([axis.key for axis in sweep.axes])
-    runs = [_run_of(sweep, point, names) for point in points]
-    jobs = [job for run in runs for stage in run.jobs.values() for job in stage]
+    slots = make_slots(device, args.num_gpus, args.gpus_per_job)
+    names = short_names([axis.key for axis in axes])
+    runs = [_run_of(args, evaluations, point, names) for point in points]
     settings = _settings(runs)
-    _print_plan(sweep, points, jobs)
+    references = _references(args, evaluations, settings[0], points)
+    jobs = [job for row in (*runs, *references) for stage in row.jobs.values() for job in stage]
+    _print_plan(axes, points, jobs, args.output)
 
-    def write_tables(records: dict[str, Record]) -> None:
-        _table(settings, records).write(sweep.output, "table")
-        write_text(sweep.output / "runs.csv", _table(runs, records).csv())
+    def write_tables(records: dict[str, Record]) -> Table:
+        table = _table([*settings, *references], records)
+        table.write(args.output, "table")
+        write_text(args.output / "runs.csv", _table(runs, records).csv())
+        return table
 
-    records = run_jobs(jobs, sweep.output, slots, write_tables)
-    write_tables(records)
-    table = _table(settings, records)
-    write_sweep_page(sweep, table, runs, records, [names[axis.key] for axis in sweep.axes])
-    print(f"\n{table.markdown()}\ntables, plots and index.html: {sweep.output}")
+    records = run_jobs(jobs, args.output, slots, write_tables)
+    table = write_tables(records)
+    _write_page(args, axes, table, _table(settings, records), runs, records)
+    print(f"\n{table.markdown()}\ntables, plots and index.html: {args.output}")
     failed = [job for job in jobs if records[job.key].status != "done"]
     if failed:
         raise WorkerError(
@@ -97,23 +135,35 @@ def run_sweep(sweep: Sweep) -> None:
         )
 
 
-def _run_of(sweep: Sweep, point: Point, names: dict[str, str]) -> Subject:
+def _references(
+    args: argparse.Namespace, evaluations: Sequence[Evaluation], first: Subject,
+    points: Sequence[Point],
+) -> list[Subject]:  # fmt: skip
+    """Make the rows of encoders that are not pre-trained here, named in the first column."""
+    if not args.weights:
+        return []
+    if not evaluations:
+        raise InputError("--weights needs an evaluation; give --train and --val, or --detection.")
+    encoders, seeds = read_encoders(args.weights), list(dict.fromkeys(p.seed for p in points))
+    column, *others = first.labels
+    blank = dict.fromkeys(others, "")
+    return [
+        encoder.subject({column: encoder.name, **blank}, evaluations, seeds, args.output)
+        for encoder in encoders
+    ]
+
+
+def _run_of(
+    args: argparse.Namespace, evaluations: Sequence[Evaluation], point: Point, names: dict[str, str]
+) -> Subject:
     """Make the jobs of one point of the grid."""
     labels = {names[key]: value for key, value in point.values.items()} | {"seed": str(point.seed)}
-    shown = labels if len(sweep.seeds) > 1 or not names else {**labels, "seed": ""}
+    shown = labels if len(args.seeds) > 1 or not names else {**labels, "seed": ""}
     label = ", ".join(f"{name}={value}" for name, value in shown.items() if value)
-    job = _pretraining(sweep, point, label)
-    teacher = sweep.output / "jobs" / job.key / "teacher_backbone.pth"
-    encoder = EncoderFile(label, str(teacher), {"pretrain": job.key}, job, point.seed)
-    jobs = {"pretrain": [job]}
-    jobs |= {evaluation.name: [evaluation.job(encoder)] for evaluation in sweep.evaluations}
-    return Subject(labels, jobs, {"folder": f"jobs/{job.key}", "config": sweep.config_file})
 
-
-def _pretraining(sweep: Sweep, point: Point, label: str) -> Job:
     def command(folder: Path, num_processes: int) -> list[str]:
         return [
-            *("-m", "pretrain", "--config-file", sweep.config_file, "--resume"),
+            *("-m", "pretrain", "--config-file", args.config_file, "--resume"),
             *("--num-gpus", str(num_processes)),
             f"train.checkpoint_period={_checkpoint_period(point)}",
             "train.checkpoint_keep=1",
@@ -121,8 +171,13 @@ def _pretraining(sweep: Sweep, point: Point, label: str) -> Job:
             f"train.output_dir={folder}",
         ]
 
-    settings = {"config": result_settings(point.cfg, PRETRAINING_KEYS.no_effect)}
-    return Job("pretrain", label, settings, command, _pretraining_outcome)
+    config = result_settings(point.cfg, PRETRAINING_KEYS.no_effect)
+    job = Job("pretrain", label, {"config": config}, command, _pretraining_outcome)
+    teacher = args.output / "jobs" / job.key / "teacher_backbone.pth"
+    encoder = EncoderFile(label, str(teacher), {"pretrain": job.key}, job, point.seed)
+    jobs = {"pretrain": [job]}
+    jobs |= {evaluation.name: [evaluation.job(encoder)] for evaluation in evaluations}
+    return Subject(labels, jobs, {"folder": f"jobs/{job.key}", "config": args.config_file})
 
 
 def _checkpoint_period(point: Point) -> int:
@@ -138,7 +193,7 @@ def _checkpoint_period(point: Point) -> int:
 def _pretraining_outcome(folder: Path) -> Outcome:
     series, _ = read_metrics(folder / "metrics.json")
     values = {}
-    for key, name in _COLUMNS.items():
+    for key, (name, _) in _COLUMNS.items():
         steps, numbers = series.get(key, ([], []))
         late = [n for step, n in zip(steps, numbers, strict=True) if step >= 0.9 * steps[-1]]
         if late:
@@ -165,55 +220,51 @@ def _table(subjects: Sequence[Subject], records: Mapping[str, Record]) -> Table:
     return results_table(subjects, records, list(subjects[0].jobs), timed=("pretrain",))
 
 
-def _print_plan(sweep: Sweep, points: Sequence[Point], jobs: Sequence[Job]) -> None:
-    grid = " x ".join(str(len(axis.values)) for axis in sweep.axes) or "1"
+def _print_plan(
+    axes: Sequence[Axis], points: Sequence[Point], jobs: Sequence[Job], output: Path
+) -> None:
+    grid = " x ".join(str(len(axis.values)) for axis in axes) or "1"
     seeds = len({point.seed for point in points})
     lengths = sorted({point.total_iters for point in points})
     steps = f"{lengths[0]}" if len(lengths) == 1 else f"{lengths[0]} to {lengths[-1]}"
     print(
         f"{len(points)} runs of {steps} steps ({grid} settings, {seeds} seed(s)), "
-        f"{len({job.key for job in jobs})} jobs with the evaluations, in {sweep.output}",
+        f"{len({job.key for job in jobs})} jobs with the evaluations, in {output}",
         flush=True,
     )
 
 
-def main(arguments: Sequence[str] | None = None) -> None:
-    """Run the sweep that a command line describes."""
-    parser = described_parser(DESCRIPTION, EXAMPLES)
-    add_option(parser, "--config-file", help="pre-training config of all runs")
-    parser.add_argument(
-        "--grid",
-        action="append",
-        default=[],
-        metavar="KEY=V1,V2",
-        help="a config key and its values; several --grid are combined. One number for a pair of "
-        "schedules.* stands for start and end",
+def _write_page(
+    args: argparse.Namespace, axes: Sequence[Axis], table: Table, grid: Table,
+    runs: Sequence[Subject], records: Mapping[str, Record],
+) -> None:  # fmt: skip
+    """Write the plots over the grid, the curves of all runs and ``index.html``."""
+    names = [name for name in grid.label_names if len({r.labels[name] for r in grid.rows}) > 1]
+    jobs, plots = [run.jobs["pretrain"][0] for run in runs], args.output / "plots"
+    curves = plot_file(plots, "loss_curves")
+    files = {job.label: args.output / "jobs" / job.key / "metrics.json" for job in jobs}
+    titles = {key: title for key, (_, title) in _COLUMNS.items() if key != "feature_std"}
+    overlaid_curves(files, titles, curves, "Pre-training")
+    page = render(
+        "sweep.html.j2",
+        title=f"Sweep of {Path(args.config_file).stem}",
+        axes=axes,
+        overrides=args.opts,
+        table=table,
+        plots=draw_measures(grid, plots, names if axes else ()),
+        curves=curves,
+        run_columns=[*runs[0].labels, "folder", "seconds", "status"],
+        run_rows=[
+            [*run.labels.values(), run.about["folder"], f"{record.seconds:.0f}", record.status]
+            for run, job in zip(runs, jobs, strict=True)
+            for record in [records[job.key]]
+        ],
+        versions=versions(),
+        details=[
+            (f"Config: {job.label}", json.dumps(job.settings["config"], indent=1)) for job in jobs
+        ],
     )
-    add_option(
-        parser, "--seeds", default=[], help="values of train.seed (default: that of the config)"
-    )
-    add_option(parser, "--output", required=True, help="folder of everything that is written")
-    add_evaluation_options(parser, old_prefix="eval-")
-    for name in ("--num-gpus", "--gpus-per-job"):
-        add_option(parser, name)
-    add_overrides(parser, "changes to the config of all runs")
-    run_tool(_run, parse_tool_arguments(parser, arguments))
-
-
-def _run(args: argparse.Namespace) -> None:
-    device = load_lazy_config(args.config_file, args.opts).train.device
-    run_sweep(
-        Sweep(
-            config_file=args.config_file,
-            axes=[parse_axis(text) for text in args.grid],
-            overrides=args.opts,
-            seeds=args.seeds,
-            output=args.output,
-            evaluations=chosen_evaluations(args, device),
-            num_gpus=args.num_gpus,
-            gpus_per_job=args.gpus_per_job,
-        )
-    )
+    write_text(args.output / "index.html", page)
 
 
 if __name__ == "__main__":

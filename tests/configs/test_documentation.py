@@ -40,13 +40,17 @@ TOOLS = sorted(path.stem for path in (ROOT / "tools").glob("*.py"))
 OTHER_PROGRAMS = {
     "--extra-index-url",
     "--find-links",
+    "--gpus-per-task",
     "--ipc",
     "--kill-on-bad-exit",
     "--logdir",
+    "--max-restarts",
     "--no-build-isolation",
     "--no-deps",
     "--nproc-per-node",
+    "--ntasks-per-node",
     "--shm-size",
+    "--standalone",
     "--upgrade",
     "--upgrade-package",
 }

@@ -192,6 +192,7 @@ def test_full_size(recipe):
     size, patch = encoder_of(recipe)
     net = model.student.backbone if recipe in PRETRAINING else model.backbone.net
     count = sum(p.numel() for p in net.parameters()) / 1e6
+    # The table has the counts of the papers, rounded to one decimal.
     assert count == pytest.approx(ENCODERS[size], rel=0.02)
     assert net.patch_size == patch
     assert net.output_shape()["last_feat"].stride == patch

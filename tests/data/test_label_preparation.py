@@ -3,20 +3,17 @@
 from __future__ import annotations
 
 import json
-import os
 import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 from detectron2.data.datasets.builtin_meta import COCO_CATEGORIES
+from forked import run_tool
 from PIL import Image
 
 from flsl_d2.data.label_images import ade20k_labels, prepare_coco_stuff, stuff_labels
 from flsl_d2.errors import InputError
-
-TOOL = Path(__file__).parents[2] / "tools" / "prepare_labels.py"
 
 
 def test_ade20k():
@@ -71,13 +68,8 @@ def test_the_tool_and_taking_up_an_interrupted_run(tmp_path):
             Image.fromarray(labels).save(folder / "annotations" / split / f"{name}.png")
 
     def run(root: Path) -> subprocess.CompletedProcess:
-        return subprocess.run(
-            [sys.executable, str(TOOL), "ade20k", "--workers", "1"],
-            env={**os.environ, "DETECTRON2_DATASETS": str(root)},
-            capture_output=True,
-            text=True,
-            check=False,
-        )
+        arguments = ("ade20k", "--workers", "1")
+        return run_tool("prepare_labels", *arguments, DETECTRON2_DATASETS=str(root))
 
     assert "2 label images, 2 of them new" in run(tmp_path).stderr
     written = folder / "annotations_detectron2" / "training"

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
 import json
-import subprocess
-import sys
 import time
 from pathlib import Path
 
@@ -146,28 +145,24 @@ def test_made_once_kept_then_replaced_for_other_parameters(tmp_path: Path) -> No
     assert [p.name for p in tmp_path.iterdir()] == ["scenes"], "temporary folders stay behind"
 
 
-def test_nothing_half_made_stays_behind(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def full(*_: object) -> bool:
-        raise OSError("no space left on device")
+def test_what_is_half_made_is_made_anew(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    arguments = {"num_train": 2, "num_val": 1, "image_size": (64, 64)}
+    write = cv2.imwrite
+    for number in (0, 1, 2):  # of the picture for which there is no room
+        pictures = itertools.count()
 
-    monkeypatch.setattr(cv2, "imwrite", full)
-    with pytest.raises(OSError, match="no space"):
-        make_scenes(tmp_path / "scenes", num_train=2, num_val=1, image_size=(64, 64))
-    assert list(tmp_path.iterdir()) == []
+        def full(*given: object, last: int = number, pictures=pictures) -> bool:
+            if next(pictures) == last:
+                raise OSError("no space left on device")
+            return write(*given)
 
-
-def test_processes_that_start_together_share_one_folder(tmp_path: Path) -> None:
-    """As several ranks do it that all ask for the scenes."""
-    code = (
-        "from flsl_d2.data.scenes import make_scenes;"
-        f"make_scenes({str(tmp_path / 'scenes')!r}, 60, 5, (96, 80))"
-    )
-    here = Path(__file__).parents[2]
-    started = [subprocess.Popen([sys.executable, "-c", code], cwd=here) for _ in range(2)]
-    assert [process.wait(timeout=120) for process in started] == [0, 0]
-    assert [p.name for p in tmp_path.iterdir()] == ["scenes"]
-    make_scenes(tmp_path / "alone", 60, 5, (96, 80))
-    assert contents(tmp_path / "scenes") == contents(tmp_path / "alone")
+        monkeypatch.setattr(cv2, "imwrite", full)
+        with pytest.raises(OSError, match="no space"):
+            make_scenes(tmp_path / "scenes", **arguments)
+    monkeypatch.setattr(cv2, "imwrite", write)
+    make_scenes(tmp_path / "scenes", **arguments)
+    make_scenes(tmp_path / "whole", **arguments)
+    assert contents(tmp_path / "scenes") == contents(tmp_path / "whole")
 
 
 def test_foreign_files_are_never_replaced(tmp_path: Path) -> None:

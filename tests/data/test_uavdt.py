@@ -3,20 +3,16 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 from detectron2.data import DatasetCatalog, MetadataCatalog
+from forked import run_tool
 from PIL import Image
 
 from flsl_d2.data import check_coco_files, register_coco_format
 from flsl_d2.data.uavdt import convert_sequence, convert_uavdt
 from flsl_d2.errors import InputError
-
-TOOL = Path(__file__).parents[2] / "tools" / "convert_uavdt.py"
 
 
 @pytest.fixture
@@ -128,21 +124,10 @@ def test_what_is_missing_is_named_before_anything_is_written(root, tmp_path):
 
 
 def test_the_tool(root):
-    done = subprocess.run(
-        [sys.executable, str(TOOL)],
-        env={**os.environ, "DETECTRON2_DATASETS": str(root.parent)},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
+    done = run_tool("convert_uavdt", DETECTRON2_DATASETS=str(root.parent))
     assert done.returncode == 0, done.stderr
     assert "2 images, 2 vehicles, 0 ignored regions" in done.stderr
     assert (root / "annotations" / "instances_test.json").is_file()
-    done = subprocess.run(
-        [sys.executable, str(TOOL), "--root", str(root / "nowhere")],
-        capture_output=True,
-        text=True,
-        check=False,
-    )
+    done = run_tool("convert_uavdt", "--root", root / "nowhere")
     assert done.returncode == 2
     assert done.stderr.startswith("error: the folder")

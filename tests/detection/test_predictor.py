@@ -85,6 +85,7 @@ def test_yaml_gives_what_detectron2s_own_predictor_gives(tmp_path, scenes):
     own = Predictor(tmp_path, device="cpu", score_threshold=0.0)(scenes[:1])[0]
     bgr = cv2.imread(scenes[0])
     expected = DefaultPredictor(cfg)(bgr)["instances"]
+    # The same detector; only rounding of float32 may differ.
     np.testing.assert_allclose(np.sort(own.scores), np.sort(expected.scores.numpy()), rtol=1e-6)
     np.testing.assert_allclose(
         own.boxes, expected.pred_boxes.tensor[expected.scores.argsort(descending=True, stable=True)]

@@ -1,8 +1,9 @@
-"""Exit statuses and what is printed, in real processes."""
+"""Exit statuses and what is printed, and how a command line is read."""
 
 import argparse
 import subprocess
 import sys
+import warnings
 from pathlib import Path
 
 import pytest
@@ -12,52 +13,58 @@ from flsl_d2.engine.command_line import (
     described_parser,
     named_weights,
     parse_tool_arguments,
+    run_tool,
     tool_argument_parser,
 )
+from flsl_d2.engine.launch import launch
+from flsl_d2.errors import InputError, TrainingError
 
 SCRIPT = """
-import sys
 from flsl_d2.engine.command_line import run_tool
 from flsl_d2.engine.launch import launch
 from flsl_d2.errors import InputError
 
-def tool(kind):
-    if kind == "input": raise InputError("the value 7 is odd.")
-    if kind == "interrupt": raise KeyboardInterrupt
-    if kind == "defect": raise ZeroDivisionError("ours")
+def tool():
+    raise InputError("the value 7 is odd.")
 
 if __name__ == "__main__":
-    kind, count = sys.argv[1], int(sys.argv[2])
-    run_tool(launch, tool, count, 1, 0, "auto", (kind,), "cpu")
+    run_tool(launch, tool, 2, 1, 0, "auto", (), "cpu")
 """
 
 
-def run(tmp_path, kind, count=1):
+def test_input_error_of_two_processes_is_one_line_and_status_2(tmp_path):
     path = tmp_path / "tool.py"
     path.write_text(SCRIPT)
-    command = [sys.executable, str(path), kind, str(count)]
-    return subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
-
-
-@pytest.mark.parametrize("count", [1, 2])
-def test_input_error_is_one_line_and_status_2(tmp_path, count):
-    done = run(tmp_path, "input", count)
+    command = [sys.executable, str(path)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
     assert done.returncode == 2
     assert done.stderr == "error: the value 7 is odd.\n"
 
 
-def test_interrupt_is_130(tmp_path):
-    done = run(tmp_path, "interrupt")
-    assert (done.returncode, done.stderr) == (130, "interrupted\n")
+@pytest.mark.parametrize(
+    ("raised", "status", "errors"),
+    [
+        (InputError("the value 7 is odd."), 2, "error: the value 7 is odd.\n"),
+        (TrainingError("the loss is NaN."), 3, "error: the loss is NaN.\n"),
+        (KeyboardInterrupt(), 130, "interrupted\n"),
+        (None, 0, ""),
+    ],
+)
+def test_how_a_tool_ends(run_main, raised, status, errors):
+    def tool() -> None:
+        if raised is not None:
+            raise raised
+
+    ended = run_main(lambda _: run_tool(launch, tool, 1, 1, 0, "auto", (), "cpu"))
+    assert ended == (status, "", errors)
 
 
-def test_a_defect_keeps_its_traceback(tmp_path):
-    assert "Traceback" in run(tmp_path, "defect").stderr
+def test_a_defect_keeps_its_traceback():
+    def tool() -> None:
+        raise ZeroDivisionError
 
-
-def test_success_is_silent(tmp_path):
-    done = run(tmp_path, "nothing")
-    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
+    with pytest.raises(ZeroDivisionError), warnings.catch_warnings():
+        run_tool(launch, tool, 1, 1, 0, "auto", (), "cpu")
 
 
 def test_options_and_overrides_in_any_order():

@@ -87,6 +87,7 @@ def test_attention_rows_are_those_of_the_block(rel_pos: int | None) -> None:
         rows = attention_rows(attention, tokens, GRID[0] * GRID[1])
         values = attention.qkv(tokens).flatten(1, 2)[0, :, 32:]
         expected = attention(tokens).flatten(1, 2)[0]
+        # Rounding of float32 in sums over a grid of tokens.
         assert torch.allclose(attention.proj(rows @ values), expected, atol=1e-5)
     assert torch.allclose(rows.sum(dim=1), torch.ones(len(rows)), atol=1e-5)
 
@@ -96,6 +97,7 @@ def test_prefix_tokens_are_left_out() -> None:
     tokens = torch.randn(1, 1, 3 + 10, 16)
     rows = attention_rows(attention, tokens, 10)
     everything = attention_rows(attention, tokens, 13)[3:, 3:]
+    # Rounding of float32.
     assert torch.allclose(rows, everything / everything.sum(dim=1, keepdim=True), atol=1e-6)
 
 

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from flsl_d2.evaluation.davis import boundary_accuracy, region_similarity, statistics
+from flsl_d2.evaluation.davis.measures import boundary_accuracy, region_similarity, statistics
 
 
 def square(top: int, left: int, side: int = 20, shape: tuple[int, int] = (100, 100)) -> np.ndarray:
@@ -79,6 +79,7 @@ def random_pair(rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
 @pytest.mark.parametrize("seed", range(80))
 def test_random_masks_against_the_slow_definitions(seed: int) -> None:
     mask, truth = random_pair(np.random.default_rng(seed))
+    # The same counts, divided in another order.
     assert region_similarity(mask, truth) == pytest.approx(slow_j(mask, truth), abs=1e-12)
     assert boundary_accuracy(mask, truth) == pytest.approx(slow_f(mask, truth), abs=1e-12)
 

@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from flsl_d2.errors import InputError
-from flsl_d2.evaluation.davis import Propagation, propagate, propagate_through
+from flsl_d2.evaluation.davis.propagation import Propagation, propagate, propagate_through
 
 
 def tokens(*shape: int, seed: int = 0) -> Tensor:
@@ -65,6 +65,7 @@ def test_against_loops(radius: int, top_k: int, grid: tuple[int, int]) -> None:
     labels = soft_labels(3, count, 4)
     found = propagate(queries, sources, labels, grid, setup)
     arrays = (each.double().numpy() for each in (queries, sources, labels))
+    # The slow version is in float64; weights of float32 have seven digits.
     np.testing.assert_allclose(found, slow_propagate(*arrays, grid, setup), atol=1e-5)
 
 
@@ -85,6 +86,7 @@ def test_memory_changes_nothing(
     labels = soft_labels(frames, rows * columns, 3)
     whole = propagate(queries, sources, labels, (rows, columns), setup)
     parts = propagate(queries, sources, labels, (rows, columns), setup, max_pairs)
+    # Products of matrices of other sizes are summed in another order.
     torch.testing.assert_close(parts, whole, atol=1e-6, rtol=0)
     torch.testing.assert_close(whole.sum(1), torch.ones(rows * columns))
 
@@ -96,6 +98,7 @@ def test_memory_changes_nothing_where_tokens_repeat() -> None:
     whole = propagate(kinds, sources, labels, (12, 20), Propagation(radius=3))
     for max_pairs in (1, 5_000, 200_000):
         parts = propagate(kinds, sources, labels, (12, 20), Propagation(radius=3), max_pairs)
+        # Products of matrices of other sizes are summed in another order.
         torch.testing.assert_close(parts, whole, atol=1e-6, rtol=0)
 
 
@@ -114,6 +117,7 @@ def test_rounding_does_not_choose_among_equals() -> None:
     rounded = F.normalize(kinds * factors, dim=-1)
     assert not torch.equal(rounded, kinds.expand(6, -1, -1))
     found = propagate(kinds, rounded, labels, (5, 8), Propagation(radius=2))
+    # Rounding of float32 in the weights.
     torch.testing.assert_close(found, exact, atol=1e-5, rtol=0)
 
 
@@ -137,6 +141,7 @@ def test_weights_follow_the_temperature() -> None:
     for temperature in (0.1, 1.0):
         setup = Propagation(temperature=temperature)
         found = propagate(queries, sources, labels, (1, 1), setup)[0]
+        # The seven digits of a cosine in float32, over a temperature of 0.1.
         assert float(found[0] / found[1]) == pytest.approx(math.exp(0.4 / temperature), rel=1e-4)
 
 
@@ -162,6 +167,7 @@ def test_context_is_the_first_frame_and_the_last_few() -> None:
             arrays[index], arrays[used], np.array([labels[i] for i in used]), grid, setup
         )
         labels.append(expected)
+        # The slow version is in float64.
         np.testing.assert_allclose(found[index - 1], expected, atol=1e-5)
 
 

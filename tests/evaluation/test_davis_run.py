@@ -3,37 +3,36 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 
 import cv2
 import numpy as np
 import pytest
 import torch
+from forked import run_tool
 from PIL import Image
 from test_davis_propagation import slow_propagate
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from flsl_d2.errors import InputError
-from flsl_d2.evaluation.davis import (
+from flsl_d2.evaluation.davis.measures import Statistics
+from flsl_d2.evaluation.davis.propagation import Propagation, frame_size, segment_sequence
+from flsl_d2.evaluation.davis.run import (
     DavisRun,
-    Propagation,
     Scores,
-    Statistics,
-    davis_palette,
+    average,
     evaluate_davis,
-    find_sequence,
-    frame_size,
-    read_indexed_png,
     run_davis,
     score_sequence,
-    segment_sequence,
+)
+from flsl_d2.evaluation.davis.sequences import (
+    davis_palette,
+    find_sequence,
+    read_indexed_png,
+    read_mask,
     write_indexed_png,
 )
-from flsl_d2.evaluation.davis.run import average
-from flsl_d2.evaluation.davis.sequences import read_mask
 from flsl_d2.modeling import FLSLViT
 from flsl_d2.weights.export import write_encoder
 
@@ -218,6 +217,7 @@ def test_the_batch_size_changes_nothing(davis: Path, batch_size: int) -> None:
     found = evaluate_davis(tiny_encoder(), small_run(davis, batch_size=batch_size)).objects
     for name, objects in expected.items():
         for index, scores in objects.items():
+            # Another batch rounds tokens in another way, which may move no pixel.
             assert found[name][index].region == pytest.approx(scores.region, abs=1e-6)
             assert found[name][index].boundary == pytest.approx(scores.boundary, abs=1e-6)
 
@@ -530,19 +530,17 @@ def test_the_command_writes_what_counts_and_ends_with_2_if_a_sequence_failed(
     encoder = tiny_encoder()
     weights = tmp_path / "encoder.pth"
     write_encoder(encoder, weights)
-    tool = Path(__file__).parents[2] / "tools" / "eval_davis.py"
-    command = [sys.executable, str(tool), "--weights", str(weights), "--davis-root", str(davis)]
-    command += ["--output", str(tmp_path / "out"), "--short-side", str(HEIGHT), "--device", "cpu"]
-    command += ["--json", str(tmp_path / "deep" / "davis.json"), "--radius", "3", "--top-k", "2"]
+    arguments = ["--weights", weights, "--davis-root", davis, "--output", tmp_path / "out"]
+    arguments += ["--json", tmp_path / "deep" / "davis.json", "--radius", "3", "--top-k", "2"]
     (davis / "JPEGImages" / "480p" / "noise" / "00002.jpg").unlink()
 
-    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    done = run_tool("eval_davis", *arguments, "--short-side", HEIGHT, "--device", "cpu")
     assert done.returncode == 2
     assert "Traceback" not in done.stderr
     assert "error: 1 of 2 sequences failed (noise)" in done.stderr
     assert "squares (1 of 1)" in done.stderr  # progress
     assert "overall" in done.stdout
-    assert "noise    failed: 00002.jpg is missing" in done.stdout
+    assert "noise failed: 00002.jpg is missing" in done.stdout
 
     content = json.loads((tmp_path / "deep" / "davis.json").read_text())
     assert content["settings"]["propagation"]["radius"] == 3

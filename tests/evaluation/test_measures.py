@@ -69,6 +69,7 @@ def test_again_and_with_other_threads_the_same(encoder: FLSLViT, datasets_root: 
     finally:
         torch.set_num_threads(before)
     assert scores[0] == scores[1]
+    # One more thread sums in another order, which may move a few of thousands of pixels.
     assert scores[0] == pytest.approx(scores[2], abs=0.01)
 
 
@@ -87,7 +88,7 @@ def test_a_measure_that_fails_does_not_stop_the_others(
     )
     assert list(failures) == ["knn_box"]
     assert results["knn_segmentation/mIoU"] > 0
-    table = measures_table(["knn_box", "knn_segmentation"], results, failures)
+    table = measures_table(["knn_box", "knn_segmentation"], results, failures, {})
     assert "failed" in table.splitlines()[2]
     assert f"knn_box failed: {failures['knn_box']}" in table
     assert f"{results['knn_segmentation/mIoU']:.2f}" in table

@@ -7,6 +7,7 @@ import logging
 from pathlib import Path
 
 import pytest
+import timm
 import torch
 from detectron2.config import instantiate
 from omegaconf import OmegaConf
@@ -15,7 +16,7 @@ from flsl_d2.engine.command_line import named_weights
 from flsl_d2.engine.config_files import load_lazy_config
 from flsl_d2.errors import InputError
 from flsl_d2.experiments.encoders import ComparedEncoder, read_encoders
-from flsl_d2.experiments.evaluations import DetectionEvaluation, EncoderFile, architecture_overrides
+from flsl_d2.experiments.evaluations import DetectionEvaluation, EncoderFile, encoder_overrides
 from flsl_d2.modeling import FLSLViT
 from flsl_d2.weights import build_encoder
 from flsl_d2.weights.export import write_encoder
@@ -88,7 +89,7 @@ def test_the_detector_takes_the_architecture_of_the_weights(tmp_path, caplog):
     config = "configs/coco/mask_rcnn_flsl_vit_s16_1x.py"
     cfg = load_lazy_config(config, ["train.device=cpu"])
     encoder = build_encoder(path)
-    changed = load_lazy_config(config, architecture_overrides(encoder, cfg))
+    changed = load_lazy_config(config, encoder_overrides(path, cfg))
     assert changed.model.backbone.net.window_size == 14
     net = instantiate(OmegaConf.to_container(changed.model.backbone.net, resolve=True))
     assert net.blocks[0].window_size == 14
@@ -112,6 +113,60 @@ def test_the_detector_takes_the_architecture_of_the_weights(tmp_path, caplog):
         DetectionEvaluation(config).job(EncoderFile("a", path, {"sha256": "0"}, seed=1)).key,
     }
     assert len(keys) == 4
+
+
+TIMM = "timm:resnet18?pretrained=false"
+
+
+def test_models_of_timm_by_name():
+    cnn, vit, unknown = read(
+        TIMM, "vit=timm:vit_tiny_patch16_224?depth=1&pretrained=false", "timm:restnet18"
+    )
+    assert (cnn.name, cnn.source, cnn.sha256) == ("resnet18", TIMM, "")
+    assert cnn.architecture == {"timm": "resnet18", "pretrained": False}
+    assert vit.name == "vit"
+    assert "did you mean resnet18" in unknown.failure
+    files = [cnn.file(seed, Path("not made")) for seed in (0, 1)]
+    assert [file.path for file in files] == [TIMM, TIMM]
+    assert files[0].identity != files[1].identity  # their weights are drawn by the seed
+    with pytest.raises(InputError, match="names no file"):
+        read(TIMM, "random:resnet18")
+
+
+def test_weights_of_timm_are_known_by_their_checksum(tmp_path):
+    name = "vit_tiny_patch16_224"
+    sums = []
+    for seed in (0, 0, 1):
+        torch.manual_seed(seed)
+        model = timm.create_model(name, depth=1, num_classes=0)
+        torch.save(model.state_dict(), tmp_path / "a.pth")
+        (encoder,) = read(f"timm:{name}?depth=1&num_classes=0&weights={tmp_path / 'a.pth'}")
+        sums.append(encoder.sha256)
+        assert encoder.file(seed, tmp_path).identity == {"sha256": encoder.sha256}
+    assert sums[0] == sums[1] != sums[2]
+    assert len(sums[0]) == 64
+
+
+@pytest.mark.parametrize(
+    ("source", "pyramid", "blocks"),
+    [
+        (TIMM, "FPN", None),
+        ("timm:vit_tiny_patch16_224?pretrained=false&depth=3", "SimpleFeaturePyramid", 3),
+    ],
+)
+def test_a_model_of_timm_in_a_detector(source, pyramid, blocks):
+    config = "configs/demo/mask_rcnn_flsl_vit_scenes.py"
+    frozen = ["model.backbone.net.frozen=True"]
+    cfg = load_lazy_config(config, frozen)
+    changed = load_lazy_config(config, [*frozen, *encoder_overrides(source, cfg)])
+    assert changed.train.init_checkpoint == ""
+    factor = changed.optimizer.params.lr_factor_func
+    assert (factor and factor.num_layers) == blocks
+    backbone = instantiate(changed.model.backbone)
+    assert type(backbone).__name__ == pyramid
+    assert not any(p.requires_grad for n, p in backbone.named_parameters() if ".model." in n)
+    levels = backbone(torch.zeros(1, 3, 64, 64))
+    assert levels["p2"].shape[1:] == (cfg.model.backbone.out_channels, 16, 16)
 
 
 def test_detection_configs_are_checked():

@@ -44,6 +44,7 @@ def test_mean_and_spread_are_of_the_sample():
 @given(st.lists(st.floats(-1e6, 1e6), min_size=2, max_size=20), st.floats(-1e3, 1e3))
 def test_a_shift_moves_the_mean_and_leaves_the_spread(values, shift):
     cell, moved = Cell(tuple(values)), Cell(tuple(v + shift for v in values))
+    # Values up to 1e6 in float64, and the spread of values whose difference is small beside them.
     assert moved.mean == pytest.approx(cell.mean + shift, abs=1e-6)
     assert moved.std == pytest.approx(cell.std, abs=1e-3)
 
@@ -84,6 +85,19 @@ def test_many_measures_of_few_rows_are_read_downwards():
     assert Table(rows, measures).csv().startswith("encoder,m0,")
     points = [Row({"volume_weight": "5"}, row.cells) for row in rows]
     assert Table(points, measures).markdown().startswith("| volume_weight | m0 |")
+
+
+def test_a_cell_without_a_meaning_says_why():
+    omitted = Outcome({"a": 1.0}, omitted={"b": "no attention"})
+    cells = {name: cell_of([Record("done", omitted)], name) for name in "ab"}
+    assert cells["b"] == Cell(omitted="no attention")
+    both = Row({"encoder": "vit"}, {"a": Cell((2.0,)), "b": Cell((3.0,))})
+    table = Table([both, Row({"encoder": "cnn"}, cells)], [Measure("a"), Measure("b")])
+    lines = table.markdown().splitlines()
+    assert lines[3] == "| cnn | 1.00 | n/a |"
+    assert lines[5] == "- n/a: cnn: b: no attention"
+    assert "% n/a: cnn: b: no attention" in table.latex()
+    assert table.csv().splitlines()[2] == "cnn,1.0,,"
 
 
 def test_csv_has_every_number_in_full():

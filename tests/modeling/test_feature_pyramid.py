@@ -113,6 +113,7 @@ def test_default_pixels_reach_the_encoder_as_rgb():
     ).view(3, 1, 1)
     adapted = backbone(as_fed)["last_feat"]
     backbone.pixel_adapter = None
+    # Pixels up to 255 are normalised in float32 on two ways.
     torch.testing.assert_close(adapted, backbone(rgb)["last_feat"], rtol=1e-4, atol=1e-4)
 
 

@@ -58,6 +58,7 @@ def test_equals_detectron2(window_size, use_rel_pos, size):
     theirs, ours = pair_of_vits(window_size, use_rel_pos)
     images = torch.randn(2, 3, *size)
     expected = theirs(images)["last_feat"]
+    # Fused attention sums in another order than Detectron2's, in float32 through all blocks.
     torch.testing.assert_close(ours(images)["last_feat"], expected, rtol=1e-4, atol=1e-4)
     assert expected.std() > 0.05  # the comparison is not between zeros
 
@@ -141,6 +142,7 @@ def test_forward_tokens_is_the_map_row_major():
     images = torch.randn(2, 3, 48, 80)
     tokens = model.forward_tokens(images)
     assert tokens.shape == (2, 15, 48)
+    # The same operations, so the same bits.
     torch.testing.assert_close(
         tokens, model(images)["last_feat"].flatten(2).transpose(1, 2), rtol=0, atol=0
     )
@@ -282,6 +284,7 @@ class TestPrefixTokens:
         ours.load_state_dict(state)
         images = torch.randn(2, 3, 64, 64)
         expected = theirs.forward_features(images)[:, 3:]
+        # timm's operations in another order, in float32 through all blocks.
         torch.testing.assert_close(ours.forward_tokens(images), expected, rtol=1e-4, atol=1e-4)
         tokens_alone = FLSLViT(img_size=64, **SMALL).eval()
         tokens_alone.load_state_dict(state, strict=False)

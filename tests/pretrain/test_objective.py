@@ -54,6 +54,7 @@ def test_equals_its_pseudocode(prior):
     losses, _ = loss(z, m, s_logits, t_logits, intra_weight=0.4, teacher_temp=0.05)
     log_prior = [math.log(x) for x in prior or [1 / 5] * 5]
     intra, inter, volume = by_loops(z, m, s_logits, t_logits, 0.2, 0.05, log_prior)
+    # The nested loops are in another order, in float32.
     assert losses["loss_intra"].item() == pytest.approx(intra, rel=1e-5)
     assert losses["loss_inter"].item() == pytest.approx(inter, rel=1e-5)
     assert losses["loss_volume"].item() == pytest.approx(volume, rel=1e-5)
@@ -66,6 +67,7 @@ def test_equals_its_pseudocode(prior):
 def test_volume_is_zero_only_at_the_prior(num_centroids, seed):
     generator = torch.Generator().manual_seed(seed)
     uniform = torch.full((num_centroids,), 1 / num_centroids)
+    # Rounding of float32.
     assert volume_loss(uniform, uniform.log()).item() == pytest.approx(0, abs=1e-6)
     other = torch.rand(num_centroids, generator=generator).softmax(0)
     assert volume_loss(other, uniform.log()).item() >= -1e-6
@@ -84,6 +86,7 @@ def test_volume_survives_an_empty_centroid():
 
 def test_intra_view_loss_has_its_range():
     z = torch.randn(4, 8)
+    # Rounding of float32 in cosines.
     assert intra_view_loss(z, 3 * z).item() == pytest.approx(0, abs=1e-6)
     assert intra_view_loss(z, -z).item() == pytest.approx(4, abs=1e-6)
 
@@ -131,6 +134,7 @@ def test_sinkhorn_equals_scaling_columns_and_rows_in_turn(monkeypatch, prior):
     _, monitored = FLSLLoss(5, prior=prior, sinkhorn_steps=100)(
         torch.randn(7, 4), torch.randn(7, 4), logits, logits, 0.03, 0.3
     )
+    # Sinkhorn's iteration ends after 100 rounds.
     torch.testing.assert_close(monitored["mean_assignment"], shares, rtol=1e-3, atol=1e-4)
 
 
@@ -147,6 +151,7 @@ def test_recomputed_in_parts_equals_kept_whole(monkeypatch, rows, volume_weight)
         losses, monitored = loss(z, m, student, logits[1], 0.03, 0.04)
         losses["loss"].backward()
         results.append([student.grad, *losses.values(), *monitored.values()])
+    # Parts are summed in another order in float32.
     torch.testing.assert_close(*results, rtol=1e-4, atol=1e-6)
 
 

@@ -224,6 +224,7 @@ class TestPreviousStage:
             at=TOTAL,
         )
         assert late["own_attention"] == 1.0
+        # Sums of float32 in another order.
         assert late["loss"] == pytest.approx(staged["loss"], rel=1e-5)
 
     @pytest.mark.parametrize(

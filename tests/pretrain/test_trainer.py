@@ -87,6 +87,7 @@ def test_accumulated_gradients_are_the_mean_of_the_parts():
         assert losses["loss"].item() > 0
     for other in gradients[1:]:
         for a, b in zip(gradients[0], other, strict=True):
+            # Parts of a batch are summed in another order in float32.
             torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-6)
 
 
@@ -166,6 +167,7 @@ def test_clipping_by_tensor_and_by_all():
     assert gradients[0].norm().item() == pytest.approx(3.0, rel=1e-5)
     assert gradients[1].item() == 0.5
     clip_gradients(gradients, 1.0, "global")
+    # PyTorch adds 1e-6 to the norm that it divides by.
     assert torch.cat(gradients).norm().item() == pytest.approx(1.0, rel=1e-5)
     before = [g.clone() for g in gradients]
     clip_gradients(gradients, 1e-3, "none")
@@ -181,6 +183,7 @@ def test_schedules_at_their_corners():
     assert peak.lr == pytest.approx(1e-3)
     assert 1e-6 <= last.lr < 2e-6
     assert first.weight_decay == pytest.approx(0.04)
+    # The cosine ends one step after the last.
     assert last.weight_decay == pytest.approx(0.4, rel=1e-3)
     assert first.teacher_momentum == pytest.approx(0.996)
     assert first.teacher_temp == pytest.approx(0.04)
@@ -189,6 +192,7 @@ def test_schedules_at_their_corners():
     assert first.last_layer_frozen
     assert not schedules(10).last_layer_frozen
     assert first.intra_weight == pytest.approx(-0.03)
+    # The middle of the two ends, in float64.
     assert schedules(500).intra_weight == pytest.approx(0, abs=1e-9)
     with pytest.raises(InputError, match="0 steps"):
         Schedules(1, 1, 0)

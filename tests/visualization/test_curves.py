@@ -92,8 +92,6 @@ def test_page_is_drawn(tmp_path: Path) -> None:
     loss_curves(path, tmp_path / "pictures" / "curves.png")
     page = cv2.imread(str(tmp_path / "pictures" / "curves.png"))
     assert page.std() > 10
-    loss_curves(path, tmp_path / "one.png", keys=["loss"], title="One")
-    assert cv2.imread(str(tmp_path / "one.png")).shape[1] < page.shape[1]
 
 
 def test_a_single_line_is_enough(tmp_path: Path) -> None:
@@ -111,6 +109,3 @@ def test_files_without_metrics(text: str, tmp_path: Path) -> None:
 def test_bad_requests(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="cannot be read"):
         loss_curves(tmp_path / "none.json", tmp_path / "a.png")
-    path = write(tmp_path / "m.json", [{"iteration": 0, "loss": 1.0}])
-    with pytest.raises(InputError, match="has no lsos: choose from loss"):
-        loss_curves(path, tmp_path / "a.png", keys=["lsos"])

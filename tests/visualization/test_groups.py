@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from flsl_d2.errors import InputError
 from flsl_d2.modeling import FLSLViT
 from flsl_d2.modeling.projection_head import FLSLHead
-from flsl_d2.visualization.groups import assign_centroids, read_head
+from flsl_d2.visualization.described import assign_centroids, read_head
 from pretrain.hooks import save_teacher_backbone
 from pretrain.methods.flsl import FLSL
 from pretrain.methods.flsl_objective import FLSLLoss
@@ -71,4 +71,5 @@ def test_each_token_gets_the_nearest_centroid_of_its_mode(model: FLSL) -> None:
             projected = F.normalize(head.mlp(weights @ tokens), dim=0)
             expected = centroids @ projected
             assert number[i] == expected.argmax()
+            # Rounding of float32.
             assert float(cosine[i]) == pytest.approx(float(expected.max().detach()), abs=1e-5)

@@ -7,7 +7,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from flsl_d2.visualization.groups import kmeans_groups, most_used_groups
+from flsl_d2.evaluation import TokenFeatures
+from flsl_d2.visualization.described import kmeans_groups, most_used_groups
 from flsl_d2.visualization.patches import Patch, crop_patch, nearest_patches
 
 GRIDS = [(4, 6), (6, 6), (5, 4)]
@@ -20,21 +21,27 @@ def two_groups() -> tuple[list[torch.Tensor], list[torch.Tensor]]:
     return [directions[g] + 0.1 * torch.randn(len(g), 16) for g in groups], groups
 
 
+def features(tokens: list[torch.Tensor]) -> list[TokenFeatures]:
+    image = np.zeros((1, 1, 3), np.uint8)
+    return [TokenFeatures(each, GRIDS[i], image) for i, each in enumerate(tokens)]
+
+
 def test_nearest_patches_are_of_the_same_group_in_other_images() -> None:
     tokens, groups = two_groups()
-    found = nearest_patches(tokens, GRIDS, 0, 5, count=4)
+    found = nearest_patches(features(tokens), 0, 5, count=4)
     assert found
     for patch in found:
         assert patch.image != 0
         assert groups[patch.image][patch.token] == groups[0][5]
         cosine = F.cosine_similarity(tokens[patch.image][patch.token], tokens[0][5], dim=0)
+        # Rounding of float32.
         assert patch.score == pytest.approx(float(cosine), abs=1e-5)
     assert [p.score for p in found] == sorted((p.score for p in found), reverse=True)
 
 
 def test_nearest_patches_lie_apart_and_none_better_is_passed_over() -> None:
     tokens = [torch.randn(r * c, 8) for r, c in GRIDS]
-    found = nearest_patches(tokens, GRIDS, 1, 7, count=99)
+    found = nearest_patches(features(tokens), 1, 7, count=99)
     everything = sorted(
         (-float(F.cosine_similarity(t[j], tokens[1][7], dim=0)), i, j)
         for i, t in enumerate(tokens)
@@ -55,7 +62,7 @@ def test_nearest_patches_lie_apart_and_none_better_is_passed_over() -> None:
 
 
 def test_one_image_has_no_other() -> None:
-    assert nearest_patches([torch.randn(24, 8)], GRIDS[:1], 0, 3) == []
+    assert nearest_patches(features([torch.randn(24, 8)]), 0, 3) == []
 
 
 def test_most_used_groups_count_and_show_the_best() -> None:
@@ -93,6 +100,7 @@ def test_kmeans_of_many_tokens_gives_each_to_its_nearest_centre() -> None:
         assert len(labels[groups == k].unique()) == 1
     centres = torch.stack([F.normalize(tokens[labels == k].mean(dim=0), dim=0) for k in range(3)])
     expected = F.cosine_similarity(tokens, centres[labels], dim=1)
+    # Centres are means of 4,096 of the 5,000 tokens here, and of all there.
     torch.testing.assert_close(cosines, expected, atol=1e-3, rtol=0)
 
 

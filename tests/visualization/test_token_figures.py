@@ -9,7 +9,10 @@ import numpy as np
 import pytest
 import torch
 
+from flsl_d2.evaluation import TokenFeatures
+from flsl_d2.modeling.projection_head import FLSLHead
 from flsl_d2.visualization import DescribedEncoder, describe_encoder
+from flsl_d2.visualization.described import assign_centroids
 from flsl_d2.visualization.figures import enlarge
 from flsl_d2.visualization.token_figures import (
     chosen_token,
@@ -24,27 +27,29 @@ POINTS = [(0, 0.5, 0.5), (1, 0.1, 0.9), (1, 0.9, 0.1)]
 
 
 @pytest.fixture(scope="module")
-def images() -> list[np.ndarray]:
+def features() -> list[TokenFeatures]:
+    torch.manual_seed(0)
     rng = np.random.default_rng(0)
-    return [rng.integers(0, 256, (r * 16, c * 16, 3)).astype(np.uint8) for r, c in GRIDS]
+    images = [rng.integers(0, 256, (r * 16, c * 16, 3)).astype(np.uint8) for r, c in GRIDS]
+    return [
+        TokenFeatures(torch.randn(g[0] * g[1], 8), g, i) for g, i in zip(GRIDS, images, strict=True)
+    ]
 
 
 @pytest.fixture(scope="module")
-def encoder(images: list[np.ndarray]) -> DescribedEncoder:
-    torch.manual_seed(0)
-    tokens = [torch.randn(r * c, 8) for r, c in GRIDS]
-    return describe_encoder("x", tokens, GRIDS, images, (1.0,))
+def encoder(features: list[TokenFeatures]) -> DescribedEncoder:
+    return describe_encoder("x", features, (1.0,))
 
 
 def test_points_are_shares_of_the_image(encoder: DescribedEncoder) -> None:
     assert [chosen_token(encoder, point) for point in POINTS] == [2 * 6 + 3, 5 * 4, 3]
 
 
-def test_all_pages(encoder: DescribedEncoder, images: list[np.ndarray], tmp_path: Path) -> None:
-    modes_figure(encoder, images, POINTS, tmp_path / "modes.png", 1.0, 2)
-    nearest_figure(encoder, images, POINTS, tmp_path / "nearest.png", 3)
-    groups_figure(encoder, images, tmp_path / "groups.png")
-    comparison_figure([encoder, encoder], images, POINTS[:1], tmp_path / "both.png", 1.0, 2)
+def test_all_pages(encoder: DescribedEncoder, tmp_path: Path) -> None:
+    modes_figure(encoder, POINTS, tmp_path / "modes.png", 1.0, 2)
+    nearest_figure(encoder, POINTS, tmp_path / "nearest.png", 3)
+    groups_figure(encoder, tmp_path / "groups.png")
+    comparison_figure([encoder, encoder], POINTS[:1], tmp_path / "both.png", 1.0, 2)
     for name in ("modes", "nearest", "groups", "both"):
         assert cv2.imread(str(tmp_path / f"{name}.png")).std() > 20, name
     # The two encoders are one: the columns of each kind are alike, but for the place.
@@ -59,15 +64,13 @@ def test_all_pages(encoder: DescribedEncoder, images: list[np.ndarray], tmp_path
     assert abs(left - page.shape[1]) <= 1  # the page ends where the columns do
 
 
-def test_some_maps_alone(
-    encoder: DescribedEncoder, images: list[np.ndarray], tmp_path: Path
-) -> None:
+def test_some_maps_alone(encoder: DescribedEncoder, tmp_path: Path) -> None:
     maps = ("pca", "clusters")
-    comparison_figure([encoder], images, POINTS[:2], tmp_path / "a.png", 1.0, maps=maps)
+    comparison_figure([encoder], POINTS[:2], tmp_path / "a.png", 1.0, maps=maps)
     page = cv2.imread(str(tmp_path / "a.png"))
     assert abs(page.shape[1] - (8 + 3 * 258)) <= 1
     # No map depends on a point, so there is no cross: the first picture is the enlarged image.
-    large = enlarge(images[0])[0]
+    large = enlarge(encoder.features[0].image)[0]
     top = 25 + 22 + 2 * 17
     # Means of blocks, because matplotlib and OpenCV resample noise differently.
     shown, found = (
@@ -77,12 +80,14 @@ def test_some_maps_alone(
     assert np.abs(found - shown).max() < 12
 
 
-def test_a_head_gives_the_groups(images: list[np.ndarray]) -> None:
-    tokens = [torch.randn(r * c, 8) for r, c in GRIDS]
-    assigned = [torch.tensor([5] * 20 + [1] * 4), torch.tensor([5] * 24)]
-    scores = [torch.rand(24), torch.rand(24)]
-    described = describe_encoder("x", tokens, GRIDS, images, (1.0,), (assigned, scores), 64)
-    assert [(g.number, g.count) for g in described.groups] == [(5, 44), (1, 4)]
-    assert "2 of 64" in described.groups_note
-    without = describe_encoder("x", tokens, GRIDS, images, (1.0,))
-    assert "k-means" in without.groups_note
+def test_a_head_gives_the_groups(features: list[TokenFeatures]) -> None:
+    torch.manual_seed(0)
+    head = FLSLHead(8, 64, 16, 12).eval()
+    torch.nn.init.normal_(head.mlp[2].bias)
+    described = describe_encoder("x", features, (1.0,), head, 2.0)
+    numbers, _ = assign_centroids(head, [each.tokens for each in features], 2.0 / 8**0.5)
+    counts = torch.cat(numbers).bincount(minlength=64)
+    assert max(g.count for g in described.groups) == counts.max()
+    assert all(g.count == counts[g.number] for g in described.groups)
+    assert f"{int((counts > 0).sum())} of 64" in described.groups_note
+    assert "k-means" in describe_encoder("x", features, (1.0,)).groups_note

@@ -15,6 +15,7 @@ import pytest
 import torch
 
 from flsl_d2.errors import InputError
+from flsl_d2.evaluation import TokenFeatures
 from flsl_d2.visualization import describe_encoder, write_page
 from flsl_d2.visualization.html import _PARTS
 from flsl_d2.visualization.maps import attention_values, mode_similarity_values
@@ -31,17 +32,20 @@ def tokens_of(width: int) -> list[torch.Tensor]:
     return [3 * torch.randn(r * c, width, generator=generator) for r, c in GRIDS]
 
 
-@pytest.fixture(scope="module")
-def page(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def features_of(width: int) -> list[TokenFeatures]:
     rng = np.random.default_rng(0)
     images = [rng.integers(0, 256, (r * 16, c * 16, 3)).astype(np.uint8) for r, c in GRIDS]
+    return [TokenFeatures(*each) for each in zip(tokens_of(width), GRIDS, images, strict=True)]
+
+
+@pytest.fixture(scope="module")
+def page(tmp_path_factory: pytest.TempPathFactory) -> Path:
     encoders = [
-        describe_encoder(name, tokens_of(width), GRIDS, images, SCALES)
-        for name, width in WIDTHS.items()
+        describe_encoder(name, features_of(width), SCALES) for name, width in WIDTHS.items()
     ]
     path = tmp_path_factory.mktemp("new") / "folder" / "index.html"
     points = [(0.5, 0.5), (0.0, 0.0), (0.99, 0.2)]
-    size = write_page(path, encoders, images, NAMES, points, 1.0, 4, made="by <test>")
+    size = write_page(path, encoders, NAMES, points, 1.0, 4, made="by <test>")
     assert size == path.stat().st_size
     assert [file.name for file in path.parent.iterdir()] == ["index.html"]
     return path
@@ -78,6 +82,7 @@ def test_embedded_tokens_are_the_given_ones_as_float16(page: Path) -> None:
         ):
             assert (at["rows"], at["columns"]) == grid
             embedded = decoded(at["tokens"], "<f2").astype(np.float32)
+            # Half the last bit of float16, and its smallest numbers.
             np.testing.assert_allclose(embedded, tokens.ravel().numpy(), rtol=2**-11, atol=1e-7)
             assert len(decoded(at["labels"][0], "<u2")) == len(tokens)
             assert len(decoded(at["pca"], "u1")) == 3 * len(tokens)
@@ -105,13 +110,13 @@ def test_tokens_that_a_page_cannot_hold_are_refused(value: float) -> None:
     tokens = torch.randn(4, 8)
     tokens[2, 3] = value
     with pytest.raises(InputError, match="the tokens of 'x' reach"):
-        describe_encoder("x", [tokens], [(2, 2)], [np.zeros((32, 32, 3), np.uint8)], (1.0,))
+        describe_encoder("x", [TokenFeatures(tokens, (2, 2), np.zeros((32, 32, 3), np.uint8))])
 
 
 def test_a_single_token_makes_a_page(tmp_path: Path) -> None:
     image = np.zeros((8, 8, 3), np.uint8)
-    encoder = describe_encoder("x", [torch.randn(1, 8)], [(1, 1)], [image], (1.0,))
-    write_page(tmp_path / "a.html", [encoder], [image], ["a"], [(0.5, 0.5)])
+    encoder = describe_encoder("x", [TokenFeatures(torch.randn(1, 8), (1, 1), image)])
+    write_page(tmp_path / "a.html", [encoder], ["a"], [(0.5, 0.5)])
     data = content(tmp_path / "a.html")
     assert data["encoders"][0]["positionR2"] is None
     assert data["colourPositionR2"] is None
@@ -153,22 +158,20 @@ def test_browser_computes_what_python_does(page: Path) -> None:
     )
     assert ran.returncode == 0, ran.stderr
     for name, results in zip(WIDTHS, json.loads(ran.stdout), strict=True):
-        sets, scale = tokens_of(WIDTHS[name]), WIDTHS[name] ** -0.5
-        labels = describe_encoder(name, sets, GRIDS, _blank(), (1.0,)).labels[1.0]
+        sets, scale = features_of(WIDTHS[name]), WIDTHS[name] ** -0.5
+        labels = describe_encoder(name, sets, (1.0,)).labels[1.0]
         for row, found in enumerate(results):
-            tokens, grid, token = sets[row], GRIDS[row], found["token"]
-            expected = attention_values(tokens, grid, token, scale).ravel() / len(tokens)
+            each, token = sets[row], found["token"]
+            expected = attention_values(each, token, scale).ravel() / len(each.tokens)
+            # The page's tokens are float16, and the exponential magnifies their rounding.
             np.testing.assert_allclose(found["attention"], expected, rtol=0.02, atol=1e-5)
             for n, mode in zip((1, 2, 5), found["modes"], strict=True):
-                expected = mode_similarity_values(tokens, grid, token, scale, n)
+                expected = mode_similarity_values(each, token, scale, n)
+                # The page's tokens are float16, through up to five mean-shift steps.
                 np.testing.assert_allclose(mode, expected.ravel(), atol=5e-3)
-            near = nearest_patches(sets, GRIDS, row, token, 6)
+            near = nearest_patches(sets, row, token, 6)
             assert [(i, j) for i, j, _ in found["nearest"]] == [(p.image, p.token) for p in near]
             np.testing.assert_array_equal(found["labels"], labels[row].ravel())
-
-
-def _blank() -> list[np.ndarray]:
-    return [np.zeros((r * 16, c * 16, 3), np.uint8) for r, c in GRIDS]
 
 
 @pytest.mark.skipif(shutil.which("node") is None, reason="Node.js is not installed")

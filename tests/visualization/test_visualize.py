@@ -5,16 +5,14 @@ from __future__ import annotations
 import argparse
 import base64
 import json
-import os
 import re
-import subprocess
-import sys
 from pathlib import Path
 
 import cv2
 import numpy as np
 import pytest
 import torch
+from forked import run_tool
 
 from flsl_d2.data.images import read_rgb
 from flsl_d2.errors import InputError
@@ -27,7 +25,6 @@ from flsl_d2.weights import FLSLCheckpointer, build_encoder
 from pretrain.methods.flsl import FLSL
 from pretrain.methods.flsl_objective import FLSLLoss
 
-ROOT = Path(__file__).resolve().parents[2]
 TINY = {"img_size": 64, "patch_size": 8, "embed_dim": 32, "depth": 2, "num_heads": 2}
 
 
@@ -58,20 +55,6 @@ def photos(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def command(*arguments: str, root: str = "") -> subprocess.CompletedProcess:
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    if root:
-        environment["DETECTRON2_DATASETS"] = root
-    return subprocess.run(
-        [sys.executable, "tools/visualize.py", *arguments],
-        cwd=ROOT,
-        env=environment,
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
-
-
 def embedded(output: Path) -> dict:
     text = (output / "index.html").read_text(encoding="utf-8")
     found = re.search(r'<script type="application/json" id="data">(.*?)</script>', text, re.DOTALL)
@@ -83,10 +66,10 @@ def test_two_encoders_on_real_images(
 ) -> None:
     if not (datasets_root / "coco").is_dir():
         pytest.skip(f"no coco in {datasets_root}")
-    ran = command(
-        "--weights", *weights.values(), "--names", "fine", "coarse", "--dataset", "coco_2017_val",
-        "--max-images", "2", "--short-side", "96", "--iterations", "2", "--output", str(tmp_path),
-        root=str(datasets_root),
+    ran = run_tool(
+        "visualize", "--weights", *weights.values(), "--names", "fine", "coarse",
+        "--dataset", "coco_2017_val", "--max-images", "2", "--short-side", "96",
+        "--iterations", "2", "--output", tmp_path,
     )  # fmt: skip
     assert ran.returncode == 0, ran.stderr
     assert sorted(file.name for file in tmp_path.iterdir()) == sorted(
@@ -111,6 +94,7 @@ def test_two_encoders_on_real_images(
             assert (at["rows"], at["columns"]) == expected.grid
             tokens = np.frombuffer(base64.b64decode(at["tokens"]), "<f2").astype(np.float32)
             expected = expected.tokens.numpy().ravel()
+            # The page's tokens are float16.
             np.testing.assert_allclose(tokens, expected, rtol=2e-3, atol=1e-4)
 
 
@@ -187,7 +171,7 @@ def test_bad_input_is_one_sentence_and_writes_nothing(
 
 
 def test_bad_input_on_the_command_line(photos: Path) -> None:
-    ran = command("--weights", "none.pth", "--images", str(photos))
+    ran = run_tool("visualize", "--weights", "none.pth", "--images", str(photos))
     assert ran.returncode == 2
     assert ran.stderr.strip().splitlines()[-1].startswith("error: weights 'none.pth'")
     assert "Traceback" not in ran.stderr

@@ -258,6 +258,7 @@ def test_a_file_in_the_published_layout_gives_the_published_tokens(reference, tm
     with caplog.at_level(logging.INFO):
         FLSLCheckpointer(encoder).load(path)
     tokens = encoder.eval().forward_tokens(torch.from_numpy(golden["view0"]))
+    # The published code's operations in another order, in float32.
     torch.testing.assert_close(
         tokens, torch.from_numpy(golden["teacher_tokens"]), rtol=1e-4, atol=1e-5
     )

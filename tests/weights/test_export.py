@@ -45,6 +45,7 @@ def test_timm_loads_strictly_and_gives_the_same_tokens(tmp_path, options, suffix
     expected = encoder.forward_tokens(images)
     assert expected.std() > 0.1
     got = model.forward_features(images)[:, model.num_prefix_tokens :]
+    # timm's operations in another order, in float32.
     torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-4)
 
 
@@ -56,6 +57,7 @@ def test_timm_at_another_size(tmp_path):
     model = timm.create_model("vit_small_patch16_224", **arguments).eval()
     model.load_state_dict(torch.load(tmp_path / "a.pth", weights_only=True))
     images = torch.randn(1, 3, 96, 48)
+    # timm's operations in another order, in float32.
     torch.testing.assert_close(
         model.forward_features(images)[:, 1:],
         encoder.forward_tokens(images),

@@ -56,6 +56,7 @@ def test_the_same_features_at_another_size(name, tmp_path):
     )
     expected = tokens_of(model, images)
     encoder = build_encoder(path)
+    # The source's operations in another order, in float32.
     torch.testing.assert_close(encoder.forward_tokens(images), expected, rtol=1e-4, atol=1e-4)
     encoder.position_offset = 0.3  # a wrong rule shows
     assert (encoder.forward_tokens(images) - expected).abs().max() > 1e-3
@@ -66,6 +67,7 @@ def test_timms_own_resampling(tmp_path):
     model = timm_vit(num_classes=5, dynamic_img_size=True)
     torch.save(model.state_dict(), tmp_path / "a.pth")
     images = torch.randn(1, 3, 96, 48)
+    # The source's operations in another order, in float32.
     torch.testing.assert_close(
         build_encoder(str(tmp_path / "a.pth")).forward_tokens(images),
         tokens_of(model, images),
@@ -92,6 +94,7 @@ def test_safetensors(tmp_path):
     save_file(model.state_dict(), tmp_path / "a.safetensors")
     images = torch.randn(1, 3, 64, 64)
     with torch.no_grad():
+        # The source's operations in another order, in float32.
         torch.testing.assert_close(
             build_encoder(str(tmp_path / "a.safetensors")).forward_tokens(images),
             tokens_of(model, images),
@@ -189,6 +192,7 @@ def test_moco_v3_in_deits_layout_takes_the_heads_that_are_given(tmp_path):
     torch.save({"model": model.state_dict()}, tmp_path / "a.pth")
     encoder, report = open_encoder(str(tmp_path / "a.pth"), num_heads=12)
     images = torch.randn(1, 3, 64, 64)
+    # The source's operations in another order, in float32.
     torch.testing.assert_close(
         encoder.forward_tokens(images), tokens_of(model, images), rtol=1e-4, atol=1e-4
     )

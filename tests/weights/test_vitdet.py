@@ -61,6 +61,7 @@ def test_the_same_features_as_detectron2(tmp_path, size):
     images = torch.randn(2, 3, *size)
     expected = model.backbone.net(images)["last_feat"]
     assert expected.std() > 0.05
+    # Detectron2's operations in another order, in float32.
     torch.testing.assert_close(encoder(images)["last_feat"], expected, rtol=1e-4, atol=1e-4)
     known = encoder.architecture
     assert (known["window_size"], known["global_block_indexes"]) == (3, [1, 3])
@@ -77,6 +78,7 @@ def test_windows_without_relative_positions_are_asked_for(tmp_path):
     images = torch.randn(1, 3, 96, 128)
     expected = model.backbone.net(images)["last_feat"]
     windows = build_encoder(path, window_size=3, global_block_indexes=(1, 3))
+    # Detectron2's operations in another order, in float32.
     torch.testing.assert_close(windows(images)["last_feat"], expected, rtol=1e-4, atol=1e-4)
     plain, report = open_encoder(path)
     assert (plain(images)["last_feat"] - expected).abs().max() > 1e-3
@@ -103,6 +105,7 @@ def test_a_vitdet_goes_into_a_detector_of_this_project(tmp_path):
     images = torch.randn(1, 3, 128, 96)
     expected = model.backbone(images)
     for name, value in ours.backbone(images).items():
+        # Detectron2's operations in another order, in float32.
         torch.testing.assert_close(value, expected[name], rtol=1e-4, atol=1e-4)
     assert torch.equal(ours.head.weight, model.head.weight)
     for wrong in ({"final_norm": True}, {"use_rel_pos": False}, {"embed_dim": 96}):

@@ -156,6 +156,7 @@ def test_a_dinov2_training_run_gives_its_teacher_and_accounts_for_all(tmp_path):
     images = torch.randn(1, 3, 56, 56)
     with torch.no_grad():
         # The same operations in another order of attention: rounding of float32 alone.
+        # The source's operations in another order, in float32.
         torch.testing.assert_close(
             encoder.forward_tokens(images),
             model.forward_features(images)[:, 1:],

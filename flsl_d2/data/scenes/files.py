@@ -6,7 +6,6 @@ import json
 import logging
 import os
 import shutil
-import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -17,6 +16,7 @@ import numpy as np
 from flsl_d2.data.scenes.layout import CLASS_NAMES
 from flsl_d2.data.scenes.render import Scene, render_scene
 from flsl_d2.errors import InputError
+from flsl_d2.files import write_text
 
 # A contour goes through the centres of the border pixels, half a pixel inside the mask. On a mask
 # enlarged by this factor that loss is 1/4 px, which no rasteriser rounds to a whole pixel.
@@ -130,7 +130,7 @@ def _write_split(
         "annotations": annotations,
         "categories": [{"id": i, "name": name} for i, name in enumerate(CLASS_NAMES, start=1)],
     }
-    (root / "annotations" / f"instances_{split}.json").write_text(json.dumps(content))
+    write_text(root / "annotations" / f"instances_{split}.json", json.dumps(content))
 
 
 def _complete(root: Path, parameters: dict[str, Any]) -> bool:
@@ -166,21 +166,6 @@ def _check(root: Path, counts: dict[str, int], image_size: tuple[int, int], seed
         )
 
 
-def _put_in_place(made: Path, root: Path, parameters: dict[str, Any]) -> None:
-    """Rename the finished folder to `root`; scenes of other parameters there go first."""
-    if _complete(root, parameters):
-        return  # another process was faster, and may be reading them already
-    if root.exists():
-        aside = made.with_name(made.name + ".old")
-        root.rename(aside)
-        shutil.rmtree(aside)
-    try:
-        made.rename(root)
-    except OSError:
-        if not _complete(root, parameters):
-            raise
-
-
 def make_scenes(
     root: str | os.PathLike[str],
     num_train: int = 320,
@@ -191,9 +176,8 @@ def make_scenes(
     """Make the scenes, unless `root` already holds exactly them.
 
     Writes `root/{train,val}/*.jpg` and `root/annotations/instances_{train,val}.json` (COCO format,
-    polygons). Everything appears at once or not at all: the files are made in a folder beside
-    `root`, which is then renamed. Equal arguments give bit-identical files with equal versions of
-    numpy and OpenCV. Scenes of other parameters at `root` are replaced.
+    polygons). Equal arguments give bit-identical files with equal versions of numpy and OpenCV.
+    Scenes of other parameters at `root` are replaced, as are those whose making was interrupted.
 
     Args:
         root: the data set's folder; it may not exist yet.
@@ -211,18 +195,10 @@ def make_scenes(
     if _complete(root, parameters):
         logger.info("scenes: %s is already made", root)
         return
-    root.parent.mkdir(parents=True, exist_ok=True)
-    made = Path(tempfile.mkdtemp(prefix=f".{root.name}.", dir=root.parent))
-    try:
-        # mkdtemp makes a folder for its owner alone; a data set has the usual permissions.
-        umask = os.umask(0)
-        os.umask(umask)
-        made.chmod(0o777 & ~umask)
-        (made / "annotations").mkdir()
-        for split in SPLITS:
-            _write_split(made, split, counts[f"num_{split}"], image_size, seed)
-        (made / _PARAMETERS).write_text(json.dumps(parameters))
-        _put_in_place(made, root, parameters)
-    finally:
-        shutil.rmtree(made, ignore_errors=True)
+    if root.exists():
+        shutil.rmtree(root)
+    # These come first, so that an interrupted folder is known as one of scenes.
+    write_text(root / _PARAMETERS, json.dumps(parameters))
+    for split in SPLITS:
+        _write_split(root, split, counts[f"num_{split}"], image_size, seed)
     logger.info("scenes: %d training and %d validation images in %s", num_train, num_val, root)

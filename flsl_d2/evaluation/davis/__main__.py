@@ -9,15 +9,9 @@ from pathlib import Path
 
 from detectron2.utils.logger import setup_logger
 
-from flsl_d2.engine.command_line import (
-    add_defaults,
-    add_option,
-    described_parser,
-    run_tool,
-)
-from flsl_d2.evaluation.davis import DavisRun, Propagation, run_davis
-
-__all__ = ["main"]
+from flsl_d2.engine.command_line import add_defaults, add_option, described_parser, run_tool
+from flsl_d2.evaluation.davis.propagation import Propagation
+from flsl_d2.evaluation.davis.run import DavisRun, run_davis
 
 DESCRIPTION = "Segment the videos of DAVIS 2017 with an encoder's frozen tokens: J, F and J&F."
 EXAMPLES = """examples:
@@ -64,6 +58,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         ("--top-k", 5, "number of neighbours that give labels"),
         ("--temperature", 0.1, "temperature of the neighbours' weights"),
         ("--batch-size", 8, "frames encoded at once"),
+        ("--seed", 0, "seed of untrained weights"),
     )
     run_tool(_run, parser.parse_args(arguments))
 
@@ -81,7 +76,7 @@ def _run(args: argparse.Namespace) -> None:
         score=not args.masks_only,
     )
     setup_logger()
-    run_davis(run, args.weights, args.device, args.json)
+    run_davis(run, args.weights, args.device, args.json, args.seed)
 
 
 if __name__ == "__main__":

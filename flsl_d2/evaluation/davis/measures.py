@@ -7,15 +7,12 @@ the image, quarters of a sequence) follows the benchmark's own evaluation of DAV
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
-from functools import cache
 from typing import NamedTuple
 
-import cv2
 import numpy as np
 
-__all__ = ["Statistics", "boundary_accuracy", "region_similarity", "statistics"]
+from flsl_d2.evaluation.partitions import match_boundaries
 
 _TOLERANCE = 0.008  # distance within which boundaries match, as a share of the diagonal
 
@@ -35,54 +32,20 @@ class Statistics(NamedTuple):
 
 
 def region_similarity(mask: np.ndarray, truth: np.ndarray) -> float:
-    """J, the intersection over union.
-
-    Args:
-        mask: (H, W) bool, the prediction.
-        truth: (H, W) bool.
-
-    Returns:
-        0 to 1; 1 where both are empty.
-    """
+    """J, the intersection over union of two masks (H, W) bool; 1 where both are empty."""
     union = np.count_nonzero(mask | truth)
     return np.count_nonzero(mask & truth) / union if union else 1.0
 
 
 def boundary_accuracy(mask: np.ndarray, truth: np.ndarray) -> float:
-    """F, the harmonic mean of precision and recall of boundary pixels.
-
-    A boundary pixel is matched if the other mask has one within a distance of 0.8% of the image's
-    diagonal, rounded up to whole pixels.
-
-    Args:
-        mask: (H, W) bool, the prediction.
-        truth: (H, W) bool.
-
-    Returns:
-        0 to 1; 1 where neither mask has a boundary, 0 where only one has.
-    """
-    radius = math.ceil(_TOLERANCE * math.hypot(*mask.shape))
-    found, true = _boundary(mask), _boundary(truth)
-    num_found, num_true = np.count_nonzero(found), np.count_nonzero(true)
-    if num_found == 0 or num_true == 0:
-        return float(num_found == num_true)
-    # Matches lie within the bounding box of the boundaries, and objects are small.
-    window = _bounding_box(found | true)
-    found, true = found[window], true[window]
-    precision = np.count_nonzero(found & _thickened(true, radius)) / num_found
-    recall = np.count_nonzero(true & _thickened(found, radius)) / num_true
-    if precision + recall == 0:
-        return 0.0
-    return 2 * precision * recall / (precision + recall)
+    """F of the boundaries of two masks (H, W) bool, within 0.8% of the image's diagonal."""
+    return match_boundaries(_boundary(mask), _boundary(truth), _TOLERANCE)
 
 
 def statistics(values: Sequence[float]) -> Statistics:
-    """Mean, recall and decay of a measure over the scored frames of one object.
+    """Mean, recall and decay of a measure over the scored frames of one object, in order.
 
     The quarters overlap by the frame where they meet, as in the benchmark's evaluation.
-
-    Args:
-        values: value of each frame, in order; at least one.
 
     Raises:
         ValueError: ``values`` is empty or has several axes.
@@ -102,19 +65,3 @@ def _boundary(mask: np.ndarray) -> np.ndarray:
     """Mark pixels that differ from a neighbour to the right, below, or both."""
     padded = np.pad(mask, ((0, 1), (0, 1)), mode="edge")  # there is no boundary at the border
     return (mask != padded[:-1, 1:]) | (mask != padded[1:, :-1]) | (mask != padded[1:, 1:])
-
-
-def _bounding_box(pixels: np.ndarray) -> tuple[slice, slice]:
-    rows, columns = np.flatnonzero(pixels.any(axis=1)), np.flatnonzero(pixels.any(axis=0))
-    return slice(rows[0], rows[-1] + 1), slice(columns[0], columns[-1] + 1)
-
-
-def _thickened(pixels: np.ndarray, radius: int) -> np.ndarray:
-    return cv2.dilate(pixels.astype(np.uint8), _disk(radius)).astype(bool)
-
-
-@cache
-def _disk(radius: int) -> np.ndarray:
-    """(2r + 1, 2r + 1) uint8, 1 up to the distance r from the centre."""
-    offsets = np.arange(-radius, radius + 1)
-    return (offsets[:, None] ** 2 + offsets**2 <= radius**2).astype(np.uint8)

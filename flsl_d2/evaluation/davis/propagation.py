@@ -10,6 +10,7 @@ from collections.abc import Generator, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
+from itertools import islice
 from pathlib import Path
 
 import cv2
@@ -19,18 +20,11 @@ from PIL import Image
 from torch import Tensor
 from torch.nn import functional as F
 
+from flsl_d2.data.images import read_rgb
 from flsl_d2.errors import InputError
-from flsl_d2.evaluation.davis.sequences import Sequence, read_frame, read_mask
+from flsl_d2.evaluation.davis.sequences import Sequence, read_mask
 from flsl_d2.evaluation.features import device_of, encode_images
 from flsl_d2.modeling import Encoder
-
-__all__ = [
-    "Propagation",
-    "frame_size",
-    "propagate",
-    "propagate_through",
-    "segment_sequence",
-]
 
 # Tokens that repeat, as in a still video, tie with the last of the nearest neighbours. All whose
 # cosine similarity is this close count, because rounding would choose among them otherwise.
@@ -85,8 +79,6 @@ def propagate_through(
     Args:
         frames: tokens (N, D) of each frame, in order. Only the context is kept in memory.
         first_labels: (N, K) labels of the tokens of the first frame.
-        grid: rows and columns of tokens.
-        settings: settings of the propagation.
 
     Yields:
         (N, K) float32 for each frame but the first. Rows sum to 1 where those of `first_labels`
@@ -119,8 +111,6 @@ def propagate(
         queries: (N, D), L2-normalised, row-major over the grid.
         sources: (C, N, D) tokens of the other frames, L2-normalised.
         labels: (C, N, K) labels of the sources.
-        grid: rows and columns, N = rows * columns.
-        settings: settings of the propagation; ``context`` is not used here.
         max_pairs: bound of the similarities held at once; changes the memory, not the result.
 
     Returns:
@@ -169,11 +159,6 @@ def frame_size(size: tuple[int, int], short_side: int, patch_size: int) -> tuple
     ratio and is cut to a multiple of 64, or of the patch size where that does not divide 64:
     480 x 854 becomes 480 x 832 with patches of 8 or 16, and 476 x 854 with patches of 14.
 
-    Args:
-        size: height and width of the frame.
-        short_side: shorter side of the result in pixels.
-        patch_size: patch size of the encoder in pixels.
-
     Raises:
         InputError: the shorter side is smaller than a patch.
     """
@@ -203,10 +188,7 @@ def segment_sequence(
 
     Args:
         encoder: in evaluation mode; everything but reading and writing happens on its device.
-        sequence: from :func:`flsl_d2.evaluation.davis.find_sequence`.
         settings: settings of the propagation; the protocol's by default.
-        short_side: see :func:`frame_size`.
-        batch_size: frames that are encoded together.
 
     Yields:
         Mask (H, W) uint8 of each frame, of the sequence's own size; 0 is the background.
@@ -229,9 +211,9 @@ def segment_sequence(
             yield _mask_of(labels, grid, size, sequence.size)
 
 
-def _tokens(encoder: Encoder, images: Iterable[np.ndarray], batch_size: int) -> Iterator[Tensor]:
+def _tokens(encoder: Encoder, images: Iterator[np.ndarray], batch_size: int) -> Iterator[Tensor]:
     """Yield the tokens (N, D) of each image, which are encoded in batches."""
-    for batch in _batches(images, batch_size):
+    while batch := list(islice(images, batch_size)):
         tokens = encode_images(encoder, np.stack(batch))
         if not tokens.isfinite().all():
             raise InputError(
@@ -240,19 +222,14 @@ def _tokens(encoder: Encoder, images: Iterable[np.ndarray], batch_size: int) -> 
         yield from tokens
 
 
-def _batches(images: Iterable[np.ndarray], size: int) -> Iterator[list[np.ndarray]]:
-    batch: list[np.ndarray] = []
-    for image in images:
-        batch.append(image)
-        if len(batch) == size:
-            yield batch
-            batch = []
-    if batch:
-        yield batch
-
-
 def _read_resized(path: Path, size: tuple[int, int]) -> np.ndarray:
-    return cv2.resize(read_frame(path), size[::-1], interpolation=cv2.INTER_LINEAR)
+    try:
+        frame = read_rgb(str(path))
+    except OSError as error:
+        raise InputError(
+            f"frame '{path}' cannot be decoded ({error}); download it again."
+        ) from error
+    return cv2.resize(frame, size[::-1], interpolation=cv2.INTER_LINEAR)
 
 
 def _token_labels(mask: np.ndarray, grid: tuple[int, int]) -> Tensor:

@@ -12,9 +12,10 @@ from contextlib import closing
 from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
+from tabulate import tabulate
 from tqdm import tqdm
 
 from flsl_d2.errors import InputError
@@ -36,23 +37,12 @@ from flsl_d2.evaluation.features import RANDOM, frozen_encoder, usable_device
 from flsl_d2.files import writable_folder, write_text
 from flsl_d2.modeling import Encoder
 
-__all__ = [
-    "DavisRun",
-    "Results",
-    "Scores",
-    "average",
-    "evaluate_davis",
-    "run_davis",
-    "score_sequence",
-]
-
 logger = logging.getLogger("detectron2.flsl_d2.evaluation")
 
 _COLUMNS = ("J&F", "J", "J rec.", "J dec.", "F", "F rec.", "F dec.")
 
 
-@dataclass(frozen=True)
-class Scores:
+class Scores(NamedTuple):
     """J and F of an object, or the average of several."""
 
     region: Statistics
@@ -117,28 +107,22 @@ class Results:
         }
 
     def table(self) -> str:
-        """Format a row for each sequence and one overall; measures are in percent."""
-        width = max(len(name) for name in (*self.objects, *self.failed, "overall"))
-        head = "".join(f"{name:>8}" for name in _COLUMNS)
-        lines = [f"{'sequence':<{width}}  objects{head}"]
-        for name, objects in self.objects.items():
-            row = (
-                _row(average(list(objects.values()))) if objects else "  masks written, not scored"
-            )
-            lines.append(f"{name:<{width}}{len(objects) or '':>9}{row}")
-        lines += [f"{name:<{width}}  failed: {reason}" for name, reason in self.failed.items()]
-        overall = self.overall()
-        if overall:
-            number = sum(map(len, self.objects.values()))
-            lines.append(f"{'overall':<{width}}{number:>9}{_row(overall)}")
-        of = len(self.objects) + len(self.failed)
-        lines.append(f"{len(self.objects)} of {of} sequences count.")
-        return "\n".join(lines)
+        """Format a row for each sequence and one overall, measures in percent, and failures."""
 
+        def row(name: str, objects: Ordered[Scores]) -> list[str]:
+            if not objects:
+                return [name, "", "masks written, not scored"]
+            mean = average(objects)
+            numbers = (mean.both, *mean.region, *mean.boundary)
+            return [name, str(len(objects)), *(f"{100 * number:.1f}" for number in numbers)]
 
-def _row(scores: Scores) -> str:
-    numbers = (scores.both, *scores.region, *scores.boundary)
-    return "".join(f"{100 * number:8.1f}" for number in numbers)
+        rows = [row(name, list(objects.values())) for name, objects in self.objects.items()]
+        every = [scores for objects in self.objects.values() for scores in objects.values()]
+        rows += [row("overall", every)] if every else []
+        table = tabulate(rows, ("sequence", "objects", *_COLUMNS), tablefmt="plain")
+        failed = [f"{name} failed: {reason}" for name, reason in self.failed.items()]
+        total = len(self.objects) + len(self.failed)
+        return "\n".join([table, *failed, f"{len(self.objects)} of {total} sequences count."])
 
 
 @dataclass(frozen=True)
@@ -176,14 +160,14 @@ class DavisRun:
             raise InputError(f"the batch size is {self.batch_size}; give 1 or more.")
 
 
-def run_davis(run: DavisRun, weights: str, device: str, json_file: Path | None = None) -> Results:
+def run_davis(
+    run: DavisRun, weights: str, device: str, json_file: Path | None = None, seed: int = 0
+) -> Results:
     """Evaluate a weight file, print the table and write the results as JSON.
 
     Args:
-        run: data and settings.
-        weights: see :func:`flsl_d2.evaluation.features.frozen_encoder`.
-        device: PyTorch's name of the device.
         json_file: file for results and settings; ``results.json`` in the output folder by default.
+        seed: seed for untrained weights.
 
     Raises:
         InputError: nothing can be evaluated; or, after all results are written, some sequences
@@ -193,7 +177,7 @@ def run_davis(run: DavisRun, weights: str, device: str, json_file: Path | None =
     sequence_names(run.root, run.year, run.split, run.resolution)
     json_file = json_file or run.output / "results.json"
     writable_folder(json_file.parent)
-    encoder = frozen_encoder(weights).to(on)
+    encoder = frozen_encoder(weights, seed).to(on)
     if weights == RANDOM:
         logger.warning("The encoder is an untrained ViT-S/16; its scores are a lower reference.")
     results = evaluate_davis(encoder, run)
@@ -213,13 +197,7 @@ def run_davis(run: DavisRun, weights: str, device: str, json_file: Path | None =
 
 
 def evaluate_davis(encoder: Encoder, run: DavisRun) -> Results:
-    """Segment, write and score every sequence of a split.
-
-    A sequence that fails does not stop the others.
-
-    Args:
-        encoder: in evaluation mode, on the device to use.
-        run: data and settings.
+    """Segment, write and score every sequence of a split; one that fails does not stop the others.
 
     Raises:
         InputError: the split cannot be found, nothing can be written, or the short side is
@@ -253,10 +231,6 @@ def evaluate_davis(encoder: Encoder, run: DavisRun) -> Results:
 
 def score_sequence(sequence: Sequence, masks: Ordered[np.ndarray]) -> dict[int, Scores]:
     """Score each object of the first frame; the first and the last frame do not count.
-
-    Args:
-        sequence: with masks of all its frames.
-        masks: predicted masks, (H, W) uint8 indexes, of every frame.
 
     Returns:
         Scores by index, from 1 to the largest in the first frame.

@@ -13,20 +13,8 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from flsl_d2.data.images import picture_size, read_rgb
+from flsl_d2.data.images import picture_size
 from flsl_d2.errors import InputError
-
-__all__ = [
-    "VOID",
-    "Sequence",
-    "davis_palette",
-    "find_sequence",
-    "read_frame",
-    "read_indexed_png",
-    "read_mask",
-    "sequence_names",
-    "write_indexed_png",
-]
 
 VOID = 255  # index of pixels that belong to nothing
 
@@ -102,12 +90,6 @@ class Sequence:
 def sequence_names(root: Path, year: str, split: str, resolution: str) -> list[str]:
     """Return the names of the sequences of a split, in the order of its list.
 
-    Args:
-        root: folder of DAVIS.
-        year: folder below ImageSets, such as ``2017``.
-        split: name of the list, such as ``val``.
-        resolution: folder below JPEGImages and Annotations, such as ``480p``.
-
     Raises:
         InputError: the folder is not DAVIS's, the split does not exist, or its list is empty or
             has another format.
@@ -139,11 +121,7 @@ def sequence_names(root: Path, year: str, split: str, resolution: str) -> list[s
 def find_sequence(root: Path, resolution: str, name: str, all_masks: bool = True) -> Sequence:
     """Find the files of a sequence, and check what can be checked without decoding pixels.
 
-    Args:
-        root: folder of DAVIS.
-        resolution: folder below JPEGImages and Annotations, such as ``480p``.
-        name: name of the sequence.
-        all_masks: whether every frame needs its mask; otherwise only the first does.
+    Every frame needs its mask; with ``all_masks=False`` only the first does.
 
     Raises:
         InputError: a frame or mask is missing, unreadable, or has another size.
@@ -159,7 +137,10 @@ def find_sequence(root: Path, resolution: str, name: str, all_masks: bool = True
         advice = ", or only write masks (--masks-only) if these are not public" if all_masks else ""
         raise InputError(f"{_listed(missing)} missing in '{folder}'; download it again{advice}.")
     if all_masks:
-        _check_no_more(folder, masks)
+        more = sorted(set(folder.glob("*.png")) - set(masks))
+        if more:
+            absent = _listed([f"{mask.stem}.jpg" for mask in more])
+            raise InputError(f"{absent} missing, though '{more[0]}' is there; download it.")
         if len(frames) < _LEAST_SCORED_FRAMES:
             raise InputError(
                 f"{len(frames)} frames in '{frames[0].parent}': the first and the last do not "
@@ -167,26 +148,13 @@ def find_sequence(root: Path, resolution: str, name: str, all_masks: bool = True
             )
     size = _size(frames[0])
     for path in (*frames, *masks):
-        if _size(path) != size:
+        own = _size(path)
+        if own != size:
             raise InputError(
-                f"'{path}' has {_text(_size(path))} pixels, but the first frame has "
-                f"{_text(size)}; all files of a sequence must have one size."
+                f"'{path}' has {own[0]} x {own[1]} pixels, but the first frame has {size[0]} x "
+                f"{size[1]}; all files of a sequence must have one size."
             )
     return Sequence(name, tuple(frames), tuple(masks), size)
-
-
-def read_frame(path: Path) -> np.ndarray:
-    """Read a frame, (H, W, 3) uint8 RGB.
-
-    Raises:
-        InputError: the file cannot be decoded.
-    """
-    try:
-        return read_rgb(str(path))
-    except OSError as error:
-        raise InputError(
-            f"frame '{path}' cannot be decoded ({error}); download it again."
-        ) from error
 
 
 def read_mask(path: Path) -> np.ndarray:
@@ -214,23 +182,12 @@ def _check_numbers(frames: list[Path]) -> None:
         raise InputError(f"{_listed(names)} missing in '{frames[0].parent}'; download it again.")
 
 
-def _check_no_more(folder: Path, masks: list[Path]) -> None:
-    more = sorted(set(folder.glob("*.png")) - set(masks))
-    if more:
-        names = [f"{mask.stem}.jpg" for mask in more]
-        raise InputError(f"{_listed(names)} missing, though '{more[0]}' is there; download it.")
-
-
 def _size(path: Path) -> tuple[int, int]:
     """Height and width of an image file, without decoding its pixels."""
     try:
         return picture_size(str(path))[0]
     except OSError as error:
         raise InputError(f"'{path}' cannot be read ({error}); download it again.") from error
-
-
-def _text(size: tuple[int, int]) -> str:
-    return f"{size[0]} x {size[1]}"
 
 
 def _listed(names: list[str]) -> str:

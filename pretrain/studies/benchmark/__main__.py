@@ -18,8 +18,6 @@ from pretrain.studies.benchmark.detection import SIZES, benchmark_detection
 from pretrain.studies.benchmark.scaling import benchmark_scaling
 from pretrain.studies.benchmark.step import VARIANTS, benchmark_step
 
-__all__ = ["main"]
-
 CONFIG = "configs/pretrain/flsl_vit_small_p16_in1k.py"
 DESCRIPTION = "Measure speed and memory on this machine, this project and a reference in turn."
 EXAMPLES = """examples:

@@ -16,6 +16,7 @@ from detectron2.config import instantiate
 from tqdm import tqdm
 
 from flsl_d2.data.image_files import find_images
+from flsl_d2.data.image_store import ImageStore, open_images
 from flsl_d2.data.images import read_rgb
 from flsl_d2.engine.config_files import load_lazy_config
 from pretrain.data import PretrainDataset, build_pretrain_loader
@@ -29,11 +30,6 @@ from pretrain.studies.benchmark.measuring import (
 )
 from pretrain.studies.benchmark.step import build_trainer, run_step
 from pretrain.views import DEVICE_WORK
-
-__all__ = [
-    "benchmark_data",
-    "benchmark_end_to_end",
-]
 
 
 def benchmark_data(args: argparse.Namespace) -> None:
@@ -99,7 +95,7 @@ class _Run:
     """Steps of a real run; without ``read``, steps on its first batch alone."""
 
     def __init__(
-        self, args: argparse.Namespace, files: list[str], device: torch.device, read: bool = True
+        self, args: argparse.Namespace, files: ImageStore, device: torch.device, read: bool = True
     ) -> None:
         cfg = load_lazy_config(args.config_file, args.opts)
         dataset = PretrainDataset(files, instantiate(cfg.views))
@@ -135,7 +131,7 @@ def benchmark_end_to_end(args: argparse.Namespace) -> None:
     take turns at each step, the workers of one would fetch ahead during the step of the other.
     """
     device = prepared_device(args)
-    files = find_images(args.images)
+    files = open_images(args.images)  # shards as well
     sides: dict[str, Callable[[], Callable[[], None]]] = {}
     if args.reference_module:
         make_run = reference_function(args.reference_module, "make_run")

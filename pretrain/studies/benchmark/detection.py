@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import argparse
-from dataclasses import dataclass
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -25,8 +25,6 @@ from pretrain.studies.benchmark.measuring import (
     time_in_turn,
 )
 from pretrain.trainer import PRECISIONS, resolve_precision
-
-__all__ = ["benchmark_detection", "pyramids"]
 
 SIZES = {"s": VIT_SIZES["small"], "b": VIT_SIZES["base"], "l": VIT_SIZES["large"]}
 
@@ -109,24 +107,33 @@ def benchmark_detection(args: argparse.Namespace) -> None:
     else:
         inputs = _images(args.batch_size, args.size, device)
 
-    def build(name: str, run: type[_Training] | type[_Inference]) -> _Training | _Inference:
+    def build(name: str) -> Callable[[], object]:
         torch.manual_seed(0)  # both get the same detector
-        backbone = pyramids(args.model, args.size, args.rel_pos)[name]
-        model = backbone if args.backbone_only else _mask_rcnn(backbone)
-        return run(model.to(device), inputs, mixed)
+        backbone = pyramids(args.model, args.size, args.rel_pos)[name.partition(",")[0]]
+        model = (backbone if args.backbone_only else _mask_rcnn(backbone)).to(device)
+        if name.endswith("inference"):
+            return torch.no_grad()(mixed(partial(model.eval(), inputs)))
 
-    makers = {
-        f"{name}, {what}": partial(build, name, run)
-        for name in ("detectron2", "flsl_d2")
-        for what, run in (("training", _Training), ("inference", _Inference))
-    }
+        def loss() -> Tensor:
+            """Return the detector's loss, or a number that depends on all outputs of a backbone."""
+            with mixed, EventStorage():  # the detector's heads write to the storage
+                out = model(inputs)
+                if args.backbone_only:
+                    return sum(level.float().square().mean() for level in out.values())
+                return sum(out.values())
+
+        return _Training(model.train(), loss)
+
+    sides = ("detectron2", "flsl_d2")
+    names = [f"{side}, {what}" for side in sides for what in ("training", "inference")]
+    makers = {name: partial(build, name) for name in names}
     timings = time_in_turn(makers, args.repeats, args.warmup, device)
     rows = []
     for name, timing in timings.items():
-        base = timings[name.replace("flsl_d2", "detectron2")]
         step, kept = timing.function, None
         if isinstance(step, _Training):
             kept = stored_for_backward(step.loss, step.model) / args.batch_size / 2**30
+        base = timings[name.replace("flsl_d2", "detectron2")]
         rows.append(
             {
                 "what": name,
@@ -154,42 +161,12 @@ def _mask_rcnn(backbone: nn.Module) -> nn.Module:
     return model
 
 
-@dataclass
 class _Training:
     """Forward and backward pass."""
 
-    model: nn.Module
-    inputs: Any
-    mixed: torch.autocast
-
-    def __post_init__(self) -> None:
-        self.model.train()
+    def __init__(self, model: nn.Module, loss: Callable[[], Tensor]) -> None:
+        self.model, self.loss = model, loss
 
     def __call__(self) -> None:
         self.model.zero_grad(set_to_none=True)
         self.loss().backward()
-
-    def loss(self) -> Tensor:
-        """Return the detector's loss, or a number that depends on all outputs of a backbone."""
-        with self.mixed, EventStorage():  # the detector's heads write to the storage
-            out = self.model(self.inputs)
-            if isinstance(self.inputs, Tensor):
-                return sum(level.float().square().mean() for level in out.values())
-            return sum(out.values())
-
-
-@dataclass
-class _Inference:
-    """Forward pass without gradients."""
-
-    model: nn.Module
-    inputs: Any
-    mixed: torch.autocast
-
-    def __post_init__(self) -> None:
-        self.model.eval()
-
-    @torch.no_grad()
-    def __call__(self) -> None:
-        with self.mixed:
-            self.model(self.inputs)

@@ -25,17 +25,6 @@ from flsl_d2.engine.launch import usable_cores
 from flsl_d2.errors import InputError
 from flsl_d2.files import write_text
 
-__all__ = [
-    "Timing",
-    "machine",
-    "prepared_device",
-    "reference_function",
-    "report",
-    "seconds_of",
-    "stored_for_backward",
-    "time_in_turn",
-]
-
 
 @dataclass
 class Timing:
@@ -94,7 +83,6 @@ def time_in_turn(
         makers: functions that make the functions to time, by name.
         repeats: number of measurements of each.
         warmup: number of runs of each before the first measurement (compilation, caches, clocks).
-        device: device to wait for before and after each run.
     """
     if device.type == "cuda":
         peaks = {name: _peak_alone(make, device) for name, make in makers.items()}
@@ -152,7 +140,6 @@ def stored_for_backward(forward: Callable[[], Any], model: torch.nn.Module) -> i
     well. Memory that several saved tensors share counts once.
 
     Args:
-        forward: function that runs the forward pass.
         model: model whose parameters and buffers do not count.
     """
     own = {t.untyped_storage().data_ptr() for t in [*model.parameters(), *model.buffers()]}
@@ -232,9 +219,7 @@ def report(
     Args:
         title: line above the table: the conditions of the measurement.
         rows: values by column; None where something was not measured.
-        device: device that was measured.
         json_file: file to write; None for no file.
-        content: further content of the file.
     """
     cells = [{column: _cell(value) for column, value in row.items()} for row in rows]
     print(title)

@@ -12,8 +12,6 @@ from flsl_d2.visualization.figures import new_figure, save_figure
 from pretrain.studies.benchmark.measuring import prepared_device, report, time_in_turn
 from pretrain.studies.benchmark.step import Step
 
-__all__ = ["benchmark_scaling"]
-
 AXES: dict[str, tuple[str, tuple[int, ...]]] = {
     "batch": ("images a step", ()),  # the values of --batches
     "views.global_size": ("pixels of the global views", (112, 160, 224, 288)),
@@ -42,7 +40,7 @@ def benchmark_scaling(args: argparse.Namespace) -> None:
                 "images/s": timing.rate(batch),
                 "peak GiB": timing.peak_gib,
                 "MiB kept for backward": step.stored_bytes() / 2**20 if step else None,
-                "GFLOP/image": step.flops_per_image / 1e9 if step else None,
+                "GFLOP/image": step.flops_per_image() / 1e9 if step else None,
             }
         )
         del step, timing

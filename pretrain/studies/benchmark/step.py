@@ -4,20 +4,20 @@ from __future__ import annotations
 
 import argparse
 import itertools
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 from dataclasses import replace
 from functools import partial
-from typing import Any
 
 import numpy as np
 import torch
 from detectron2.config import instantiate
 from detectron2.utils.events import EventStorage
 from omegaconf import DictConfig
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
 
 from flsl_d2.engine.config_files import load_lazy_config
 from flsl_d2.errors import InputError
-from flsl_d2.modeling import FLSLViT
 from pretrain.augmentation import draw_augmentation
 from pretrain.data import Batch, collate
 from pretrain.methods.flsl import FLSL
@@ -31,19 +31,6 @@ from pretrain.studies.benchmark.measuring import (
 )
 from pretrain.trainer import PretrainTrainer, resolve_precision
 from pretrain.views import NestedViews, Views
-
-__all__ = [
-    "PEAK_TFLOPS",
-    "VARIANTS",
-    "Step",
-    "benchmark_step",
-    "build_trainer",
-    "encoder_flops",
-    "peak_tflops",
-    "random_batch",
-    "run_step",
-    "step_flops",
-]
 
 # Dense bf16 and fp16 peak of GPUs, from the vendor's data sheets, by a part of PyTorch's name.
 PEAK_TFLOPS = {
@@ -63,49 +50,6 @@ PEAK_TFLOPS = {
 def peak_tflops(device_name: str) -> float | None:
     """Return the peak of a GPU in TFLOP/s; None where it is not listed."""
     return next((peak for part, peak in PEAK_TFLOPS.items() if part in device_name), None)
-
-
-def encoder_flops(encoder: FLSLViT, num_tokens: int, training: bool = False) -> int:
-    """Count the floating-point operations of a forward pass over one image.
-
-    Args:
-        encoder: encoder to count.
-        num_tokens: number of tokens of the image.
-        training: whether stochastic depth leaves branches out; the result is then the mean.
-    """
-    width = encoder.embed_dim
-    projection: Any = encoder.patch_embed.proj
-    pixels = projection.in_channels * encoder.patch_size**2
-    block_list: list[Any] = list(encoder.blocks)
-    hidden = block_list[0].mlp.fc1.out_features
-    linear = 2 * num_tokens * (4 * width * width + 2 * width * hidden)
-    attention = 4 * num_tokens**2 * width
-    dropped = sum(block.drop_path.probability for block in block_list) if training else 0
-    blocks = (encoder.depth - dropped) * (linear + attention)
-    return round(2 * num_tokens * pixels * width + blocks)
-
-
-def step_flops(model: FLSL, view_tokens: Sequence[int], view_queries: Sequence[int]) -> int:
-    """Count the floating-point operations of a step for one image.
-
-    A backward pass costs twice its forward pass (gradients of inputs and of weights), so the
-    student counts three times and the teacher once.
-
-    Args:
-        model: student and teacher.
-        view_tokens: number of tokens of each view, the teacher's first.
-        view_queries: number of queries of each student view.
-    """
-    encoder, head = model.student.backbone, model.student.head
-    teacher_tokens, *student_tokens = view_tokens
-    total = encoder_flops(encoder, teacher_tokens)
-    for tokens, queries in zip(student_tokens, view_queries, strict=True):
-        total += 3 * encoder_flops(encoder, tokens, training=True)
-        shift = 4 * queries * encoder.embed_dim
-        total += 3 * shift * tokens + shift * teacher_tokens
-    weights = sum(p.numel() for p in head.mlp.parameters() if p.ndim == 2)
-    weights += head.last_layer.weight_v.numel()
-    return total + (3 + 1) * 2 * weights * sum(view_queries)
 
 
 # Overrides that change the speed of a step and not its result; in "a+b" the later one wins.
@@ -147,15 +91,7 @@ def random_batch(views: NestedViews, batch_size: int, seed: int = 0) -> Batch:
 def build_trainer(
     cfg: DictConfig, batch_size: int, device: torch.device, precision: str, batches: Iterable[Batch]
 ) -> PretrainTrainer:
-    """Build the trainer of a real run, with schedules of a run that does not end.
-
-    Args:
-        cfg: pre-training config.
-        batch_size: number of images of a step.
-        device: device to train on.
-        precision: value of ``train.precision``.
-        batches: batches of the steps.
-    """
+    """Build the trainer of a real run, with schedules of a run that does not end."""
     cfg.schedules.update(total_batch_size=batch_size, iters_per_epoch=1000, total_iters=10**6)
     torch.manual_seed(0)
     model: FLSL = instantiate(cfg.model).to(device).train()
@@ -182,15 +118,7 @@ def run_step(trainer: PretrainTrainer) -> None:
 
 
 class Step:
-    """Step of the real trainer, always on the same batch.
-
-    Args:
-        config_file: pre-training config.
-        overrides: changes to it.
-        batch_size: number of images of a step.
-        device: device to train on.
-        precision: value of ``train.precision``.
-    """
+    """Step of the real trainer, always on the same batch."""
 
     def __init__(
         self,
@@ -201,28 +129,30 @@ class Step:
         precision: str,
     ) -> None:
         cfg = load_lazy_config(config_file, overrides)
-        views: NestedViews = instantiate(cfg.views)
-        self.batch = batch = random_batch(views, batch_size)
+        self.batch, self.batch_size = random_batch(instantiate(cfg.views), batch_size), batch_size
         if device.type == "cuda":
-            batch.pin_memory()
-        batches = itertools.repeat(batch)
+            self.batch.pin_memory()
+        batches = itertools.repeat(self.batch)
         self.trainer = build_trainer(cfg, batch_size, device, precision, batches)
         self.model: FLSL = self.trainer.model
-        grids = [views.global_size, *(size for size, _, _ in views.student_views)]
-        self.flops_per_image = step_flops(
-            self.model,
-            [(size // views.patch_size) ** 2 for size in grids],
-            [indexes.shape[1] for indexes in batch.queries],
-        )
 
     def __call__(self) -> None:
         """Run one step."""
         run_step(self.trainer)
 
+    def _forward(self) -> torch.Tensor:
+        return self.trainer._forward(self.batch, self.trainer.schedules(0))["loss"]
+
     def stored_bytes(self) -> int:
         """Count the bytes that the forward pass keeps for the backward pass."""
-        values = self.trainer.schedules(0)
-        return stored_for_backward(lambda: self.trainer._forward(self.batch, values), self.model)
+        return stored_for_backward(self._forward, self.model)
+
+    def flops_per_image(self) -> float:
+        """Count the floating-point operations of a step for one image, by PyTorch's counter."""
+        # The counter knows the operations of plain attention.
+        with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+            self._forward().backward()
+        return counter.get_total_flops() / self.batch_size
 
 
 def benchmark_step(args: argparse.Namespace) -> None:
@@ -237,17 +167,18 @@ def benchmark_step(args: argparse.Namespace) -> None:
         makers[name] = partial(
             Step, args.config_file, opts, args.batch_size, device, args.precision
         )
+    # None of the variants changes what has to be computed; recomputed blocks do not count.
+    plain = [*args.opts, *VARIANTS["eager"], "model.backbone.use_act_checkpoint=False"]
+    flops = Step(args.config_file, plain, 2, device, args.precision).flops_per_image()
     timings = time_in_turn(makers, args.repeats, args.warmup, device)
     peak = peak_tflops(torch.cuda.get_device_name(device)) if device.type == "cuda" else None
     first = next(iter(timings))
     rows = []
     for name, timing in timings.items():
-        step, rate = timing.function, timing.rate(args.batch_size)
-        flops = kept = None
-        if isinstance(step, Step):
-            flops = step.flops_per_image
-            if "compiled" not in name:
-                kept = step.stored_bytes() / args.batch_size / 2**20
+        step, rate, kept = timing.function, timing.rate(args.batch_size), None
+        own = flops if isinstance(step, Step) else None
+        if isinstance(step, Step) and "compiled" not in name:
+            kept = step.stored_bytes() / args.batch_size / 2**20
         rows.append(
             {
                 "step": name,
@@ -256,8 +187,8 @@ def benchmark_step(args: argparse.Namespace) -> None:
                 "s/step": timing.median,
                 "peak GiB": timing.peak_gib,
                 "MiB/image kept for backward": kept,
-                "GFLOP/image": flops / 1e9 if flops else None,
-                "MFU": rate * flops / peak / 1e12 if rate and flops and peak else None,
+                "GFLOP/image": own / 1e9 if own else None,
+                "MFU": rate * own / peak / 1e12 if rate and own and peak else None,
             }
         )
     report(
