@@ -179,7 +179,7 @@ class HealthReport(HookBase):
         encoder.train(training)
         if len(features) < 2:
             return None
-        return position_r2([f.tokens.cpu() for f in features], [f.grid for f in features])
+        return position_r2([each.on_cpu() for each in features])
 
 
 def _untrained(encoder: Encoder) -> FLSLViT | None:

@@ -71,9 +71,15 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """Run the comparison that a command line describes."""
     parser = described_parser(DESCRIPTION, EXAMPLES)
     add_option(
-        parser, "--weights", ["--encoder"], type=named_weights, action="append", default=[],
-        metavar="[NAME=]FILE", help=ENCODERS,
-    )  # fmt: skip
+        parser,
+        "--weights",
+        ["--encoder"],
+        type=named_weights,
+        action="append",
+        default=[],
+        metavar="[NAME=]FILE",
+        help=ENCODERS,
+    )
     add_evaluation_options(parser)
     parser.add_argument("--eval", action="append", default=[], help=argparse.SUPPRESS)
     add_option(parser, "--seeds", default=[0], help="seeds of all evaluations (default: 0)")
@@ -178,9 +184,13 @@ def run_comparison(args: argparse.Namespace) -> None:
 
 
 def _draw_tokens(
-    encoders: Sequence[ComparedEncoder], seed: int, output: Path, dataset: str, count: int,
+    encoders: Sequence[ComparedEncoder],
+    seed: int,
+    output: Path,
+    dataset: str,
+    count: int,
     path: Path,
-) -> None:  # fmt: skip
+) -> None:
     """Draw a row for each image: the image, then components and clusters of each encoder."""
     records = choose_records(DatasetCatalog.get(dataset), count)
     images = [read_image(record["file_name"]) for record in records]
@@ -198,9 +208,12 @@ def _draw_tokens(
 
 
 def _detection_section(
-    output: Path, num_pictures: int, evaluation: DetectionEvaluation, subjects: Sequence[Subject],
+    output: Path,
+    num_pictures: int,
+    evaluation: DetectionEvaluation,
+    subjects: Sequence[Subject],
     records: Mapping[str, Record],
-) -> dict[str, Any]:  # fmt: skip
+) -> dict[str, Any]:
     """Draw the curves of fine-tuning, and detections of one seed of each encoder."""
     folders: dict[str, Path] = {}
     pictures: dict[str, Path] = {}

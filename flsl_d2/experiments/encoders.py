@@ -58,9 +58,12 @@ class ComparedEncoder:
         return EncoderFile(label, str(path), identity, seed=seed)
 
     def subject(
-        self, labels: dict[str, str], evaluations: Sequence[Evaluation], seeds: Sequence[int],
+        self,
+        labels: dict[str, str],
+        evaluations: Sequence[Evaluation],
+        seeds: Sequence[int],
         output: Path,
-    ) -> Subject:  # fmt: skip
+    ) -> Subject:
         """Make the row of a table, with the jobs of all evaluations and seeds."""
         files = [] if self.failure else [self.file(seed, output / "encoders") for seed in seeds]
         jobs = {e.name: [e.job(file) for file in files] for e in evaluations if files}

@@ -75,9 +75,13 @@ def _enlarged(features: TokenFeatures) -> TokenFeatures:
 
 
 def _map(
-    kind: str, features: TokenFeatures, token: int, scale: float | None, num_iterations: int,
+    kind: str,
+    features: TokenFeatures,
+    token: int,
+    scale: float | None,
+    num_iterations: int,
     labels: np.ndarray,
-) -> Panel:  # fmt: skip
+) -> Panel:
     """Draw one of `MAPS`."""
     if kind == "pca":
         return Panel(pca_rgb(features))

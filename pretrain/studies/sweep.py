@@ -84,9 +84,14 @@ def main(arguments: Sequence[str] | None = None) -> None:
     add_option(parser, "--output", required=True, help="folder of everything that is written")
     add_evaluation_options(parser, old_prefix="eval-")
     add_option(
-        parser, "--weights", type=named_weights, action="append", default=[],
-        metavar="[NAME=]FILE", help=f"{ENCODERS}; evaluated as the teachers are",
-    )  # fmt: skip
+        parser,
+        "--weights",
+        type=named_weights,
+        action="append",
+        default=[],
+        metavar="[NAME=]FILE",
+        help=f"{ENCODERS}; evaluated as the teachers are",
+    )
     for name in ("--num-gpus", "--gpus-per-job"):
         add_option(parser, name)
     add_overrides(parser, "changes to the config of all runs")
@@ -136,9 +141,11 @@ def run_sweep(args: argparse.Namespace) -> None:
 
 
 def _references(
-    args: argparse.Namespace, evaluations: Sequence[Evaluation], first: Subject,
+    args: argparse.Namespace,
+    evaluations: Sequence[Evaluation],
+    first: Subject,
     points: Sequence[Point],
-) -> list[Subject]:  # fmt: skip
+) -> list[Subject]:
     """Make the rows of encoders that are not pre-trained here, named in the first column."""
     if not args.weights:
         return []
@@ -235,9 +242,13 @@ def _print_plan(
 
 
 def _write_page(
-    args: argparse.Namespace, axes: Sequence[Axis], table: Table, grid: Table,
-    runs: Sequence[Subject], records: Mapping[str, Record],
-) -> None:  # fmt: skip
+    args: argparse.Namespace,
+    axes: Sequence[Axis],
+    table: Table,
+    grid: Table,
+    runs: Sequence[Subject],
+    records: Mapping[str, Record],
+) -> None:
     """Write the plots over the grid, the curves of all runs and ``index.html``."""
     names = [name for name in grid.label_names if len({r.labels[name] for r in grid.rows}) > 1]
     jobs, plots = [run.jobs["pretrain"][0] for run in runs], args.output / "plots"
