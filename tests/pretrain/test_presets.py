@@ -53,13 +53,13 @@ def test_a_preset_is_a_recipe_with_a_sensible_course(count, memory):
     cfg = load_lazy_config(preset.config, preset.overrides)  # refuses keys that a recipe lacks
     steps = set_run_length(cfg, count)
     schedules = instantiate(cfg.schedules)
-    assert schedules.warmup_iters == round(steps / 10)
+    assert schedules.warmup_iters <= round(steps / 10)
     assert 2_000 <= steps <= 260_000
     assert schedules.temp_iters <= steps or len(set(schedules.teacher_temp)) == 1
     assert schedules.frozen_iters <= 0.05 * steps
     assert max(schedules(i).lr for i in range(0, steps, steps // 50)) <= schedules.peak_lr
     assert 3e-4 < schedules.peak_lr <= 1e-3
-    assert cfg.model.loss.num_centroids <= 8 * cfg.dataloader.total_batch_size
+    assert cfg.model.loss.num_centroids <= max(256, 8 * cfg.dataloader.total_batch_size)
 
 
 @given(
@@ -106,7 +106,7 @@ def test_images_alone_are_enough(kind, photos, tmp_path, run_main):
     arguments = ["--images", str(source), f"train.output_dir={output}", *SHORT]
     status, printed, error = run_main(main, *arguments)
     assert status == 0, error
-    assert "so the preset is configs/demo/flsl_vit_scenes.py" in printed
+    assert "so the preset is configs/pretrain/flsl_vit_mini_p8_small_data.py" in printed
     assert (output / "teacher_backbone.pth").is_file()
     log = (output / "log.txt").read_text()
     assert "4 images; 0 of 4 that were tried cannot be read" in log
