@@ -13,7 +13,21 @@ except ImportError as error:
         "https://detectron2.readthedocs.io/en/latest/tutorials/install.html."
     ) from error
 
+from typing import TYPE_CHECKING, Any
+
 from flsl_d2.modeling import FLSLViT, SimpleFeaturePyramid, add_flsl_config
 
+if TYPE_CHECKING:
+    from flsl_d2.detection.predictor import Predictor
+
 __version__ = "0.1.0"
-__all__ = ["FLSLViT", "SimpleFeaturePyramid", "add_flsl_config"]
+__all__ = ["FLSLViT", "Predictor", "SimpleFeaturePyramid", "add_flsl_config"]
+
+
+def __getattr__(name: str) -> Any:
+    """Import :class:`Predictor` when it is used, because a project may need the backbones alone."""
+    if name == "Predictor":
+        from flsl_d2.detection.predictor import Predictor
+
+        return Predictor
+    raise AttributeError(f"module 'flsl_d2' has no attribute {name!r}")

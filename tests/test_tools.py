@@ -20,6 +20,7 @@ MODULES = {
     "export_model": "flsl_d2.export.__main__",
     "eval_davis": "flsl_d2.evaluation.davis.__main__",
     "eval_features": "flsl_d2.evaluation.__main__",
+    "finetune": "flsl_d2.detection.finetune",
     "make_shards": "flsl_d2.data.shards",
     "predict": "flsl_d2.detection.predict",
     "pretrain_net": "pretrain.__main__",

@@ -26,6 +26,11 @@ train = dict(
     checkpointer=dict(period=5000, max_to_keep=3),
     # Steps between two evaluations; there is always one after the last step.
     eval_period=5000,
+    # Value of the evaluation, such as "bbox/AP", whose best weights are kept as model_best.pth;
+    # "" keeps none.
+    best_metric="",
+    # Evaluations in a row without a better best_metric after which training stops; 0 never stops.
+    patience=0,
     # Steps between two lines on the console and in metrics.json.
     log_period=20,
     # Trackers beside TensorBoard: a list of "wandb" and "mlflow".

@@ -213,7 +213,7 @@ class AnnotationCheck:
         self._categories_known = bool(categories) and not findings.has_fault(*_BAD_CATEGORIES)
         self._needed = ["image_id", "category_id", "bbox"]
         if use & Use.EVALUATION:
-            self._needed = ["id", *self._needed, "area", "iscrowd"]
+            self._needed = ["id", *self._needed]  # area and iscrowd are computed where missing
 
     def check(self, annotations: Sequence[Any]) -> None:
         """Check all annotations."""

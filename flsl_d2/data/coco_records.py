@@ -8,6 +8,8 @@ loader leaves out is what :mod:`flsl_d2.data.annotations` reports.
 
 from __future__ import annotations
 
+import contextlib
+import io
 import os
 from collections import defaultdict
 from typing import Any
@@ -144,7 +146,8 @@ def read_coco_api(json_file: str) -> COCO:
     """Read a file for COCO's evaluation.
 
     Annotations are those that :func:`load_coco` uses. One without a mask, of which a file with
-    masks may have a few, gets that of its box.
+    masks may have a few, gets that of its box. A missing ``area`` is computed, from the mask or
+    else the box, and a missing ``iscrowd`` is 0.
 
     Raises:
         InputError: the file cannot be read.
@@ -157,19 +160,35 @@ def read_coco_api(json_file: str) -> COCO:
         sizes[image["id"]] = image["height"], image["width"]
     if "annotations" in dataset:
         dataset["annotations"] = [
-            {**annotation, "segmentation": _mask_or_box(annotation, sizes[annotation["image_id"]])}
+            _evaluated(annotation, sizes[annotation["image_id"]])
             for annotation in dataset["annotations"]
             if _is_used(annotation, sizes[annotation["image_id"]])
         ]
     api = COCO()
     api.dataset = dataset
-    api.createIndex()
+    with contextlib.redirect_stdout(io.StringIO()):  # pycocotools prints what it does
+        api.createIndex()
     return api
 
 
-def _mask_or_box(annotation: dict[str, Any], size: tuple[int, int]) -> Any:
+def _evaluated(annotation: dict[str, Any], size: tuple[int, int]) -> dict[str, Any]:
+    """Complete an annotation for COCO's evaluation, which reads all of these keys."""
     segmentation = usable_segmentation(annotation.get("segmentation"), size)
-    if segmentation is not None:
-        return segmentation
     x, y, width, height = annotation["bbox"]
-    return [box_polygon(x, y, x + width, y + height)]
+    area = annotation.get("area")
+    if area is None:
+        area = width * height if segmentation is None else _mask_area(segmentation, size)
+    if segmentation is None:
+        segmentation = [box_polygon(x, y, x + width, y + height)]
+    iscrowd = annotation.get("iscrowd") or 0
+    return {**annotation, "segmentation": segmentation, "area": area, "iscrowd": iscrowd}
+
+
+def _mask_area(segmentation: Any, size: tuple[int, int]) -> float:
+    """Count the pixels of polygons, or of a run-length encoded mask."""
+    code = segmentation
+    if isinstance(segmentation, list):
+        code = pycocotools.mask.merge(pycocotools.mask.frPyObjects(segmentation, *map(int, size)))
+    elif isinstance(segmentation["counts"], list):
+        code = pycocotools.mask.frPyObjects(segmentation, *segmentation["size"])
+    return float(pycocotools.mask.area(code))

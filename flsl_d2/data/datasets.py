@@ -153,6 +153,17 @@ def register_files(
     return json_file
 
 
+def register_pair(name: str) -> None:
+    """Register a data set that is named by its files, ``ANNOTATIONS.json:IMAGES``.
+
+    Any other name is left alone.
+    """
+    stem, separator, image_root = name.partition(".json:")
+    if separator and name not in DatasetCatalog:
+        json_file = os.path.expanduser(f"{stem}.json")
+        register_coco_format(name, json_file, os.path.expanduser(image_root))
+
+
 def detection_records(
     names: str | list[str],
     json_file: str = "",

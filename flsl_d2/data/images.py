@@ -65,24 +65,159 @@ def read_image(path: str, channels: str = "RGB", max_pixels: int = MAX_PIXELS_LI
 
     Args:
         path: path or URL that Detectron2's ``PathManager`` knows.
-        channels: Detectron2's image format: ``RGB``, ``BGR``, ``L``, ``YUV-BT.601``, ...
+        channels: Detectron2's image format: ``RGB``, ``BGR``, ``L``, ``YUV-BT.601``, ..., or that
+            of :func:`channels_format` for the stored values.
         max_pixels: images of more are refused before they are decoded.
 
     Returns:
-        The image (H, W, channels), uint8 in 0 to 255; floats for YUV.
+        The image (H, W, channels), uint8 in 0 to 255; floats for YUV and for stored values.
 
     Raises:
         InputError: the file cannot be read; the file and the reason are named.
     """
+    local, count = PathManager.get_local_path(path), channels_of(channels)
     try:
-        pixels = read_rgb(PathManager.get_local_path(path), max_pixels)
+        pixels = read_channels(local, count, max_pixels) if count else read_rgb(local, max_pixels)
     except OSError as error:
         raise InputError(
             f"the image '{printable(path)}' cannot be used ({error}); repair it or leave it out."
         ) from None
+    if count:
+        return pixels
     if channels in ("RGB", "BGR"):
         return pixels if channels == "RGB" else np.ascontiguousarray(pixels[..., ::-1])
     return np.asarray(convert_PIL_to_numpy(Image.fromarray(pixels), channels))
+
+
+def channels_format(count: int) -> str:
+    """Return the image format of pictures whose stored values are fed to a model.
+
+    It is a value of ``model.input_format`` (``INPUT.FORMAT`` in YAML), which the data set mapper
+    and prediction read. Greyscale, 16-bit and multispectral pictures keep all their channels and
+    bits; ``pixel_mean`` and ``pixel_std`` are then those of the stored values.
+    """
+    return f"channels:{count}"
+
+
+def channels_of(image_format: str) -> int:
+    """Return the number of channels of a :func:`channels_format`; 0 for any other format."""
+    name, _, count = image_format.partition(":")
+    return int(count) if name == "channels" and count.isdigit() else 0
+
+
+def stored_format(path: str) -> tuple[int, int]:
+    """Return the number of channels of a PNG or TIFF file and their bits; (3, 8) for others.
+
+    A palette counts as three channels, and transparency as one.
+
+    Raises:
+        OSError: not readable; the text is the reason.
+    """
+    with _open_regular(path) as file:
+        start = file.read(26)
+    if start.startswith(b"\x89PNG") and len(start) == 26:
+        # Colour types of the PNG specification, 11.2.1: grey, RGB, palette, grey and RGB with alpha
+        return {0: 1, 2: 3, 3: 3, 4: 2, 6: 4}.get(start[25], 3), max(start[24], 8)
+    if not _is_tiff(path):
+        return 3, 8
+    shape, bits = _read_tiff(path, header_only=True)[1:]
+    return shape[2], bits
+
+
+def read_channels(path: str, count: int = 0, max_pixels: int = MAX_PIXELS_LIMIT) -> np.ndarray:
+    """Read the stored values of an image file, without changing their number or range.
+
+    Args:
+        path: path of a regular file.
+        count: number of channels that the file must have; 0 takes any.
+        max_pixels: images of more are refused.
+
+    Returns:
+        (H, W, C) float32; colours in the order red, green, blue.
+
+    Raises:
+        OSError: not readable, another number of channels, or a TIFF file without ``tifffile``.
+    """
+    with _any_error_as_oserror():
+        if _is_tiff(path):
+            pixels = _read_tiff(path)[0]
+        else:
+            data = np.frombuffer(_read_bytes(path, max_pixels), np.uint8)
+            decoded = cv2.imdecode(data, cv2.IMREAD_UNCHANGED) if data.size else None
+            if decoded is None:
+                raise OSError("not an image of a known format")
+            pixels = decoded.reshape(*decoded.shape[:2], -1)
+            if pixels.shape[2] >= 3:  # OpenCV has blue first
+                pixels = pixels[..., [2, 1, 0, *range(3, pixels.shape[2])]]
+        _check_size(pixels.shape[0], pixels.shape[1], max_pixels)
+        if count and pixels.shape[2] != count:
+            raise OSError(f"{pixels.shape[2]} channels instead of {count}")
+        return np.ascontiguousarray(pixels, dtype=np.float32)
+
+
+def preview(image: str | np.ndarray) -> np.ndarray:
+    """Show any image as (H, W, 3) uint8 RGB.
+
+    Of more than three channels the first three are shown, of two the first. Values of more than 8
+    bits are scaled from their first to their 99th percentile.
+
+    Args:
+        image: file, or (H, W, C) array.
+
+    Raises:
+        InputError: the file cannot be read.
+    """
+    try:
+        if isinstance(image, str):
+            channels, bits = stored_format(image) if image.lower().endswith(_STORED) else (3, 8)
+            if bits == 8 and (channels in (1, 3) or not _is_tiff(image)):
+                return read_rgb(image, MAX_PIXELS_LIMIT)
+            image = read_channels(image)
+    except OSError as error:
+        raise InputError(f"the image '{printable(str(image))}' cannot be read ({error}).") from None
+    if image.dtype == np.uint8 and image.shape[2] == 3:
+        return image
+    shown = image[..., :3] if image.shape[2] >= 3 else np.repeat(image[..., :1], 3, axis=2)
+    low, high = np.percentile(shown, (1, 99))
+    return (255 * np.clip((shown - low) / max(high - low, 1e-6), 0, 1)).astype(np.uint8)
+
+
+_STORED = (".png", ".tif", ".tiff")
+
+
+def _is_tiff(path: str) -> bool:
+    with _open_regular(path) as file:
+        return file.read(4) in (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
+
+
+def _read_tiff(
+    path: str, header_only: bool = False
+) -> tuple[np.ndarray, tuple[int, int, int], int]:
+    """Pixels (H, W, C) of a TIFF file's first image, their shape, and the bits of a value."""
+    try:
+        import tifffile
+    except ImportError as error:
+        raise OSError(
+            "TIFF files of several channels need the package tifffile; run pip install "
+            "'flsl-d2[formats]'"
+        ) from error
+    with tifffile.TiffFile(path) as file:
+        series = file.series[0]
+        axes = series.axes
+        kept = [axis for axis in axes if axis in "YXSC"]
+        sizes = dict(zip(axes, series.shape, strict=True))
+        channel = next((axis for axis in "SC" if axis in kept), "")
+        shape = sizes["Y"], sizes["X"], sizes.get(channel, 1)
+        bits = 8 * series.dtype.itemsize
+        if header_only:
+            return np.empty(0), shape, bits
+        pixels = series.asarray()
+        # Of times and depths the first is taken, as of animations.
+        first = tuple(slice(None) if axis in ("Y", "X", channel) else 0 for axis in axes)
+        pixels = pixels[first]
+        order = [axis for axis in axes if axis in ("Y", "X", channel)]
+        pixels = pixels.transpose([order.index(a) for a in ("Y", "X", channel) if a])
+        return pixels.reshape(shape), shape, bits
 
 
 def picture_size(path: str) -> tuple[tuple[int, int], tuple[int, int]]:
@@ -101,7 +236,13 @@ def picture_size(path: str) -> tuple[tuple[int, int], tuple[int, int]]:
             turned = _orientation(image) in _TURNED
     except Exception:
         # The reader knows files that Pillow refuses, and has its own words for the others.
-        shape = ImageFile(path, MAX_PIXELS_LIMIT).shape
+        try:
+            shape = ImageFile(path, MAX_PIXELS_LIMIT).shape
+        except OSError:
+            if not _is_tiff(path):
+                raise
+            height, width = read_channels(path).shape[:2]  # more channels than Pillow knows
+            shape = height, width
         return shape, shape
     size = image.height, image.width
     if not turned:

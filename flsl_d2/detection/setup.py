@@ -15,12 +15,12 @@ from detectron2.utils.collect_env import collect_env_info
 from detectron2.utils.env import seed_all_rng
 from omegaconf import DictConfig
 
+import flsl_d2
 from flsl_d2.engine.run_folder import (
     DETECTION_KEYS,
     ResumeOptions,
     check_and_keep_run,
     keep_config,
-    prepare_output,
 )
 from flsl_d2.errors import InputError
 from flsl_d2.files import write_text
@@ -28,14 +28,16 @@ from flsl_d2.weights import FLSLCheckpointer
 
 __all__ = [
     "CLASSES_FILE",
-    "keep_for_prediction",
+    "keep_classes",
     "load_for_evaluation",
+    "read_kept_classes",
     "resume_or_start",
     "seed_run",
     "start_run",
 ]
 
 CLASSES_FILE = "classes.json"
+_TO_CLASS_NUMBER = "thing_dataset_id_to_contiguous_id"
 logger = logging.getLogger(__name__)
 
 
@@ -88,11 +90,6 @@ def load_for_evaluation(
         )
     checkpointer.require_whole = True
     checkpointer.resume_or_load(weights, resume=resume)
-    if checkpointer.loaded_encoder_only:
-        raise InputError(
-            f"weights {weights!r} hold an encoder and no detector, so there is nothing to "
-            "evaluate; train one first (without --eval-only)."
-        )
 
 
 # Loggers of warnings that need no action: no GPU while the environment is collected, and a renamed
@@ -107,22 +104,21 @@ def start_run(
     seed: int,
     options: ResumeOptions | None = None,
 ) -> None:
-    """Make the output folder, send logs there, keep config and environment in it, and seed.
+    """Keep config and environment in the output folder, and seed.
 
-    Takes the place of Detectron2's ``default_setup``, which prints the environment and the whole
-    config to the console.
+    With ``prepare_output`` it takes the place of Detectron2's ``default_setup``, which prints the
+    environment and the whole config to the console.
 
     Args:
-        cfg: config of the run.
+        cfg: config of the run, complete.
         folder: output folder.
         key: the config key of the folder, for messages.
         seed: see :func:`seed_run`.
         options: how a run in the folder is treated; None for an evaluation, which needs no check.
 
     Raises:
-        InputError: the folder cannot be written, or holds another run.
+        InputError: the folder holds another run.
     """
-    prepare_output(Path(folder), key, ["flsl_d2"])
     if options is not None:
         check_and_keep_run(cfg, folder, key, options, DETECTION_KEYS)
     elif comm.is_main_process():
@@ -140,20 +136,46 @@ def start_run(
     )
 
 
-def keep_for_prediction(cfg: DictConfig | CfgNode, folder: str, dataset: str) -> None:
-    """Keep in the output folder what the detector needs later: its config and class names.
+def keep_classes(folder: str, dataset: str) -> None:
+    """Keep the classes that a detector learns in its output folder, for prediction.
 
     Args:
-        cfg: config of the run, after the data set has set the number of classes.
         folder: output folder.
-        dataset: registered data set whose classes the detector learns.
+        dataset: registered data set, which has been loaded.
     """
     if not comm.is_main_process():
         return
-    keep_config(cfg, folder)
     metadata = MetadataCatalog.get(dataset)
     names = metadata.get("thing_classes") or metadata.get("stuff_classes") or []
-    write_text(Path(folder, CLASSES_FILE), json.dumps(list(names)))
+    ids = {number: id_ for id_, number in metadata.get(_TO_CLASS_NUMBER, {}).items()}
+    categories = [{"id": ids.get(n, n + 1), "name": name} for n, name in enumerate(names)]
+    content = {"version": flsl_d2.__version__, "categories": categories}
+    write_text(Path(folder, CLASSES_FILE), json.dumps(content))
+
+
+def read_kept_classes(folder: Path) -> tuple[list[str], list[int], str] | None:
+    """Read the classes that :func:`keep_classes` kept.
+
+    Returns:
+        Names, ids in the data set and the version of this project; None where nothing was kept.
+
+    Raises:
+        InputError: the file holds something else.
+    """
+    file = folder / CLASSES_FILE
+    if not file.is_file():
+        return None
+    try:
+        content = json.loads(file.read_text())
+        if isinstance(content, list):  # runs of earlier versions kept names alone
+            return [str(name) for name in content], list(range(1, len(content) + 1)), ""
+        categories = content["categories"]
+        ids = [int(each["id"]) for each in categories]
+        return [str(each["name"]) for each in categories], ids, str(content["version"])
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise InputError(
+            f"'{file}' holds no classes ({type(error).__name__}: {error}); restore it."
+        ) from error
 
 
 def seed_run(seed: int, start_iter: int = 0) -> None:

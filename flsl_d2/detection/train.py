@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import logging
 from collections.abc import Iterator
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -34,17 +35,29 @@ from flsl_d2.detection.checks import (
 )
 from flsl_d2.detection.own_data import num_classes_key, use_own_data
 from flsl_d2.detection.setup import (
-    keep_for_prediction,
+    keep_classes,
     load_for_evaluation,
     resume_or_start,
     seed_run,
     start_run,
 )
 from flsl_d2.detection.yaml import load_yaml_config, run_yaml_detection
-from flsl_d2.engine.checkpoints import Checkpoints, LeaveWhenAsked
+from flsl_d2.engine.checkpoints import (
+    Checkpoints,
+    EndedEarly,
+    KeepBest,
+    LeaveWhenAsked,
+    StopEarly,
+)
 from flsl_d2.engine.config_files import is_yaml, load_lazy_config
 from flsl_d2.engine.launch import has_native_bf16, launch, wrap_ddp
-from flsl_d2.engine.run_folder import PeriodicWriter, ResumeOptions, flat_config, trim_metrics
+from flsl_d2.engine.run_folder import (
+    PeriodicWriter,
+    ResumeOptions,
+    flat_config,
+    prepare_output,
+    trim_metrics,
+)
 from flsl_d2.engine.stopping import StopRequest, stop_requests
 from flsl_d2.engine.trackers import build_trackers
 from flsl_d2.errors import InputError
@@ -135,8 +148,14 @@ def run_lazy_detection(
     """
     seed = OmegaConf.select(cfg, "train.seed", default=-1)
     options = None if eval_only else ResumeOptions(resume, allow_changes, overwrite)
-    start_run(cfg, cfg.train.output_dir, "train.output_dir", seed, options)
+    prepare_output(Path(cfg.train.output_dir), "train.output_dir", ["flsl_d2"])
     use_own_data(cfg, eval_only)
+    start_run(cfg, cfg.train.output_dir, "train.output_dir", seed, options)
+    if cfg.train.get("patience") and not cfg.train.get("best_metric"):
+        raise InputError(
+            f"train.patience is {cfg.train.patience}, but there is no value to watch; set "
+            "train.best_metric=bbox/AP, or train.patience=0."
+        )
     classes = num_classes_key(cfg)
     check_datasets(
         [] if eval_only else names_of(cfg.dataloader.train.dataset.names),
@@ -145,9 +164,6 @@ def run_lazy_detection(
         f"{classes}=",
         _MASKS_OFF if OmegaConf.select(cfg, "model.roi_heads.mask_in_features") else "",
     )
-    if not eval_only:
-        learned = names_of(cfg.dataloader.train.dataset.names)[0]
-        keep_for_prediction(cfg, cfg.train.output_dir, learned)
     for split in ("train", "test"):
         if OmegaConf.select(cfg, f"dataloader.{split}.mapper") is not None:
             node = cfg.dataloader[split]
@@ -192,8 +208,10 @@ def _train(cfg: DictConfig, model: nn.Module, resume: bool, request: StopRequest
         seed_run(OmegaConf.select(cfg, "train.seed", default=-1), start_iter)
     trim_metrics(Path(cfg.train.output_dir, "metrics.json"), start_iter)
     trainer.data_loader = instantiate(cfg.dataloader.train)
+    keep_classes(cfg.train.output_dir, names_of(cfg.dataloader.train.dataset.names)[0])
     trainer.register_hooks(_hooks(cfg, wrapped, checkpointer, request))
-    trainer.train(start_iter, cfg.train.max_iter)
+    with suppress(EndedEarly):
+        trainer.train(start_iter, cfg.train.max_iter)
 
 
 def _amp_dtype(cfg: DictConfig) -> torch.dtype | None:
@@ -238,13 +256,19 @@ def _hooks(
         checkpoints,
         hooks.EvalHook(settings.eval_period, lambda: _evaluate(cfg, model)),
     ]
+    best = None
     if comm.is_main_process():
+        if settings.get("best_metric"):
+            best = KeepBest(settings.eval_period, checkpointer, settings.best_metric)
+            registered.append(best)
         writers = default_writers(settings.output_dir, settings.max_iter)
         if names := OmegaConf.select(cfg, "train.trackers"):
             # The optimizer's node holds the model, which is no setting.
             logged = OmegaConf.masked_copy(cfg, [str(key) for key in cfg if key != "optimizer"])
             writers += build_trackers(names, settings.output_dir, flat_config(logged))
         registered.append(PeriodicWriter(writers, period=settings.log_period))
+    if settings.get("patience"):
+        registered.append(StopEarly(checkpoints, best, settings.patience))
     return [*registered, LeaveWhenAsked(checkpoints, request)]
 
 

@@ -7,6 +7,7 @@ import re
 import weakref
 from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -31,7 +32,7 @@ from flsl_d2.detection.checks import (
 )
 from flsl_d2.detection.coco_evaluator import FLSLCOCOEvaluator
 from flsl_d2.detection.setup import (
-    keep_for_prediction,
+    keep_classes,
     load_for_evaluation,
     resume_or_start,
     seed_run,
@@ -41,7 +42,7 @@ from flsl_d2.detection.solver import add_solver_config, build_yaml_optimizer
 from flsl_d2.engine.checkpoints import Checkpoints, LeaveWhenAsked
 from flsl_d2.engine.config_files import resolve_config_path
 from flsl_d2.engine.overrides import unknown_keys_error
-from flsl_d2.engine.run_folder import PeriodicWriter, ResumeOptions, trim_metrics
+from flsl_d2.engine.run_folder import PeriodicWriter, ResumeOptions, prepare_output, trim_metrics
 from flsl_d2.engine.stopping import StopRequest, stop_requests
 from flsl_d2.errors import InputError
 from flsl_d2.files import expand_home
@@ -124,7 +125,8 @@ class DetectionTrainer(DefaultTrainer):
         if self.start_iter:
             # The sampler starts at its beginning: another seed gives another order of images.
             seed_run(self.cfg.SEED, self.start_iter)
-            self._trainer.data_loader = self.build_train_loader(self.cfg)
+        self._trainer.data_loader = self._training_loader(self.cfg)
+        keep_classes(self.cfg.OUTPUT_DIR, self.cfg.DATASETS.TRAIN[0])
         trim_metrics(os.path.join(self.cfg.OUTPUT_DIR, "metrics.json"), self.start_iter)
 
     def build_hooks(self) -> list[HookBase]:
@@ -156,7 +158,12 @@ class DetectionTrainer(DefaultTrainer):
         return build_yaml_optimizer(cfg, model)
 
     @classmethod
-    def build_train_loader(cls, cfg: CfgNode) -> DataLoader[Any]:
+    def build_train_loader(cls, cfg: CfgNode) -> DataLoader[Any] | None:
+        """Build nothing yet: the loader depends on the step that :meth:`resume_or_load` finds."""
+        return None
+
+    @staticmethod
+    def _training_loader(cfg: CfgNode) -> DataLoader[Any]:
         """Build Detectron2's loader on the project's reader of images."""
         mapper = CheckedMapper(FLSLDatasetMapper(cfg, is_train=True))
         return build_detection_train_loader(cfg, mapper=mapper)
@@ -188,14 +195,9 @@ def run_yaml_detection(
     allow_changes: bool = False,
     overwrite: bool = False,
 ) -> dict[str, Any] | None:
-    """Train, or only evaluate, in this process, one of possibly several.
+    """Train, or only evaluate, in this process, from a YAML config.
 
-    Args:
-        cfg: config from :func:`load_yaml_config`.
-        resume: continue from the last checkpoint in the output folder, where there is one.
-        eval_only: evaluate ``MODEL.WEIGHTS`` (with ``resume``: the last checkpoint).
-        allow_changes: see :class:`flsl_d2.engine.run_folder.ResumeOptions`.
-        overwrite: see :class:`flsl_d2.engine.run_folder.ResumeOptions`.
+    The arguments are those of :func:`flsl_d2.detection.train.run_lazy_detection`.
 
     Returns:
         The evaluator's results when only evaluating, else None.
@@ -211,6 +213,7 @@ def run_yaml_detection(
             "YAML config runs in one process there; give --num-gpus 1, or a LazyConfig .py."
         )
     options = None if eval_only else ResumeOptions(resume, allow_changes, overwrite)
+    prepare_output(Path(cfg.OUTPUT_DIR), "OUTPUT_DIR", ["flsl_d2"])
     start_run(cfg, cfg.OUTPUT_DIR, "OUTPUT_DIR", cfg.SEED, options)
     classes = _CLASSES.get(cfg.MODEL.META_ARCHITECTURE)
     check_datasets(
@@ -225,7 +228,6 @@ def run_yaml_detection(
         checkpointer = FLSLCheckpointer(model, cfg.OUTPUT_DIR)
         load_for_evaluation(checkpointer, cfg.MODEL.WEIGHTS, resume, "MODEL.WEIGHTS ")
         return DetectionTrainer.test(cfg, model)
-    keep_for_prediction(cfg, cfg.OUTPUT_DIR, cfg.DATASETS.TRAIN[0])
     check_batch(cfg.SOLVER.IMS_PER_BATCH, "SOLVER.IMS_PER_BATCH")
     for name in cfg.DATASETS.TEST:
         check_test_set(name, partial(DetectionTrainer.build_test_set, cfg, name))

@@ -2,19 +2,24 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import re
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 
-from detectron2.engine import HookBase
+from detectron2.engine import HookBase, hooks
 from detectron2.utils import comm
 
 from flsl_d2.engine.stopping import STOPPED, StopRequest, agreed_by_all
 from flsl_d2.errors import TrainingError
+from flsl_d2.files import write_text
 from flsl_d2.weights.checkpointer import SafeCheckpointer, remove_unfinished
 
-__all__ = ["Checkpoints", "LeaveWhenAsked"]
+__all__ = ["BEST_FILE", "Checkpoints", "EndedEarly", "KeepBest", "LeaveWhenAsked", "StopEarly"]
+
+BEST_FILE = "best.json"
 
 logger = logging.getLogger(__name__)
 
@@ -78,6 +83,11 @@ class Checkpoints(HookBase):
         )
         raise SystemExit(STOPPED)
 
+    def finish(self) -> None:
+        """Write the last checkpoint of a run that ends before its last step, on every rank."""
+        self._save("model_final", last=True)
+        comm.synchronize()
+
     def _save(self, name: str, last: bool = False) -> None:
         self.prepare()
         try:
@@ -109,6 +119,83 @@ class Checkpoints(HookBase):
             kept = self.keep_every and steps % self.keep_every == 0
             if not kept and str(file) != newest:
                 file.unlink(missing_ok=True)
+
+
+class KeepBest(hooks.BestCheckpointer):
+    """Keep the weights with the best value of an evaluation as ``model_best.pth``.
+
+    ``best.json`` beside it has the value, its step and the number of evaluations since; a resumed
+    run goes on from it. Runs on the main process, after the hook that evaluates.
+
+    Args:
+        eval_period: number of steps between two evaluations; 0 for one at the end.
+        checkpointer: checkpointer of the run.
+        metric: name of the value in ``metrics.json``, such as ``bbox/AP``; more is better.
+    """
+
+    best_metric: float | None
+    best_iter: int | None
+    without_gain = 0
+
+    def __init__(self, eval_period: int, checkpointer: SafeCheckpointer, metric: str) -> None:
+        super().__init__(eval_period, checkpointer, metric)
+        self.file = Path(checkpointer.save_dir, BEST_FILE)
+
+    def before_train(self) -> None:
+        """Take over the best value of the run that is resumed; forget that of any other run."""
+        with suppress(OSError, ValueError, KeyError, TypeError):
+            kept = json.loads(self.file.read_text())
+            if kept["metric"] == self._val_metric and kept["iteration"] < self.trainer.start_iter:
+                self.best_metric, self.best_iter = kept["value"], kept["iteration"]
+                self.without_gain = kept["evaluations_without_gain"]
+                return
+        self.file.unlink(missing_ok=True)
+
+    def _best_checking(self) -> None:
+        before = self.best_iter
+        super()._best_checking()
+        self.without_gain = 0 if self.best_iter != before else self.without_gain + 1
+        if self.best_metric is not None:
+            content = {
+                "metric": self._val_metric,
+                "value": self.best_metric,
+                "iteration": self.best_iter,
+                "evaluations_without_gain": self.without_gain,
+            }
+            write_text(self.file, json.dumps(content))
+
+
+class EndedEarly(BaseException):
+    """End of training before the last step; no error, hence not logged as one by Detectron2."""
+
+
+class StopEarly(HookBase):
+    """End training when several evaluations in a row brought no better value.
+
+    Args:
+        checkpoints: hook that writes the last checkpoint.
+        best: hook that counts the evaluations; None on all ranks but the first.
+        patience: number of evaluations without a better value after which training ends.
+
+    Raises:
+        EndedEarly: training has ended, and its last checkpoint is written.
+    """
+
+    def __init__(self, checkpoints: Checkpoints, best: KeepBest | None, patience: int) -> None:
+        self.checkpoints, self.best, self.patience = checkpoints, best, patience
+
+    def after_step(self) -> None:
+        """End training on all ranks when patience is exhausted."""
+        exhausted = self.best is not None and self.best.without_gain >= self.patience
+        if not comm.all_gather(exhausted)[0] or self.trainer.iter + 1 >= self.trainer.max_iter:
+            return
+        logger.info(
+            "Stopping after step %d, because %d evaluations in a row were no better.",
+            self.trainer.iter + 1,
+            self.patience,
+        )
+        self.checkpoints.finish()
+        raise EndedEarly
 
 
 class LeaveWhenAsked(HookBase):

@@ -171,7 +171,7 @@ def _option(metavar: str, help_text: str, **settings: Any) -> dict[str, Any]:
 
 
 _WEIGHTS = "encoder: file or URL of any known layout, or 'random' for an untrained ViT-S/16"
-_DATA = "registered data set, or folder with a subfolder for each class,"
+_DATA = "registered data set, ANNOTATIONS.json:IMAGES, or folder with a subfolder for each class,"
 _DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 SHARED_OPTIONS: dict[str, dict[str, Any]] = {
     "--config-file": _option(

@@ -87,7 +87,8 @@ DETECTION_KEYS = NeutralKeys(
         *("OUTPUT_DIR", "SOLVER.CHECKPOINT_PERIOD", "DATALOADER.NUM_WORKERS", "VIS_PERIOD"),
     ),
     on_resume=(
-        *("train.device", "train.log_period", "train.eval_period"),
+        *("train.device", "train.log_period", "train.eval_period", "train.best_metric"),
+        "train.patience",
         "train.max_iter",  # the learning rates are those of lr_multiplier, a key of its own
         # A resumed run starts from its checkpoint; evaluation does not change the weights.
         *("train.init_checkpoint", "dataloader.test.*", "dataloader.evaluator.*"),

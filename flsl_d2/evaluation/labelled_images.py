@@ -15,7 +15,7 @@ from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.structures import BoxMode
 
 from flsl_d2.data import check_registered_dataset
-from flsl_d2.data.datasets import use_own_loader
+from flsl_d2.data.datasets import register_pair, use_own_loader
 from flsl_d2.data.image_files import find_images
 from flsl_d2.data.images import printable, read_image
 from flsl_d2.data.label_images import read_labels
@@ -200,8 +200,9 @@ def load_labelled(name: str, max_images: int | None = None, seed: int = 0) -> La
     """Load a labelled data set and check its labels.
 
     Args:
-        name: data set in Detectron2's catalog with boxes, masks or semantic labels; or a folder
-            with a subfolder of images for each class.
+        name: data set in Detectron2's catalog with boxes, masks or semantic labels; or
+            ``ANNOTATIONS.json:IMAGES``, a file in COCO format and the folder of its images; or a
+            folder with a subfolder of images for each class.
         max_images: bound; more are thinned to a sample drawn by the seed, in their order.
 
     Raises:
@@ -209,6 +210,7 @@ def load_labelled(name: str, max_images: int | None = None, seed: int = 0) -> La
     """
     if max_images is not None and max_images < 1:
         raise InputError(f"max_images is {max_images}; give at least 1, or None for all images.")
+    register_pair(name)
     folder = Path(name).expanduser()
     if name not in DatasetCatalog and folder.is_dir():
         dataset = _load_class_folders(folder)

@@ -162,11 +162,10 @@ class FLSLCheckpointer(SafeCheckpointer):
     ``?which=NAME`` to take one of several sets of encoder weights in a file.
 
     Attributes:
-        loaded_encoder_only: whether the last file held an encoder and nothing else of the model.
-        require_whole: refuse checkpoints that do not cover the whole model, as an evaluation must.
+        require_whole: refuse encoders, and checkpoints that do not cover the whole model, as
+            evaluation and prediction must.
     """
 
-    loaded_encoder_only = False
     require_whole = False
 
     def load(self, path: str, *args: Any, **kwargs: Any) -> dict[str, Any]:
@@ -243,7 +242,11 @@ class FLSLCheckpointer(SafeCheckpointer):
 
     def _load_model(self, checkpoint: dict[str, Any]) -> Any:
         weights = checkpoint.pop("_encoder", None)
-        self.loaded_encoder_only = weights is not None
+        if weights is not None and self.require_whole:
+            raise InputError(
+                f"weights {self._path!r} hold an encoder and no detector, so there is nothing to "
+                "evaluate or predict with; train a detector from them first."
+            )
         if weights is not None:
             checkpoint.pop("model")
             for _, encoder in encoders_of(self.model):

@@ -116,8 +116,6 @@ FAULTS: dict[str, tuple[Callable[[Coco], Any], str]] = {
     "unknown category": (annotation(lambda a: a.update(category_id=77)), "with category 77"),
     "category id a dict": (annotation(lambda a: a.update(category_id={})), "not in categories"),
     "no box": (annotation(lambda a: a.pop("bbox")), "annotations without bbox"),
-    "no area": (annotation(lambda a: a.pop("area")), "annotations without area"),
-    "no iscrowd": (annotation(lambda a: a.pop("iscrowd")), "annotations without iscrowd"),
     "area text": (annotation(lambda a: a.update(area="9")), "area is no number from 0 up: 2"),
     "area nan": (annotation(lambda a: a.update(area=float("nan"))), "area is no number from 0"),
     "area negative": (annotation(lambda a: a.update(area=-1)), "area is no number from 0 up: 2"),
@@ -315,7 +313,7 @@ def test_image_lists_without_annotations(coco: Coco, scenes: Path, tmp_path: Pat
 # Faults that concern only some uses; all others concern every use of annotations.
 ONLY_EVALUATED = {
     "annotation id twice", "annotation id 0 twice", "annotation id float", "annotation id text",
-    "no area", "no iscrowd", "area text", "area nan", "area negative",
+    "area text", "area nan", "area negative",
 }  # fmt: skip
 ONLY_MASKS = {
     fault for fault in FAULTS if fault.split()[0] in ("mask", "polygon", "flat", "segmentation")

@@ -114,6 +114,18 @@ def test_what_pycocotools_cannot_take_is_put_right(coco: Coco, tmp_path: Path) -
     assert area == pytest.approx(width * height, abs=2 * (width + height))  # the rim's pixels
 
 
+def test_a_missing_area_and_iscrowd_are_computed(coco: Coco, tmp_path: Path) -> None:
+    expected = [(entry.pop("area"), entry.pop("iscrowd")) for entry in coco["annotations"]]
+    *_, width, height = coco["annotations"][0]["bbox"]
+    del coco["annotations"][0]["segmentation"]
+    expected[0] = width * height, 0
+    found = read_coco_api(write(coco, tmp_path)).dataset["annotations"]
+    for entry, (area, iscrowd) in zip(found, expected, strict=True):
+        # Polygons of the drawn scenes follow the mask within its rim.
+        assert entry["area"] == pytest.approx(area, rel=0.15)
+        assert entry["iscrowd"] == iscrowd
+
+
 @pytest.mark.parametrize("segmentation", [None, [], [[]], [[1, 1, 5, 5]]])
 def test_boxes_without_masks_are_kept(
     segmentation: Any, coco: Coco, scenes: Path, tmp_path: Path

@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import json
+from functools import cache
 from pathlib import Path
 
 import cv2
+import detectron2.data.transforms as T
 import numpy as np
 import pytest
 import torch
 from detectron2.config import LazyConfig, instantiate
 from detectron2.engine import DefaultPredictor
-from detectron2.modeling import build_model
+from detectron2.structures import Boxes, Instances
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from PIL import Image
 
 from flsl_d2.data.scenes import render_scene
@@ -21,6 +25,7 @@ from flsl_d2.detection.setup import CLASSES_FILE
 from flsl_d2.detection.yaml import load_yaml_config
 from flsl_d2.engine.config_files import load_lazy_config
 from flsl_d2.errors import InputError
+from flsl_d2.weights.export import write_encoder
 
 NAMES = ["disc", "ring", "star", "triangle", "box", "cross"]
 
@@ -38,7 +43,9 @@ def run_folder(tmp_path_factory) -> Path:
     model = instantiate(cfg.model)
     torch.nn.init.normal_(model.roi_heads.box_predictor.cls_score.weight, std=1.0)
     torch.save({"model": model.state_dict()}, folder / "model_final.pth")
-    (folder / CLASSES_FILE).write_text(json.dumps(NAMES))
+    categories = [{"id": 10 * i + 3, "name": name} for i, name in enumerate(NAMES)]
+    content = {"version": "0.0.9", "categories": categories}
+    (folder / CLASSES_FILE).write_text(json.dumps(content))
     return folder
 
 
@@ -69,42 +76,124 @@ def test_a_batch_of_files_equals_arrays_one_by_one(run_folder, scenes):
         assert found.class_names == NAMES
 
 
-def test_yaml_gives_what_detectron2s_own_predictor_gives(tmp_path, scenes):
-    cfg = load_yaml_config(
-        "coco/mask_rcnn_flsl_vit_s16_1x.yaml",
-        ["MODEL.FLSL_VIT.DEPTH", "1", "MODEL.FLSL_VIT.EMBED_DIM", "48", "MODEL.DEVICE", "cpu",
-         "MODEL.FLSL_SFP.OUT_CHANNELS", "32", "MODEL.ROI_HEADS.SCORE_THRESH_TEST", "0.0",
-         "INPUT.MIN_SIZE_TEST", "128"],
-    )  # fmt: skip
-    torch.manual_seed(0)
-    model = build_model(cfg)
-    torch.nn.init.normal_(model.roi_heads.box_predictor.cls_score.weight, std=1.0)
-    torch.save({"model": model.state_dict()}, tmp_path / "model_final.pth")
-    cfg.MODEL.WEIGHTS = str(tmp_path / "model_final.pth")
-    (tmp_path / "config.yaml").write_text(cfg.dump())
-    own = Predictor(tmp_path, device="cpu", score_threshold=0.0)(scenes[:1])[0]
-    bgr = cv2.imread(scenes[0])
-    expected = DefaultPredictor(cfg)(bgr)["instances"]
-    # The same detector; only rounding of float32 may differ.
-    np.testing.assert_allclose(np.sort(own.scores), np.sort(expected.scores.numpy()), rtol=1e-6)
-    np.testing.assert_allclose(
-        own.boxes, expected.pred_boxes.tensor[expected.scores.argsort(descending=True, stable=True)]
-    )
-
-
-def test_tiles_cover_the_image_and_one_tile_changes_nothing(run_folder, scenes):
-    whole = Predictor(run_folder, device="cpu", score_threshold=0.5)(scenes[0])[0]
-    one = Predictor(run_folder, device="cpu", score_threshold=0.5, tile=500)(scenes[0])[0]
-    kept = {tuple(box) for box in one.boxes.round(2).tolist()}
-    assert kept <= {tuple(box) for box in whole.boxes.round(2).tolist()}
-    several = Predictor(run_folder, device="cpu", score_threshold=0.5, tile=64)(scenes[0])[0]
+def test_slices_cover_the_image_and_small_pictures_are_taken_whole(run_folder, scenes):
+    predictor = Predictor(run_folder, device="cpu", score_threshold=0.2)
+    whole = predictor(scenes)
+    predictor.slice_side = 150
+    sliced = predictor(scenes)
+    for one, other in zip(whole, sliced, strict=True):
+        np.testing.assert_array_equal(one.boxes, other.boxes)
+        np.testing.assert_array_equal(one.masks, other.masks)
+    predictor.slice_side = 64
+    one_by_one = predictor(scenes[0])[0]
+    predictor.batch_size = 3
+    several = predictor(scenes[0])[0]
+    np.testing.assert_allclose(several.boxes, one_by_one.boxes, atol=1e-3)
     assert several.masks.shape[1:] == (96, 128)
-    seen = np.zeros((96, 128), bool)
-    for top, left in _corners(96, 128, 64):
-        seen[top : top + 64, left : left + 64] = True
-        assert top + 64 <= 96
-        assert left + 64 <= 128
-    assert seen.all()
+    assert (np.diff(several.scores) <= 0).all()
+    for overlap in (0.0, 0.2, 0.9):
+        seen = np.zeros((96, 128), bool)
+        for top, left in _corners(96, 128, 64, overlap):
+            seen[top : top + 64, left : left + 64] = True
+            assert top + 64 <= 96
+            assert left + 64 <= 128
+        assert seen.all()
+
+
+class Squares:
+    """A detector that reports each white square it sees, cut where the slice cuts it."""
+
+    def __call__(self, inputs):
+        outputs = []
+        for each in inputs:
+            white = (each["image"][0] > 128).numpy().astype(np.uint8)
+            _, _, stats, _ = cv2.connectedComponentsWithStats(white)
+            boxes = [[x, y, x + w, y + h] for x, y, w, h, _ in stats[1:].tolist()]
+            found = Instances((each["height"], each["width"]))
+            found.pred_boxes = Boxes(torch.tensor(boxes, dtype=torch.float32).reshape(-1, 4))
+            # Cut squares have the higher scores, as if a slice were easier.
+            areas = found.pred_boxes.area()
+            found.scores = 1 / (1 + areas / 1000)
+            found.pred_classes = torch.zeros(len(boxes), dtype=torch.int64)
+            outputs.append({"instances": found})
+        return outputs
+
+
+@settings(max_examples=25)
+@given(
+    st.lists(st.tuples(st.integers(0, 9), st.integers(0, 7), st.integers(3, 17)), max_size=12),
+    st.integers(40, 250),
+    st.floats(0, 0.9),
+    st.integers(1, 4),
+)
+def test_an_object_in_several_slices_is_reported_once_and_whole(
+    run_folder, squares, side, overlap, batch_size
+):
+    predictor = _shared_predictor(run_folder)
+    image = np.zeros((160, 200, 3), np.uint8)
+    for column, row, size in squares:
+        image[20 * row + 1 : 20 * row + 1 + size, 20 * column + 1 : 20 * column + 1 + size] = 255
+    predictor.slice_side, predictor.overlap, predictor.batch_size = side, overlap, batch_size
+    sliced = predictor(image)[0]
+    predictor.slice_side = 0
+    whole = predictor(image)[0]
+    assert sorted(sliced.boxes.tolist()) == sorted(whole.boxes.tolist())
+
+
+@cache
+def _shared_predictor(run_folder: Path) -> Predictor:
+    predictor = Predictor(run_folder, device="cpu", score_threshold=0.0)
+    predictor.model, predictor.resize = Squares(), T.AugmentationList([])
+    return predictor
+
+
+def test_both_kinds_of_configs_give_what_detectron2s_own_predictor_gives(scenes, tmp_path):
+    """The recipe and its YAML twin, made small alike, with the same weights."""
+    lazy = load_lazy_config(
+        "coco/mask_rcnn_flsl_vit_s16_1x.py",
+        [
+            "model.backbone.net={embed_dim:32,depth:1,num_heads:2,img_size:80}",
+            "dataloader.test.mapper.augmentations.0.short_edge_length=96",
+            "model.proposal_generator.post_nms_topk=[20,20]",
+            "model.roi_heads.num_classes=6",
+            "model.roi_heads.box_head={conv_dims:[16],fc_dims:[32]}",
+            "model.roi_heads.box_predictor={test_score_thresh:0.0,input_shape:{channels:32}}",
+            "model.roi_heads.mask_head.conv_dims=[16,16]",
+        ],
+    )
+    yaml_cfg = load_yaml_config(
+        "coco/mask_rcnn_flsl_vit_s16_1x.yaml",
+        [
+            *("MODEL.FLSL_VIT.EMBED_DIM", "32", "MODEL.FLSL_VIT.DEPTH", "1"),
+            *("MODEL.FLSL_VIT.NUM_HEADS", "2", "MODEL.FLSL_VIT.IMG_SIZE", "80"),
+            *("INPUT.MIN_SIZE_TEST", "96", "MODEL.RPN.POST_NMS_TOPK_TEST", "20"),
+            *("MODEL.ROI_HEADS.NUM_CLASSES", "6", "MODEL.ROI_HEADS.SCORE_THRESH_TEST", "0.0"),
+            *("MODEL.ROI_BOX_HEAD.NUM_CONV", "1", "MODEL.ROI_BOX_HEAD.CONV_DIM", "16"),
+            *("MODEL.ROI_BOX_HEAD.FC_DIM", "32", "MODEL.ROI_MASK_HEAD.NUM_CONV", "1"),
+            *("MODEL.ROI_MASK_HEAD.CONV_DIM", "16", "MODEL.DEVICE", "cpu"),
+        ],
+    )
+    torch.manual_seed(0)
+    model = instantiate(lazy.model)
+    torch.nn.init.normal_(model.roi_heads.box_predictor.cls_score.weight, std=1.0)
+    file = str(tmp_path / "weights.pth")
+    torch.save({"model": model.state_dict()}, file)
+    found = []
+    for name in ("lazy", "yaml"):
+        (tmp_path / name).mkdir()
+        if name == "lazy":
+            LazyConfig.save(lazy, str(tmp_path / name / "config.yaml"))
+        else:
+            (tmp_path / name / "config.yaml").write_text(yaml_cfg.dump())
+        found.append(Predictor(tmp_path / name, file, "cpu", score_threshold=0.0)(scenes[0])[0])
+    assert len(found[0]) > 0
+    for field in ("boxes", "scores", "classes", "masks"):
+        np.testing.assert_array_equal(getattr(found[0], field), getattr(found[1], field))
+    yaml_cfg.MODEL.WEIGHTS = file
+    expected = DefaultPredictor(yaml_cfg)(cv2.imread(scenes[0]))["instances"]
+    order = expected.scores.argsort(descending=True, stable=True)
+    np.testing.assert_allclose(found[1].scores, expected.scores[order].numpy(), rtol=1e-6)
+    np.testing.assert_allclose(found[1].boxes, expected.pred_boxes.tensor[order])
 
 
 def test_results_are_cocos():
@@ -126,7 +215,7 @@ def test_the_command_line_writes_pictures_results_and_masks(run_folder, scenes, 
     with pytest.raises(SystemExit) as ended:
         main(
             [
-                *("--model", str(run_folder), "--input", *scenes, str(bad), "--masks"),
+                *("--model", str(run_folder), "--input", *scenes, scenes[0], str(bad), "--masks"),
                 *("--output", str(tmp_path / "out"), "--device", "cpu"),
                 *("--score-threshold", "0.2"),
             ]
@@ -135,10 +224,13 @@ def test_the_command_line_writes_pictures_results_and_masks(run_folder, scenes, 
     drawn = sorted((tmp_path / "out" / "drawn").iterdir())
     assert [file.name for file in drawn] == ["000001_scene 0.png", "000002_scene 1.png"]
     results = json.loads((tmp_path / "out" / "results.json").read_text())
+    ids = {entry["category_id"] for entry in results}
+    assert ids <= {10 * i + 3 for i in range(6)}  # those of the data set
     assert {entry["image_id"] for entry in results} == {1, 2}
     assert len(list((tmp_path / "out" / "masks").iterdir())) == len(results)
     images = json.loads((tmp_path / "out" / "images.json").read_text())
     assert images["failed"] == 1
+    assert images["categories"][1] == {"id": 13, "name": "ring"}
     assert "2 images" in capsys.readouterr().out
 
 
@@ -163,6 +255,12 @@ def test_a_video_keeps_its_frames(run_folder, tmp_path):
         (["--input", "{tmp}"], "holds no image file"),
         (["--input", "{scene}", "--model", "{tmp}"], "holds no config.yaml"),
         (["--input", "{clip}"], "cannot be decoded"),
+        (["--input", "{scene}", "{clip}"], "cannot be decoded"),
+        (["--input", "{tmp}.mp4"], "does not exist"),
+        (["--input", "{scene}", "--overlap", "1"], "give a share of a slice"),
+        (["--input", "{scene}", "--slice", "-1"], "--slice is -1"),
+        (["--input", "{scene}", "--weights", "{encoder}"], "hold an encoder and no detector"),
+        (["--input", "{scene}", "--model", "{old}"], "was made by flsl-d2 0.0.9"),
     ],
 )
 def test_what_cannot_be_done_is_one_sentence(
@@ -173,7 +271,17 @@ def test_what_cannot_be_done_is_one_sentence(
     clip.write_bytes(b"no video")
     empty = tmp_path / "empty"
     empty.mkdir()
-    values = {"tmp": str(empty), "scene": scenes[0], "clip": str(clip)}
+    old = tmp_path / "old"
+    old.mkdir()
+    text = (run_folder / "config.yaml").read_text()
+    (old / "config.yaml").write_text(text.replace("flsl_d2.FLSLViT", "flsl_d2.ViTOfOldTimes"))
+    for name in (CLASSES_FILE, "model_final.pth"):
+        (old / name).symlink_to(run_folder / name)
+    encoder = tmp_path / "encoder.pth"
+    net = LazyConfig.load(str(run_folder / "config.yaml")).model.backbone.net
+    write_encoder(instantiate(net), encoder)
+    values = {"tmp": str(empty), "scene": scenes[0], "clip": str(clip), "old": str(old)}
+    values["encoder"] = str(encoder)
     filled = [text.format(**values) for text in arguments]
     out = tmp_path / "out"
     with pytest.raises(SystemExit) as ended:

@@ -127,6 +127,13 @@ def test_faulty_coco_files_are_refused(tmp_path: Path, name: str, change, messag
         load_labelled(name)
 
 
+def test_a_data_set_is_named_by_its_files(tmp_path: Path) -> None:
+    path = coco_file(tmp_path, lambda content: None)
+    named = load_labelled(f"{path}:{tmp_path}")
+    assert [Path(image.record["file_name"]) for image in named.images] == [tmp_path / "a.png"]
+    assert named.box_classes == ("thing",)
+
+
 def test_unknown_names_and_sizes_are_refused(tmp_path: Path, name: str) -> None:
     with pytest.raises(InputError, match="not registered"):
         load_labelled(name)

@@ -1,0 +1,319 @@
+"""From annotations to a detector with one command: ``python -m flsl_d2.detection.finetune``."""
+
+from __future__ import annotations
+
+import argparse
+import shutil
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import torch
+from detectron2.utils import comm
+
+from flsl_d2.data.coco_records import load_coco
+from flsl_d2.data.images import channels_format
+from flsl_d2.detection.finetune_data import OwnData, channel_statistics, prepare_data
+from flsl_d2.detection.finetune_encoder import absolute_path, prepare_encoder
+from flsl_d2.detection.finetune_plan import (
+    Plan,
+    anchor_warnings,
+    config_text,
+    find_device,
+    make_plan,
+)
+from flsl_d2.detection.finetune_report import draw_labels, write_report
+from flsl_d2.detection.predictor import Predictor
+from flsl_d2.detection.train import launch_detection
+from flsl_d2.engine.command_line import add_defaults, add_option, described_parser, run_tool
+from flsl_d2.engine.config_files import load_lazy_config
+from flsl_d2.errors import InputError
+from flsl_d2.files import write_text
+
+__all__ = ["CONFIG_FILE", "main"]
+
+CONFIG_FILE = "finetune.py"
+_SUMMARY_FILE = "plan.txt"
+_RECIPES = {
+    "masks": "coco/mask_rcnn_flsl_vit_s16_1x.py",
+    "boxes": "coco/faster_rcnn_flsl_vit_s16_1x.py",
+}
+EXAMPLES = """examples:
+  boxes or masks, whatever the annotations have, from a pre-trained encoder:
+    tools/finetune.py --annotations parts/all.json --images parts/images \\
+        --weights teacher_backbone.pth --output output/parts
+  YOLO labels, frames of one video kept together, an encoder that stays as it is, on the CPU:
+    tools/finetune.py --annotations parts/labels --images parts/images --val-group '(video\\d+)' \\
+        --weights teacher_backbone.pth --freeze --device cpu --output output/parts
+  go on with an interrupted run:
+    tools/finetune.py --output output/parts --resume"""
+
+
+def _finetune(args: argparse.Namespace) -> None:
+    output = Path(args.output).expanduser()
+    if args.resume:
+        if not (output / CONFIG_FILE).is_file():
+            raise InputError(
+                f"--output is '{output}', which holds no run of this tool to resume; leave "
+                "--resume out to start one."
+            )
+        print(f"Going on with {output}: its {CONFIG_FILE} decides, other options are not used.")
+    else:
+        _check_options(args, output)
+        _prepare(args, output)
+    cfg = load_lazy_config(str(output / CONFIG_FILE))
+    launch_detection(
+        argparse.Namespace(
+            config_file=str(output / CONFIG_FILE),
+            opts=[f"train.output_dir={output}"],
+            resume=args.resume,
+            eval_only=False,
+            allow_changes=False,
+            overwrite=False,
+            num_gpus=args.num_gpus,
+            num_machines=1,
+            machine_rank=0,
+            dist_url="auto",
+        )
+    )
+    _report(output, cfg)
+
+
+def _check_options(args: argparse.Namespace, output: Path) -> None:
+    given = {"--annotations": args.annotations, "--images": args.images, "--weights": args.weights}
+    missing = [name for name, value in given.items() if not value]
+    if missing:
+        raise InputError(f"{', '.join(missing)} must be given; --help has examples.")
+    if output.exists() and (not output.is_dir() or any(output.iterdir())):
+        raise InputError(
+            f"--output is '{output}', which exists; go on with the run in it by --resume, or name "
+            "another folder."
+        )
+    if not Path(args.images).is_dir():
+        raise InputError(f"--images is '{args.images}', which is not a folder; check the path.")
+    for name in ("max_iter", "short_side", "batch_size", "patience"):
+        if getattr(args, name) < 0:
+            option = name.replace("_", "-")
+            raise InputError(f"--{option} is {getattr(args, name)}; give 0 or more.")
+    if args.num_gpus < 1 or args.batch_size % args.num_gpus:
+        raise InputError(
+            f"--batch-size is {args.batch_size} and --num-gpus {args.num_gpus}; give at least one "
+            "process and a batch that they can share equally."
+        )
+    if args.device.startswith("cuda") and not torch.cuda.is_available():
+        raise InputError("--device is cuda, but PyTorch finds no GPU; give --device cpu.")
+
+
+def _prepare(args: argparse.Namespace, output: Path) -> None:
+    """Check everything, then write the output folder: annotations, encoder, config, pictures.
+
+    Nothing is written there before all checks have passed.
+    """
+    with TemporaryDirectory() as name:
+        staging = Path(name)
+        try:
+            data = prepare_data(args, staging)
+        except InputError as error:  # the folder is gone when the message is read
+            raise InputError(str(error).replace(f"{staging}/", "")) from error
+        encoder_lines, settings, sizes = prepare_encoder(
+            args.weights, args.freeze, data.channels or 3, staging, output
+        )
+        device = find_device(args.device)
+        plan = make_plan(
+            data.facts,
+            device,
+            sizes,
+            args.max_iter,
+            args.short_side,
+            args.batch_size,
+            args.num_gpus,
+        )
+        warnings = anchor_warnings(data.facts, plan.short_side)
+        lines = [
+            *data.lines,
+            *encoder_lines,
+            *_plan_lines(plan, args, data),
+            *(f"warning: {warning}" for warning in warnings),
+        ]
+        settings += _settings(args, data, plan, staging, output)
+        recipe = _RECIPES["masks" if data.has_masks else "boxes"]
+        more = f" and {len(data.names) - 3} more classes" * (len(data.names) > 3)
+        title = f"Detector of {', '.join(data.names[:3])}{more}."
+        write_text(staging / CONFIG_FILE, config_text(title, recipe, settings))
+        write_text(staging / _SUMMARY_FILE, "\n".join(lines) + "\n")
+        load_lazy_config(str(staging / CONFIG_FILE))
+        records = load_coco(str(data.train), args.images)
+        draw_labels(records, data.names, staging / "labels.png", "Labels of training images")
+        shutil.copytree(staging, output, dirs_exist_ok=True)
+    print("\n".join(lines))
+    print(f"Look at {output}/labels.png: training starts with these labels.", flush=True)
+
+
+def _settings(
+    args: argparse.Namespace, data: OwnData, plan: Plan, staging: Path, output: Path
+) -> list[tuple[str, Any, str]]:
+    """List what differs from the recipe: key, value and reason."""
+    why = plan.reasons
+
+    def final(path: Path) -> str:
+        inside = path.is_relative_to(staging)
+        return absolute_path(output / path.relative_to(staging) if inside else path)
+
+    net = "model.backbone.net"
+    resizing = "mapper.augmentations[0]"
+    settings: list[tuple[str, Any, str]] = [
+        ("dataloader.train.dataset.json_file", final(data.train), ""),
+        ("dataloader.train.dataset.image_root", absolute_path(args.images), ""),
+        ("dataloader.test.dataset.json_file", final(data.val), ""),
+        ("dataloader.test.dataset.image_root", absolute_path(args.val_images or args.images), ""),
+        ("model.roi_heads.num_classes", len(data.names), ""),
+        (
+            f"dataloader.train.{resizing}.short_edge_length",
+            plan.train_sides,
+            why.get("short_side", "--short-side"),
+        ),
+        (f"dataloader.train.{resizing}.max_size", plan.max_side, ""),
+        (f"dataloader.test.{resizing}.short_edge_length", plan.short_side, ""),
+        (f"dataloader.test.{resizing}.max_size", plan.max_side, ""),
+        ("dataloader.train.total_batch_size", plan.batch_size, why["batch_size"]),
+        ("dataloader.train.num_workers", plan.workers, ""),
+        ("dataloader.test.num_workers", plan.workers, ""),
+        ("optimizer.lr", plan.learning_rate, why["learning_rate"]),
+        ("train.max_iter", plan.max_iter, why["max_iter"]),
+        ("lr_multiplier.warmup_length", plan.warmup_length, f"{plan.warmup_steps} steps"),
+        ("train.eval_period", plan.eval_period, ""),
+        ("train.checkpointer.period", plan.eval_period, ""),
+        ("train.checkpointer.max_to_keep", 1, ""),
+        ("train.log_period", plan.log_period, ""),
+        ("train.best_metric", "segm/AP" if data.has_masks else "bbox/AP", ""),
+        ("train.patience", args.patience, ""),
+        ("train.seed", args.seed, ""),
+        ("train.device", args.device, ""),
+        ("train.output_dir", absolute_path(output), ""),
+    ]
+    if plan.recompute:
+        settings.append((f"{net}.use_act_checkpoint", True, why["recompute"]))
+    if data.channels:
+        mean, std = channel_statistics(data, args.images)
+        settings += [
+            ("model.input_format", channels_format(data.channels), "values as they are stored"),
+            ("model.pixel_mean", mean, "of the training images"),
+            ("model.pixel_std", std, ""),
+        ]
+    return settings
+
+
+def _plan_lines(plan: Plan, args: argparse.Namespace, data: OwnData) -> list[str]:
+    kind = "Mask R-CNN (boxes and masks)" if data.has_masks else "Faster R-CNN (boxes)"
+    frozen = "; the encoder stays as it is" if args.freeze else ""
+    stop = f", stopping after {args.patience} without a gain" if args.patience else ""
+    why = plan.reasons
+    return [
+        f"Detector: {kind} on {args.device}{frozen}.",
+        f"Images: shorter side {plan.short_side} pixels, in training {plan.train_sides[0]} to "
+        f"{plan.train_sides[-1]}" + (f" ({why['short_side']})." if "short_side" in why else "."),
+        f"Batch: {plan.batch_size} images; {why['batch_size']}. Gradients are not accumulated.",
+        f"Length: {plan.max_iter} steps, {why['max_iter']}; warm-up of {plan.warmup_steps} steps.",
+        f"Learning rate: {plan.learning_rate:g} ({why['learning_rate']}), a tenth after two thirds "
+        "of the steps and a hundredth after eleven twelfths.",
+        f"Evaluation: every {plan.eval_period} steps; the best weights are kept as "
+        f"model_best.pth{stop}.",
+    ]
+
+
+def _report(output: Path, cfg: Any) -> None:
+    """Evaluate the best weights, write the report and say how to go on."""
+    if not comm.is_main_process():
+        return
+    data = cfg.dataloader.test.dataset
+    summary = []
+    if (output / _SUMMARY_FILE).is_file():
+        summary = (output / _SUMMARY_FILE).read_text().splitlines()
+    seen = cfg.train.max_iter * cfg.dataloader.train.total_batch_size
+    hints = [
+        f"The run has {cfg.train.max_iter} steps of {cfg.dataloader.train.total_batch_size} "
+        f"images ({seen} images seen); below a few thousand that is often too few: raise "
+        "--max-iter.",
+        *(line.removeprefix("warning: ") for line in summary if line.startswith("warning: ")),
+        f"Look at {output}/labels.png: are boxes and classes right?",
+    ]
+    predictor = Predictor(output, device=cfg.train.device, score_threshold=0.0)
+    report = write_report(
+        output, predictor, data.json_file, data.image_root, summary, hints,
+        [_predict_command(output, None)],
+    )  # fmt: skip
+    values = ", ".join(
+        f"{name} {report.figures[name]:.1f}"
+        for name in ("bbox/AP", "bbox/AP50", "segm/AP", "segm/AP50")
+        if name in report.figures
+    )
+    print(f"{values} on the validation images.")
+    for note in report.notes:
+        print(note)
+    print(f"Report: {report.page}")
+    print(f"Predict with: {_predict_command(output, report.score_threshold)}")
+
+
+def _predict_command(output: Path, threshold: float | None) -> str:
+    """Command that predicts with the detector, spelled as this tool was called."""
+    tool = Path(sys.argv[0])
+    called = tool.name == "finetune.py" and tool.parent.name == "tools"
+    how = str(tool.with_name("predict.py")) if called else "-m flsl_d2.detection.predict"
+    command = f"python {how} --model {output} --input IMAGES --output {output}/predictions"
+    return command if threshold is None else f"{command} --score-threshold {threshold:.2f}"
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Fine-tune the detector that a command line describes."""
+    parser = described_parser(
+        "Train a detector on annotations of your own: check and split the data, choose the "
+        "settings, train, keep the best weights, and report.",
+        EXAMPLES,
+    )
+    add = parser.add_argument
+    add(
+        "--annotations",
+        default="",
+        metavar="PATH",
+        help="COCO .json; YOLO, Pascal VOC or LabelMe folder; CVAT .xml",
+    )
+    add("--images", default="", metavar="DIR", help="folder of the images")
+    add(
+        "--val-annotations",
+        default="",
+        metavar="PATH",
+        help="annotations to validate on (default: a part of --annotations is split off)",
+    )
+    add("--val-images", default="", metavar="DIR", help="their images (default: --images)")
+    add_defaults(
+        parser,
+        ("--val-share", 0.2, "share of the images to split off"),
+        ("--val-group", "", "regular expression; images with the same match stay together"),
+    )
+    add_option(
+        parser,
+        "--weights",
+        default="",
+        help="encoder: file or URL of any known layout, timm:NAME, or 'random'",
+    )
+    add_option(parser, "--output", default="output/finetune")
+    add("--task", choices=("boxes", "masks"), help="default: masks if the annotations have them")
+    add("--freeze", action="store_true", help="leave the encoder as it is")
+    add_option(parser, "--device")
+    add_option(parser, "--num-gpus")
+    add_defaults(
+        parser,
+        ("--max-iter", 0, "number of steps; 0 chooses it"),
+        ("--batch-size", 0, "images of a step; 0 chooses it"),
+        ("--patience", 0, "evaluations without a gain after which training stops; 0 never stops"),
+        ("--seed", 0, "seed of the split and the training"),
+    )
+    add_option(parser, "--short-side", default=0, help="shorter side in pixels; 0 chooses it")
+    add("--resume", action="store_true", help="go on with the run in the output folder")
+    run_tool(_finetune, parser.parse_args(arguments))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,174 @@
+"""The data of a fine-tuning run: converted, checked, split and measured."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from flsl_d2.data import Use, check_coco_files
+from flsl_d2.data.coco_file import read_coco
+from flsl_d2.data.coco_records import load_coco
+from flsl_d2.data.formats import convert_to_coco, recognise_annotations
+from flsl_d2.data.images import read_channels, stored_format
+from flsl_d2.data.splitting import split_by_image
+from flsl_d2.detection.finetune_plan import DataFacts, collect_facts
+from flsl_d2.errors import InputError
+from flsl_d2.files import write_text
+
+__all__ = ["OwnData", "channel_statistics", "prepare_data"]
+
+# Share of the objects that must have a mask for a detector of masks to be chosen.
+_MASK_SHARE = 0.99
+_STATISTICS_IMAGES = 200
+
+
+@dataclass(frozen=True)
+class OwnData:
+    """The two parts of the data.
+
+    Attributes:
+        train: annotations to train on, in COCO's format.
+        val: annotations to validate on.
+        names: names of the classes.
+        has_masks: whether masks are learned.
+        facts: facts of the training part.
+        lines: what was found, for the user.
+        channels: number of channels whose stored values are fed to the model; 0 for RGB.
+    """
+
+    train: Path
+    val: Path
+    names: list[str]
+    has_masks: bool
+    facts: DataFacts
+    lines: list[str]
+    channels: int
+
+
+def prepare_data(args: argparse.Namespace, staging: Path) -> OwnData:
+    """Convert, check and split the annotations."""
+    lines: list[str] = []
+    folder = staging / "annotations"
+    train = _as_coco(args.annotations, args.images, folder / "converted.json", lines)
+    images_of_val = args.val_images or args.images
+    names = check_coco_files(train, args.images, Use.BOXES, open_pictures=True)
+    if args.val_annotations:
+        target = folder / "converted_val.json"
+        val = _as_coco(args.val_annotations, images_of_val, target, lines, names)
+        how = "as given"
+    else:
+        parts = split_by_image(read_coco(train), args.val_share, args.seed, args.val_group)
+        train, val = folder / "train.json", folder / "val.json"
+        for part, path in zip(parts, (train, val), strict=True):
+            write_text(path, json.dumps(part))
+        how = f"split off by image with seed {args.seed}"
+        how += f", images with the same {args.val_group!r} together" if args.val_group else ""
+    records = load_coco(str(train), args.images)
+    facts = collect_facts(records, names)
+    if not facts.num_images:
+        raise InputError(f"no image of '{train}' has an object, so nothing can be learned.")
+    has_masks = args.task == "masks" or (not args.task and facts.mask_share >= _MASK_SHARE)
+    use = Use.BOXES | Use.MASKS if has_masks else Use.BOXES
+    check_coco_files(train, args.images, use, masks_off="--task boxes")
+    val_names = check_coco_files(
+        val, images_of_val, use | Use.EVALUATION, open_pictures=bool(args.val_annotations),
+        masks_off="--task boxes",
+    )  # fmt: skip
+    if val_names != names:
+        raise InputError(
+            f"the classes of '{args.annotations}' ({', '.join(names)}) and of "
+            f"'{args.val_annotations}' ({', '.join(val_names)}) differ; both need the same "
+            "categories in the same order of their ids."
+        )
+    val_records = load_coco(str(val), images_of_val)
+    num_val = sum(any(not a["iscrowd"] for a in r["annotations"]) for r in val_records)
+    if not num_val:
+        raise InputError(
+            f"no image of '{val if not args.val_annotations else args.val_annotations}' has an "
+            "object, so nothing can be measured; give other validation annotations or leave them "
+            "out."
+        )
+    shown = ", ".join(f"{name} {count}" for name, count in list(facts.class_counts.items())[:10])
+    more = ", ..." * (len(facts.class_counts) > 10)
+    lines.append(
+        f"Data: {facts.num_images} images to train on with {facts.num_objects} objects ({shown}"
+        f"{more}), {len(val_records)} images to validate on ({how})."
+    )
+    if facts.num_without:
+        lines.append(f"{facts.num_without} images without objects are left out of training.")
+    empty = [name for name, count in facts.class_counts.items() if not count]
+    if empty:
+        lines.append(
+            f"warning: no training image has an object of {', '.join(empty)}, so nothing is "
+            "learned of it."
+        )
+    if facts.max_objects > 100:
+        lines.append(
+            f"warning: an image has {facts.max_objects} objects, and the detector reports 100 at "
+            "most; raise model.roi_heads.box_predictor.test_topk_per_image in the config."
+        )
+    files = [record["file_name"] for record in [*records, *val_records]]
+    channels = _find_channels(files, lines)
+    return OwnData(train, val, names, has_masks, facts, lines, channels)
+
+
+def _as_coco(
+    annotations: str, images: str, output: Path, lines: list[str], labels: Sequence[str] = ()
+) -> Path:
+    """Convert annotations where they are not in COCO's format."""
+    source = recognise_annotations(annotations)
+    if source.kind == "COCO":
+        return source.path
+    lines.append(f"{convert_to_coco(source, images, output, labels)}.")
+    return output
+
+
+def _find_channels(files: Sequence[str], lines: list[str]) -> int:
+    """Return the number of channels to feed as they are stored; 0 where RGB of 8 bits is enough."""
+    shown = [files[i] for i in np.unique(np.linspace(0, len(files) - 1, 50).astype(int))]
+    try:
+        found = {stored_format(file) for file in shown}
+    except OSError as error:
+        raise InputError(f"the images cannot be read ({error}).") from error
+    special = {(c, b) for c, b in found if b > 8 or c > 4 or c == 2}
+    special |= {(stored_format(f)) for f in shown if f.lower().endswith((".tif", ".tiff"))
+                and stored_format(f)[0] == 4}  # fmt: skip
+    if not special:
+        return 0
+    counts = {channels for channels, _ in found}
+    if len(counts) > 1:
+        raise InputError(
+            f"the images have {' and '.join(map(str, sorted(counts)))} channels; a detector needs "
+            "images of one kind, so convert some."
+        )
+    channels, bits = next(iter(special))
+    lines.append(
+        f"Images of {channels} channels and {bits} bits: their stored values are used, normalised "
+        "by the mean and the standard deviation of the training images."
+    )
+    return channels
+
+
+def channel_statistics(data: OwnData, images: str) -> tuple[list[float], list[float]]:
+    """Mean and standard deviation of each channel over training images."""
+    records = load_coco(str(data.train), images)
+    places = np.unique(np.linspace(0, len(records) - 1, _STATISTICS_IMAGES).astype(int))
+    sums = np.zeros((3, data.channels))
+    for place in places:
+        try:
+            pixels = read_channels(records[place]["file_name"], data.channels).astype(float)
+        except OSError as error:
+            raise InputError(
+                f"the image '{records[place]['file_name']}' cannot be used ({error}); repair it "
+                "or leave it out."
+            ) from error
+        flat = pixels.reshape(-1, data.channels)
+        sums += [np.full(data.channels, len(flat)), flat.sum(axis=0), (flat**2).sum(axis=0)]
+    mean = sums[1] / sums[0]
+    std = np.sqrt(np.maximum(sums[2] / sums[0] - mean**2, 1e-12))
+    return mean.round(3).tolist(), np.maximum(std, 1e-3).round(3).tolist()

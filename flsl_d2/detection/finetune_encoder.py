@@ -1,0 +1,101 @@
+"""The encoder of a fine-tuning run: read, and adapted to the pyramid and to the images."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from timm.layers.patch_embed import resample_patch_embed
+from timm.models import adapt_input_conv
+
+from flsl_d2.detection.finetune_plan import PythonCode
+from flsl_d2.errors import InputError
+from flsl_d2.modeling import FLSLViT
+from flsl_d2.modeling.timm_backbone import TIMM_PREFIX, build_timm_backbone, timm_pyramid
+from flsl_d2.weights import build_encoder
+from flsl_d2.weights.export import write_encoder
+
+__all__ = ["absolute_path", "prepare_encoder"]
+
+
+def prepare_encoder(
+    weights: str, freeze: bool, channels: int, staging: Path, output: Path
+) -> tuple[list[str], list[tuple[str, Any, str]], dict[str, Any]]:
+    """Read the encoder: lines for the user, settings of the config, and sizes for the plan.
+
+    Patches whose side is no power of two, and images of other than three channels, need another
+    patch embedding: its filters are resampled by the pseudo-inverse of resizing (FlexiViT, arXiv
+    2212.08013), and repeated over the channels and scaled so that equal channels give what they
+    gave before. Both are timm's functions. The encoder is then written to the output folder.
+
+    Args:
+        weights: file or URL, ``timm:NAME`` or ``random``.
+        freeze: whether the encoder is not trained.
+        channels: number of channels of the images.
+        staging: folder to write to.
+        output: folder that the files lie in when the config is used.
+
+    Raises:
+        InputError: the weights cannot be read, or cannot take images of these channels.
+    """
+    frozen = [("model.backbone.net.frozen", True, "the encoder stays as it is")]
+    if weights.startswith(TIMM_PREFIX):
+        if channels != 3:
+            raise InputError(
+                f"--weights is '{weights}', and the images have {channels} channels; "
+                "give a file of a plain ViT's weights for such images."
+            )
+        net = build_timm_backbone(weights)
+        timm_pyramid(net)  # refuses strides that are no powers of two
+        code = f"L(build_timm_backbone)(text={weights!r}, frozen={freeze})"
+        settings: list[tuple[str, Any, str]] = [
+            ("model.backbone", PythonCode(f"L(timm_pyramid)(net={code})"), ""),
+            ("optimizer.params.lr_factor_func", None, "layers are not decayed"),
+        ]
+        sizes = {"embed_dim": net.embed_dim, "depth": 12, "patch_size": net.patch_size}
+        return [f"Encoder: {weights}."], settings, sizes
+    encoder = FLSLViT() if weights == "random" else build_encoder(weights)
+    architecture: dict[str, Any] = dict(encoder.architecture)
+    lines, file = [f"Encoder: {weights}."], absolute_path(weights)
+    patch = 2 ** round(np.log2(architecture["patch_size"]))
+    if (patch, channels) != (architecture["patch_size"], architecture["in_chans"]):
+        lines.append(
+            f"Its patch embedding is adapted from {architecture['patch_size']} pixels and "
+            f"{architecture['in_chans']} channels to {patch} pixels and {channels} channels."
+        )
+        encoder = _adapted(encoder, patch, channels)
+        architecture = dict(encoder.architecture)
+        write_encoder(encoder, staging / "encoder.pth")
+        file = absolute_path(output / "encoder.pth")
+    if weights == "random":
+        file = ""
+        lines.append("warning: the encoder is untrained, so expect little of a small data set.")
+    own = {k: v for k, v in FLSLViT().architecture.items() if k != "num_prefix_tokens"}
+    settings = [
+        (f"model.backbone.net.{key}", architecture[key], "")
+        for key in own
+        if architecture[key] != own[key]
+    ]
+    settings.append(("train.init_checkpoint", file, ""))
+    return lines, settings + (frozen if freeze else []), architecture
+
+
+def _adapted(encoder: FLSLViT, patch: int, channels: int) -> FLSLViT:
+    """Give an encoder patches of another side and images of another number of channels."""
+    architecture: dict[str, Any] = dict(encoder.architecture)
+    grid = architecture["img_size"] // encoder.patch_size
+    changed = {"patch_size": patch, "in_chans": channels, "img_size": grid * patch}
+    new = FLSLViT(**{**architecture, **changed})
+    state = encoder.state_dict()
+    name = "patch_embed.proj.weight"
+    weight = resample_patch_embed(state[name], [patch, patch])
+    state[name] = adapt_input_conv(channels, weight)
+    new.load_state_dict(state)
+    return new
+
+
+def absolute_path(path: str | Path) -> str:
+    """Return a path that the config can be run with from any folder; URLs stay as they are."""
+    text = str(path)
+    return text if "://" in text else str(Path(text).expanduser().resolve())

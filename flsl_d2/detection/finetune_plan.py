@@ -1,0 +1,366 @@
+"""Rules that choose a fine-tuning run's settings from data, encoder and device.
+
+The rules start from COCO's recipe (16 images a step, learning rate 1e-4, 12 epochs of 118,000
+images, shorter side 800) and scale it:
+
+- **Shorter side**: 800 pixels on a GPU and 480 on a CPU, at most twice the median shorter side of
+  the pictures, a multiple of 32. In training it varies from 0.6 of that to all of it.
+- **Batch**: the largest power of two up to 16 that fits four fifths of the memory and leaves at
+  least four steps an epoch; at most 2 on a CPU. Gradients are never accumulated over steps: what
+  does not fit makes the batch smaller.
+- **Memory** of an image, an estimate: 42 bytes for each token, channel and block of the encoder,
+  800 bytes a pixel for pyramid and RPN, 0.3 GiB for the heads; twice as much in float32; 2 GiB for
+  everything else. The 42 bytes are what Detectron2's ViT-B stores at 1024 pixels with flash
+  attention. Where one image does not fit, blocks are recomputed in the backward pass, which stores
+  a tenth.
+- **Learning rate**: 1e-4 times the square root of batch / 16, the rule for Adam (arXiv 2205.10287).
+- **Epochs**: 12 times the square root of 118,000 / images, at least 12 and at most 100 on a GPU, 25
+  on a CPU; at least 200 steps. ``--max-iter`` replaces it.
+- **Warm-up**: 1,000 steps, and at most a tenth of the run.
+- **Evaluation**: ten times in a run, and no more than once an epoch.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+
+from flsl_d2.engine.launch import usable_cores
+
+__all__ = [
+    "ANCHOR_SIDES",
+    "DataFacts",
+    "Device",
+    "Plan",
+    "PythonCode",
+    "anchor_warnings",
+    "collect_facts",
+    "config_text",
+    "find_device",
+    "make_plan",
+]
+
+ANCHOR_SIDES = (32, 64, 128, 256, 512)
+ANCHOR_RATIOS = (0.5, 1.0, 2.0)
+# The RPN takes anchors with a lower IoU for background (Faster R-CNN, arXiv 1506.01497).
+_BACKGROUND_IOU = 0.3
+_GIB = 2**30
+
+
+@dataclass(frozen=True)
+class Device:
+    """The device of a run.
+
+    Attributes:
+        name: ``cuda`` or ``cpu``.
+        memory: bytes of its memory.
+        cores: number of CPU cores of this process.
+    """
+
+    name: str
+    memory: float
+    cores: int
+
+    @property
+    def is_gpu(self) -> bool:
+        """Whether it is no CPU."""
+        return not self.name.startswith("cpu")
+
+
+def find_device(name: str) -> Device:
+    """Return the device of a name with its memory."""
+    if name.startswith("cuda") and torch.cuda.is_available():
+        memory = torch.cuda.get_device_properties(torch.device(name)).total_memory
+    else:
+        memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    return Device(name, float(memory), usable_cores())
+
+
+@dataclass(frozen=True)
+class DataFacts:
+    """What the rules need to know of the training data.
+
+    Attributes:
+        num_images: number of images with objects.
+        num_without: number of images without objects, which training leaves out.
+        num_objects: number of objects, crowds left out.
+        class_counts: number of objects by class name.
+        image_sizes: (N, 2) height and width of all images in pixels.
+        object_sizes: (M, 2) height and width of the objects in pixels of an image whose shorter
+            side is 1.
+        mask_share: share of the objects that have a mask.
+        max_objects: number of objects in the fullest image.
+    """
+
+    num_images: int
+    num_without: int
+    num_objects: int
+    class_counts: dict[str, int]
+    image_sizes: np.ndarray
+    object_sizes: np.ndarray
+    mask_share: float
+    max_objects: int
+
+
+def collect_facts(records: Sequence[dict[str, Any]], class_names: Sequence[str]) -> DataFacts:
+    """Count and measure the records of a training set in Detectron2's format."""
+    counts = dict.fromkeys(class_names, 0)
+    objects, masks, numbers = [], 0, []
+    for record in records:
+        shorter = min(record["height"], record["width"])
+        learned = [a for a in record["annotations"] if not a["iscrowd"]]
+        numbers.append(len(learned))
+        for annotation in learned:
+            counts[class_names[annotation["category_id"]]] += 1
+            masks += bool(annotation.get("segmentation"))
+            objects.append([side / shorter for side in annotation["bbox"][:1:-1]])
+    return DataFacts(
+        num_images=sum(number > 0 for number in numbers),
+        num_without=sum(number == 0 for number in numbers),
+        num_objects=len(objects),
+        class_counts=counts,
+        image_sizes=np.array([[r["height"], r["width"]] for r in records], float).reshape(-1, 2),
+        object_sizes=np.array(objects, float).reshape(-1, 2),
+        mask_share=masks / max(len(objects), 1),
+        max_objects=max(numbers, default=0),
+    )
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Settings of a run, and the reasons that a user is told.
+
+    Attributes:
+        short_side: shorter side of the images in pixels.
+        max_side: most pixels of the longer side.
+        batch_size: images of a step.
+        learning_rate: largest learning rate.
+        max_iter: number of steps.
+        warmup_length: share of the steps in which the learning rate rises.
+        eval_period: steps between two evaluations.
+        log_period: steps between two lines of the log.
+        workers: processes that read images.
+        recompute: recompute the encoder's blocks in the backward pass.
+        reasons: sentence by setting.
+    """
+
+    short_side: int
+    max_side: int
+    batch_size: int
+    learning_rate: float
+    max_iter: int
+    warmup_length: float
+    eval_period: int
+    log_period: int
+    workers: int
+    recompute: bool
+    reasons: dict[str, str] = field(default_factory=dict)
+
+    @property
+    def train_sides(self) -> list[int]:
+        """Shorter sides of the images in training, in pixels."""
+        first = max(32, round(0.6 * self.short_side / 32) * 32)
+        return [*range(first, self.short_side, 32), self.short_side]
+
+    @property
+    def warmup_steps(self) -> int:
+        """Number of steps in which the learning rate rises."""
+        return int(self.warmup_length * self.max_iter)
+
+
+def make_plan(
+    facts: DataFacts,
+    device: Device,
+    encoder: dict[str, Any],
+    max_iter: int = 0,
+    short_side: int = 0,
+    batch_size: int = 0,
+    num_processes: int = 1,
+) -> Plan:
+    """Choose the settings by the rules of this module.
+
+    Args:
+        facts: facts of the training data.
+        device: device to train on.
+        encoder: ``embed_dim``, ``depth`` and ``patch_size`` of the encoder.
+        max_iter: number of steps; 0 chooses it.
+        short_side: shorter side of the images in pixels; 0 chooses it.
+        batch_size: images of a step; 0 chooses it.
+        num_processes: number of GPUs, each with the memory of the device, or of processes that
+            share the memory of a CPU. The batch is a multiple of it.
+    """
+    reasons = {}
+    if not short_side:
+        usual = 800 if device.is_gpu else 480
+        median = float(np.median(facts.image_sizes.min(axis=1)))
+        short_side = max(32, min(usual, int(2 * median) // 32 * 32))
+        reasons["short_side"] = (
+            f"{usual} pixels is usual on {'a GPU' if device.is_gpu else 'a CPU'}; the median "
+            f"picture has {median:.0f}"
+        )
+    max_side = math.ceil(short_side * 1333 / 800)
+    per_image, recompute = _image_bytes(encoder, short_side, max_side, device.is_gpu, False), False
+    room = 0.8 * device.memory - 2 * _GIB
+    if per_image > room:
+        recompute = True
+        per_image = _image_bytes(encoder, short_side, max_side, device.is_gpu, True)
+        reasons["recompute"] = "one image does not fit the memory otherwise"
+    fitting = max(1, int(room // per_image)) * (num_processes if device.is_gpu else 1)
+    if not batch_size:
+        most = min(16 if device.is_gpu else 2, fitting, max(1, facts.num_images // 4))
+        batch_size = 2 ** int(math.log2(most))
+        batch_size = max(batch_size // num_processes, 1) * num_processes
+    reasons["batch_size"] = (
+        f"an image needs about {per_image / _GIB:.1f} of {device.memory / _GIB:.0f} GiB (estimate)"
+        + ("" if batch_size <= fitting else f", so {batch_size} may not fit")
+    )
+    learning_rate = float(f"{1e-4 * math.sqrt(batch_size / 16):.3g}")
+    reasons["learning_rate"] = "1e-4 * sqrt(batch / 16)"
+    epoch = facts.num_images / batch_size
+    if not max_iter:
+        most_epochs = 100 if device.is_gpu else 25
+        epochs = min(max(12.0, 12 * math.sqrt(118_000 / facts.num_images)), most_epochs)
+        max_iter = max(200, math.ceil(epochs * epoch))
+    reasons["max_iter"] = (
+        f"{max_iter / epoch:.1f} epochs of {facts.num_images} images"
+        if max_iter >= epoch
+        else f"only {max_iter * batch_size} of {facts.num_images} images are seen"
+    )
+    log_period = max(1, min(20, max_iter // 20))
+    eval_period = max(math.ceil(max_iter / 10), math.ceil(epoch))
+    eval_period = math.ceil(eval_period / log_period) * log_period
+    return Plan(
+        short_side,
+        max_side,
+        batch_size,
+        learning_rate,
+        max_iter,
+        min(1000 / max_iter, 0.1),
+        min(eval_period, max_iter),
+        log_period,
+        min(4, device.cores) if device.is_gpu or device.cores > 4 else 0,
+        recompute,
+        reasons,
+    )
+
+
+def _image_bytes(
+    encoder: dict[str, Any], short_side: int, max_side: int, half: bool, recompute: bool
+) -> float:
+    pixels = short_side * min(max_side, 1.5 * short_side)
+    tokens = pixels / encoder["patch_size"] ** 2
+    stored = 42 * tokens * encoder["embed_dim"] * encoder["depth"]
+    size = stored * (0.1 if recompute else 1) + 800 * pixels + 0.3 * _GIB
+    return size if half else 2 * size
+
+
+def anchor_warnings(
+    facts: DataFacts, short_side: int, anchor_sides: Sequence[int] = ANCHOR_SIDES
+) -> list[str]:
+    """Say which objects the detector's anchors do not fit, with numbers and a remedy.
+
+    An object fits if an anchor of the same centre has an IoU of at least 0.3 with it; the RPN
+    learns others by their single best anchor alone.
+
+    Args:
+        facts: facts of the training data.
+        short_side: shorter side of the images in pixels.
+        anchor_sides: sides of the square anchors in pixels, one a level.
+
+    Returns:
+        One sentence for each problem that concerns more than a twentieth of the objects.
+    """
+    sizes = facts.object_sizes * short_side
+    if not len(sizes):
+        return []
+    fits = _best_anchor_iou(sizes, anchor_sides) >= _BACKGROUND_IOU
+    sides = np.sqrt(sizes.prod(axis=1))
+    small = ~fits & (sides < anchor_sides[0])
+    large = ~fits & (sides > anchor_sides[-1])
+    thin = ~fits & ~small & ~large
+    warnings = []
+    at = f"at a shorter side of {short_side} pixels"
+    if small.mean() > 0.05:
+        # At this shorter side nineteen of twenty objects are as large as an anchor can fit.
+        needed = (
+            0.55 * anchor_sides[0] / float(np.quantile(np.sqrt(facts.object_sizes.prod(1)), 0.05))
+        )
+        remedy = (
+            f"--short-side {math.ceil(needed / 32) * 32} would fit them"
+            if needed <= 1600
+            else "cut the pictures into tiles for training, and predict with --slice"
+        )
+        warnings.append(
+            f"{small.mean():.0%} of the objects are too small for the anchors {at} (their median "
+            f"side is {np.median(sides[small]):.0f} pixels, the smallest anchor has "
+            f"{anchor_sides[0]}, the finest stride is 4); {remedy}."
+        )
+    if large.mean() > 0.05:
+        warnings.append(
+            f"{large.mean():.0%} of the objects are too large for the anchors {at} (their median "
+            f"side is {np.median(sides[large]):.0f} pixels, the largest anchor has "
+            f"{anchor_sides[-1]}); give a smaller --short-side."
+        )
+    if thin.mean() > 0.05:
+        ratio = sizes[thin].max(axis=1) / sizes[thin].min(axis=1)
+        warnings.append(
+            f"{thin.mean():.0%} of the objects are too thin for the anchors (their sides are in a "
+            f"ratio of {np.median(ratio):.1f}, those of the anchors of at most "
+            f"{max(ANCHOR_RATIOS):g}); add ratios to "
+            "model.proposal_generator.anchor_generator.aspect_ratios in the config."
+        )
+    return warnings
+
+
+def _best_anchor_iou(sizes: np.ndarray, anchor_sides: Sequence[int]) -> np.ndarray:
+    """IoU of each object (M, 2) with the best anchor of the same centre."""
+    best = np.zeros(len(sizes))
+    for side in anchor_sides:
+        for ratio in ANCHOR_RATIOS:
+            anchor = np.array([side * math.sqrt(ratio), side / math.sqrt(ratio)])
+            overlap = np.minimum(sizes, anchor).prod(axis=1)
+            best = np.maximum(best, overlap / (sizes.prod(axis=1) + side**2 - overlap))
+    return best
+
+
+class PythonCode(str):
+    """Python code as a value of a config, where the ``repr`` of the value is not enough."""
+
+    def __repr__(self) -> str:
+        return str(self)
+
+
+def config_text(title: str, recipe: str, settings: Sequence[tuple[str, Any, str]]) -> str:
+    """Write a LazyConfig: a recipe and what differs from it, with the reasons as comments.
+
+    Args:
+        title: first line of the docstring.
+        recipe: name of the recipe below ``configs``.
+        settings: key, value and reason of each difference; an empty reason is left out.
+    """
+    lines = [
+        f'"""{title}',
+        "",
+        "    tools/train_net.py --config-file THIS_FILE --resume",
+        '"""',
+        "",
+        "from detectron2.config import LazyCall as L",
+        "",
+        "from flsl_d2.model_zoo import get_config",
+        "from flsl_d2.modeling import build_timm_backbone, timm_pyramid",
+        "",
+        f'_recipe = get_config("{recipe}")',
+        'dataloader, lr_multiplier = _recipe["dataloader"], _recipe["lr_multiplier"]',
+        'model, optimizer, train = _recipe["model"], _recipe["optimizer"], _recipe["train"]',
+        "",
+    ]
+    for key, value, reason in settings:
+        lines += [f"# {reason[0].upper()}{reason[1:]}."] if reason else []
+        lines.append(f"{key} = {value!r}")
+    return "\n".join(lines) + "\n"
