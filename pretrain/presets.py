@@ -2,21 +2,21 @@
 
 The rules, from the number N of images and the memory of a device:
 
-- *Encoder.* On a CPU that of the recipe for small data (128 wide, 6 blocks, patches of 8, views of
-  80 pixels), whose other values are kept but for the length. On a GPU
+- *Encoder.* On a CPU that of ``flsl_vit_mini_p8_small_data.py`` (128 wide, 6 blocks, patches of 8,
+  views of 80 pixels), with that recipe's batch, rate and keys. On a GPU
   ViT-T/16 below 5,000 images, ViT-S/16 below 500,000 or with less than 40 GiB, else ViT-B/16.
 - *Images of a step.* On a CPU 16. On a GPU as many as fit (:data:`MIB_PER_IMAGE`), at most 512 as
   published, and at most a tenth of the images or 32; a power of two for each process.
-- *Centroids.* On a GPU 8 for each image of a step, as published (4,096 for 512), 256 to 4,096: with
-  more, most get no query (docs/records/position_shortcut_2026-11.md).
+- *Centroids.* 8 for each image of a step, as published (4,096 for 512), 256 to 4,096: with more,
+  most get no query (docs/records/position_shortcut_2026-11.md).
 - *Learning rate.* On a GPU 1e-3 * sqrt(batch / 512), which is the published rate at 512 images a
-  step and falls more slowly than linearly below.
+  step and falls more slowly than linearly below. On a CPU 1e-3.
 - *Length.* On a GPU the published 300 epochs, but at least 10,000 steps and about 200,000 at most;
-  on a CPU 10 epochs, but at least 2,000 steps and about 20,000 at most. Whole epochs.
-- *Teacher.* On a GPU its momentum begins at 0.99 instead of 0.996 in runs below 50,000 steps, and
-  its temperature rises over half of the run at most. The warm-up is a tenth of any run, or less.
-- *Positions.* ``model.partner=place`` with bounds on what a place and an image may explain, because
-  short runs of the published objective end as a map of places (docs/METHOD.md).
+  on a CPU 10 epochs, but at least 4,000 steps and about 40,000 at most. Whole epochs.
+- *Teacher.* Its momentum begins at 0.99 instead of 0.996 in runs below 50,000 steps, and its
+  temperature rises over half of the run at most. The warm-up is a tenth of any run.
+- *Positions.* The keys of that recipe that keep features from becoming a map of places, as short
+  runs of the published objective do (docs/METHOD.md). They were measured with its encoder alone.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ USED_SHARE = 0.9
 CPU_CONFIG = "pretrain/flsl_vit_mini_p8_small_data.py"
 CPU_BATCH = 16
 PUBLISHED_BATCH, PUBLISHED_PEAK_LR, PUBLISHED_EPOCHS = 512, 1e-3, 300
-GPU_STEPS, CPU_STEPS, CPU_EPOCHS = (10_000, 200_000), (2_000, 20_000), 10
+GPU_STEPS, CPU_STEPS, CPU_EPOCHS = (10_000, 200_000), (4_000, 40_000), 10
 
 
 @dataclass(frozen=True)
@@ -131,17 +131,14 @@ def choose_preset(
     epochs = _epochs(num_images, batch, PUBLISHED_EPOCHS, GPU_STEPS)
     steps = epochs * num_images / batch
     peak = PUBLISHED_PEAK_LR * math.sqrt(batch / PUBLISHED_BATCH)
-    centroids = min(max(_power_of_two(8 * batch), 256), 4096)
-    momentum = 0.99 if steps < 50_000 else 0.996
     changes = [
-        *_common(num_images, batch, epochs),
+        *_common(num_images, batch, epochs, steps),
         ("train.device=cuda", f"the smallest card has {memory:.0f} GiB"),
-        (f"schedules.base_lr={peak * 256 / batch:.3g}", f"a peak of {peak:.3g} at this batch"),
-        (f"model.head.num_centroids={centroids}", "8 for each image of a step"),
-        (f"schedules.teacher_momentum=[{momentum},1.0]", "follows the length of the run"),
         ("model.partner=place", "against features that are a map of places"),
-        ("model.position_share=0.01", "the same, as in the recipe for small data"),
-        ("model.image_share=0.15", "against features that tell images apart alone"),
+        ("model.position_share=0.01", "the same"),
+        ("model.image_share=0.15", "targets tell the parts of an image apart"),
+        ("model.position_drop=0.1", "against features that are a map of places"),
+        (f"schedules.base_lr={peak * 256 / batch:.3g}", f"a peak of {peak:.3g} at this batch"),
     ]
     if epochs < 60:
         changes.append((f"schedules.teacher_temp_epochs={epochs // 2}", "half of the run"))
@@ -153,21 +150,22 @@ def _cpu_preset(num_images: int, batch_size: int) -> Preset:
     batch = batch_size or CPU_BATCH
     epochs = _epochs(num_images, batch, CPU_EPOCHS, CPU_STEPS)
     changes = [
-        *_common(num_images, batch, epochs),
+        *_common(num_images, batch, epochs, epochs * num_images / batch),
         ("train.max_iter=0", "the length is given in epochs"),
-        ("train.log_period=20", "the first line comes soon"),
-        ("train.pictures_period=500", "a page of pictures takes seconds"),
         ("train.health_period=250", "a run of minutes is judged more often"),
-        (f"schedules.base_lr={1e-3 * 256 / batch:.3g}", "a peak of 0.001 at this batch"),
+        (f"schedules.base_lr={1e-3 * 256 / batch:.3g}", "a peak of 0.001"),
     ]
     return Preset(CPU_CONFIG, "a small ViT for CPUs (128 wide, 6 blocks, patch 8)", tuple(changes))
 
 
-def _common(num_images: int, batch: int, epochs: int) -> list[tuple[str, str]]:
-    steps = epochs * num_images / batch
+def _common(num_images: int, batch: int, epochs: int, steps: float) -> list[tuple[str, str]]:
+    centroids = min(max(_power_of_two(8 * batch), 256), 4096)
+    momentum = 0.99 if steps < 50_000 else 0.996
     return [
         (f"dataloader.total_batch_size={batch}", "images in a step, of all processes"),
         (f"train.epochs={epochs}", f"{steps:,.0f} steps over {num_images:,} images"),
+        (f"model.head.num_centroids={centroids}", "8 for each image of a step"),
+        (f"schedules.teacher_momentum=[{momentum},1.0]", "follows the length of the run"),
         (f"train.checkpoint_period={max(round(steps / 10), 1)}", "a tenth of the run"),
     ]
 
