@@ -89,7 +89,7 @@ class DetectorGraph(Graph):
         input_format: order of channels that it was trained with, ``RGB`` or ``BGR``.
 
     Raises:
-        InputError: the model is no detector with proposals (R-CNN).
+        InputError: the model is no detector with proposals (R-CNN), or takes other channels.
     """
 
     input_axes = {1: "height", 2: "width"}
@@ -101,6 +101,11 @@ class DetectorGraph(Graph):
             raise InputError(
                 f"a {type(model).__name__} cannot be written as a graph; Faster, Mask and Cascade "
                 "R-CNN can, and the encoder of any model."
+            )
+        if input_format not in ("RGB", "BGR"):
+            raise InputError(
+                f"the detector takes images of the format {input_format}, and graphs are written for "
+                "RGB; write it as safetensors."
             )
         self.model, self.is_bgr = model, input_format == "BGR"
         self.eval()
