@@ -57,7 +57,7 @@ class EncoderGraph(Graph):
         if encoder.architecture["in_chans"] != 3:
             raise InputError(
                 f"the encoder takes images of {encoder.architecture['in_chans']} channels, and "
-                "graphs are written for RGB; write it as safetensors or timm."
+                "exports take RGB; tools/convert_checkpoint.py writes it as safetensors or for timm."
             )
         self.encoder = encoder
         self.mean: Tensor
@@ -89,7 +89,7 @@ class DetectorGraph(Graph):
         input_format: order of channels that it was trained with, ``RGB`` or ``BGR``.
 
     Raises:
-        InputError: the model is no detector with proposals (R-CNN), or takes other channels.
+        InputError: the model is no detector with proposals (R-CNN).
     """
 
     input_axes = {1: "height", 2: "width"}
@@ -102,19 +102,14 @@ class DetectorGraph(Graph):
                 f"a {type(model).__name__} cannot be written as a graph; Faster, Mask and Cascade "
                 "R-CNN can, and the encoder of any model."
             )
-        if input_format not in ("RGB", "BGR"):
-            raise InputError(
-                f"the detector takes images of the format {input_format}, and graphs are written for "
-                "RGB; write it as safetensors."
-            )
-        self.model, self.is_bgr = model, input_format == "BGR"
+        self.model, self.input_format = model, input_format
         self.eval()
         has_masks = bool(getattr(model.roi_heads, "mask_on", False))
         self.outputs = ("boxes", "scores", "classes", *(["masks"] if has_masks else []))
 
     def forward(self, image: Tensor) -> tuple[Tensor, ...]:
         """Detect the objects of an image."""
-        image = image.flip(0) if self.is_bgr else image
+        image = image.flip(0) if self.input_format == "BGR" else image
         with torch.no_grad(), patch_builtin_len():
             (found,) = self.model.inference([{"image": image}], do_postprocess=False)
         results: tuple[Tensor, ...] = (
@@ -125,7 +120,16 @@ class DetectorGraph(Graph):
         return (*results, found.pred_masks[:, 0]) if "masks" in self.outputs else results
 
     def example(self, number: int) -> Tensor:
-        """Return a random picture of another size for each number."""
+        """Return a random picture of another size for each number.
+
+        Raises:
+            InputError: the detector takes other channels.
+        """
+        if self.input_format not in ("RGB", "BGR"):
+            raise InputError(
+                f"the detector takes images of the format {self.input_format}, and graphs are "
+                "written for RGB; write it as safetensors."
+            )
         return _pixels(number, (3, 192 + 32 * number, 256 - 48 * number))
 
 
