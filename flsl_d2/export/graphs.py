@@ -57,7 +57,7 @@ class EncoderGraph(Graph):
         if encoder.architecture["in_chans"] != 3:
             raise InputError(
                 f"the encoder takes images of {encoder.architecture['in_chans']} channels, and "
-                "exports take RGB; tools/convert_checkpoint.py writes it as safetensors or for timm."
+                "exports take RGB; tools/convert_checkpoint.py writes it for timm and others."
             )
         self.encoder = encoder
         self.mean: Tensor
