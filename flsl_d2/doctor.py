@@ -10,7 +10,6 @@ import importlib.util
 import io
 import platform
 import shutil
-import subprocess
 import sys
 import tempfile
 import time
@@ -28,6 +27,7 @@ from PIL import Image
 import flsl_d2
 from flsl_d2.data.datasets import datasets_root
 from flsl_d2.data.images import read_rgb
+from flsl_d2.engine.gpus import unusable_driver
 from flsl_d2.engine.launch import has_native_bf16, usable_cores
 
 __all__ = ["CHECKS", "Finding", "main"]
@@ -109,8 +109,7 @@ def check_gpus() -> Iterator[Finding]:
             card = torch.cuda.get_device_properties(index)
             text = (
                 f"{card.name}, {card.total_memory / 2**30:.0f} GiB, compute capability "
-                f"{card.major}.{card.minor}, driver {_driver() or 'unknown'}, PyTorch for CUDA "
-                f"{built_for}"
+                f"{card.major}.{card.minor}, PyTorch for CUDA {built_for}"
             )
             numbers = [int(name.split("_")[1].rstrip("af")) for name in architectures]
             oldest = min(numbers, default=0)
@@ -121,35 +120,11 @@ def check_gpus() -> Iterator[Finding]:
                 precision = "bf16" if has_native_bf16() else "fp16, no bf16"
                 yield Finding(OK, f"GPU {index}", f"{text}, {precision}")
         return
-    driver = _driver()
-    if driver is None:
-        yield Finding(NOTE, "GPU", "none is visible; add train.device=cpu to commands")
-    elif built_for is None:
-        yield Finding(
-            FAIL,
-            "GPU",
-            f"driver {driver} is there, but this PyTorch is for CPUs; install one for CUDA",
-        )
+    reason = unusable_driver()
+    if reason:
+        yield Finding(FAIL, "GPU", reason)
     else:
-        yield Finding(
-            FAIL,
-            "GPU",
-            f"driver {driver} is there, but PyTorch for CUDA {built_for} cannot use it; CUDA 13 "
-            "needs driver 580 or newer, CUDA 12 needs 525 or newer: update the driver, or "
-            "install a PyTorch for an older CUDA",
-        )
-
-
-def _driver() -> str | None:
-    """Version of NVIDIA's driver, or None where there is none."""
-    if shutil.which("nvidia-smi") is None:
-        return None
-    command = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
-    try:
-        result = subprocess.run(command, capture_output=True, text=True, timeout=20, check=True)
-    except (OSError, subprocess.SubprocessError):
-        return None
-    return result.stdout.split("\n")[0].strip() or None
+        yield Finding(NOTE, "GPU", "none is visible; add train.device=cpu to commands")
 
 
 def check_workers() -> Iterator[Finding]:

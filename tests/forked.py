@@ -58,22 +58,33 @@ def _run_tool(command: list[str], files: list[Path], environment: dict[str, str]
 
 
 class ForkedJob:
-    """Stands for ``subprocess.Popen`` of a job of ``flsl_d2.experiments``: ``python -m MODULE``."""
+    """Stands for ``subprocess.Popen`` of ``python -m MODULE``, as jobs and the demo use it."""
 
     def __init__(
-        self, command: list[str], *, stdout: IO[str], env: Mapping[str, str], **_: object
+        self,
+        command: list[str],
+        *,
+        stdout: IO[str] | int,
+        env: Mapping[str, str],
+        cwd: str | Path = ".",
+        **_: object,
     ) -> None:
         assert command[1] == "-m"
         self.returncode: int | None = None
+        reading, output = os.pipe() if isinstance(stdout, int) else (None, stdout.fileno())
         self.pid = os.fork()
         if self.pid:
+            if reading is not None:
+                os.close(output)
+                self.stdout = os.fdopen(reading)
             return
         status = 1
         try:
             os.setsid()
             for number in (signal.SIGINT, signal.SIGTERM):
                 signal.signal(number, signal.SIG_DFL)
-            _become_fresh(stdout.fileno(), stdout.fileno(), env)
+            os.chdir(cwd)
+            _become_fresh(output, output, env)
             sys.argv = command[2:]
             runpy.run_module(command[2], run_name="__main__", alter_sys=True)
             status = 0
@@ -85,6 +96,13 @@ class ForkedJob:
             sys.stdout.flush()
             sys.stderr.flush()
             os._exit(status)
+
+    def __enter__(self) -> ForkedJob:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.stdout.close()
+        self.wait()
 
     def poll(self) -> int | None:
         """Return the exit status; None while it runs."""
@@ -100,9 +118,10 @@ class ForkedJob:
         return self.returncode
 
 
-# What flsl_d2.experiments.runner uses of the module ``subprocess``.
+# The parts of the module ``subprocess`` that jobs and the demo use.
 FORKED_SUBPROCESS = SimpleNamespace(
     Popen=ForkedJob,
+    PIPE=subprocess.PIPE,
     DEVNULL=subprocess.DEVNULL,
     STDOUT=subprocess.STDOUT,
     TimeoutExpired=subprocess.TimeoutExpired,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import logging
 from collections.abc import Iterator
-from contextlib import suppress
+from contextlib import nullcontext, suppress
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -301,8 +301,10 @@ def _test_sets(cfg: DictConfig) -> Iterator[tuple[str, DataLoader[Any], DatasetE
 def _evaluate(cfg: DictConfig, model: nn.Module) -> dict[str, Any]:
     """Evaluate on each test set; results are nested by name where there are several."""
     results = {}
+    dtype = _amp_dtype(cfg) if OmegaConf.select(cfg, "train.amp.evaluation") else None
     for name, loader, evaluator in _test_sets(cfg):
-        results[name] = inference_on_dataset(model, loader, evaluator)
+        with torch.autocast("cuda", dtype) if dtype else nullcontext():
+            results[name] = inference_on_dataset(model, loader, evaluator)
         logger.info("Results on the test set %s:", name)
         print_csv_format(results[name])
     return next(iter(results.values())) if len(results) == 1 else results

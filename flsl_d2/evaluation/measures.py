@@ -107,12 +107,9 @@ def omitted_scores(encoder: Encoder, measures: Sequence[str]) -> dict[str, str]:
     """Return the scores that have no meaning for an encoder, by full name, with the reason."""
     if "cluster_quality" not in measures or global_attention(encoder) is not None:
         return {}
-    names = [
-        f"cluster_quality/{score}_attention" for score in ("ari", "ari_foreground", "boundary_f")
-    ]
-    return dict.fromkeys(
-        names, "the last block has no attention of all tokens to all, as an FLSLViT's can have"
-    )
+    scores = ("ari_attention", "ari_foreground_attention", "boundary_f_attention")
+    reason = "attention weights are read from an FLSLViT whose last block looks at all tokens"
+    return dict.fromkeys((f"cluster_quality/{score}" for score in scores), reason)
 
 
 def measure_features(

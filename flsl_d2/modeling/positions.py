@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from flsl_d2.errors import InputError
+from flsl_d2.modeling.transfer import to_device
 
 # Largest shift, in sides of the grid, and largest scale of jittered positions.
 _MAX_SHIFT, _MAX_SCALE = 2.0, 1.5
@@ -79,7 +80,7 @@ def jittered_positions(
     """
     scale = _MAX_SCALE ** (2 * torch.rand(2, num_images, 1) - 1)
     shift = _MAX_SHIFT * side * (2 * torch.rand(2, num_images, 1) - 1)
-    scale, shift = scale.to(device, non_blocking=True), shift.to(device, non_blocking=True)
+    scale, shift = to_device(scale, device), to_device(shift, device)
     rows, columns = (
         s * (torch.arange(n, device=device) - (n - 1) / 2) * side / n + (side - 1) / 2 + t
         for n, s, t in zip(grid, scale, shift, strict=True)

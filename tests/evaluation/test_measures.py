@@ -13,6 +13,7 @@ from flsl_d2.evaluation.measures import (
     measure_all,
     measure_features,
     measures_table,
+    omitted_scores,
     prepare_measures,
 )
 from flsl_d2.modeling import FLSLViT
@@ -123,6 +124,16 @@ def test_data_and_encoders_that_do_not_fit_fail_every_measure(
     assert all("patch of the encoder 16" in reason for reason in failures.values())
     results, failures = measure_all(encoder, PENN[0], "coco_2017_val", MEASURES, **SMALL)
     assert all("two splits of one data set" in failures[name] for name in list(MEASURES)[:3])
+
+
+def test_scores_without_a_meaning_say_why(encoder: FLSLViT) -> None:
+    assert omitted_scores(encoder, ["cluster_quality", "knn_box"]) == {}
+    assert omitted_scores(torch.nn.Identity(), ["knn_box"]) == {}
+    omitted = omitted_scores(torch.nn.Identity(), ["cluster_quality"])
+    assert "cluster_quality/ari_attention" in omitted
+    lines = measures_table(["cluster_quality"], {}, {}, omitted).splitlines()
+    assert lines[2].split() == ["cluster_quality", "ari_attention", "n/a"]
+    assert lines[-1] == f"n/a: {omitted['cluster_quality/ari_attention']}"
 
 
 def test_wrong_names_are_refused_at_once(encoder: FLSLViT) -> None:
