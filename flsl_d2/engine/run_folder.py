@@ -69,6 +69,7 @@ PRETRAINING_KEYS = NeutralKeys(
         "train.pictures_*",
         "train.health_period",
         "train.measures.*",
+        "train.trackers",
         *("dataloader.num_workers", "dataloader.prefetch_factor"),
     ),
     on_resume=(
@@ -81,7 +82,8 @@ PRETRAINING_KEYS = NeutralKeys(
 )
 DETECTION_KEYS = NeutralKeys(
     no_effect=(
-        *("train.output_dir", "train.checkpointer.*", "dataloader.*.num_workers"),
+        *("train.output_dir", "train.checkpointer.*", "train.trackers"),
+        "dataloader.*.num_workers",
         *("OUTPUT_DIR", "SOLVER.CHECKPOINT_PERIOD", "DATALOADER.NUM_WORKERS", "VIS_PERIOD"),
     ),
     on_resume=(
