@@ -66,8 +66,9 @@ slow-tests: $(STAMP) ## run the long accuracy tests
 soak: $(STAMP) ## kill and resume a run 25 times and compare its weights to the bit
 	@"$(BIN)/python" tests/soak.py
 
-gpu-benchmarks: $(STAMP) ## measure speed and memory on a GPU; IMAGES=FOLDER of JPEG files, REFERENCE=FILE.py
-	@PYTHON="$(BIN)/python" tools/gpu_benchmarks.sh "$(IMAGES)" "$(REFERENCE)"
+gpu-benchmarks: $(STAMP) ## measure speed and memory on all GPUs; IMAGES=FOLDER of JPEG files, REFERENCE=FILE.py
+	@"$(BIN)/python" -m pretrain.studies.benchmark.gpus --images "$(IMAGES)" \
+		$(if $(REFERENCE),--reference-module "$(REFERENCE)")
 
 lint: $(STAMP) ## check style, formatting, docstrings and types
 	@"$(BIN)/ruff" check . && "$(BIN)/ruff" format --check . && "$(BIN)/mypy"

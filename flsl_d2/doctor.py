@@ -10,7 +10,6 @@ import importlib.util
 import io
 import platform
 import shutil
-import subprocess
 import sys
 import tempfile
 import time
@@ -28,6 +27,7 @@ from PIL import Image
 import flsl_d2
 from flsl_d2.data.datasets import datasets_root
 from flsl_d2.data.images import read_rgb
+from flsl_d2.engine.gpus import unusable_driver
 from flsl_d2.engine.launch import has_native_bf16, usable_cores
 
 __all__ = ["CHECKS", "Finding", "main"]
@@ -79,7 +79,13 @@ def check_versions() -> Iterator[Finding]:
 def check_detectron2() -> Iterator[Finding]:
     """Say where Detectron2 is and whether its compiled operators load."""
     folder = Path(detectron2.__file__).parent
-    yield Finding(OK, "Detectron2", f"{detectron2.__version__} in {folder}")
+    if folder.parent.name == "detectron2-wheel":
+        how = "the wheel of tools/install_detectron2.py"
+    elif "site-packages" in folder.parts:
+        how = "installed in this environment"
+    else:
+        how = "a source folder on the path"
+    yield Finding(OK, "Detectron2", f"{detectron2.__version__}, {how}: {folder}")
     try:
         from detectron2 import _C  # noqa: F401
     except ImportError:
@@ -114,35 +120,11 @@ def check_gpus() -> Iterator[Finding]:
                 precision = "bf16" if has_native_bf16() else "fp16, no bf16"
                 yield Finding(OK, f"GPU {index}", f"{text}, {precision}")
         return
-    driver = _driver()
-    if driver is None:
-        yield Finding(NOTE, "GPU", "none is visible; add train.device=cpu to commands")
-    elif built_for is None:
-        yield Finding(
-            FAIL,
-            "GPU",
-            f"driver {driver} is there, but this PyTorch is for CPUs; install one for CUDA",
-        )
+    reason = unusable_driver()
+    if reason:
+        yield Finding(FAIL, "GPU", reason)
     else:
-        yield Finding(
-            FAIL,
-            "GPU",
-            f"driver {driver} is there, but PyTorch for CUDA {built_for} cannot use it; CUDA 13 "
-            "needs driver 580 or newer, CUDA 12 needs 525 or newer: update the driver, or "
-            "install a PyTorch for an older CUDA",
-        )
-
-
-def _driver() -> str | None:
-    """Version of NVIDIA's driver, or None where there is none."""
-    if shutil.which("nvidia-smi") is None:
-        return None
-    command = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
-    try:
-        result = subprocess.run(command, capture_output=True, text=True, timeout=20, check=True)
-    except (OSError, subprocess.SubprocessError):
-        return None
-    return result.stdout.split("\n")[0].strip() or None
+        yield Finding(NOTE, "GPU", "none is visible; add train.device=cpu to commands")
 
 
 def check_workers() -> Iterator[Finding]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -16,6 +17,7 @@ from torch.utils.data import DataLoader, Dataset, get_worker_info
 from flsl_d2.data.image_store import ImageStore, as_store
 from flsl_d2.data.images import MAX_PIXELS, MAX_PIXELS_LIMIT, ImageFile, printable
 from flsl_d2.errors import InputError, TrainingError
+from flsl_d2.modeling.transfer import to_device
 from pretrain.device_views import (
     AugmentationBatch,
     augment_views,
@@ -37,6 +39,7 @@ __all__ = [
 ]
 
 MAX_REPLACEMENTS = 20
+LOOK_AHEAD = 2  # batches
 ENOUGH_IMAGES = 1000  # a share of fewer images is too uncertain
 
 
@@ -58,7 +61,8 @@ class Batch:
         augmentations: for each view, where they are left to the device; else empty.
         places: for each view (B, 4) float32, where they do not follow from the boxes; else empty.
         num_global: number of views, the first ones, that are global.
-        next_error: the error that took the place of the next batch of this process; None for none.
+        next_error: the error that took the place of one of the next two batches of this process;
+            None for none.
     """
 
     views: list[Tensor]
@@ -114,21 +118,21 @@ class Batch:
         Returns:
             All views, and the views before augmentation if they were kept or are made here.
         """
-        views = [view.to(device, non_blocking=True) for view in self.views]
-        crops = [crop.to(device, non_blocking=True) for crop in self.crops]
-        queries = [indexes.to(device, non_blocking=True) for indexes in self.queries]
+        views = [to_device(view, device) for view in self.views]
+        crops = [to_device(crop, device) for crop in self.crops]
+        queries = [to_device(indexes, device) for indexes in self.queries]
         if len(views) == 1:
             for box, flip, size in zip(self.boxes, self.flips, self.sizes, strict=True):
-                boxes = torch.from_numpy(box).to(device, non_blocking=True)
+                boxes = to_device(box, device)
                 view = crop_batch(views[0], boxes, size)
                 if flip.any():
-                    mirrored = torch.from_numpy(flip).to(device, non_blocking=True)
+                    mirrored = to_device(flip, device)
                     view = torch.where(mirrored.view(-1, 1, 1, 1), view.flip(-1), view)
                 views.append(view)
         if self.augmentations:
             crops, views = views, augment_views(views, self.augmentations)
         arrays = self.places or self._places()
-        places = [torch.from_numpy(place).to(device, non_blocking=True) for place in arrays]
+        places = [to_device(place, device) for place in arrays]
         return StepInputs(views, queries, places, crops, self.num_global)
 
     def _places(self) -> list[np.ndarray]:
@@ -257,17 +261,20 @@ class PretrainLoader:
         self.loader = loader
 
     def __iter__(self) -> Iterator[Batch]:
-        batch = None
+        waiting: deque[Batch] = deque()
         # A process that had no images for a step would leave the others waiting in the middle of
-        # it, so each batch says whether there is one after it.
+        # it. So a batch says whether an error comes soon: within two steps, because a step's
+        # numbers, by which processes agree to stop, may be read in the next one.
         for following in self.loader:
-            if batch is not None:
-                if isinstance(following, TrainingError):
+            if isinstance(following, TrainingError):
+                for batch in waiting:
                     batch.next_error = following
-                yield batch
             if isinstance(following, InputError | TrainingError):
+                yield from waiting
                 raise following
-            batch = following
+            waiting.append(following)
+            if len(waiting) > LOOK_AHEAD:
+                yield waiting.popleft()
 
 
 def build_pretrain_loader(
@@ -277,6 +284,8 @@ def build_pretrain_loader(
     rank: int = 0,
     world_size: int = 1,
     start_iter: int = 0,
+    prefetch_factor: int = 2,
+    device: str = "cpu",
 ) -> PretrainLoader:
     """Build an endless loader of batches.
 
@@ -287,6 +296,8 @@ def build_pretrain_loader(
         rank: rank of this process.
         world_size: number of processes.
         start_iter: first step of the stream.
+        prefetch_factor: number of batches that each decoding process prepares ahead.
+        device: training device; memory is pinned for a GPU.
     """
     stream = ImageStream(len(dataset), total_batch_size, dataset.seed, rank, world_size, start_iter)
     return PretrainLoader(
@@ -296,8 +307,10 @@ def build_pretrain_loader(
             num_workers=num_workers,
             collate_fn=_collate_or_pass,
             worker_init_fn=_prepare_worker,
-            pin_memory=torch.cuda.is_available(),
+            # Pinning on a machine with GPUs would give a CPU run a CUDA context.
+            pin_memory=device.startswith("cuda"),
             persistent_workers=num_workers > 0,
+            prefetch_factor=prefetch_factor if num_workers else None,
         )
     )
 

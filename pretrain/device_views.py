@@ -17,6 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from flsl_d2.modeling.transfer import to_device
 from pretrain.augmentation import JITTERS, Augmentation, blur_radius
 
 __all__ = [
@@ -143,7 +144,7 @@ def augment_batch(images: Tensor, batch: AugmentationBatch) -> Tensor:
     """
     images = images.float().clone()
     device = images.device
-    factors = torch.from_numpy(batch.factors).to(device, non_blocking=True)
+    factors = to_device(batch.factors, device)
     jitters: tuple[Callable[[Tensor, Tensor], Tensor], ...] = (
         _brightness, _contrast, _saturation, _hue,
     )  # fmt: skip
@@ -167,7 +168,7 @@ def augment_batch(images: Tensor, batch: AugmentationBatch) -> Tensor:
 
 
 def _indexes(mask: np.ndarray, device: torch.device) -> Tensor:
-    return torch.from_numpy(mask.nonzero()[0]).to(device, non_blocking=True)
+    return to_device(mask.nonzero()[0], device)
 
 
 def _grey(images: Tensor) -> Tensor:
@@ -209,8 +210,8 @@ def _blur(images: Tensor, sigma: np.ndarray) -> Tensor:
     offsets = np.arange(-reach, reach + 1, dtype=np.float32)
     radii = np.array([blur_radius(float(s)) for s in sigma])[:, None]
     kernels = np.exp(-(offsets**2) / (2 * sigma[:, None] ** 2)) * (np.abs(offsets) <= radii)
-    kernels = torch.from_numpy(kernels / kernels.sum(axis=1, keepdims=True))
-    kernels = kernels.to(images.device, non_blocking=True).repeat_interleave(channels, 0)
+    kernels = to_device(kernels / kernels.sum(axis=1, keepdims=True), images.device)
+    kernels = kernels.repeat_interleave(channels, 0)
     flat = F.pad(images, (reach,) * 4, mode="reflect").flatten(0, 1)[None]
     flat = F.conv2d(flat, kernels[:, None, None, :], groups=count * channels)
     flat = F.conv2d(flat, kernels[:, None, :, None], groups=count * channels)

@@ -11,7 +11,9 @@ import numpy as np
 import torch
 from detectron2.engine import HookBase
 
-from flsl_d2.data.images import read_rgb
+from flsl_d2.data.image_store import ImageStore, as_store
+from flsl_d2.data.images import ImageFile
+from flsl_d2.errors import TrainingError
 from flsl_d2.evaluation import extract_tokens
 from flsl_d2.evaluation.explained_variance import position_r2
 from flsl_d2.modeling import Encoder, FLSLViT
@@ -81,7 +83,8 @@ def judge_health(
         return Health(
             "a map of places",
             f"{places}, so tokens hold little of what an image shows, however far the loss falls; "
-            "start anew with model.partner=place model.position_jitter=both (docs/METHOD.md)",
+            "start anew with model.partner=place model.position_share=0.01 model.position_drop=0.1 "
+            "(docs/METHOD.md)",
         )
     top = math.log(num_centroids) if num_centroids > 1 else None
     if top and cross_entropy is not None and cross_entropy >= AT_LOG_K * top:
@@ -108,7 +111,7 @@ class HealthReport(HookBase):
     alone, after the watch and the monitor and before the writers.
 
     Args:
-        files: paths of the images of the data set; those measured are spread evenly over them.
+        files: images of the data set; those measured are spread evenly over them.
         watch: hook that judges collapse.
         period: number of steps between two reports; 0 reports at the end only.
         short_side: length in pixels of the shorter side of the images.
@@ -118,7 +121,7 @@ class HealthReport(HookBase):
 
     def __init__(
         self,
-        files: Sequence[str],
+        files: ImageStore | Sequence[str],
         watch: CollapseWatch,
         period: int,
         short_side: int = 224,
@@ -126,7 +129,7 @@ class HealthReport(HookBase):
         window: int = 20,
     ) -> None:
         places = np.linspace(0, len(files) - 1, min(num_images, len(files))).round().astype(int)
-        self.files = [files[i] for i in dict.fromkeys(places.tolist())]
+        self.files, self.places = as_store(files), list(dict.fromkeys(places.tolist()))
         self.watch, self.period, self.short_side, self.window = watch, period, short_side, window
         self.health: Health | None = None
         self._untrained: float | None = None
@@ -170,10 +173,10 @@ class HealthReport(HookBase):
         encoder.train(False)
         # Compiled blocks would be compiled anew for the size of every image.
         with untouched_generators(), torch.compiler.set_stance("force_eager"):
-            for file in self.files:
+            for place in self.places:
                 try:
-                    image = read_rgb(file)
-                except OSError:
+                    image = ImageFile(self.files.source(place)).pixels()
+                except (OSError, TrainingError):
                     continue  # the monitor names unreadable images
                 features.append(extract_tokens(encoder, image, self.short_side))
         encoder.train(training)

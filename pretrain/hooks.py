@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import logging
+import math
 import random
+import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -185,6 +187,8 @@ class EncoderPictures(HookBase):
         scale: scale of attention and clusters, times sqrt(D). It is larger than in training, where
             the modes of an image soon meet in one.
         num_iterations: number of mean-shift steps to the mode.
+        max_share: largest share of the time that pages may take, because all GPUs wait for them: a
+            page that comes too early is left out, except the last.
     """
 
     def __init__(
@@ -196,13 +200,16 @@ class EncoderPictures(HookBase):
         num_images: int = 4,
         scale: float = 1.0,
         num_iterations: int = 3,
+        max_share: float = 1.0,
     ) -> None:
         places = np.linspace(0, len(files) - 1, min(num_images, len(files))).round().astype(int)
         self.files = as_store(files)
         self.places = [int(place) for place in places]
         self.folder, self.period, self.short_side = folder, period, short_side
         self.scale, self.num_iterations = scale, num_iterations
+        self.max_share = max_share
         self._has_failed = False
+        self._next_time = -math.inf
 
     def after_step(self) -> None:
         """Draw when due; a failure is logged once."""
@@ -210,6 +217,14 @@ class EncoderPictures(HookBase):
         last = self.trainer.max_iter
         if not self.period or last < self.period or (done % self.period and done < last):
             return
+        start = time.monotonic()
+        if start < self._next_time and done < last:
+            return
+        self._draw_or_log()
+        end = time.monotonic()
+        self._next_time = end + (end - start) * (1 / self.max_share - 1)
+
+    def _draw_or_log(self) -> None:
         try:
             # Compiled blocks would be compiled anew for the size of every image.
             with untouched_generators(), torch.compiler.set_stance("force_eager"):

@@ -6,8 +6,10 @@ import argparse
 import errno
 import logging
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 
+import torch
 from detectron2.config import instantiate
 from detectron2.engine import HookBase, hooks
 from detectron2.utils import comm
@@ -25,10 +27,12 @@ from flsl_d2.engine.run_folder import (
     PeriodicWriter,
     ResumeOptions,
     check_and_keep_run,
+    flat_config,
     prepare_output,
     trim_metrics,
 )
 from flsl_d2.engine.stopping import StopRequest, stop_requests
+from flsl_d2.engine.trackers import build_trackers
 from flsl_d2.errors import InputError, TrainingError
 from flsl_d2.files import write_text
 from flsl_d2.weights import FLSLCheckpointer
@@ -40,14 +44,9 @@ from pretrain.monitor import CollapseWatch, ConsoleProgress, Monitor
 from pretrain.optimizer import build_adamw
 from pretrain.presets import PRESET_FILE, use_images
 from pretrain.schedules import Schedules, set_run_length
+from pretrain.step_numbers import BadNumbersError, step_files, write_bad_numbers
 from pretrain.summary import FirstSteps, describe_run
-from pretrain.trainer import (
-    BadNumbersError,
-    PretrainTrainer,
-    resolve_precision,
-    step_files,
-    write_bad_numbers,
-)
+from pretrain.trainer import PretrainTrainer, resolve_compile, resolve_precision
 from pretrain.views import CutViews
 
 __all__ = ["launch_pretraining", "run_pretraining"]
@@ -136,9 +135,10 @@ def _run(cfg: DictConfig, options: ResumeOptions, request: StopRequest, preset: 
     schedules: Schedules = instantiate(cfg.schedules)
     views: CutViews = instantiate(cfg.views)
     seed_all_rng(cfg.train.seed)
+    torch.set_float32_matmul_precision("high" if cfg.train.get("tf32") else "highest")
     model = instantiate(cfg.model).to(cfg.train.device)
     method: Method = model
-    if cfg.train.compile:
+    if resolve_compile(cfg.train.compile, cfg.train.device, method.exported_encoder()):
         method.compile_blocks()
     method.check_run(
         views, batch_size // comm.get_world_size() // max(cfg.train.accumulation_steps, 1)
@@ -150,7 +150,7 @@ def _run(cfg: DictConfig, options: ResumeOptions, request: StopRequest, preset: 
     for line in describe_run(cfg, files, method, schedules, precision):
         logger.info("%s", line)
     trainer = PretrainTrainer(
-        wrap_ddp(model, broadcast_buffers=False),
+        wrap_ddp(model, broadcast_buffers=False, gradient_as_bucket_view=True),
         None,
         build_adamw(model),
         schedules,
@@ -161,6 +161,7 @@ def _run(cfg: DictConfig, options: ResumeOptions, request: StopRequest, preset: 
         cfg.train.accumulation_steps,
     )
     trainer.stop_asked = lambda: bool(request)
+    trainer.reads_now = partial(_reads_now, cfg, max_iter)
     monitor = Monitor(
         cfg.train.log_period,
         batch_size,
@@ -178,6 +179,8 @@ def _run(cfg: DictConfig, options: ResumeOptions, request: StopRequest, preset: 
         comm.get_rank(),
         comm.get_world_size(),
         start_iter,
+        cfg.dataloader.get("prefetch_factor", 2),
+        cfg.train.device,
     )
     trainer.register_hooks(_hooks(cfg, checkpointer, trainer, monitor, files, max_iter, start_iter))
     try:
@@ -196,6 +199,13 @@ def _run(cfg: DictConfig, options: ResumeOptions, request: StopRequest, preset: 
             f"'{output}' can no longer be written ({error.strerror}); the checkpoints in it are "
             "untouched: make room and continue with --resume."
         ) from error
+
+
+def _reads_now(cfg: DictConfig, max_iter: int, done: int) -> bool:
+    """Whether a step is logged or saved, so that its numbers are needed at once."""
+    periods = (cfg.train.log_period, cfg.train.checkpoint_period)
+    on_gpu = str(cfg.train.device).startswith("cuda")
+    return not on_gpu or done >= max_iter or any(done % period == 0 for period in periods)
 
 
 def _raise_data_error(trainer: PretrainTrainer) -> None:
@@ -261,10 +271,15 @@ def _hooks(
             JSONWriter(str(output / "metrics.json"), window_size=1),
             # TensorBoard hides the steps that were logged after the checkpoint.
             TensorboardXWriter(str(output), purge_step=start_iter),
+            *build_trackers(cfg.train.trackers, output, flat_config(cfg)),
         ]
         registered += [
             EncoderPictures(
-                files, output / "pictures", cfg.train.pictures_period, cfg.views.global_size
+                files,
+                output / "pictures",
+                cfg.train.pictures_period,
+                cfg.views.global_size,
+                max_share=cfg.train.get("pictures_max_share", 1.0),
             ),
             HealthReport(files, watch, cfg.train.health_period, cfg.views.global_size),
             PeriodicWriter(writers, period),

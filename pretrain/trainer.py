@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import json
-import math
+import os
 import random
+import shutil
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import asdict
-from pathlib import Path
 from typing import Any, cast
 
 import numpy as np
@@ -18,121 +17,20 @@ from detectron2.engine import SimpleTrainer
 from detectron2.utils import comm
 from torch import Tensor, nn
 
-from flsl_d2.data.images import printable
 from flsl_d2.engine.launch import has_native_bf16
-from flsl_d2.errors import InputError, TrainingError
-from flsl_d2.files import write_text
+from flsl_d2.errors import InputError
 from pretrain.data import Batch
-from pretrain.image_stream import ImageStream
 from pretrain.methods.protocol import Losses, Method, Monitored
 from pretrain.optimizer import clip_gradients
 from pretrain.schedules import Schedules, StepValues
+from pretrain.step_numbers import StepNumbers, check_finite
 
 __all__ = [
-    "BAD_NUMBERS_FILE",
     "PRECISIONS",
-    "BadNumbersError",
     "PretrainTrainer",
-    "check_finite",
+    "resolve_compile",
     "resolve_precision",
-    "step_files",
-    "write_bad_numbers",
 ]
-
-BAD_NUMBERS_FILE = "bad_numbers.json"
-_SHOWN_FILES = 3
-
-
-class BadNumbersError(TrainingError):
-    """A number of a step is not finite.
-
-    Attributes:
-        iteration: number of the step, from 0.
-        terms: for each rank, the values of the step by name.
-        bad: ``(rank, name)`` of the values that are not finite.
-    """
-
-    def __init__(
-        self,
-        iteration: int,
-        terms: Sequence[Mapping[str, float]],
-        bad: Sequence[tuple[int, str]],
-    ) -> None:
-        self.iteration, self.terms, self.bad = iteration, terms, bad
-        values = ", ".join(f"{name} = {terms[rank][name]:g} on rank {rank}" for rank, name in bad)
-        super().__init__(f"iteration {iteration} gave numbers that are not finite: {values}")
-
-
-def check_finite(
-    iteration: int, terms: Sequence[Mapping[str, float]], exempt: Sequence[str] = ()
-) -> None:
-    """Check that the values of a step are finite on every rank.
-
-    Args:
-        iteration: number of the step, from 0.
-        terms: for each rank, values by name.
-        exempt: names whose values are not checked.
-
-    Raises:
-        BadNumbersError: a value is not finite; the same error on every rank.
-    """
-    bad = [
-        (rank, name)
-        for rank, values in enumerate(terms)
-        for name, value in values.items()
-        if name not in exempt and not math.isfinite(value)
-    ]
-    if bad:
-        raise BadNumbersError(iteration, terms, bad)
-
-
-def step_files(
-    files: Sequence[str], total_batch_size: int, seed: int, iteration: int, world_size: int
-) -> list[list[str]]:
-    """List the files of a step's images, for each rank in the order of its batch."""
-    streams = (
-        ImageStream(len(files), total_batch_size, seed, rank, world_size, iteration)
-        for rank in range(world_size)
-    )
-    return [[files[index] for _, index in next(iter(stream))] for stream in streams]
-
-
-def write_bad_numbers(
-    error: BadNumbersError, files: Sequence[Sequence[str]], folder: str | Path
-) -> TrainingError:
-    """Write ``bad_numbers.json``: the step, its values and its files, rank by rank.
-
-    Args:
-        error: the step and its values.
-        files: files of the step from :func:`step_files`. An image that cannot be read was replaced
-            by another one; ``unreadable_images.txt`` names it.
-        folder: output folder of the run.
-
-    Returns:
-        The error to raise, which names the written file and some of the images.
-    """
-    ranks = [
-        {
-            "not_finite": [name for bad_rank, name in error.bad if bad_rank == rank],
-            # JSON has no name for infinity.
-            "values": {name: repr(value) for name, value in values.items()},
-            "files": [printable(file) for file in rank_files],
-        }
-        for rank, (values, rank_files) in enumerate(zip(error.terms, files, strict=True))
-    ]
-    path = Path(folder, BAD_NUMBERS_FILE)
-    try:
-        write_text(path, json.dumps({"iteration": error.iteration, "ranks": ranks}, indent=1))
-        written = f"all values and files are in {path}"
-    except OSError as failure:
-        written = f"{path}, for all values and files, cannot be written ({failure.strerror})"
-    first = [printable(file) for file in files[error.bad[0][0]]]
-    names = ", ".join(first[:_SHOWN_FILES]) + (", ..." if len(first) > _SHOWN_FILES else "")
-    return TrainingError(
-        f"{error}; its images are {names}; {written}, and the checkpoints before are untouched. "
-        " Lower schedules.base_lr or use another train.precision, then "
-        "continue with --resume --allow-changes."
-    )
 
 
 PRECISIONS = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -150,6 +48,30 @@ def resolve_precision(precision: str, device: str) -> str:
     if precision == "fp16" and not device.startswith("cuda"):
         raise InputError(f"train.precision is 'fp16' on device '{device}'; use bf16 or fp32 there.")
     return precision
+
+
+def resolve_compile(setting: bool | str, device: str, encoder: nn.Module) -> bool:
+    """Resolve ``auto``: blocks are compiled on a GPU, where they and a C compiler are there.
+
+    A step of 64 images on a GPU is bound by the 1,600 operations that Python starts for it.
+
+    Args:
+        setting: ``train.compile``.
+        device: training device.
+        encoder: the encoder.
+
+    Raises:
+        InputError: the setting is none of ``auto``, True and False.
+    """
+    text = str(setting).lower()  # an override of a key that holds text is text
+    if text not in ("auto", "true", "false"):
+        raise InputError(f"train.compile is '{setting}'; use auto, True or False.")
+    if text != "auto":
+        return text == "true"
+    # Triton compiles a small C file for each kernel.
+    names = (os.environ.get("CC", "cc"), "gcc", "clang")
+    compiler = any(shutil.which(name) for name in names)
+    return device.startswith("cuda") and compiler and hasattr(encoder, "compile_blocks")
 
 
 class PretrainTrainer(SimpleTrainer):
@@ -177,6 +99,9 @@ class PretrainTrainer(SimpleTrainer):
         stop_asked: function that says whether this process was asked to stop.
         stop_agreed: whether any process was asked to stop before the last step, or has no images
             for the next one; equal on all.
+        reads_now: function from the number of steps done that says whether the numbers of the last
+            one are read at once. Otherwise they are read in the next step, so that a GPU need not
+            wait for Python; a stop is agreed, and bad numbers are found, a step later.
         num_failed: number of images of all processes that could not be read so far.
         num_overflows: number of steps that were left out because float16 gradients overflowed.
 
@@ -208,6 +133,8 @@ class PretrainTrainer(SimpleTrainer):
         self.monitored: Monitored = {}
         self.stop_asked: Callable[[], bool] = lambda: False
         self.stop_agreed = False
+        self.reads_now: Callable[[int], bool] = lambda _: True
+        self._unread: StepNumbers | None = None
         self.num_failed = 0
         self.num_overflows = 0
         self.loss_scale = self.scaler.get_scale()
@@ -279,25 +206,38 @@ class PretrainTrainer(SimpleTrainer):
         scalars = {name: loss.detach() for name, loss in losses.items()}
         scalars["grad_norm"] = grad_norm
         scalars.update((name, x) for name, x in self.monitored.items() if x.dim() == 0)
-        # One transfer for all, so that the device is waited for once.
-        numbers = torch.stack([x.float() for x in scalars.values()]).tolist()
-        local_values = dict(zip(scalars, numbers, strict=True))
         assert self.last_batch is not None
-        stop = self.stop_asked() or self.last_batch.next_error is not None
-        local = (local_values, data_time, len(self.last_batch.failed), stop)
-        terms, data_times, failed, stops = zip(*comm.all_gather(local), strict=True)
-        self.num_failed += sum(failed)
-        self.stop_agreed = any(stops)
+        counts = {
+            "data_time": data_time,
+            "failed": len(self.last_batch.failed),
+            "stop": self.stop_asked() or self.last_batch.next_error is not None,
+        }
+        numbers = StepNumbers(self.iter, values, scalars, counts)
+        if self._unread is not None:
+            self._read(self._unread)
+        self._unread = numbers
+        if self.stop_agreed or self.reads_now(self.iter + 1):
+            self._read(numbers)
+            self._unread = None
         self._count_overflow()
+
+    def _read(self, numbers: StepNumbers) -> None:
+        """Wait for the numbers of a step, check them, and put them into the storage."""
+        terms, counts = numbers.read()
+        self.num_failed += int(sum(counts["failed"]))
+        self.stop_agreed = self.stop_agreed or any(counts["stop"])
         # The scaler leaves out a step whose gradients overflow, and only that one.
-        check_finite(self.iter, terms, exempt=["grad_norm"] if self.scaler.is_enabled() else [])
+        exempt = ["grad_norm"] if self.scaler.is_enabled() else []
+        check_finite(numbers.iteration, terms, exempt)
         if not comm.is_main_process():
             return
-        for name in local_values:
+        self.storage.iter = numbers.iteration
+        for name in terms[0]:
             self.storage.put_scalar(name, float(np.mean([rank[name] for rank in terms])))
-        self.storage.put_scalar("data_time", max(data_times))
-        scheduled = {name: float(value) for name, value in asdict(values).items()}
+        self.storage.put_scalar("data_time", max(counts["data_time"]))
+        scheduled = {name: float(value) for name, value in asdict(numbers.values).items()}
         self.storage.put_scalars(**scheduled, smoothing_hint=False)
+        self.storage.iter = self.iter
 
     def _count_overflow(self) -> None:
         if not self.scaler.is_enabled():

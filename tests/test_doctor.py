@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from flsl_d2 import doctor
+from flsl_d2.engine import gpus
 
 
 def _findings(check):
@@ -41,7 +42,7 @@ def test_a_failed_check_sets_the_status(monkeypatch, capsys):
     ],
 )
 def test_gpus_that_cannot_be_used(monkeypatch, driver, cuda, state, words):
-    monkeypatch.setattr(doctor, "_driver", lambda: driver)
+    monkeypatch.setattr(gpus, "_driver", lambda: driver)
     monkeypatch.setattr(torch.version, "cuda", cuda)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     found = _findings(doctor.check_gpus)["GPU"]

@@ -21,4 +21,5 @@ optimizer = L(torch.optim.AdamW)(
     lr=1e-4,
     betas=(0.9, 0.999),
     weight_decay=0.1,
+    fused=True,
 )

@@ -12,8 +12,9 @@ train = dict(
     device="cuda",
     # Seed of weights, order of images and augmentation; negative: a new one for each run.
     seed=-1,
-    # Mixed precision on GPUs ("float16" or "bfloat16"); a CPU trains in float32.
-    amp=dict(enabled=True, dtype="float16"),
+    # Mixed precision on GPUs ("float16" or "bfloat16"); a CPU trains in float32. With evaluation,
+    # test sets are evaluated in it as well: faster, with slightly other scores.
+    amp=dict(enabled=True, dtype="float16", evaluation=False),
     # Options of DistributedDataParallel, used with several processes.
     ddp=dict(
         broadcast_buffers=False,
@@ -33,4 +34,6 @@ train = dict(
     patience=0,
     # Steps between two lines on the console and in metrics.json.
     log_period=20,
+    # Trackers beside TensorBoard: a list of "wandb" and "mlflow".
+    trackers=[],
 )

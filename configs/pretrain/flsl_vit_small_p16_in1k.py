@@ -70,6 +70,8 @@ dataloader = dict(
     total_batch_size=512,
     # Number of decoding processes of a training process; 0 decodes in the training process.
     num_workers=8,
+    # Number of batches that each of them prepares ahead.
+    prefetch_factor=2,
 )
 
 model = L(FLSL)(
@@ -142,8 +144,10 @@ train = dict(
     # Number of parts in which a process works off its images of a step, to save memory; the volume
     # term then looks at the mean of a part.
     accumulation_steps=1,
-    # torch.compile for the transformer blocks; needs a C++ compiler on a CPU.
-    compile=False,
+    # torch.compile for the transformer blocks: True, False, or "auto" on GPUs alone.
+    compile="auto",
+    # Products of float32 matrices in TF32 on GPUs that have it; for precision="fp32".
+    tf32=False,
     # Largest norm of a gradient, taken "per_tensor" (as published), "global" or not ("none").
     clip_norm=3.0,
     clip_mode="per_tensor",
@@ -151,14 +155,18 @@ train = dict(
     seed=0,
     # Steps between two lines on the console.
     log_period=20,
+    # Trackers beside TensorBoard: a list of "wandb" and "mlflow".
+    trackers=[],
     # Steps between two checkpoints, and how many are kept; those whose number of steps is a
     # multiple of checkpoint_keep_every are kept, too (0: none).
     checkpoint_period=5000,
     checkpoint_keep=3,
     checkpoint_keep_every=0,
     # Steps between two pages of pictures of the teacher's tokens, in pictures/ and TensorBoard;
-    # 0: none.
+    # 0: none. All GPUs wait for a page, so one is left out where they would take a larger share of
+    # the time.
     pictures_period=1000,
+    pictures_max_share=0.02,
     # Steps between two sentences about the health of the run; 0: only at the end.
     health_period=1000,
     # Scores of the teacher's frozen tokens: registered data sets to learn from and to score on ("":

@@ -33,6 +33,8 @@ logger = logging.getLogger(__name__)
 SHARDS_INDEX = "images.index"
 _SAME_IMAGES = "give all machines the same images under the same names"
 
+# Names of fewer images are found by each process, in less time than it takes to start.
+MIN_SHARED = 10_000
 # A folder that changed so short a time before it was listed may have changed again unnoticed.
 _CLOCK_NANOSECONDS = 2 * 10**9
 _temporary: list[tempfile.TemporaryDirectory[str]] = []  # removed when the process ends
@@ -198,6 +200,8 @@ def _find_or_map(root: str, name: str, path: Path, digest: str = "") -> ImageNam
     if found.left_out():
         logger.warning("%s: %s.", root, found.left_out())
     names = ImageNames.from_list(found.files)
+    if len(names) < MIN_SHARED:
+        return names
     watched = {} if name else {folder: os.stat(folder).st_mtime_ns for folder in found.watched}
     header = {"watched": watched, "found": start, "left_out": found.left_out()}
     return saved_names(names, path, header)

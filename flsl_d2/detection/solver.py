@@ -68,7 +68,11 @@ def build_yaml_optimizer(cfg: CfgNode, model: nn.Module) -> torch.optim.Optimize
         lr_factor_func=_layer_factor(cfg, model),
         overrides={"pos_embed": {"weight_decay": 0.0}},
     )
-    optimizer = torch.optim.AdamW(groups, lr=solver.BASE_LR, weight_decay=solver.WEIGHT_DECAY)
+    # The fused optimiser divides by the scale of float16 gradients itself, after the clipping.
+    fused = not solver.CLIP_GRADIENTS.ENABLED
+    optimizer = torch.optim.AdamW(
+        groups, lr=solver.BASE_LR, weight_decay=solver.WEIGHT_DECAY, fused=fused
+    )
     return maybe_add_gradient_clipping(cfg, optimizer)
 
 

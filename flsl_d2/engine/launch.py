@@ -26,6 +26,7 @@ from torch.multiprocessing.spawn import (
     start_processes,
 )
 
+from flsl_d2.engine.gpus import unusable_driver
 from flsl_d2.engine.launchers import restart_store, slurm_variables, started_by_torchrun
 from flsl_d2.engine.stopping import STOP_SIGNALS, STOPPED, StopRequest, forwarding, signals_held
 from flsl_d2.errors import InputError, TrainingError
@@ -206,9 +207,11 @@ def _check(
     if not _is_cuda(device):
         return
     if not torch.cuda.is_available():
+        reason = unusable_driver()
         raise InputError(
-            f"the device is {device!r}, but PyTorch sees no GPU here; train on the CPU with "
-            "train.device=cpu (in a YAML config: MODEL.DEVICE cpu)."
+            f"the device is {device!r}, but PyTorch sees no GPU here"
+            f"{f' ({reason})' if reason else ''}; train on the CPU with train.device=cpu (in a "
+            "YAML config: MODEL.DEVICE cpu)."
         )
     if num_processes > torch.cuda.device_count():
         raise InputError(

@@ -66,13 +66,14 @@ PRETRAINING_KEYS = NeutralKeys(
     no_effect=(
         "train.output_dir",
         "train.checkpoint_*",
-        "train.pictures_period",
+        "train.pictures_*",
         "train.health_period",
         "train.measures.*",
-        "dataloader.num_workers",
+        "train.trackers",
+        *("dataloader.num_workers", "dataloader.prefetch_factor"),
     ),
     on_resume=(
-        *("train.device", "train.compile", "train.log_period"),
+        *("train.device", "train.compile", "train.tf32", "train.log_period"),
         # The images are compared by their names below their common folder.
         *("dataset.root", "dataset.name", "dataset.max_failed_share"),
         *("dataset.cache_gb", "dataset.cache_dir", "dataset.patience"),
@@ -81,7 +82,8 @@ PRETRAINING_KEYS = NeutralKeys(
 )
 DETECTION_KEYS = NeutralKeys(
     no_effect=(
-        *("train.output_dir", "train.checkpointer.*", "dataloader.*.num_workers"),
+        *("train.output_dir", "train.checkpointer.*", "train.trackers"),
+        "dataloader.*.num_workers",
         *("OUTPUT_DIR", "SOLVER.CHECKPOINT_PERIOD", "DATALOADER.NUM_WORKERS", "VIS_PERIOD"),
     ),
     on_resume=(

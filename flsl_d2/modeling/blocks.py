@@ -21,6 +21,7 @@ from flsl_d2.modeling.attention import (
     split_into_windows,
     window_key_mask,
 )
+from flsl_d2.modeling.transfer import to_device
 
 Branch: TypeAlias = Callable[[Tensor, PackedShapes | None], Tensor]
 
@@ -73,24 +74,46 @@ class StochasticDepth(nn.Module):
         if not (self.training and self.probability):
             return tokens + branch(tokens, shapes)
         # Draws are made on the CPU, so that a GPU need not be waited for to know how many stay.
-        counts = [(len(tokens), 1)] if shapes is None else shapes
+        counts = ((len(tokens), 1),) if shapes is None else shapes
         keep = 1 - self.probability
         draws = [torch.bernoulli(torch.full((count,), keep)).bool() for count, _ in counts]
         if not any(kept.any() for kept in draws):
             # Several processes exchange gradients of all weights, so each needs one.
             return tokens + 0 * branch(tokens, shapes)
-        lengths = [length for _, length in counts]
-        all_rows = [kept.repeat_interleave(n) for kept, n in zip(draws, lengths, strict=True)]
-        rows = torch.cat(all_rows).nonzero()[:, 0].to(tokens.device, non_blocking=True)
+        kept_images = [kept.nonzero()[:, 0] for kept in draws]
+        rows = _rows_of(kept_images, counts, tokens.device)
         kept_shapes = None
         if shapes is not None:
-            sums = [int(kept.sum()) for kept in draws]
-            kept_shapes = tuple((k, n) for k, n in zip(sums, lengths, strict=True) if k)
+            kept_shapes = tuple(
+                (len(kept), length)
+                for kept, (_, length) in zip(kept_images, counts, strict=True)
+                if len(kept)
+            )
         out = branch(tokens.index_select(0, rows), kept_shapes)
         out = (out / keep).to(tokens.dtype)
         # Unlike index_add, scatter_add does not keep what it adds for the backward pass.
         index = rows.view(-1, *[1] * (out.dim() - 1)).expand_as(out)
         return tokens.scatter_add(0, index, out)
+
+
+def _rows_of(images: list[Tensor], counts: PackedShapes, device: torch.device) -> Tensor:
+    """Rows of the tokens of images; their numbers alone are sent to the device.
+
+    Args:
+        images: for each size, numbers of images, on the CPU.
+        counts: for each size, number of images and of rows of an image.
+        device: device of the result.
+    """
+    starts, first = [], 0
+    for chosen, (count, length) in zip(images, counts, strict=True):
+        starts.append(first + chosen * length)
+        first += count * length
+    sent = to_device(torch.cat(starts), device)
+    rows = [
+        start if length == 1 else (start[:, None] + torch.arange(length, device=device)).flatten()
+        for start, (_, length) in zip(sent.split([len(s) for s in starts]), counts, strict=True)
+    ]
+    return rows[0] if len(rows) == 1 else torch.cat(rows)
 
 
 class Block(nn.Module):

@@ -75,6 +75,8 @@ def test_yaml_and_lazy_config_build_the_same_detector(lazy, yaml_model):
 def test_yaml_and_lazy_config_optimise_alike(lazy, yaml, yaml_model):
     ours, theirs = instantiate(lazy.optimizer), build_yaml_optimizer(yaml, yaml_model)
     assert type(ours) is type(theirs) is torch.optim.AdamW
+    assert ours.defaults["fused"]
+    assert theirs.defaults["fused"]
     rates = by_name(lazy.optimizer.params.model, ours)
     assert rates == by_name(yaml_model, theirs)
     assert rates["backbone.net.blocks.11.mlp.fc1.weight"] == (round(1e-4 * 0.7, 12), 0.1)
@@ -88,6 +90,14 @@ def test_yaml_and_lazy_config_optimise_alike(lazy, yaml, yaml_model):
         assert scheduler.get_lr()[-1] / scheduler.base_lrs[-1] == pytest.approx(
             multiplier(step / lazy.train.max_iter)
         )
+
+
+def test_gradients_that_are_clipped_are_unscaled_first(yaml):
+    """A fused optimiser divides by the scale of float16 gradients behind the clipping."""
+    yaml = yaml.clone()
+    yaml.defrost()
+    yaml.SOLVER.CLIP_GRADIENTS.ENABLED = True
+    assert not build_yaml_optimizer(yaml, torch.nn.Linear(1, 1)).defaults["fused"]
 
 
 def test_yaml_and_lazy_config_see_the_same_images(lazy, yaml):

@@ -43,7 +43,9 @@ class _Handler(SimpleHTTPRequestHandler):
             super().do_GET()
             return
         first, last = map(int, asked.groups())
-        self._send(206, file.read_bytes()[first : last + 1])
+        with file.open("rb") as opened:
+            opened.seek(first)
+            self._send(206, opened.read(last + 1 - first))
 
     def _send(self, status: int, content: bytes) -> None:
         self.send_response(status)

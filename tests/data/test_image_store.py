@@ -29,6 +29,7 @@ from flsl_d2.errors import InputError, TrainingError
 def own_cache(tmp_path_factory, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
     monkeypatch.setattr(remote, "_PAUSES", (0.01, 0.02))
+    monkeypatch.setattr(image_store, "MIN_SHARED", 0)
     image_store.cache_folder.cache_clear()
     yield
     image_store.cache_folder.cache_clear()
@@ -123,6 +124,12 @@ def test_images_are_searched_once_until_a_folder_changes(tree, monkeypatch):
     os.utime(tree / "b", (time.time() - 50,) * 2)
     assert str(tree / "b" / "new.png") in open_images(str(tree))
     assert len(searched) == 4
+
+
+def test_names_of_a_small_set_leave_no_file(tree, monkeypatch):
+    monkeypatch.setattr(image_store, "MIN_SHARED", 8)
+    assert list(open_images(str(tree))) == find_images(tree)
+    assert not list(image_store.cache_folder().iterdir())
 
 
 def test_a_cache_that_cannot_be_written_is_no_obstacle(tree, monkeypatch):

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from flsl_d2.errors import InputError
 from flsl_d2.modeling import FLSLViT
-from flsl_d2.modeling.blocks import StochasticDepth
+from flsl_d2.modeling.blocks import StochasticDepth, _rows_of
 
 
 def encoder(**options) -> FLSLViT:
@@ -108,3 +108,17 @@ def test_skipping_what_is_dropped_changes_no_result(monkeypatch, options, rate, 
 def test_what_cannot_be_packed_is_refused(options):
     with pytest.raises(InputError, match="can be packed only"):
         encoder(**options).forward_packed([torch.zeros(1, 3, 32, 32)])
+
+
+@given(
+    st.lists(st.tuples(st.integers(1, 5), st.integers(1, 6)), min_size=1, max_size=4),
+    st.randoms(use_true_random=False),
+)
+def test_rows_follow_from_numbers_of_images(counts, random):
+    draws = [torch.tensor([random.random() < 0.6 for _ in range(count)]) for count, _ in counts]
+    masks = [
+        kept.repeat_interleave(length) for kept, (_, length) in zip(draws, counts, strict=True)
+    ]
+    expected = torch.cat(masks).nonzero()[:, 0]
+    images = [kept.nonzero()[:, 0] for kept in draws]
+    assert torch.equal(_rows_of(images, tuple(counts), torch.device("cpu")), expected)

@@ -15,7 +15,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from flsl_d2.engine.config_files import load_lazy_config
-from flsl_d2.modeling import FLSLViT
+from flsl_d2.modeling import FLSLViT, transfer
 from flsl_d2.weights.reading import ENCODER_FORMAT
 from pretrain.monitor import CollapseWatch, Monitor
 from pretrain.optimizer import clip_gradients
@@ -36,6 +36,8 @@ class Dispatched(TorchDispatchMode):
         super().__init__()
         self.names: list[str] = []
         self.copies: list[bool] = []
+        self.pinned: set[int] = set()
+        self.kept: list[torch.Tensor] = []
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         out = func(*args, **(kwargs or {}))
@@ -44,8 +46,17 @@ class Dispatched(TorchDispatchMode):
         if "meta" in devices:
             self.names.append(str(func))
         if devices == {"cpu", "meta"} and all(x.dim() for x in tensors):
-            self.copies.append((kwargs or {}).get("non_blocking", False))
+            source = next(x for x in tensors if x.device.type == "cpu")
+            pinned = source.untyped_storage().data_ptr() in self.pinned
+            self.copies.append(pinned and (kwargs or {}).get("non_blocking", False))
         return out
+
+    def pin(self, tensor: torch.Tensor) -> torch.Tensor:
+        """Stand for pinning, which needs a GPU."""
+        copy = tensor.clone()
+        self.kept.append(copy)  # its address is not used again
+        self.pinned.add(copy.untyped_storage().data_ptr())
+        return copy
 
 
 class Unread(PretrainTrainer):
@@ -76,7 +87,9 @@ def run_step(overrides: list[str], folder) -> Dispatched:
     trainer.iter, trainer.max_iter = 0, 100
     trainer.before_train()
     trainer.run_step()  # the first also moves the previous stage
-    with Dispatched() as dispatched:
+    with pytest.MonkeyPatch.context() as patch, Dispatched() as dispatched:
+        patch.setattr(transfer, "needs_pinning", lambda device: device.type != "cpu")
+        patch.setattr(torch.Tensor, "pin_memory", lambda tensor: dispatched.pin(tensor))
         trainer.run_step()
         trainer.after_step()
     assert {number.device.type for number in trainer.read} == {"meta"}

@@ -61,6 +61,15 @@ def test_drawn_every_period_and_at_the_end(files: list[str], tmp_path: Path) -> 
     np.testing.assert_array_equal(shown, page[..., ::-1].transpose(2, 0, 1))
 
 
+def test_pages_take_a_small_share_of_the_time(files: list[str], tmp_path: Path) -> None:
+    hook = EncoderPictures(files, tmp_path, 1, short_side=32, num_images=1, max_share=1e-4)
+    run(hook, trainer(max_iter=4))
+    assert sorted(file.name for file in tmp_path.glob("*.png")) == [
+        "iter_0000000.png",
+        "iter_0000003.png",  # the last is always drawn
+    ]
+
+
 def test_tensorboard_shows_the_page(files: list[str], tmp_path: Path) -> None:
     one = trainer(max_iter=1)
     with one.storage:

@@ -6,6 +6,8 @@ import json
 from pathlib import Path
 
 import pytest
+import torch
+import torch.distributed as dist
 from detectron2.utils import comm
 from omegaconf import OmegaConf
 from torch import nn
@@ -15,7 +17,7 @@ from flsl_d2.engine.launch import launch
 from flsl_d2.engine.run_folder import NeutralKeys, ResumeOptions, check_and_keep_run
 from flsl_d2.errors import InputError, TrainingError
 from flsl_d2.weights.checkpointer import SafeCheckpointer
-from pretrain import trainer
+from pretrain import step_numbers
 from pretrain.run import _bad_numbers
 
 
@@ -31,7 +33,7 @@ def check_bad_numbers_have_one_writer(folder: Path) -> None:
         writers.append(path)
         Path(path).write_text(text)
 
-    trainer.write_text = count
+    step_numbers.write_text = count
     cfg = OmegaConf.create(
         {
             "train": {"seed": 0, "output_dir": str(folder)},
@@ -39,7 +41,7 @@ def check_bad_numbers_have_one_writer(folder: Path) -> None:
         }
     )
     terms = [{"loss": 1.0}, {"loss": float("nan")}]
-    error = trainer.BadNumbersError(7, terms, [(1, "loss")])
+    error = step_numbers.BadNumbersError(7, terms, [(1, "loss")])
     raised = agreement.decided_by_main(
         lambda: _bad_numbers(error, cfg, [f"{i}.jpg" for i in range(9)])
     )
@@ -47,7 +49,7 @@ def check_bad_numbers_have_one_writer(folder: Path) -> None:
     assert len(set(comm.all_gather(str(raised)))) == 1
     assert sum(comm.all_gather(len(writers))) == 1
     if comm.is_main_process():
-        report = json.loads((folder / trainer.BAD_NUMBERS_FILE).read_text())
+        report = json.loads((folder / step_numbers.BAD_NUMBERS_FILE).read_text())
         assert [len(rank["files"]) for rank in report["ranks"]] == [2, 2]
 
 
@@ -110,7 +112,28 @@ def _append(path: Path) -> str:
     return str(comm.get_rank())
 
 
+def check_numbers_of_a_step_are_one_exchange(folder: Path) -> None:
+    rank, exchanges = comm.get_rank(), []
+    real = dist.all_gather_into_tensor
+
+    def count(*arguments, **options):
+        exchanges.append(arguments)
+        return real(*arguments, **options)
+
+    dist.all_gather_into_tensor = count
+    try:
+        scalars = {"loss": torch.tensor(1.5 + rank), "assigned": torch.tensor(3)}
+        counts = {"data_time": 0.25 * rank, "failed": 7, "stop": rank == 1}
+        terms, counts = step_numbers.StepNumbers(4, None, scalars, counts).read()
+    finally:
+        dist.all_gather_into_tensor = real
+    assert terms == [{"loss": 1.5, "assigned": 3.0}, {"loss": 2.5, "assigned": 3.0}]
+    assert counts == {"data_time": [0.0, 0.25], "failed": [7.0, 7.0], "stop": [0.0, 1.0]}
+    assert len(exchanges) == 1
+
+
 CHECKS = [
+    check_numbers_of_a_step_are_one_exchange,
     check_bad_numbers_have_one_writer,
     check_machines_that_see_other_folders_do_not_hang,
     check_other_images_are_refused,

@@ -47,8 +47,8 @@ def test_a_server_that_goes_away_leaves_a_checkpoint_to_go_on_from(tmp_path, mon
     whole, parts = tmp_path / "whole", tmp_path / "parts"
     run(str(tmp_path / "images"), whole)
     with serving(tmp_path / "shards") as server:
-        # The index, the images that are tried first, and those of four steps.
-        server.limit = 1 + 8 + 2 * 4
+        # The index, the images that are tried first, and those of five steps.
+        server.limit = 1 + 8 + 2 * 5
         with pytest.raises(TrainingError, match=r"did not answer .* after step 4 is written"):
             run(server.url, parts)
         assert (parts / "last_checkpoint").read_text() == "model_0000003.pth"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import shutil
 
 import pytest
 import torch
@@ -17,7 +18,12 @@ from pretrain.methods.flsl import FLSL
 from pretrain.methods.flsl_objective import FLSLLoss
 from pretrain.optimizer import build_adamw, clip_gradients
 from pretrain.schedules import Schedules
-from pretrain.trainer import BadNumbersError, PretrainTrainer, resolve_precision
+from pretrain.step_numbers import BadNumbersError
+from pretrain.trainer import (
+    PretrainTrainer,
+    resolve_compile,
+    resolve_precision,
+)
 
 
 def small_model(**options) -> FLSL:
@@ -46,13 +52,16 @@ def batches(count: int) -> list[Batch]:
     ]
 
 
-def trained(steps: int = 4, start: int = 0, trainer_state=None, model=None, **schedule):
+def trained(
+    steps: int = 4, start: int = 0, trainer_state=None, model=None, reads_now=None, **schedule
+):
     model = model or small_model()
     schedules = Schedules(4, iters_per_epoch=2, total_iters=8, **{"base_lr": 0.1, **schedule})
     trainer = PretrainTrainer(model, batches(8)[start:], build_adamw(model), schedules)
     if trainer_state:
         trainer.load_state_dict(trainer_state)
     trainer.start_iter, trainer.max_iter = start, steps
+    trainer.reads_now = reads_now or trainer.reads_now
     with EventStorage(start) as trainer.storage:
         for trainer.iter in range(start, steps):
             trainer.run_step()
@@ -138,6 +147,37 @@ def test_loss_that_is_not_finite_stops_with_its_terms():
         trained(1, model=model)
 
 
+def test_numbers_that_are_read_a_step_late_are_the_same_numbers():
+    at_once, late = trained(6), trained(6, reads_now=lambda done: done in (4, 6))
+    for name, history in at_once.storage.histories().items():
+        if name != "data_time":
+            assert history.values() == late.storage.histories()[name].values(), name
+    for a, b in zip(at_once.method.parameters(), late.method.parameters(), strict=True):
+        assert torch.equal(a, b)
+
+
+def test_bad_numbers_are_found_a_step_late_under_their_own_number():
+    model = small_model()
+    with torch.no_grad():
+        model.student.backbone.blocks[0].mlp.fc1.weight.fill_(float("nan"))
+    with pytest.raises(BadNumbersError, match="iteration 0 ") as found:
+        trained(5, model=model, reads_now=lambda _: False)
+    assert found.value.iteration == 0
+
+
+def test_the_step_of_a_stop_is_read_before_its_checkpoint():
+    trainer = trained(2, reads_now=lambda _: False)
+    trainer.stop_asked = lambda: True
+    with EventStorage(2) as trainer.storage:
+        for trainer.iter in (2, 3):
+            assert not trainer.stop_agreed
+            trainer.run_step()
+            trainer.storage.step()
+    assert trainer.stop_agreed
+    assert trainer._unread is None
+    assert [step for _, step in trainer.storage.history("loss").values()] == [1, 2, 3]
+
+
 def test_norm_on_modes_instead_of_tokens():
     a, b = small_model(), small_model(norm_modes=True)
     images = torch.randn(1, 3, 32, 32)
@@ -211,6 +251,23 @@ def test_precision_follows_the_device():
         resolve_precision("fp8", "cpu")
     with pytest.raises(InputError, match="fp16"):
         resolve_precision("fp16", "cpu")
+
+
+def test_blocks_are_compiled_by_default_on_a_gpu_alone(monkeypatch):
+    encoder = small_model().exported_encoder()
+    assert not resolve_compile("auto", "cpu", encoder)
+    monkeypatch.setattr(shutil, "which", lambda name: f"/usr/bin/{name}")
+    assert not resolve_compile("auto", "cpu", encoder)
+    assert resolve_compile("auto", "cuda", encoder)
+    assert not resolve_compile("auto", "cuda", torch.nn.Linear(1, 1))  # it has no blocks
+    monkeypatch.setattr(shutil, "which", lambda name: None)
+    assert not resolve_compile("auto", "cuda", encoder)
+    assert resolve_compile(True, "cpu", encoder)
+    assert not resolve_compile(False, "cuda", encoder)
+    assert resolve_compile("True", "cpu", encoder)  # as an override gives it
+    assert not resolve_compile("false", "cuda", encoder)
+    with pytest.raises(InputError, match=r"train\.compile is 'yes'"):
+        resolve_compile("yes", "cpu", encoder)
 
 
 def test_exported_teacher_is_complete_and_plain(tmp_path):

@@ -15,6 +15,7 @@ from flsl_d2.engine.command_line import (
 )
 from pretrain.studies.benchmark.data import benchmark_data, benchmark_end_to_end
 from pretrain.studies.benchmark.detection import SIZES, benchmark_detection
+from pretrain.studies.benchmark.processes import benchmark_processes
 from pretrain.studies.benchmark.scaling import benchmark_scaling
 from pretrain.studies.benchmark.step import VARIANTS, benchmark_step
 
@@ -26,6 +27,7 @@ EXAMPLES = """examples:
   tools/benchmark.py end-to-end --images photos --device cuda --batch-size 256 --workers 16
   tools/benchmark.py detection --device cuda --model b --size 1024 --batch-size 2
   tools/benchmark.py scaling --device cuda --plot scaling.png
+  torchrun --standalone --nproc-per-node 8 tools/benchmark.py processes --device cuda
 
 --reference-module names a Python file, which is run as a program, so name one that you trust. It
 has the function of its benchmark:
@@ -102,6 +104,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     add_defaults(detection, ("--size", 1024, "side of the images in pixels"))
     detection.add_argument("--rel-pos", action="store_true", help="with relative positions")
     detection.add_argument("--backbone-only", action="store_true", help="without the detector")
+    _add_benchmark(
+        benchmarks, "processes", benchmark_processes, "a step of several processes, under torchrun"
+    )
     scaling = _add_benchmark(
         benchmarks, "scaling", benchmark_scaling, "growth with batch, resolution, crops and K"
     )

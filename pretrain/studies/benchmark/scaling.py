@@ -10,7 +10,7 @@ from tqdm import tqdm
 
 from flsl_d2.visualization.figures import new_figure, save_figure
 from pretrain.studies.benchmark.measuring import prepared_device, report, time_in_turn
-from pretrain.studies.benchmark.step import Step
+from pretrain.studies.benchmark.step import NOT_COMPILED, Step
 
 AXES: dict[str, tuple[str, tuple[int, ...]]] = {
     "batch": ("images a step", ()),  # the values of --batches
@@ -28,7 +28,7 @@ def benchmark_scaling(args: argparse.Namespace) -> None:
     rows = []
     for key, value in tqdm(plan, desc="scaling", disable=None):
         batch = value if key == "batch" else args.batch_size
-        overrides = args.opts if key == "batch" else [*args.opts, f"{key}={value}"]
+        overrides = [NOT_COMPILED, *args.opts, *([] if key == "batch" else [f"{key}={value}"])]
         make = partial(Step, args.config_file, overrides, batch, device, args.precision)
         timing = time_in_turn({"step": make}, args.repeats, args.warmup, device)["step"]
         step = timing.function if isinstance(timing.function, Step) else None

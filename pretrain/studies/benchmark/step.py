@@ -29,7 +29,7 @@ from pretrain.studies.benchmark.measuring import (
     stored_for_backward,
     time_in_turn,
 )
-from pretrain.trainer import PretrainTrainer, resolve_precision
+from pretrain.trainer import PretrainTrainer, resolve_compile, resolve_precision
 from pretrain.views import NestedViews, Views
 
 # Dense bf16 and fp16 peak of GPUs, from the vendor's data sheets, by a part of PyTorch's name.
@@ -52,6 +52,8 @@ def peak_tflops(device_name: str) -> float | None:
     return next((peak for part, peak in PEAK_TFLOPS.items() if part in device_name), None)
 
 
+# Blocks are compiled where a variant says so, and not by default on GPUs.
+NOT_COMPILED = "train.compile=False"
 # Overrides that change the speed of a step and not its result; in "a+b" the later one wins.
 VARIANTS: dict[str, tuple[str, ...]] = {
     "eager": ("model.pack_views=False", "train.compile=False"),
@@ -95,7 +97,7 @@ def build_trainer(
     cfg.schedules.update(total_batch_size=batch_size, iters_per_epoch=1000, total_iters=10**6)
     torch.manual_seed(0)
     model: FLSL = instantiate(cfg.model).to(device).train()
-    if cfg.train.compile:
+    if resolve_compile(cfg.train.compile, device.type, model.exported_encoder()):
         model.compile_blocks()
     trainer = PretrainTrainer(
         model,
@@ -157,7 +159,7 @@ class Step:
 
 def benchmark_step(args: argparse.Namespace) -> None:
     """Measure speed, memory and share of the peak of each variant, and of a reference."""
-    overrides = {name: [*args.opts, *_overrides_of(name)] for name in args.variants}
+    overrides = {name: [NOT_COMPILED, *args.opts, *_overrides_of(name)] for name in args.variants}
     device = prepared_device(args)
     makers: dict[str, Callable[[], Callable[[], None]]] = {}
     if args.reference_module:
