@@ -79,7 +79,13 @@ def check_versions() -> Iterator[Finding]:
 def check_detectron2() -> Iterator[Finding]:
     """Say where Detectron2 is and whether its compiled operators load."""
     folder = Path(detectron2.__file__).parent
-    yield Finding(OK, "Detectron2", f"{detectron2.__version__} in {folder}")
+    if folder.parent.name == "detectron2-wheel":
+        how = "the wheel of tools/install_detectron2.py"
+    elif "site-packages" in folder.parts:
+        how = "installed in this environment"
+    else:
+        how = "a source folder on the path"
+    yield Finding(OK, "Detectron2", f"{detectron2.__version__}, {how}: {folder}")
     try:
         from detectron2 import _C  # noqa: F401
     except ImportError:

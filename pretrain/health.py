@@ -83,7 +83,8 @@ def judge_health(
         return Health(
             "a map of places",
             f"{places}, so tokens hold little of what an image shows, however far the loss falls; "
-            "start anew with model.partner=place model.position_jitter=both (docs/METHOD.md)",
+            "start anew with model.partner=place model.position_share=0.01 model.position_drop=0.1 "
+            "(docs/METHOD.md)",
         )
     top = math.log(num_centroids) if num_centroids > 1 else None
     if top and cross_entropy is not None and cross_entropy >= AT_LOG_K * top:

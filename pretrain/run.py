@@ -27,10 +27,12 @@ from flsl_d2.engine.run_folder import (
     PeriodicWriter,
     ResumeOptions,
     check_and_keep_run,
+    flat_config,
     prepare_output,
     trim_metrics,
 )
 from flsl_d2.engine.stopping import StopRequest, stop_requests
+from flsl_d2.engine.trackers import build_trackers
 from flsl_d2.errors import InputError, TrainingError
 from flsl_d2.files import write_text
 from flsl_d2.weights import FLSLCheckpointer
@@ -269,6 +271,7 @@ def _hooks(
             JSONWriter(str(output / "metrics.json"), window_size=1),
             # TensorBoard hides the steps that were logged after the checkpoint.
             TensorboardXWriter(str(output), purge_step=start_iter),
+            *build_trackers(cfg.train.trackers, output, flat_config(cfg)),
         ]
         registered += [
             EncoderPictures(

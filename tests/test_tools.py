@@ -17,6 +17,7 @@ MODULES = {
     "compare": "flsl_d2.experiments.compare",
     "convert_checkpoint": "flsl_d2.weights.__main__",
     "demo": "pretrain.studies.demo",
+    "export_model": "flsl_d2.export.__main__",
     "eval_davis": "flsl_d2.evaluation.davis.__main__",
     "eval_features": "flsl_d2.evaluation.__main__",
     "finetune": "flsl_d2.detection.finetune",

@@ -34,4 +34,6 @@ train = dict(
     patience=0,
     # Steps between two lines on the console and in metrics.json.
     log_period=20,
+    # Trackers beside TensorBoard: a list of "wandb" and "mlflow".
+    trackers=[],
 )

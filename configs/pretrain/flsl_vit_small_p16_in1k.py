@@ -155,6 +155,8 @@ train = dict(
     seed=0,
     # Steps between two lines on the console.
     log_period=20,
+    # Trackers beside TensorBoard: a list of "wandb" and "mlflow".
+    trackers=[],
     # Steps between two checkpoints, and how many are kept; those whose number of steps is a
     # multiple of checkpoint_keep_every are kept, too (0: none).
     checkpoint_period=5000,

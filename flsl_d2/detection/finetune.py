@@ -30,7 +30,7 @@ from flsl_d2.detection.train import launch_detection
 from flsl_d2.engine.command_line import add_defaults, add_option, described_parser, run_tool
 from flsl_d2.engine.config_files import load_lazy_config
 from flsl_d2.errors import InputError
-from flsl_d2.files import write_text
+from flsl_d2.files import writable_folder, write_text
 
 __all__ = ["CONFIG_FILE", "main"]
 
@@ -146,7 +146,9 @@ def _prepare(args: argparse.Namespace, output: Path) -> None:
         load_lazy_config(str(staging / CONFIG_FILE))
         records = load_coco(str(data.train), args.images)
         draw_labels(records, data.names, staging / "labels.png", "Labels of training images")
-        shutil.copytree(staging, output, dirs_exist_ok=True)
+        writable_folder(output, "--output")
+        for path in staging.iterdir():
+            shutil.move(str(path), str(output))
     print("\n".join(lines))
     print(f"Look at {output}/labels.png: training starts with these labels.", flush=True)
 
@@ -193,6 +195,11 @@ def _settings(
         ("train.device", args.device, ""),
         ("train.output_dir", absolute_path(output), ""),
     ]
+    if not find_device(args.device).is_gpu:
+        settings += [
+            ("model.roi_heads.batch_size_per_image", 128, "a quarter of the usual work, for a CPU"),
+            ("model.proposal_generator.post_nms_topk", [500, 300], ""),
+        ]
     if plan.recompute:
         settings.append((f"{net}.use_act_checkpoint", True, why["recompute"]))
     if data.channels:

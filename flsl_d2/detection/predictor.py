@@ -27,6 +27,7 @@ from flsl_d2.detection.yaml import load_yaml_config
 from flsl_d2.engine.config_files import is_yaml, load_lazy_config
 from flsl_d2.errors import InputError
 from flsl_d2.weights import FLSLCheckpointer
+from flsl_d2.weights.checkpointer import BEST_WEIGHTS
 
 __all__ = ["Detections", "Predictor"]
 
@@ -398,7 +399,7 @@ def _folder_weights(folder: Path | None, cfg: DictConfig | CfgNode) -> str:
         if not named:
             raise InputError("a config alone has no detector weights; give them with --weights.")
         return str(named)
-    candidates = [folder / "model_best.pth", folder / "model_final.pth"]
+    candidates = [folder / BEST_WEIGHTS, folder / "model_final.pth"]
     last = folder / "last_checkpoint"
     if last.is_file():
         candidates.append(folder / last.read_text().strip())

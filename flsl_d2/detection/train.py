@@ -51,8 +51,15 @@ from flsl_d2.engine.checkpoints import (
 )
 from flsl_d2.engine.config_files import is_yaml, load_lazy_config
 from flsl_d2.engine.launch import has_native_bf16, launch, wrap_ddp
-from flsl_d2.engine.run_folder import PeriodicWriter, ResumeOptions, prepare_output, trim_metrics
+from flsl_d2.engine.run_folder import (
+    PeriodicWriter,
+    ResumeOptions,
+    flat_config,
+    prepare_output,
+    trim_metrics,
+)
 from flsl_d2.engine.stopping import StopRequest, stop_requests
+from flsl_d2.engine.trackers import build_trackers
 from flsl_d2.errors import InputError
 from flsl_d2.weights import FLSLCheckpointer
 
@@ -255,6 +262,10 @@ def _hooks(
             best = KeepBest(settings.eval_period, checkpointer, settings.best_metric)
             registered.append(best)
         writers = default_writers(settings.output_dir, settings.max_iter)
+        if names := OmegaConf.select(cfg, "train.trackers"):
+            # The optimizer's node holds the model, which is no setting.
+            logged = OmegaConf.masked_copy(cfg, [str(key) for key in cfg if key != "optimizer"])
+            writers += build_trackers(names, settings.output_dir, flat_config(logged))
         registered.append(PeriodicWriter(writers, period=settings.log_period))
     if settings.get("patience"):
         registered.append(StopEarly(checkpoints, best, settings.patience))

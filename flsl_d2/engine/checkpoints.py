@@ -15,7 +15,7 @@ from detectron2.utils import comm
 from flsl_d2.engine.stopping import STOPPED, StopRequest, agreed_by_all
 from flsl_d2.errors import TrainingError
 from flsl_d2.files import write_text
-from flsl_d2.weights.checkpointer import SafeCheckpointer, remove_unfinished
+from flsl_d2.weights.checkpointer import BEST_WEIGHTS, SafeCheckpointer, remove_unfinished
 
 __all__ = ["BEST_FILE", "Checkpoints", "EndedEarly", "KeepBest", "LeaveWhenAsked", "StopEarly"]
 
@@ -124,8 +124,9 @@ class Checkpoints(HookBase):
 class KeepBest(hooks.BestCheckpointer):
     """Keep the weights with the best value of an evaluation as ``model_best.pth``.
 
-    ``best.json`` beside it has the value, its step and the number of evaluations since; a resumed
-    run goes on from it. Runs on the main process, after the hook that evaluates.
+    The file has no state of training, and is never resumed from. ``best.json`` beside it has the
+    value, its step and the number of evaluations since; a resumed run goes on from it. Runs on
+    the main process, after the hook that evaluates.
 
     Args:
         eval_period: number of steps between two evaluations; 0 for one at the end.
@@ -138,18 +139,23 @@ class KeepBest(hooks.BestCheckpointer):
     without_gain = 0
 
     def __init__(self, eval_period: int, checkpointer: SafeCheckpointer, metric: str) -> None:
-        super().__init__(eval_period, checkpointer, metric)
+        # Detectron2's hook would write the state after the loop, whose step is one too many.
+        weights = type(checkpointer)(checkpointer.model, checkpointer.save_dir)
+        weights.tag_saved = False
+        super().__init__(eval_period, weights, metric)
         self.file = Path(checkpointer.save_dir, BEST_FILE)
 
     def before_train(self) -> None:
         """Take over the best value of the run that is resumed; forget that of any other run."""
         with suppress(OSError, ValueError, KeyError, TypeError):
             kept = json.loads(self.file.read_text())
-            if kept["metric"] == self._val_metric and kept["iteration"] < self.trainer.start_iter:
+            resumed = 0 < self.trainer.start_iter >= kept["iteration"]
+            if resumed and kept["metric"] == self._val_metric:
                 self.best_metric, self.best_iter = kept["value"], kept["iteration"]
                 self.without_gain = kept["evaluations_without_gain"]
                 return
         self.file.unlink(missing_ok=True)
+        self.file.with_name(BEST_WEIGHTS).unlink(missing_ok=True)
 
     def _best_checking(self) -> None:
         before = self.best_iter

@@ -22,7 +22,7 @@ from omegaconf import DictConfig, OmegaConf
 from flsl_d2.agreement import decided_by_main
 from flsl_d2.errors import InputError, TrainingError
 from flsl_d2.files import writable_folder, write_text
-from flsl_d2.weights.checkpointer import checkpoint_files
+from flsl_d2.weights.checkpointer import BEST_WEIGHTS, checkpoint_files
 
 __all__ = [
     "DETECTION_KEYS",
@@ -69,6 +69,7 @@ PRETRAINING_KEYS = NeutralKeys(
         "train.pictures_*",
         "train.health_period",
         "train.measures.*",
+        "train.trackers",
         *("dataloader.num_workers", "dataloader.prefetch_factor"),
     ),
     on_resume=(
@@ -81,7 +82,8 @@ PRETRAINING_KEYS = NeutralKeys(
 )
 DETECTION_KEYS = NeutralKeys(
     no_effect=(
-        *("train.output_dir", "train.checkpointer.*", "dataloader.*.num_workers"),
+        *("train.output_dir", "train.checkpointer.*", "train.trackers"),
+        "dataloader.*.num_workers",
         *("OUTPUT_DIR", "SOLVER.CHECKPOINT_PERIOD", "DATALOADER.NUM_WORKERS", "VIS_PERIOD"),
     ),
     on_resume=(
@@ -237,7 +239,7 @@ def _check_and_keep(
         _compare_processes(before.get("processes"))
     if files and not options.resume:
         logger.warning("Deleting the checkpoints of the run in %s, as --overwrite asks.", folder)
-        for file in [*files, folder / "last_checkpoint"]:
+        for file in [*files, folder / "last_checkpoint", folder / BEST_WEIGHTS]:
             file.unlink(missing_ok=True)
     keep_config(cfg, folder)
     content = {"processes": comm.get_world_size(), "settings": settings}

@@ -137,9 +137,10 @@ def resample_positions(
     """
     side = grid_of_table(table.shape[1])
     square = table.reshape(1, side, side, -1)
-    if torch.jit.is_tracing():  # type: ignore[attr-defined]
-        # Scale factors are constants of a trace, so it holds for images of its example's size.
-        grid = (int(grid[0]), int(grid[1]))
+    if torch.jit.is_tracing() or torch.compiler.is_exporting():  # type: ignore[attr-defined]
+        if not antialias:
+            return _bicubic_by_matrices(square, grid, offset)
+        grid = (int(grid[0]), int(grid[1]))  # a graph for images of its example's size
     if grid == (side, side):
         return square
     square = square.permute(0, 3, 1, 2)
@@ -154,3 +155,44 @@ def resample_positions(
         antialias=antialias,
     )[:, :, : grid[0], : grid[1]]
     return out.permute(0, 2, 3, 1).to(table.dtype)
+
+
+def _bicubic_by_matrices(square: Tensor, grid: tuple[int, int], offset: float) -> Tensor:
+    """:func:`resample_positions` as two matrix products, for graphs that take images of any size.
+
+    Where ``F.interpolate`` needs numbers, the sizes may be symbols here.
+
+    Args:
+        square: (1, G, G, D).
+        grid: rows and columns of the result.
+        offset: see :func:`resample_positions`.
+    """
+    samples = [torch.arange(n, device=square.device, dtype=torch.float32) for n in grid]
+    counts = [each[-1] + 1 for each in samples]
+    side = square.shape[1]
+    is_same = (counts[0] == side) & (counts[1] == side)  # the table is taken as it is
+    steps = [side / (count + offset * (~is_same).float()) for count in counts]
+    rows, columns = (
+        _bicubic_weights((each + 0.5) * step - 0.5, side)
+        for each, step in zip(samples, steps, strict=True)
+    )
+    return torch.einsum("rg,bghd,ch->brcd", rows, square.float(), columns).to(square.dtype)
+
+
+def _bicubic_weights(places: Tensor, side: int) -> Tensor:
+    """Weights (n, G) of the G cells of a table at n places, in cells.
+
+    The cubic convolution of Keys (1981) with a = -0.75, which PyTorch uses; samples beyond the
+    border take the cell at the border.
+    """
+    first = places.floor()
+    cells = torch.arange(side, device=places.device, dtype=torch.float32)
+    weights = torch.zeros((), device=places.device)
+    for tap in (-1, 0, 1, 2):
+        distance = (places - first - tap).abs()
+        near = (1.25 * distance - 2.25) * distance**2 + 1
+        far = -0.75 * (((distance - 5) * distance + 8) * distance - 4)
+        weight = torch.where(distance <= 1, near, far)
+        cell = (first + tap).clamp(0, side - 1)
+        weights = weights + weight[:, None] * (cell[:, None] == cells).float()
+    return weights

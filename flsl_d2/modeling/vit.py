@@ -375,7 +375,7 @@ class FLSLViT(Backbone):
         grid = tokens.shape[1:3]
         if self.num_prefix_tokens:
             # Global attention does not depend on the grid, so one row holds all tokens.
-            prefix = self.prefix_tokens.expand(len(tokens), -1, -1)
+            prefix = self.prefix_tokens.expand(tokens.shape[0], -1, -1)  # len() is no symbol
             tokens = torch.cat([prefix, tokens.flatten(1, 2)], dim=1)[:, None]  # (B, 1, P + N, D)
         tokens = self._run_blocks(tokens, num_blocks)
         if self.num_prefix_tokens:

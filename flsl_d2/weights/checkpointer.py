@@ -31,6 +31,8 @@ from flsl_d2.weights.weight_sets import plain_name, tensor_dicts
 
 logger = logging.getLogger(__name__)
 
+BEST_WEIGHTS = "model_best.pth"
+
 
 def remove_unfinished(folder: str | Path) -> None:
     """Delete unfinished files of a run that was killed while it wrote a checkpoint."""
@@ -42,12 +44,14 @@ def remove_unfinished(folder: str | Path) -> None:
 def checkpoint_files(folder: str | Path) -> list[Path]:
     """List the checkpoints of a run: the one that ``last_checkpoint`` names, then the newest first.
 
-    The list is empty for a folder without any, and for the empty name.
+    The list is empty for a folder without any, and for the empty name. :data:`BEST_WEIGHTS` is
+    none: a run cannot go on from it.
     """
     if not folder:
         return []
     folder = Path(folder)
-    found = sorted(folder.glob("model_*.pth"), key=lambda file: -file.stat().st_mtime_ns)
+    found = [file for file in folder.glob("model_*.pth") if file.name != BEST_WEIGHTS]
+    found.sort(key=lambda file: -file.stat().st_mtime_ns)
     with suppress(OSError, ValueError):
         tagged = folder / (folder / "last_checkpoint").read_text().strip()
         # A damaged tag may hold anything.
@@ -74,10 +78,15 @@ class SafeCheckpointer(DetectionCheckpointer):
 
     ``last_checkpoint`` is written the same way, after the file that it names. Resuming takes that
     file; where it is damaged or gone, the newest other checkpoint of the folder that is whole.
+
+    Attributes:
+        tag_saved: whether a file that is saved becomes the last checkpoint.
     """
 
+    tag_saved = True
+
     def save(self, name: str, **kwargs: Any) -> None:
-        """Write ``<name>.pth`` and make it the last checkpoint.
+        """Write ``<name>.pth``, and make it the last checkpoint if ``tag_saved``.
 
         Raises:
             OSError: the file cannot be written; the checkpoints before it are untouched.
@@ -97,7 +106,8 @@ class SafeCheckpointer(DetectionCheckpointer):
             if cause is None:
                 raise
             raise cause from None
-        self.tag_last_checkpoint(path.name)
+        if self.tag_saved:
+            self.tag_last_checkpoint(path.name)
 
     def tag_last_checkpoint(self, last_filename_basename: str) -> None:
         """Write the name of the last checkpoint, all or nothing."""

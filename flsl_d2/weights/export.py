@@ -21,6 +21,7 @@ from flsl_d2.weights.report import LoadReport
 
 __all__ = [
     "FORMATS",
+    "TIMM_MODEL",
     "convert_checkpoint",
     "encoder_file",
     "timm_arguments",
@@ -31,7 +32,7 @@ __all__ = [
 ]
 
 # All dimensions are given beside it, so the name can be that of any plain ViT of timm.
-_TIMM_MODEL = "vit_small_patch16_224"
+TIMM_MODEL = "vit_small_patch16_224"
 
 
 def encoder_file(encoder: FLSLViT) -> dict[str, Any]:
@@ -122,7 +123,7 @@ def timm_call(encoder: FLSLViT, path: str | Path) -> str:
         else f"torch.load({str(path)!r}, weights_only=True)"
     )
     return (
-        f"model = timm.create_model({_TIMM_MODEL!r}, {arguments})\nmodel.load_state_dict({reader})"
+        f"model = timm.create_model({TIMM_MODEL!r}, {arguments})\nmodel.load_state_dict({reader})"
     )
 
 

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import ast
 import contextlib
+import importlib
 import io
 import pkgutil
 import re
 import runpy
+import shlex
 import sys
 from collections.abc import Iterator
 from fnmatch import fnmatchcase
@@ -179,6 +181,30 @@ def test_options_in_commands_are_those_of_the_tool():
         benchmark = [word for word in benchmark if not word.startswith("-")]
         unknown = _options(arguments) - _options(_help(tool, *benchmark))
         assert not unknown, (place, tool, unknown)
+
+
+def test_commands_are_accepted_by_their_tools(monkeypatch):
+    """Every whole command of the guides is parsed; other tests run each tool at a reduced size."""
+    accepted = 0
+    for path in GUIDES:
+        fenced = re.findall(r"^```\w*\n(.*?)^```", path.read_text(), re.M | re.S)
+        for line in "\n".join(fenced).replace("\\\n", " ").splitlines():
+            found = re.search(r"python tools/(\w+)\.py(.*)", line.partition(" #")[0])
+            if found is None or "..." in line or "$head" in line:
+                continue
+            tool, arguments = found.groups()
+            source = (ROOT / f"tools/{tool}.py").read_text()
+            module = re.search(r"from ([\w.]+) import main", source)
+            if module is None:  # a tool of the standard library, or one without a module
+                continue
+            loaded = importlib.import_module(module[1])
+            monkeypatch.setattr(loaded, "run_tool", lambda *_: None)
+            try:
+                loaded.main(shlex.split(arguments))
+            except SystemExit as stopped:
+                pytest.fail(f"{path.name}: {line} ends with {stopped.code}")
+            accepted += 1
+    assert accepted >= 20
 
 
 @pytest.mark.parametrize("path", GUIDES, ids=_name)

@@ -12,7 +12,7 @@ from detectron2.engine import TrainerBase, hooks
 from torch import nn
 
 from flsl_d2.engine.checkpoints import BEST_FILE, Checkpoints, EndedEarly, KeepBest, StopEarly
-from flsl_d2.weights.checkpointer import SafeCheckpointer
+from flsl_d2.weights.checkpointer import SafeCheckpointer, checkpoint_files
 
 
 class Counter(TrainerBase):
@@ -47,6 +47,8 @@ def test_the_best_is_kept_and_patience_ends_training(tmp_path):
         Counter(tmp_path, values, patience=3).train(0, 7)
     assert saved(tmp_path, "model_best") == 2
     assert saved(tmp_path, "model_final") == 5
+    assert (tmp_path / "last_checkpoint").read_text() == "model_final.pth"
+    assert [file.name for file in checkpoint_files(tmp_path)] == ["model_final.pth"]
     kept = json.loads((tmp_path / BEST_FILE).read_text())
     assert (kept["value"], kept["iteration"], kept["evaluations_without_gain"]) == (3.0, 1, 3)
     # A run that goes on knows the best value so far; more patience lets it find the next one.

@@ -1,0 +1,1 @@
+"""Encoders and detectors for other programs: graphs, checked files, and a card beside each."""

@@ -1,0 +1,195 @@
+"""Writing a model in each format, and reading it back to check that it is the same."""
+
+from __future__ import annotations
+
+import json
+import logging
+import warnings
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import safetensors.torch
+import timm
+import torch
+from torch import Tensor, nn
+
+from flsl_d2.errors import InputError
+from flsl_d2.export.graphs import (
+    TOLERANCE,
+    DetectorGraph,
+    EncoderGraph,
+    largest_difference,
+    onnx_runner,
+)
+from flsl_d2.modeling.pixels import IMAGENET_MEAN, IMAGENET_STD
+from flsl_d2.weights import build_encoder
+from flsl_d2.weights.export import TIMM_MODEL, timm_arguments, timm_state, write_encoder, write_timm
+
+__all__ = ["DETECTOR_FORMATS", "FORMATS", "WRITERS"]
+
+_OPSET = 18  # the first whose Resize can be antialiased
+Models = EncoderGraph | DetectorGraph
+
+
+def write_onnx(graph: Models, path: Path, facts: Mapping[str, Any]) -> str:
+    """Write an ONNX file that takes images of any size, with facts as its metadata."""
+    try:
+        import onnx
+        import onnxruntime  # noqa: F401
+    except ImportError as error:
+        raise InputError(
+            f"ONNX files need the package {error.name}; install it with "
+            "pip install 'flsl-d2[export]'."
+        ) from None
+    axes = {"image": graph.input_axes, **dict.fromkeys(graph.outputs, graph.output_axes)}
+    with warnings.catch_warnings():
+        # The exporter by torch.export cannot follow Detectron2's code, which depends on the data.
+        warnings.simplefilter("ignore")
+        torch.onnx.export(
+            graph,
+            (graph.example(0),),
+            str(path),
+            dynamo=False,
+            opset_version=_OPSET,
+            input_names=["image"],
+            output_names=list(graph.outputs),
+            dynamic_axes=axes,
+        )
+    model = onnx.load(str(path))
+    texts = {k: v if isinstance(v, str) else json.dumps(v) for k, v in facts.items()}
+    onnx.helper.set_model_props(model, texts)
+    onnx.save(model, str(path))
+    return _check(graph, onnx_runner(str(path)), "onnxruntime")
+
+
+def write_torch(graph: Models, path: Path, facts: Mapping[str, Any]) -> str:
+    """Write an encoder by ``torch.export``, a detector by ``torch.jit.trace``."""
+    image = graph.example(0)
+    if isinstance(graph, EncoderGraph):
+        auto = torch.export.Dim.DYNAMIC
+        exported = torch.export.export(
+            graph, (image,), dynamic_shapes=(dict.fromkeys(graph.input_axes, auto),)
+        )
+        extra = {"facts.json": json.dumps(facts)}
+        torch.export.save(exported, str(path), extra_files=extra)
+        return _check(graph, torch.export.load(str(path)).module(), "torch.export")
+    with warnings.catch_warnings(), torch.no_grad():
+        warnings.simplefilter("ignore")
+        traced = torch.jit.trace(graph, (image,), check_trace=False)
+        torch.jit.save(traced, str(path), _extra_files={"facts.json": json.dumps(facts)})
+        return _check(graph, torch.jit.load(str(path)), "TorchScript")
+
+
+def write_safetensors(graph: Models, path: Path, facts: Mapping[str, Any]) -> str:
+    """Write the tensors by this project's names."""
+    if isinstance(graph, EncoderGraph):
+        write_encoder(graph.encoder, path)
+        read = EncoderGraph(build_encoder(str(path)).eval())
+        return _check(graph, read, "this project's reader")
+    state = {name: tensor.contiguous() for name, tensor in graph.model.state_dict().items()}
+    texts = {name: json.dumps(value) for name, value in facts.items()}
+    safetensors.torch.save_file(state, str(path), texts)
+    found = safetensors.torch.load_file(str(path))
+    if not all(torch.equal(found[name], tensor) for name, tensor in state.items()):
+        raise InputError(f"'{path}' does not hold the tensors that were written; write it again.")
+    return f"{len(state)} tensors equal after reading them back"
+
+
+def write_timm_file(graph: Models, path: Path, facts: Mapping[str, Any]) -> str:
+    """Write an encoder's tensors by timm's names, for ``timm.create_model``."""
+    encoder = _encoder(graph)
+    write_timm(encoder, path)
+    model = timm.create_model(TIMM_MODEL, **timm_arguments(encoder))
+    state = (
+        safetensors.torch.load_file(str(path))
+        if path.suffix == ".safetensors"
+        else torch.load(path, weights_only=True)
+    )
+    model.load_state_dict(state)
+    return _check_timm(graph, model)
+
+
+def write_huggingface(graph: Models, path: Path, facts: Mapping[str, Any]) -> str:
+    """Write a folder as timm's models have it on the Hugging Face Hub."""
+    encoder = _encoder(graph)
+    arguments = timm_arguments(encoder)
+    path.mkdir()
+    tensors = {name: t.detach().cpu().contiguous() for name, t in timm_state(encoder).items()}
+    safetensors.torch.save_file(tensors, str(path / "model.safetensors"), {"format": "pt"})
+    side = arguments["img_size"]
+    pixels = {
+        "input_size": [arguments["in_chans"], side, side],
+        "mean": [value / 255 for value in IMAGENET_MEAN],
+        "std": [value / 255 for value in IMAGENET_STD],
+        "interpolation": "bicubic",
+        "num_classes": 0,
+        "first_conv": "patch_embed.proj",
+        "classifier": "head",
+        "fixed_input_size": True,
+    }
+    config = {
+        "architecture": TIMM_MODEL,
+        "num_classes": 0,
+        "num_features": encoder.embed_dim,
+        "model_args": arguments,
+        "pretrained_cfg": pixels,
+    }
+    (path / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+    return _check_timm(graph, timm.create_model(f"local-dir:{path}", pretrained=True))
+
+
+def _encoder(graph: Models) -> Any:
+    if isinstance(graph, DetectorGraph):
+        raise InputError(
+            "the model is a detector, and timm and huggingface are formats of encoders; use "
+            f"{', '.join(DETECTOR_FORMATS)}, or --part encoder."
+        )
+    return graph.encoder
+
+
+def _check_timm(graph: Models, model: nn.Module) -> str:
+    encoder = _encoder(graph)
+    model.eval()
+    forward: Any = model.forward_features
+
+    def run(image: Tensor) -> tuple[Tensor]:
+        assert isinstance(graph, EncoderGraph)
+        tokens = forward((image - graph.mean) / graph.std)
+        side = encoder.architecture["img_size"] // encoder.patch_size
+        tokens = tokens[:, encoder.num_prefix_tokens :].transpose(1, 2)
+        return (tokens.unflatten(2, (side, side)),)
+
+    return _check(graph, run, "timm", sizes=1)
+
+
+def _check(graph: Models, other: Callable[[Tensor], Any], program: str, sizes: int = 2) -> str:
+    images = [graph.example(number) for number in range(sizes)]
+    difference, rows = largest_difference(graph, other, images)
+    if not difference <= TOLERANCE:
+        raise InputError(
+            f"the exported model differs from its source by {difference:.3g} in {program}, more "
+            f"than {TOLERANCE:g}, so nothing was written; report this with the model's config."
+        )
+    shapes = " and ".join("x".join(map(str, image.shape[-2:])) for image in images)
+    what = "objects" if isinstance(graph, DetectorGraph) else "images"
+    return f"within {difference:.1e} of the source in {program} ({rows} {what}, {shapes} pixels)"
+
+
+# For each format the endings of its files, empty for a folder, and the function that writes.
+Writer = Callable[[Models, Path, Mapping[str, Any]], str]
+WRITERS: dict[str, tuple[tuple[str, ...], Writer]] = {
+    "onnx": ((".onnx",), write_onnx),
+    "torch": ((".pt2", ".ts", ".pt"), write_torch),
+    "timm": ((".safetensors", ".pth"), write_timm_file),
+    "safetensors": ((".safetensors",), write_safetensors),
+    "huggingface": (("",), write_huggingface),
+}
+FORMATS = tuple(WRITERS)
+DETECTOR_FORMATS = ("onnx", "torch", "safetensors")
+
+
+def silence_exporters() -> None:
+    """Leave out the exporters' lines about their own progress."""
+    for name in ("torch.onnx", "torch.fx._symbolic_trace"):
+        logging.getLogger(name).setLevel(logging.ERROR)
