@@ -45,7 +45,7 @@ SIZES = {
 WIDTH_KEYS = ("channels", "in_channels", "out_channels", "conv_dims", "fc_dims")
 WIDTHS = {256: 32, 1024: 64, 128: 32, 64: 64}
 # Encoders' parameters in millions, patch and position tables included (ViT-S: 22).
-ENCODERS = {"tiny": 5.5, "small": 21.6, "base": 85.8, "large": 303.2}
+ENCODERS = {"mini": 1.23, "tiny": 5.5, "small": 21.6, "base": 85.8, "large": 303.2}
 NAMED = {"t16": "tiny", "s16": "small", "s8": "small", "b16": "base", "l16": "large"}
 TINY_ENCODER = {"embed_dim": 32, "depth": 5, "num_heads": 2}
 
