@@ -104,7 +104,7 @@ def distant_permutations(length: int, count: int) -> Tensor:
     """Permutations of which each is far from those before it, as far as random tries tell.
 
     The paper takes the farthest of all permutations by Hamming distance; here each is the one of
-    100 random permutations with the largest smallest distance.
+    10 random permutations with the largest smallest distance.
 
     Returns:
         (count, length) int64, the same for the same arguments.
@@ -112,7 +112,7 @@ def distant_permutations(length: int, count: int) -> Tensor:
     rng = np.random.default_rng(0)
     chosen = rng.permutation(length)[None]
     while len(chosen) < count:
-        tries = rng.random((100, length)).argsort(axis=1)
+        tries = rng.random((10, length)).argsort(axis=1)
         distance = (tries[:, None] != chosen).sum(axis=-1).min(axis=1)
         chosen = np.concatenate([chosen, tries[distance.argmax()][None]])
     return torch.from_numpy(chosen)
