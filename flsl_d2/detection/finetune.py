@@ -195,6 +195,11 @@ def _settings(
         ("train.device", args.device, ""),
         ("train.output_dir", absolute_path(output), ""),
     ]
+    if not find_device(args.device).is_gpu:
+        settings += [
+            ("model.roi_heads.batch_size_per_image", 128, "a quarter of the usual work, for a CPU"),
+            ("model.proposal_generator.post_nms_topk", [500, 300], ""),
+        ]
     if plan.recompute:
         settings.append((f"{net}.use_act_checkpoint", True, why["recompute"]))
     if data.channels:

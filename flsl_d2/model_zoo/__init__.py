@@ -1,6 +1,7 @@
-"""The recipes by name: ``model_zoo.get_config("coco/mask_rcnn_flsl_vit_s16_1x.py")``.
+"""The recipes by name, and the encoders that were trained by them.
 
-A checkout reads its ``configs`` folder; an installed wheel carries a copy.
+``model_zoo.get_config("coco/mask_rcnn_flsl_vit_s16_1x.py")`` reads the checkout's ``configs``
+folder, of which an installed wheel carries a copy.
 """
 
 from __future__ import annotations
@@ -17,8 +18,10 @@ from flsl_d2.engine.config_files import (
     load_lazy_config,
     resolve_config_path,
 )
+from flsl_d2.errors import InputError
+from flsl_d2.weights.shipped import PREFIX, shipped_encoders
 
-__all__ = ["configs_folder", "get_config", "get_config_file"]
+__all__ = ["configs_folder", "get_checkpoint_url", "get_config", "get_config_file"]
 
 
 def configs_folder() -> Path:
@@ -48,3 +51,24 @@ def get_config(name: str) -> DictConfig | CfgNode:
     """
     path = get_config_file(name)
     return load_yaml_config(path) if is_yaml(path) else load_lazy_config(path)
+
+
+def get_checkpoint_url(name: str) -> str:
+    """Find the encoder that the package ships for a recipe, like Detectron2's function.
+
+    Args:
+        name: see :func:`get_config_file`.
+
+    Returns:
+        An address for ``train.init_checkpoint``, ``MODEL.WEIGHTS``, ``--weights`` and
+        :func:`flsl_d2.weights.build_encoder`.
+
+    Raises:
+        InputError: there is no encoder for this recipe.
+    """
+    address = f"{PREFIX}{Path(name).stem}.safetensors"
+    if address not in shipped_encoders():
+        raise InputError(
+            f"there are no weights of {name!r}; the package ships {', '.join(shipped_encoders())}."
+        )
+    return address

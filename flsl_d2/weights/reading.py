@@ -19,6 +19,7 @@ from safetensors import safe_open
 
 from flsl_d2.errors import InputError
 from flsl_d2.files import describe_content
+from flsl_d2.weights import shipped  # noqa: F401  (makes flsl_d2:// an address)
 from flsl_d2.weights.plain_pickle import ForeignObjectError, read_plain_pickle
 
 # Value of the key ``format`` in this project's encoder files.
