@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from omegaconf import DictConfig
 from PIL import Image
 from torch import nn
 
@@ -231,8 +232,20 @@ def arguments(json_file: Path, **others) -> Namespace:
     return Namespace(**common, json=str(json_file), **others)
 
 
+FEW_PROPOSALS = [
+    "model.proposal_generator.post_nms_topk=[50,20]",
+    "model.roi_heads.batch_size_per_image=16",
+    "model.roi_heads.box_head.conv_dims=[32]",
+    "model.roi_heads.mask_head.conv_dims=[32,32]",
+]
+
+
 @pytest.mark.parametrize("backbone_only", [False, True])
-def test_detectors_are_compared(backbone_only, tmp_path):
+def test_detectors_are_compared(backbone_only, tmp_path, monkeypatch):
+    def small(name: str, _: list[str]) -> DictConfig:
+        return load_lazy_config(name, FEW_PROPOSALS)
+
+    monkeypatch.setattr("pretrain.studies.benchmark.detection.load_lazy_config", small)
     out = tmp_path / "detection.json"
     what = {"model": "s", "size": 64, "rel_pos": True, "backbone_only": backbone_only}
     benchmark_detection(arguments(out, batch_size=1, **what))
