@@ -121,7 +121,7 @@ def _canvas(budget: int) -> int:
 
 def _cut(image: np.ndarray, rng: np.random.Generator, scale: tuple[float, ...]) -> np.ndarray:
     """Cut a box of the image's aspect ratio, whose share of the area is uniform in ``scale``."""
-    side = math.sqrt(rng.uniform(*scale))
+    side = math.sqrt(rng.uniform(scale[0], scale[1]))
     height, width = (max(round(side * n), 1) for n in image.shape[:2])
     top = int(rng.integers(0, image.shape[0] - height + 1))
     left = int(rng.integers(0, image.shape[1] - width + 1))

@@ -95,9 +95,10 @@ class DropPos(BaseMethod):
         patches = backbone.embed(images, "none")
         positions = backbone.positions_of((patches.shape[1], patches.shape[2])).flatten(1, 2)
         patches = patches.flatten(1, 2)
-        visible, _ = random_split(*patches.shape[:2], self.mask_share, images.device)
+        count, num_tokens, _ = patches.shape
+        visible, _ = random_split(count, num_tokens, self.mask_share, images.device)
         # Visible tokens are in random order, so that any part of them is a random part.
-        _, dropped = random_split(*visible.shape, self.drop_share, images.device)
+        _, dropped = random_split(count, visible.shape[1], self.drop_share, images.device)
         positions = gather_tokens(positions.expand(len(images), -1, -1), visible)
         is_dropped = torch.zeros_like(visible, dtype=torch.bool).scatter(1, dropped, True)
         positions = torch.where(is_dropped[..., None], self.dropped_position, positions)

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from itertools import groupby
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -114,7 +114,7 @@ class FLSL(BaseMethod):
             other patches, a switch has an unknown value, or switches exclude each other.
     """
 
-    views_type = NestedViews
+    views_type: ClassVar[type] = NestedViews
 
     def __init__(
         self,

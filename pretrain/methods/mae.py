@@ -66,7 +66,8 @@ class MAE(BaseMethod):
         """Compute the loss of a step; see :class:`pretrain.methods.protocol.Method`."""
         images = self.normalised(torch.cat(inputs.views[: inputs.num_global]))
         embedded = self.student.backbone.embed(images).flatten(1, 2)
-        visible, masked = random_split(*embedded.shape[:2], self.mask_share, images.device)
+        count, num_tokens, _ = embedded.shape
+        visible, masked = random_split(count, num_tokens, self.mask_share, images.device)
         tokens = self.student.backbone.forward_embedded(gather_tokens(embedded, visible))
         predicted = gather_tokens(self._decode(tokens, visible, embedded.shape[1]), masked)
         targets = gather_tokens(patches_of(images, self.patch_size), masked)

@@ -6,7 +6,7 @@ Shape suffixes: N tokens of a view, D width, Q queries of a view.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
@@ -53,7 +53,7 @@ class NaViT(FLSL):
         local_window: the same in local views.
     """
 
-    views_type = NativeViews
+    views_type: ClassVar[type] = NativeViews
     masks_tokens = True  # packing needs what masking needs: a plain ViT
 
     def __init__(
