@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import warnings
 from collections.abc import Callable
@@ -53,6 +54,8 @@ def run_main(monkeypatch, capsys) -> Callable[..., tuple[int, str, str]]:
     """
     # A tool adds to this variable and to the filters of warnings.
     monkeypatch.setenv("PYTHONWARNINGS", os.environ.get("PYTHONWARNINGS", ""))
+    # Handlers of earlier tests write to streams that are closed, which logging would print.
+    monkeypatch.setattr(logging, "raiseExceptions", False)
 
     def run(main: Callable[[list[str]], None], *arguments: str) -> tuple[int, str, str]:
         with warnings.catch_warnings(), pytest.raises(SystemExit) as end:

@@ -11,7 +11,7 @@ import time
 
 import pytest
 import torch
-from test_train_net import PY, TINY_PY, TINY_YAML, TOOL, YAML, few_images  # noqa: F401
+from test_train_net import PY, TINY_PY, TINY_YAML, YAML, few_images  # noqa: F401
 
 STOPPED = 75
 LONG_PY = [*TINY_PY, "train.max_iter=100000", "train.checkpointer.period=2", "train.log_period=1"]
@@ -35,7 +35,7 @@ def test_stops_with_a_checkpoint_and_goes_on(kind, few_images, tmp_path):  # noq
             process = subprocess.Popen(
                 [
                     sys.executable,
-                    str(TOOL),
+                    *("-m", "flsl_d2.detection"),
                     "--config-file",
                     arguments[0],
                     *options,

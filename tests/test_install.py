@@ -405,7 +405,10 @@ def imported_by(folder: str) -> set[str]:
 
 @pytest.mark.parametrize(
     ("folder", "extras"),
-    [("flsl_d2", {"export", "evaluation"}), ("pretrain", {"pretrain", "methods"})],
+    [
+        ("flsl_d2", {"export", "evaluation", "formats", "remote"}),
+        ("pretrain", {"pretrain", "methods"}),
+    ],
 )
 def test_everything_imported_is_declared(
     folder: str, extras: set[str], requirements: list[Requirement]

@@ -220,6 +220,15 @@ def _read_tiff(
         return pixels.reshape(shape), shape, bits
 
 
+def _size_of_multispectral(path: str) -> tuple[int, int] | None:
+    """Height and width of a TIFF file of more channels than Pillow knows; None for others."""
+    try:
+        height, width, channels = read_channels(path).shape if _is_tiff(path) else (0, 0, 0)
+    except OSError:
+        return None
+    return (height, width) if channels == 2 or channels > 3 else None
+
+
 def picture_size(path: str) -> tuple[tuple[int, int], tuple[int, int]]:
     """Height and width of an image file when it is upright, and as they are stored.
 
@@ -238,11 +247,10 @@ def picture_size(path: str) -> tuple[tuple[int, int], tuple[int, int]]:
         # The reader knows files that Pillow refuses, and has its own words for the others.
         try:
             shape = ImageFile(path, MAX_PIXELS_LIMIT).shape
-        except OSError:
-            if not _is_tiff(path):
-                raise
-            height, width = read_channels(path).shape[:2]  # more channels than Pillow knows
-            shape = height, width
+        except OSError as error:
+            shape = _size_of_multispectral(path)
+            if not shape:
+                raise error from None
         return shape, shape
     size = image.height, image.width
     if not turned:

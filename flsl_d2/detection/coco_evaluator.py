@@ -31,7 +31,8 @@ def coco_eval(truth: COCO, found: COCO, kind: str) -> COCOeval:
     """Make the object that computes COCO's figures.
 
     Detectron2's compiled evaluator is taken where it was built, else ``faster-coco-eval`` (extra
-    ``evaluation``) for boxes and masks, else pycocotools. The figures are the same.
+    ``evaluation``) for boxes and masks, else pycocotools, which alone takes ids that are no
+    numbers. The figures are the same.
 
     Args:
         truth: annotations.
@@ -40,7 +41,8 @@ def coco_eval(truth: COCO, found: COCO, kind: str) -> COCOeval:
     """
     if _HAS_COMPILED:
         return _COMPILED(truth, found, kind)
-    if _HAS_FASTER and kind in ("bbox", "segm"):
+    numbers = all(isinstance(key, (int, float)) for key in (*truth.imgs, *truth.cats))
+    if _HAS_FASTER and numbers and kind in ("bbox", "segm"):
         from faster_coco_eval.core.faster_eval_api import COCOeval_faster
 
         return COCOeval_faster(truth, found, kind)
