@@ -13,6 +13,7 @@ from pathlib import Path
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import pytest
+import setuptools  # noqa: F401  (it refuses to be imported after distutils)
 import torch
 from hypothesis import settings
 
