@@ -248,9 +248,10 @@ def picture_size(path: str) -> tuple[tuple[int, int], tuple[int, int]]:
         try:
             shape = ImageFile(path, MAX_PIXELS_LIMIT).shape
         except OSError as error:
-            shape = _size_of_multispectral(path)
-            if not shape:
+            known = _size_of_multispectral(path)
+            if not known:
                 raise error from None
+            shape = known
         return shape, shape
     size = image.height, image.width
     if not turned:
