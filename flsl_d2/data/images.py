@@ -212,7 +212,7 @@ def _read_tiff(
         if header_only:
             return np.empty(0), shape, bits
         pixels = series.asarray()
-        # Of times and depths the first is taken, as of animations.
+        # The first of several times or depths is taken, like the first frame of an animation.
         first = tuple(slice(None) if axis in ("Y", "X", channel) else 0 for axis in axes)
         pixels = pixels[first]
         order = [axis for axis in axes if axis in ("Y", "X", channel)]

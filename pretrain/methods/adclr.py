@@ -5,11 +5,10 @@ Shape suffixes: B images, N tokens of a view, Q query crops of an image, D width
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from typing import cast
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from flsl_d2.errors import InputError
 from flsl_d2.modeling import FLSLViT
@@ -101,10 +100,6 @@ class ADCLR(BaseMethod):
             "loss_query": loss_query,
         }
         return losses, {**monitored, "feature_std": feature_std(tokens)}
-
-    def frozen_parameters(self, values: StepValues) -> Iterable[nn.Parameter]:
-        """Return the last layer as long as the schedule freezes it."""
-        return self.student.head.last_layer.parameters() if values.last_layer_frozen else ()
 
     @staticmethod
     def _outputs(

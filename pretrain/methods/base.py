@@ -18,13 +18,16 @@ from torch import Tensor, nn
 from flsl_d2.errors import InputError
 from flsl_d2.modeling import FLSLViT
 from flsl_d2.modeling.pixels import IMAGENET_MEAN, IMAGENET_STD
+from flsl_d2.modeling.projection_head import FLSLHead
 from flsl_d2.modeling.timm_backbone import TimmBackbone
+from pretrain.methods.protocol import Losses, Monitored, StepInputs
 from pretrain.multi_crop import MultiCropViews
 from pretrain.schedules import StepValues
 
 __all__ = [
     "BaseMethod",
     "Networks",
+    "TwoViewMethod",
     "encode_views",
     "feature_std",
     "full_precision",
@@ -126,9 +129,16 @@ class BaseMethod(nn.Module):
                 "train.accumulation_steps."
             )
 
-    def frozen_parameters(self, _values: StepValues) -> Iterable[nn.Parameter]:
-        """Return no parameter: all are trained in every step."""
-        return ()
+    def last_layers(self) -> Sequence[nn.Module]:
+        """Return the layers that the schedule freezes at first: the centroids of ``FLSLHead``."""
+        head = self.student.head
+        return [head.last_layer] if isinstance(head, FLSLHead) else []
+
+    def frozen_parameters(self, values: StepValues) -> Iterable[nn.Parameter]:
+        """Return the parameters of :meth:`last_layers` as long as the schedule freezes them."""
+        if not values.last_layer_frozen:
+            return []
+        return [parameter for layer in self.last_layers() for parameter in layer.parameters()]
 
     @torch.no_grad()
     def update_teacher(self, momentum: float) -> None:
@@ -191,6 +201,23 @@ class BaseMethod(nn.Module):
                 "or prefix tokens does not take; set window_size=0, use_rel_pos=False and "
                 "num_prefix_tokens=0 in model.backbone."
             )
+
+
+class TwoViewMethod(BaseMethod):
+    """A method whose ``loss`` compares the global outputs of two views of each image."""
+
+    min_global = 2
+    min_images = 2
+    loss: nn.Module
+
+    def forward(self, inputs: StepInputs, _values: StepValues) -> tuple[Losses, Monitored]:
+        """Compute the loss of a step; see :class:`pretrain.methods.protocol.Method`."""
+        views = [self.normalised(view) for view in inputs.views[:2]]
+        tokens = encode_views(self.student.backbone, views)
+        outputs = self.student.head(global_output(tokens)).float()
+        with full_precision(outputs):
+            loss = self.loss(*outputs.chunk(2))
+        return {"loss": loss}, {"feature_std": feature_std(tokens[0])}
 
 
 def encode_views(backbone: Any, views: Sequence[Tensor]) -> list[Tensor]:

@@ -5,10 +5,8 @@ Shape suffixes: B images, N tokens, D width, K outputs, V views.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from flsl_d2.modeling import FLSLViT
 from flsl_d2.modeling.projection_head import FLSLHead
@@ -80,10 +78,6 @@ class DINO(BaseMethod):
             teacher_temp=values.teacher_temp,
         )
         return {"loss": loss}, {**monitored, "feature_std": feature_std(tokens[0])}
-
-    def frozen_parameters(self, values: StepValues) -> Iterable[nn.Parameter]:
-        """Return the last layer as long as the schedule freezes it."""
-        return self.student.head.last_layer.parameters() if values.last_layer_frozen else ()
 
 
 @torch.no_grad()

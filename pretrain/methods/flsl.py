@@ -5,7 +5,7 @@ Shape suffixes: B images, N tokens, D width, Q queries, K centroids.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from itertools import groupby
 from typing import Any, ClassVar
 
@@ -261,10 +261,6 @@ class FLSL(BaseMethod):
             teacher_temp=values.teacher_temp,
         )
         return losses, {**monitored, "feature_std": feature_std(teacher_tokens)}
-
-    def frozen_parameters(self, values: StepValues) -> Iterable[nn.Parameter]:
-        """Return the centroids as long as the schedule freezes them."""
-        return self.student.head.last_layer.parameters() if values.last_layer_frozen else ()
 
     def _student_tokens(
         self, groups: list[list[tuple[Any, ...]]]

@@ -6,10 +6,8 @@ Shape suffixes: B images, N tokens, D width, K outputs.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
 
 import torch
-from torch import nn
 
 from flsl_d2.modeling import FLSLViT
 from flsl_d2.modeling.projection_head import FLSLHead
@@ -112,7 +110,3 @@ class IBOT(BaseMethod):
             "loss_patch": loss_patch,
         }
         return losses, {**monitored, "feature_std": feature_std(teacher_tokens)}
-
-    def frozen_parameters(self, values: StepValues) -> Iterable[nn.Parameter]:
-        """Return the last layer as long as the schedule freezes it."""
-        return self.student.head.last_layer.parameters() if values.last_layer_frozen else ()

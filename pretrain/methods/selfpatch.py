@@ -6,7 +6,7 @@ Shape suffixes: B images, N tokens, D width, K outputs, V views.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
@@ -134,12 +134,9 @@ class SelfPatch(BaseMethod):
         }
         return losses, {**monitored, "feature_std": feature_std(together)}
 
-    def frozen_parameters(self, values: StepValues) -> Iterable[nn.Parameter]:
-        """Return the last layers as long as the schedule freezes them."""
-        if not values.last_layer_frozen:
-            return ()
-        heads = (self.student.head, self.student.patch_head)
-        return [p for head in heads for p in head.last_layer.parameters()]
+    def last_layers(self) -> Sequence[nn.Module]:
+        """Return the last layers of both heads."""
+        return [self.student.head.last_layer, self.student.patch_head.last_layer]
 
     @staticmethod
     def _global_outputs(networks: _Aggregation, tokens: list[Tensor]) -> list[Tensor]:

@@ -6,22 +6,12 @@ Shape suffixes: B images, D width.
 from __future__ import annotations
 
 from flsl_d2.modeling import FLSLViT
-from pretrain.methods.base import (
-    BaseMethod,
-    Networks,
-    encode_views,
-    feature_std,
-    full_precision,
-    global_output,
-    import_extra,
-)
-from pretrain.methods.protocol import Losses, Monitored, StepInputs
-from pretrain.schedules import StepValues
+from pretrain.methods.base import Networks, TwoViewMethod, import_extra
 
 __all__ = ["SimCLR"]
 
 
-class SimCLR(BaseMethod):
+class SimCLR(TwoViewMethod):
     """Two views of an image are told from the views of all other images of the batch.
 
     As nested loops, over all 2 B views (z the normalised outputs, j(i) the other view of the image
@@ -43,9 +33,6 @@ class SimCLR(BaseMethod):
         temperature: tau.
     """
 
-    min_global = 2
-    min_images = 2
-
     def __init__(
         self,
         backbone: FLSLViT,
@@ -57,12 +44,3 @@ class SimCLR(BaseMethod):
         head = heads.SimCLRProjectionHead(backbone.embed_dim, hidden_dim, output_dim)
         super().__init__(Networks(backbone, head))
         self.loss = import_extra("lightly.loss").NTXentLoss(temperature, gather_distributed=True)
-
-    def forward(self, inputs: StepInputs, _values: StepValues) -> tuple[Losses, Monitored]:
-        """Compute the loss of a step; see :class:`pretrain.methods.protocol.Method`."""
-        views = [self.normalised(view) for view in inputs.views[:2]]
-        tokens = encode_views(self.student.backbone, views)
-        outputs = self.student.head(global_output(tokens)).float()
-        with full_precision(outputs):
-            loss = self.loss(*outputs.chunk(2))
-        return {"loss": loss}, {"feature_std": feature_std(tokens[0])}

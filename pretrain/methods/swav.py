@@ -5,7 +5,7 @@ Shape suffixes: B images, D width, F width of the outputs, K prototypes.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
@@ -91,6 +91,6 @@ class SwAV(BaseMethod):
         monitored = assignments(torch.cat(cosines[:count]).detach(), self.loss.temperature)
         return {"loss": loss}, {**monitored, "feature_std": feature_std(tokens[0])}
 
-    def frozen_parameters(self, values: StepValues) -> Iterable[nn.Parameter]:
-        """Return the prototypes as long as the schedule freezes them."""
-        return self.prototypes.parameters() if values.last_layer_frozen else ()
+    def last_layers(self) -> Sequence[nn.Module]:
+        """Return the prototypes."""
+        return [self.prototypes]

@@ -14,6 +14,7 @@ from flsl_d2.modeling import FLSLViT
 from pretrain.methods.base import (
     BaseMethod,
     Networks,
+    TwoViewMethod,
     encode_views,
     feature_std,
     full_precision,
@@ -26,7 +27,7 @@ from pretrain.schedules import StepValues
 __all__ = ["VICReg", "VICRegL", "token_places"]
 
 
-class VICReg(BaseMethod):
+class VICReg(TwoViewMethod):
     """Outputs of two views agree, vary over the batch, and have uncorrelated components.
 
     As nested loops (x, y the expanders' outputs of the two views, C(z) the covariance of z over
@@ -53,9 +54,6 @@ class VICReg(BaseMethod):
         covariance_weight: weight of the covariance.
     """
 
-    min_global = 2
-    min_images = 2
-
     def __init__(
         self,
         backbone: FLSLViT,
@@ -71,15 +69,6 @@ class VICReg(BaseMethod):
         self.loss = import_extra("lightly.loss").VICRegLoss(
             invariance_weight, variance_weight, covariance_weight, gather_distributed=True
         )
-
-    def forward(self, inputs: StepInputs, _values: StepValues) -> tuple[Losses, Monitored]:
-        """Compute the loss of a step; see :class:`pretrain.methods.protocol.Method`."""
-        views = [self.normalised(view) for view in inputs.views[:2]]
-        tokens = encode_views(self.student.backbone, views)
-        outputs = self.student.head(global_output(tokens)).float()
-        with full_precision(outputs):
-            loss = self.loss(*outputs.chunk(2))
-        return {"loss": loss}, {"feature_std": feature_std(tokens[0])}
 
 
 class _LocalNetworks(Networks):
