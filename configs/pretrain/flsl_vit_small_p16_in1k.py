@@ -113,6 +113,7 @@ model = L(FLSL)(
     position_share=1.0,
     image_share=1.0,
     token_share=1.0,
+    prediction_blocks=0,
 )
 
 # Pairs are start and end of a cosine over the run; see pretrain/schedules.py.

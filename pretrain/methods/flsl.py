@@ -19,6 +19,7 @@ from flsl_d2.modeling.projection_head import FLSLHead
 from flsl_d2.modeling.vit import gather_tokens
 from pretrain.methods.base import BaseMethod, feature_std
 from pretrain.methods.flsl_objective import FLSLLoss
+from pretrain.methods.masking import TokenDecoder
 from pretrain.methods.places import VarianceBound, places_of_queries, tokens_at
 from pretrain.methods.previous_stage import PreviousStage
 from pretrain.methods.protocol import Losses, Monitored, StepInputs
@@ -108,6 +109,10 @@ class FLSL(BaseMethod):
         token_share: share of the tokens of the student's global view that is encoded, drawn for
             each image; all of them are queries. The others are dropped before the first block, as
             in masked Siamese networks (arXiv 2204.07141), which makes a step cheaper.
+        prediction_blocks: number of blocks of a small decoder that predicts the targets of the
+            dropped tokens from the encoded ones, as CAPI predicts clusters of masked patches
+            (arXiv 2502.08769); each dropped token is then one query more of the inter-view loss.
+            0 for no prediction. The decoder is not exported.
 
     Raises:
         InputError: head and loss disagree about the number of centroids, the previous stage has
@@ -131,6 +136,7 @@ class FLSL(BaseMethod):
         position_share: float = 1.0,
         image_share: float = 1.0,
         token_share: float = 1.0,
+        prediction_blocks: int = 0,
     ) -> None:
         super().__init__(EncoderWithHead(backbone, head, norm_modes), has_teacher=True)
         num_centroids = len(head.last_layer.weight_v)
@@ -193,6 +199,19 @@ class FLSL(BaseMethod):
                 f"model.token_share is {token_share}, and only packed views drop tokens; set "
                 "model.pack_views=True."
             )
+        if prediction_blocks and (partner != "place" or token_share == 1):
+            raise InputError(
+                f"model.prediction_blocks is {prediction_blocks}, model.partner '{partner}' and "
+                f"model.token_share {token_share}, and only dropped tokens whose targets have a "
+                "place are predicted; set model.partner=place and model.token_share below 1."
+            )
+        self.decoder: TokenDecoder | None = None
+        if prediction_blocks:
+            width = backbone.embed_dim
+            heads = backbone.architecture["num_heads"]
+            self.decoder = TokenDecoder(width, width, width, prediction_blocks, heads)
+            self.mask_token = nn.Parameter(torch.empty(width))
+            nn.init.normal_(self.mask_token, std=0.02)
         self.previous_stage, self.pack_views = previous_stage, pack_views
         self.needs_crops = previous_stage is not None
         self.num_centroids = num_centroids
@@ -231,7 +250,7 @@ class FLSL(BaseMethod):
             teacher_tokens = self.teacher.tokens(teacher_view, self.teacher_positions)  # (B, N, D)
             if self.partner == "place":
                 place_logits = self._place_logits(teacher_tokens, values.cross_scale * scale)
-        parts = []
+        parts, predictions = [], []
         for group, tokens, encoded in zip(groups, student_tokens, kept, strict=True):
             views, view_indexes, group_priors, group_places = zip(*group, strict=True)
             indexes = torch.cat(view_indexes) if encoded is None else encoded
@@ -249,13 +268,22 @@ class FLSL(BaseMethod):
                         points, keys, values.cross_scale * scale, group_priors, values.own_attention
                     )
             parts.append([x.flatten(0, 1) for x in (points, modes, targets)])
+            if self.decoder is not None and encoded is not None:
+                predicted, dropped = self._predict_dropped(tokens, encoded, num_tokens)
+                xy = places_of_queries(dropped, num_tokens, torch.cat(group_places))
+                dropped_targets = tokens_at(place_logits.repeat(len(group), 1, 1), xy)
+                predictions.append([x.flatten(0, 1) for x in (predicted, dropped_targets)])
         points, modes, targets = (torch.cat(part) for part in zip(*parts, strict=True))
+        clustered = modes
+        for predicted, dropped_targets in predictions:
+            clustered = torch.cat([clustered, predicted])
+            targets = torch.cat([targets, dropped_targets])
         with torch.no_grad():
             teacher_logits = targets if self.partner == "place" else self.teacher.logits(targets)
         losses, monitored = self.loss(
             points,
             modes,
-            self.student.logits(modes),
+            self.student.logits(clustered),
             teacher_logits,
             intra_weight=values.intra_weight,
             teacher_temp=values.teacher_temp,
@@ -283,6 +311,20 @@ class FLSL(BaseMethod):
         if self.pack_views:
             return self.student.packed_tokens(batches, positions, kept), kept
         return [self.student.tokens(images, positions) for images in batches], kept
+
+    def _predict_dropped(
+        self, tokens: Tensor, kept: Tensor, num_tokens: int
+    ) -> tuple[Tensor, Tensor]:
+        """Predict the dropped tokens (B, N - M, D) from the kept ones (B, M, D); their indexes."""
+        assert self.decoder is not None
+        embedded = self.decoder.embed(tokens)
+        full = self.mask_token.to(embedded.dtype).expand(len(tokens), num_tokens, -1)
+        full = full.scatter(1, kept[..., None].expand_as(embedded), embedded)
+        decoded = self.decoder(full + self.decoder.positions(num_tokens, tokens.device))
+        is_dropped = torch.ones(len(kept), num_tokens, dtype=torch.bool, device=kept.device)
+        dropped = is_dropped.scatter(1, kept, False).to(torch.uint8).argsort(dim=1, descending=True)
+        dropped = dropped[:, : num_tokens - kept.shape[1]]
+        return gather_tokens(decoded, dropped), dropped
 
     def _place_logits(self, teacher_tokens: Tensor, scale: float) -> Tensor:
         """Logits (B, N, K) of the modes of the teacher's tokens (B, N, D) within its view."""
