@@ -244,19 +244,22 @@ class FLSL(BaseMethod):
         priors = self._priors(inputs) if self.previous_stage else [None] * len(queries)
         places = inputs.places if self.partner == "place" else [None] * len(queries)
         groups = _groups_of_one_size(student_views, queries, priors, places)
-        student_tokens, kept = self._student_tokens(groups)
+        student_tokens, splits = self._student_tokens(groups)
         # The teacher comes second, so that the student's draws do not depend on the teacher's.
         with torch.no_grad():
             teacher_tokens = self.teacher.tokens(teacher_view, self.teacher_positions)  # (B, N, D)
             if self.partner == "place":
                 place_logits = self._place_logits(teacher_tokens, values.cross_scale * scale)
-        parts, predictions = [], []
-        for group, tokens, encoded in zip(groups, student_tokens, kept, strict=True):
+        parts = []
+        for group, tokens, split in zip(groups, student_tokens, splits, strict=True):
             views, view_indexes, group_priors, group_places = zip(*group, strict=True)
-            indexes = torch.cat(view_indexes) if encoded is None else encoded
-            # (V * B, Q, D)
-            points = gather_tokens(tokens, indexes) if encoded is None else tokens
-            modes = mean_shift(points, tokens, values.self_scale * scale)
+            indexes, points = torch.cat(view_indexes) if split is None else split[0], tokens
+            if split is None:
+                points = gather_tokens(tokens, indexes)  # (V * B, Q, D)
+            modes = compared = mean_shift(points, tokens, values.self_scale * scale)
+            if split is not None and self.decoder is not None:
+                compared = torch.cat([modes, self._predict_dropped(tokens, *split)], dim=1)
+                indexes = torch.cat(split, dim=1)
             with torch.no_grad():
                 if self.partner == "place":
                     num_tokens = (views[0].shape[-1] // self.student.backbone.patch_size) ** 2
@@ -267,23 +270,14 @@ class FLSL(BaseMethod):
                     targets = self._cross_modes(
                         points, keys, values.cross_scale * scale, group_priors, values.own_attention
                     )
-            parts.append([x.flatten(0, 1) for x in (points, modes, targets)])
-            if self.decoder is not None and encoded is not None:
-                predicted, dropped = self._predict_dropped(tokens, encoded, num_tokens)
-                xy = places_of_queries(dropped, num_tokens, torch.cat(group_places))
-                dropped_targets = tokens_at(place_logits.repeat(len(group), 1, 1), xy)
-                predictions.append([x.flatten(0, 1) for x in (predicted, dropped_targets)])
-        points, modes, targets = (torch.cat(part) for part in zip(*parts, strict=True))
-        clustered = modes
-        for predicted, dropped_targets in predictions:
-            clustered = torch.cat([clustered, predicted])
-            targets = torch.cat([targets, dropped_targets])
+            parts.append([x.flatten(0, 1) for x in (points, modes, compared, targets)])
+        points, modes, compared, targets = (torch.cat(part) for part in zip(*parts, strict=True))
         with torch.no_grad():
             teacher_logits = targets if self.partner == "place" else self.teacher.logits(targets)
         losses, monitored = self.loss(
             points,
             modes,
-            self.student.logits(clustered),
+            self.student.logits(compared),
             teacher_logits,
             intra_weight=values.intra_weight,
             teacher_temp=values.teacher_temp,
@@ -292,39 +286,42 @@ class FLSL(BaseMethod):
 
     def _student_tokens(
         self, groups: list[list[tuple[Any, ...]]]
-    ) -> tuple[list[Tensor], list[Tensor | None]]:
-        """Tokens (V * B, N, D) of each group's V views, and which of them are encoded.
+    ) -> tuple[list[Tensor], list[tuple[Tensor, Tensor] | None]]:
+        """Tokens (V * B, N, D) of each group's V views, and how these are split.
 
-        The latter are indexes (V * B, M) for the global view where tokens are dropped, and else
-        None.
+        The latter are indexes (V * B, N - M) of the encoded and (V * B, M) of the dropped tokens
+        for the global view where tokens are dropped, and else None.
         """
         batches = [torch.cat([view for view, *_ in group]) for group in groups]
+        splits: list[tuple[Tensor, Tensor] | None] = [None] * len(groups)
         kept: list[Tensor | None] = [None] * len(groups)
         if self.token_share < 1:
             num_tokens = (batches[0].shape[-1] // self.student.backbone.patch_size) ** 2
             order = torch.rand(len(batches[0]), num_tokens, device=batches[0].device).argsort(dim=1)
-            kept[0] = order[:, : max(round(self.token_share * num_tokens), 1)]
+            count = max(round(self.token_share * num_tokens), 1)
+            kept[0], splits[0] = order[:, :count], (order[:, :count], order[:, count:])
         # Nothing is drawn without the switch, so that stochastic depth draws what it did.
         dropped = self.training and self.position_drop > 0
         drop = dropped and float(torch.rand(())) < self.position_drop
         positions = "none" if drop else self.student_positions
         if self.pack_views:
-            return self.student.packed_tokens(batches, positions, kept), kept
-        return [self.student.tokens(images, positions) for images in batches], kept
+            return self.student.packed_tokens(batches, positions, kept), splits
+        return [self.student.tokens(images, positions) for images in batches], splits
 
-    def _predict_dropped(
-        self, tokens: Tensor, kept: Tensor, num_tokens: int
-    ) -> tuple[Tensor, Tensor]:
-        """Predict the dropped tokens (B, N - M, D) from the kept ones (B, M, D); their indexes."""
+    def _predict_dropped(self, tokens: Tensor, kept: Tensor, dropped: Tensor) -> Tensor:
+        """Predict the dropped tokens (B, M, D) from the encoded ones (B, N - M, D).
+
+        Args:
+            kept: (B, N - M) int64, the encoded ones' indexes among the N tokens of the view.
+            dropped: (B, M) int64, those of the others.
+        """
         assert self.decoder is not None
         embedded = self.decoder.embed(tokens)
-        full = self.mask_token.to(embedded.dtype).expand(len(tokens), num_tokens, -1)
-        full = full.scatter(1, kept[..., None].expand_as(embedded), embedded)
-        decoded = self.decoder(full + self.decoder.positions(num_tokens, tokens.device))
-        is_dropped = torch.ones(len(kept), num_tokens, dtype=torch.bool, device=kept.device)
-        dropped = is_dropped.scatter(1, kept, False).to(torch.uint8).argsort(dim=1, descending=True)
-        dropped = dropped[:, : num_tokens - kept.shape[1]]
-        return gather_tokens(decoded, dropped), dropped
+        masked = self.mask_token.to(embedded.dtype).expand(*dropped.shape, -1)
+        positions = self.decoder.positions(kept.shape[1] + dropped.shape[1], tokens.device)
+        places = gather_tokens(positions.expand(len(tokens), -1, -1), torch.cat([kept, dropped], 1))
+        decoded = self.decoder(torch.cat([embedded, masked], dim=1) + places)
+        return decoded[:, kept.shape[1] :]
 
     def _place_logits(self, teacher_tokens: Tensor, scale: float) -> Tensor:
         """Logits (B, N, K) of the modes of the teacher's tokens (B, N, D) within its view."""
