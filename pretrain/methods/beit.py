@@ -70,7 +70,7 @@ class PatchTokens(nn.Module):
 
 
 class BEiT(BaseMethod):
-    """A linear layer tells the codes of the masked patches from their tokens.
+    """A linear layer predicts the codes of the masked patches from their tokens.
 
     As nested loops (c the code of a patch, y the prediction)::
 

@@ -22,7 +22,7 @@ __all__ = ["DropPos", "smoothed_places"]
 
 
 class DropPos(BaseMethod):
-    """A decoder tells where the visible patches lie whose positions were dropped.
+    """A decoder predicts the places of visible patches whose positions were dropped.
 
     The encoder sees some patches of the image, and positions of a part of them; a learned vector
     takes the place of a dropped position. As nested loops (o the decoder's outputs over the N

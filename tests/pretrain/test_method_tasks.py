@@ -238,4 +238,5 @@ def test_cross_entropy_of_the_slow_arithmetic():
     logits, targets = torch.randn(5), torch.rand(5)
     targets /= targets.sum()
     expected = F.cross_entropy(logits[None], targets[None]).item()
+    # PyTorch's value is of float32.
     assert cross_entropy(targets.tolist(), softmax(logits)) == pytest.approx(expected, rel=1e-5)

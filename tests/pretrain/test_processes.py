@@ -1,4 +1,4 @@
-"""Two processes that decide together. All checks share one group: starting Python costs most."""
+"""Two processes that decide together; all checks share one group."""
 
 from __future__ import annotations
 
@@ -168,7 +168,7 @@ def run_checks(folder: str) -> None:
         comm.synchronize()
 
 
-def test_two_processes(tmp_path):
+def test_two_processes(tmp_path, forked_workers):
     launch(run_checks, 2, args=(str(tmp_path),), device="cpu")
 
 
