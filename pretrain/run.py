@@ -21,6 +21,7 @@ from flsl_d2.agreement import decided_by_main
 from flsl_d2.data.image_store import ImageStore, open_images
 from flsl_d2.engine.checkpoints import Checkpoints
 from flsl_d2.engine.config_files import load_lazy_config
+from flsl_d2.engine.first_steps import FirstSteps
 from flsl_d2.engine.launch import launch, wrap_ddp
 from flsl_d2.engine.run_folder import (
     PRETRAINING_KEYS,
@@ -45,7 +46,7 @@ from pretrain.optimizer import build_adamw
 from pretrain.presets import PRESET_FILE, use_images
 from pretrain.schedules import Schedules, set_run_length
 from pretrain.step_numbers import BadNumbersError, step_files, write_bad_numbers
-from pretrain.summary import FirstSteps, describe_run
+from pretrain.summary import FIRST_STEPS, describe_run
 from pretrain.trainer import PretrainTrainer, resolve_compile, resolve_precision
 from pretrain.views import CutViews
 
@@ -261,7 +262,7 @@ def _hooks(
     output, period = Path(cfg.train.output_dir), cfg.train.log_period
     num_centroids = trainer.method.num_centroids
     watch = CollapseWatch()
-    registered: list[HookBase] = [FirstSteps(), watch]
+    registered: list[HookBase] = [FirstSteps(FIRST_STEPS, "pictures and scores", logger), watch]
     if cfg.train.measures.val:
         registered.append(FeatureMeasures(**cfg.train.measures))
     if comm.is_main_process():

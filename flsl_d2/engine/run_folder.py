@@ -85,6 +85,7 @@ DETECTION_KEYS = NeutralKeys(
         *("train.output_dir", "train.checkpointer.*", "train.trackers"),
         "dataloader.*.num_workers",
         *("OUTPUT_DIR", "SOLVER.CHECKPOINT_PERIOD", "DATALOADER.NUM_WORKERS", "VIS_PERIOD"),
+        "TRAIN.TRACKERS",
     ),
     on_resume=(
         *("train.device", "train.log_period", "train.eval_period", "train.best_metric"),
