@@ -13,9 +13,10 @@ from typing import Any
 import torch
 from detectron2.utils import comm
 
+from flsl_d2.data.channels import channel_statistics
 from flsl_d2.data.coco_records import load_coco
 from flsl_d2.data.images import channels_format
-from flsl_d2.detection.finetune_data import OwnData, channel_statistics, prepare_data
+from flsl_d2.detection.finetune_data import OwnData, prepare_data
 from flsl_d2.detection.finetune_encoder import absolute_path, prepare_encoder
 from flsl_d2.detection.finetune_plan import (
     Plan,
@@ -200,7 +201,8 @@ def _settings(
     if plan.recompute:
         settings.append((f"{net}.use_act_checkpoint", True, why["recompute"]))
     if data.channels:
-        mean, std = channel_statistics(data, args.images)
+        records = load_coco(str(data.train), args.images)
+        mean, std = channel_statistics([r["file_name"] for r in records], data.channels)
         settings += [
             ("model.input_format", channels_format(data.channels), "values as they are stored"),
             ("model.pixel_mean", mean, "of the training images"),
