@@ -26,7 +26,7 @@ def find_channels(files: Sequence[str]) -> tuple[int, int]:
         The number of channels and of bits; (0, 8) where RGB of 8 bits is enough.
 
     Raises:
-        InputError: none of the files can be read, or only some have such channels.
+        InputError: only some have such channels, or TIFF files need a package.
     """
     found: set[tuple[int, int]] = set()
     multispectral, failure = False, ""
@@ -39,7 +39,7 @@ def find_channels(files: Sequence[str]) -> tuple[int, int]:
         found.add((channels, bits))
         is_tiff = file.lower().endswith((".tif", ".tiff"))
         multispectral |= channels == 2 or channels > 4 or (channels == 4 and is_tiff)
-    if not found:
+    if "tifffile" in failure:
         raise InputError(f"the images cannot be read, the first is {failure}.")
     counts = sorted({channels for channels, _ in found})
     if multispectral and len(counts) > 1:
@@ -47,7 +47,7 @@ def find_channels(files: Sequence[str]) -> tuple[int, int]:
             f"the images have {' and '.join(map(str, counts))} channels; an encoder needs images "
             "of one kind, so convert some."
         )
-    if multispectral or (len(found) == 1 and min(found)[1] > 8):
+    if found and (multispectral or (len(found) == 1 and min(found)[1] > 8)):
         return min(found)
     return 0, 8
 

@@ -117,7 +117,8 @@ def stored_format(path: str) -> tuple[int, int]:
         with _open_regular(path) as file:
             start = file.read(26)
         if start.startswith(b"\x89PNG") and len(start) == 26:
-            # Colour types of the PNG specification, 11.2.1: grey, RGB, palette, grey and RGB with alpha
+            # Colour types of the PNG specification, 11.2.1: grey, RGB, palette, grey and RGB with
+            # alpha.
             return {0: 1, 2: 3, 3: 3, 4: 2, 6: 4}.get(start[25], 3), max(start[24], 8)
         if not _is_tiff(path):
             return 3, 8
