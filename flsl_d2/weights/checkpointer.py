@@ -35,8 +35,8 @@ BEST_WEIGHTS = "model_best.pth"
 
 
 def remove_unfinished(folder: str | Path) -> None:
-    """Delete unfinished files of a run that was killed while it wrote a checkpoint."""
-    for part in Path(folder).glob(f"*.pth*{UNFINISHED}"):
+    """Delete what :func:`~flsl_d2.files.replaced_file` left of a run that was killed meanwhile."""
+    for part in Path(folder).glob(f"*.{'[0-9a-f]' * 8}{UNFINISHED}"):
         logger.info("Removing %s, whose writing was interrupted.", part)
         part.unlink(missing_ok=True)
 
