@@ -6,7 +6,7 @@ The recipe for small data (configs/pretrain/flsl_vit_mini_p8_small_data.py), on 
 demo`` makes (flsl_d2.data.scenes) below $DETECTRON2_DATASETS/flsl_scenes.
 """
 
-from ..pretrain.flsl_vit_mini_p8_small_data import (
+from ..pretrain.flsl_vit_mini_p8_small_data import (  # noqa: F401
     dataloader,
     dataset,
     model,
