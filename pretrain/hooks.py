@@ -28,14 +28,6 @@ from flsl_d2.visualization import encoder_figure
 from flsl_d2.weights.export import encoder_file
 from pretrain.methods import Method
 
-__all__ = [
-    "EncoderPictures",
-    "ExportTeacher",
-    "FeatureMeasures",
-    "save_teacher_backbone",
-    "untouched_generators",
-]
-
 logger = logging.getLogger("pretrain")
 
 

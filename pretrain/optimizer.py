@@ -9,8 +9,6 @@ from torch import Tensor, nn
 
 from flsl_d2.errors import InputError
 
-__all__ = ["build_adamw", "clip_gradients"]
-
 CLIP_MODES = ("per_tensor", "global", "none")
 
 

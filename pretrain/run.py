@@ -55,8 +55,6 @@ from pretrain.summary import FIRST_STEPS, describe_run
 from pretrain.trainer import PretrainTrainer, resolve_compile, resolve_precision
 from pretrain.views import CutViews
 
-__all__ = ["launch_pretraining", "run_pretraining"]
-
 logger = logging.getLogger("pretrain")
 
 # Configs from before images were read from servers have the first two alone.

@@ -25,14 +25,6 @@ from pretrain.optimizer import clip_gradients
 from pretrain.schedules import Schedules, StepValues
 from pretrain.step_numbers import StepNumbers, check_finite
 
-__all__ = [
-    "PRECISIONS",
-    "PretrainTrainer",
-    "resolve_compile",
-    "resolve_precision",
-]
-
-
 PRECISIONS = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 

@@ -17,8 +17,6 @@ from flsl_d2.errors import TrainingError
 from flsl_d2.files import write_text
 from flsl_d2.weights.checkpointer import BEST_WEIGHTS, SafeCheckpointer, remove_unfinished
 
-__all__ = ["BEST_FILE", "Checkpoints", "EndedEarly", "KeepBest", "LeaveWhenAsked", "StopEarly"]
-
 BEST_FILE = "best.json"
 
 logger = logging.getLogger(__name__)

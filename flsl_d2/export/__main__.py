@@ -18,8 +18,6 @@ from flsl_d2.files import writable_folder
 from flsl_d2.modeling import FLSLViT
 from flsl_d2.weights.loading import open_encoder
 
-__all__ = ["export_model", "main"]
-
 DESCRIPTION = "Export an encoder or a whole detector, checked against its source, with a card."
 EPILOG = """formats:
   onnx         RGB pixels of any size to features, or to boxes, scores, classes and masks; checked

@@ -15,8 +15,6 @@ from flsl_d2.errors import InputError
 from flsl_d2.modeling import FLSLViT
 from flsl_d2.modeling.pixels import IMAGENET_MEAN, IMAGENET_STD
 
-__all__ = ["DetectorGraph", "EncoderGraph", "Graph", "largest_difference", "onnx_runner"]
-
 TOLERANCE = 1e-3
 
 

@@ -19,18 +19,6 @@ from flsl_d2.weights.loading import open_encoder
 from flsl_d2.weights.reading import ENCODER_FORMAT, split_weights_path
 from flsl_d2.weights.report import LoadReport
 
-__all__ = [
-    "FORMATS",
-    "TIMM_MODEL",
-    "convert_checkpoint",
-    "encoder_file",
-    "timm_arguments",
-    "timm_call",
-    "timm_state",
-    "write_encoder",
-    "write_timm",
-]
-
 # All dimensions are given beside it, so the name can be that of any plain ViT of timm.
 TIMM_MODEL = "vit_small_patch16_224"
 

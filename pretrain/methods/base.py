@@ -24,17 +24,6 @@ from pretrain.methods.protocol import Losses, Monitored, StepInputs
 from pretrain.multi_crop import MultiCropViews
 from pretrain.schedules import StepValues
 
-__all__ = [
-    "BaseMethod",
-    "Networks",
-    "TwoViewMethod",
-    "encode_views",
-    "feature_std",
-    "full_precision",
-    "global_output",
-    "import_extra",
-]
-
 _Self = TypeVar("_Self", bound="BaseMethod")
 
 

@@ -26,8 +26,6 @@ from pretrain.methods.protocol import Losses, Monitored, StepInputs
 from pretrain.schedules import StepValues
 from pretrain.views import NestedViews
 
-__all__ = ["FLSL", "JITTERED", "PARTNERS", "EncoderWithHead"]
-
 # Ways to find the partner of a query in the teacher's view.
 PARTNERS = ("similarity", "place")
 # Networks whose positions are jittered.
