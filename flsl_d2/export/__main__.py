@@ -110,6 +110,9 @@ def export_model(
     print(f"{target}: {facts['check']}\ncard: {card}")
     if file_format == "timm" and isinstance(graph, EncoderGraph):
         print(f"Load it with:\n{timm_call(graph.encoder, target)}")
+        own = graph.encoder.architecture
+        if own["position_offset"] or not own["position_antialias"]:
+            print("At other image sizes timm resamples positions, but not as this encoder does.")
     return card
 
 
