@@ -13,6 +13,7 @@ from detectron2.config import instantiate
 from detectron2.utils.events import EventStorage
 from tiny_methods import RECIPES, tiny_config
 
+from flsl_d2.engine.run_folder import flat_config
 from flsl_d2.errors import InputError
 from flsl_d2.modeling.timm_backbone import TimmBackbone
 from flsl_d2.weights import build_encoder
@@ -131,6 +132,14 @@ def test_masked_tokens_on_a_cnn_are_refused():
         instantiate(cfg.model)
     with pytest.raises(InputError, match="has no tokens and positions before"):
         instantiate(tiny_config("flsl_resnet50", "model.token_share=0.5").model)
+
+
+def test_a_key_that_refers_to_none_is_named():
+    """The encoder of a recipe is another one, which has no patches to take the size from."""
+    cfg = tiny_config("mae")
+    cfg.model.backbone = {"name": "resnet18"}
+    with pytest.raises(InputError, match=r"views\.patch_size refers to .*; set views\.patch_size"):
+        flat_config(cfg)
 
 
 def test_a_batch_without_other_images_is_refused():
