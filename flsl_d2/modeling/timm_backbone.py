@@ -19,6 +19,7 @@ from detectron2.config import CfgNode
 from detectron2.layers import ShapeSpec
 from detectron2.modeling import BACKBONE_REGISTRY, FPN, Backbone
 from detectron2.modeling.backbone.fpn import LastLevelMaxPool
+from omegaconf import ListConfig
 from timm.data.config import resolve_model_data_config
 from torch import Tensor, nn
 
@@ -79,6 +80,10 @@ class TimmBackbone(Backbone):
     ) -> None:
         super().__init__()
         self.name, self.frozen = name, frozen
+        # Lists of a LazyConfig are no lists to PyTorch.
+        model_args = {
+            k: tuple(v) if isinstance(v, ListConfig) else v for k, v in model_args.items()
+        }
         self.model = _create(name, pretrained and not weights, model_args)
         if weights:
             _load(self.model, weights)
