@@ -195,7 +195,7 @@ def flat_config(cfg: DictConfig | CfgNode) -> dict[str, str]:
             cfg = OmegaConf.to_container(cfg, resolve=True)
         except InterpolationResolutionError as error:
             raise InputError(
-                f"the config's {error.full_key} refers to another key ({error.msg.splitlines()[0]})"
+                f"the config's {error.full_key} refers to another key ({str(error.msg).splitlines()[0]})"
                 f"; set {error.full_key} itself."
             ) from error
     return dict(_flat(cfg, ""))
