@@ -194,9 +194,10 @@ def flat_config(cfg: DictConfig | CfgNode) -> dict[str, str]:
         try:
             cfg = OmegaConf.to_container(cfg, resolve=True)
         except InterpolationResolutionError as error:
+            reason = str(error.msg).splitlines()[0]
             raise InputError(
-                f"the config's {error.full_key} refers to another key ({str(error.msg).splitlines()[0]})"
-                f"; set {error.full_key} itself."
+                f"the config's {error.full_key} refers to another key ({reason}); set "
+                f"{error.full_key} itself."
             ) from error
     return dict(_flat(cfg, ""))
 
