@@ -103,8 +103,10 @@ def build_trainer(
             "FLSL's step; give a config of FLSL, such as "
             "configs/pretrain/flsl_vit_small_p16_in1k.py."
         )
-    if resolve_compile(cfg.train.compile, device.type, model.exported_encoder()):
-        model.compile_blocks()
+    encoder = model.exported_encoder()
+    mode = resolve_compile(cfg.train.compile, cfg.train.compile_mode, device.type, encoder)
+    if mode:
+        model.compile_blocks(mode=mode)
     trainer = PretrainTrainer(
         model,
         batches,
