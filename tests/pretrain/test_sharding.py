@@ -46,13 +46,13 @@ def stopped(folder, tmp_path) -> Path:
 
 def test_one_process_goes_on_where_two_stopped(folder, stopped):
     before = torch.load(folder / "check_a_sharded_run_repeats_itself" / "half.pth")
-    cfg = config(folder / "images", stopped, "train.sharding=fsdp2")
-    resumed = whole(trained(cfg, resume=True, at=2))
+    sharded = "train.sharding=fsdp2"
+    resumed = whole(trained(config(folder / "images", stopped, sharded), resume=True, at=2))
     assert resumed.keys() == before.keys()
     assert any(name.startswith("optimizer.") for name in before)
     for name, tensor in before.items():
         assert torch.equal(tensor, resumed[name]), name
-    trained(cfg, resume=True)
+    trained(config(folder / "images", stopped, sharded), resume=True)
     assert {file.name for file in stopped.glob("model_*")} == {
         "model_0000001.dcp", "model_final.dcp",
     }  # fmt: skip
@@ -96,7 +96,7 @@ def test_what_does_not_go_with_it_is_refused_before_the_run():
     }.items():
         with pytest.raises(InputError, match=message):
             check_sharding(*arguments)
-    method.exported_encoder = lambda: build_timm_backbone("timm:resnet18")
+    method.exported_encoder = lambda: build_timm_backbone("timm:resnet18?pretrained=false")
     with pytest.raises(InputError, match="the encoder is a TimmBackbone"):
         check_sharding("fsdp2", method, "fp32", "")
 
