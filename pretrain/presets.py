@@ -1,4 +1,4 @@
-"""Settings for a run of which only the images are given: which recipe, and what is changed in it.
+"""Recipe and settings of a run that is given its images alone.
 
 The rules, from the number N of images and the memory of a device:
 
@@ -171,7 +171,7 @@ def _common(num_images: int, batch: int, epochs: int, steps: float) -> list[tupl
 
 
 def _epochs(num_images: int, batch: int, epochs: int, steps: tuple[int, int]) -> int:
-    """Whole epochs: as many as wanted, within the bounds of the steps as far as that goes."""
+    """Return the number of epochs closest to ``epochs`` whose steps are within the bounds."""
     fewest, most = (bound * batch / num_images for bound in steps)
     return max(math.ceil(min(max(epochs, fewest), max(most, fewest))), 1)
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import logging
 import os
+import subprocess
+import sys
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -27,6 +29,7 @@ settings.register_profile(
 )
 settings.load_profile("default")
 
+ROOT = Path(__file__).resolve().parents[1]
 GOLDEN = Path(os.environ.get("FLSL_GOLDEN") or Path(__file__).parent / "golden")
 GOLDEN_FILES = sorted(GOLDEN.glob("*.npz"))
 if not GOLDEN_FILES:
@@ -42,9 +45,45 @@ def datasets_root() -> Path:
     return Path(root).resolve()
 
 
+@pytest.fixture(scope="session")
+def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Return the package's wheel, built from a copy so that the checkout gets no build folder."""
+    listed = subprocess.run(
+        ["git", "-C", ROOT, "ls-files", "-co", "--exclude-standard", "flsl_d2", "configs"],
+        capture_output=True,
+        text=True,
+    )
+    if listed.returncode != 0:
+        pytest.skip("git does not know this tree, so which files belong to it is unknown")
+    folder = tmp_path_factory.mktemp("wheel")
+    named = ("setup.py", "pyproject.toml", "LICENSE", "MANIFEST.in", "README.md")
+    for name in (*listed.stdout.splitlines(), *named):
+        if (ROOT / name).is_file():
+            (folder / "tree" / name).parent.mkdir(parents=True, exist_ok=True)
+            (folder / "tree" / name).write_bytes((ROOT / name).read_bytes())
+    options = ["--no-deps", "--no-build-isolation", "--no-index", "-w", str(folder)]
+    done = subprocess.run(
+        [sys.executable, "-m", "pip", "wheel", *options, str(folder / "tree")],
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    assert not (folder / "tree" / "flsl_d2" / "model_zoo" / "configs").exists()
+    (file,) = folder.glob("*.whl")
+    return file
+
+
 @pytest.fixture(autouse=True)
 def _seeded() -> None:
     torch.manual_seed(0)
+
+
+@pytest.fixture
+def forked_workers(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Fork the workers of ``launch``, here and in forked tools; tests of it start fresh ones."""
+    from forked import start_forked  # imports Detectron2, which some rooms do not need
+
+    monkeypatch.setattr("flsl_d2.engine.launch.start_processes", start_forked)
 
 
 @pytest.fixture

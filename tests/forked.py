@@ -1,42 +1,58 @@
-"""Commands in forked processes, which saves the seconds of importing PyTorch again."""
+"""Commands and workers in forked processes, which saves the seconds of importing PyTorch again."""
 
 from __future__ import annotations
 
+import atexit
 import importlib
 import logging
-import multiprocessing
+import multiprocessing.util
 import os
+import pickle
 import runpy
 import signal
 import subprocess
 import sys
-import traceback
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from types import SimpleNamespace
-from typing import IO
+from typing import IO, Any
 
 from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.data.datasets import builtin
 from detectron2.utils import logger as detectron2_logger
+from torch.distributed.launcher.api import LaunchConfig, elastic_launch
+from torch.multiprocessing.spawn import start_processes
 
 from flsl_d2.data import register_builtin
 
 ROOT = Path(__file__).resolve().parents[1]
+FORK = multiprocessing.get_context("fork")
 
 
-def run_tool(
-    tool: str, *arguments: object, timeout: float = 300, **environment: str
+def run_forked(
+    command: Sequence[object],
+    *,
+    cwd: str | Path = ROOT,
+    env: Mapping[str, str] | None = None,
+    timeout: float = 300,
+    before: Callable[[], None] = lambda: None,
 ) -> subprocess.CompletedProcess[str]:
-    """Run a file of ``tools/`` in the checkout, like ``python tools/NAME.py ARGUMENTS``."""
-    command = [str(ROOT / "tools" / f"{tool}.py"), *map(str, arguments)]
+    """Run ``python -m MODULE`` or ``python FILE`` to its end, like ``subprocess.run``.
+
+    Args:
+        command: interpreter, which is ignored, and its arguments.
+        before: function that the process calls first.
+    """
+    command = [*map(str, command)]
     with TemporaryDirectory() as folder:
         files = [Path(folder, name) for name in ("stdout", "stderr")]
-        process = multiprocessing.get_context("fork").Process(
-            target=_run_tool, args=(command, files, environment)
-        )
+        numbers = [os.open(file, os.O_WRONLY | os.O_CREAT) for file in files]
+        arguments = (command[1:], *numbers, env or {}, cwd, before)
+        process = FORK.Process(target=_run, args=arguments)
         process.start()
+        for number in numbers:
+            os.close(number)
         process.join(timeout)
         if process.is_alive():
             process.kill()
@@ -46,56 +62,34 @@ def run_tool(
     return subprocess.CompletedProcess(command, process.exitcode, output, errors)
 
 
-def _run_tool(command: list[str], files: list[Path], environment: dict[str, str]) -> None:
-    _become_fresh(*(os.open(file, os.O_WRONLY | os.O_CREAT) for file in files), environment)
-    os.chdir(ROOT)
-    sys.argv = command
-    try:
-        runpy.run_path(command[0], run_name="__main__")
-    finally:
-        sys.stdout.flush()
-        sys.stderr.flush()
+def run_tool(
+    tool: str, *arguments: object, timeout: float = 300, **environment: str
+) -> subprocess.CompletedProcess[str]:
+    """Run a file of ``tools/`` in the checkout, like ``python tools/NAME.py ARGUMENTS``."""
+    command = [sys.executable, ROOT / "tools" / f"{tool}.py", *arguments]
+    return run_forked(command, env=environment, timeout=timeout)
 
 
 class ForkedJob:
-    """Stands for ``subprocess.Popen`` of ``python -m MODULE``, as jobs and the demo use it."""
+    """Stands for ``subprocess.Popen`` of ``python -m MODULE`` or ``python FILE``."""
 
     def __init__(
         self,
-        command: list[str],
+        command: Sequence[str],
         *,
-        stdout: IO[str] | int,
+        stdout: IO[Any] | int,
         env: Mapping[str, str],
         cwd: str | Path = ".",
         **_: object,
     ) -> None:
-        assert command[1] == "-m"
-        self.returncode: int | None = None
         reading, output = os.pipe() if isinstance(stdout, int) else (None, stdout.fileno())
-        self.pid = os.fork()
-        if self.pid:
-            if reading is not None:
-                os.close(output)
-                self.stdout = os.fdopen(reading)
-            return
-        status = 1
-        try:
-            os.setsid()
-            for number in (signal.SIGINT, signal.SIGTERM):
-                signal.signal(number, signal.SIG_DFL)
-            os.chdir(cwd)
-            _become_fresh(output, output, env)
-            sys.argv = command[2:]
-            runpy.run_module(command[2], run_name="__main__", alter_sys=True)
-            status = 0
-        except SystemExit as end:
-            status = end.code if isinstance(end.code, int) else 1
-        except BaseException:
-            traceback.print_exc()
-        finally:
-            sys.stdout.flush()
-            sys.stderr.flush()
-            os._exit(status)
+        arguments = (command[1:], output, output, env, cwd, os.setsid)
+        self._process = FORK.Process(target=_run, args=arguments)
+        self._process.start()
+        self.pid = self._process.pid
+        if reading is not None:
+            os.close(output)
+            self.stdout = os.fdopen(reading)
 
     def __enter__(self) -> ForkedJob:
         return self
@@ -104,18 +98,29 @@ class ForkedJob:
         self.stdout.close()
         self.wait()
 
+    @property
+    def returncode(self) -> int | None:
+        """Exit status, negative for a signal; None while the process runs."""
+        return self._process.exitcode
+
     def poll(self) -> int | None:
-        """Return the exit status; None while it runs."""
-        if self.returncode is None:
-            pid, status = os.waitpid(self.pid, os.WNOHANG)
-            self.returncode = os.waitstatus_to_exitcode(status) if pid else None
+        """Return the exit status; None while the process runs."""
         return self.returncode
 
     def wait(self, timeout: float | None = None) -> int:
-        """Wait for the end, however long it takes."""
+        """Wait for the end.
+
+        Raises:
+            subprocess.TimeoutExpired: the process still runs after ``timeout`` seconds.
+        """
+        self._process.join(timeout)
         if self.returncode is None:
-            self.returncode = os.waitstatus_to_exitcode(os.waitpid(self.pid, 0)[1])
+            raise subprocess.TimeoutExpired(str(self.pid), timeout)
         return self.returncode
+
+    def send_signal(self, number: int) -> None:
+        """Send a signal to the process alone, not to those that it has started."""
+        os.kill(self.pid, number)
 
 
 # The parts of the module ``subprocess`` that jobs and the demo use.
@@ -128,8 +133,86 @@ FORKED_SUBPROCESS = SimpleNamespace(
 )
 
 
+def start_forked(
+    function: Callable[..., None],
+    args: tuple[Any, ...],
+    *more: Any,
+    start_method: str,
+    **options: Any,
+) -> Any:
+    """Start workers like PyTorch's ``start_processes``, by forking whatever is asked for.
+
+    Raises:
+        pickle.PicklingError: the function or its arguments would not reach a fresh process.
+    """
+    *plain, _reports, given = args
+    pickle.dumps((function, plain, given))
+    return start_processes(_worker, (function, *args), *more, start_method="fork", **options)
+
+
+def _worker(rank: int, function: Callable[..., None], *args: Any) -> None:
+    _forget_exit_functions()
+    function(rank, *args)
+
+
+def run_elastic(
+    function: Callable[..., None], *arguments: object, processes: int = 2, restarts: int = 0
+) -> None:
+    """Run a function in the ranks of torchrun's agent, which here are forked.
+
+    Agent, store, variables and restarts are those of the command ``torchrun``.
+    """
+    config = LaunchConfig(
+        min_nodes=1,
+        max_nodes=1,
+        nproc_per_node=processes,
+        run_id="test",
+        rdzv_backend="c10d",
+        rdzv_endpoint="localhost:0",
+        max_restarts=restarts,
+        start_method="fork",
+    )
+
+    def rank() -> None:
+        _forget_exit_functions()
+        function(*arguments)
+
+    agent = FORK.Process(target=elastic_launch(config, rank))
+    agent.start()
+    agent.join()
+    assert agent.exitcode == 0
+
+
+def _forget_exit_functions() -> None:
+    """Leave to the parent what it does at its own end, such as removing temporary folders."""
+    atexit._clear()
+    atexit.register(multiprocessing.util._exit_function)
+
+
+def _run(
+    arguments: Sequence[str],
+    output: int,
+    errors: int,
+    environment: Mapping[str, str],
+    folder: str | Path,
+    before: Callable[[], None],
+) -> None:
+    _forget_exit_functions()
+    before()
+    _become_fresh(output, errors, environment)
+    os.chdir(folder)
+    if arguments[0] == "-m":
+        sys.argv = [*arguments[1:]]
+        runpy.run_module(arguments[1], run_name="__main__", alter_sys=True)
+    else:
+        sys.argv = [*arguments]
+        runpy.run_path(arguments[0], run_name="__main__")
+
+
 def _become_fresh(output: int, errors: int, environment: Mapping[str, str]) -> None:
     """Take off what this process has from its parent and a new one would not have."""
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_DFL)
     os.dup2(output, 1)
     os.dup2(errors, 2)
     sys.stdout, sys.stderr = os.fdopen(1, "w", closefd=False), os.fdopen(2, "w", closefd=False)

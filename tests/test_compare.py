@@ -5,7 +5,6 @@ from __future__ import annotations
 import csv
 import os
 import re
-import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -156,34 +155,37 @@ def test_help_explains(compare):
 
 
 @pytest.fixture(scope="module")
-def installed(tmp_path_factory) -> Path:
+def installed(wheel, tmp_path_factory) -> Path:
     """Folder with the package as its wheel installs it."""
-    source, wheels, target = (tmp_path_factory.mktemp(n) for n in ("source", "wheels", "target"))
-    for name in ("flsl_d2", "configs"):
-        shutil.copytree(ROOT / name, source / name, ignore=shutil.ignore_patterns("__pycache__"))
-    for file in ROOT.iterdir():
-        if file.is_file():
-            shutil.copy(file, source)
+    target = tmp_path_factory.mktemp("installed")
     pip = [sys.executable, "-m", "pip", "--quiet", "--disable-pip-version-check"]
-    build = [*pip, "wheel", "--no-deps", "--no-build-isolation", "-w", str(wheels), str(source)]
-    subprocess.run(build, check=True)
-    (wheel,) = wheels.glob("*.whl")
     subprocess.run([*pip, "install", "--no-deps", "--target", str(target), str(wheel)], check=True)
     return target
 
 
-def test_installed_wheel_compares_in_an_empty_folder(installed, datasets, encoder_file, tmp_path):
+INSTALLED = """
+import importlib.util, sys, flsl_d2, flsl_d2.model_zoo as zoo
+from flsl_d2.experiments.compare import main
+print(flsl_d2.__file__, importlib.util.find_spec("pretrain"))
+for path in sorted(zoo.configs_folder().rglob("*.*")):
+    name = path.relative_to(zoo.configs_folder())
+    # Those of pre-training need the checkout.
+    if not {"common", "pretrain", "demo", "__pycache__"} & set(name.parts):
+        cfg = zoo.get_config(str(name))
+        built = "ROI_HEADS" in cfg.MODEL if name.suffix == ".yaml" else cfg.train.max_iter > 0
+        print("recipe" if built else "unreadable", name)
+main(sys.argv[1:])
+"""
+
+
+def test_installed_wheel_reads_recipes_and_compares_in_an_empty_folder(
+    installed, datasets, encoder_file, tmp_path
+):
     """Every process runs from the installed files, without the checkout."""
     folder = tmp_path / "empty"
     folder.mkdir()
-    check = (
-        "import importlib.util, sys, flsl_d2\n"
-        "from flsl_d2.experiments.compare import main\n"
-        "print(flsl_d2.__file__, importlib.util.find_spec('pretrain'))\n"
-        "main(sys.argv[1:])"
-    )
     command = [
-        *(sys.executable, "-c", check, "--device", "cpu", "--output", "out", *DATA),
+        *(sys.executable, "-c", INSTALLED, "--device", "cpu", "--output", "out", *DATA),
         *("--weights", f"one={encoder_file}", "--weights", f"two={CNN}"),
         *("--measures", "knn_segmentation", "--pictures", "1"),
     ]
@@ -197,6 +199,14 @@ def test_installed_wheel_compares_in_an_empty_folder(installed, datasets, encode
     )
     assert result.returncode == 0, result.stdout + result.stderr
     assert result.stdout.splitlines()[0] == f"{installed / 'flsl_d2' / '__init__.py'} None"
+    shipped = {line[7:] for line in result.stdout.splitlines() if line.startswith("recipe ")}
+    files = [path.relative_to(ROOT / "configs") for path in (ROOT / "configs").rglob("*.*")]
+    assert shipped == {
+        str(name)
+        for name in files
+        if name.suffix in (".py", ".yaml") and not {"common", "pretrain", "demo"} & set(name.parts)
+    }
+    assert {"lvis", "objects365", "uavdt", "ade20k", "coco"} == {Path(n).parts[0] for n in shipped}
     one, two = rows(folder / "out")
     assert float(one["knn_segmentation/mIoU"]) > 0
     assert float(two["knn_segmentation/mIoU"]) > 0

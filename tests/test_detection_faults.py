@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import json
-import os
 import signal
-import subprocess
 import sys
 import time
 
 import pytest
 import torch
+from forked import ForkedJob
 from test_train_net import PY, TINY_PY, TINY_YAML, YAML, few_images  # noqa: F401
 
 STOPPED = 75
@@ -19,7 +18,12 @@ LONG_YAML = [*TINY_YAML, "SOLVER.MAX_ITER", "100000", "SOLVER.CHECKPOINT_PERIOD"
 
 
 @pytest.mark.parametrize("kind", ["py", pytest.param("yaml", marks=pytest.mark.slow)])
-def test_stops_with_a_checkpoint_and_goes_on(kind, few_images, tmp_path):  # noqa: F811
+def test_stops_with_a_checkpoint_and_goes_on(
+    kind,
+    few_images,  # noqa: F811
+    tmp_path,
+    forked_workers,
+):
     output = tmp_path / "run"
     arguments = (
         [PY, *LONG_PY, f"train.output_dir={output}"]
@@ -32,18 +36,10 @@ def test_stops_with_a_checkpoint_and_goes_on(kind, few_images, tmp_path):  # noq
         options = ["--num-gpus", processes] if attempt == 0 else ["--resume"]
         log = tmp_path / f"{attempt}.log"
         with log.open("wb") as file:
-            process = subprocess.Popen(
-                [
-                    sys.executable,
-                    *("-m", "flsl_d2.detection"),
-                    "--config-file",
-                    arguments[0],
-                    *options,
-                    *arguments[1:],
-                ],
-                env={**os.environ, "DETECTRON2_DATASETS": str(few_images), "OMP_NUM_THREADS": "1"},
+            process = ForkedJob(
+                [sys.executable, "-m", "flsl_d2.detection", "--config-file", *arguments, *options],
+                env={"DETECTRON2_DATASETS": str(few_images), "OMP_NUM_THREADS": "1"},
                 stdout=file,
-                stderr=file,
             )
         deadline = time.monotonic() + 200
         while not (output / checkpoint).exists():

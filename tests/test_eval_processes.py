@@ -31,7 +31,7 @@ SETTINGS = [
 
 
 @pytest.fixture
-def scenes(tmp_path, monkeypatch) -> Path:
+def scenes(tmp_path, monkeypatch, forked_workers) -> Path:
     """Three images: two processes get unequal shares."""
     make_scenes(tmp_path / "flsl_scenes", num_train=1, num_val=3, image_size=(96, 96))
     register_scenes(tmp_path / "flsl_scenes")

@@ -6,13 +6,13 @@ import json
 import os
 import resource
 import signal
-import subprocess
 import time
 from pathlib import Path
 
 import pytest
 import soak
 import torch
+from forked import ForkedJob, run_forked
 
 LENGTH = ["train.max_iter=25", "train.checkpoint_period=5", "dataloader.num_workers=0"]
 
@@ -28,23 +28,17 @@ def folder(tmp_path_factory) -> Path:
 
 
 def run(folder: Path, output: str, *arguments: str, **options) -> tuple[int, str]:
-    done = subprocess.run(
-        soak.command(folder / "images", folder / output, *arguments),
-        cwd=soak.ROOT,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        timeout=300,
-        **options,
-    )
-    return done.returncode, done.stdout
+    command = soak.command(folder / "images", folder / output, *arguments)
+    done = run_forked(command, env={"OMP_NUM_THREADS": "1"}, **options)
+    return done.returncode, done.stdout + done.stderr
 
 
 def start_and_wait_for(folder: Path, output: str, checkpoint: str, *arguments: str):
     """Start a run and wait until it has written a checkpoint; return it and its log file."""
     log = folder / f"{output}.log"
-    process = soak.start(soak.command(folder / "images", folder / output, *arguments), log)
+    command = soak.command(folder / "images", folder / output, *arguments)
+    with log.open("ab") as file:
+        process = ForkedJob(command, stdout=file, env={"OMP_NUM_THREADS": "1"}, cwd=soak.ROOT)
     deadline = time.monotonic() + 200
     while not (folder / output / checkpoint).exists():
         assert process.poll() is None, log.read_text()
@@ -64,7 +58,8 @@ def test_killed_and_damaged_and_still_equal_to_the_bit(folder):
     newest.write_bytes(content)
     with (output / "metrics.json").open("a") as file:
         file.write('{"iteration": 999, "loss": 0.0}\n{"iterati')
-    (output / "model_0000099.pth.part").write_bytes(b"half")
+    for name in ("model_0000099.pth", "last_checkpoint"):
+        (output / f"{name}.0123cdef.part").write_bytes(b"half")
 
     other = ("schedules.base_lr=1.0", "train.log_period=1")
     refused, text = run(folder, "parts", "--resume", *LENGTH, *other)
@@ -81,7 +76,7 @@ def test_killed_and_damaged_and_still_equal_to_the_bit(folder):
     assert soak.differences(folder / "whole", output) == []
 
 
-def test_two_processes_stop_when_asked_and_one_goes_on(folder):
+def test_two_processes_stop_when_asked_and_one_goes_on(folder, forked_workers):
     long = ["train.max_iter=100000", *LENGTH[1:]]
     process, log = start_and_wait_for(
         folder, "stopped", "model_0000004.pth", "--num-gpus", "2", *long
@@ -135,7 +130,7 @@ def test_a_file_that_cannot_be_written_leaves_the_one_before(folder):
     (folder / "full").mkdir()
     good = b"the last good one"
     (folder / "full" / "teacher_backbone.pth").write_bytes(good)
-    status, text = run(folder, "full", *LENGTH, "train.max_iter=6", preexec_fn=little_room)
+    status, text = run(folder, "full", *LENGTH, "train.max_iter=6", before=little_room)
     assert status == 3, text
     assert "Traceback" not in text
     assert "model_0000004.pth cannot be written" in text

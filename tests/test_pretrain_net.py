@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import shutil
-import subprocess
 import sys
 from pathlib import Path
 
@@ -12,7 +11,10 @@ import cv2
 import numpy as np
 import pytest
 import torch
-from forked import run_tool
+from forked import run_elastic, run_tool
+
+from flsl_d2.engine import command_line
+from pretrain.__main__ import main
 
 ROOT = Path(__file__).resolve().parents[1]
 CONFIG = "configs/pretrain/flsl_vit_small_p16_in1k.py"
@@ -32,17 +34,8 @@ TINY = [
 ]
 
 
-def command(*overrides: str, options: tuple[str, ...] = (), launcher=(), timeout=300):
-    arguments = ["--config-file", CONFIG, *options, *overrides]
-    if not launcher:
-        return run_tool("pretrain_net", *arguments, timeout=timeout)
-    return subprocess.run(
-        [sys.executable, *launcher, "tools/pretrain_net.py", *arguments],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        timeout=timeout,
-    )
+def command(*overrides: str, options: tuple[str, ...] = ()):
+    return run_tool("pretrain_net", "--config-file", CONFIG, *options, *overrides)
 
 
 def run(output: Path, images: Path, *overrides: str, **options) -> str:
@@ -130,12 +123,20 @@ def test_a_second_stage_starts_from_the_first_ones_teacher(images, tmp_path):
     assert "patches of 16 pixels and this one of 8" in refused.stderr
 
 
-def test_two_processes_do_what_one_does(images, tmp_path):
+def pretrain_as_rank(*arguments: str) -> None:
+    command_line.leave = sys.exit  # the agent waits for the function to return
+    with pytest.raises(SystemExit) as end:
+        main([*arguments])
+    assert end.value.code == 0
+
+
+def test_two_processes_do_what_one_does(images, tmp_path, monkeypatch):
     common = ("train.max_iter=3", "model.backbone.drop_path_rate=0", "train.log_period=1")
     run(tmp_path / "one", images, *common)
     run(tmp_path / "launch", images, *common, options=("--num-gpus", "2"))
-    torchrun = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2")
-    run(tmp_path / "torchrun", images, *common, launcher=torchrun)
+    settings = [*TINY, f"dataset.root={images}", f"train.output_dir={tmp_path / 'torchrun'}"]
+    monkeypatch.chdir(ROOT)
+    run_elastic(pretrain_as_rank, "--config-file", CONFIG, *settings, *common)
     for two in (tmp_path / "launch", tmp_path / "torchrun"):
         for a, b in zip(metrics(tmp_path / "one"), metrics(two), strict=True):
             for name in ("loss", "loss_volume", "grad_norm", "centroids_in_use"):

@@ -4,7 +4,7 @@
         --config-file configs/pretrain/adclr_vit_small_p16_in1k.py
 
 Ten query crops of the size of a patch over DINO's schedule. Hardware and time: not measured.
-Expected: no score was measured here; the paper reports 44.3 box and 39.7 mask AP on COCO for ViT-S
+Expected: no score was measured here; the paper's abstract reports 44.3 box and 39.7 mask AP on COCO
 with a class token.
 """
 

@@ -3,9 +3,10 @@
     tools/pretrain_net.py --num-gpus 8 \\
         --config-file configs/pretrain/beit_vit_small_p16_in1k.py
 
-The tokeniser is k-means of patches, learned along the way, since the original's weights were not at
-hand. Masks, number of codes and learning rate are the paper's. Hardware and time: not measured.
-Expected: no score was measured here, and the paper has none for ViT-S.
+The tokeniser is k-means learned along the way, since the original's weights were not at hand: of
+the pixels of patches, or of the features of a given encoder (model.tokenizer=FILE, or timm:NAME).
+Masks, number of codes and learning rate are the paper's. Hardware and time: not measured. Expected:
+no score was measured here, and the paper has none for ViT-S.
 """
 
 from detectron2.config import LazyCall as L
@@ -18,7 +19,7 @@ from .mae_vit_small_p16_in1k import model as _mae
 __all__ = ["dataloader", "dataset", "model", "schedules", "train", "views"]
 
 views.update(jitter_probability=1.0, jitter=(0.4, 0.4, 0.4, 0.0), global_scale=(0.08, 1.0))
-model = L(BEiT)(backbone=_mae.backbone, num_codes=8192, mask_share=0.4)
+model = L(BEiT)(backbone=_mae.backbone, num_codes=8192, mask_share=0.4, tokenizer="")
 model.backbone.drop_path_rate = 0.1
 schedules.base_lr = 1.9e-4
 dataloader.total_batch_size = 2048

@@ -3,7 +3,8 @@
     tools/pretrain_net.py --config-file configs/pretrain/ibot_vit_small_p16_in1k.py --num-gpus 8
 
 Views, head and schedule are the paper's for ViT-S/16. Hardware and time: not measured. Expected: no
-score was measured here; the paper reports 75.2% k-NN accuracy on ImageNet with a class token.
+score was measured here; the authors report 75.2% accuracy on ImageNet by k-NN and 77.9% by a linear
+layer with a class token, after 800 epochs (README of github.com/bytedance/ibot).
 """
 
 from detectron2.config import LazyCall as L

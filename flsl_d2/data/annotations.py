@@ -235,7 +235,7 @@ def _compare_size(
 def report_findings(
     json_file: str, findings: Findings, allowed: float = 0, masks_off: str = ""
 ) -> None:
-    """Raise the faults of a file together, or log what does no harm.
+    """Raise all faults of a file together, or log the harmless findings.
 
     Args:
         json_file: path of the file, for messages.

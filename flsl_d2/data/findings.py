@@ -80,7 +80,7 @@ class Findings:
         (self.fault if problem.fatal else self.unusable)(problem.kind, name)
 
     def remark(self, kind: str, example: object) -> None:
-        """Note something that does no harm and is still good to know."""
+        """Note something harmless that a user should know."""
         self._note("remark", kind, example)
 
     def whole_file(self, level: str, sentence: str) -> None:

@@ -123,7 +123,7 @@ def check_shards(folder: str | Path) -> list[str]:
 
 
 def _member_names(files: Sequence[str]) -> list[str]:
-    """Names in a shard: WebDataset takes all up to the first dot as the name of an image."""
+    """Names in a shard, without dots: WebDataset ends the name of an image at the first one."""
     prefix = str(pack_names(files)[0]["prefix"])
     names: list[str] = []
     taken: set[str] = set()

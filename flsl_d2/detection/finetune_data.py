@@ -37,7 +37,7 @@ class OwnData:
         names: names of the classes.
         has_masks: whether masks are learned.
         facts: facts of the training part.
-        lines: what was found, for the user.
+        lines: findings to print.
         channels: number of channels whose stored values are fed to the model; 0 for RGB.
     """
 

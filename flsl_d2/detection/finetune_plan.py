@@ -71,7 +71,7 @@ class Device:
 
     @property
     def is_gpu(self) -> bool:
-        """Whether it is no CPU."""
+        """Whether the device is a GPU."""
         return not self.name.startswith("cpu")
 
 
@@ -86,7 +86,7 @@ def find_device(name: str) -> Device:
 
 @dataclass(frozen=True)
 class DataFacts:
-    """What the rules need to know of the training data.
+    """Facts of the training data that the rules use.
 
     Attributes:
         num_images: number of images with objects.
@@ -136,7 +136,7 @@ def collect_facts(records: Sequence[dict[str, Any]], class_names: Sequence[str])
 
 @dataclass(frozen=True)
 class Plan:
-    """Settings of a run, and the reasons that a user is told.
+    """Settings of a run, with the reasons to print.
 
     Attributes:
         short_side: shorter side of the images in pixels.

@@ -198,7 +198,7 @@ def _predict(args: argparse.Namespace) -> None:
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Run the tool with the given command line, or that of the process."""
+    """Detect as a command line describes."""
     parser = described_parser(
         "Detect objects in images, folders of images or videos, and draw them.", EXAMPLES
     )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
+from typing import Any
 
 import torch
 from detectron2.config import CfgNode
@@ -13,23 +14,55 @@ from detectron2.solver.build import maybe_add_gradient_clipping
 from torch import nn
 
 from flsl_d2.errors import InputError
-from flsl_d2.modeling import TimmBackbone
+from flsl_d2.modeling import FLSLViT, TimmBackbone
 
-__all__ = ["add_solver_config", "build_yaml_optimizer", "layer_decay"]
+__all__ = ["add_solver_config", "build_yaml_optimizer", "layer_decay", "optimizer_params"]
 
 
-def layer_decay(decay_rate: float, num_layers: int) -> Callable[[str], float]:
-    """Learning rate factor of each weight by depth (BEiT, ViTDet arXiv 2203.16527).
+def layer_decay(decay_rate: float) -> Callable[[nn.Module], Callable[[str], float]]:
+    """Learning rate factors of weights by depth (BEiT, arXiv 2106.08254; ViTDet, 2203.16527).
+
+    An ``FLSLViT`` of L blocks has ``decay_rate ** (L - i)`` for block i from 0, one step less for
+    the patch embedding, and 1 elsewhere. A model of timm has the layers into which timm groups it
+    (:meth:`flsl_d2.modeling.TimmBackbone.layer_factors`), whose stages count on from each other.
 
     Args:
-        decay_rate: factor from one block to the one before it; 1 for none.
-        num_layers: number of blocks L of the encoder.
+        decay_rate: factor from one layer to the one before it; 1 for none.
 
     Returns:
-        A function from a weight's name to its factor: ``decay_rate ** (L - i)`` for block i from
-        0, one step less for the patch embedding, 1 outside the encoder's blocks.
+        A function from a detector to a function from a weight's name to its factor, which is 1
+        outside the encoder.
     """
-    return partial(get_vit_lr_decay_rate, lr_decay_rate=decay_rate, num_layers=num_layers)
+    return partial(_layer_factor, decay_rate)
+
+
+def optimizer_params(
+    model: nn.Module,
+    lr_factor_func: Callable[[nn.Module], Callable[[str], float]] | None = None,
+    **options: Any,
+) -> list[dict[str, Any]]:
+    """Build the optimiser's groups of parameters, with a learning rate that depends on the model.
+
+    Args:
+        model: detector.
+        lr_factor_func: result of :func:`layer_decay`; None for the same rate everywhere.
+        **options: further arguments of Detectron2's ``get_default_optimizer_params``.
+    """
+    factor = None if lr_factor_func is None else lr_factor_func(model)
+    return get_default_optimizer_params(model, lr_factor_func=factor, **options)
+
+
+def _layer_factor(decay_rate: float, model: nn.Module) -> Callable[[str], float]:
+    factors = {
+        f"{prefix}.{name}": factor
+        for prefix, module in model.named_modules()
+        if isinstance(module, TimmBackbone)
+        for name, factor in module.layer_factors(decay_rate).items()
+    }
+    if factors:
+        return lambda name: factors.get(name, 1.0)
+    depth = max((each.depth for each in model.modules() if isinstance(each, FLSLViT)), default=0)
+    return partial(get_vit_lr_decay_rate, lr_decay_rate=decay_rate, num_layers=depth)
 
 
 def add_solver_config(cfg: CfgNode) -> None:
@@ -45,11 +78,11 @@ def build_yaml_optimizer(cfg: CfgNode, model: nn.Module) -> torch.optim.Optimize
     """Build the optimiser of a YAML config over the parameters that are trained.
 
     With ``SOLVER.OPTIMIZER: ADAMW``, betas are (0.9, 0.999) and learning rates follow
-    :func:`layer_decay`; those of a timm model follow timm's groups of layers.
+    :func:`layer_decay`.
 
     Args:
         cfg: config with the nodes of :func:`add_solver_config`.
-        model: detector; an ``FLSLViT`` in it has ``MODEL.FLSL_VIT.DEPTH`` blocks.
+        model: detector.
 
     Raises:
         InputError: an unknown name of an optimiser.
@@ -59,13 +92,13 @@ def build_yaml_optimizer(cfg: CfgNode, model: nn.Module) -> torch.optim.Optimize
         return build_optimizer(cfg, model)
     if solver.OPTIMIZER != "ADAMW":
         raise InputError(f"SOLVER.OPTIMIZER is {solver.OPTIMIZER!r}; use SGD or ADAMW.")
-    groups = get_default_optimizer_params(
+    groups = optimizer_params(
         model,
+        layer_decay(solver.LAYER_DECAY),
         base_lr=solver.BASE_LR,
         weight_decay_norm=solver.WEIGHT_DECAY_NORM,
         bias_lr_factor=solver.BIAS_LR_FACTOR,
         weight_decay_bias=solver.WEIGHT_DECAY_BIAS,
-        lr_factor_func=_layer_factor(cfg, model),
         overrides={"pos_embed": {"weight_decay": 0.0}},
     )
     # The fused optimiser divides by the scale of float16 gradients itself, after the clipping.
@@ -74,17 +107,3 @@ def build_yaml_optimizer(cfg: CfgNode, model: nn.Module) -> torch.optim.Optimize
         groups, lr=solver.BASE_LR, weight_decay=solver.WEIGHT_DECAY, fused=fused
     )
     return maybe_add_gradient_clipping(cfg, optimizer)
-
-
-def _layer_factor(cfg: CfgNode, model: nn.Module) -> Callable[[str], float]:
-    """Learning rate factor by the name of a weight."""
-    rate = cfg.SOLVER.LAYER_DECAY
-    factors = {
-        f"{prefix}.{name}": factor
-        for prefix, module in model.named_modules()
-        if isinstance(module, TimmBackbone)
-        for name, factor in module.layer_factors(rate).items()
-    }
-    if factors:
-        return lambda name: factors.get(name, 1.0)
-    return layer_decay(rate, cfg.MODEL.FLSL_VIT.DEPTH)

@@ -214,7 +214,7 @@ class KeepBest(hooks.BestCheckpointer):
 
 
 class EndedEarly(BaseException):
-    """End of training before the last step; no error, hence not logged as one by Detectron2."""
+    """End of training before the last step, which Detectron2 does not log as an error."""
 
 
 class StopEarly(HookBase):

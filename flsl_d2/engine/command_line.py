@@ -89,7 +89,7 @@ def run_tool(function: Callable[..., Any], *args: Any) -> None:
 
 
 class _ToolParser(argparse.ArgumentParser):
-    """Parser that expands ``~`` in paths, and whose errors are one sentence as all of a tool's."""
+    """Parser that expands ``~`` in paths, and reports an error in one sentence."""
 
     def parse_known_args(self, args=None, namespace=None):  # type: ignore[no-untyped-def]
         """Parse as ``ArgumentParser`` does, then replace ``~``; see :func:`expand_home`."""

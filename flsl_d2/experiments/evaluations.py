@@ -20,7 +20,7 @@ from flsl_d2.errors import InputError
 from flsl_d2.evaluation.labelled_images import load_labelled
 from flsl_d2.evaluation.measures import MEASURES
 from flsl_d2.experiments.jobs import Job, Outcome, result_settings
-from flsl_d2.modeling.timm_backbone import TIMM_PREFIX, build_timm_backbone
+from flsl_d2.modeling.timm_backbone import TIMM_PREFIX
 from flsl_d2.visualization.curves import read_metrics
 from flsl_d2.weights import build_encoder
 
@@ -241,8 +241,7 @@ def encoder_overrides(source: str, cfg: DictConfig) -> list[str]:
     """Return overrides that put an encoder into a detection config.
 
     A weight file gives the config's FLSLViT its architecture. A timm model takes the place of the
-    FLSLViT under the pyramid that fits, and layer decay counts its blocks; a model of several
-    stages has no layer decay.
+    FLSLViT under the pyramid that fits.
     """
     if source.startswith(TIMM_PREFIX):
         return _timm_overrides(source, cfg)
@@ -256,7 +255,7 @@ def encoder_overrides(source: str, cfg: DictConfig) -> list[str]:
 
 
 def _timm_overrides(source: str, cfg: DictConfig) -> list[str]:
-    old, factor = cfg.model.backbone, "optimizer.params.lr_factor_func"
+    old = cfg.model.backbone
     kept = [
         ",".join(f"{key}:{node[key]}" for key in keys if key in node)
         for node, keys in (
@@ -266,14 +265,7 @@ def _timm_overrides(source: str, cfg: DictConfig) -> list[str]:
     ]
     net = f"{{_target_:flsl_d2.modeling.build_timm_backbone,text:'{source}',{kept[0]}}}"
     pyramid = f"{{_target_:flsl_d2.modeling.timm_pyramid,net:{net},{kept[1]}}}"
-    overrides = ["model.backbone=null", f"+model.backbone={pyramid}", "train.init_checkpoint=''"]
-    if OmegaConf.select(cfg, factor, throw_on_missing=False) is not None:
-        model = build_timm_backbone(source, pretrained=False, weights="")
-        if model.is_plain and hasattr(model.model, "blocks"):
-            overrides.append(f"{factor}.num_layers={len(model.model.blocks)}")
-        else:
-            overrides.append(f"{factor}=null")
-    return overrides
+    return ["model.backbone=null", f"+model.backbone={pyramid}", "train.init_checkpoint=''"]
 
 
 def _dataset_identity(name: str) -> dict[str, str]:

@@ -87,7 +87,7 @@ def export_model(
 def _open(
     model: str, weights: str, part: str
 ) -> tuple[EncoderGraph | DetectorGraph, dict[str, Any]]:
-    """Build the graph of a model, and say what it takes and gives."""
+    """Build the graph of a model, and describe its inputs and outputs."""
     place = Path(model).expanduser()
     folder = place if place.is_dir() else None
     own = place / "teacher_backbone.pth"

@@ -1,4 +1,4 @@
-"""The card beside an export: where the model comes from, and what it takes and gives."""
+"""The card beside an export: the origin of the model, its inputs and its outputs."""
 
 from __future__ import annotations
 

@@ -92,7 +92,7 @@ class TimmBackbone(Backbone):
         # What dense evaluations read: tokens are the positions of the last map.
         self.patch_size, self.embed_dim = strides[-1], channels[-1]
         if use_act_checkpoint:
-            self.model.set_grad_checkpointing(True)
+            self._recompute()
         if frozen:
             self.requires_grad_(False).eval()
 
@@ -113,6 +113,15 @@ class TimmBackbone(Backbone):
         layers = timm.models.group_parameters(self.model, matcher, reverse=True)
         last = max(layers.values())
         return {f"model.{name}": decay_rate ** (last - layer) for name, layer in layers.items()}
+
+    def _recompute(self) -> None:
+        try:
+            self.model.set_grad_checkpointing(True)
+        except (AssertionError, AttributeError) as error:
+            raise InputError(
+                f"timm's '{self.name}' cannot recompute its blocks in the backward pass; set "
+                "use_act_checkpoint=False."
+            ) from error
 
     @property
     def device(self) -> torch.device:

@@ -36,7 +36,6 @@ logger = logging.getLogger(__name__)
 
 BEST_WEIGHTS = "model_best.pth"
 
-
 # Ending of a checkpoint that is a folder, to which each process of a run wrote its share.
 SHARDED = ".dcp"
 # File in such a folder with the checksums of the others.
@@ -44,11 +43,10 @@ CHECKSUMS = "checksums.json"
 
 
 def remove_unfinished(folder: str | Path) -> None:
-    """Delete unfinished files of a run that was killed while it wrote a checkpoint."""
-    for ending in (".pth", SHARDED):
-        for part in Path(folder).glob(f"*{ending}*{UNFINISHED}"):
-            logger.info("Removing %s, whose writing was interrupted.", part)
-            delete_checkpoint(part)
+    """Delete what :func:`~flsl_d2.files.replaced_file` left of a run that was killed meanwhile."""
+    for part in Path(folder).glob(f"*.{'[0-9a-f]' * 8}{UNFINISHED}"):
+        logger.info("Removing %s, whose writing was interrupted.", part)
+        delete_checkpoint(part)
 
 
 def delete_checkpoint(path: Path) -> None:

@@ -76,7 +76,7 @@ def write_timm(encoder: FLSLViT, path: str | Path) -> None:
 
 
 def timm_state(encoder: FLSLViT) -> dict[str, Tensor]:
-    """Give the encoder's tensors timm's names.
+    """Rename the encoder's tensors as timm does.
 
     Raises:
         InputError: the encoder has windows or relative positions.
@@ -93,7 +93,7 @@ def timm_state(encoder: FLSLViT) -> dict[str, Tensor]:
 
 
 def timm_arguments(encoder: FLSLViT) -> dict[str, Any]:
-    """Give the arguments of ``timm.create_model`` that make the same network.
+    """Return the arguments of ``timm.create_model`` that make the same network.
 
     The tokens after the last norm are ``model.forward_features(images)`` without the first
     ``num_prefix_tokens``. At other sizes than ``img_size`` (``dynamic_img_size=True``) timm
@@ -115,7 +115,7 @@ def timm_arguments(encoder: FLSLViT) -> dict[str, Any]:
 
 
 def timm_call(encoder: FLSLViT, path: str | Path) -> str:
-    """Write down the Python code that loads a file of :func:`write_timm`."""
+    """Return the Python code that loads a file of :func:`write_timm`."""
     arguments = ", ".join(f"{key}={value!r}" for key, value in timm_arguments(encoder).items())
     reader = (
         f"safetensors.torch.load_file({str(path)!r})"

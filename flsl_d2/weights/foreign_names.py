@@ -65,7 +65,7 @@ def foreign_network(names: list[str]) -> str:
 def to_timm_names(
     tensors: Mapping[str, Tensor], file_names: Mapping[str, str]
 ) -> tuple[str, Renamed]:
-    """Give the tensors of one encoder timm's names.
+    """Rename the tensors of one encoder as timm does.
 
     Names that no rule covers stay as they are.
 

@@ -83,7 +83,7 @@ class LoadReport:
         return "\n".join(f"{name:<10} {value}" for name, value in rows)
 
     def as_dict(self) -> dict[str, Any]:
-        """Give plain containers, for JSON."""
+        """Return plain containers, for JSON."""
         return asdict(self)
 
     def _dropped_by_reason(self) -> list[tuple[str, list[str]]]:

@@ -14,7 +14,14 @@ from flsl_d2.errors import InputError
 from flsl_d2.modeling import FLSLViT
 from flsl_d2.modeling.blocks import Block
 from flsl_d2.modeling.projection_head import FLSLHead
-from pretrain.methods.base import BaseMethod, Networks, feature_std, global_output, import_extra
+from pretrain.methods.base import (
+    BaseMethod,
+    Networks,
+    feature_std,
+    full_precision,
+    global_output,
+    import_extra,
+)
 from pretrain.methods.dino import assignments
 from pretrain.methods.protocol import Losses, Monitored, StepInputs
 from pretrain.schedules import StepValues
@@ -90,10 +97,11 @@ class ADCLR(BaseMethod):
         with torch.no_grad():
             teacher, teacher_queries, tokens = self._outputs(self.teacher, views, crops, count)
         monitored = assignments(torch.cat(teacher) - self.loss.center.view(-1), values.teacher_temp)
-        loss_global = self.loss(teacher, student, teacher_temp=values.teacher_temp)
-        loss_query = self.query_loss(
-            teacher_queries, student_queries, teacher_temp=values.teacher_temp
-        )
+        with full_precision(views):
+            loss_global = self.loss(teacher, student, teacher_temp=values.teacher_temp)
+            loss_query = self.query_loss(
+                teacher_queries, student_queries, teacher_temp=values.teacher_temp
+            )
         losses = {
             "loss": loss_global + self.query_weight * loss_query,
             "loss_global": loss_global,

@@ -11,7 +11,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from flsl_d2.errors import InputError
-from flsl_d2.modeling import FLSLViT
+from flsl_d2.evaluation.features import frozen_encoder
+from flsl_d2.modeling import Encoder, FLSLViT
 from pretrain.methods.base import BaseMethod, feature_std
 from pretrain.methods.masking import MaskedNetworks, block_masks, patches_of
 from pretrain.methods.protocol import Losses, Monitored, StepInputs
@@ -21,7 +22,7 @@ __all__ = ["BEiT", "PatchTokens"]
 
 
 class PatchTokens(nn.Module):
-    """Tokens of patches by k-means of their pixels, learned from batch to batch.
+    """Tokens of patches by k-means of their pixels or features, learned from batch to batch.
 
     The first batch gives the centres. Afterwards each batch moves each centre to the mean of all
     patches that it was given so far (mini-batch k-means, Sculley, WWW 2010), so the centres settle.
@@ -69,7 +70,7 @@ class PatchTokens(nn.Module):
 
 
 class BEiT(BaseMethod):
-    """A linear layer tells the codes of the masked patches from their tokens.
+    """A linear layer predicts the codes of the masked patches from their tokens.
 
     As nested loops (c the code of a patch, y the prediction)::
 
@@ -77,18 +78,36 @@ class BEiT(BaseMethod):
             for i in masked[b]:
                 loss -= log_softmax(y[b][i])[c[b][i]] / number of masked tokens
 
+    The codes are k-means of the pixels of patches, or of the features of a given encoder: each
+    image is resized until the encoder gives a token for each patch, and k-means runs on the unit
+    sphere. That encoder is frozen. Its weights stay in their file and are in no checkpoint.
+
     Args:
         backbone: the encoder.
         num_codes: K.
         mask_share: share of the tokens that is masked, in rectangles.
+        tokenizer: file or URL of an encoder's weights, or ``timm:NAME``; empty for pixels.
+
+    Raises:
+        InputError: the tokeniser's weights cannot be used.
     """
 
     masks_tokens = True
 
-    def __init__(self, backbone: FLSLViT, num_codes: int = 8192, mask_share: float = 0.4) -> None:
+    def __init__(
+        self,
+        backbone: FLSLViT,
+        num_codes: int = 8192,
+        mask_share: float = 0.4,
+        tokenizer: str = "",
+    ) -> None:
         super().__init__(MaskedNetworks(backbone, nn.Linear(backbone.embed_dim, num_codes)))
         self.num_centroids, self.mask_share = num_codes, mask_share
-        self.tokens = PatchTokens(num_codes, 3 * backbone.patch_size**2)
+        # A tuple, because a module would become a part of this one.
+        self._tokenizer: tuple[Encoder, ...] = (frozen_encoder(tokenizer),) if tokenizer else ()
+        pixels = 3 * backbone.patch_size**2
+        width = self._tokenizer[0].embed_dim if self._tokenizer else pixels
+        self.tokens = PatchTokens(num_codes, width)
 
     def check_run(self, views: object, images: int) -> None:
         """Check that a batch has a patch for each code, besides what every method checks."""
@@ -105,7 +124,7 @@ class BEiT(BaseMethod):
         """Compute the loss of a step; see :class:`pretrain.methods.protocol.Method`."""
         images = self.normalised(torch.cat(inputs.views[: inputs.num_global]))
         patch = self.student.backbone.patch_size
-        codes = self.tokens(patches_of(images, patch).flatten(0, 1))
+        codes = self.tokens(self._described(images).flatten(0, 1))
         mask = block_masks(
             len(images), images.shape[-1] // patch, 1.0, self.mask_share, self.mask_share
         )
@@ -117,3 +136,16 @@ class BEiT(BaseMethod):
         counts.index_add_(0, codes, torch.ones_like(codes))
         monitored = {"assigned": counts, "mean_assignment": counts / len(codes)}
         return {"loss": loss}, {**monitored, "feature_std": feature_std(tokens)}
+
+    @torch.no_grad()
+    def _described(self, images: Tensor) -> Tensor:
+        """Pixels or features (B, N, width) of the patches of normalised images."""
+        patch = self.student.backbone.patch_size
+        if not self._tokenizer:
+            return patches_of(images, patch)
+        (encoder,) = self._tokenizer
+        encoder.to(images.device)
+        height, width = (side // patch * encoder.patch_size for side in images.shape[-2:])
+        if (height, width) != tuple(images.shape[-2:]):
+            images = F.interpolate(images, (height, width), mode="bicubic", antialias=True)
+        return F.normalize(encoder.forward_tokens(images).float(), dim=-1)

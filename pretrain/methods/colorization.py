@@ -1,4 +1,4 @@
-"""Colourisation: tell the colours of a grey image (arXiv 1603.08511).
+"""Colourisation: predict the colours of a grey image (arXiv 1603.08511).
 
 Shape suffixes: B images, N tokens, P side of a patch.
 """
@@ -21,7 +21,7 @@ _REACH = 11  # bins on each side of grey; a and b of sRGB lie between -110 and 1
 
 
 class Colorization(BaseMethod):
-    """A linear layer tells the colour of each patch from the tokens of the grey image.
+    """A linear layer predicts the colour of each patch from the tokens of the grey image.
 
     As nested loops (c the bin of the mean a and b of a patch in CIE Lab, in steps of 10)::
 

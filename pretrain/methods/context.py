@@ -1,4 +1,4 @@
-"""Context prediction: tell where a tile lies beside another one (arXiv 1505.05192).
+"""Context prediction: predict where a tile lies relative to another one (arXiv 1505.05192).
 
 Shape suffixes: B images, T side of a tile, D width.
 """
@@ -19,7 +19,7 @@ __all__ = ["Context"]
 
 
 class Context(TileMethod):
-    """A head tells which of its 8 neighbours stands beside the middle tile of an image.
+    """A head predicts which of the 8 neighbours of an image's middle tile stands beside it.
 
     As nested loops (x the 9 tiles of an image, x[4] the middle one, f the encoder, n the neighbour
     drawn for an image, 0 to 7)::

@@ -63,7 +63,7 @@ class Queue(nn.Module):
 
 
 class DenseCL(BaseMethod):
-    """Views are told from other images', and tokens of one view find theirs in the other.
+    """Views are contrasted with those of other images, and tokens with tokens they do not match.
 
     As nested loops (q, k the normalised global outputs of student and teacher, r, s the dense ones,
     z, y the encoders' tokens, queue and dense_queue earlier k and earlier means of s)::

@@ -25,7 +25,7 @@ __all__ = ["DetCon", "segment_means"]
 
 
 class DetCon(BaseMethod):
-    """A segment in one view is told from all other segments, DetCon-B with a momentum encoder.
+    """A segment is contrasted with all other segments: DetCon-B, with a momentum encoder.
 
     As nested loops (q, k the normalised outputs of student and teacher for the mean token of each
     segment, m the label of the segment)::

@@ -15,6 +15,7 @@ from pretrain.methods.base import (
     Networks,
     encode_views,
     feature_std,
+    full_precision,
     global_output,
     import_extra,
 )
@@ -72,11 +73,12 @@ class DINO(BaseMethod):
             tokens = encode_views(self.teacher.backbone, views[: inputs.num_global])
             teacher = self.teacher.head(global_output(tokens))
         monitored = assignments(teacher - self.loss.center.view(-1), values.teacher_temp)
-        loss = self.loss(
-            list(teacher.float().chunk(inputs.num_global)),
-            list(student.float().chunk(len(views))),
-            teacher_temp=values.teacher_temp,
-        )
+        with full_precision(student):
+            loss = self.loss(
+                list(teacher.float().chunk(inputs.num_global)),
+                list(student.float().chunk(len(views))),
+                teacher_temp=values.teacher_temp,
+            )
         return {"loss": loss}, {**monitored, "feature_std": feature_std(tokens[0])}
 
 

@@ -22,33 +22,33 @@ __all__ = ["DropPos", "smoothed_places"]
 
 
 class DropPos(BaseMethod):
-    """A decoder tells where the visible patches lie whose positions were dropped.
+    """A decoder predicts the places of visible patches whose positions were dropped.
 
     The encoder sees some patches of the image, and positions of a part of them; a learned vector
     takes the place of a dropped position. As nested loops (o the decoder's outputs over the N
-    places, z the encoder's tokens, place[j] the row and column of a token, d the distance in
-    tokens)::
+    places, place[j] the row and column of a token, d the distance in tokens, z the encoder's tokens
+    of the whole image with all positions, without gradient)::
 
         for b in range(B):
+            for i in visible[b]:
+                A[b][i] = exp(cos(mean_n(z[b][n]), z[b][i]) / tau) / sum over visible tokens
             for i in dropped[b]:
-                for m in visible[b]:
-                    A[m] = exp(cos(z[b][i], z[b][m]) / tau) / sum over visible tokens
                 for n in range(N):
-                    for m in visible[b]:
-                        w[m][n] = exp(-d(place[m], n) ** 2 / sigma ** 2) / sum over places
-                        target[n] += A[m] * w[m][n]
-                    loss -= target[n] * log_softmax(o[b][i])[n] / (B * len(dropped[b]))
+                    target[n] = exp(-d(place[i], n) ** 2 / sigma ** 2) / sum over places
+                    loss -= A[b][i] * target[n] * log_softmax(o[b][i])[n] / total
+        total = sum of A[b][i] over all dropped tokens
 
-    w is position smoothing, whose sigma falls from its start to 0 over the run; A, without
-    gradient, is attentive reconstruction, which forgives a confusion with a patch that looks
-    alike. The paper gives the two their names and aims; the sum above is our reading of them.
+    The targets are position smoothing, whose sigma falls from its start to 0 over the run; A is
+    attentive reconstruction, by which patches without a telling place weigh less. The original
+    compares patches with its class token, whose place the mean of the tokens takes here; as in the
+    authors' code (github.com/Haochen-Wang409/DropPos), A weighs tokens and not places.
 
     Args:
         backbone: the encoder.
         mask_share: share of the patches that the encoder does not see.
         drop_share: share of the visible patches whose position is dropped.
         smoothing: sigma at the start, in tokens.
-        attention_temp: tau; 0 for targets of the patch's own place alone.
+        attention_temp: tau; 0 for the same weight everywhere.
         decoder_dim: width of the decoder.
         decoder_depth: number of blocks of the decoder.
         decoder_heads: number of attention heads of the decoder.
@@ -106,15 +106,21 @@ class DropPos(BaseMethod):
         outputs = gather_tokens(self.decoder(self.decoder.embed(tokens)), dropped).float()
         with torch.no_grad():
             sigma = self.smoothing * (1 - values.progress)
-            targets = smoothed_places(visible, self.num_places, sigma)  # (B, M, N)
-            own = gather_tokens(targets, dropped)
-            if self.attention_temp:
-                unit = F.normalize(tokens.float(), dim=-1)
-                cosines = gather_tokens(unit, dropped) @ unit.mT / self.attention_temp
-                own = cosines.softmax(dim=-1) @ targets
-        loss = -(own * outputs.log_softmax(dim=-1)).sum(dim=-1).mean()
-        right = (outputs.argmax(dim=-1) == visible.gather(1, dropped)).float().mean()
+            places = visible.gather(1, dropped)
+            targets = smoothed_places(places, self.num_places, sigma)
+            weights = self._weights(images, visible).gather(1, dropped)
+        costs = -(targets * outputs.log_softmax(dim=-1)).sum(dim=-1)
+        loss = (weights * costs).sum() / weights.sum()
+        right = (outputs.argmax(dim=-1) == places).float().mean()
         return {"loss": loss}, {"feature_std": feature_std(tokens), "position_accuracy": right}
+
+    def _weights(self, images: Tensor, visible: Tensor) -> Tensor:
+        """Weights (B, M) of the visible tokens by their likeness to the whole image."""
+        if not self.attention_temp:
+            return torch.ones_like(visible, dtype=torch.float32)
+        tokens = self.student.backbone.forward_tokens(images).float()
+        cosines = F.cosine_similarity(tokens.mean(dim=1, keepdim=True), tokens, dim=-1)
+        return (cosines.gather(1, visible) / self.attention_temp).softmax(dim=-1)
 
 
 def smoothed_places(places: Tensor, num_places: int, sigma: float) -> Tensor:

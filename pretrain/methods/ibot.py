@@ -15,6 +15,7 @@ from pretrain.methods.base import (
     BaseMethod,
     encode_views,
     feature_std,
+    full_precision,
     global_output,
     import_extra,
 )
@@ -98,12 +99,15 @@ class IBOT(BaseMethod):
             teacher = self.teacher.head(global_output([teacher_tokens])).float()
             teacher_patches = self.teacher.head(teacher_tokens.flatten(0, 1)[masked]).float()
         monitored = assignments(teacher - self.loss.center.view(-1), values.teacher_temp)
-        loss_global = self.loss(
-            list(teacher.chunk(count)),
-            list(student.chunk(len(views))),
-            teacher_temp=values.teacher_temp,
-        )
-        loss_patch = self.patch_loss(teacher_patches, student_patches, mask, values.teacher_temp)
+        with full_precision(student):
+            loss_global = self.loss(
+                list(teacher.chunk(count)),
+                list(student.chunk(len(views))),
+                teacher_temp=values.teacher_temp,
+            )
+            loss_patch = self.patch_loss(
+                teacher_patches, student_patches, mask, values.teacher_temp
+            )
         losses = {
             "loss": loss_global + self.patch_weight * loss_patch,
             "loss_global": loss_global,

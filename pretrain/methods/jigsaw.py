@@ -1,4 +1,4 @@
-"""Jigsaw puzzles: tell how the tiles of an image were shuffled (arXiv 1603.09246).
+"""Jigsaw puzzles: predict how the tiles of an image were shuffled (arXiv 1603.09246).
 
 Shape suffixes: B images, S side of a view in pixels, T side of a tile, D width, R permutations.
 """
@@ -60,7 +60,7 @@ class TileMethod(BaseMethod):
 
 
 class Jigsaw(TileMethod):
-    """A head tells the permutation from the outputs of the shuffled tiles, side by side.
+    """A head predicts the permutation from the outputs of the shuffled tiles, side by side.
 
     As nested loops (perms the R permutations, x the tiles, f the encoder, r the permutation drawn
     for an image)::
@@ -101,7 +101,7 @@ class Jigsaw(TileMethod):
 
 
 def distant_permutations(length: int, count: int) -> Tensor:
-    """Permutations of which each is far from those before it, as far as random tries tell.
+    """Permutations far from one another, each the farthest of some random tries.
 
     The paper takes the farthest of all permutations by Hamming distance; here each is the one of
     10 random permutations with the largest smallest distance.

@@ -18,7 +18,7 @@ __all__ = ["MAE"]
 
 
 class MAE(BaseMethod):
-    """A decoder tells the pixels of the masked patches from the tokens of the visible ones.
+    """A decoder predicts the pixels of the masked patches from the tokens of the visible ones.
 
     The encoder sees the visible patches alone. As nested loops (x the pixels of a patch, y the
     decoder's output)::

@@ -22,7 +22,7 @@ __all__ = ["MaskFeat", "hog"]
 
 
 class MaskFeat(BaseMethod):
-    """A linear layer tells the gradients of the masked patches from their tokens.
+    """A linear layer predicts the gradients of the masked patches from their tokens.
 
     As nested loops (h the histograms of the cells and channels of a patch, F of them in all, y the
     prediction)::

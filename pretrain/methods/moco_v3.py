@@ -27,7 +27,7 @@ __all__ = ["MoCoV3"]
 
 
 class MoCoV3(BaseMethod):
-    """The student's output for a view is told from the teacher's outputs for other images.
+    """The student's output for a view is contrasted with the teacher's for other images.
 
     As nested loops (q the normalised outputs of student and predictor, k those of the teacher)::
 

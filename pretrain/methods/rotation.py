@@ -1,4 +1,4 @@
-"""Rotation: tell by how much an image was turned (arXiv 1803.07728).
+"""Rotation: predict by how much an image was turned (arXiv 1803.07728).
 
 Shape suffixes: B images, D width.
 """
@@ -18,7 +18,7 @@ __all__ = ["Rotation"]
 
 
 class Rotation(BaseMethod):
-    """A linear layer tells a turn of 0, 90, 180 or 270 degrees; each image is seen in all four.
+    """A linear layer predicts a turn of 0, 90, 180 or 270 degrees; each image is seen in all four.
 
     As nested loops (f the encoder's global output)::
 

@@ -17,7 +17,14 @@ from flsl_d2.errors import InputError
 from flsl_d2.modeling import FLSLViT
 from flsl_d2.modeling.projection_head import FLSLHead
 from flsl_d2.modeling.vit import gather_tokens
-from pretrain.methods.base import BaseMethod, Networks, encode_views, feature_std, import_extra
+from pretrain.methods.base import (
+    BaseMethod,
+    Networks,
+    encode_views,
+    feature_std,
+    full_precision,
+    import_extra,
+)
 from pretrain.methods.dino import assignments
 from pretrain.methods.protocol import Losses, Monitored, StepInputs
 from pretrain.schedules import StepValues
@@ -122,11 +129,11 @@ class SelfPatch(BaseMethod):
             sets = gather_tokens(together, near.flatten(1)).unflatten(1, near.shape[1:])
             targets = self.teacher.patch_head(self.teacher.aggregate(sets.flatten(0, 1))).float()
         monitored = assignments(torch.cat(teacher) - self.loss.center.view(-1), values.teacher_temp)
-        loss_global = self.loss(teacher, student, teacher_temp=values.teacher_temp)
         every = torch.ones(near.shape[:2], dtype=torch.bool, device=near.device)[:, None]
-        loss_patch = self.patch_loss(
-            targets, self.student.patch_head(patches).float(), every, values.teacher_temp
-        )
+        outputs = self.student.patch_head(patches).float()
+        with full_precision(outputs):
+            loss_global = self.loss(teacher, student, teacher_temp=values.teacher_temp)
+            loss_patch = self.patch_loss(targets, outputs, every, values.teacher_temp)
         losses = {
             "loss": loss_global + self.patch_weight * loss_patch,
             "loss_global": loss_global,

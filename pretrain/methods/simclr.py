@@ -12,7 +12,7 @@ __all__ = ["SimCLR"]
 
 
 class SimCLR(TwoViewMethod):
-    """Two views of an image are told from the views of all other images of the batch.
+    """Two views of an image are contrasted with the views of all other images of the batch.
 
     As nested loops, over all 2 B views (z the normalised outputs, j(i) the other view of the image
     of view i)::

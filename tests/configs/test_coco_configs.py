@@ -13,6 +13,7 @@ from omegaconf import OmegaConf
 from flsl_d2.detection.solver import build_yaml_optimizer, layer_decay
 from flsl_d2.detection.yaml import load_yaml_config
 from flsl_d2.engine.config_files import load_lazy_config
+from flsl_d2.modeling import FLSLViT
 
 ONE_X = "coco/mask_rcnn_flsl_vit_s16_1x.py"
 LONG = "coco/mask_rcnn_flsl_vit_s16_100ep.py"
@@ -140,7 +141,9 @@ def test_a_shorter_run_keeps_the_shape_of_its_schedule():
 
 
 def test_layer_decay_follows_depth():
-    factor = layer_decay(0.5, 4)
+    detector = torch.nn.Module()
+    detector.backbone = FLSLViT(embed_dim=8, num_heads=1, depth=4)
+    factor = layer_decay(0.5)(detector)
     assert factor("backbone.net.patch_embed.proj.weight") == 0.5**5
     assert [factor(f"backbone.net.blocks.{i}.norm1.weight") for i in range(4)] == [
         0.5 ** (4 - i) for i in range(4)

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import pytest
+import torch
 from detectron2.config import instantiate
 from omegaconf import OmegaConf
 
 from flsl_d2.engine.config_files import load_lazy_config
+from flsl_d2.modeling import FLSLViT
 
 ROOT = "pretrain/flsl_vit_small_p16_in1k.py"
 ONE_X = "coco/mask_rcnn_flsl_vit_s16_1x.py"
@@ -98,7 +100,12 @@ def test_layer_decay_follows_the_encoders_depth():
         ("coco/retinanet_flsl_vit_s16_1x.py", 12, 0.7),
         ("ade20k/semantic_fpn_flsl_vit_s16_40k.py", 12, 1.0),
     ):
-        factor = instantiate(load_lazy_config(name).optimizer.params.lr_factor_func)
+        cfg = load_lazy_config(name)
+        detector = torch.nn.Module()
+        detector.backbone = torch.nn.Module()
+        detector.backbone.net = FLSLViT(embed_dim=8, num_heads=1, depth=depth)
+        assert cfg.model.backbone.net.depth == depth
+        factor = instantiate(cfg.optimizer.params.lr_factor_func)(detector)
         assert factor("backbone.net.patch_embed.proj.weight") == pytest.approx(decay ** (depth + 1))
         last = factor(f"backbone.net.blocks.{depth - 1}.norm1.weight")
         assert last == pytest.approx(decay)

@@ -7,7 +7,6 @@ import io
 import itertools
 import os
 import struct
-import subprocess
 import sys
 import zlib
 from collections.abc import Iterator
@@ -17,6 +16,7 @@ import cv2
 import numpy as np
 import pytest
 import torch
+from forked import run_forked
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image, ImageOps
@@ -327,19 +327,15 @@ def test_nothing_hangs_and_decoders_do_not_write_into_the_log(tmp_path: Path) ->
     names += ["folder.jpg", "gone.jpg", *GOOD, *BAD]
     for name, content in {**{name: good[0] for name, good in GOOD.items()}, **BAD}.items():
         (tmp_path / name).write_bytes(content)
-    script = (
+    script = tmp_path / "read.py"
+    script.write_text(
         "import sys; from flsl_d2.data.images import read_rgb\n"
         "for path in sys.argv[1:]:\n"
         "    try: read_rgb(path); print('read')\n"
         "    except OSError as error: print(error)"
     )
-    result = subprocess.run(  # its own process, so that one that hangs is ended
-        [sys.executable, "-c", script, *(str(tmp_path / name) for name in names)],
-        capture_output=True,
-        text=True,
-        timeout=120,
-        cwd=Path(__file__).resolve().parents[2],
-    )
+    # Its own process, so that one that hangs is ended.
+    result = run_forked([sys.executable, script, *(tmp_path / name for name in names)], timeout=120)
     assert result.returncode == 0, result.stderr
     assert result.stderr == ""
     reasons = dict(zip(names, result.stdout.splitlines(), strict=True))

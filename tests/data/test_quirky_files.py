@@ -169,7 +169,7 @@ def test_a_file_is_used_or_refused_in_one_sentence() -> None:
     outcomes: Counter[str] = Counter()
 
     @settings(
-        max_examples=FILES or 150,
+        max_examples=FILES or 80,
         deadline=None,
         derandomize=not FILES,
         database=None,

@@ -85,6 +85,7 @@ def test_a_run_leaves_detector_report_and_config_and_can_be_repeated(
     best = json.loads((folder / "best.json").read_text())
     (row,) = [row for row in rows if "segm/AP" in row and row["iteration"] == best["iteration"]]
     assert best["value"] == row["segm/AP"]
+    # Two evaluators add up the same matches in float64; the figures are in per cent.
     for name in ("bbox/AP", "segm/AP", "bbox/AP50", "segm/AP75"):
         assert figures[name] == pytest.approx(row[name], abs=1e-6)
     found = json.loads((folder / "detections.json").read_text())

@@ -50,7 +50,8 @@ def test_a_plan_can_always_run(num_images, side, name, memory, encoder, max_iter
     assert 1 <= plan.batch_size <= 16
     assert plan.batch_size <= max(1, num_images // 4)
     assert plan.batch_size.bit_count() == 1
-    assert plan.learning_rate == pytest.approx(1e-4 * math.sqrt(plan.batch_size / 16), rel=1e-2)
+    # It has three digits, so that it is off by at most 0.005 in 1.
+    assert plan.learning_rate == pytest.approx(1e-4 * math.sqrt(plan.batch_size / 16), rel=5e-3)
     assert 1 <= plan.eval_period <= plan.max_iter
     assert plan.max_iter / plan.eval_period <= 10
     assert plan.log_period <= plan.eval_period

@@ -1,12 +1,12 @@
 """Exit statuses and what is printed, and how a command line is read."""
 
 import argparse
-import subprocess
 import sys
 import warnings
 from pathlib import Path
 
 import pytest
+from forked import run_forked
 
 from flsl_d2.engine.command_line import (
     add_option,
@@ -17,6 +17,7 @@ from flsl_d2.engine.command_line import (
     tool_argument_parser,
 )
 from flsl_d2.engine.launch import launch
+from flsl_d2.engine.stopping import STOPPED
 from flsl_d2.errors import InputError, TrainingError
 
 SCRIPT = """
@@ -32,11 +33,10 @@ if __name__ == "__main__":
 """
 
 
-def test_input_error_of_two_processes_is_one_line_and_status_2(tmp_path):
+def test_input_error_of_two_processes_is_one_line_and_status_2(tmp_path, forked_workers):
     path = tmp_path / "tool.py"
     path.write_text(SCRIPT)
-    command = [sys.executable, str(path)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
+    done = run_forked([sys.executable, path])
     assert done.returncode == 2
     assert done.stderr == "error: the value 7 is odd.\n"
 
@@ -47,6 +47,7 @@ def test_input_error_of_two_processes_is_one_line_and_status_2(tmp_path):
         (InputError("the value 7 is odd."), 2, "error: the value 7 is odd.\n"),
         (TrainingError("the loss is NaN."), 3, "error: the loss is NaN.\n"),
         (KeyboardInterrupt(), 130, "interrupted\n"),
+        (SystemExit(STOPPED), STOPPED, ""),
         (None, 0, ""),
     ],
 )

@@ -1,6 +1,10 @@
-"""Real processes: groups that Detectron2's comm knows, and failures that show their cause."""
+"""Real processes: groups that Detectron2's comm knows, and failures that show their cause.
+
+Workers are forked, except where a test is about the start or the end of a fresh process.
+"""
 
 import os
+import signal
 import socket
 import subprocess
 import sys
@@ -12,13 +16,15 @@ from pathlib import Path
 import pytest
 import torch
 from detectron2.utils import comm
+from forked import FORK, ForkedJob, run_elastic
 from torch import nn
 
 from flsl_d2.engine.launch import WorkerError, launch, wrap_ddp
 from flsl_d2.engine.stopping import STOPPED
 from flsl_d2.errors import InputError, TrainingError
 
-REPOSITORY = Path(__file__).parents[2]
+TESTS = Path(__file__).resolve().parents[1]
+REPOSITORY = TESTS.parent
 
 # Seconds that end a test which would wait for ever. A process imports PyTorch in 5 seconds on an
 # idle core, and in over a minute on a machine with ten times as much work as cores.
@@ -58,31 +64,27 @@ def test_one_process_runs_here(tmp_path):
     assert (tmp_path / "rank0").read_text() == "0 1 0 1 0.0 0"
 
 
-def test_two_cpu_processes(tmp_path):
-    launch(record, 2, args=(str(tmp_path),), device="cpu")
+def record_while_threads_compute(folder: str) -> None:
+    record(folder)
+    keep_threads_busy()
+
+
+def test_two_fresh_processes(tmp_path):
+    launch(record_while_threads_compute, 2, args=(str(tmp_path),), device="cpu")
     check_two_ranks(tmp_path)
 
 
-def test_two_machines_of_one_process(tmp_path):
-    code = (
-        "import sys; sys.path.insert(0, 'tests/engine'); import test_launch as t\n"
-        "from flsl_d2.engine.launch import launch\n"
-        "if __name__ == '__main__':\n"
-        "    launch(t.record, 1, 2, int(sys.argv[1]), sys.argv[2], (sys.argv[3],), 'cpu')\n"
-    )
-    script = tmp_path / "run.py"
-    script.write_text(code)
+def test_two_machines_of_one_process(tmp_path, forked_workers):
     url = f"tcp://127.0.0.1:{free_port()}"
-    environment = {**os.environ, "PYTHONPATH": f"{REPOSITORY}:{REPOSITORY}/tests/engine"}
     started = [
-        subprocess.Popen(
-            [sys.executable, str(script), str(rank), url, str(tmp_path)],
-            cwd=REPOSITORY,
-            env=environment,
-        )
+        FORK.Process(target=launch, args=(record, 1, 2, rank, url, (str(tmp_path),), "cpu"))
         for rank in (0, 1)
     ]
-    assert [process.wait(120) for process in started] == [0, 0]
+    for process in started:
+        process.start()
+    for process in started:
+        process.join(PATIENCE)
+    assert [process.exitcode for process in started] == [0, 0]
     assert (tmp_path / "rank1").read_text() == "1 2 0 1 0.5 0 1"
 
 
@@ -96,35 +98,24 @@ def record_after_a_death(folder: str) -> None:
 
 
 def test_torchrun_brings_back_ranks_of_which_one_was_killed(tmp_path):
-    script = tmp_path / "run.py"
-    script.write_text(
-        "import sys, test_launch as t\nfrom flsl_d2.engine.launch import launch\n"
-        "launch(t.record_after_a_death, 1, args=(sys.argv[1],), device='cpu')\n"
-    )
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2"]
-    done = subprocess.run(
-        [*command, "--standalone", "--max-restarts=1", str(script), str(tmp_path)],
-        env={**os.environ, "PYTHONPATH": f"{REPOSITORY}:{REPOSITORY}/tests/engine"},
-        capture_output=True,
-        text=True,
-        timeout=2 * PATIENCE,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr
+    def rank() -> None:
+        launch(record_after_a_death, 1, args=(str(tmp_path),), device="cpu")
+
+    run_elastic(rank, restarts=1)
     check_two_ranks(tmp_path)
 
 
 @pytest.mark.parametrize(
     ("kind", "message"), [("crash", "rank one divided"), ("killed", "SIGKILL")]
 )
-def test_a_dying_rank_ends_the_others_and_shows_its_own_error(kind, message):
+def test_a_dying_rank_ends_the_others_and_shows_its_own_error(kind, message, forked_workers):
     start = time.monotonic()
     with pytest.raises(WorkerError, match=message):
         launch(fail, 2, args=(kind,), device="cpu")
     assert time.monotonic() - start < PATIENCE
 
 
-def test_workers_end_with_a_parent_that_is_killed_while_they_start(tmp_path):
+def test_a_worker_ends_with_a_parent_that_is_killed_while_it_starts(tmp_path):
     script = tmp_path / "run.py"
     script.write_text(
         "import os, sys, time\n"
@@ -134,21 +125,24 @@ def test_workers_end_with_a_parent_that_is_killed_while_they_start(tmp_path):
         "def work():\n"
         "    (folder / 'trained').touch()\n"
         "if __name__ == '__main__':\n"
-        "    launch(work, 2, device='cpu')\n"
+        # One of two machines: a single worker of its own is started.
+        "    launch(work, 1, 2, 0, 'tcp://127.0.0.1:1', device='cpu')\n"
         "else:\n"
         "    (folder / f'starting{os.getpid()}').touch()\n"
         "    while not (folder / 'orphaned').exists():\n"
         "        time.sleep(0.01)\n"
     )
-    parent = subprocess.Popen([sys.executable, str(script), str(tmp_path)], cwd=REPOSITORY)
+    with (tmp_path / "log").open("wb") as log:
+        command = [sys.executable, str(script), str(tmp_path)]
+        parent = ForkedJob(command, cwd=REPOSITORY, stdout=log, env={})
     try:
-        starting = wait_for(lambda: len(found := [*tmp_path.glob("starting*")]) == 2 and found)
+        (starting,) = wait_for(lambda: [*tmp_path.glob("starting*")])
     finally:
-        parent.kill()
+        parent.send_signal(signal.SIGKILL)
         parent.wait()
         (tmp_path / "orphaned").touch()
-    processes = [Path("/proc", path.name.removeprefix("starting")) for path in starting]
-    wait_for(lambda: not any(map(runs, processes)))
+    worker = Path("/proc", starting.name.removeprefix("starting"))
+    wait_for(lambda: not runs(worker))
     assert not (tmp_path / "trained").exists()
 
 
@@ -167,41 +161,31 @@ def wait_for(condition):
     return value
 
 
-def end_while_threads_compute(status: int) -> None:
+def keep_threads_busy() -> None:
     # These stand for gloo's threads: PyTorch's code wants the interpreter again while it is torn
     # down, which aborts the process.
     operand = torch.randn(256, 256)
     for _ in range(2):
         threading.Thread(target=lambda: [operand @ operand for _ in count()], daemon=True).start()
     time.sleep(0.2)
-    if status:
-        raise SystemExit(status)
 
 
-def test_workers_with_busy_threads_end_with_their_status():
-    launch(end_while_threads_compute, 2, args=(0,), device="cpu")
-    with pytest.raises(SystemExit) as left:
-        launch(end_while_threads_compute, 2, args=(STOPPED,), device="cpu")
-    assert left.value.code == STOPPED
-
-
-@pytest.mark.parametrize("status", [0, STOPPED])
-def test_a_tool_with_busy_threads_ends_with_its_status_under_torchrun(status):
+def test_a_tool_with_busy_threads_ends_with_its_status_under_torchrun():
     code = (
-        "import atexit, sys, test_launch as t; from flsl_d2.engine.command_line import run_tool\n"
+        "import atexit, test_launch as t; from flsl_d2.engine.command_line import run_tool\n"
         "atexit.register(print, 'registered')\n"
-        f"run_tool(t.end_while_threads_compute, {status})"
+        "run_tool(t.keep_threads_busy)"
     )
     environment = {
         **os.environ,
         **{"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1"},
-        "PYTHONPATH": f"{REPOSITORY}:{REPOSITORY}/tests/engine",
+        "PYTHONPATH": os.pathsep.join(map(str, (REPOSITORY, TESTS, TESTS / "engine"))),
     }
     command = [sys.executable, "-c", code]
     done = subprocess.run(
         command, env=environment, capture_output=True, text=True, timeout=2 * PATIENCE, check=False
     )
-    assert (done.returncode, done.stdout) == (status, "registered\n"), done.stderr
+    assert (done.returncode, done.stdout) == (0, "registered\n"), done.stderr
 
 
 def leave(kind: str) -> None:
@@ -213,13 +197,13 @@ def leave(kind: str) -> None:
     time.sleep(120)
 
 
-def test_workers_that_stop_as_asked_are_no_failure():
+def test_workers_that_stop_as_asked_are_no_failure(forked_workers):
     with pytest.raises(SystemExit) as left:
         launch(leave, 2, args=("stopped",), device="cpu")
     assert left.value.code == STOPPED
 
 
-def test_training_that_cannot_go_on_keeps_its_sentence():
+def test_training_that_cannot_go_on_keeps_its_sentence(forked_workers):
     start = time.monotonic()
     with pytest.raises(TrainingError, match=r"^the loss is nan; lower it$"):
         launch(leave, 2, args=("broken",), device="cpu")

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import copy
+
 import pytest
 import timm
 import torch
-from detectron2.config import get_cfg
+from detectron2.config import get_cfg, instantiate
 from detectron2.modeling import build_backbone
+from timm.optim import param_groups_layer_decay
 
 from flsl_d2 import add_flsl_config
 from flsl_d2.detection.solver import add_solver_config, build_yaml_optimizer
+from flsl_d2.engine.config_files import load_lazy_config
 from flsl_d2.errors import InputError
 from flsl_d2.modeling.timm_backbone import (
     TimmBackbone,
@@ -130,23 +134,74 @@ def test_every_trained_parameter_gets_a_gradient(name):
     assert all(name.startswith(("model.head.", "model.fc.")) for name in frozen)
 
 
-def test_yaml_layer_decay_follows_timms_layers():
+@pytest.mark.parametrize(("name", "arguments"), [*LEVELS.items(), *list(PLAIN.items())[:1]])
+@pytest.mark.parametrize("kind", ["yaml", "lazy"])
+def test_layer_decay_is_timms(kind, name, arguments):
     """Blocks are numbered anew in every stage, so their numbers alone tell no depth."""
-    cfg = get_cfg()
-    add_flsl_config(cfg)
-    add_solver_config(cfg)
-    cfg.MODEL.BACKBONE.NAME = "build_timm_pyramid"
-    cfg.MODEL.TIMM.NAME = "convnext_atto?pretrained=false"
-    cfg.SOLVER.OPTIMIZER, cfg.SOLVER.LAYER_DECAY, cfg.SOLVER.BASE_LR = "ADAMW", 0.5, 1.0
+    text = f"{name}?pretrained=false" + "".join(f"&{k}={v}" for k, v in arguments.items())
     model = torch.nn.Sequential()
-    model.backbone = build_backbone(cfg)
-    groups = build_yaml_optimizer(cfg, model).param_groups
-    rates = {id(p): group["lr"] for group in groups for p in group["params"]}
-    factors = model.backbone.bottom_up.layer_factors(0.5)
-    for name, parameter in model.backbone.bottom_up.named_parameters():
-        assert not parameter.requires_grad or rates[id(parameter)] == factors[name]
-    assert factors["model.stages.3.blocks.0.gamma"] > factors["model.stages.0.blocks.1.gamma"]
-    assert rates[id(model.backbone.fpn_lateral2.weight)] == 1.0
+    if kind == "yaml":
+        cfg = get_cfg()
+        add_flsl_config(cfg)
+        add_solver_config(cfg)
+        cfg.MODEL.BACKBONE.NAME = "build_timm_pyramid"
+        cfg.MODEL.TIMM.NAME = text
+        cfg.SOLVER.OPTIMIZER, cfg.SOLVER.LAYER_DECAY, cfg.SOLVER.BASE_LR = "ADAMW", 0.5, 1.0
+        model.backbone = build_backbone(cfg)
+        optimizer = build_yaml_optimizer(cfg, model)
+    else:
+        cfg = load_lazy_config("coco/mask_rcnn_flsl_vit_s16_1x.py").optimizer
+        model.backbone = timm_pyramid(build_timm_backbone(text))
+        cfg.lr, cfg.params.lr_factor_func.decay_rate, cfg.params.model = 1.0, 0.5, model
+        optimizer = instantiate(cfg)
+    rates = {id(p): group["lr"] for group in optimizer.param_groups for p in group["params"]}
+    net = getattr(model.backbone, "bottom_up", None) or model.backbone.net
+    expected = param_groups_layer_decay(net.model, layer_decay=0.5)
+    for group in expected:
+        assert {rates.pop(id(p)) for p in group["params"]} == {group["lr_scale"]}
+    assert len({group["lr_scale"] for group in expected}) > 2
+    assert set(rates.values()) == {1.0}  # the pyramid
+    assert {id(p) for p in model.backbone.parameters() if p.requires_grad} >= set(rates)
+
+
+@pytest.mark.parametrize(("name", "arguments"), [*LEVELS.items(), *list(PLAIN.items())[:2]])
+def test_checkpointing_keeps_less_for_the_same_gradients(name, arguments):
+    nets = [
+        TimmBackbone(name, pretrained=False, use_act_checkpoint=recomputed, **arguments)
+        for recomputed in (False, True)
+    ]
+    nets[1].load_state_dict(nets[0].state_dict())
+    images = torch.rand(2, 3, 64, 64)
+    kept, gradients = [0, 0], []
+    for index, net in enumerate(nets):
+
+        def keep(tensor: torch.Tensor, index: int = index) -> torch.Tensor:
+            kept[index] += tensor.numel()
+            return tensor
+
+        torch.manual_seed(0)  # of stochastic depth, which is drawn again for the second pass
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+            loss = torch.stack([each.square().mean() for each in net(images).values()]).sum()
+        loss.backward()
+        gradients.append({n: p.grad for n, p in net.named_parameters() if p.grad is not None})
+    assert kept[1] < kept[0] / 2
+    torch.testing.assert_close(gradients[1], gradients[0])
+
+
+@pytest.mark.parametrize("name", ["resnet18", "convnext_atto", "swin_tiny_patch4_window7_224"])
+def test_a_frozen_model_of_several_stages_stays_as_it_is(name):
+    """Batch norm has statistics that training mode would move, and blocks dropped paths."""
+    arguments = {**LEVELS[name], "frozen": True, "use_act_checkpoint": True}
+    pyramid = timm_pyramid(TimmBackbone(name, pretrained=False, **arguments), 8).train()
+    before = copy.deepcopy(pyramid.bottom_up.state_dict())
+    images = torch.rand(2, 3, 64, 64)
+    first = pyramid(images)
+    torch.stack([each.square().mean() for each in first.values()]).sum().backward()
+    assert all((p.grad is None) == n.startswith("bottom_up") for n, p in pyramid.named_parameters())
+    torch.optim.SGD(pyramid.parameters(), 1.0, weight_decay=1.0).step()
+    after = pyramid.bottom_up.state_dict()
+    assert all(torch.equal(after[key], value) for key, value in before.items())
+    assert not pyramid.bottom_up.model.training
 
 
 def test_weights_of_a_file_are_taken_whole(tmp_path):
@@ -179,6 +234,7 @@ def test_names_with_options():
         ("levit_128s", "images of any size"),
         ("mvitv2_tiny", "images of any size"),
         ("resnet18?colour=red", "check the options"),
+        ("hrnet_w18_small?use_act_checkpoint=true", "cannot recompute"),
     ],
 )
 def test_what_cannot_be_used_is_said(name, sentence):

@@ -117,7 +117,8 @@ def test_an_order_of_14_million_images_needs_no_table():
     images = order(np.arange(10_000) * 1400)
     assert len(set(images.tolist())) == 10_000
     assert 0 <= images.min() <= images.max() < 14_000_000
-    assert images.mean() == pytest.approx(7e6, rel=0.05)
+    # The mean of 10,000 numbers spread evenly over 14 million has standard deviation 40,400.
+    assert images.mean() == pytest.approx(7e6, abs=5 * 40_400)
 
 
 def test_batch_that_ranks_do_not_divide():

@@ -15,6 +15,9 @@ from skimage.feature import hog as skimage_hog
 from tiny_methods import CLOSE, VALUES, cross_entropy, softmax, step, tiny_config, tiny_method
 
 from flsl_d2.errors import InputError
+from flsl_d2.evaluation.features import frozen_encoder
+from flsl_d2.modeling import FLSLViT
+from flsl_d2.weights.export import write_encoder
 from pretrain.methods.beit import PatchTokens
 from pretrain.methods.colorization import rgb_to_lab
 from pretrain.methods.jigsaw import distant_permutations
@@ -98,8 +101,12 @@ def test_codes_are_the_running_means_of_their_patches():
     torch.testing.assert_close(tokeniser.codes, torch.tensor(codes))
 
 
-def test_beit(monkeypatch):
-    method = tiny_method("beit")
+@pytest.mark.parametrize("tokenizer", ["", "file", "timm:resnet10t?pretrained=false"])
+def test_beit(tokenizer, monkeypatch, tmp_path):
+    if tokenizer == "file":
+        tokenizer = str(tmp_path / "encoder.pth")
+        write_encoder(FLSLViT(patch_size=2, embed_dim=8, depth=1, num_heads=1), tokenizer)
+    method = tiny_method("beit", f"model.tokenizer={tokenizer}")
     inputs = step(method, num_global=1)
     mask = torch.rand(3, 4, 4, generator=torch.Generator().manual_seed(3)) < 0.4
     monkeypatch.setattr("pretrain.methods.beit.block_masks", lambda *_: mask)
@@ -108,6 +115,12 @@ def test_beit(monkeypatch):
         images[b, :, 4 * y : 4 * y + 4, 4 * x : 4 * x + 4].flatten()
         for b, y, x in itertools.product(range(3), range(4), range(4))
     ]
+    if tokenizer:
+        encoder = frozen_encoder(tokenizer)
+        side = 4 * encoder.patch_size
+        resized = F.interpolate(images, (side, side), mode="bicubic", antialias=True)
+        patches = [row / row.norm() for row in encoder.forward_tokens(resized).flatten(0, 1)]
+        assert not any("tokenizer" in key for key in method.state_dict())
     torch.manual_seed(5)
     codes = [patches[n] for n in torch.randperm(48)[:9].tolist()]
     with torch.no_grad():
@@ -225,4 +238,5 @@ def test_cross_entropy_of_the_slow_arithmetic():
     logits, targets = torch.randn(5), torch.rand(5)
     targets /= targets.sum()
     expected = F.cross_entropy(logits[None], targets[None]).item()
+    # PyTorch's value is of float32.
     assert cross_entropy(targets.tolist(), softmax(logits)) == pytest.approx(expected, rel=1e-5)

@@ -92,6 +92,19 @@ def test_method(name, images, tmp_path):
     torch.testing.assert_close(loaded.forward_tokens(pictures), expected)
 
 
+@pytest.mark.parametrize("name", sorted(RECIPES.keys() - {"densecl_resnet50"}))
+def test_losses_keep_full_precision_beside_an_encoder_in_bf16(name, images):
+    losses: list[torch.Tensor] = []
+    for dtype in (None, torch.bfloat16):
+        trainer = build(tiny_config(name), images)
+        trainer.dtype = dtype
+        trainer.method.register_forward_hook(lambda *call: losses.append(call[2][0]["loss"]))
+        train(trainer, 0, 1)
+    assert [loss.dtype for loss in losses] == [torch.float32, torch.float32]
+    # Outputs are rounded to 1 in 256, and batch norm over four images divides by small spreads.
+    torch.testing.assert_close(losses[1], losses[0], rtol=0.05, atol=1e-3)
+
+
 @pytest.mark.parametrize("name", ["dino", "detcon"])
 def test_method_on_device_augments_the_same_views(name, images):
     """The loss differs by the rounding of 8-bit images alone, a grey level in 255."""

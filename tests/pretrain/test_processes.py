@@ -1,4 +1,4 @@
-"""Two processes that decide together. All checks share one group: starting Python costs most."""
+"""Two processes that decide together; all checks share one group."""
 
 from __future__ import annotations
 
@@ -8,6 +8,8 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
+from batch_of_processes import SHARED, without_chance, without_group
+from batch_of_processes import train as train_method
 from detectron2.utils import comm
 from omegaconf import OmegaConf
 from torch import nn
@@ -132,7 +134,23 @@ def check_numbers_of_a_step_are_one_exchange(folder: Path) -> None:
     assert len(exchanges) == 1
 
 
+def check_methods_see_the_batch_of_both(folder: Path) -> None:
+    for name in SHARED:
+        with without_chance():
+            losses, found = train_method(name, comm.get_rank(), 2)
+            with without_group():
+                whole_losses, whole = train_method(name, 0, 1)
+        assert found.keys() == whole.keys()
+        found["losses"], whole["losses"] = torch.tensor(losses), torch.tensor(whole_losses)
+        for key, value in found.items():
+            dist.all_reduce(value)  # gradients are averaged; buffers are the same on both
+            # Sums in another order, in float32.
+            same = torch.allclose(value / 2, whole[key], rtol=1e-4, atol=1e-5)
+            assert same, f"{name}, {key}: {value / 2} on two processes, {whole[key]} on one"
+
+
 CHECKS = [
+    check_methods_see_the_batch_of_both,
     check_numbers_of_a_step_are_one_exchange,
     check_bad_numbers_have_one_writer,
     check_machines_that_see_other_folders_do_not_hang,
@@ -150,7 +168,7 @@ def run_checks(folder: str) -> None:
         comm.synchronize()
 
 
-def test_two_processes(tmp_path):
+def test_two_processes(tmp_path, forked_workers):
     launch(run_checks, 2, args=(str(tmp_path),), device="cpu")
 
 

@@ -29,7 +29,12 @@ from pretrain.studies.benchmark.measuring import (
     stored_for_backward,
     time_in_turn,
 )
-from pretrain.trainer import PretrainTrainer, resolve_compile, resolve_precision
+from pretrain.trainer import (
+    PretrainTrainer,
+    records_graphs,
+    resolve_compile,
+    resolve_precision,
+)
 from pretrain.views import NestedViews, Views
 
 # Dense bf16 and fp16 peak of GPUs, from the vendor's data sheets, by a part of PyTorch's name.
@@ -59,6 +64,11 @@ VARIANTS: dict[str, tuple[str, ...]] = {
     "eager": ("model.pack_views=False", "train.compile=False"),
     "packed": ("model.pack_views=True",),
     "compiled": ("train.compile=True",),
+    # Without stochastic depth the student's blocks have fixed shapes as well.
+    "graphs": (
+        *("train.compile=True", "train.compile_mode=reduce-overhead"),
+        "model.backbone.drop_path_rate=0",
+    ),
     "checkpointed": ("model.backbone.use_act_checkpoint=True",),
     "augmented on device": ("views.on_device=augmentation",),
     "cropped on device": ("views.on_device=crops",),
@@ -115,6 +125,7 @@ def build_trainer(
         resolve_precision(precision, device.type),
         cfg.train.clip_norm,
         cfg.train.clip_mode,
+        records_graphs=records_graphs(mode),
     )
     trainer.iter = 0
     return trainer
@@ -187,7 +198,7 @@ def benchmark_step(args: argparse.Namespace) -> None:
     for name, timing in timings.items():
         step, rate, kept = timing.function, timing.rate(args.batch_size), None
         own = flops if isinstance(step, Step) else None
-        if isinstance(step, Step) and "compiled" not in name:
+        if isinstance(step, Step) and "train.compile=True" not in overrides[name]:
             kept = step.stored_bytes() / args.batch_size / 2**20
         rows.append(
             {
