@@ -73,7 +73,7 @@ PRETRAINING_KEYS = NeutralKeys(
         *("dataloader.num_workers", "dataloader.prefetch_factor"),
     ),
     on_resume=(
-        *("train.device", "train.compile*", "train.tf32", "train.log_period"),
+        *("train.device", "train.compile*", "train.tf32", "train.log_period", "train.sharding"),
         # The images are compared by their names below their common folder.
         *("dataset.root", "dataset.name", "dataset.max_failed_share"),
         *("dataset.cache_gb", "dataset.cache_dir", "dataset.patience"),

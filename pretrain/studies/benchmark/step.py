@@ -64,7 +64,7 @@ VARIANTS: dict[str, tuple[str, ...]] = {
     "eager": ("model.pack_views=False", "train.compile=False"),
     "packed": ("model.pack_views=True",),
     "compiled": ("train.compile=True",),
-    # CUDA graphs of the teacher's blocks; with model.backbone.drop_path_rate=0 of the student's too.
+    # CUDA graphs of the teacher's blocks; without stochastic depth of the student's as well.
     "graphs": ("train.compile=True", "train.compile_mode=reduce-overhead"),
     "checkpointed": ("model.backbone.use_act_checkpoint=True",),
     "augmented on device": ("views.on_device=augmentation",),
