@@ -18,10 +18,13 @@ from typing import Any, TypeVar, cast
 
 import torch
 import torch.distributed as dist
-import torch.distributed.checkpoint as dcp
 from detectron2.utils import comm
 from torch import Tensor, nn
+from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.filesystem import FileSystemReader
 from torch.distributed.checkpoint.metadata import Metadata
+from torch.distributed.checkpoint.state_dict_loader import load as load_shares
+from torch.distributed.checkpoint.state_dict_saver import save as save_shares
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
@@ -188,8 +191,14 @@ class ShardedCheckpointer(FLSLCheckpointer):
         if not isinstance(tensor, DTensor):
             return copy_to_cpu(tensor)
         local = copy_to_cpu(tensor.to_local())
-        sizes = {"shape": tensor.shape, "stride": tensor.stride()}
-        return DTensor.from_local(local, self._mesh, tensor.placements, run_check=False, **sizes)
+        return DTensor.from_local(
+            local,
+            self._mesh,
+            tensor.placements,
+            run_check=False,
+            shape=tensor.shape,
+            stride=tensor.stride(),
+        )
 
     def write(self, name: str, content: dict[str, Any]) -> None:
         """Write ``<name>.dcp``, and make it the last checkpoint; every process must call this.
@@ -216,8 +225,8 @@ class ShardedCheckpointer(FLSLCheckpointer):
     def _save(self, tensors: dict[str, Tensor], folder: Path) -> None:
         alone = self._group is None
         try:
-            dcp.save(tensors, checkpoint_id=folder, process_group=self._group, no_dist=alone)
-        except dcp.CheckpointException as error:
+            save_shares(tensors, checkpoint_id=folder, process_group=self._group, no_dist=alone)
+        except CheckpointException as error:
             # It holds the errors of all processes; one of the disk is what the caller can name.
             for cause, _ in error.failures.values():
                 if isinstance(cause, OSError):
@@ -283,8 +292,8 @@ class ShardedCheckpointer(FLSLCheckpointer):
                 tensors[key] = counter if name == "step" else moment
                 state.setdefault(int(index), {})[name] = tensors[key]
         try:
-            dcp.load(tensors, storage_reader=reader, no_dist=not dist.is_initialized())
-        except (dcp.CheckpointException, RuntimeError, ValueError) as error:
+            load_shares(tensors, storage_reader=reader, no_dist=not dist.is_initialized())
+        except (CheckpointException, RuntimeError, ValueError) as error:
             raise InputError(
                 f"checkpoint '{path}' does not fit the model ({_reason(error)}); resume with the "
                 "config of the run."
@@ -295,7 +304,7 @@ class ShardedCheckpointer(FLSLCheckpointer):
         return {key: value for key, value in rest.items() if key != "trainer"}
 
 
-class _Reader(dcp.FileSystemReader):
+class _Reader(FileSystemReader):
     """PyTorch's reader, except that it runs no code from the description of a checkpoint."""
 
     def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:

@@ -14,6 +14,7 @@ from omegaconf import DictConfig
 from flsl_d2.data import register_coco_format
 from flsl_d2.data.scenes import make_scenes
 from flsl_d2.detection import train
+from flsl_d2.detection.solver import build_yaml_optimizer
 from flsl_d2.detection.train import _ddp_options, run_lazy_detection
 from flsl_d2.detection.yaml import load_yaml_config, run_yaml_detection
 from flsl_d2.engine.config_files import load_lazy_config
@@ -184,6 +185,15 @@ def test_gradients_are_sent_in_float16_only_with_the_scaler(dtype, tmp_path):
         "find_unused_parameters": False,
         "fp16_compression": dtype == torch.float16,
     }
+
+
+@pytest.mark.parametrize("clipped", [False, True])
+def test_adamw_is_fused_where_nothing_clips_before_it(clipped):
+    cfg = load_yaml_config(YAML, ["SOLVER.OPTIMIZER", "ADAMW"])
+    cfg.defrost()
+    cfg.SOLVER.CLIP_GRADIENTS.ENABLED = clipped
+    optimizer = build_yaml_optimizer(cfg, torch.nn.Linear(2, 2))
+    assert optimizer.defaults["fused"] == (not clipped)
 
 
 @pytest.mark.parametrize(("wanted", "expected"), [(False, []), (True, [torch.bfloat16])])

@@ -13,7 +13,6 @@ import pytest
 import soak
 import torch
 import torch.distributed as dist
-import torch.distributed.checkpoint as dcp
 from detectron2.utils import comm
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, Shard, distribute_tensor
@@ -22,7 +21,7 @@ from flsl_d2.engine.config_files import load_lazy_config
 from flsl_d2.engine.stopping import STOPPED
 from flsl_d2.errors import TrainingError
 from flsl_d2.weights.checkpointer import CHECKSUMS, checkpoint_damage
-from pretrain import run
+from pretrain import run, sharding
 from pretrain.optimizer import clip_gradients
 from pretrain.run import run_pretraining
 from pretrain.trainer import PretrainTrainer
@@ -156,19 +155,19 @@ def check_a_sharded_run_repeats_itself(folder: Path, images: Path) -> None:
 
 
 def check_a_share_that_cannot_be_written(folder: Path, images: Path) -> None:
-    real = dcp.save
+    real = sharding.save_shares
 
     def full(*arguments: Any, **options: Any) -> None:
         real(*arguments, **options)
         if comm.get_rank() == 1:
             raise OSError(28, "No space left on device")
 
-    dcp.save = full
+    sharding.save_shares = full
     try:
         with pytest.raises(TrainingError, match=r"model_final\.dcp cannot be written .*No space"):
             run_pretraining(config(images, folder / "full", "train.sharding=fsdp2"), False)
     finally:
-        dcp.save = real
+        sharding.save_shares = real
     comm.synchronize()
     assert not list((folder / "full").glob("model_*"))
 
