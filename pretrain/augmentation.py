@@ -68,7 +68,13 @@ def blur_radius(sigma: float) -> int:
 
 
 def apply_augmentation(image: np.ndarray, augmentation: Augmentation) -> np.ndarray:
-    """Apply an augmentation to an (S, S, 3) uint8 RGB image."""
+    """Apply an augmentation to an (S, S, 3) uint8 RGB image.
+
+    Of the augmentation of stored values, (S, S, C) float32, brightness, contrast and blur are
+    applied; the rest is defined for RGB.
+    """
+    if image.dtype != np.uint8:
+        return _augment_stored_values(image, augmentation)
     jitters = (_brightness, _contrast, _saturation, _hue)
     for index in augmentation.order:
         image = jitters[index](image, augmentation.factors[index])
@@ -78,6 +84,19 @@ def apply_augmentation(image: np.ndarray, augmentation: Augmentation) -> np.ndar
         image = cv2.GaussianBlur(image, (0, 0), augmentation.sigma)
     if augmentation.solarise:
         image = np.where(image >= 128, 255 - image, image)
+    return image
+
+
+def _augment_stored_values(image: np.ndarray, augmentation: Augmentation) -> np.ndarray:
+    brightness, contrast, _, _ = augmentation.factors
+    mean = image.mean(axis=(0, 1), dtype=np.float32)
+    for index in augmentation.order:
+        if JITTERS[index] == "brightness":
+            image, mean = image * np.float32(brightness), mean * np.float32(brightness)
+        elif JITTERS[index] == "contrast":
+            image = (image - mean) * np.float32(contrast) + mean
+    if augmentation.sigma:
+        image = cv2.GaussianBlur(image, (0, 0), augmentation.sigma).reshape(image.shape)
     return image
 
 

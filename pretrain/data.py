@@ -15,7 +15,13 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, get_worker_info
 
 from flsl_d2.data.image_store import ImageStore, as_store
-from flsl_d2.data.images import MAX_PIXELS, MAX_PIXELS_LIMIT, ImageFile, printable
+from flsl_d2.data.images import (
+    MAX_PIXELS,
+    MAX_PIXELS_LIMIT,
+    ImageFile,
+    printable,
+    read_channels,
+)
 from flsl_d2.errors import InputError, TrainingError
 from flsl_d2.modeling.transfer import to_device
 from pretrain.device_views import (
@@ -162,6 +168,7 @@ class PretrainDataset(Dataset[tuple[Views, list[str]]]):
         on_error: ``skip`` replaces an image that cannot be read by another image of the data set,
             drawn from the same seed, and reports the file; ``raise`` stops.
         max_pixels: largest number of pixels of an image; a larger one counts as unreadable.
+        channels: number of channels whose stored values are used; 0 for RGB of 8 bits.
 
     Raises:
         InputError: an argument is out of range.
@@ -174,6 +181,7 @@ class PretrainDataset(Dataset[tuple[Views, list[str]]]):
         seed: int = 0,
         on_error: str = "skip",
         max_pixels: int = MAX_PIXELS,
+        channels: int = 0,
     ) -> None:
         if on_error not in ("skip", "raise"):
             raise InputError(f"dataset.on_error is '{on_error}'; use 'skip' or 'raise'.")
@@ -181,7 +189,7 @@ class PretrainDataset(Dataset[tuple[Views, list[str]]]):
             raise InputError(f"dataset.max_pixels is {max_pixels}; use 1 to {MAX_PIXELS_LIMIT}.")
         self.files = as_store(files)
         self.views, self.seed = views, seed
-        self.on_error, self.max_pixels = on_error, max_pixels
+        self.on_error, self.max_pixels, self.channels = on_error, max_pixels, channels
 
     def __len__(self) -> int:
         return len(self.files)
@@ -199,8 +207,7 @@ class PretrainDataset(Dataset[tuple[Views, list[str]]]):
         failed: list[str] = []
         for _ in range(MAX_REPLACEMENTS):
             try:
-                image = ImageFile(self.files.source(index), self.max_pixels)
-                return self.views(image, rng), failed
+                return self.views(self._image(index), rng), failed
             except OSError as error:
                 file = self.files[index]
                 if self.on_error == "raise":
@@ -215,6 +222,11 @@ class PretrainDataset(Dataset[tuple[Views, list[str]]]):
             f"{MAX_REPLACEMENTS} images in a row cannot be used, the last is '{name}' ({reason}); "
             "check the files, or the mount they lie on."
         )
+
+    def _image(self, index: int) -> ImageFile | np.ndarray:
+        if self.channels:
+            return read_channels(self.files[index], self.channels, self.max_pixels)
+        return ImageFile(self.files.source(index), self.max_pixels)
 
     def __getitems__(
         self, keys: list[tuple[int, int]]

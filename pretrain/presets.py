@@ -26,13 +26,14 @@ import math
 import os
 import shlex
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
 from detectron2.data import DatasetCatalog
 
-from flsl_d2.data.image_store import open_images
+from flsl_d2.data.channels import find_channels
+from flsl_d2.data.image_store import ImageStore, open_images
 from flsl_d2.errors import InputError
 
 __all__ = ["PRESET_FILE", "Preset", "choose_preset", "device_memory", "use_images"]
@@ -110,7 +111,11 @@ def device_memory(device: str) -> float:
 
 
 def choose_preset(
-    num_images: int, memory: float, num_processes: int = 1, batch_size: int = 0
+    num_images: int,
+    memory: float,
+    num_processes: int = 1,
+    batch_size: int = 0,
+    channels: int = 0,
 ) -> Preset:
     """Choose a recipe and its changes by the rules of this module.
 
@@ -119,9 +124,16 @@ def choose_preset(
         memory: memory of a GPU in GiB; 0 for a CPU.
         num_processes: number of training processes.
         batch_size: number of images in a step that the user asks for; 0 for the rule's.
+        channels: number of channels of images that RGB of 8 bits does not hold; 0 for others.
     """
-    if not memory:
-        return _cpu_preset(num_images, batch_size)
+    preset = (_gpu_preset if memory else _cpu_preset)(num_images, memory, num_processes, batch_size)
+    if not channels:
+        return preset
+    change = (f"dataset.channels={channels}", "the images hold more than RGB of 8 bits")
+    return replace(preset, changes=(*preset.changes, change))
+
+
+def _gpu_preset(num_images: int, memory: float, num_processes: int, batch_size: int) -> Preset:
     size = "tiny" if num_images < 5_000 else "small"
     if num_images >= 500_000 and memory >= 40:
         size = "base"
@@ -146,7 +158,7 @@ def choose_preset(
     return Preset(config, f"ViT-{size[0].upper()}/16", tuple(changes))
 
 
-def _cpu_preset(num_images: int, batch_size: int) -> Preset:
+def _cpu_preset(num_images: int, _memory: float, _processes: int, batch_size: int) -> Preset:
     batch = batch_size or CPU_BATCH
     epochs = _epochs(num_images, batch, CPU_EPOCHS, CPU_STEPS)
     changes = [
@@ -210,7 +222,11 @@ def use_images(args: argparse.Namespace) -> None:
     # Under torchrun the processes exist already, and the options are ignored.
     processes = int(os.environ.get("WORLD_SIZE", args.num_gpus * args.num_machines))
     preset = choose_preset(
-        len(files), device_memory(device), processes, int(batch) if batch.isdecimal() else 0
+        len(files),
+        device_memory(device),
+        processes,
+        int(batch) if batch.isdecimal() else 0,
+        find_channels(files)[0] if type(files) is ImageStore else 0,
     )
     given += [f"train.output_dir={output}", f"train.device={device}", *args.opts]
     command = f"tools/pretrain_net.py --images {shlex.quote(args.images)}"

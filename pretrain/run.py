@@ -21,6 +21,7 @@ from flsl_d2.agreement import decided_by_main
 from flsl_d2.data.image_store import ImageStore, open_images
 from flsl_d2.engine.checkpoints import Checkpoints
 from flsl_d2.engine.config_files import load_lazy_config
+from flsl_d2.engine.first_steps import FirstSteps
 from flsl_d2.engine.launch import launch, wrap_ddp
 from flsl_d2.engine.run_folder import (
     PRETRAINING_KEYS,
@@ -46,7 +47,12 @@ from pretrain.presets import PRESET_FILE, use_images
 from pretrain.schedules import Schedules, set_run_length
 from pretrain.sharding import ShardedCheckpointer, check_sharding, shard
 from pretrain.step_numbers import BadNumbersError, step_files, write_bad_numbers
-from pretrain.summary import FirstSteps, describe_run
+from pretrain.stored_channels import (
+    normalise_stored_values,
+    stored_channels,
+    use_stored_channels,
+)
+from pretrain.summary import FIRST_STEPS, describe_run
 from pretrain.trainer import (
     PretrainTrainer,
     records_graphs,
@@ -131,6 +137,7 @@ def _run(cfg: DictConfig, options: ResumeOptions, request: StopRequest, preset: 
     output = Path(cfg.train.output_dir)
     prepare_output(output, "train.output_dir", ["pretrain", "flsl_d2"])
     files = open_images(**{key: cfg.dataset[key] for key in _IMAGE_KEYS if key in cfg.dataset})
+    use_stored_channels(cfg, files)
     also = {"images": files.names.digest}
     check_and_keep_run(cfg, output, "train.output_dir", options, PRETRAINING_KEYS, also)
     if preset and comm.is_main_process():
@@ -144,6 +151,7 @@ def _run(cfg: DictConfig, options: ResumeOptions, request: StopRequest, preset: 
     torch.set_float32_matmul_precision("high" if cfg.train.get("tf32") else "highest")
     model = instantiate(cfg.model).to(cfg.train.device)
     method: Method = model
+    normalise_stored_values(method, cfg)
     encoder, compile_mode = method.exported_encoder(), cfg.train.get("compile_mode", "default")
     mode = resolve_compile(cfg.train.compile, compile_mode, cfg.train.device, encoder)
     sharded = check_sharding(cfg.train.get("sharding", "none"), method, precision, mode)
@@ -154,7 +162,12 @@ def _run(cfg: DictConfig, options: ResumeOptions, request: StopRequest, preset: 
     )
     views.keep_crops = method.needs_crops
     dataset = PretrainDataset(
-        files, views, cfg.train.seed, cfg.dataset.on_error, cfg.dataset.max_pixels
+        files,
+        views,
+        cfg.train.seed,
+        cfg.dataset.on_error,
+        cfg.dataset.max_pixels,
+        stored_channels(cfg),
     )
     for line in describe_run(cfg, files, method, schedules, precision):
         logger.info("%s", line)
@@ -289,7 +302,7 @@ def _hooks(
     output, period = Path(cfg.train.output_dir), cfg.train.log_period
     num_centroids = trainer.method.num_centroids
     watch = CollapseWatch()
-    registered: list[HookBase] = [FirstSteps(), watch]
+    registered: list[HookBase] = [FirstSteps(FIRST_STEPS, "pictures and scores", logger), watch]
     if isinstance(checkpointer, ShardedCheckpointer):
         periods = (
             cfg.train.checkpoint_period,
@@ -317,7 +330,13 @@ def _hooks(
                 cfg.views.global_size,
                 max_share=cfg.train.get("pictures_max_share", 1.0),
             ),
-            HealthReport(files, watch, cfg.train.health_period, cfg.views.global_size),
+            HealthReport(
+                files,
+                watch,
+                cfg.train.health_period,
+                cfg.views.global_size,
+                num_images=0 if stored_channels(cfg) else 12,
+            ),
             PeriodicWriter(writers, period),
             ExportTeacher(output / "teacher_backbone.pth", cfg.train.checkpoint_period),
         ]

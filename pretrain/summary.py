@@ -1,17 +1,10 @@
-"""What a run is about to do, and what it costs once its first steps are done."""
+"""What a run is about to do."""
 
 from __future__ import annotations
 
-import datetime
-import logging
-import os
-import resource
-import sys
 from collections.abc import Sequence
 
 import numpy as np
-import torch
-from detectron2.engine import HookBase
 from detectron2.utils import comm
 from omegaconf import DictConfig
 
@@ -21,10 +14,9 @@ from flsl_d2.errors import InputError
 from pretrain.methods import Method
 from pretrain.schedules import Schedules
 
-__all__ = ["FirstSteps", "describe_run", "try_images"]
+__all__ = ["FIRST_STEPS", "describe_run", "try_images"]
 
-logger = logging.getLogger("pretrain")
-
+FIRST_STEPS = 50  # steps after which the duration is known
 _TRIED_IMAGES = 100
 
 
@@ -82,7 +74,7 @@ def describe_run(
         f"learning rate: up to {schedules.peak_lr:.3g} over {schedules.warmup_iters:,} steps, "
         f"then down to {schedules.final_lr:.3g}",
         f"length: {steps:,} steps ({steps * batch / len(files):.1f} epochs); the duration follows "
-        f"after {FirstSteps.steps} steps",
+        f"after {FIRST_STEPS} steps",
     ]
     if len(files) < 200:
         lines.append(
@@ -98,41 +90,3 @@ def _crops(views: DictConfig) -> str:
         return f"{views.num_global} of {views.global_size} px and {local}"
     size = views.global_size
     return f"1 of {size} px for the teacher; 1 of {size} px and {local} for the student"
-
-
-class FirstSteps(HookBase):
-    """Log the expected duration and the peak memory, once, after the first steps of this start."""
-
-    steps = 50
-
-    def after_step(self) -> None:
-        """Log when the steps are done."""
-        if self.trainer.iter + 1 - self.trainer.start_iter != self.steps:
-            return
-        # The first steps start workers and choose kernels, so the median is taken.
-        seconds = self.trainer.storage.history("time").median(self.steps)
-        left = datetime.timedelta(
-            seconds=round(seconds * (self.trainer.max_iter - self.trainer.iter - 1))
-        )
-        end = datetime.datetime.now(datetime.timezone.utc) + left
-        logger.info(
-            "After %d steps: %.3g s a step, so %s remain (until %s UTC), pictures and scores not "
-            "counted; peak memory %s.",
-            self.steps,
-            seconds,
-            left,
-            f"{end:%Y-%m-%d %H:%M}",
-            _peak_memory(),
-        )
-
-
-def _peak_memory() -> str:
-    if torch.cuda.is_available():
-        card = torch.cuda.get_device_properties(torch.cuda.current_device())
-        used, total, place = torch.cuda.max_memory_reserved(), card.total_memory, card.name
-    else:
-        unit = 1 if sys.platform == "darwin" else 1024
-        used = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
-        total = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-        place = "this machine"
-    return f"{used / 2**30:.1f} of {total / 2**30:.0f} GiB of {place}"

@@ -12,6 +12,10 @@ def test_leaves_a_table_and_pictures(tmp_path, monkeypatch, run_main):
     monkeypatch.setattr("pretrain.studies.demo.subprocess", FORKED_SUBPROCESS)
     # With one core the demo trains in one process, which saves the time of starting others.
     monkeypatch.setattr("pretrain.studies.demo.usable_cores", lambda: 1)
+    # The linear probe takes as long as everything else.
+    scores = {"patch k-NN, mIoU": "knn_segmentation/mIoU"}
+    monkeypatch.setattr("pretrain.studies.demo.SCORES", scores)
+    monkeypatch.setattr("pretrain.studies.demo.SEEDS", (0, 1))
     arguments = ["--output", str(tmp_path), "--train-scenes", "16", "--val-scenes", "6"]
     arguments += ["--pretrain-iters", "2", "--detection-iters", "2"]
     status, output, errors = run_main(main, *arguments)
@@ -20,6 +24,8 @@ def test_leaves_a_table_and_pictures(tmp_path, monkeypatch, run_main):
     assert "| random weights |" in output
     assert "| FLSL |" in output
     assert "encoder weights: " in output
+    assert output.count(" ± ") >= 2
+    assert "| frozen features | patch k-NN, mIoU |" in (tmp_path / "results.md").read_text()
     for name in (
         "pretraining_curves",
         "detection_curves_random",

@@ -127,9 +127,15 @@ def test_lazy_config_to_ap_then_evaluated_then_resumed(few_images, encoder_file,
     assert checkpoint["iteration"] == 3
 
 
-def test_yaml_config_on_coco_to_ap_then_evaluated(few_images, encoder_file, tmp_path):
-    settings = [*TINY_YAML, "OUTPUT_DIR", str(tmp_path)]
+def test_yaml_config_on_coco_to_ap_then_evaluated(few_images, encoder_file, tmp_path, monkeypatch):
+    settings = [*TINY_YAML, "OUTPUT_DIR", str(tmp_path), "TRAIN.TRACKERS", "['wandb','mlflow']"]
+    monkeypatch.setenv("WANDB_MODE", "offline")
     trained = run(few_images, "--config-file", YAML, *settings, "MODEL.WEIGHTS", encoder_file)
+    # Both trackers have the values of the last step, as a LazyConfig run sends them.
+    assert list((tmp_path / "wandb").glob("offline-run-*/run-*.wandb"))
+    (losses,) = (tmp_path / "mlruns").glob("*/*/metrics/total_loss")
+    assert len(losses.read_text().splitlines()) == 1
+    assert list((tmp_path / "mlruns").glob("*/*/params/MODEL.FLSL_VIT.DEPTH"))
     assert f"matched ({encoder_file})" in trained
     assert len(average_precisions(trained)) == 2
     expected = predictions(tmp_path)

@@ -17,13 +17,15 @@ dataset.name, dataset.root = "", ""
 
 model.backbone.update(patch_size=8, embed_dim=128, depth=6, num_heads=4, drop_path_rate=0.0)
 model.head.update(num_centroids=256, hidden_dim=256, bottleneck_dim=128)
-# Targets come from the place of a token and may hold little of the place and of the image alone.
+# Targets come from the place of a token and may hold little of the place and of the image alone;
+# tokens that the encoder does not see are predicted from those that it sees.
 model.update(
     partner="place",
     position_share=0.01,
     image_share=0.15,
     position_drop=0.1,
     token_share=0.4,
+    prediction_blocks=1,
 )
 # A small batch cannot estimate the volume term; balanced targets take its place.
 model.loss.update(sinkhorn_steps=3, volume_weight=0.0)

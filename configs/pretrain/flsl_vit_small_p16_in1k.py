@@ -35,6 +35,12 @@ dataset = dict(
     max_failed_share=0.1,
     # An image of more pixels counts as one that cannot be read.
     max_pixels=100_000_000,
+    # Number of channels whose stored values are used, for greyscale, 16-bit and multispectral
+    # images; 0 reads every image as RGB of 8 bits. Mean and standard deviation of each channel are
+    # computed from the images where none are given.
+    channels=0,
+    pixel_mean=[],
+    pixel_std=[],
     # Images of a URL that are kept on the local disk, in 10^9 bytes; the folder "" is ~/.cache.
     cache_gb=0.0,
     cache_dir="",
@@ -113,6 +119,7 @@ model = L(FLSL)(
     position_share=1.0,
     image_share=1.0,
     token_share=1.0,
+    prediction_blocks=0,
 )
 
 # Pairs are start and end of a cosine over the run; see pretrain/schedules.py.

@@ -1,7 +1,8 @@
 """Annotations in other formats than COCO's: recognised by their content and converted.
 
 YOLO and LabelMe are read by ``supervision``, Pascal VOC and CVAT by ``globox`` (the extra
-``formats``). A converted file holds boxes, and masks where the source has polygons.
+``formats``), except for CVAT's polygons, which are read here. A converted file holds boxes, and
+masks where the source has polygons.
 """
 
 from __future__ import annotations
@@ -316,7 +317,7 @@ def _cvat(source: AnnotationSource, pictures: _Pictures, left_out: Counter[str])
 
     image_nodes = list(ElementTree.parse(source.path).getroot().iter("image"))
     shapes = Counter(child.tag for node in image_nodes for child in node)
-    for shape in ("polygon", "mask", "polyline", "points", "ellipse", "cuboid", "skeleton"):
+    for shape in ("mask", "polyline", "points", "ellipse", "cuboid", "skeleton"):
         if shapes[shape]:
             left_out[f"shapes of the kind {shape} (CVAT's export 'COCO 1.0' keeps them)"] = shapes[
                 shape
@@ -327,7 +328,20 @@ def _cvat(source: AnnotationSource, pictures: _Pictures, left_out: Counter[str])
         if picture is None:
             left_out["images without a picture"] += 1
             continue
-        yield picture, _of_globox(annotation)
+        polygons = [_cvat_polygon(each, pictures.size(picture)) for each in node.iter("polygon")]
+        yield picture, [*_of_globox(annotation), *polygons]
+
+
+def _cvat_polygon(node: ElementTree.Element, size: tuple[int, int]) -> _Object:
+    """Object of a polygon, whose points are written as ``x,y;x,y;...`` in pixels."""
+    points = [
+        [float(value) for value in pair.split(",")] for pair in node.attrib["points"].split(";")
+    ]
+    corners = np.clip(np.array(points), 0, size[::-1])
+    code = mask_util.merge(mask_util.frPyObjects([corners.ravel().tolist()], *size))
+    x0, y0 = corners.min(axis=0).tolist()
+    x1, y1 = corners.max(axis=0).tolist()
+    return _Object(node.attrib["label"], (x0, y0, x1, y1), mask_util.decode(code))
 
 
 def _of_globox(annotation: Any) -> list[_Object]:

@@ -113,15 +113,17 @@ def stored_format(path: str) -> tuple[int, int]:
     Raises:
         OSError: not readable; the text is the reason.
     """
-    with _open_regular(path) as file:
-        start = file.read(26)
-    if start.startswith(b"\x89PNG") and len(start) == 26:
-        # Colour types of the PNG specification, 11.2.1: grey, RGB, palette, grey and RGB with alpha
-        return {0: 1, 2: 3, 3: 3, 4: 2, 6: 4}.get(start[25], 3), max(start[24], 8)
-    if not _is_tiff(path):
-        return 3, 8
-    shape, bits = _read_tiff(path, header_only=True)[1:]
-    return shape[2], bits
+    with _any_error_as_oserror():
+        with _open_regular(path) as file:
+            start = file.read(26)
+        if start.startswith(b"\x89PNG") and len(start) == 26:
+            # Colour types of the PNG specification, 11.2.1: grey, RGB, palette, grey and RGB with
+            # alpha.
+            return {0: 1, 2: 3, 3: 3, 4: 2, 6: 4}.get(start[25], 3), max(start[24], 8)
+        if not _is_tiff(path):
+            return 3, 8
+        shape, bits = _read_tiff(path, header_only=True)[1:]
+        return shape[2], bits
 
 
 def read_channels(path: str, count: int = 0, max_pixels: int = MAX_PIXELS_LIMIT) -> np.ndarray:

@@ -8,23 +8,20 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
-
 from flsl_d2.data import Use, check_coco_files
+from flsl_d2.data.channels import find_channels
 from flsl_d2.data.coco_file import read_coco
 from flsl_d2.data.coco_records import load_coco
 from flsl_d2.data.formats import convert_to_coco, recognise_annotations
-from flsl_d2.data.images import read_channels, stored_format
 from flsl_d2.data.splitting import split_by_image
 from flsl_d2.detection.finetune_plan import DataFacts, collect_facts
 from flsl_d2.errors import InputError
 from flsl_d2.files import write_text
 
-__all__ = ["OwnData", "channel_statistics", "prepare_data"]
+__all__ = ["OwnData", "prepare_data"]
 
 # Share of the objects that must have a mask for a detector of masks to be chosen.
 _MASK_SHARE = 0.99
-_STATISTICS_IMAGES = 200
 
 
 @dataclass(frozen=True)
@@ -113,7 +110,12 @@ def prepare_data(args: argparse.Namespace, staging: Path) -> OwnData:
             "most; raise model.roi_heads.box_predictor.test_topk_per_image in the config."
         )
     files = [record["file_name"] for record in [*records, *val_records]]
-    channels = _find_channels(files, lines)
+    channels, bits = find_channels(files)
+    if channels:
+        lines.append(
+            f"Images of {channels} channels and {bits} bits: their stored values are used, "
+            "normalised by the mean and the standard deviation of the training images."
+        )
     return OwnData(train, val, names, has_masks, facts, lines, channels)
 
 
@@ -126,49 +128,3 @@ def _as_coco(
         return source.path
     lines.append(f"{convert_to_coco(source, images, output, labels)}.")
     return output
-
-
-def _find_channels(files: Sequence[str], lines: list[str]) -> int:
-    """Return the number of channels to feed as they are stored; 0 where RGB of 8 bits is enough."""
-    shown = [files[i] for i in np.unique(np.linspace(0, len(files) - 1, 50).astype(int))]
-    try:
-        found = {stored_format(file) for file in shown}
-    except OSError as error:
-        raise InputError(f"the images cannot be read ({error}).") from error
-    special = {(c, b) for c, b in found if b > 8 or c > 4 or c == 2}
-    special |= {(stored_format(f)) for f in shown if f.lower().endswith((".tif", ".tiff"))
-                and stored_format(f)[0] == 4}  # fmt: skip
-    if not special:
-        return 0
-    counts = {channels for channels, _ in found}
-    if len(counts) > 1:
-        raise InputError(
-            f"the images have {' and '.join(map(str, sorted(counts)))} channels; a detector needs "
-            "images of one kind, so convert some."
-        )
-    channels, bits = next(iter(special))
-    lines.append(
-        f"Images of {channels} channels and {bits} bits: their stored values are used, normalised "
-        "by the mean and the standard deviation of the training images."
-    )
-    return channels
-
-
-def channel_statistics(data: OwnData, images: str) -> tuple[list[float], list[float]]:
-    """Mean and standard deviation of each channel over training images."""
-    records = load_coco(str(data.train), images)
-    places = np.unique(np.linspace(0, len(records) - 1, _STATISTICS_IMAGES).astype(int))
-    sums = np.zeros((3, data.channels))
-    for place in places:
-        try:
-            pixels = read_channels(records[place]["file_name"], data.channels).astype(float)
-        except OSError as error:
-            raise InputError(
-                f"the image '{records[place]['file_name']}' cannot be used ({error}); repair it "
-                "or leave it out."
-            ) from error
-        flat = pixels.reshape(-1, data.channels)
-        sums += [np.full(data.channels, len(flat)), flat.sum(axis=0), (flat**2).sum(axis=0)]
-    mean = sums[1] / sums[0]
-    std = np.sqrt(np.maximum(sums[2] / sums[0] - mean**2, 1e-12))
-    return mean.round(3).tolist(), np.maximum(std, 1e-3).round(3).tolist()

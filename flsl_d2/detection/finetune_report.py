@@ -412,7 +412,7 @@ def _draw_worst(
         rows.append(
             [
                 Panel(enlarge(image)[0], Path(record["file_name"]).name),
-                Panel(draw_objects(image, truth, list(names)), f"{len(truth.classes)} objects"),
+                Panel(draw_objects(image, truth, list(names)), f"objects: {len(truth.classes)}"),
                 Panel(shown.drawn_on(image), f"{wrong} wrong, {missed} missed"),
             ]
         )

@@ -50,6 +50,7 @@ from flsl_d2.engine.checkpoints import (
     StopEarly,
 )
 from flsl_d2.engine.config_files import is_yaml, load_lazy_config
+from flsl_d2.engine.first_steps import FirstSteps
 from flsl_d2.engine.launch import has_native_bf16, launch, wrap_ddp
 from flsl_d2.engine.run_folder import (
     PeriodicWriter,
@@ -258,6 +259,7 @@ def _hooks(
     ]
     best = None
     if comm.is_main_process():
+        registered.append(FirstSteps(20, "evaluations", logger))
         if settings.get("best_metric"):
             best = KeepBest(settings.eval_period, checkpointer, settings.best_metric)
             registered.append(best)

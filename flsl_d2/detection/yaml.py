@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import re
 import weakref
@@ -41,15 +42,25 @@ from flsl_d2.detection.setup import (
 from flsl_d2.detection.solver import add_solver_config, build_yaml_optimizer
 from flsl_d2.engine.checkpoints import Checkpoints, LeaveWhenAsked
 from flsl_d2.engine.config_files import resolve_config_path
+from flsl_d2.engine.first_steps import FirstSteps
 from flsl_d2.engine.overrides import unknown_keys_error
-from flsl_d2.engine.run_folder import PeriodicWriter, ResumeOptions, prepare_output, trim_metrics
+from flsl_d2.engine.run_folder import (
+    PeriodicWriter,
+    ResumeOptions,
+    flat_config,
+    prepare_output,
+    trim_metrics,
+)
 from flsl_d2.engine.stopping import StopRequest, stop_requests
+from flsl_d2.engine.trackers import build_trackers
 from flsl_d2.errors import InputError
 from flsl_d2.files import expand_home
 from flsl_d2.modeling import add_flsl_config
 from flsl_d2.weights import FLSLCheckpointer
 
 __all__ = ["DetectionTrainer", "load_yaml_config", "run_yaml_detection"]
+
+logger = logging.getLogger(__name__)
 
 # The node that holds the number of classes of an architecture.
 _CLASSES = {
@@ -79,6 +90,7 @@ def load_yaml_config(path: str, overrides: Sequence[str] = ()) -> CfgNode:
     cfg = get_cfg()
     add_flsl_config(cfg)
     add_solver_config(cfg)
+    cfg.TRAIN = CfgNode({"TRACKERS": []})  # train.trackers of a LazyConfig
     odd = next((key for key in overrides[::2] if "=" in key), None)
     if odd is not None or len(overrides) % 2:
         raise InputError(
@@ -140,9 +152,14 @@ class DetectionTrainer(DefaultTrainer):
             if isinstance(hook, hooks.EvalHook):  # a checkpoint is written before its evaluation
                 registered.append(checkpoints)
             if isinstance(hook, hooks.PeriodicWriter):
-                hook = PeriodicWriter(hook._writers, hook._period)
+                trackers = build_trackers(
+                    self.cfg.TRAIN.TRACKERS, self.cfg.OUTPUT_DIR, flat_config(self.cfg)
+                )
+                hook = PeriodicWriter([*hook._writers, *trackers], hook._period)
             if not isinstance(hook, hooks.PeriodicCheckpointer):
                 registered.append(hook)
+        if comm.is_main_process():
+            registered.append(FirstSteps(20, "evaluations", logger))
         return [*registered, LeaveWhenAsked(checkpoints, self.request)]
 
     @classmethod

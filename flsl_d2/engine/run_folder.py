@@ -40,6 +40,7 @@ __all__ = [
 
 RUN_FILE = "run.json"
 _SHOWN = 12
+_OFF = ("0", "", "None", "False", "[]")
 logger = logging.getLogger(__name__)
 
 
@@ -85,6 +86,7 @@ DETECTION_KEYS = NeutralKeys(
         *("train.output_dir", "train.checkpointer.*", "train.trackers"),
         "dataloader.*.num_workers",
         *("OUTPUT_DIR", "SOLVER.CHECKPOINT_PERIOD", "DATALOADER.NUM_WORKERS", "VIS_PERIOD"),
+        "TRAIN.TRACKERS",
     ),
     on_resume=(
         *("train.device", "train.log_period", "train.eval_period", "train.best_metric"),
@@ -280,7 +282,12 @@ def _compare(
 ) -> None:
     if not before:
         return
-    differing = [name for name in sorted({*before, *now}) if before.get(name) != now.get(name)]
+    differing = [
+        name
+        for name in sorted({*before, *now})
+        # A key that the run's version did not know, and that is off, changes nothing.
+        if before.get(name) != now.get(name) and (name in before or now[name] not in _OFF)
+    ]
     harmless = [name for name in differing if neutral.may_differ(name)]
     serious = [name for name in differing if name not in harmless]
     changes = {

@@ -19,6 +19,7 @@ from flsl_d2.modeling.projection_head import FLSLHead
 from flsl_d2.modeling.vit import gather_tokens
 from pretrain.methods.base import BaseMethod, feature_std
 from pretrain.methods.flsl_objective import FLSLLoss
+from pretrain.methods.masking import TokenDecoder
 from pretrain.methods.places import VarianceBound, places_of_queries, tokens_at
 from pretrain.methods.previous_stage import PreviousStage
 from pretrain.methods.protocol import Losses, Monitored, StepInputs
@@ -108,6 +109,10 @@ class FLSL(BaseMethod):
         token_share: share of the tokens of the student's global view that is encoded, drawn for
             each image; all of them are queries. The others are dropped before the first block, as
             in masked Siamese networks (arXiv 2204.07141), which makes a step cheaper.
+        prediction_blocks: number of blocks of a small decoder that predicts the targets of the
+            dropped tokens from the encoded ones, as CAPI predicts clusters of masked patches
+            (arXiv 2502.08769); each dropped token is then one query more of the inter-view loss.
+            0 for no prediction. The decoder is not exported.
 
     Raises:
         InputError: head and loss disagree about the number of centroids, the previous stage has
@@ -131,6 +136,7 @@ class FLSL(BaseMethod):
         position_share: float = 1.0,
         image_share: float = 1.0,
         token_share: float = 1.0,
+        prediction_blocks: int = 0,
     ) -> None:
         super().__init__(EncoderWithHead(backbone, head, norm_modes), has_teacher=True)
         num_centroids = len(head.last_layer.weight_v)
@@ -193,6 +199,19 @@ class FLSL(BaseMethod):
                 f"model.token_share is {token_share}, and only packed views drop tokens; set "
                 "model.pack_views=True."
             )
+        if prediction_blocks and (partner != "place" or token_share == 1):
+            raise InputError(
+                f"model.prediction_blocks is {prediction_blocks}, model.partner '{partner}' and "
+                f"model.token_share {token_share}, and only dropped tokens whose targets have a "
+                "place are predicted; set model.partner=place and model.token_share below 1."
+            )
+        self.decoder: TokenDecoder | None = None
+        if prediction_blocks:
+            width = backbone.embed_dim
+            heads = backbone.architecture["num_heads"]
+            self.decoder = TokenDecoder(width, width, width, prediction_blocks, heads)
+            self.mask_token = nn.Parameter(torch.empty(width))
+            nn.init.normal_(self.mask_token, std=0.02)
         self.previous_stage, self.pack_views = previous_stage, pack_views
         self.needs_crops = previous_stage is not None
         self.num_centroids = num_centroids
@@ -225,19 +244,22 @@ class FLSL(BaseMethod):
         priors = self._priors(inputs) if self.previous_stage else [None] * len(queries)
         places = inputs.places if self.partner == "place" else [None] * len(queries)
         groups = _groups_of_one_size(student_views, queries, priors, places)
-        student_tokens, kept = self._student_tokens(groups)
+        student_tokens, splits = self._student_tokens(groups)
         # The teacher comes second, so that the student's draws do not depend on the teacher's.
         with torch.no_grad():
             teacher_tokens = self.teacher.tokens(teacher_view, self.teacher_positions)  # (B, N, D)
             if self.partner == "place":
                 place_logits = self._place_logits(teacher_tokens, values.cross_scale * scale)
         parts = []
-        for group, tokens, encoded in zip(groups, student_tokens, kept, strict=True):
+        for group, tokens, split in zip(groups, student_tokens, splits, strict=True):
             views, view_indexes, group_priors, group_places = zip(*group, strict=True)
-            indexes = torch.cat(view_indexes) if encoded is None else encoded
-            # (V * B, Q, D)
-            points = gather_tokens(tokens, indexes) if encoded is None else tokens
-            modes = mean_shift(points, tokens, values.self_scale * scale)
+            indexes, points = torch.cat(view_indexes) if split is None else split[0], tokens
+            if split is None:
+                points = gather_tokens(tokens, indexes)  # (V * B, Q, D)
+            modes = compared = mean_shift(points, tokens, values.self_scale * scale)
+            if split is not None and self.decoder is not None:
+                compared = torch.cat([modes, self._predict_dropped(tokens, *split)], dim=1)
+                indexes = torch.cat(split, dim=1)
             with torch.no_grad():
                 if self.partner == "place":
                     num_tokens = (views[0].shape[-1] // self.student.backbone.patch_size) ** 2
@@ -248,14 +270,14 @@ class FLSL(BaseMethod):
                     targets = self._cross_modes(
                         points, keys, values.cross_scale * scale, group_priors, values.own_attention
                     )
-            parts.append([x.flatten(0, 1) for x in (points, modes, targets)])
-        points, modes, targets = (torch.cat(part) for part in zip(*parts, strict=True))
+            parts.append([x.flatten(0, 1) for x in (points, modes, compared, targets)])
+        points, modes, compared, targets = (torch.cat(part) for part in zip(*parts, strict=True))
         with torch.no_grad():
             teacher_logits = targets if self.partner == "place" else self.teacher.logits(targets)
         losses, monitored = self.loss(
             points,
             modes,
-            self.student.logits(modes),
+            self.student.logits(compared),
             teacher_logits,
             intra_weight=values.intra_weight,
             teacher_temp=values.teacher_temp,
@@ -264,25 +286,42 @@ class FLSL(BaseMethod):
 
     def _student_tokens(
         self, groups: list[list[tuple[Any, ...]]]
-    ) -> tuple[list[Tensor], list[Tensor | None]]:
-        """Tokens (V * B, N, D) of each group's V views, and which of them are encoded.
+    ) -> tuple[list[Tensor], list[tuple[Tensor, Tensor] | None]]:
+        """Tokens (V * B, N, D) of each group's V views, and how these are split.
 
-        The latter are indexes (V * B, M) for the global view where tokens are dropped, and else
-        None.
+        The latter are indexes (V * B, N - M) of the encoded and (V * B, M) of the dropped tokens
+        for the global view where tokens are dropped, and else None.
         """
         batches = [torch.cat([view for view, *_ in group]) for group in groups]
+        splits: list[tuple[Tensor, Tensor] | None] = [None] * len(groups)
         kept: list[Tensor | None] = [None] * len(groups)
         if self.token_share < 1:
             num_tokens = (batches[0].shape[-1] // self.student.backbone.patch_size) ** 2
             order = torch.rand(len(batches[0]), num_tokens, device=batches[0].device).argsort(dim=1)
-            kept[0] = order[:, : max(round(self.token_share * num_tokens), 1)]
+            count = max(round(self.token_share * num_tokens), 1)
+            kept[0], splits[0] = order[:, :count], (order[:, :count], order[:, count:])
         # Nothing is drawn without the switch, so that stochastic depth draws what it did.
         dropped = self.training and self.position_drop > 0
         drop = dropped and float(torch.rand(())) < self.position_drop
         positions = "none" if drop else self.student_positions
         if self.pack_views:
-            return self.student.packed_tokens(batches, positions, kept), kept
-        return [self.student.tokens(images, positions) for images in batches], kept
+            return self.student.packed_tokens(batches, positions, kept), splits
+        return [self.student.tokens(images, positions) for images in batches], splits
+
+    def _predict_dropped(self, tokens: Tensor, kept: Tensor, dropped: Tensor) -> Tensor:
+        """Predict the dropped tokens (B, M, D) from the encoded ones (B, N - M, D).
+
+        Args:
+            kept: (B, N - M) int64, the encoded ones' indexes among the N tokens of the view.
+            dropped: (B, M) int64, those of the others.
+        """
+        assert self.decoder is not None
+        embedded = self.decoder.embed(tokens)
+        masked = self.mask_token.to(embedded.dtype).expand(*dropped.shape, -1)
+        positions = self.decoder.positions(kept.shape[1] + dropped.shape[1], tokens.device)
+        places = gather_tokens(positions.expand(len(tokens), -1, -1), torch.cat([kept, dropped], 1))
+        decoded = self.decoder(torch.cat([embedded, masked], dim=1) + places)
+        return decoded[:, kept.shape[1] :]
 
     def _place_logits(self, teacher_tokens: Tensor, scale: float) -> Tensor:
         """Logits (B, N, K) of the modes of the teacher's tokens (B, N, D) within its view."""

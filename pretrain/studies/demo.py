@@ -1,8 +1,8 @@
 """Demo on a data set made on the spot: ``python -m pretrain.studies.demo`` in the checkout.
 
-FLSL pre-trains on the images, and Mask R-CNN is fine-tuned from FLSL's encoder and from random
-weights. All runs use the modules and configs that a user runs; each command is printed before it
-starts and can be repeated by hand.
+FLSL pre-trains on the images; its frozen features are measured beside those of untrained weights,
+and Mask R-CNN is fine-tuned from both. All runs use the modules and configs that a user runs; each
+command is printed before it starts and can be repeated by hand.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import os
 import shlex
+import statistics
 import subprocess
 import sys
 import time
@@ -26,6 +27,7 @@ from flsl_d2.engine.command_line import add_defaults, add_option, described_pars
 from flsl_d2.engine.launch import usable_cores
 from flsl_d2.errors import InputError
 from flsl_d2.evaluation import extract_tokens
+from flsl_d2.evaluation.measures import measure_features
 from flsl_d2.modeling import FLSLViT
 from flsl_d2.visualization import (
     detections_beside_ground_truth,
@@ -53,6 +55,15 @@ DETECTION_CONFIG = "configs/demo/mask_rcnn_flsl_vit_scenes.py"
 # tokens of these small images have one mode.
 DRAWN_SCALE = 1.0
 STARTS = {"random weights": "random", "FLSL": "flsl"}
+# Scores of frozen features in the table, and the seeds of the untrained weights and of what the
+# measures draw.
+SCORES = {
+    "patch k-NN, mIoU": "knn_segmentation/mIoU",
+    "linear probe, mIoU": "linear_segmentation/mIoU",
+    "clusters, boundary F": "cluster_quality/boundary_f_mean_shift",
+}
+SEEDS = (0, 1, 2)
+MEASURED_IMAGES = 100
 
 
 def run_demo(
@@ -62,7 +73,7 @@ def run_demo(
     pretrain_iters: int = 0,
     detection_iters: int = 0,
 ) -> None:
-    """Make the scenes, pre-train, fine-tune twice, and leave a table and pictures.
+    """Make the scenes, pre-train, measure, fine-tune twice, and leave tables and pictures.
 
     Args:
         pretrain_iters: steps of pre-training; 0 for the config's.
@@ -72,22 +83,25 @@ def run_demo(
         InputError: a run failed.
     """
     start, folder = time.monotonic(), output.resolve()
-    print(f"1/5  {num_train} + {num_val} scenes", flush=True)
+    print(f"1/6  {num_train} + {num_val} scenes", flush=True)
     make_scenes(folder / "datasets" / "flsl_scenes", num_train, num_val, IMAGE_SIZE, seed=0)
     register_scenes(folder / "datasets" / "flsl_scenes")
-    print("2/5  FLSL pre-training on their images, without labels", flush=True)
+    print("2/6  FLSL pre-training on their images, without labels", flush=True)
     length = [f"train.max_iter={pretrain_iters}"] if pretrain_iters else []
     _run_module("pretrain", PRETRAIN_CONFIG, folder, "pretrain", length)
     weights = folder / "pretrain" / "teacher_backbone.pth"
-    for step, (name, run) in enumerate(STARTS.items(), start=3):
-        print(f"{step}/5  Mask R-CNN from {name}", flush=True)
+    print("3/6  Frozen features, untrained and of FLSL", flush=True)
+    features = _feature_table(weights)
+    print(features, flush=True)
+    for step, (name, run) in enumerate(STARTS.items(), start=4):
+        print(f"{step}/6  Mask R-CNN from {name}", flush=True)
         overrides = [f"train.max_iter={detection_iters}"] if detection_iters else []
         if run == "flsl":
             overrides.append(f"train.init_checkpoint={weights}")
         _run_module("flsl_d2.detection", DETECTION_CONFIG, folder, run, overrides)
-    print("5/5  pictures", flush=True)
+    print("6/6  pictures", flush=True)
     _draw(folder, weights)
-    table = _table(folder, num_val)
+    table = f"{features}\n{_table(folder, num_val)}"
     (folder / "results.md").write_text(table)
     print(f"\n{table}\npictures and logs: {folder}")
     print(f"took {(time.monotonic() - start) / 60:.1f} minutes")
@@ -124,6 +138,38 @@ def _run_module(module: str, config: str, folder: Path, run: str, overrides: lis
     if process.returncode:
         end = "".join(log.read_text().splitlines(keepends=True)[-8:])
         raise InputError(f"{module} failed with status {process.returncode}; see {log}:\n{end}")
+
+
+def _feature_table(weights: Path) -> str:
+    """Table of the scores of frozen features, mean and standard deviation over the seeds."""
+    trained = build_encoder(str(weights))
+    lines = [f"| frozen features | {' | '.join(SCORES)} |", "| --- " * (len(SCORES) + 1) + "|"]
+    for name in STARTS:
+        columns: dict[str, list[float]] = {score: [] for score in SCORES.values()}
+        for seed in SEEDS:
+            torch.manual_seed(seed)
+            encoder = trained if name == "FLSL" else FLSLViT(**trained.architecture)
+            results = measure_features(
+                encoder.eval().requires_grad_(False),
+                "flsl_scenes_train",
+                "flsl_scenes_val",
+                sorted({score.partition("/")[0] for score in SCORES.values()}),
+                seed=seed,
+                max_images=MEASURED_IMAGES,
+                short_side=IMAGE_SIZE[0],
+            )
+            for score, values in columns.items():
+                values.append(results[score])
+        cells = [
+            f"{statistics.mean(values):.1f} ± {statistics.stdev(values):.1f}"
+            for values in columns.values()
+        ]
+        lines.append(f"| {name} | {' | '.join(cells)} |")
+    lines.append(
+        f"\nMean and standard deviation over {len(SEEDS)} seeds of the measures and of the "
+        "untrained weights; one run of pre-training.\n"
+    )
+    return "\n".join(lines)
 
 
 def _table(folder: Path, num_val: int) -> str:

@@ -49,7 +49,7 @@ def cvat(root: Path) -> Path:
     entries = "".join(
         f'<image id="{i}" name="{folder}/a.png" width="{WIDTH}" height="{HEIGHT}">'
         f'<box label="nut" xtl="{x}" ytl="{y}" xbr="{x + w}" ybr="{y + h}"/>'
-        '<polygon label="nut" points="1,1;5,1;5,5"/></image>'
+        '<points label="nut" points="1,1"/></image>'
         for i, folder in enumerate(("train", "val"))
     )
     (root / "annotations.xml").write_text(f"<annotations>{entries}</annotations>")
@@ -84,7 +84,7 @@ def test_boxes_of_every_format(write, kind, images, tmp_path):
     assert source.kind == kind
     sentence = convert_to_coco(source, images, tmp_path / "all.json")
     assert f"{kind} annotations: 2 objects of 1 classes in 2 pictures" in sentence
-    assert ("2 shapes of the kind polygon" in sentence) == (kind == "CVAT")
+    assert ("2 shapes of the kind points" in sentence) == (kind == "CVAT")
     coco = json.loads((tmp_path / "all.json").read_text())
     assert [image["file_name"] for image in coco["images"]] == ["train/a.png", "val/a.png"]
     assert coco["categories"] == [{"id": 1, "name": "nut"}]
@@ -104,8 +104,13 @@ def test_polygons_become_masks(images, tmp_path):
     (tmp_path / "y").mkdir()
     (tmp_path / "y" / "classes.txt").write_text("nut\n")
     (tmp_path / "y" / "a.txt").write_text(f"0 {relative}\n")
-    for folder in ("m", "y"):
-        convert_to_coco(recognise_annotations(tmp_path / folder), images, tmp_path / "all.json")
+    corners = ";".join(f"{x},{y}" for x, y in points)
+    (tmp_path / "c.xml").write_text(
+        f'<annotations><image id="0" name="train/a.png" width="{WIDTH}" height="{HEIGHT}">'
+        f'<polygon label="nut" points="{corners}"/></image></annotations>'
+    )
+    for source in ("m", "y", "c.xml"):
+        convert_to_coco(recognise_annotations(tmp_path / source), images, tmp_path / "all.json")
         (annotation,) = json.loads((tmp_path / "all.json").read_text())["annotations"]
         mask = mask_util.decode(annotation["segmentation"])
         assert mask.shape == (HEIGHT, WIDTH)

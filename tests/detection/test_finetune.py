@@ -9,6 +9,8 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from detectron2.config import instantiate
+from omegaconf import OmegaConf
 from PIL import Image
 
 from flsl_d2 import Predictor
@@ -16,10 +18,12 @@ from flsl_d2.data.scenes import make_scenes
 from flsl_d2.detection import finetune
 from flsl_d2.detection.finetune import main
 from flsl_d2.engine.config_files import load_lazy_config
+from flsl_d2.model_zoo import get_config
 from flsl_d2.modeling import FLSLViT
 from flsl_d2.weights.export import write_encoder
 
 ENCODER = {"img_size": 56, "patch_size": 14, "embed_dim": 32, "depth": 1, "num_heads": 2}
+RECIPES, SMALL_HEADS = finetune._RECIPES, finetune._small_heads
 IDS = {1: 5, 2: 7, 3: 11, 4: 12, 5: 18, 6: 90}  # category ids with gaps, as COCO's
 
 
@@ -27,6 +31,7 @@ IDS = {1: 5, 2: 7, 3: 11, 4: 12, 5: 18, 6: 90}  # category ids with gaps, as COC
 def _thin(monkeypatch):
     recipe = str(Path(__file__).with_name("thin_mask_rcnn.py"))
     monkeypatch.setattr(finetune, "_RECIPES", {"masks": recipe, "boxes": recipe})
+    monkeypatch.setattr(finetune, "_small_heads", lambda _: [])  # its heads are smaller
 
 
 @pytest.fixture(scope="module")
@@ -115,6 +120,25 @@ def test_a_run_leaves_detector_report_and_config_and_can_be_repeated(
         torch.load(tmp_path / name / "model_final.pth", weights_only=True)["model"] for name in "ab"
     ]
     assert all(torch.equal(weights[0][key], weights[1][key]) for key in weights[0])
+
+
+@pytest.mark.parametrize("has_masks", [True, False])
+def test_small_heads_fit_the_recipes(has_masks):
+    cfg = get_config(RECIPES["masks" if has_masks else "boxes"])
+    for key, value, _ in SMALL_HEADS(has_masks):
+        OmegaConf.update(cfg, key, value)
+    cfg.model.backbone.net.update(depth=1, embed_dim=32, num_heads=1, window_size=0)
+    model = instantiate(cfg.model).eval()
+    image = torch.zeros(3, 64, 96, dtype=torch.uint8)
+    with torch.no_grad():
+        (found,) = model([{"image": image, "height": 64, "width": 96}])
+    assert found["instances"].has("pred_masks") == has_masks
+    full = instantiate(get_config(RECIPES["masks" if has_masks else "boxes"]).model.roi_heads)
+    assert _size(model.roi_heads) < 0.4 * _size(full)
+
+
+def _size(module) -> int:
+    return sum(parameter.numel() for parameter in module.parameters())
 
 
 def test_images_of_four_channels_and_sixteen_bits(scenes, tmp_path, run_main):

@@ -112,7 +112,12 @@ def run_step(overrides: list[str], folder) -> Dispatched:
             "model.position_jitter=both",
             "model.loss.sinkhorn_steps=3",
         ],
-        ["model.partner=place", "model.position_share=0.05", "model.token_share=0.4"],
+        [
+            "model.partner=place",
+            "model.position_share=0.05",
+            "model.token_share=0.4",
+            "model.prediction_blocks=1",
+        ],
     ],
     ids=lambda overrides: ",".join(overrides)[:60] or "default",
 )

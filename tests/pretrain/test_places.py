@@ -176,6 +176,8 @@ def test_positions_are_dropped_in_the_stated_share_of_steps_and_from_the_seed():
         ({"position_share": 0.0, "partner": "place"}, "position_share is 0.0"),
         ({"token_share": 1.5}, "token_share is 1.5"),
         ({"token_share": 0.5, "pack_views": False}, "only packed views"),
+        ({"prediction_blocks": 1, "partner": "place"}, "token_share 1.0, and only dropped tokens"),
+        ({"prediction_blocks": 1, "token_share": 0.5}, "partner 'similarity' and .* only dropped"),
     ],
 )
 def test_switches_out_of_range_are_refused(arguments, message):
@@ -274,8 +276,11 @@ def test_dropped_tokens_are_not_encoded_and_the_kept_ones_are_the_queries():
     model = FLSL(encoder, FLSLHead(8, 4, 8, 4), FLSLLoss(4), partner="place", token_share=0.4)
     image = torch.randn(3, 3, 32, 32)
     local = torch.randn(3, 3, 16, 16)
-    tokens, (kept, nothing) = model.eval()._student_tokens([[(image,)], [(local,)]])
+    tokens, ((kept, dropped), nothing) = model.eval()._student_tokens([[(image,)], [(local,)]])
     assert nothing is None
+    assert torch.equal(
+        torch.cat([kept, dropped], 1).sort(dim=1).values, torch.arange(16).repeat(3, 1)
+    )
     assert tokens[0].shape == (3, 6, 8)
     assert tokens[1].shape == (3, 4, 8)
     assert all(len(set(indexes)) == 6 for indexes in kept.tolist())
@@ -284,3 +289,65 @@ def test_dropped_tokens_are_not_encoded_and_the_kept_ones_are_the_queries():
         part = encoder.embed(image[b : b + 1]).flatten(1, 2)[:, indexes]
         alone = encoder.final_norm(encoder.blocks[0](part[:, None]))[0, 0]
         torch.testing.assert_close(tokens[0][b], alone)
+
+
+def test_dropped_tokens_are_predicted_from_the_kept_ones_by_their_places():
+    torch.manual_seed(0)
+    encoder = FLSLViT(img_size=32, patch_size=8, embed_dim=8, depth=1, num_heads=2)
+    switches = {"partner": "place", "token_share": 0.4, "prediction_blocks": 2}
+    model = FLSL(encoder, FLSLHead(8, 4, 8, 4), FLSLLoss(4), **switches).eval()
+    order = torch.stack([torch.randperm(16) for _ in range(3)])
+    kept, dropped = order[:, :6], order[:, 6:]
+    tokens = torch.randn(3, 6, 8)
+    predicted = model._predict_dropped(tokens, kept, dropped)
+    for b in range(3):
+        grid = model.mask_token.repeat(16, 1)
+        for token, place in zip(tokens[b], kept[b].tolist(), strict=True):
+            grid[place] = model.decoder.embed(token)
+        decoded = model.decoder((grid + model.decoder.positions(16, grid.device)[0])[None])[0]
+        for own, place in zip(predicted[b], dropped[b].tolist(), strict=True):
+            # The order of the tokens changes the order of sums in single precision.
+            torch.testing.assert_close(own, decoded[place], rtol=1e-4, atol=1e-5)
+
+
+def test_a_predicted_token_is_compared_with_the_target_of_its_place():
+    torch.manual_seed(0)
+    encoder = FLSLViT(img_size=32, patch_size=8, embed_dim=8, depth=1, num_heads=2)
+    model = FLSL(encoder, FLSLHead(8, 4, 8, 4), FLSLLoss(4), partner="place", token_share=0.4)
+    predicting = FLSL(
+        encoder,
+        FLSLHead(8, 4, 8, 4),
+        FLSLLoss(4),
+        partner="place",
+        token_share=0.4,
+        prediction_blocks=1,
+    )
+    predicting.load_state_dict(model.state_dict(), strict=False)
+    image = np.random.default_rng(0).integers(0, 256, (40, 40, 3), dtype=np.uint8)
+    views = NestedViews(8, 32, 16, num_local=1, local_window=1)(image, np.random.default_rng(1))
+    inputs = collate([(views, [])]).to_device(torch.device("cpu"))
+    values = Schedules(1, 1, 1)(0)
+    recorded = []
+    for each in (model, predicting):
+        each.loss = Recorder(4)
+        torch.manual_seed(1)  # the same tokens are dropped
+        losses, _ = each.eval()(inputs, values)
+        recorded.append(each.loss.targets)
+        gradients = torch.autograd.grad(losses["loss"], each.student.backbone.patch_embed.proj.bias)
+        assert gradients[0].abs().sum() > 0
+    alone, both = recorded
+    # 6 of the 16 tokens of the global view are encoded, and 10 predicted behind them.
+    assert len(both) == len(alone) + 10
+    torch.testing.assert_close(both[:6], alone[:6])
+    torch.testing.assert_close(both[16:], alone[6:])
+    torch.manual_seed(1)
+    _, (split, _) = predicting._student_tokens(
+        [[(inputs.views[1].float(),)], [(inputs.views[2].float(),)]]
+    )
+    with torch.no_grad():
+        tokens = predicting.teacher.tokens(predicting.normalised(inputs.views[0]))
+        logits = predicting._place_logits(tokens, values.cross_scale / math.sqrt(8))
+    xy = places_of_queries(split[1], 16, inputs.places[0])
+    expected = (tokens_at(logits, xy)[0] / values.teacher_temp).softmax(dim=-1)
+    # A temperature of 0.04 multiplies rounding of single precision by 25.
+    torch.testing.assert_close(both[6:16], expected, rtol=1e-3, atol=1e-4)

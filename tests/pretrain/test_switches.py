@@ -78,6 +78,7 @@ SWITCHES = {
     "model.partner=place model.position_share=0.01": TARGETS,
     "model.partner=place model.image_share=0.01": TARGETS,
     "model.token_share=0.5": MODES,
+    "model.partner=place model.token_share=0.5 model.prediction_blocks=1": MODES,
     "model.head.learn_scale=True": {"gradients", "student", "teacher"},
     "train.clip_mode=global": LEARNT,
     "train.clip_mode=none": LEARNT,
