@@ -28,7 +28,6 @@ GUIDES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 ENCODER = {"img_size": 224, "embed_dim": 48, "depth": 1, "num_heads": 3}
 # Commands that are not run here, by a part of them, and why.
 ELSEWHERE = {
-    "...": "no whole command",
     "$": "needs a shell's variables: a cluster, or the script around it",
     "torchrun": "needs several GPUs; tests/test_benchmark.py runs the benchmark",
     "tools/benchmark.py": "tests/test_benchmark.py runs all of them",
@@ -107,9 +106,8 @@ def _parameters() -> list:
         tool = _tool(text)
         again = tool in ONCE and tool in seen
         seen.add(tool)
-        parameters.append(
-            pytest.param(text, marks=[pytest.mark.slow] if again or tool in SLOW else [])
-        )
+        marks = [pytest.mark.slow] if again or tool in SLOW else []
+        parameters.append(pytest.param(text, marks=marks, id=f"{tool}_{len(parameters)}"))
     return parameters
 
 
