@@ -76,7 +76,7 @@ REDUCED = {
 }
 # Tools whose first command alone is part of the default run, because each takes seconds.
 ONCE = ("pretrain_net", "train_net", "predict", "export_model")
-SLOW = ("eval_davis", "train_net")
+SLOW = ("eval_davis", "finetune", "train_net")
 
 
 def _commands() -> dict[str, list[str]]:
