@@ -10,8 +10,8 @@ from forked import run_tool
 from timm.models.vision_transformer import VisionTransformer
 
 from flsl_d2.errors import InputError
+from flsl_d2.export.__main__ import export_model
 from flsl_d2.weights import build_encoder
-from flsl_d2.weights.export import convert_checkpoint
 
 
 def vit(**options) -> VisionTransformer:
@@ -68,21 +68,21 @@ def test_bad_requests_come_before_any_writing(tmp_path):
     run_of_dino(tmp_path / "a.pth")
     source = str(tmp_path / "a.pth")
     for target, options, says in (
-        ("b.pkl", {}, "does not have the suffix"),
-        ("b.pth", {"to": "safetensors"}, "use .safetensors"),
-        ("a.pth", {}, "is the input"),
+        ("b.pkl", {}, "does not end as d2 files do; use .pth"),
+        ("b.pth", {"file_format": "safetensors"}, "use .safetensors"),
+        ("a.pth", {}, "is the model"),
         ("b.pth", {"num_heads": 5}, "5 heads do not divide"),
     ):
         with pytest.raises(InputError, match=says):
-            convert_checkpoint(source, str(tmp_path / target), **options)
+            export_model(source, **{"file_format": "d2", "output": tmp_path / target, **options})
     with pytest.raises(InputError, match="do not exist"):
-        convert_checkpoint(str(tmp_path / "c.pth"), str(tmp_path / "b.pth"))
+        export_model(str(tmp_path / "c.pth"), "d2", tmp_path / "b.pth")
     assert [p.name for p in tmp_path.iterdir()] == ["a.pth"]
 
 
 def test_timm_comes_with_the_call_that_loads_it(tmp_path, capsys):
     run_of_dino(tmp_path / "a.pth")
-    convert_checkpoint(str(tmp_path / "a.pth"), str(tmp_path / "b.safetensors"), to="timm")
+    export_model(str(tmp_path / "a.pth"), "timm", tmp_path / "b.safetensors")
     said = capsys.readouterr().out
     assert "model = timm.create_model('vit_small_patch16_224', img_size=64" in said
     assert "timm resamples positions" in said

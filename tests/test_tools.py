@@ -15,7 +15,7 @@ ROOT = Path(__file__).resolve().parents[1]
 MODULES = {
     "benchmark": "pretrain.studies.benchmark.__main__",
     "compare": "flsl_d2.experiments.compare",
-    "convert_checkpoint": "flsl_d2.weights.__main__",
+    "convert_checkpoint": "flsl_d2.export.convert",
     "demo": "pretrain.studies.demo",
     "export_model": "flsl_d2.export.__main__",
     "eval_davis": "flsl_d2.evaluation.davis.__main__",

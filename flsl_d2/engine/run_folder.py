@@ -18,6 +18,7 @@ from detectron2.engine import hooks
 from detectron2.utils import comm
 from detectron2.utils.logger import setup_logger
 from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import InterpolationResolutionError
 
 from flsl_d2.agreement import decided_by_main
 from flsl_d2.errors import InputError, TrainingError
@@ -185,9 +186,19 @@ def flat_config(cfg: DictConfig | CfgNode) -> dict[str, str]:
     """Flatten a config to its full keys and their values as text, interpolations resolved.
 
     Functions and classes are named; any other object is named by its class.
+
+    Raises:
+        InputError: a key refers to one that is not there.
     """
     if isinstance(cfg, DictConfig):
-        cfg = OmegaConf.to_container(cfg, resolve=True)
+        try:
+            cfg = OmegaConf.to_container(cfg, resolve=True)
+        except InterpolationResolutionError as error:
+            reason = str(error.msg).splitlines()[0]
+            raise InputError(
+                f"the config's {error.full_key} refers to another key ({reason}); set "
+                f"{error.full_key} itself."
+            ) from error
     return dict(_flat(cfg, ""))
 
 

@@ -231,7 +231,10 @@ class DetectionEvaluation:
                 if key == suffix or key.endswith(f"/{suffix}")
             }
             if not values:
-                raise InputError("the run ended without an evaluation.")
+                raise InputError(
+                    "the run ended without an AP: it was not evaluated, or the detector found "
+                    "nothing on the test images, as after too few steps."
+                )
             return Outcome(values)
 
         return Job(self.name, encoder.label, settings, command, outcome, encoder.needs)

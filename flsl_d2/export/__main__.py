@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import argparse
+import json
 import os
 import tempfile
 from collections.abc import Sequence
@@ -13,15 +15,19 @@ from flsl_d2.engine.command_line import add_option, described_parser, run_tool
 from flsl_d2.errors import InputError
 from flsl_d2.export.card import licence_of, run_facts, versions, write_card
 from flsl_d2.export.formats import DETECTOR_FORMATS, FORMATS, WRITERS, silence_exporters
-from flsl_d2.export.graphs import DetectorGraph, EncoderGraph
+from flsl_d2.export.graphs import DetectorGraph, EncoderGraph, SegmenterGraph, model_graph
 from flsl_d2.files import writable_folder
 from flsl_d2.modeling import FLSLViT
+from flsl_d2.weights.export import timm_call, write_account
 from flsl_d2.weights.loading import open_encoder
+from flsl_d2.weights.reading import split_weights_path
+from flsl_d2.weights.report import LoadReport
 
 __all__ = ["export_model", "main"]
 
 DESCRIPTION = "Export an encoder or a whole detector, checked against its source, with a card."
 EPILOG = """formats:
+  d2           an encoder for Detectron2 projects and this one: .pth, as pre-training writes it
   onnx         RGB pixels of any size to features, or to boxes, scores, classes and masks; checked
                in onnxruntime at two sizes
   torch        the same by torch.export (encoders, .pt2) or torch.jit.trace (detectors, .ts)
@@ -33,11 +39,20 @@ EPILOG = """formats:
 examples:
   tools/export_model.py --model output/detector --format onnx --output detector.onnx
   tools/export_model.py --model output/pretrain --format huggingface --output encoder
-  tools/export_model.py --model dino_vits16.pth --format onnx --output encoder.onnx"""
+  tools/export_model.py --model dino_vits16.pth --format onnx --output encoder.onnx
+  tools/export_model.py --model dino_vits16_checkpoint.pth --which student --format d2 \\
+    --report student.json --output student.pth"""
 
 
 def export_model(
-    model: str, file_format: str, output: str | Path, weights: str = "", part: str = "whole"
+    model: str,
+    file_format: str,
+    output: str | Path,
+    weights: str = "",
+    part: str = "whole",
+    which: str | None = None,
+    report: str | None = None,
+    num_heads: int | None = None,
 ) -> Path:
     """Export a model; the output is whole and checked, or not there.
 
@@ -48,6 +63,10 @@ def export_model(
         output: file to write, or folder for ``huggingface``.
         weights: detector weights instead of the last ones in the folder.
         part: ``whole``, or ``encoder`` for the encoder of a detector.
+        which: name of a set of weights (``student``, ``state_dict_ema``) in an encoder's file with
+            several.
+        report: JSON file for the account of every weight of an encoder's file.
+        num_heads: number of attention heads of an encoder's file, which no tensor tells.
 
     Returns:
         Path of the card.
@@ -65,8 +84,12 @@ def export_model(
     if target.is_dir() and (endings != ("",) or any(target.iterdir())):
         raise InputError(f"the output '{target}' is a folder with files; give another name.")
     writable_folder(target.parent, "--output")
-    graph, facts = _open(model, weights, part)
-    if isinstance(graph, DetectorGraph) and file_format not in DETECTOR_FORMATS:
+    if target.resolve() == Path(split_weights_path(model)[0]).expanduser().resolve():
+        raise InputError(f"the output '{target}' is the model; give another name.")
+    graph, facts, account = _open(model, weights, part, which, num_heads)
+    if report is not None and account is None:
+        raise InputError("--report is for an encoder's file; leave it out for a detector.")
+    if not isinstance(graph, EncoderGraph) and file_format not in DETECTOR_FORMATS:
         raise InputError(
             f"the model is a detector, and {file_format} is a format of encoders; use "
             f"{', '.join(DETECTOR_FORMATS)}, or --part encoder."
@@ -80,77 +103,109 @@ def export_model(
             target.rmdir()
         os.replace(part_file, target)
     card = write_card(target, {**facts, "versions": versions()})
+    if account is not None:
+        print(account.table())
+        if report is not None:
+            write_account(report, account)
     print(f"{target}: {facts['check']}\ncard: {card}")
+    if file_format == "timm" and isinstance(graph, EncoderGraph):
+        print(f"Load it with:\n{timm_call(graph.encoder, target)}")
+        own = graph.encoder.architecture
+        if own["position_offset"] or not own["position_antialias"]:
+            print("At other image sizes timm resamples positions, but not as this encoder does.")
     return card
 
 
-def _open(
-    model: str, weights: str, part: str
-) -> tuple[EncoderGraph | DetectorGraph, dict[str, Any]]:
-    """Build the graph of a model, and describe its inputs and outputs."""
+_Opened = tuple[EncoderGraph | DetectorGraph | SegmenterGraph, dict[str, Any], LoadReport | None]
+
+
+def _open(model: str, weights: str, part: str, which: str | None, num_heads: int | None) -> _Opened:
+    """Build the graph of a model, describe its inputs and outputs, and account for its weights."""
     place = Path(model).expanduser()
     folder = place if place.is_dir() else None
     own = place / "teacher_backbone.pth"
     if folder is not None and own.is_file() and not weights:
-        return _encoder_graph(str(own), folder)
+        return _encoder_graph(str(own), folder, which, num_heads)
     is_config = place.suffix in (".py", ".yaml", ".yml")
     if folder is None and not is_config:
-        return _encoder_graph(model, None)
+        return _encoder_graph(model, None, which, num_heads)
+    if which is not None or num_heads is not None:
+        raise InputError("--which and --num-heads are for an encoder's file; leave them out.")
     predictor = Predictor(model, weights, device="cpu")
     facts = run_facts(folder)
     if part == "encoder":
         encoders = [m for m in predictor.model.modules() if isinstance(m, FLSLViT)]
         if not encoders:
             raise InputError(f"'{model}' holds no FLSLViT; export the whole detector.")
-        return EncoderGraph(encoders[0]), _encoder_facts(encoders[0], model) | facts
-    graph = DetectorGraph(predictor.model, predictor.input_format)
+        pixels: list[list[float]] = [
+            tensor.flatten().tolist()
+            for tensor in (predictor.model.pixel_mean, predictor.model.pixel_std)
+            if tensor.numel() != 3
+        ]
+        encoder_graph = EncoderGraph(encoders[0], *pixels)
+        return encoder_graph, _encoder_facts(encoder_graph, model) | facts, None
+    graph = model_graph(predictor.model, predictor.input_format)
     resize = [str(step) for step in predictor.resize.augs]
     described = {
-        "kind": "detector",
+        "kind": "segmenter" if isinstance(graph, SegmenterGraph) else "detector",
         "source": model,
         "input": {
-            "image": "float32 (3, height, width), RGB, 0 to 255; any size; normalised inside",
+            "image": f"float32 ({_pixel_facts(len(predictor.model.pixel_mean))}; any size; "
+            "normalised inside",
             "resize": resize or "none",
         },
-        "output": {
-            "boxes": "float32 (M, 4): x0, y0, x1, y1 in pixels of the image, by falling score",
-            "scores": "float32 (M,)",
-            "classes": "int64 (M,), numbers of the classes from 0",
-            **_mask_facts(graph),
-        },
+        "output": {name: _OUTPUTS[name] for name in graph.outputs},
         "classes": list(predictor.class_names),
     }
-    return graph, described | facts
+    return graph, described | facts, None
 
 
-def _mask_facts(graph: DetectorGraph) -> dict[str, str]:
-    if "masks" not in graph.outputs:
-        return {}
-    return {"masks": "float32 (M, S, S) in 0 to 1, stretched over the box; 0.5 is the outline"}
+_OUTPUTS = {
+    "boxes": "float32 (M, 4): x0, y0, x1, y1 in pixels of the image, by falling score",
+    "scores": "float32 (M,)",
+    "classes": "int64 (M,), numbers of the classes from 0",
+    "masks": "float32 (M, S, S) in 0 to 1, stretched over the box; 0.5 is the outline",
+    "logits": "float32 (K, height, width): of each class at each pixel; the largest is its class",
+}
 
 
-def _encoder_graph(file: str, folder: Path | None) -> tuple[EncoderGraph, dict[str, Any]]:
-    encoder, account = open_encoder(file)
-    facts = _encoder_facts(encoder, file) | run_facts(folder)
+def _pixel_facts(channels: int) -> str:
+    kind = "RGB, 0 to 255" if channels == 3 else "stored values"
+    return f"{channels}, height, width), {kind}"
+
+
+def _encoder_graph(
+    file: str, folder: Path | None, which: str | None, num_heads: int | None
+) -> _Opened:
+    changes = {} if num_heads is None else {"num_heads": num_heads}
+    encoder, account = open_encoder(file, which, **changes)
+    facts = run_facts(folder)
+    settings = facts.get("config", {})
+    pixels = [
+        json.loads(settings.get(f"dataset.{name}") or "[]") for name in ("pixel_mean", "pixel_std")
+    ]
+    graph = EncoderGraph(encoder.eval(), *pixels)
+    facts = _encoder_facts(graph, file) | facts
     if folder is None:
         facts["initial_weights"] = {
             "file": file,
             "layout": account.source,
             "licence": licence_of(account.source),
         }
-    return EncoderGraph(encoder.eval()), facts
+    return graph, facts, account
 
 
-def _encoder_facts(encoder: FLSLViT, source: str) -> dict[str, Any]:
+def _encoder_facts(graph: EncoderGraph, source: str) -> dict[str, Any]:
+    encoder = graph.encoder
     patch = encoder.patch_size
     return {
         "kind": "encoder",
         "source": source,
         "input": {
-            "image": "float32 (batch, 3, height, width), RGB, 0 to 255; normalised inside",
+            "image": f"float32 (batch, {_pixel_facts(graph.channels)}; normalised inside",
             "sides": f"multiples of {patch} pixels",
-            "mean": "ImageNet's: 123.675, 116.28, 103.53",
-            "std": "ImageNet's: 58.395, 57.12, 57.375",
+            "mean": ", ".join(f"{value:g}" for value in graph.mean.flatten().tolist()),
+            "std": ", ".join(f"{value:g}" for value in graph.std.flatten().tolist()),
         },
         "output": {
             "features": f"float32 (batch, {encoder.embed_dim}, height / {patch}, width / {patch})"
@@ -177,8 +232,40 @@ def main(arguments: Sequence[str] | None = None) -> None:
         help="the whole model, or a detector's encoder (default: %(default)s)",
     )
     add_option(parser, "--output", required=True, metavar="FILE", help="file or folder to write")
+    _add_encoder_options(parser)
     args = parser.parse_args(arguments)
-    run_tool(export_model, args.model, args.format, args.output, args.weights, args.part)
+    run_tool(
+        export_model,
+        args.model,
+        args.format,
+        args.output,
+        args.weights,
+        args.part,
+        args.which,
+        args.report,
+        args.num_heads,
+    )
+
+
+def _add_encoder_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--which",
+        metavar="NAME",
+        help="set of weights to take from an encoder's file with several, e.g. student or "
+        "state_dict_ema (default: the one that the file's project evaluates: the teacher; for "
+        "MoCo v3 the base encoder, which is its student; the model where its moving average lies "
+        "beside it)",
+    )
+    parser.add_argument(
+        "--report", metavar="FILE", help="JSON file for the account of an encoder's weights"
+    )
+    parser.add_argument(
+        "--num-heads",
+        type=int,
+        metavar="N",
+        help="number of an encoder's attention heads, which no tensor tells (default: that of the "
+        "published models of the same width)",
+    )
 
 
 if __name__ == "__main__":

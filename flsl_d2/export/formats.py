@@ -19,6 +19,7 @@ from flsl_d2.export.graphs import (
     TOLERANCE,
     DetectorGraph,
     EncoderGraph,
+    SegmenterGraph,
     largest_difference,
     onnx_runner,
 )
@@ -29,7 +30,7 @@ from flsl_d2.weights.export import TIMM_MODEL, timm_arguments, timm_state, write
 __all__ = ["DETECTOR_FORMATS", "FORMATS", "WRITERS"]
 
 _OPSET = 18  # the first whose Resize can be antialiased
-Models = EncoderGraph | DetectorGraph
+Models = EncoderGraph | DetectorGraph | SegmenterGraph
 
 
 def write_onnx(graph: Models, path: Path, facts: Mapping[str, Any]) -> str:
@@ -85,7 +86,8 @@ def write_safetensors(graph: Models, path: Path, facts: Mapping[str, Any]) -> st
     """Write the tensors by this project's names."""
     if isinstance(graph, EncoderGraph):
         write_encoder(graph.encoder, path)
-        read = EncoderGraph(build_encoder(str(path)).eval())
+        pixels = graph.mean.flatten().tolist(), graph.std.flatten().tolist()
+        read = EncoderGraph(build_encoder(str(path)).eval(), *pixels)
         return _check(graph, read, "this project's reader")
     state = {name: tensor.contiguous() for name, tensor in graph.model.state_dict().items()}
     texts = {name: json.dumps(value) for name, value in facts.items()}
@@ -94,6 +96,12 @@ def write_safetensors(graph: Models, path: Path, facts: Mapping[str, Any]) -> st
     if not all(torch.equal(found[name], tensor) for name, tensor in state.items()):
         raise InputError(f"'{path}' does not hold the tensors that were written; write it again.")
     return f"{len(state)} tensors equal after reading them back"
+
+
+def write_detectron2(graph: Models, path: Path, facts: Mapping[str, Any]) -> str:
+    """Write an encoder as ``teacher_backbone.pth`` of a run, which Detectron2 projects load."""
+    _encoder(graph)
+    return write_safetensors(graph, path, facts)  # the suffix decides how tensors are written
 
 
 def write_timm_file(graph: Models, path: Path, facts: Mapping[str, Any]) -> str:
@@ -140,9 +148,9 @@ def write_huggingface(graph: Models, path: Path, facts: Mapping[str, Any]) -> st
 
 
 def _encoder(graph: Models) -> Any:
-    if isinstance(graph, DetectorGraph):
+    if not isinstance(graph, EncoderGraph):
         raise InputError(
-            "the model is a detector, and timm and huggingface are formats of encoders; use "
+            "the model is a detector, and d2, timm and huggingface are formats of encoders; use "
             f"{', '.join(DETECTOR_FORMATS)}, or --part encoder."
         )
     return graph.encoder
@@ -172,13 +180,14 @@ def _check(graph: Models, other: Callable[[Tensor], Any], program: str, sizes: i
             f"than {TOLERANCE:g}, so nothing was written; report this with the model's config."
         )
     shapes = " and ".join("x".join(map(str, image.shape[-2:])) for image in images)
-    what = "objects" if isinstance(graph, DetectorGraph) else "images"
+    what = {DetectorGraph: "objects", SegmenterGraph: "classes"}.get(type(graph), "images")
     return f"within {difference:.1e} of the source in {program} ({rows} {what}, {shapes} pixels)"
 
 
 # For each format the endings of its files, empty for a folder, and the function that writes.
 Writer = Callable[[Models, Path, Mapping[str, Any]], str]
 WRITERS: dict[str, tuple[tuple[str, ...], Writer]] = {
+    "d2": ((".pth",), write_detectron2),
     "onnx": ((".onnx",), write_onnx),
     "torch": ((".pt2", ".ts", ".pt"), write_torch),
     "timm": ((".safetensors", ".pth"), write_timm_file),

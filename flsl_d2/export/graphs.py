@@ -2,20 +2,30 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
 import torch
 from detectron2.export.torchscript_patch import patch_builtin_len
 from detectron2.modeling import GeneralizedRCNN
+from detectron2.modeling.meta_arch import DenseDetector, SemanticSegmentor
+from detectron2.structures import ImageList
 from torch import Tensor, nn
 
 from flsl_d2.errors import InputError
 from flsl_d2.modeling import FLSLViT
 from flsl_d2.modeling.pixels import IMAGENET_MEAN, IMAGENET_STD
 
-__all__ = ["DetectorGraph", "EncoderGraph", "Graph", "largest_difference", "onnx_runner"]
+__all__ = [
+    "DetectorGraph",
+    "EncoderGraph",
+    "Graph",
+    "SegmenterGraph",
+    "largest_difference",
+    "model_graph",
+    "onnx_runner",
+]
 
 TOLERANCE = 1e-3
 
@@ -39,31 +49,31 @@ class Graph(nn.Module):
 
 
 class EncoderGraph(Graph):
-    """RGB pixels (B, 3, H, W) in 0 to 255 to the map (B, D, H / patch, W / patch).
+    """Pixels (B, C, H, W) to the map (B, D, H / patch, W / patch).
 
     Args:
         encoder: the encoder, in evaluation mode; ``final_norm`` is part of it.
-
-    Raises:
-        InputError: the encoder has other channels than three.
+        mean: mean of each channel; ImageNet's for three channels in 0 to 255, else 0.
+        std: standard deviation of each channel; ImageNet's or 1.
     """
 
     outputs = ("features",)
     input_axes = {0: "batch", 2: "height", 3: "width"}
     output_axes = {0: "batch", 2: "rows", 3: "columns"}
 
-    def __init__(self, encoder: FLSLViT) -> None:
+    def __init__(
+        self, encoder: FLSLViT, mean: Sequence[float] = (), std: Sequence[float] = ()
+    ) -> None:
         super().__init__()
-        if encoder.architecture["in_chans"] != 3:
-            raise InputError(
-                f"the encoder takes images of {encoder.architecture['in_chans']} channels, and "
-                "exports take RGB; tools/convert_checkpoint.py writes it for timm and others."
-            )
         self.encoder = encoder
+        self.channels = int(encoder.architecture["in_chans"])  # type: ignore[call-overload]
+        is_rgb = self.channels == 3
+        mean = mean or (IMAGENET_MEAN if is_rgb else (0.0,) * self.channels)
+        std = std or (IMAGENET_STD if is_rgb else (1.0,) * self.channels)
         self.mean: Tensor
         self.std: Tensor
-        self.register_buffer("mean", torch.tensor(IMAGENET_MEAN).view(3, 1, 1), False)
-        self.register_buffer("std", torch.tensor(IMAGENET_STD).view(3, 1, 1), False)
+        self.register_buffer("mean", torch.tensor(mean).view(-1, 1, 1), False)
+        self.register_buffer("std", torch.tensor(std).view(-1, 1, 1), False)
         self.eval()  # exporters restore the mode of the whole, its parts included
 
     def forward(self, image: Tensor) -> tuple[Tensor, ...]:
@@ -75,7 +85,7 @@ class EncoderGraph(Graph):
         """Return random pixels, 2 images of another size for each number."""
         patch, side = self.encoder.patch_size, int(self.encoder.architecture["img_size"])  # type: ignore[arg-type]
         width = side + number * patch * max(side // (2 * patch), 1)
-        return _pixels(number, (2 - number % 2, 3, side, width))
+        return _pixels(number, (2 - number % 2, self.channels, side, width))
 
 
 class DetectorGraph(Graph):
@@ -85,11 +95,9 @@ class DetectorGraph(Graph):
     (M,) and, for a detector with masks, the masks (M, S, S) within their boxes, in 0 to 1.
 
     Args:
-        model: detector in evaluation mode.
-        input_format: order of channels that it was trained with, ``RGB`` or ``BGR``.
-
-    Raises:
-        InputError: the model is no detector with proposals (R-CNN).
+        model: detector in evaluation mode, R-CNN or RetinaNet.
+        input_format: order of channels that it was trained with, ``RGB`` or ``BGR``, or the stored
+            values of several channels.
     """
 
     input_axes = {1: "height", 2: "width"}
@@ -97,21 +105,16 @@ class DetectorGraph(Graph):
 
     def __init__(self, model: nn.Module, input_format: str) -> None:
         super().__init__()
-        if not isinstance(model, GeneralizedRCNN):
-            raise InputError(
-                f"a {type(model).__name__} cannot be written as a graph; Faster, Mask and Cascade "
-                "R-CNN can, and the encoder of any model."
-            )
         self.model, self.input_format = model, input_format
         self.eval()
-        has_masks = bool(getattr(model.roi_heads, "mask_on", False))
+        has_masks = bool(getattr(getattr(model, "roi_heads", None), "mask_on", False))
         self.outputs = ("boxes", "scores", "classes", *(["masks"] if has_masks else []))
 
     def forward(self, image: Tensor) -> tuple[Tensor, ...]:
         """Detect the objects of an image."""
         image = image.flip(0) if self.input_format == "BGR" else image
         with torch.no_grad(), patch_builtin_len():
-            (found,) = self.model.inference([{"image": image}], do_postprocess=False)
+            (found,) = self._found(image)
         results: tuple[Tensor, ...] = (
             found.pred_boxes.tensor,
             found.scores,
@@ -119,18 +122,75 @@ class DetectorGraph(Graph):
         )
         return (*results, found.pred_masks[:, 0]) if "masks" in self.outputs else results
 
-    def example(self, number: int) -> Tensor:
-        """Return a random picture of another size for each number.
+    def _found(self, image: Tensor) -> Any:
+        """Objects in pixels of the image, as a list of one entry."""
+        model: Any = self.model
+        if isinstance(model, GeneralizedRCNN):
+            return model.inference([{"image": image}], do_postprocess=False)
+        images = model.preprocess_image([{"image": image}])
+        maps = model.backbone(images.tensor)
+        features = [maps[name] for name in model.head_in_features]
+        return model.forward_inference(images, features, model.head(features))
 
-        Raises:
-            InputError: the detector takes other channels.
-        """
-        if self.input_format not in ("RGB", "BGR"):
-            raise InputError(
-                f"the detector takes images of the format {self.input_format}, and graphs are "
-                "written for RGB; write it as safetensors."
+    def example(self, number: int) -> Tensor:
+        """Return a random picture of another size for each number."""
+        return _picture(self.model, number)
+
+
+class SegmenterGraph(Graph):
+    """RGB pixels (3, H, W) in 0 to 255 to the logits (K, H, W) of each class at each pixel.
+
+    Args:
+        model: semantic segmenter in evaluation mode.
+        input_format: order of channels that it was trained with.
+    """
+
+    outputs = ("logits",)
+    input_axes = {1: "height", 2: "width"}
+    output_axes = {1: "height", 2: "width"}
+
+    def __init__(self, model: nn.Module, input_format: str) -> None:
+        super().__init__()
+        self.model, self.input_format = model, input_format
+        self.eval()
+
+    def forward(self, image: Tensor) -> tuple[Tensor, ...]:
+        """Segment an image."""
+        model: Any = self.model
+        height, width = image.shape[-2:]
+        image = image.flip(0) if self.input_format == "BGR" else image
+        with torch.no_grad():
+            images = ImageList.from_tensors(
+                [(image - model.pixel_mean) / model.pixel_std],
+                model.backbone.size_divisibility,
+                padding_constraints=model.backbone.padding_constraints,
             )
-        return _pixels(number, (3, 192 + 32 * number, 256 - 48 * number))
+            logits, _ = model.sem_seg_head(model.backbone(images.tensor))
+        return (logits[0, :, :height, :width],)
+
+    def example(self, number: int) -> Tensor:
+        """Return a random picture of another size for each number."""
+        return _picture(self.model, number)
+
+
+def model_graph(model: nn.Module, input_format: str) -> DetectorGraph | SegmenterGraph:
+    """Return the graph of a model of Detectron2.
+
+    Raises:
+        InputError: none is known for its class.
+    """
+    if isinstance(model, GeneralizedRCNN | DenseDetector):
+        return DetectorGraph(model, input_format)
+    if isinstance(model, SemanticSegmentor):
+        return SegmenterGraph(model, input_format)
+    raise InputError(
+        f"a {type(model).__name__} cannot be written as a graph; R-CNN models, RetinaNet and "
+        "Semantic FPN can, and the encoder of any model by --part encoder."
+    )
+
+
+def _picture(model: Any, number: int) -> Tensor:
+    return _pixels(number, (len(model.pixel_mean), 192 + 32 * number, 256 - 48 * number))
 
 
 def _pixels(seed: int, shape: tuple[int, ...]) -> Tensor:
@@ -139,7 +199,7 @@ def _pixels(seed: int, shape: tuple[int, ...]) -> Tensor:
     batch = np.prod(shape[:-3], dtype=int)
     image = torch.zeros(int(batch), *shape[-3:])
     for side in (2, 5, 12):
-        coarse = torch.from_numpy(rng.random((int(batch), 3, side, side), dtype=np.float32))
+        coarse = torch.from_numpy(rng.random((int(batch), shape[-3], side, side), dtype=np.float32))
         image += nn.functional.interpolate(coarse, shape[-2:], mode="bilinear") / 3
     return (image * 255).clamp(0, 255).reshape(shape)
 

@@ -10,6 +10,7 @@ import ast
 import difflib
 from collections.abc import Sequence
 from contextlib import suppress
+from pathlib import Path
 from typing import Any
 
 import timm
@@ -18,6 +19,7 @@ from detectron2.config import CfgNode
 from detectron2.layers import ShapeSpec
 from detectron2.modeling import BACKBONE_REGISTRY, FPN, Backbone
 from detectron2.modeling.backbone.fpn import LastLevelMaxPool
+from omegaconf import ListConfig
 from timm.data.config import resolve_model_data_config
 from torch import Tensor, nn
 
@@ -78,6 +80,10 @@ class TimmBackbone(Backbone):
     ) -> None:
         super().__init__()
         self.name, self.frozen = name, frozen
+        # Lists of a LazyConfig are no lists to PyTorch.
+        model_args = {
+            k: tuple(v) if isinstance(v, ListConfig) else v for k, v in model_args.items()
+        }
         self.model = _create(name, pretrained and not weights, model_args)
         if weights:
             _load(self.model, weights)
@@ -164,7 +170,7 @@ class TimmBackbone(Backbone):
         except (RuntimeError, AssertionError, LookupError, ValueError, TypeError) as error:
             raise InputError(
                 f"timm's '{self.name}' does not take images of any size (at {height} x {width}: "
-                f"{str(error).strip().splitlines()[0]}); choose a model that does."
+                f"{_reason(error)}); choose a model that does."
             ) from error
         finally:
             self.model.train()
@@ -285,20 +291,20 @@ def _create(name: str, pretrained: bool, model_args: dict[str, Any]) -> nn.Modul
         except TypeError as error:  # an argument that this family does not take
             errors.append(str(error))
         except (RuntimeError, OSError) as error:
-            reason = str(error).strip().splitlines()[0]
             what = "; for random weights add ?pretrained=false" if pretrained else ""
-            raise InputError(f"timm cannot build '{name}' ({reason}){what}.") from error
+            raise InputError(f"timm cannot build '{name}' ({_reason(error)}){what}.") from error
     raise InputError(f"timm cannot build '{name}' ({errors[-1]}); check the options after '?'.")
 
 
 def _load(model: nn.Module, path: str) -> None:
     """Load a file of the model's own weights; only what no map needs may be missing."""
+    if not Path(path).is_file():
+        raise InputError(f"weights '{path}' do not exist; check the path.")
     try:
         timm.models.load_checkpoint(model, path, strict=False, weights_only=True)
         state = timm.models.load_state_dict(path, weights_only=True)
     except (OSError, RuntimeError, KeyError, ValueError) as error:
-        reason = str(error).strip().splitlines()[0]
-        raise InputError(f"timm cannot load weights '{path}' ({reason}).") from error
+        raise InputError(f"timm cannot load weights '{path}' ({_reason(error)}).") from error
     own = set(model.state_dict())
     found = {key.removeprefix("module.") for key in state}
     missing = sorted(key for key in own - found if not key.startswith(_HEADS))
@@ -307,6 +313,11 @@ def _load(model: nn.Module, path: str) -> None:
             f"weights '{path}' lack {len(missing)} of the {len(own)} tensors of the model, first "
             f"'{missing[0]}'; give weights of the same timm model."
         )
+
+
+def _reason(error: Exception) -> str:
+    """First line of an error, or its class where it says nothing."""
+    return next(iter(str(error).strip().splitlines()), type(error).__name__)
 
 
 # Parts of timm's models that turn maps into classes.

@@ -15,18 +15,16 @@ from flsl_d2.errors import InputError
 from flsl_d2.files import replaced_file, write_text
 from flsl_d2.modeling import FLSLViT
 from flsl_d2.weights.alignment import TIMM_NAMES, rename
-from flsl_d2.weights.loading import open_encoder
-from flsl_d2.weights.reading import ENCODER_FORMAT, split_weights_path
+from flsl_d2.weights.reading import ENCODER_FORMAT
 from flsl_d2.weights.report import LoadReport
 
 __all__ = [
-    "FORMATS",
     "TIMM_MODEL",
-    "convert_checkpoint",
     "encoder_file",
     "timm_arguments",
     "timm_call",
     "timm_state",
+    "write_account",
     "write_encoder",
     "write_timm",
 ]
@@ -163,62 +161,12 @@ def _on_cpu(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     return {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
 
 
-# Formats and the suffixes of their files.
-FORMATS = {
-    "d2": (".pth",),
-    "safetensors": (".safetensors",),
-    "timm": (".pth", ".safetensors"),
-}
-
-
-def convert_checkpoint(
-    source: str,
-    target: str,
-    to: str | None = None,
-    which: str | None = None,
-    report: str | None = None,
-    **changes: Any,
-) -> LoadReport:
-    """Read an encoder in any known layout and write it; print the account of every weight.
-
-    Args:
-        source: file or URL.
-        target: file to write.
-        to: key of :data:`FORMATS`; None takes the one of the suffix of ``target``.
-        which: name of a set of weights (``student``, ``state_dict_ema``) in a file with several.
-        report: JSON file for the account; None for none.
-        **changes: arguments of ``FLSLViT`` that differ from what the file says.
+def write_account(path: str, account: LoadReport) -> None:
+    """Write the account of every weight as JSON.
 
     Raises:
-        InputError: the request or the file is faulty (nothing is written), or writing fails.
+        InputError: the file cannot be written.
     """
-    to = to or ("safetensors" if target.endswith(".safetensors") else "d2")
-    if Path(target).suffix not in FORMATS[to]:
-        raise InputError(
-            f"the output {target!r} does not have the suffix of {to} files; use "
-            f"{' or '.join(FORMATS[to])}."
-        )
-    target = os.path.expanduser(target)
-    if Path(target).resolve() == Path(split_weights_path(source)[0]).resolve():
-        raise InputError(f"the output {target!r} is the input; give another name.")
-    encoder, account = open_encoder(source, which, **changes)
-    if to == "timm":
-        write_timm(encoder, target)
-    else:
-        write_encoder(encoder, target)
-    if report is not None:
-        _write_report(report, account)
-    print(account.table())
-    print(f"{'written':<10} {target} ({to})")
-    if to == "timm":
-        print(f"\nLoad it with:\n{timm_call(encoder, target)}")
-        own = encoder.architecture
-        if own["position_offset"] or not own["position_antialias"]:
-            print("At other image sizes timm resamples positions, but not as this encoder does.")
-    return account
-
-
-def _write_report(path: str, account: LoadReport) -> None:
     try:
         write_text(os.path.expanduser(path), json.dumps(account.as_dict(), indent=2) + "\n")
     except OSError as error:

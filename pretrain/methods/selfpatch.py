@@ -40,9 +40,13 @@ class _Aggregation(Networks):
         self.patch_head = patch_head
         self.token = nn.Parameter(torch.zeros(1, 1, backbone.embed_dim))
         nn.init.trunc_normal_(self.token, std=0.02)
-        num_heads = int(str(backbone.architecture["num_heads"]))
+        width = backbone.embed_dim
+        # 64 channels a head, as ViTs have, where the encoder's own number is not known.
+        num_heads = math.gcd(width, max(width // 64, 1))
+        if isinstance(backbone, FLSLViT):
+            num_heads = int(str(backbone.architecture["num_heads"]))
         self.blocks = nn.ModuleList(
-            LayerScaleBlockClassAttn(backbone.embed_dim, num_heads, qkv_bias=True, init_values=0.1)
+            LayerScaleBlockClassAttn(width, num_heads, qkv_bias=True, init_values=0.1)
             for _ in range(depth)
         )
         self.norm = nn.LayerNorm(backbone.embed_dim)

@@ -124,6 +124,54 @@ def test_a_whole_detector_in_onnx(detector, tmp_path, capsys):
     assert card["data"] == {"dataloader.train.dataset.names": "scenes"}
 
 
+@pytest.mark.parametrize(
+    ("recipe", "outputs", "changes"),
+    [
+        (
+            "coco/retinanet_flsl_vit_s16_1x.py",
+            ["boxes", "scores", "classes"],
+            {"test_score_thresh": 0.0, "test_topk_candidates": 50, "max_detections_per_image": 20},
+        ),
+        ("coco/semantic_fpn_flsl_vit_s16_stuff_1x.py", ["logits"], {}),
+    ],
+)
+def test_other_models_of_the_recipes_in_onnx(recipe, outputs, changes, tmp_path, capsys):
+    cfg = load_lazy_config(recipe)
+    cfg.model.backbone.net.update(depth=1, embed_dim=32, num_heads=2, window_size=0)
+    cfg.model.update(changes)
+    torch.manual_seed(0)
+    torch.save({"model": instantiate(cfg.model).state_dict()}, tmp_path / "model_final.pth")
+    LazyConfig.save(cfg, str(tmp_path / "config.yaml"))
+    target = tmp_path / "model.onnx"
+    export_model(str(tmp_path), "onnx", target)
+    assert "192x256 and 224x208 pixels" in capsys.readouterr().out
+    assert [out.name for out in onnx.load(str(target)).graph.output] == outputs
+    found = onnx_runner(str(target))(torch.rand(3, 75, 130) * 255)
+    if outputs == ["logits"]:
+        assert found[0].shape[1:] == (75, 130)
+    else:
+        assert found[0].shape == (20, 4)
+    card = json.loads((tmp_path / "model.onnx.json").read_text())
+    assert card["kind"] == ("segmenter" if outputs == ["logits"] else "detector")
+
+
+def test_an_encoder_of_four_channels_is_normalised_as_it_was_trained(tmp_path):
+    torch.manual_seed(0)
+    encoder = FLSLViT(**SMALL, in_chans=4).eval()
+    write_encoder(encoder, tmp_path / "teacher_backbone.pth")
+    mean, std = [1000.0, 2000.0, 500.0, 0.0], [300.0, 400.0, 100.0, 1.0]
+    settings = {"dataset.pixel_mean": str(mean), "dataset.pixel_std": str(std)}
+    (tmp_path / "run.json").write_text(json.dumps({"settings": settings}))
+    export_model(str(tmp_path), "onnx", tmp_path / "a.onnx")
+    pixels = torch.rand(1, 4, 64, 64) * 1000
+    normal = (pixels - torch.tensor(mean).view(-1, 1, 1)) / torch.tensor(std).view(-1, 1, 1)
+    with torch.no_grad():
+        (wanted,) = encoder(normal).values()
+    (found,) = onnx_runner(str(tmp_path / "a.onnx"))(pixels)
+    torch.testing.assert_close(found, wanted, rtol=1e-3, atol=1e-3)
+    assert "stored values" in (tmp_path / "a.onnx.md").read_text()
+
+
 def test_a_detectors_encoder_and_its_tensors(detector, tmp_path):
     export_model(str(detector), "safetensors", tmp_path / "whole.safetensors")
     export_model(str(detector), "timm", tmp_path / "encoder.pth", part="encoder")

@@ -234,6 +234,7 @@ def test_names_with_options():
         ("levit_128s", "images of any size"),
         ("mvitv2_tiny", "images of any size"),
         ("resnet18?colour=red", "check the options"),
+        ("resnet18?weights=/no/such.pth", "'/no/such.pth' do not exist"),
         ("hrnet_w18_small?use_act_checkpoint=true", "cannot recompute"),
     ],
 )

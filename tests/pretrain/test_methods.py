@@ -9,10 +9,12 @@ import cv2
 import numpy as np
 import pytest
 import torch
+from detectron2.config import LazyCall as L
 from detectron2.config import instantiate
 from detectron2.utils.events import EventStorage
 from tiny_methods import RECIPES, tiny_config
 
+from flsl_d2.engine.run_folder import flat_config
 from flsl_d2.errors import InputError
 from flsl_d2.modeling.timm_backbone import TimmBackbone
 from flsl_d2.weights import build_encoder
@@ -131,6 +133,31 @@ def test_masked_tokens_on_a_cnn_are_refused():
         instantiate(cfg.model)
     with pytest.raises(InputError, match="has no tokens and positions before"):
         instantiate(tiny_config("flsl_resnet50", "model.token_share=0.5").model)
+
+
+@pytest.mark.parametrize("name", ["detcon", "selfpatch", "vicregl"])
+def test_an_encoder_of_several_stages(name, images):
+    cfg = tiny_config(name, "views.patch_size=32", "views.global_size=64")
+    if "local_size" in cfg.views:
+        cfg.views.local_size = 32
+    swin = {"name": "swin_tiny_patch4_window7_224", "embed_dim": 24, "depths": [1, 1, 1, 1]}
+    cfg.model.backbone = L(TimmBackbone)(pretrained=False, **swin)
+    for head in {"head", "patch_head"} & set(cfg.model):
+        cfg.model[head].in_dim = 192
+    if name == "vicregl":
+        cfg.model.num_matches = [1, 1]  # a local view is one token
+    trainer = build(cfg, images)
+    assert math.isfinite(train(trainer, 0, 1)["loss"])
+    trained = [p for p in trainer.method.parameters() if p.requires_grad]
+    assert all(p.grad is not None for p in trained)
+
+
+def test_a_key_that_refers_to_none_is_named():
+    """The encoder of a recipe is another one, which has no patches to take the size from."""
+    cfg = tiny_config("mae")
+    cfg.model.backbone = {"name": "resnet18"}
+    with pytest.raises(InputError, match=r"views\.patch_size refers to .*; set views\.patch_size"):
+        flat_config(cfg)
 
 
 def test_a_batch_without_other_images_is_refused():
