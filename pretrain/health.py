@@ -17,7 +17,7 @@ from flsl_d2.errors import TrainingError
 from flsl_d2.evaluation import extract_tokens
 from flsl_d2.evaluation.explained_variance import position_r2
 from flsl_d2.modeling import Encoder, FLSLViT
-from pretrain.hooks import untouched_generators
+from pretrain.hooks import beside_training, current_encoder, untouched_generators
 from pretrain.monitor import CollapseWatch
 
 __all__ = ["Health", "HealthReport", "judge_health"]
@@ -142,14 +142,14 @@ class HealthReport(HookBase):
 
     def _report(self, done: int) -> None:
         histories = self.trainer.storage.histories()
-        method = self.trainer.method
+        method, encoder = self.trainer.method, current_encoder(self.trainer)
         # The term over centroids: FLSL's, that of methods with several terms, or the loss.
         terms = ("loss_inter", "loss_global", "loss")
         name = next((term for term in terms if term in histories), "loss")
         wanted = name in histories and method.num_centroids
-        place = self._place(method.exported_encoder())
+        place = self._place(encoder)
         if self._untrained is None and place is not None:
-            self._untrained = self._place(_untrained(method.exported_encoder()))
+            self._untrained = self._place(_untrained(encoder))
         in_use = histories.get("centroids_in_use")
         self.health = judge_health(
             self.watch.signs,
@@ -172,8 +172,7 @@ class HealthReport(HookBase):
             return None
         features, training = [], encoder.training
         encoder.train(False)
-        # Compiled blocks would be compiled anew for the size of every image.
-        with untouched_generators(), torch.compiler.set_stance("force_eager"):
+        with beside_training(self.trainer):
             for place in self.places:
                 try:
                     image = ImageFile(self.files.source(place)).pixels()

@@ -9,6 +9,7 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -17,21 +18,29 @@ from detectron2.utils import comm
 
 from flsl_d2.data.image_store import ImageStore, as_store
 from flsl_d2.data.images import ImageFile, read_rgb
+from flsl_d2.engine.background import Background
 from flsl_d2.errors import TrainingError
 from flsl_d2.evaluation import TokenFeatures, extract_tokens
+from flsl_d2.evaluation.features import encoding_in
 from flsl_d2.evaluation.labelled_images import LabelledDataset
 from flsl_d2.evaluation.measures import measure_all, prepare_measures
 from flsl_d2.files import replaced_file
 from flsl_d2.modeling import FLSLViT
 from flsl_d2.modeling.timm_backbone import TimmBackbone
 from flsl_d2.visualization import encoder_figure
+from flsl_d2.weights.checkpointer import copy_to_cpu
 from flsl_d2.weights.export import encoder_file
 from pretrain.methods import Method
+from pretrain.sharding import whole_encoder
 
 __all__ = [
     "EncoderPictures",
     "ExportTeacher",
     "FeatureMeasures",
+    "TimeShare",
+    "WholeEncoder",
+    "beside_training",
+    "current_encoder",
     "save_teacher_backbone",
     "untouched_generators",
 ]
@@ -52,6 +61,46 @@ def untouched_generators() -> Iterator[None]:
         np.random.set_state(numpy)
 
 
+@contextmanager
+def beside_training(trainer: Any) -> Iterator[None]:
+    """Context in which an encoder is used that is being trained.
+
+    The global generators are as before at its end, images are encoded in the precision of the
+    steps, and compiled blocks are not compiled anew for the size of every image.
+    """
+    eager = torch.compiler.set_stance("force_eager")
+    with untouched_generators(), eager, encoding_in(getattr(trainer, "dtype", None)):
+        yield
+
+
+def current_encoder(trainer: Any) -> FLSLViT | TimmBackbone:
+    """Return the encoder to export or measure: of a sharded run the copy of :class:`WholeEncoder`.
+
+    Such a copy is on the main process alone.
+    """
+    whole = getattr(trainer, "whole_encoder", None)
+    return trainer.method.exported_encoder() if whole is None else whole
+
+
+class WholeEncoder(HookBase):
+    """Gather the encoder of a sharded run on the main process when the hooks behind it need it.
+
+    It is registered in every process, before the hooks that measure, draw and export.
+
+    Args:
+        periods: numbers of steps between two uses of the encoder; 0 for none. The last step is one.
+    """
+
+    def __init__(self, periods: Sequence[int]) -> None:
+        self.periods = [period for period in periods if period]
+
+    def after_step(self) -> None:
+        """Gather when due; otherwise forget the copy."""
+        done = self.trainer.iter + 1
+        due = done >= self.trainer.max_iter or any(done % period == 0 for period in self.periods)
+        self.trainer.whole_encoder = whole_encoder(self.trainer.method) if due else None
+
+
 def save_teacher_backbone(method: Method, path: str | Path) -> None:
     """Write the method's encoder (:func:`encoder_file`) so that no reader sees half of the file.
 
@@ -61,17 +110,25 @@ def save_teacher_backbone(method: Method, path: str | Path) -> None:
     Raises:
         OSError: the file cannot be written; a file that was there before is unchanged.
     """
-    encoder = method.exported_encoder()
-    if isinstance(encoder, FLSLViT):
-        content = encoder_file(encoder)
-    else:
-        content = {"model": {name: x.cpu() for name, x in encoder.model.state_dict().items()}}
+    write_content(_content(method.exported_encoder()), path)
+
+
+def write_content(content: dict[str, Any], path: str | Path) -> None:
+    """Write the content of an encoder's file; see :func:`save_teacher_backbone`."""
     with replaced_file(path) as file:
         torch.save(content, file)
 
 
+def _content(encoder: FLSLViT | TimmBackbone) -> dict[str, Any]:
+    if isinstance(encoder, FLSLViT):
+        return encoder_file(encoder)
+    return {"model": {name: x.cpu() for name, x in encoder.model.state_dict().items()}}
+
+
 class ExportTeacher(HookBase):
     """Write ``teacher_backbone.pth`` every ``period`` steps and at the end.
+
+    Before the end, training goes on while the file is written from a copy.
 
     Args:
         path: path of the file.
@@ -83,33 +140,66 @@ class ExportTeacher(HookBase):
 
     def __init__(self, path: Path, period: int = 0) -> None:
         self.path, self.period = path, period
+        self._writing = Background()
 
     def after_step(self) -> None:
         """Export when due."""
+        if self._writing.done:
+            self._log_failure()
         if self.period and (self.trainer.iter + 1) % self.period == 0:
-            try:
-                self._export()
-            except TrainingError as error:
-                logger.error("%s Training goes on.", error)
+            self._log_failure()
+            content = copy_to_cpu(_content(current_encoder(self.trainer)))
+            self._writing.start(lambda: write_content(content, self.path))
 
     def after_train(self) -> None:
         """Export the encoder of a run that is complete."""
+        self._log_failure()
         # After a step that raised an exception, even the last one, the number is lower.
-        if self.trainer.iter >= self.trainer.max_iter:
-            self._export()
-            logger.info(
-                "The encoder is in %s: train.init_checkpoint=... or MODEL.WEIGHTS loads it.",
-                self.path,
-            )
-
-    def _export(self) -> None:
+        if self.trainer.iter < self.trainer.max_iter:
+            return
         try:
-            save_teacher_backbone(self.trainer.method, self.path)
+            write_content(_content(current_encoder(self.trainer)), self.path)
         except (OSError, RuntimeError) as error:  # PyTorch's writer hides the error of the file
-            raise TrainingError(
-                f"the encoder cannot be written to '{self.path}' ({error}); make room and run "
-                "again with --resume."
-            ) from error
+            raise TrainingError(self._sentence(error)) from error
+        logger.info(
+            "The encoder is in %s: train.init_checkpoint=... or MODEL.WEIGHTS loads it.", self.path
+        )
+
+    def _log_failure(self) -> None:
+        """Wait for the file that is being written, if any, and log why it could not be."""
+        error = self._writing.wait()
+        if error is not None:
+            logger.error("%s Training goes on.", self._sentence(error))
+
+    def _sentence(self, error: Exception) -> str:
+        return (
+            f"the encoder cannot be written to '{self.path}' ({error}); make room and run again "
+            "with --resume."
+        )
+
+
+class TimeShare:
+    """Bound of the time of work for which all GPUs wait.
+
+    Args:
+        max_share: largest share of the time; work that comes too early is to be left out.
+    """
+
+    def __init__(self, max_share: float) -> None:
+        self.max_share = max_share
+        self._next_time = -math.inf
+
+    def allows(self) -> bool:
+        """Whether the work may be done now."""
+        return time.monotonic() >= self._next_time
+
+    @contextmanager
+    def taking(self) -> Iterator[None]:
+        """Context of the work, whose time is taken."""
+        start = time.monotonic()
+        yield
+        end = time.monotonic()
+        self._next_time = end + (end - start) * (1 / self.max_share - 1)
 
 
 class FeatureMeasures(HookBase):
@@ -134,6 +224,7 @@ class FeatureMeasures(HookBase):
         max_images: largest number of images of each data set.
         short_side: length in pixels that the shorter side of an image is resized to; the default
             is the resolution of pre-training, a quarter of the work of the final evaluation.
+        max_share: see :class:`TimeShare`; scores after the last step are always taken.
 
     Raises:
         InputError: data or names cannot be used; raised when the hook is made, before training.
@@ -147,8 +238,10 @@ class FeatureMeasures(HookBase):
         period_iters: int = 0,
         max_images: int | None = 200,
         short_side: int = 224,
+        max_share: float = 1.0,
     ) -> None:
         self.measures, self.period, self.short_side = measures, period_iters, short_side
+        self.share = TimeShare(max_share)
         self.data: tuple[LabelledDataset, LabelledDataset] | None = None
         if comm.is_main_process():
             self.data = prepare_measures(
@@ -162,14 +255,20 @@ class FeatureMeasures(HookBase):
         due = self.period and done % self.period == 0
         if due or done >= self.trainer.max_iter:
             if comm.is_main_process():
-                self._measure(self.trainer.method.exported_encoder())
+                self._measure_within_share()
             comm.synchronize()
+
+    def _measure_within_share(self) -> None:
+        # The other processes wait, so that this one can decide by its clock.
+        if self.trainer.iter + 1 < self.trainer.max_iter and not self.share.allows():
+            return
+        with self.share.taking():
+            self._measure(current_encoder(self.trainer))
 
     def _measure(self, encoder: FLSLViT | TimmBackbone) -> None:
         assert self.data is not None, "only the main process measures"
         device = str(next(encoder.parameters()).device)
-        # Compiled blocks would be compiled anew for the size of every image.
-        with untouched_generators(), torch.compiler.set_stance("force_eager"):
+        with beside_training(self.trainer):
             results, failures = measure_all(
                 encoder, *self.data, self.measures, device=device, short_side=self.short_side
             )
@@ -196,8 +295,7 @@ class EncoderPictures(HookBase):
         scale: scale of attention and clusters, times sqrt(D). It is larger than in training, where
             the modes of an image soon meet in one.
         num_iterations: number of mean-shift steps to the mode.
-        max_share: largest share of the time that pages may take, because all GPUs wait for them: a
-            page that comes too early is left out, except the last.
+        max_share: see :class:`TimeShare`; the last page is always drawn.
     """
 
     def __init__(
@@ -216,9 +314,8 @@ class EncoderPictures(HookBase):
         self.places = [int(place) for place in places]
         self.folder, self.period, self.short_side = folder, period, short_side
         self.scale, self.num_iterations = scale, num_iterations
-        self.max_share = max_share
+        self.share = TimeShare(max_share)
         self._has_failed = False
-        self._next_time = -math.inf
 
     def after_step(self) -> None:
         """Draw when due; a failure is logged once."""
@@ -226,17 +323,14 @@ class EncoderPictures(HookBase):
         last = self.trainer.max_iter
         if not self.period or last < self.period or (done % self.period and done < last):
             return
-        start = time.monotonic()
-        if start < self._next_time and done < last:
+        if done < last and not self.share.allows():
             return
-        self._draw_or_log()
-        end = time.monotonic()
-        self._next_time = end + (end - start) * (1 / self.max_share - 1)
+        with self.share.taking():
+            self._draw_or_log()
 
     def _draw_or_log(self) -> None:
         try:
-            # Compiled blocks would be compiled anew for the size of every image.
-            with untouched_generators(), torch.compiler.set_stance("force_eager"):
+            with beside_training(self.trainer):
                 self._draw()
         except Exception:
             if not self._has_failed:
@@ -258,7 +352,7 @@ class EncoderPictures(HookBase):
         self.trainer.storage.put_image("teacher/tokens", page)
 
     def _features(self) -> list[TokenFeatures]:
-        backbone = self.trainer.method.exported_encoder()
+        backbone = current_encoder(self.trainer)
         features = []
         for place in self.places:
             try:

@@ -39,12 +39,13 @@ from flsl_d2.files import write_text
 from flsl_d2.weights import FLSLCheckpointer
 from pretrain.data import PretrainDataset, build_pretrain_loader
 from pretrain.health import HealthReport
-from pretrain.hooks import EncoderPictures, ExportTeacher, FeatureMeasures
+from pretrain.hooks import EncoderPictures, ExportTeacher, FeatureMeasures, WholeEncoder
 from pretrain.methods import Method
 from pretrain.monitor import CollapseWatch, ConsoleProgress, Monitor
 from pretrain.optimizer import build_adamw
 from pretrain.presets import PRESET_FILE, use_images
 from pretrain.schedules import Schedules, set_run_length
+from pretrain.sharding import ShardedCheckpointer, check_sharding, shard
 from pretrain.step_numbers import BadNumbersError, step_files, write_bad_numbers
 from pretrain.stored_channels import (
     normalise_stored_values,
@@ -52,10 +53,15 @@ from pretrain.stored_channels import (
     use_stored_channels,
 )
 from pretrain.summary import FIRST_STEPS, describe_run
-from pretrain.trainer import PretrainTrainer, resolve_compile, resolve_precision
+from pretrain.trainer import (
+    PretrainTrainer,
+    records_graphs,
+    resolve_compile,
+    resolve_precision,
+)
 from pretrain.views import CutViews
 
-__all__ = ["launch_pretraining", "run_pretraining"]
+__all__ = ["ddp_options", "launch_pretraining", "run_pretraining"]
 
 logger = logging.getLogger("pretrain")
 
@@ -146,8 +152,11 @@ def _run(cfg: DictConfig, options: ResumeOptions, request: StopRequest, preset: 
     model = instantiate(cfg.model).to(cfg.train.device)
     method: Method = model
     normalise_stored_values(method, cfg)
-    if resolve_compile(cfg.train.compile, cfg.train.device, method.exported_encoder()):
-        method.compile_blocks()
+    encoder, compile_mode = method.exported_encoder(), cfg.train.get("compile_mode", "default")
+    mode = resolve_compile(cfg.train.compile, compile_mode, cfg.train.device, encoder)
+    sharded = check_sharding(cfg.train.get("sharding", "none"), method, precision, mode)
+    if mode:
+        method.compile_blocks(mode=mode)
     method.check_run(
         views, batch_size // comm.get_world_size() // max(cfg.train.accumulation_steps, 1)
     )
@@ -162,8 +171,11 @@ def _run(cfg: DictConfig, options: ResumeOptions, request: StopRequest, preset: 
     )
     for line in describe_run(cfg, files, method, schedules, precision):
         logger.info("%s", line)
+    if sharded:
+        shard(method)
+    accumulation_steps = cfg.train.accumulation_steps
     trainer = PretrainTrainer(
-        wrap_ddp(model, broadcast_buffers=False, gradient_as_bucket_view=True),
+        model if sharded else wrap_ddp(model, **ddp_options(accumulation_steps)),
         None,
         build_adamw(model),
         schedules,
@@ -171,7 +183,8 @@ def _run(cfg: DictConfig, options: ResumeOptions, request: StopRequest, preset: 
         cfg.train.clip_norm,
         cfg.train.clip_mode,
         cfg.train.seed,
-        cfg.train.accumulation_steps,
+        accumulation_steps,
+        records_graphs(mode),
     )
     trainer.stop_asked = lambda: bool(request)
     trainer.reads_now = partial(_reads_now, cfg, max_iter)
@@ -183,7 +196,8 @@ def _run(cfg: DictConfig, options: ResumeOptions, request: StopRequest, preset: 
         cfg.dataset.max_failed_share,
     )
     trainer.register_hooks([hooks.IterationTimer(), monitor])  # before their state is loaded
-    checkpointer = FLSLCheckpointer(trainer.model, str(output), trainer=trainer)
+    checkpointer_class = ShardedCheckpointer if sharded else FLSLCheckpointer
+    checkpointer = checkpointer_class(trainer.model, str(output), trainer=trainer)
     start_iter = _resume(checkpointer, trainer, options, output)
     trainer.data_loader = build_pretrain_loader(
         dataset,
@@ -212,6 +226,20 @@ def _run(cfg: DictConfig, options: ResumeOptions, request: StopRequest, preset: 
             f"'{output}' can no longer be written ({error.strerror}); the checkpoints in it are "
             "untouched: make room and continue with --resume."
         ) from error
+
+
+def ddp_options(accumulation_steps: int) -> dict[str, bool]:
+    """Return the arguments of ``DistributedDataParallel`` for a method.
+
+    Every weight has a gradient in each step, so the graph is declared to be static, except where
+    gradients are accumulated, which PyTorch does without exchanging them.
+    """
+    static = accumulation_steps == 1
+    return {
+        "broadcast_buffers": False,
+        "gradient_as_bucket_view": True,
+        "static_graph": static,
+    }
 
 
 def _reads_now(cfg: DictConfig, max_iter: int, done: int) -> bool:
@@ -275,6 +303,14 @@ def _hooks(
     num_centroids = trainer.method.num_centroids
     watch = CollapseWatch()
     registered: list[HookBase] = [FirstSteps(FIRST_STEPS, "pictures and scores", logger), watch]
+    if isinstance(checkpointer, ShardedCheckpointer):
+        periods = (
+            cfg.train.checkpoint_period,
+            cfg.train.pictures_period,
+            cfg.train.health_period,
+            cfg.train.measures.period_iters,
+        )
+        registered.append(WholeEncoder(periods))
     if cfg.train.measures.val:
         registered.append(FeatureMeasures(**cfg.train.measures))
     if comm.is_main_process():
@@ -311,5 +347,6 @@ def _hooks(
         cfg.train.checkpoint_keep_every,
         stop_agreed=lambda: trainer.stop_agreed,
         prepare=monitor.gather,
+        background=cfg.train.get("checkpoint_async", False),
     )
     return [*registered, checkpoints]

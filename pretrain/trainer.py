@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from flsl_d2.engine.launch import has_native_bf16
 from flsl_d2.errors import InputError
+from flsl_d2.modeling import FLSLViT
 from pretrain.data import Batch
 from pretrain.methods.protocol import Losses, Method, Monitored
 from pretrain.optimizer import clip_gradients
@@ -26,13 +27,17 @@ from pretrain.schedules import Schedules, StepValues
 from pretrain.step_numbers import StepNumbers, check_finite
 
 __all__ = [
+    "COMPILE_MODES",
     "PRECISIONS",
     "PretrainTrainer",
+    "records_graphs",
     "resolve_compile",
     "resolve_precision",
 ]
 
 
+# Modes of torch.compile.
+COMPILE_MODES = ("default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs")
 PRECISIONS = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -50,28 +55,45 @@ def resolve_precision(precision: str, device: str) -> str:
     return precision
 
 
-def resolve_compile(setting: bool | str, device: str, encoder: nn.Module) -> bool:
-    """Resolve ``auto``: blocks are compiled on a GPU, where they and a C compiler are there.
+def resolve_compile(setting: bool | str, mode: str, device: str, encoder: nn.Module) -> str:
+    """Return the mode of ``torch.compile`` for the blocks; empty where they are not compiled.
 
-    A step of 64 images on a GPU is bound by the 1,600 operations that Python starts for it.
+    ``auto`` compiles blocks on a GPU, where they and a C compiler are there: a step of 64 images on
+    a GPU is bound by the 1,600 operations that Python starts for it.
 
     Args:
         setting: ``train.compile``.
+        mode: ``train.compile_mode``, one of :data:`COMPILE_MODES`.
         device: training device.
         encoder: the encoder.
 
     Raises:
-        InputError: the setting is none of ``auto``, True and False.
+        InputError: the setting is none of ``auto``, True and False, the mode is unknown, or it
+            records CUDA graphs and the device is a CPU.
     """
     text = str(setting).lower()  # an override of a key that holds text is text
     if text not in ("auto", "true", "false"):
         raise InputError(f"train.compile is '{setting}'; use auto, True or False.")
-    if text != "auto":
-        return text == "true"
+    if mode not in COMPILE_MODES:
+        raise InputError(f"train.compile_mode is '{mode}'; use one of {', '.join(COMPILE_MODES)}.")
+    on_gpu = device.startswith("cuda")
     # Triton compiles a small C file for each kernel.
     names = (os.environ.get("CC", "cc"), "gcc", "clang")
     compiler = any(shutil.which(name) for name in names)
-    return device.startswith("cuda") and compiler and hasattr(encoder, "compile_blocks")
+    chosen = text == "true" or (
+        text == "auto" and on_gpu and compiler and hasattr(encoder, "compile_blocks")
+    )
+    if chosen and records_graphs(mode) and not on_gpu:
+        raise InputError(
+            f"train.compile_mode is '{mode}', which records CUDA graphs, on device '{device}'; set "
+            "train.compile_mode=default."
+        )
+    return mode if chosen else ""
+
+
+def records_graphs(mode: str) -> bool:
+    """Whether a mode of ``torch.compile`` records CUDA graphs."""
+    return mode in ("reduce-overhead", "max-autotune")
 
 
 class PretrainTrainer(SimpleTrainer):
@@ -92,6 +114,8 @@ class PretrainTrainer(SimpleTrainer):
         accumulation_steps: number of parts in which a process works off its images of a step, to
             save memory. The gradients are those of the mean of the parts' losses; a term that
             looks at the mean over a step, like FLSL's volume term, sees the mean of a part.
+        records_graphs: whether compiled blocks are CUDA graphs, whose outputs of one forward and
+            backward pass are overwritten by the next.
 
     Attributes:
         method: the method without its wrapper.
@@ -104,6 +128,7 @@ class PretrainTrainer(SimpleTrainer):
             wait for Python; a stop is agreed, and bad numbers are found, a step later.
         num_failed: number of images of all processes that could not be read so far.
         num_overflows: number of steps that were left out because float16 gradients overflowed.
+        whole_encoder: copy of a sharded encoder; see :class:`pretrain.hooks.WholeEncoder`.
 
     Raises:
         BadNumbersError: losses or gradients of a step are not finite; raised on every process.
@@ -120,9 +145,10 @@ class PretrainTrainer(SimpleTrainer):
         clip_mode: str = "per_tensor",
         seed: int = 0,
         accumulation_steps: int = 1,
+        records_graphs: bool = False,
     ) -> None:
         super().__init__(model, data_loader, optimizer)
-        self.accumulation_steps = accumulation_steps
+        self.accumulation_steps, self.records_graphs = accumulation_steps, records_graphs
         self.method = cast(Method, getattr(model, "module", model))
         self.schedules, self.seed = schedules, seed
         self.clip_norm, self.clip_mode = clip_norm, clip_mode
@@ -135,6 +161,7 @@ class PretrainTrainer(SimpleTrainer):
         self.stop_agreed = False
         self.reads_now: Callable[[int], bool] = lambda _: True
         self._unread: StepNumbers | None = None
+        self.whole_encoder: FLSLViT | None = None
         self.num_failed = 0
         self.num_overflows = 0
         self.loss_scale = self.scaler.get_scale()
@@ -172,6 +199,7 @@ class PretrainTrainer(SimpleTrainer):
         monitored: list[Monitored] = []
         for part in parts:
             # Gradients are exchanged between processes once, with the last part.
+            # A sharded model has no room for whole gradients, and exchanges them with each part.
             wait = part is not parts[-1] and self.model is not self.method
             with self.model.no_sync() if wait else nullcontext():
                 losses.append(self._forward(part, values))
@@ -182,6 +210,8 @@ class PretrainTrainer(SimpleTrainer):
         return {k: _combine([part[k].detach() for part in losses]) for k in losses[0]}
 
     def _forward(self, batch: Batch, values: StepValues) -> Losses:
+        if self.records_graphs:
+            torch.compiler.cudagraph_mark_step_begin()
         inputs = batch.to_device(self.device)
         mixed = torch.autocast(self.device.type, self.dtype) if self.dtype else nullcontext()
         losses: Losses

@@ -153,6 +153,12 @@ train = dict(
     accumulation_steps=1,
     # torch.compile for the transformer blocks: True, False, or "auto" on GPUs alone.
     compile="auto",
+    # Mode of torch.compile; "reduce-overhead" and "max-autotune" record CUDA graphs of blocks of
+    # fixed shape: the teacher's, and the student's with model.backbone.drop_path_rate=0.
+    compile_mode="default",
+    # "fsdp2" spreads weights, gradients and optimiser over the processes, for encoders that do not
+    # fit on one GPU; "none" keeps a copy on each.
+    sharding="none",
     # Products of float32 matrices in TF32 on GPUs that have it; for precision="fp32".
     tf32=False,
     # Largest norm of a gradient, taken "per_tensor" (as published), "global" or not ("none").
@@ -169,6 +175,8 @@ train = dict(
     checkpoint_period=5000,
     checkpoint_keep=3,
     checkpoint_keep_every=0,
+    # Training goes on while a checkpoint is written; the last one is waited for.
+    checkpoint_async=True,
     # Steps between two pages of pictures of the teacher's tokens, in pictures/ and TensorBoard;
     # 0: none. All GPUs wait for a page, so one is left out where they would take a larger share of
     # the time.
@@ -177,6 +185,7 @@ train = dict(
     # Steps between two sentences about the health of the run; 0: only at the end.
     health_period=1000,
     # Scores of the teacher's frozen tokens: registered data sets to learn from and to score on ("":
-    # none), steps between two scores (0: at the end), largest number of images of each.
-    measures=dict(train="", val="", period_iters=0, max_images=200),
+    # none), steps between two scores (0: at the end), largest number of images of each, largest
+    # share of the time, for which all GPUs wait (scores that come too early are left out).
+    measures=dict(train="", val="", period_iters=0, max_images=200, max_share=0.2),
 )

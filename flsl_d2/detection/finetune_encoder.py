@@ -51,6 +51,7 @@ def prepare_encoder(
         code = f"L(build_timm_backbone)(text={weights!r}, frozen={freeze})"
         settings: list[tuple[str, Any, str]] = [
             ("model.backbone", PythonCode(f"L(timm_pyramid)(net={code})"), ""),
+            ("optimizer.params.lr_factor_func", None, "layers are not decayed"),
         ]
         sizes = {"embed_dim": net.embed_dim, "depth": 12, "patch_size": net.patch_size}
         return [f"Encoder: {weights}."], settings, sizes

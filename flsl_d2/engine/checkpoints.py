@@ -8,14 +8,22 @@ import re
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 from detectron2.engine import HookBase, hooks
 from detectron2.utils import comm
 
+from flsl_d2.engine.background import Background
 from flsl_d2.engine.stopping import STOPPED, StopRequest, agreed_by_all
 from flsl_d2.errors import TrainingError
 from flsl_d2.files import write_text
-from flsl_d2.weights.checkpointer import BEST_WEIGHTS, SafeCheckpointer, remove_unfinished
+from flsl_d2.weights.checkpointer import (
+    BEST_WEIGHTS,
+    SafeCheckpointer,
+    checkpoint_files,
+    delete_checkpoint,
+    remove_unfinished,
+)
 
 __all__ = ["BEST_FILE", "Checkpoints", "EndedEarly", "KeepBest", "LeaveWhenAsked", "StopEarly"]
 
@@ -29,7 +37,8 @@ class Checkpoints(HookBase):
 
     The hook runs on every rank, after the hooks whose work of a step a resumed run must not
     repeat. A checkpoint that cannot be written is an error in the log, and training goes on; the
-    last checkpoint of a run must succeed.
+    last checkpoint of a run must succeed. A checkpoint that is written in the background is whole
+    or not there at all, like others; the next one, a stop and the end of training wait for it.
 
     Args:
         checkpointer: checkpointer, which writes on the main process alone.
@@ -38,6 +47,8 @@ class Checkpoints(HookBase):
         keep_every: number of steps whose multiples are kept for good; 0 for none.
         stop_agreed: function called after each step on every rank; True on all of them stops.
         prepare: function called on every rank before a checkpoint is written.
+        background: whether training goes on while a checkpoint is written from a copy in the CPU's
+            memory, except for the last.
 
     Raises:
         SystemExit: the run was asked to stop and its checkpoint is written; the status is 75.
@@ -52,8 +63,11 @@ class Checkpoints(HookBase):
         keep_every: int = 0,
         stop_agreed: Callable[[], bool] = lambda: False,
         prepare: Callable[[], None] = lambda: None,
+        background: bool = False,
     ) -> None:
         self.checkpointer, self.period = checkpointer, period
+        self.background = background
+        self._writing, self._written = Background(), ""
         self.keep_last, self.keep_every = keep_last, keep_every
         self.stop_agreed, self.prepare = stop_agreed, prepare
 
@@ -66,12 +80,18 @@ class Checkpoints(HookBase):
         """Write a checkpoint when it is due, and stop on request."""
         done = self.trainer.iter + 1
         stop = self.stop_agreed()
+        if self._writing.done:
+            self._take_result()
         if done >= self.trainer.max_iter:
             self._save("model_final", last=True)
         elif stop:
             self.save_and_leave()
         elif done % self.period == 0:
             self._save(f"model_{self.trainer.iter:07d}")
+
+    def after_train(self) -> None:
+        """Wait for the checkpoint that is being written."""
+        self._take_result()
 
     def save_and_leave(self) -> None:
         """Write a checkpoint of this step and exit; every rank must call this."""
@@ -90,35 +110,57 @@ class Checkpoints(HookBase):
 
     def _save(self, name: str, last: bool = False) -> None:
         self.prepare()
+        self._take_result()
+        if not self.checkpointer.takes_part:
+            return
+        if self.background and not last:
+            content = self.checkpointer.snapshot(iteration=self.trainer.iter)
+            self._written = name
+            self._writing.start(lambda: self._write(name, content))
+            return
         try:
-            self.checkpointer.save(name, iteration=self.trainer.iter)
-            if comm.is_main_process():
-                self._remove_old()
+            self._write(name, self.checkpointer.content(iteration=self.trainer.iter))
         except OSError as error:
-            reason = error.strerror or error
-            before = Path(self.checkpointer.get_checkpoint_file()).name
-            safe = f"the last good one is {before}" if before else "there is none before it"
-            sentence = (
-                f"checkpoint {name}.pth cannot be written to '{self.checkpointer.save_dir}' "
-                f"({reason}); {safe}"
-            )
+            sentence = self._sentence(name, error)
             if last:
                 raise TrainingError(f"{sentence}; make room and continue with --resume.") from error
-            logger.error(
-                "%s. Training goes on; the next is due in %d steps.", sentence, self.period
-            )
+            self._log(sentence)
+
+    def _write(self, name: str, content: dict[str, Any]) -> None:
+        self.checkpointer.write(name, content)
+        if comm.is_main_process():
+            self._remove_old()
+
+    def _take_result(self) -> None:
+        """Wait for the checkpoint that is being written, if any, and log its failure."""
+        error = self._writing.wait()
+        if isinstance(error, OSError):
+            self._log(self._sentence(self._written, error))
+        elif error is not None:
+            raise error
+
+    def _sentence(self, name: str, error: OSError) -> str:
+        before = Path(self.checkpointer.get_checkpoint_file()).name
+        safe = f"the last good one is {before}" if before else "there is none before it"
+        return (
+            f"checkpoint {name}{self.checkpointer.ending} cannot be written to "
+            f"'{self.checkpointer.save_dir}' ({error.strerror or error}); {safe}"
+        )
+
+    def _log(self, sentence: str) -> None:
+        logger.error("%s. Training goes on; the next is due in %d steps.", sentence, self.period)
 
     def _remove_old(self) -> None:
         if self.keep_last is None:
             return
         numbered, newest = [], self.checkpointer.get_checkpoint_file()
-        for file in Path(self.checkpointer.save_dir).glob("model_*.pth"):
-            if match := re.fullmatch(r"model_(\d+)\.pth", file.name):
+        for file in checkpoint_files(self.checkpointer.save_dir):
+            if match := re.fullmatch(r"model_(\d+)", file.stem):
                 numbered.append((int(match[1]) + 1, file))
         for steps, file in sorted(numbered)[: -self.keep_last]:
             kept = self.keep_every and steps % self.keep_every == 0
             if not kept and str(file) != newest:
-                file.unlink(missing_ok=True)
+                delete_checkpoint(file)
 
 
 class KeepBest(hooks.BestCheckpointer):

@@ -9,6 +9,7 @@ import signal
 import socket
 import sys
 import traceback
+import warnings
 from collections.abc import Callable
 from datetime import timedelta
 from typing import Any, NoReturn
@@ -263,6 +264,8 @@ def _worker(
 def _join_group(backend: str, num_local: int, **options: Any) -> None:
     dist.init_process_group(backend, timeout=_TIMEOUT, **options)
     comm.create_local_process_group(num_local)
+    if not comm.is_main_process():
+        warnings.simplefilter("ignore")  # each warning would come once for every process
     comm.synchronize()
 
 

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from contextvars import ContextVar
 from typing import NamedTuple
 
 import cv2
@@ -16,6 +19,7 @@ from flsl_d2.modeling.timm_backbone import TIMM_PREFIX, TimmBackbone, build_timm
 from flsl_d2.weights import build_encoder
 
 RANDOM = "random"
+_encoding_dtype: ContextVar[torch.dtype | None] = ContextVar("encoding_dtype", default=None)
 
 
 def device_of(encoder: Encoder) -> torch.device:
@@ -90,6 +94,19 @@ class TokenFeatures(NamedTuple):
         return self._replace(tokens=self.tokens.detach().cpu().float())
 
 
+@contextmanager
+def encoding_in(dtype: torch.dtype | None) -> Iterator[None]:
+    """Encode images under autocast to a data type within the context; None for float32.
+
+    What is computed from the tokens stays in float32.
+    """
+    token = _encoding_dtype.set(dtype)
+    try:
+        yield
+    finally:
+        _encoding_dtype.reset(token)
+
+
 @torch.inference_mode()
 def encode_images(encoder: Encoder, images: np.ndarray) -> Tensor:
     """Normalise images (B, H, W, 3) uint8 RGB of whole patches, and encode them.
@@ -101,7 +118,9 @@ def encode_images(encoder: Encoder, images: np.ndarray) -> Tensor:
     pixels = torch.from_numpy(images).to(device).permute(0, 3, 1, 2).float()
     mean = torch.tensor(IMAGENET_MEAN, device=device).view(3, 1, 1)
     std = torch.tensor(IMAGENET_STD, device=device).view(3, 1, 1)
-    return encoder.forward_tokens((pixels - mean) / std).float()
+    dtype = _encoding_dtype.get()
+    with torch.autocast(device.type, dtype) if dtype else nullcontext():
+        return encoder.forward_tokens((pixels - mean) / std).float()
 
 
 def extract_tokens(

@@ -173,7 +173,7 @@ class Block(nn.Module):
         tokens = self.drop_path(self._attention_branch, tokens, shapes)
         return self.drop_path(self._mlp_branch, tokens, shapes)
 
-    def compile_in_place(self, backend: str = "inductor") -> None:
+    def compile_in_place(self, backend: str = "inductor", mode: str = "default") -> None:
         """Compile the block for its present mode (``torch.compile``).
 
         In training with stochastic depth the two branches are compiled, for any number of images,
@@ -181,9 +181,13 @@ class Block(nn.Module):
 
         Args:
             backend: backend of ``torch.compile``.
+            mode: mode of ``torch.compile`` for blocks of fixed sizes. CUDA graphs are for fixed
+                sizes alone, so branches of any number of images have the default mode.
         """
+        # PyTorch takes no mode for the backends that only debug.
+        options = {"mode": mode} if mode != "default" else {}
         if not (self.training and self.drop_path.probability):
-            self.compile(dynamic=False, backend=backend)
+            self.compile(dynamic=False, backend=backend, **options)
             return
         for name in ("_attention_branch", "_mlp_branch"):
             setattr(self, name, torch.compile(getattr(self, name), dynamic=True, backend=backend))

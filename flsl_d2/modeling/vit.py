@@ -356,14 +356,15 @@ class FLSLViT(Backbone):
         """
         return self._run_blocks(tokens[:, None], num_blocks)[:, 0]
 
-    def compile_blocks(self, backend: str = "inductor") -> None:
+    def compile_blocks(self, backend: str = "inductor", mode: str = "default") -> None:
         """Compile the blocks in place; see :meth:`flsl_d2.modeling.blocks.Block.compile_in_place`.
 
         Args:
             backend: backend of ``torch.compile``.
+            mode: its mode, for blocks of fixed sizes.
         """
         for block in self._typed_blocks():
-            block.compile_in_place(backend)
+            block.compile_in_place(backend, mode)
 
     def _typed_blocks(self) -> list[Block]:
         return cast(list[Block], list(self.blocks))

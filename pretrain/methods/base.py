@@ -22,6 +22,7 @@ from flsl_d2.modeling.projection_head import FLSLHead
 from flsl_d2.modeling.timm_backbone import TimmBackbone
 from pretrain.methods.protocol import Losses, Monitored, StepInputs
 from pretrain.multi_crop import MultiCropViews
+from pretrain.optimizer import local_tensors
 from pretrain.schedules import StepValues
 
 __all__ = [
@@ -149,19 +150,19 @@ class BaseMethod(nn.Module):
         """
         if self.teacher is None:
             return
-        torch._foreach_lerp_(
-            list(self.teacher.parameters()), list(self.student.parameters()), 1 - momentum
-        )
+        # The shares of a sharded student and teacher are cut alike.
+        own, other = (local_tensors(each.parameters()) for each in (self.teacher, self.student))
+        torch._foreach_lerp_(own, other, 1 - momentum)
         buffers = self.student.backbone.buffers()
-        for own, other in zip(self.teacher.backbone.buffers(), buffers, strict=True):
-            own.copy_(other)
+        for kept, current in zip(self.teacher.backbone.buffers(), buffers, strict=True):
+            kept.copy_(current)
 
     def exported_encoder(self) -> FLSLViT | TimmBackbone:
         """Return the teacher's encoder, or the student's where there is no teacher."""
         networks = self.student if self.teacher is None else self.teacher
         return networks.backbone
 
-    def compile_blocks(self, backend: str = "inductor") -> None:
+    def compile_blocks(self, backend: str = "inductor", mode: str = "default") -> None:
         """Compile the transformer blocks of student and teacher (``torch.compile``).
 
         All blocks of an encoder share their code, so it is compiled once for each size of view,
@@ -169,6 +170,7 @@ class BaseMethod(nn.Module):
 
         Args:
             backend: backend of ``torch.compile``.
+            mode: its mode, for blocks of fixed sizes.
 
         Raises:
             InputError: the encoder has no transformer blocks.
@@ -181,7 +183,7 @@ class BaseMethod(nn.Module):
                     f"train.compile is True, and {type(networks.backbone).__name__} has no blocks "
                     "that are compiled one by one; set train.compile=False."
                 )
-            networks.backbone.compile_blocks(backend)
+            networks.backbone.compile_blocks(backend, mode)
 
     def normalised(self, images: Tensor) -> Tensor:
         """Images in 0 to 255 to what the encoder takes, float32."""

@@ -112,7 +112,7 @@ class Method(Protocol):
         """Return the encoder that is measured, pictured and written for downstream use."""
         ...
 
-    def compile_blocks(self, backend: str = "inductor") -> None:
+    def compile_blocks(self, backend: str = "inductor", mode: str = "default") -> None:
         """Compile the transformer blocks in place."""
         ...
 

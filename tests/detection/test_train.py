@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
@@ -12,6 +13,8 @@ from omegaconf import DictConfig
 
 from flsl_d2.data import register_coco_format
 from flsl_d2.data.scenes import make_scenes
+from flsl_d2.detection import train
+from flsl_d2.detection.solver import build_yaml_optimizer
 from flsl_d2.detection.train import _ddp_options, run_lazy_detection
 from flsl_d2.detection.yaml import load_yaml_config, run_yaml_detection
 from flsl_d2.engine.config_files import load_lazy_config
@@ -182,6 +185,32 @@ def test_gradients_are_sent_in_float16_only_with_the_scaler(dtype, tmp_path):
         "find_unused_parameters": False,
         "fp16_compression": dtype == torch.float16,
     }
+
+
+@pytest.mark.parametrize("clipped", [False, True])
+def test_adamw_is_fused_where_nothing_clips_before_it(clipped):
+    cfg = load_yaml_config(YAML, ["SOLVER.OPTIMIZER", "ADAMW"])
+    cfg.defrost()
+    cfg.SOLVER.CLIP_GRADIENTS.ENABLED = clipped
+    optimizer = build_yaml_optimizer(cfg, torch.nn.Linear(2, 2))
+    assert optimizer.defaults["fused"] == (not clipped)
+
+
+@pytest.mark.parametrize(("wanted", "expected"), [(False, []), (True, [torch.bfloat16])])
+def test_evaluation_in_mixed_precision_is_a_switch(wanted, expected, tmp_path, monkeypatch):
+    used = []
+
+    def autocast(device, dtype):
+        used.append(dtype)
+        return nullcontext()
+
+    monkeypatch.setattr(torch, "autocast", autocast)
+    monkeypatch.setattr(train, "_amp_dtype", lambda _: torch.bfloat16)
+    monkeypatch.setattr(train, "_test_sets", lambda _: [("val", None, None)])
+    monkeypatch.setattr(train, "inference_on_dataset", lambda *_: {"bbox": {"AP": 1.0}})
+    cfg = config(tmp_path, f"train.amp.evaluation={wanted}")
+    assert train._evaluate(cfg, None) == {"bbox": {"AP": 1.0}}
+    assert used == expected
 
 
 def test_a_comparison_measures_frozen_encoders_on_several_test_sets(encoder_file, tmp_path):

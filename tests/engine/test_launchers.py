@@ -7,9 +7,10 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from flsl_d2.engine import launch
+from flsl_d2.engine import gpus, launch
 from flsl_d2.engine.launchers import restart_store, slurm_variables, started_by_torchrun
 from flsl_d2.errors import InputError
+from pretrain.trainer import resolve_precision
 
 WAIT = timedelta(seconds=20)
 TASK = {
@@ -100,3 +101,30 @@ def test_ddp_takes_the_gpu_of_the_model_not_the_local_rank(monkeypatch):
 
     launch.wrap_ddp(OnGPU())
     assert taken == {"device_ids": [0]}
+
+
+@pytest.mark.parametrize(
+    ("driver", "cuda", "expected"),
+    [
+        ("535.183", "13.0", "driver 535.183 is there, .* CUDA 13 needs driver 580 or newer"),
+        ("580.65", None, "driver 580.65 is there, but this PyTorch is for CPUs"),
+        (None, "13.0", "PyTorch sees no GPU here; train on the CPU with train.device=cpu"),
+    ],
+)
+def test_a_driver_that_pytorch_cannot_use_is_named(driver, cuda, expected, monkeypatch):
+    monkeypatch.setattr(gpus, "_driver", lambda: driver)
+    monkeypatch.setattr(torch.version, "cuda", cuda)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(InputError, match=expected):
+        launch.launch(print, 1, device="cuda")
+
+
+@pytest.mark.parametrize(("native", "expected"), [(False, "fp16"), (True, "bf16")])
+def test_emulated_bfloat16_is_not_chosen(native, expected, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(
+        torch.cuda,
+        "is_bf16_supported",
+        lambda including_emulation=True: including_emulation or native,
+    )
+    assert resolve_precision("auto", "cuda") == expected

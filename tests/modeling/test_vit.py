@@ -179,6 +179,21 @@ def test_compiled_blocks_share_their_code():
     assert len(graphs) == 1
 
 
+def test_only_blocks_of_fixed_shape_have_the_mode(monkeypatch):
+    compiled = []
+    monkeypatch.setattr(
+        torch, "compile", lambda function, **options: compiled.append(options) or function
+    )
+    monkeypatch.setattr(nn.Module, "compile", lambda _, **options: compiled.append(options))
+    model = FLSLViT(img_size=64, patch_size=8, drop_path_rate=0.5, **SMALL)
+    for training in (True, False):
+        model.train(training).compile_blocks(mode="reduce-overhead")
+    fixed = {"dynamic": False, "backend": "inductor", "mode": "reduce-overhead"}
+    branches = {"dynamic": True, "backend": "inductor"}
+    # In training the first block drops nothing, and each of the others has two branches.
+    assert compiled == [fixed, *[branches] * 6, *[fixed] * 4]
+
+
 @pytest.mark.parametrize("packed", [False, True])
 def test_compiled_branches_see_any_number_of_images(packed):
     graphs, backend = recorded_graphs()

@@ -17,10 +17,12 @@ from pretrain.hooks import save_teacher_backbone
 from pretrain.methods.flsl import FLSL
 from pretrain.methods.flsl_objective import FLSLLoss
 from pretrain.optimizer import build_adamw, clip_gradients
+from pretrain.run import ddp_options
 from pretrain.schedules import Schedules
 from pretrain.step_numbers import BadNumbersError
 from pretrain.trainer import (
     PretrainTrainer,
+    records_graphs,
     resolve_compile,
     resolve_precision,
 )
@@ -255,19 +257,53 @@ def test_precision_follows_the_device():
 
 def test_blocks_are_compiled_by_default_on_a_gpu_alone(monkeypatch):
     encoder = small_model().exported_encoder()
-    assert not resolve_compile("auto", "cpu", encoder)
+
+    def chosen(setting, device, model=encoder, mode="default"):
+        return resolve_compile(setting, mode, device, model)
+
+    assert not chosen("auto", "cpu")
     monkeypatch.setattr(shutil, "which", lambda name: f"/usr/bin/{name}")
-    assert not resolve_compile("auto", "cpu", encoder)
-    assert resolve_compile("auto", "cuda", encoder)
-    assert not resolve_compile("auto", "cuda", torch.nn.Linear(1, 1))  # it has no blocks
+    assert not chosen("auto", "cpu")
+    assert chosen("auto", "cuda") == "default"
+    assert not chosen("auto", "cuda", torch.nn.Linear(1, 1))  # it has no blocks
     monkeypatch.setattr(shutil, "which", lambda name: None)
-    assert not resolve_compile("auto", "cuda", encoder)
-    assert resolve_compile(True, "cpu", encoder)
-    assert not resolve_compile(False, "cuda", encoder)
-    assert resolve_compile("True", "cpu", encoder)  # as an override gives it
-    assert not resolve_compile("false", "cuda", encoder)
+    assert not chosen("auto", "cuda")
+    assert chosen(True, "cpu") == "default"
+    assert not chosen(False, "cuda")
+    assert chosen("True", "cpu")  # as an override gives it
+    assert not chosen("false", "cuda")
     with pytest.raises(InputError, match=r"train\.compile is 'yes'"):
-        resolve_compile("yes", "cpu", encoder)
+        chosen("yes", "cpu")
+    assert chosen(True, "cuda", mode="reduce-overhead") == "reduce-overhead"
+    assert not chosen("auto", "cpu", mode="reduce-overhead")
+    with pytest.raises(InputError, match=r"train\.compile_mode is 'fast'; use one of default"):
+        chosen("auto", "cpu", mode="fast")
+    with pytest.raises(InputError, match=r"'reduce-overhead', which records CUDA graphs, on .*cpu"):
+        chosen(True, "cpu", mode="reduce-overhead")
+
+
+@pytest.mark.parametrize(("mode", "marks"), [("default", 0), ("reduce-overhead", 4)])
+def test_steps_with_cuda_graphs_are_told_apart(mode, marks, monkeypatch):
+    """Each forward and backward pass, of which there are two in a step, begins a new one."""
+    begun = []
+    monkeypatch.setattr(torch.compiler, "cudagraph_mark_step_begin", lambda: begun.append(1))
+    model = small_model()
+    schedules = Schedules(4, iters_per_epoch=2, total_iters=8)
+    trainer = PretrainTrainer(
+        model, batches(2), build_adamw(model), schedules,
+        accumulation_steps=2, records_graphs=records_graphs(mode),
+    )  # fmt: skip
+    trainer.max_iter = 2
+    with EventStorage() as trainer.storage:
+        for trainer.iter in range(2):
+            trainer.run_step()
+    assert len(begun) == marks
+
+
+def test_the_graph_is_static_where_gradients_are_not_accumulated():
+    expected = {"broadcast_buffers": False, "gradient_as_bucket_view": True}
+    assert ddp_options(1) == {**expected, "static_graph": True}
+    assert ddp_options(2) == {**expected, "static_graph": False}
 
 
 def test_exported_teacher_is_complete_and_plain(tmp_path):

@@ -30,7 +30,7 @@ __all__ = ["Row", "benchmark_rows", "main", "run_rows"]
 BENCHMARK = "pretrain.studies.benchmark"
 BATCHES = (64, 256)
 PROCESSES = (1, 2, 4, 8)
-VARIANTS = "eager,packed,compiled,eager+compiled,cropped on device"
+VARIANTS = "eager,packed,compiled,graphs,eager+compiled,cropped on device"
 DESCRIPTION = "Measure speed and memory on the GPUs of this machine."
 
 

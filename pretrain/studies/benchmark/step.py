@@ -29,7 +29,12 @@ from pretrain.studies.benchmark.measuring import (
     stored_for_backward,
     time_in_turn,
 )
-from pretrain.trainer import PretrainTrainer, resolve_compile, resolve_precision
+from pretrain.trainer import (
+    PretrainTrainer,
+    records_graphs,
+    resolve_compile,
+    resolve_precision,
+)
 from pretrain.views import NestedViews, Views
 
 # Dense bf16 and fp16 peak of GPUs, from the vendor's data sheets, by a part of PyTorch's name.
@@ -59,6 +64,8 @@ VARIANTS: dict[str, tuple[str, ...]] = {
     "eager": ("model.pack_views=False", "train.compile=False"),
     "packed": ("model.pack_views=True",),
     "compiled": ("train.compile=True",),
+    # CUDA graphs of the teacher's blocks; without stochastic depth of the student's as well.
+    "graphs": ("train.compile=True", "train.compile_mode=reduce-overhead"),
     "checkpointed": ("model.backbone.use_act_checkpoint=True",),
     "augmented on device": ("views.on_device=augmentation",),
     "cropped on device": ("views.on_device=crops",),
@@ -103,8 +110,10 @@ def build_trainer(
             "FLSL's step; give a config of FLSL, such as "
             "configs/pretrain/flsl_vit_small_p16_in1k.py."
         )
-    if resolve_compile(cfg.train.compile, device.type, model.exported_encoder()):
-        model.compile_blocks()
+    encoder = model.exported_encoder()
+    mode = resolve_compile(cfg.train.compile, cfg.train.compile_mode, device.type, encoder)
+    if mode:
+        model.compile_blocks(mode=mode)
     trainer = PretrainTrainer(
         model,
         batches,
@@ -113,6 +122,7 @@ def build_trainer(
         resolve_precision(precision, device.type),
         cfg.train.clip_norm,
         cfg.train.clip_mode,
+        records_graphs=records_graphs(mode),
     )
     trainer.iter = 0
     return trainer
@@ -185,7 +195,7 @@ def benchmark_step(args: argparse.Namespace) -> None:
     for name, timing in timings.items():
         step, rate, kept = timing.function, timing.rate(args.batch_size), None
         own = flops if isinstance(step, Step) else None
-        if isinstance(step, Step) and "compiled" not in name:
+        if isinstance(step, Step) and "train.compile=True" not in overrides[name]:
             kept = step.stored_bytes() / args.batch_size / 2**20
         rows.append(
             {

@@ -1,0 +1,43 @@
+"""Work beside training, a piece at a time."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+
+__all__ = ["Background"]
+
+
+class Background:
+    """A thread for one piece of work at a time.
+
+    Attributes:
+        done: whether a piece of work has ended whose result was not taken yet.
+    """
+
+    def __init__(self) -> None:
+        self._thread: threading.Thread | None = None
+        self._error: Exception | None = None
+
+    @property
+    def done(self) -> bool:
+        return self._thread is not None and not self._thread.is_alive()
+
+    def start(self, function: Callable[[], object]) -> None:
+        """Start a piece of work; the one before must have been waited for."""
+        assert self._thread is None, "the result of the piece before was not taken"
+        self._thread = threading.Thread(target=self._run, args=(function,))
+        self._thread.start()
+
+    def wait(self) -> Exception | None:
+        """Wait for the piece of work, if there is one; return the exception that it raised."""
+        if self._thread is not None:
+            self._thread.join()
+        error, self._thread, self._error = self._error, None, None
+        return error
+
+    def _run(self, function: Callable[[], object]) -> None:
+        try:
+            function()
+        except Exception as error:  # it is raised or logged where the result is taken
+            self._error = error
