@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from itertools import groupby
-from typing import Any, ClassVar
+from typing import Any, ClassVar, cast
 
 import torch
 from torch import Tensor, nn
@@ -208,7 +208,7 @@ class FLSL(BaseMethod):
         self.decoder: TokenDecoder | None = None
         if prediction_blocks:
             width = backbone.embed_dim
-            heads = backbone.architecture["num_heads"]
+            heads = cast(int, backbone.architecture["num_heads"])
             self.decoder = TokenDecoder(width, width, width, prediction_blocks, heads)
             self.mask_token = nn.Parameter(torch.empty(width))
             nn.init.normal_(self.mask_token, std=0.02)
