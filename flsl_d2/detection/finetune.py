@@ -268,7 +268,7 @@ def _report(output: Path, cfg: Any) -> None:
     predictor = Predictor(output, device=cfg.train.device, score_threshold=0.0)
     report = write_report(
         output, predictor, data.json_file, data.image_root, summary, hints,
-        [_predict_command(output, None)],
+        [_predict_command(output, None), _export_command(output)],
     )  # fmt: skip
     values = ", ".join(
         f"{name} {report.figures[name]:.1f}"
@@ -280,14 +280,26 @@ def _report(output: Path, cfg: Any) -> None:
         print(note)
     print(f"Report: {report.page}")
     print(f"Predict with: {_predict_command(output, report.score_threshold)}")
+    print(f"Export with: {_export_command(output)}")
+
+
+def _tool_command(file: str, module: str) -> str:
+    """Beginning of a command, spelled as this tool was called."""
+    tool = Path(sys.argv[0])
+    called = tool.name == "finetune.py" and tool.parent.name == "tools"
+    return f"python {tool.with_name(file)}" if called else f"python -m {module}"
+
+
+def _export_command(output: Path) -> str:
+    """Command that exports the detector."""
+    command = _tool_command("export_model.py", "flsl_d2.export")
+    return f"{command} --model {output} --format onnx --output {output}/detector.onnx"
 
 
 def _predict_command(output: Path, threshold: float | None) -> str:
-    """Command that predicts with the detector, spelled as this tool was called."""
-    tool = Path(sys.argv[0])
-    called = tool.name == "finetune.py" and tool.parent.name == "tools"
-    how = str(tool.with_name("predict.py")) if called else "-m flsl_d2.detection.predict"
-    command = f"python {how} --model {output} --input IMAGES --output {output}/predictions"
+    """Command that predicts with the detector."""
+    command = _tool_command("predict.py", "flsl_d2.detection.predict")
+    command += f" --model {output} --input IMAGES --output {output}/predictions"
     return command if threshold is None else f"{command} --score-threshold {threshold:.2f}"
 
 

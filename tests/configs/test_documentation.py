@@ -184,7 +184,7 @@ def test_options_in_commands_are_those_of_the_tool():
 
 
 def test_commands_are_accepted_by_their_tools(monkeypatch):
-    """Every whole command of the guides is parsed; other tests run each tool at a reduced size."""
+    """Every whole command of the guides is parsed; test_guide_commands.py runs them."""
     accepted = 0
     for path in GUIDES:
         fenced = re.findall(r"^```\w*\n(.*?)^```", path.read_text(), re.M | re.S)
