@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -55,8 +56,11 @@ def test_wandb_writes_offline_and_keeps_its_id(tmp_path, monkeypatch):
     kept = json.loads((tmp_path / "run" / IDS_FILE).read_text())
     assert kept == {"wandb": writer.run.id}
     (log,) = (tmp_path / "run" / "wandb").glob(f"offline-run-*/run-{writer.run.id}.wandb")
-    content = log.read_bytes()
-    assert b"loss" in content
+    # A process of wandb writes the file.
+    deadline = time.monotonic() + 120
+    while b"loss" not in (content := log.read_bytes()):
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
     assert b"train.max_iter" in content
 
 
