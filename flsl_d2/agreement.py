@@ -10,8 +10,6 @@ from detectron2.utils import comm
 
 from flsl_d2.errors import InputError, TrainingError
 
-__all__ = ["check_equal", "checked_by_all", "decided_by_main", "in_turns"]
-
 T = TypeVar("T")
 
 

@@ -30,8 +30,6 @@ from flsl_d2.data.images import read_rgb
 from flsl_d2.engine.gpus import unusable_driver
 from flsl_d2.engine.launch import has_native_bf16, usable_cores
 
-__all__ = ["CHECKS", "Finding", "main"]
-
 OK, NOTE, FAIL = "ok", "note", "FAIL"
 PACKAGES = ("torch", "torchvision", "timm", "numpy", "Pillow", "fvcore", "iopath", "pycocotools")
 OPTIONAL = {

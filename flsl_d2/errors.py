@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-__all__ = ["InputError", "TrainingError"]
-
 
 class _SentenceError(Exception):
     """Base of errors whose message is one sentence.

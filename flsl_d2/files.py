@@ -13,15 +13,6 @@ from typing import Any, BinaryIO
 
 from flsl_d2.errors import InputError
 
-__all__ = [
-    "UNFINISHED",
-    "describe_content",
-    "expand_home",
-    "replaced_file",
-    "writable_folder",
-    "write_text",
-]
-
 # The ending of a file's name while the file is written.
 UNFINISHED = ".part"
 

@@ -15,8 +15,6 @@ from torch import Tensor
 
 from flsl_d2.errors import InputError
 
-__all__ = ["attention", "cluster", "mean_shift", "mix_attention", "sharpened_prior"]
-
 
 def attention(queries: Tensor, tokens: Tensor, scale: float) -> Tensor:
     """Weights of one mean-shift step, ``softmax_j(scale * q_i . k_j)``.

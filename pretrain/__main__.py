@@ -7,8 +7,6 @@ from collections.abc import Sequence
 from flsl_d2.engine.command_line import parse_tool_arguments, run_tool, tool_argument_parser
 from pretrain.run import launch_pretraining
 
-__all__ = ["main"]
-
 DESCRIPTION = "Pre-train a vision transformer with FLSL."
 EXAMPLES = """examples:
   a folder of images and nothing else; recipe, batch, learning rate and length follow from the

@@ -11,8 +11,6 @@ from typing import NamedTuple
 import cv2
 import numpy as np
 
-__all__ = ["JITTERS", "Augmentation", "apply_augmentation", "blur_radius", "draw_augmentation"]
-
 JITTERS = ("brightness", "contrast", "saturation", "hue")
 
 

@@ -35,15 +35,6 @@ from pretrain.methods.flsl_objective import query_indexes
 from pretrain.methods.protocol import StepInputs
 from pretrain.views import CutViews, Views
 
-__all__ = [
-    "Batch",
-    "PretrainDataset",
-    "PretrainLoader",
-    "build_pretrain_loader",
-    "check_failed_share",
-    "collate",
-]
-
 MAX_REPLACEMENTS = 20
 LOOK_AHEAD = 2  # batches
 ENOUGH_IMAGES = 1000  # a share of fewer images is too uncertain

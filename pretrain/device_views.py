@@ -20,14 +20,6 @@ from torch import Tensor
 from flsl_d2.modeling.transfer import to_device
 from pretrain.augmentation import JITTERS, Augmentation, blur_radius
 
-__all__ = [
-    "AugmentationBatch",
-    "augment_batch",
-    "augment_views",
-    "crop_batch",
-    "stack_augmentations",
-]
-
 LUMA = (0.299, 0.587, 0.114)  # ITU-R BT.601, as opencv's and Pillow's grey
 MAX_SIGMA = 2.0
 

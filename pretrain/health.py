@@ -20,8 +20,6 @@ from flsl_d2.modeling import Encoder, FLSLViT
 from pretrain.hooks import beside_training, current_encoder, untouched_generators
 from pretrain.monitor import CollapseWatch
 
-__all__ = ["Health", "HealthReport", "judge_health"]
-
 logger = logging.getLogger("pretrain")
 
 # Share of log K: the loss of an even assignment is log K; untrained encoders begin below it.

@@ -33,18 +33,6 @@ from flsl_d2.weights.export import encoder_file
 from pretrain.methods import Method
 from pretrain.sharding import whole_encoder
 
-__all__ = [
-    "EncoderPictures",
-    "ExportTeacher",
-    "FeatureMeasures",
-    "TimeShare",
-    "WholeEncoder",
-    "beside_training",
-    "current_encoder",
-    "save_teacher_backbone",
-    "untouched_generators",
-]
-
 logger = logging.getLogger("pretrain")
 
 

@@ -9,8 +9,6 @@ from torch.utils.data import Sampler
 
 from flsl_d2.errors import InputError
 
-__all__ = ["ImageStream", "epoch_order", "permuted"]
-
 # The order of so many images is kept as a table, at most 16 MB; that of more is computed.
 MAX_TABLE = 2**21
 _ROUNDS = 6

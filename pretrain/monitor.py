@@ -21,8 +21,6 @@ from torch import Tensor
 from pretrain.data import check_failed_share
 from pretrain.methods import Monitored
 
-__all__ = ["CollapseWatch", "ConsoleProgress", "Monitor", "collapse_signs"]
-
 logger = logging.getLogger("pretrain")
 
 # Measured on 64-pixel runs: a healthy one has feature_std 0.7 and gives its largest centroid a

@@ -19,8 +19,6 @@ from flsl_d2.errors import InputError
 from pretrain.augmentation import Augmentation, apply_augmentation
 from pretrain.views import DEVICE_WORK, Views, crop_box, resized_crop
 
-__all__ = ["SEGMENTS", "MultiCropViews", "labels_of_tokens", "place_of_box"]
-
 SEGMENTS = ("none", "grid", "felzenszwalb")
 
 

@@ -17,8 +17,6 @@ from flsl_d2.errors import InputError
 from pretrain.augmentation import apply_augmentation, draw_augmentation
 from pretrain.views import Views, resized_crop
 
-__all__ = ["MAX_ASPECT", "NativeViews", "native_grid"]
-
 MAX_ASPECT = 4.0  # of a grid; of a longer image a part is taken
 
 

@@ -12,8 +12,6 @@ from torch.distributed.tensor import DTensor
 
 from flsl_d2.errors import InputError
 
-__all__ = ["build_adamw", "clip_gradients", "local_tensors"]
-
 CLIP_MODES = ("per_tensor", "global", "none")
 
 

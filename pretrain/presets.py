@@ -36,8 +36,6 @@ from flsl_d2.data.channels import find_channels
 from flsl_d2.data.image_store import ImageStore, open_images
 from flsl_d2.errors import InputError
 
-__all__ = ["PRESET_FILE", "Preset", "choose_preset", "device_memory", "use_images"]
-
 PRESET_FILE = "preset.py"
 
 # MiB of GPU memory for each image of a step: twice what is kept for the backward pass

@@ -61,8 +61,6 @@ from pretrain.trainer import (
 )
 from pretrain.views import CutViews
 
-__all__ = ["ddp_options", "launch_pretraining", "run_pretraining"]
-
 logger = logging.getLogger("pretrain")
 
 # Configs from before images were read from servers have the first two alone.

@@ -10,8 +10,6 @@ from omegaconf import DictConfig
 
 from flsl_d2.errors import InputError
 
-__all__ = ["Schedules", "StepValues", "set_run_length"]
-
 logger = logging.getLogger("pretrain")
 
 

@@ -44,8 +44,6 @@ from flsl_d2.weights.checkpointer import (
 from flsl_d2.weights.reading import read_weights
 from pretrain.methods import Method
 
-__all__ = ["ShardedCheckpointer", "check_sharding", "shard", "whole_encoder"]
-
 T = TypeVar("T")
 logger = logging.getLogger("pretrain")
 

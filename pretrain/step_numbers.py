@@ -19,15 +19,6 @@ from flsl_d2.modeling.transfer import to_device
 from pretrain.image_stream import ImageStream
 from pretrain.schedules import StepValues
 
-__all__ = [
-    "BAD_NUMBERS_FILE",
-    "BadNumbersError",
-    "StepNumbers",
-    "check_finite",
-    "step_files",
-    "write_bad_numbers",
-]
-
 BAD_NUMBERS_FILE = "bad_numbers.json"
 _SHOWN_FILES = 3
 

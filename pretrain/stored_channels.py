@@ -19,8 +19,6 @@ from flsl_d2.data.channels import channel_statistics
 from flsl_d2.data.image_store import ImageStore
 from flsl_d2.errors import InputError
 
-__all__ = ["normalise_stored_values", "stored_channels", "use_stored_channels"]
-
 logger = logging.getLogger("pretrain")
 
 # Methods that predict or compare colours.

@@ -14,8 +14,6 @@ from flsl_d2.errors import InputError
 from pretrain.methods import Method
 from pretrain.schedules import Schedules
 
-__all__ = ["FIRST_STEPS", "describe_run", "try_images"]
-
 FIRST_STEPS = 50  # steps after which the duration is known
 _TRIED_IMAGES = 100
 

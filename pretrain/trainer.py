@@ -26,16 +26,6 @@ from pretrain.optimizer import clip_gradients
 from pretrain.schedules import Schedules, StepValues
 from pretrain.step_numbers import StepNumbers, check_finite
 
-__all__ = [
-    "COMPILE_MODES",
-    "PRECISIONS",
-    "PretrainTrainer",
-    "records_graphs",
-    "resolve_compile",
-    "resolve_precision",
-]
-
-
 # Modes of torch.compile.
 COMPILE_MODES = ("default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs")
 PRECISIONS = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}

@@ -20,16 +20,6 @@ from flsl_d2.data.images import ImageFile
 from flsl_d2.errors import InputError
 from pretrain.augmentation import Augmentation, apply_augmentation, draw_augmentation
 
-__all__ = [
-    "DEVICE_WORK",
-    "CutViews",
-    "NestedViews",
-    "Views",
-    "crop_box",
-    "pooled_queries",
-    "resized_crop",
-]
-
 ASPECT_RATIOS = (3 / 4, 4 / 3)
 _LOG_RATIOS = (math.log(ASPECT_RATIOS[0]), math.log(ASPECT_RATIOS[1]))
 # Work that is left to the training device: none, the augmentation, or that and the student's crops.

@@ -11,8 +11,6 @@ import numpy as np
 
 from flsl_d2.files import replaced_file
 
-__all__ = ["map_arrays", "write_arrays"]
-
 _MAGIC = b"FLSLARR1"
 _ALIGNMENT = 64
 

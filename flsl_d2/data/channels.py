@@ -9,8 +9,6 @@ import numpy as np
 from flsl_d2.data.images import printable, read_channels, stored_format
 from flsl_d2.errors import InputError
 
-__all__ = ["channel_statistics", "find_channels"]
-
 _TRIED_IMAGES = 50
 _STATISTICS_IMAGES = 200
 

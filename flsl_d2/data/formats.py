@@ -26,8 +26,6 @@ from flsl_d2.data.images import MAX_PIXELS_LIMIT, ImageFile, picture_size
 from flsl_d2.errors import InputError
 from flsl_d2.files import write_text
 
-__all__ = ["AnnotationSource", "convert_to_coco", "recognise_annotations"]
-
 _KNOWN = (
     "COCO (one .json), YOLO (a folder of .txt with data.yaml or classes.txt), Pascal VOC (a folder "
     "of .xml), LabelMe (a folder of .json) and CVAT for images 1.1 (one .xml)"

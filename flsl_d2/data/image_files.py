@@ -15,8 +15,6 @@ from flsl_d2.data.coco_records import read_picture_files
 from flsl_d2.data.images import printable
 from flsl_d2.errors import InputError
 
-__all__ = ["FoundImages", "find_images", "image_files", "search_images"]
-
 _JPEG_SUFFIXES = {".jpg", ".jpeg", ".jpe", ".jfif"}
 IMAGE_SUFFIXES = _JPEG_SUFFIXES | {".png", ".bmp", ".tif", ".tiff", ".webp", ".ppm", ".pgm", ".gif"}
 # Formats of cameras and phones that the reader does not know.

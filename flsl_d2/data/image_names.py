@@ -12,8 +12,6 @@ import numpy as np
 
 from flsl_d2.data.array_file import map_arrays, write_arrays
 
-__all__ = ["ImageNames", "pack_names"]
-
 
 def pack_names(names: Sequence[str]) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
     r"""Pack names into a header and arrays, for :func:`write_arrays`.

@@ -26,8 +26,6 @@ from flsl_d2.data.image_names import ImageNames
 from flsl_d2.errors import InputError
 from flsl_d2.files import writable_folder
 
-__all__ = ["SHARDS_INDEX", "ImageStore", "ShardStore", "as_store", "open_images"]
-
 logger = logging.getLogger(__name__)
 
 SHARDS_INDEX = "images.index"

@@ -20,8 +20,6 @@ from flsl_d2.data.image_store import SHARDS_INDEX, ShardStore, cache_folder, map
 from flsl_d2.errors import InputError, TrainingError
 from flsl_d2.files import replaced_file, writable_folder
 
-__all__ = ["RangeCache", "RemoteStore", "Server", "open_remote_images"]
-
 logger = logging.getLogger(__name__)
 
 T = TypeVar("T")

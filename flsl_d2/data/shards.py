@@ -24,8 +24,6 @@ from flsl_d2.engine.command_line import add_defaults, described_parser, run_tool
 from flsl_d2.errors import InputError
 from flsl_d2.files import replaced_file, writable_folder
 
-__all__ = ["check_shards", "index_shards", "main", "make_shards"]
-
 DESCRIPTION = """Write images into tar shards, which pre-training reads by dataset.root=SHARDS.
 
 Run the same command again after an interruption: shards that are complete are kept. The shards and

@@ -9,8 +9,6 @@ from typing import Any
 
 from flsl_d2.errors import InputError
 
-__all__ = ["split_by_image"]
-
 Coco = dict[str, list[Any]]
 
 

@@ -7,8 +7,6 @@ from collections.abc import Sequence
 from flsl_d2.detection.train import launch_detection
 from flsl_d2.engine.command_line import parse_tool_arguments, run_tool, tool_argument_parser
 
-__all__ = ["main"]
-
 DESCRIPTION = "Fine-tune a detector on an FLSL encoder, and evaluate it."
 EXAMPLES = """examples:
   COCO, 8 GPUs, from a pre-trained encoder:

@@ -19,16 +19,6 @@ from flsl_d2.data.label_images import check_label_images
 from flsl_d2.detection.lvis import check_lvis_dataset
 from flsl_d2.errors import InputError
 
-__all__ = [
-    "CheckedMapper",
-    "check_batch",
-    "check_datasets",
-    "check_test_set",
-    "describe_model",
-    "mixed_precision",
-    "names_of",
-]
-
 logger = logging.getLogger(__name__)
 
 # Checks of data sets that are not in COCO's format, by Detectron2's kind of evaluator.

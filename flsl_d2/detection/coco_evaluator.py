@@ -19,8 +19,6 @@ from pycocotools.cocoeval import COCOeval
 
 from flsl_d2.data.coco_records import read_coco_api
 
-__all__ = ["FLSLCOCOEvaluator", "coco_eval", "evaluate_coco"]
-
 _EMPTY = '{"images": [], "annotations": [], "categories": []}'
 _HAS_FASTER = importlib.util.find_spec("faster_coco_eval") is not None
 _COMPILED = coco_evaluation.COCOeval_opt

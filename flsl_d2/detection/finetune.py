@@ -33,8 +33,6 @@ from flsl_d2.engine.config_files import load_lazy_config
 from flsl_d2.errors import InputError
 from flsl_d2.files import writable_folder, write_text
 
-__all__ = ["CONFIG_FILE", "main"]
-
 CONFIG_FILE = "finetune.py"
 _SUMMARY_FILE = "plan.txt"
 _RECIPES = {

@@ -18,8 +18,6 @@ from flsl_d2.detection.finetune_plan import DataFacts, collect_facts
 from flsl_d2.errors import InputError
 from flsl_d2.files import write_text
 
-__all__ = ["OwnData", "prepare_data"]
-
 # Share of the objects that must have a mask for a detector of masks to be chosen.
 _MASK_SHARE = 0.99
 

@@ -16,8 +16,6 @@ from flsl_d2.modeling.timm_backbone import TIMM_PREFIX, build_timm_backbone, tim
 from flsl_d2.weights import build_encoder
 from flsl_d2.weights.export import write_encoder
 
-__all__ = ["absolute_path", "prepare_encoder"]
-
 
 def prepare_encoder(
     weights: str, freeze: bool, channels: int, staging: Path, output: Path

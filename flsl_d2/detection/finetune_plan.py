@@ -39,19 +39,6 @@ import torch
 
 from flsl_d2.engine.launch import usable_cores
 
-__all__ = [
-    "ANCHOR_SIDES",
-    "DataFacts",
-    "Device",
-    "Plan",
-    "PythonCode",
-    "anchor_warnings",
-    "collect_facts",
-    "config_text",
-    "find_device",
-    "make_plan",
-]
-
 ANCHOR_SIDES = (32, 64, 128, 256, 512)
 ANCHOR_RATIOS = (0.5, 1.0, 2.0)
 # The RPN takes anchors with a lower IoU for background (Faster R-CNN, arXiv 1506.01497).

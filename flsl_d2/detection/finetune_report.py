@@ -36,8 +36,6 @@ from flsl_d2.visualization.figures import (
 )
 from flsl_d2.visualization.html import render
 
-__all__ = ["Report", "draw_labels", "write_report"]
-
 _IOU = 0.5
 _NUM_WORST = 6
 _NUM_CURVES = 10

@@ -16,13 +16,6 @@ from detectron2.evaluation import LVISEvaluator as Detectron2LVISEvaluator
 
 from flsl_d2.errors import InputError
 
-__all__ = [
-    "LVISEvaluator",
-    "check_lvis_dataset",
-    "federated_loss_weights",
-    "require_lvis",
-]
-
 
 def require_lvis() -> None:
     """Check that the package lvis, with which Detectron2 reads and evaluates LVIS, is installed.

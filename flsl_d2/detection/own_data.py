@@ -10,8 +10,6 @@ from flsl_d2.data.coco_file import read_coco
 from flsl_d2.data.datasets import register_files
 from flsl_d2.errors import InputError
 
-__all__ = ["num_classes_key", "use_own_data"]
-
 logger = logging.getLogger(__name__)
 
 # The key that holds the number of classes, by architecture.

@@ -21,8 +21,6 @@ from flsl_d2.errors import InputError
 from flsl_d2.files import write_text
 from flsl_d2.visualization.figures import enlarge
 
-__all__ = ["main", "predict_images", "predict_video"]
-
 VIDEO_SUFFIXES = (".mp4", ".avi", ".mov", ".mkv", ".webm", ".m4v")
 EXAMPLES = """examples:
   every image of a folder, with the detector of a training run:

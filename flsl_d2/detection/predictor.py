@@ -29,8 +29,6 @@ from flsl_d2.errors import InputError
 from flsl_d2.weights import FLSLCheckpointer
 from flsl_d2.weights.checkpointer import BEST_WEIGHTS
 
-__all__ = ["Detections", "Predictor"]
-
 # From which overlap two boxes of one class are the same object, as in SAHI (arXiv 2202.06934).
 _SAME_OBJECT_IOU = 0.5
 # Distance in pixels from an inner border of a slice within which a box ends at it.

@@ -26,16 +26,6 @@ from flsl_d2.errors import InputError
 from flsl_d2.files import write_text
 from flsl_d2.weights import FLSLCheckpointer
 
-__all__ = [
-    "CLASSES_FILE",
-    "keep_classes",
-    "load_for_evaluation",
-    "read_kept_classes",
-    "resume_or_start",
-    "seed_run",
-    "start_run",
-]
-
 CLASSES_FILE = "classes.json"
 _TO_CLASS_NUMBER = "thing_dataset_id_to_contiguous_id"
 logger = logging.getLogger(__name__)

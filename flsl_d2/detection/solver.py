@@ -16,8 +16,6 @@ from torch import nn
 from flsl_d2.errors import InputError
 from flsl_d2.modeling import FLSLViT, TimmBackbone
 
-__all__ = ["add_solver_config", "build_yaml_optimizer", "layer_decay", "optimizer_params"]
-
 
 def layer_decay(decay_rate: float) -> Callable[[nn.Module], Callable[[str], float]]:
     """Learning rate factors of weights by depth (BEiT, arXiv 2106.08254; ViTDet, 2203.16527).

@@ -64,8 +64,6 @@ from flsl_d2.engine.trackers import build_trackers
 from flsl_d2.errors import InputError
 from flsl_d2.weights import FLSLCheckpointer
 
-__all__ = ["launch_detection", "run_detection", "run_lazy_detection"]
-
 logger = logging.getLogger(__name__)
 
 _GROUPS = ("model", "dataloader", "optimizer", "lr_multiplier", "train")

@@ -16,8 +16,6 @@ from detectron2.structures import Boxes, pairwise_ioa, pairwise_iou
 from detectron2.utils import comm
 from pycocotools.coco import COCO
 
-__all__ = ["UAVDTEvaluator", "average_precision"]
-
 logger = logging.getLogger(__name__)
 
 # A detection of which a larger share lies in one ignored region is left out.

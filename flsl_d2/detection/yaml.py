@@ -58,8 +58,6 @@ from flsl_d2.files import expand_home
 from flsl_d2.modeling import add_flsl_config
 from flsl_d2.weights import FLSLCheckpointer
 
-__all__ = ["DetectionTrainer", "load_yaml_config", "run_yaml_detection"]
-
 logger = logging.getLogger(__name__)
 
 # The node that holds the number of classes of an architecture.

@@ -5,8 +5,6 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable
 
-__all__ = ["Background"]
-
 
 class Background:
     """A thread for one piece of work at a time.

@@ -25,8 +25,6 @@ from flsl_d2.weights.checkpointer import (
     remove_unfinished,
 )
 
-__all__ = ["BEST_FILE", "Checkpoints", "EndedEarly", "KeepBest", "LeaveWhenAsked", "StopEarly"]
-
 BEST_FILE = "best.json"
 
 logger = logging.getLogger(__name__)

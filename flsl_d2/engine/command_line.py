@@ -22,20 +22,6 @@ from flsl_d2.engine.stopping import STOPPED
 from flsl_d2.errors import InputError, TrainingError
 from flsl_d2.files import expand_home
 
-__all__ = [
-    "SHARED_OPTIONS",
-    "add_defaults",
-    "add_option",
-    "add_overrides",
-    "comma_separated",
-    "described_parser",
-    "named_weights",
-    "parse_tool_arguments",
-    "run_tool",
-    "seed_list",
-    "tool_argument_parser",
-]
-
 # Warnings of third parties that a user of the tools can do nothing about: the category and the
 # start of the message, without colons and commas, because they separate the fields and the
 # entries of PYTHONWARNINGS.

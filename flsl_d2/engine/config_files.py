@@ -19,8 +19,6 @@ from flsl_d2.engine.overrides import apply_lazy_overrides
 from flsl_d2.errors import InputError
 from flsl_d2.files import expand_home
 
-__all__ = ["CONFIGS_FOLDER", "is_yaml", "load_lazy_config", "resolve_config_path"]
-
 # A wheel carries a copy of the checkout's folder.
 _SHIPPED = Path(__file__).parents[1] / "model_zoo" / "configs"
 CONFIGS_FOLDER = _SHIPPED if _SHIPPED.is_dir() else Path(__file__).parents[2] / "configs"

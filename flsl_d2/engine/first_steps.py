@@ -11,8 +11,6 @@ import sys
 import torch
 from detectron2.engine import HookBase
 
-__all__ = ["FirstSteps"]
-
 
 class FirstSteps(HookBase):
     """Log the expected duration and the peak memory, once, after the first steps of this start.

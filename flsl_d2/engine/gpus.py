@@ -7,8 +7,6 @@ import subprocess
 
 import torch
 
-__all__ = ["unusable_driver"]
-
 
 def unusable_driver() -> str:
     """Say why PyTorch sees no GPU although a driver is there; empty where there is no driver."""

@@ -32,15 +32,6 @@ from flsl_d2.engine.launchers import restart_store, slurm_variables, started_by_
 from flsl_d2.engine.stopping import STOP_SIGNALS, STOPPED, StopRequest, forwarding, signals_held
 from flsl_d2.errors import InputError, TrainingError
 
-__all__ = [
-    "WorkerError",
-    "has_native_bf16",
-    "launch",
-    "leave",
-    "usable_cores",
-    "wrap_ddp",
-]
-
 # Reports of failed ranks wait in a pipe, whose buffer holds 64 KiB, until the parent reads them.
 _REPORT_CHARS = 4000
 # A rank ended by these signals leaves no report; the reports of other ranks only say it is gone.

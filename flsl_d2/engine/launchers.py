@@ -11,8 +11,6 @@ from torch.distributed import PrefixStore, Store, TCPStore  # type: ignore[attr-
 
 from flsl_d2.errors import InputError
 
-__all__ = ["restart_store", "slurm_variables", "started_by_torchrun"]
-
 
 def started_by_torchrun() -> bool:
     """Whether torchrun, or a launcher with the same variables, started this process.

@@ -15,8 +15,6 @@ from omegaconf.errors import OmegaConfBaseException
 
 from flsl_d2.errors import InputError
 
-__all__ = ["apply_lazy_overrides", "unknown_keys_error"]
-
 
 class _Override(NamedTuple):
     key: str

@@ -25,20 +25,6 @@ from flsl_d2.errors import InputError, TrainingError
 from flsl_d2.files import writable_folder, write_text
 from flsl_d2.weights.checkpointer import BEST_WEIGHTS, checkpoint_files, delete_checkpoint
 
-__all__ = [
-    "DETECTION_KEYS",
-    "PRETRAINING_KEYS",
-    "RUN_FILE",
-    "NeutralKeys",
-    "PeriodicWriter",
-    "ResumeOptions",
-    "check_and_keep_run",
-    "flat_config",
-    "keep_config",
-    "prepare_output",
-    "trim_metrics",
-]
-
 RUN_FILE = "run.json"
 _SHOWN = 12
 _OFF = ("0", "", "None", "False", "[]")

@@ -13,8 +13,6 @@ from typing import Any
 
 from detectron2.utils import comm
 
-__all__ = ["STOPPED", "StopRequest", "agreed_by_all", "forwarding", "signals_held", "stop_requests"]
-
 STOPPED = 75  # EX_TEMPFAIL of sysexits.h: a temporary failure, to be tried again
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
 

@@ -16,8 +16,6 @@ from detectron2.utils.events import EventWriter, get_event_storage
 from flsl_d2.errors import InputError
 from flsl_d2.files import write_text
 
-__all__ = ["TRACKERS", "MlflowWriter", "ScalarWriter", "WandbWriter", "build_trackers"]
-
 logger = logging.getLogger(__name__)
 
 # Ids of the runs at the trackers, so that a resumed run continues them.

@@ -23,8 +23,6 @@ from flsl_d2.weights.loading import open_encoder
 from flsl_d2.weights.reading import split_weights_path
 from flsl_d2.weights.report import LoadReport
 
-__all__ = ["export_model", "main"]
-
 DESCRIPTION = "Export an encoder or a whole detector, checked against its source, with a card."
 EPILOG = """formats:
   d2           an encoder for Detectron2 projects and this one: .pth, as pre-training writes it
@@ -132,25 +130,26 @@ def _open(model: str, weights: str, part: str, which: str | None, num_heads: int
     if which is not None or num_heads is not None:
         raise InputError("--which and --num-heads are for an encoder's file; leave them out.")
     predictor = Predictor(model, weights, device="cpu")
+    detector: Any = predictor.model
     facts = run_facts(folder)
     if part == "encoder":
-        encoders = [m for m in predictor.model.modules() if isinstance(m, FLSLViT)]
+        encoders = [m for m in detector.modules() if isinstance(m, FLSLViT)]
         if not encoders:
             raise InputError(f"'{model}' holds no FLSLViT; export the whole detector.")
         pixels: list[list[float]] = [
             tensor.flatten().tolist()
-            for tensor in (predictor.model.pixel_mean, predictor.model.pixel_std)
+            for tensor in (detector.pixel_mean, detector.pixel_std)
             if tensor.numel() != 3
         ]
         encoder_graph = EncoderGraph(encoders[0], *pixels)
         return encoder_graph, _encoder_facts(encoder_graph, model) | facts, None
-    graph = model_graph(predictor.model, predictor.input_format)
+    graph = model_graph(detector, predictor.input_format)
     resize = [str(step) for step in predictor.resize.augs]
     described = {
         "kind": "segmenter" if isinstance(graph, SegmenterGraph) else "detector",
         "source": model,
         "input": {
-            "image": f"float32 ({_pixel_facts(len(predictor.model.pixel_mean))}; any size; "
+            "image": f"float32 ({_pixel_facts(len(detector.pixel_mean))}; any size; "
             "normalised inside",
             "resize": resize or "none",
         },

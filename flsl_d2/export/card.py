@@ -14,8 +14,6 @@ import flsl_d2
 from flsl_d2.engine.run_folder import RUN_FILE
 from flsl_d2.files import write_text
 
-__all__ = ["card_text", "licence_of", "run_facts", "versions", "write_card"]
-
 _PACKAGES = ("torch", "detectron2", "timm", "onnx", "onnxruntime", "safetensors", "numpy")
 # Licences in the repositories of other projects, read in November 2026, by the beginning of the
 # name of a layout. Their weights may have others.

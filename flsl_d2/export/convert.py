@@ -7,8 +7,6 @@ from collections.abc import Sequence
 from flsl_d2.engine.command_line import described_parser
 from flsl_d2.export.__main__ import main as export
 
-__all__ = ["main"]
-
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Export the file of ``INPUT OUTPUT [--to d2|safetensors|timm]``.

@@ -27,8 +27,6 @@ from flsl_d2.modeling.pixels import IMAGENET_MEAN, IMAGENET_STD
 from flsl_d2.weights import build_encoder
 from flsl_d2.weights.export import TIMM_MODEL, timm_arguments, timm_state, write_encoder, write_timm
 
-__all__ = ["DETECTOR_FORMATS", "FORMATS", "WRITERS"]
-
 _OPSET = 18  # the first whose Resize can be antialiased
 Models = EncoderGraph | DetectorGraph | SegmenterGraph
 

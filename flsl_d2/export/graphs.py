@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -16,16 +16,6 @@ from torch import Tensor, nn
 from flsl_d2.errors import InputError
 from flsl_d2.modeling import FLSLViT
 from flsl_d2.modeling.pixels import IMAGENET_MEAN, IMAGENET_STD
-
-__all__ = [
-    "DetectorGraph",
-    "EncoderGraph",
-    "Graph",
-    "SegmenterGraph",
-    "largest_difference",
-    "model_graph",
-    "onnx_runner",
-]
 
 TOLERANCE = 1e-3
 
@@ -66,7 +56,7 @@ class EncoderGraph(Graph):
     ) -> None:
         super().__init__()
         self.encoder = encoder
-        self.channels = int(encoder.architecture["in_chans"])  # type: ignore[call-overload]
+        self.channels = cast(int, encoder.architecture["in_chans"])
         is_rgb = self.channels == 3
         mean = mean or (IMAGENET_MEAN if is_rgb else (0.0,) * self.channels)
         std = std or (IMAGENET_STD if is_rgb else (1.0,) * self.channels)

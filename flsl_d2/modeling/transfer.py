@@ -6,8 +6,6 @@ import numpy as np
 import torch
 from torch import Tensor
 
-__all__ = ["needs_pinning", "to_device"]
-
 
 def needs_pinning(device: torch.device) -> bool:
     """Whether a copy to the device waits for it unless the memory is pinned (page-locked)."""

@@ -18,17 +18,6 @@ from flsl_d2.weights.alignment import TIMM_NAMES, rename
 from flsl_d2.weights.reading import ENCODER_FORMAT
 from flsl_d2.weights.report import LoadReport
 
-__all__ = [
-    "TIMM_MODEL",
-    "encoder_file",
-    "timm_arguments",
-    "timm_call",
-    "timm_state",
-    "write_account",
-    "write_encoder",
-    "write_timm",
-]
-
 # All dimensions are given beside it, so the name can be that of any plain ViT of timm.
 TIMM_MODEL = "vit_small_patch16_224"
 

@@ -26,8 +26,6 @@ from pretrain.methods.dino import assignments
 from pretrain.methods.protocol import Losses, Monitored, StepInputs
 from pretrain.schedules import StepValues
 
-__all__ = ["ADCLR", "encode_with_queries"]
-
 
 class ADCLR(BaseMethod):
     """What one view says about a small crop is pulled to what the teacher says from another view.

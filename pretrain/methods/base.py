@@ -25,17 +25,6 @@ from pretrain.multi_crop import MultiCropViews
 from pretrain.optimizer import local_tensors
 from pretrain.schedules import StepValues
 
-__all__ = [
-    "BaseMethod",
-    "Networks",
-    "TwoViewMethod",
-    "encode_views",
-    "feature_std",
-    "full_precision",
-    "global_output",
-    "import_extra",
-]
-
 _Self = TypeVar("_Self", bound="BaseMethod")
 
 

@@ -18,8 +18,6 @@ from pretrain.methods.masking import MaskedNetworks, block_masks, patches_of
 from pretrain.methods.protocol import Losses, Monitored, StepInputs
 from pretrain.schedules import StepValues
 
-__all__ = ["BEiT", "PatchTokens"]
-
 
 class PatchTokens(nn.Module):
     """Tokens of patches by k-means of their pixels or features, learned from batch to batch.

@@ -14,8 +14,6 @@ from pretrain.methods.base import BaseMethod, Networks, feature_std
 from pretrain.methods.protocol import Losses, Monitored, StepInputs
 from pretrain.schedules import StepValues
 
-__all__ = ["Colorization", "rgb_to_lab"]
-
 _BIN = 10  # width of a bin of a and b, as in the paper
 _REACH = 11  # bins on each side of grey; a and b of sRGB lie between -110 and 110
 

@@ -15,8 +15,6 @@ from pretrain.methods.jigsaw import TileMethod
 from pretrain.methods.protocol import Losses, Monitored, StepInputs
 from pretrain.schedules import StepValues
 
-__all__ = ["Context"]
-
 
 class Context(TileMethod):
     """A head predicts which of the 8 neighbours of an image's middle tile stands beside it.

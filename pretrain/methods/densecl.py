@@ -23,8 +23,6 @@ from pretrain.methods.base import (
 from pretrain.methods.protocol import Losses, Monitored, StepInputs
 from pretrain.schedules import StepValues
 
-__all__ = ["DenseCL", "Queue"]
-
 
 class _DenseNetworks(Networks):
     def __init__(self, backbone: FLSLViT, hidden_dim: int, output_dim: int) -> None:

@@ -21,8 +21,6 @@ from pretrain.methods.base import (
 from pretrain.methods.protocol import Losses, Monitored, StepInputs
 from pretrain.schedules import StepValues
 
-__all__ = ["DetCon", "segment_means"]
-
 
 class DetCon(BaseMethod):
     """A segment is contrasted with all other segments: DetCon-B, with a momentum encoder.

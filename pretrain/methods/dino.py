@@ -22,8 +22,6 @@ from pretrain.methods.base import (
 from pretrain.methods.protocol import Losses, Monitored, StepInputs
 from pretrain.schedules import StepValues
 
-__all__ = ["DINO", "assignments"]
-
 
 class DINO(BaseMethod):
     """The student's output for each view is pulled to the teacher's for every other global view.

@@ -13,12 +13,11 @@ from torch import Tensor, nn
 
 from flsl_d2.errors import InputError
 from flsl_d2.modeling import FLSLViT
+from flsl_d2.modeling.vit import gather_tokens
 from pretrain.methods.base import BaseMethod, Networks, feature_std
-from pretrain.methods.masking import TokenDecoder, gather_tokens, random_split
+from pretrain.methods.masking import TokenDecoder, random_split
 from pretrain.methods.protocol import Losses, Monitored, StepInputs
 from pretrain.schedules import StepValues
-
-__all__ = ["DropPos", "smoothed_places"]
 
 
 class DropPos(BaseMethod):

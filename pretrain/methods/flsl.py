@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from itertools import groupby
-from typing import Any, ClassVar
+from typing import Any, ClassVar, cast
 
 import torch
 from torch import Tensor, nn
@@ -25,8 +25,6 @@ from pretrain.methods.previous_stage import PreviousStage
 from pretrain.methods.protocol import Losses, Monitored, StepInputs
 from pretrain.schedules import StepValues
 from pretrain.views import NestedViews
-
-__all__ = ["FLSL", "JITTERED", "PARTNERS", "EncoderWithHead"]
 
 # Ways to find the partner of a query in the teacher's view.
 PARTNERS = ("similarity", "place")
@@ -208,7 +206,7 @@ class FLSL(BaseMethod):
         self.decoder: TokenDecoder | None = None
         if prediction_blocks:
             width = backbone.embed_dim
-            heads = backbone.architecture["num_heads"]
+            heads = cast(int, backbone.architecture["num_heads"])
             self.decoder = TokenDecoder(width, width, width, prediction_blocks, heads)
             self.mask_token = nn.Parameter(torch.empty(width))
             nn.init.normal_(self.mask_token, std=0.02)

@@ -15,17 +15,6 @@ from torch.utils.checkpoint import checkpoint
 
 from flsl_d2.errors import InputError
 
-__all__ = [
-    "FLSLLoss",
-    "inter_view_loss",
-    "intra_view_loss",
-    "mean_over_ranks",
-    "query_indexes",
-    "sinkhorn_shift",
-    "volume_loss",
-]
-
-
 # Number of probabilities, queries times centroids, that are computed at a time (16 MiB).
 _CHUNK = 2**22
 

@@ -24,8 +24,6 @@ from pretrain.methods.masking import MaskedNetworks, block_masks
 from pretrain.methods.protocol import Losses, Monitored, StepInputs
 from pretrain.schedules import StepValues
 
-__all__ = ["IBOT"]
-
 
 class IBOT(BaseMethod):
     """DINO with masked global views, and the teacher's outputs of the masked patches as targets.

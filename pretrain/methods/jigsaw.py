@@ -16,8 +16,6 @@ from pretrain.methods.base import BaseMethod, Networks, feature_std
 from pretrain.methods.protocol import Losses, Monitored, StepInputs
 from pretrain.schedules import StepValues
 
-__all__ = ["Jigsaw", "TileMethod", "distant_permutations"]
-
 _GRID = 3
 
 

@@ -9,12 +9,11 @@ import torch
 from torch import Tensor, nn
 
 from flsl_d2.modeling import FLSLViT
+from flsl_d2.modeling.vit import gather_tokens
 from pretrain.methods.base import BaseMethod, Networks, feature_std
-from pretrain.methods.masking import TokenDecoder, gather_tokens, patches_of, random_split
+from pretrain.methods.masking import TokenDecoder, patches_of, random_split
 from pretrain.methods.protocol import Losses, Monitored, StepInputs
 from pretrain.schedules import StepValues
-
-__all__ = ["MAE"]
 
 
 class MAE(BaseMethod):

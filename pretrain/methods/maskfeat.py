@@ -18,8 +18,6 @@ from pretrain.methods.masking import MaskedNetworks, block_masks
 from pretrain.methods.protocol import Losses, Monitored, StepInputs
 from pretrain.schedules import StepValues
 
-__all__ = ["MaskFeat", "hog"]
-
 
 class MaskFeat(BaseMethod):
     """A linear layer predicts the gradients of the masked patches from their tokens.

@@ -16,17 +16,7 @@ from torch import Tensor, nn
 from flsl_d2.errors import InputError
 from flsl_d2.modeling import FLSLViT
 from flsl_d2.modeling.positions import sincos_at
-from flsl_d2.modeling.vit import gather_tokens
 from pretrain.methods.base import Networks, import_extra
-
-__all__ = [
-    "MaskedNetworks",
-    "TokenDecoder",
-    "block_masks",
-    "gather_tokens",
-    "patches_of",
-    "random_split",
-]
 
 
 class MaskedNetworks(Networks):

@@ -23,8 +23,6 @@ from pretrain.methods.base import (
 from pretrain.methods.protocol import Losses, Monitored, StepInputs
 from pretrain.schedules import StepValues
 
-__all__ = ["MoCoV3"]
-
 
 class MoCoV3(BaseMethod):
     """The student's output for a view is contrasted with the teacher's for other images.

@@ -23,8 +23,6 @@ from pretrain.methods.protocol import Losses, Monitored, StepInputs
 from pretrain.native_views import NativeViews
 from pretrain.schedules import StepValues
 
-__all__ = ["NaViT", "encode_packed", "pooled_indexes"]
-
 
 class NaViT(FLSL):
     """FLSL whose views keep the aspect ratio of the image, each with its own grid of tokens.

@@ -14,8 +14,6 @@ from torch import Tensor, nn
 from flsl_d2.errors import InputError
 from pretrain.methods.flsl_objective import mean_over_ranks
 
-__all__ = ["VarianceBound", "places_of_queries", "tokens_at"]
-
 
 def places_of_queries(indexes: Tensor, num_tokens: int, places: Tensor) -> Tensor:
     """Centres of the queries' patches in the teacher's view.

@@ -14,8 +14,6 @@ from flsl_d2.modeling import FLSLViT
 from flsl_d2.modeling.vit import gather_tokens
 from flsl_d2.weights import build_encoder
 
-__all__ = ["PreviousStage", "load_previous_stage"]
-
 
 class PreviousStage:
     """A frozen teacher of an earlier run and the attention that its features give.

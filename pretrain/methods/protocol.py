@@ -23,8 +23,6 @@ from flsl_d2.modeling import FLSLViT
 from flsl_d2.modeling.timm_backbone import TimmBackbone
 from pretrain.schedules import StepValues
 
-__all__ = ["Losses", "Method", "Monitored", "StepInputs"]
-
 Losses: TypeAlias = dict[str, Tensor]
 Monitored: TypeAlias = dict[str, Tensor]
 

@@ -14,8 +14,6 @@ from pretrain.methods.base import BaseMethod, Networks, feature_std, global_outp
 from pretrain.methods.protocol import Losses, Monitored, StepInputs
 from pretrain.schedules import StepValues
 
-__all__ = ["Rotation"]
-
 
 class Rotation(BaseMethod):
     """A linear layer predicts a turn of 0, 90, 180 or 270 degrees; each image is seen in all four.

@@ -29,8 +29,6 @@ from pretrain.methods.dino import assignments
 from pretrain.methods.protocol import Losses, Monitored, StepInputs
 from pretrain.schedules import StepValues
 
-__all__ = ["SelfPatch", "similar_neighbours"]
-
 
 class _Aggregation(Networks):
     """Encoder, heads, and the attention of a learned token over a set of tokens."""

@@ -8,8 +8,6 @@ from __future__ import annotations
 from flsl_d2.modeling import FLSLViT
 from pretrain.methods.base import Networks, TwoViewMethod, import_extra
 
-__all__ = ["SimCLR"]
-
 
 class SimCLR(TwoViewMethod):
     """Two views of an image are contrasted with the views of all other images of the batch.

@@ -25,8 +25,6 @@ from pretrain.methods.dino import assignments
 from pretrain.methods.protocol import Losses, Monitored, StepInputs
 from pretrain.schedules import StepValues
 
-__all__ = ["SwAV"]
-
 
 class SwAV(BaseMethod):
     """Each view predicts the assignments of the global views, which Sinkhorn-Knopp balances.

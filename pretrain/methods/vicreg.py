@@ -24,8 +24,6 @@ from pretrain.methods.base import (
 from pretrain.methods.protocol import Losses, Monitored, StepInputs
 from pretrain.schedules import StepValues
 
-__all__ = ["VICReg", "VICRegL", "token_places"]
-
 
 class VICReg(TwoViewMethod):
     """Outputs of two views agree, vary over the batch, and have uncorrelated components.

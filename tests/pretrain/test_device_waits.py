@@ -24,7 +24,7 @@ from pretrain.trainer import PretrainTrainer
 
 CONFIG = "configs/pretrain/flsl_vit_small_p16_in1k.py"
 SMALL = [
-    *("model.backbone.embed_dim=48", "model.backbone.depth=3", "model.backbone.num_heads=3"),
+    *("model.backbone.embed_dim=48", "model.backbone.depth=2", "model.backbone.num_heads=3"),
     *("model.head.hidden_dim=32", "model.head.bottleneck_dim=16", "model.head.num_centroids=64"),
 ]
 

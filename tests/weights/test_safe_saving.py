@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from forked import ForkedJob
 from torch import nn
 
 from flsl_d2.errors import InputError
@@ -142,15 +143,14 @@ def test_a_failing_disk_leaves_the_last_good_one(at, error, tmp_path, monkeypatc
 def test_killed_while_writing(tmp_path):
     target = tmp_path / "model_0000001.pth"
     target.write_bytes(b"good")
-    code = (
+    script = tmp_path / "write.py"
+    script.write_text(
         "import sys, time\nfrom flsl_d2.files import replaced_file\n"
         "with replaced_file(sys.argv[1]) as file:\n"
         "    file.write(b'half'); file.flush(); print('now', flush=True); time.sleep(100)\n"
     )
-    process = subprocess.Popen(
-        [sys.executable, "-c", code, str(target)], stdout=subprocess.PIPE, text=True,
-        cwd=Path(__file__).parents[2],
-    )  # fmt: skip
+    command = [sys.executable, str(script), str(target)]
+    process = ForkedJob(command, stdout=subprocess.PIPE, env={})
     assert process.stdout.readline() == "now\n"
     process.send_signal(signal.SIGKILL)
     process.wait(20)

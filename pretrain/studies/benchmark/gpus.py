@@ -25,8 +25,6 @@ from flsl_d2.errors import InputError
 from flsl_d2.files import writable_folder, write_text
 from flsl_d2.visualization.figures import new_figure, save_figure
 
-__all__ = ["Row", "benchmark_rows", "main", "run_rows"]
-
 BENCHMARK = "pretrain.studies.benchmark"
 BATCHES = (64, 256)
 PROCESSES = (1, 2, 4, 8)

@@ -15,8 +15,6 @@ from pretrain.studies.benchmark.measuring import prepared_device, report, second
 from pretrain.studies.benchmark.step import Step
 from pretrain.trainer import PretrainTrainer
 
-__all__ = ["benchmark_processes"]
-
 
 def benchmark_processes(args: argparse.Namespace) -> None:
     """Measure steps in the processes that torchrun has started, or in this one alone.
