@@ -29,7 +29,6 @@ ENCODER = {"img_size": 224, "embed_dim": 48, "depth": 1, "num_heads": 3}
 # Commands that are not run here, by a part of them, and why.
 ELSEWHERE = {
     "$": "needs a shell's variables: a cluster, or the script around it",
-    "torchrun": "needs several GPUs; tests/test_benchmark.py runs the benchmark",
     "tools/benchmark.py": "tests/test_benchmark.py runs all of them",
     "tools/compare.py": "tests/test_compare.py runs the comparison",
     "tools/sweep.py": "tests/test_sweep.py runs the sweep",
