@@ -251,9 +251,11 @@ class FLSL(BaseMethod):
         parts = []
         for group, tokens, split in zip(groups, student_tokens, splits, strict=True):
             views, view_indexes, group_priors, group_places = zip(*group, strict=True)
-            indexes, points = torch.cat(view_indexes) if split is None else split[0], tokens
             if split is None:
+                indexes = torch.cat(view_indexes)
                 points = gather_tokens(tokens, indexes)  # (V * B, Q, D)
+            else:
+                indexes, points = split[0], tokens
             modes = compared = mean_shift(points, tokens, values.self_scale * scale)
             if split is not None and self.decoder is not None:
                 compared = torch.cat([modes, self._predict_dropped(tokens, *split)], dim=1)
@@ -292,17 +294,17 @@ class FLSL(BaseMethod):
         """
         batches = [torch.cat([view for view, *_ in group]) for group in groups]
         splits: list[tuple[Tensor, Tensor] | None] = [None] * len(groups)
-        kept: list[Tensor | None] = [None] * len(groups)
         if self.token_share < 1:
             num_tokens = (batches[0].shape[-1] // self.student.backbone.patch_size) ** 2
             order = torch.rand(len(batches[0]), num_tokens, device=batches[0].device).argsort(dim=1)
             count = max(round(self.token_share * num_tokens), 1)
-            kept[0], splits[0] = order[:, :count], (order[:, :count], order[:, count:])
+            splits[0] = order[:, :count], order[:, count:]
         # Nothing is drawn without the switch, so that stochastic depth draws what it did.
         dropped = self.training and self.position_drop > 0
         drop = dropped and float(torch.rand(())) < self.position_drop
         positions = "none" if drop else self.student_positions
         if self.pack_views:
+            kept = [None if split is None else split[0] for split in splits]
             return self.student.packed_tokens(batches, positions, kept), splits
         return [self.student.tokens(images, positions) for images in batches], splits
 
