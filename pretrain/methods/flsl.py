@@ -258,7 +258,8 @@ class FLSL(BaseMethod):
                 indexes, points = split[0], tokens
             modes = compared = mean_shift(points, tokens, values.self_scale * scale)
             if split is not None and self.decoder is not None:
-                compared = torch.cat([modes, self._predict_dropped(tokens, *split)], dim=1)
+                predicted = self.decoder.predict_masked(tokens, self.mask_token, *split)
+                compared = torch.cat([modes, predicted], dim=1)
                 indexes = torch.cat(split, dim=1)
             with torch.no_grad():
                 if self.partner == "place":
@@ -307,21 +308,6 @@ class FLSL(BaseMethod):
             kept = [None if split is None else split[0] for split in splits]
             return self.student.packed_tokens(batches, positions, kept), splits
         return [self.student.tokens(images, positions) for images in batches], splits
-
-    def _predict_dropped(self, tokens: Tensor, kept: Tensor, dropped: Tensor) -> Tensor:
-        """Predict the dropped tokens (B, M, D) from the encoded ones (B, N - M, D).
-
-        Args:
-            kept: (B, N - M) int64, the encoded ones' indexes among the N tokens of the view.
-            dropped: (B, M) int64, those of the others.
-        """
-        assert self.decoder is not None
-        embedded = self.decoder.embed(tokens)
-        masked = self.mask_token.to(embedded.dtype).expand(*dropped.shape, -1)
-        positions = self.decoder.positions(kept.shape[1] + dropped.shape[1], tokens.device)
-        places = gather_tokens(positions.expand(len(tokens), -1, -1), torch.cat([kept, dropped], 1))
-        decoded = self.decoder(torch.cat([embedded, masked], dim=1) + places)
-        return decoded[:, kept.shape[1] :]
 
     def _place_logits(self, teacher_tokens: Tensor, scale: float) -> Tensor:
         """Logits (B, N, K) of the modes of the teacher's tokens (B, N, D) within its view."""

@@ -6,7 +6,7 @@ Shape suffixes: B images, N tokens, M masked tokens, D width, P side of a patch.
 from __future__ import annotations
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from flsl_d2.modeling import FLSLViT
 from flsl_d2.modeling.vit import gather_tokens
@@ -68,18 +68,10 @@ class MAE(BaseMethod):
         count, num_tokens, _ = embedded.shape
         visible, masked = random_split(count, num_tokens, self.mask_share, images.device)
         tokens = self.student.backbone.forward_embedded(gather_tokens(embedded, visible))
-        predicted = gather_tokens(self._decode(tokens, visible, embedded.shape[1]), masked)
+        predicted = self.decoder.predict_masked(tokens, self.mask_token, visible, masked)
         targets = gather_tokens(patches_of(images, self.patch_size), masked)
         if self.normalise_pixels:
             variance, mean = torch.var_mean(targets, dim=-1, keepdim=True)
             targets = (targets - mean) / (variance + 1e-6).sqrt()
         loss = (predicted.float() - targets).pow(2).mean()
         return {"loss": loss}, {"feature_std": feature_std(tokens)}
-
-    def _decode(self, tokens: Tensor, visible: Tensor, num_tokens: int) -> Tensor:
-        """Decode visible tokens (B, N - M, D), with mask tokens elsewhere, to (B, N, 3 P P)."""
-        embedded = self.decoder.embed(tokens)
-        everywhere = self.mask_token.to(embedded.dtype).expand(len(tokens), num_tokens, -1)
-        index = visible[..., None].expand_as(embedded)
-        full = everywhere.scatter(1, index, embedded)
-        return self.decoder(full + self.decoder.positions(num_tokens, tokens.device))

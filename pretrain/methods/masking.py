@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from flsl_d2.errors import InputError
 from flsl_d2.modeling import FLSLViT
 from flsl_d2.modeling.positions import sincos_at
+from flsl_d2.modeling.vit import gather_tokens
 from pretrain.methods.base import Networks, import_extra
 
 
@@ -81,6 +82,22 @@ class TokenDecoder(nn.Module):
     def forward(self, tokens: Tensor) -> Tensor:
         """Tokens (B, N, dim) that are embedded already to (B, N, num_outputs)."""
         return self.predict(self.norm(self.blocks(tokens)))
+
+    def predict_masked(
+        self, tokens: Tensor, mask_token: Tensor, visible: Tensor, masked: Tensor
+    ) -> Tensor:
+        """Predict masked tokens (B, M, num_outputs) from the visible ones (B, N - M, in_dim).
+
+        Args:
+            mask_token: (dim,), which stands for every masked token.
+            visible: (B, N - M) int64, indexes of the visible tokens in a square grid of N.
+            masked: (B, M) int64, those of the masked ones.
+        """
+        embedded = self.embed(tokens)
+        num_tokens = visible.shape[1] + masked.shape[1]
+        everywhere = mask_token.to(embedded.dtype).expand(len(tokens), num_tokens, -1)
+        full = everywhere.scatter(1, visible[..., None].expand_as(embedded), embedded)
+        return gather_tokens(self(full + self.positions(num_tokens, tokens.device)), masked)
 
     def positions(self, num_tokens: int, device: torch.device) -> Tensor:
         """Return fixed sine-cosine positions (1, N, dim) of a square grid."""

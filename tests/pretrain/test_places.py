@@ -299,7 +299,7 @@ def test_dropped_tokens_are_predicted_from_the_kept_ones_by_their_places():
     order = torch.stack([torch.randperm(16) for _ in range(3)])
     kept, dropped = order[:, :6], order[:, 6:]
     tokens = torch.randn(3, 6, 8)
-    predicted = model._predict_dropped(tokens, kept, dropped)
+    predicted = model.decoder.predict_masked(tokens, model.mask_token, kept, dropped)
     for b in range(3):
         grid = model.mask_token.repeat(16, 1)
         for token, place in zip(tokens[b], kept[b].tolist(), strict=True):
