@@ -40,6 +40,7 @@ from flsl_d2.weights import FLSLCheckpointer
 from pretrain.data import PretrainDataset, build_pretrain_loader
 from pretrain.health import HealthReport
 from pretrain.hooks import EncoderPictures, ExportTeacher, FeatureMeasures, WholeEncoder
+from pretrain.initial_weights import open_initial_encoder
 from pretrain.methods import Method
 from pretrain.monitor import CollapseWatch, ConsoleProgress, Monitor
 from pretrain.optimizer import build_adamw
@@ -136,6 +137,7 @@ def _run(cfg: DictConfig, options: ResumeOptions, request: StopRequest, preset: 
     prepare_output(output, "train.output_dir", ["pretrain", "flsl_d2"])
     files = open_images(**{key: cfg.dataset[key] for key in _IMAGE_KEYS if key in cfg.dataset})
     use_stored_channels(cfg, files)
+    initial = open_initial_encoder(cfg)
     also = {"images": files.names.digest}
     check_and_keep_run(cfg, output, "train.output_dir", options, PRETRAINING_KEYS, also)
     if preset and comm.is_main_process():
@@ -149,6 +151,8 @@ def _run(cfg: DictConfig, options: ResumeOptions, request: StopRequest, preset: 
     torch.set_float32_matmul_precision("high" if cfg.train.get("tf32") else "highest")
     model = instantiate(cfg.model).to(cfg.train.device)
     method: Method = model
+    if initial is not None:
+        method.start_from(initial)
     normalise_stored_values(method, cfg)
     encoder, compile_mode = method.exported_encoder(), cfg.train.get("compile_mode", "default")
     mode = resolve_compile(cfg.train.compile, compile_mode, cfg.train.device, encoder)

@@ -44,6 +44,7 @@ class StepValues:
     self_scale: float
     cross_scale: float
     last_layer_frozen: bool
+    encoder_frozen: bool = False
     own_attention: float = 1.0
     progress: float = 0.0  # share of the run that lies behind the step
 
@@ -70,12 +71,15 @@ class Schedules:
             the share w of the teacher's own attention moves from 0 to ``1 - mixture_bias``. With
             the published default of 1 only the previous stage's attention counts.
         frozen_last_layer_epochs: number of epochs in which the centroids are not trained.
+        frozen_encoder_fraction: share of the run, at its start, in which the encoder is not
+            trained, so that a random head does not spoil an encoder that is trained already; the
+            warm-up of the learning rate is then run through a second time.
         total_batch_size: number of images in a step, of all processes.
         iters_per_epoch: number of steps in an epoch; may be fractional.
         total_iters: number of steps of the run.
 
     Raises:
-        InputError: the run has no step, or the mixture bias lies outside 0 to 1.
+        InputError: the run has no step, or a share lies outside 0 to 1.
     """
 
     def __init__(
@@ -95,6 +99,7 @@ class Schedules:
         cross_scale: tuple[float, float] = (0.2, 0.2),
         mixture_bias: float = 1.0,
         frozen_last_layer_epochs: float = 1,
+        frozen_encoder_fraction: float = 0.0,
     ) -> None:
         if total_iters < 1:
             raise InputError(
@@ -103,6 +108,11 @@ class Schedules:
         if not 0 <= mixture_bias <= 1:
             raise InputError(
                 f"schedules.mixture_bias is {mixture_bias}, a share; use a value from 0 to 1."
+            )
+        if not 0 <= frozen_encoder_fraction < 1:
+            raise InputError(
+                f"schedules.frozen_encoder_fraction is {frozen_encoder_fraction}, a share of the "
+                "run; use a value from 0 to below 1."
             )
         if min(cross_scale) < min(self_scale) or max(cross_scale) < max(self_scale):
             logger.warning(
@@ -117,6 +127,7 @@ class Schedules:
         self.warmup_iters = round(warmup_fraction * total_iters)
         self.temp_iters = teacher_temp_epochs * iters_per_epoch
         self.frozen_iters = frozen_last_layer_epochs * iters_per_epoch
+        self.frozen_encoder_iters = round(frozen_encoder_fraction * total_iters)
         self.teacher_temp = teacher_temp
         self._cosines = {
             "weight_decay": CosineParamScheduler(*weight_decay),
@@ -135,14 +146,19 @@ class Schedules:
             lr=self._lr(iteration),
             teacher_temp=self._teacher_temp(iteration),
             last_layer_frozen=iteration < self.frozen_iters,
+            encoder_frozen=iteration < self.frozen_encoder_iters,
             progress=where,
             **cosines,
         )
 
     def _lr(self, iteration: int) -> float:
+        if iteration < self.frozen_encoder_iters:
+            return self.peak_lr * min((iteration + 1) / max(self.warmup_iters, 1), 1.0)
+        iteration -= self.frozen_encoder_iters
         if iteration < self.warmup_iters:
             return self.peak_lr * (iteration + 1) / self.warmup_iters
-        after = (iteration - self.warmup_iters) / max(self.total_iters - self.warmup_iters, 1)
+        decay_iters = self.total_iters - self.frozen_encoder_iters - self.warmup_iters
+        after = (iteration - self.warmup_iters) / max(decay_iters, 1)
         return CosineParamScheduler(self.peak_lr, self.final_lr)(min(after, 1.0))
 
     def _teacher_temp(self, iteration: int) -> float:

@@ -136,11 +136,15 @@ schedules = L(Schedules)(
     cross_scale=(0.2, 0.2),
     mixture_bias=1.0,
     frozen_last_layer_epochs=1,
+    # Share of the run in which the encoder is not trained, for a run with train.init_checkpoint.
+    frozen_encoder_fraction=0.0,
 )
 
 train = dict(
     # Checkpoints, metrics.json, log.txt, TensorBoard events, teacher_backbone.pth.
     output_dir="./output/flsl_vit_small_p16_in1k",
+    # Weights that the encoder starts from, and whose architecture it gets; "": random weights.
+    init_checkpoint="",
     # Length of the run in epochs, and in steps: 0 derives the steps from the epochs.
     epochs=300,
     max_iter=0,

@@ -293,14 +293,14 @@ class FLSLViT(Backbone):
             (B, N, D) for each entry; (B, M, D) where tokens are dropped.
 
         Raises:
-            InputError: the encoder has windows, relative positions or prefix tokens.
+            InputError: the encoder has windows or relative positions.
         """
         blocks = self._typed_blocks()
         windows = any(block.window_size for block in blocks)
-        if windows or blocks[0].attn.use_rel_pos or self.num_prefix_tokens:
+        if windows or blocks[0].attn.use_rel_pos:
             raise InputError(
-                "images of several sizes can be packed only for an encoder with window_size=0, "
-                "use_rel_pos=False and num_prefix_tokens=0; set those, or encode size by size."
+                "images of several sizes can be packed only for an encoder with window_size=0 and "
+                "use_rel_pos=False; set those, or encode size by size."
             )
         parts = [self.embed(images, positions).flatten(1, 2) for images in batches]
         if kept is not None:
@@ -308,12 +308,14 @@ class FLSLViT(Backbone):
                 part if indexes is None else gather_tokens(part, indexes)
                 for part, indexes in zip(parts, kept, strict=True)
             ]
+        parts = [self._with_prefix(part) for part in parts]
         shapes = tuple((part.shape[0], part.shape[1]) for part in parts)
         tokens = torch.cat([part.flatten(0, 1) for part in parts])  # (T, D)
         tokens = self._run_blocks(tokens, num_blocks, shapes)
         sizes = [count * length for count, length in shapes]
         return [
-            part.view(*shape, -1) for part, shape in zip(tokens.split(sizes), shapes, strict=True)
+            part.view(*shape, -1)[:, self.num_prefix_tokens :]
+            for part, shape in zip(tokens.split(sizes), shapes, strict=True)
         ]
 
     def embed(self, images: Tensor, positions: str = "own") -> Tensor:
@@ -376,12 +378,18 @@ class FLSLViT(Backbone):
         grid = tokens.shape[1:3]
         if self.num_prefix_tokens:
             # Global attention does not depend on the grid, so one row holds all tokens.
-            prefix = self.prefix_tokens.expand(tokens.shape[0], -1, -1)  # len() is no symbol
-            tokens = torch.cat([prefix, tokens.flatten(1, 2)], dim=1)[:, None]  # (B, 1, P + N, D)
+            tokens = self._with_prefix(tokens.flatten(1, 2))[:, None]  # (B, 1, P + N, D)
         tokens = self._run_blocks(tokens, num_blocks)
         if self.num_prefix_tokens:
             tokens = tokens[:, 0, self.num_prefix_tokens :].unflatten(1, grid)
         return tokens
+
+    def _with_prefix(self, tokens: Tensor) -> Tensor:
+        """Put the prefix tokens, if any, before the patches (B, N, D)."""
+        if not self.num_prefix_tokens:
+            return tokens
+        prefix = self.prefix_tokens.expand(tokens.shape[0], -1, -1)  # len() is no symbol
+        return torch.cat([prefix, tokens], dim=1)
 
     def _run_blocks(
         self, tokens: Tensor, num_blocks: int | None, shapes: PackedShapes | None = None

@@ -119,16 +119,22 @@ class BaseMethod(nn.Module):
                 "train.accumulation_steps."
             )
 
+    def start_from(self, encoder: FLSLViT) -> None:
+        """Copy the weights of an encoder into the student and the teacher."""
+        for networks in (self.student, self.teacher):
+            if networks is not None:
+                networks.backbone.load_state_dict(encoder.state_dict())
+
     def last_layers(self) -> Sequence[nn.Module]:
         """Return the layers that the schedule freezes at first: the centroids of ``FLSLHead``."""
         head = self.student.head
         return [head.last_layer] if isinstance(head, FLSLHead) else []
 
     def frozen_parameters(self, values: StepValues) -> Iterable[nn.Parameter]:
-        """Return the parameters of :meth:`last_layers` as long as the schedule freezes them."""
-        if not values.last_layer_frozen:
-            return []
-        return [parameter for layer in self.last_layers() for parameter in layer.parameters()]
+        """Return the parameters of :meth:`last_layers` and of the encoder while they are frozen."""
+        frozen = self.last_layers() if values.last_layer_frozen else []
+        encoder = [self.student.backbone] if values.encoder_frozen else []
+        return [parameter for part in (*frozen, *encoder) for parameter in part.parameters()]
 
     @torch.no_grad()
     def update_teacher(self, momentum: float) -> None:

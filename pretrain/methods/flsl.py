@@ -225,6 +225,13 @@ class FLSL(BaseMethod):
         self.student_positions = "jittered" if position_jitter == "both" else "own"
         self.loss = loss
 
+    def check_run(self, views: object, images: int) -> None:
+        """Check views and batch, and bound the variance at the places of the teacher's view."""
+        super().check_run(views, images)
+        if self.variance_bound is not None:
+            side = cast(NestedViews, views).global_size // self.student.backbone.patch_size
+            self.variance_bound.set_num_tokens(side**2)
+
     def forward(self, inputs: StepInputs, values: StepValues) -> tuple[Losses, Monitored]:
         """Compute the losses of a step; see :class:`pretrain.methods.protocol.Method`.
 

@@ -98,6 +98,10 @@ class Method(Protocol):
         """
         ...
 
+    def start_from(self, encoder: FLSLViT) -> None:
+        """Copy the weights of a trained encoder of the same architecture, before the first step."""
+        ...
+
     def frozen_parameters(self, values: StepValues) -> Iterable[nn.Parameter]:
         """Return the parameters that the optimiser leaves alone in this step."""
         ...

@@ -24,9 +24,10 @@ def encoder(**options) -> FLSLViT:
         st.tuples(st.integers(1, 3), st.integers(1, 6), st.integers(1, 6)), min_size=1, max_size=4
     ),
     st.sampled_from([None, 0, 1, 3]),
+    st.sampled_from([0, 2]),
 )
-def test_equals_size_by_size(shapes, num_blocks):
-    vit = encoder().eval()
+def test_equals_size_by_size(shapes, num_blocks, num_prefix_tokens):
+    vit = encoder(num_prefix_tokens=num_prefix_tokens).eval()
     batches = [torch.randn(b, 3, 8 * h, 8 * w) for b, h, w in shapes]
     packed = vit.forward_packed(batches, num_blocks)
     for ours, images in zip(packed, batches, strict=True):
@@ -102,9 +103,7 @@ def test_skipping_what_is_dropped_changes_no_result(monkeypatch, options, rate, 
     torch.testing.assert_close(*results, rtol=1e-5, atol=1e-6)
 
 
-@pytest.mark.parametrize(
-    "options", [{"window_size": 2, "depth": 8}, {"use_rel_pos": True}, {"num_prefix_tokens": 1}]
-)
+@pytest.mark.parametrize("options", [{"window_size": 2, "depth": 8}, {"use_rel_pos": True}])
 def test_what_cannot_be_packed_is_refused(options):
     with pytest.raises(InputError, match="can be packed only"):
         encoder(**options).forward_packed([torch.zeros(1, 3, 32, 32)])

@@ -55,6 +55,13 @@ SWITCHES = {
         "student",
         "teacher",
     },
+    "schedules.frozen_encoder_fraction=0.9": {
+        "encoder_frozen",
+        "lr",
+        "gradients",
+        "student",
+        "teacher",
+    },
     "schedules.mixture_bias=0.5": {"own_attention"},  # one stage: a schedule without effect
     "model.loss.inter_weight=0.5": {"loss", *LEARNT},
     "model.loss.volume_weight=1.0": {"loss", *LEARNT},

@@ -1,0 +1,77 @@
+"""A start from the weights of a trained encoder instead of random ones (``train.init_checkpoint``).
+
+Weights of DINO, DINOv2, iBOT, MAE, timm or an earlier run; whatever
+:func:`flsl_d2.weights.build_encoder` reads.
+"""
+
+from __future__ import annotations
+
+import logging
+from typing import Any
+
+from detectron2.utils.registry import locate
+from omegaconf import DictConfig
+
+from flsl_d2.errors import InputError
+from flsl_d2.modeling import FLSLViT
+from flsl_d2.weights import build_encoder
+
+logger = logging.getLogger("pretrain")
+
+
+def open_initial_encoder(cfg: DictConfig) -> FLSLViT | None:
+    """Read ``train.init_checkpoint``, and give the config's encoder the file's architecture.
+
+    The table of positions keeps the file's size, and is resampled for the views in each step, so
+    that the encoder loses nothing for larger images.
+
+    Args:
+        cfg: pre-training config, whose ``model.backbone`` is changed in place.
+
+    Returns:
+        None where the run starts from random weights.
+
+    Raises:
+        InputError: the file holds no such encoder, or the config's encoder or images do not fit it.
+    """
+    path = cfg.train.get("init_checkpoint", "")
+    if not path:
+        return None
+    method, backbone = (_target(node) for node in (cfg.model, cfg.model.backbone))
+    if backbone is not FLSLViT:
+        raise InputError(
+            f"train.init_checkpoint is '{path}', and model.backbone is "
+            f"{getattr(backbone, '__name__', backbone)}, which names its "
+            "weights itself; leave train.init_checkpoint empty, or use FLSLViT."
+        )
+    plain: dict[str, Any] = (
+        {"num_prefix_tokens": 0} if getattr(method, "masks_tokens", False) else {}
+    )
+    encoder = build_encoder(path, **plain)
+    architecture = encoder.architecture
+    channels = cfg.model.backbone.get("in_chans", 3)
+    if architecture["in_chans"] != channels:
+        raise InputError(
+            f"train.init_checkpoint '{path}' takes images of {architecture['in_chans']} channels, "
+            f"and the run's images have {channels}; leave dataset.channels or the weights out."
+        )
+    side, patch = cfg.views.global_size, encoder.patch_size
+    if side % patch:
+        raise InputError(
+            f"train.init_checkpoint '{path}' has patches of {patch} pixels, which do not divide "
+            f"views.global_size={side}; set it to {max(side // patch, 1) * patch}, and "
+            "views.local_size to a multiple, too."
+        )
+    cfg.model.backbone.update(architecture)
+    if not cfg.schedules.get("frozen_encoder_fraction", 0.0):
+        logger.warning(
+            "The encoder starts from '%s' and is trained from the first step, in which the head is "
+            "random: features are known to suffer; set schedules.frozen_encoder_fraction=0.1.",
+            path,
+        )
+    return encoder
+
+
+def _target(node: DictConfig) -> Any:
+    target = node["_target_"]
+    return locate(target) if isinstance(target, str) else target
