@@ -116,6 +116,7 @@ model = L(FLSL)(
     teacher_positions=True,
     position_drop=0.0,
     position_jitter="none",
+    place_bandwidth=0.0,
     position_share=1.0,
     image_share=1.0,
     token_share=1.0,

@@ -20,7 +20,12 @@ from flsl_d2.modeling.vit import gather_tokens
 from pretrain.methods.base import BaseMethod, feature_std
 from pretrain.methods.flsl_objective import FLSLLoss
 from pretrain.methods.masking import TokenDecoder
-from pretrain.methods.places import VarianceBound, places_of_queries, tokens_at
+from pretrain.methods.places import (
+    VarianceBound,
+    log_place_kernel,
+    places_of_tokens,
+    tokens_at,
+)
 from pretrain.methods.previous_stage import PreviousStage
 from pretrain.methods.protocol import Losses, Monitored, StepInputs
 from pretrain.schedules import StepValues
@@ -100,6 +105,9 @@ class FLSL(BaseMethod):
         position_jitter: whose positions are shifted and scaled at random for each image
             (:func:`flsl_d2.modeling.positions.jittered_positions`): ``none``, ``teacher`` or
             ``both``. A target then depends on a place by its neighbours alone.
+        place_bandwidth: standard deviation h, in sides of the teacher's view, of a Gaussian kernel
+            of places that every kernel of mean-shift is multiplied by
+            (:func:`pretrain.methods.places.log_place_kernel`); 0 for features alone, as published.
         position_share: largest share of the variance of the targets' logits that a token's place
             in the teacher's view may explain (:class:`pretrain.methods.places.VarianceBound`); 1
             for no bound. It needs ``partner=place``.
@@ -131,6 +139,7 @@ class FLSL(BaseMethod):
         teacher_positions: bool = True,
         position_drop: float = 0.0,
         position_jitter: str = "none",
+        place_bandwidth: float = 0.0,
         position_share: float = 1.0,
         image_share: float = 1.0,
         token_share: float = 1.0,
@@ -170,6 +179,11 @@ class FLSL(BaseMethod):
         if not 0 <= position_drop <= 1:
             raise InputError(
                 f"model.position_drop is {position_drop}, a probability; use a value from 0 to 1."
+            )
+        if place_bandwidth < 0:
+            raise InputError(
+                f"model.place_bandwidth is {place_bandwidth}, a standard deviation; use a value "
+                "above 0, or 0 for no kernel of places."
             )
         for name, share in (
             ("position_share", position_share),
@@ -214,7 +228,7 @@ class FLSL(BaseMethod):
         self.needs_crops = previous_stage is not None
         self.num_centroids = num_centroids
         self.partner, self.position_drop = partner, position_drop
-        self.token_share = token_share
+        self.token_share, self.place_bandwidth = token_share, place_bandwidth
         self.variance_bound: VarianceBound | None = None
         if min(position_share, image_share) < 1:
             self.variance_bound = VarianceBound(
@@ -247,8 +261,7 @@ class FLSL(BaseMethod):
         teacher_view, *student_views = [self.normalised(view) for view in inputs.views]
         queries = inputs.queries
         priors = self._priors(inputs) if self.previous_stage else [None] * len(queries)
-        places = inputs.places if self.partner == "place" else [None] * len(queries)
-        groups = _groups_of_one_size(student_views, queries, priors, places)
+        groups = _groups_of_one_size(student_views, queries, priors, inputs.places)
         student_tokens, splits = self._student_tokens(groups)
         # The teacher comes second, so that the student's draws do not depend on the teacher's.
         with torch.no_grad():
@@ -257,26 +270,35 @@ class FLSL(BaseMethod):
                 place_logits = self._place_logits(teacher_tokens, values.cross_scale * scale)
         parts = []
         for group, tokens, split in zip(groups, student_tokens, splits, strict=True):
-            views, view_indexes, group_priors, group_places = zip(*group, strict=True)
+            _, view_indexes, group_priors, boxes = zip(*group, strict=True)
+            num_tokens = tokens.shape[1] if split is None else sum(x.shape[1] for x in split)
+            places = encoded_places = places_of_tokens(num_tokens, torch.cat(boxes))
             if split is None:
                 indexes = torch.cat(view_indexes)
                 points = gather_tokens(tokens, indexes)  # (V * B, Q, D)
             else:
                 indexes, points = split[0], tokens
-            modes = compared = mean_shift(points, tokens, values.self_scale * scale)
+                encoded_places = gather_tokens(places, indexes)
+            xy = gather_tokens(places, indexes)
+            kernel = log_place_kernel(xy, encoded_places, self.place_bandwidth)
+            modes = compared = mean_shift(points, tokens, values.self_scale * scale, 1, kernel)
             if split is not None and self.decoder is not None:
                 predicted = self.decoder.predict_masked(tokens, self.mask_token, *split)
                 compared = torch.cat([modes, predicted], dim=1)
-                indexes = torch.cat(split, dim=1)
+                xy = gather_tokens(places, torch.cat(split, dim=1))
             with torch.no_grad():
                 if self.partner == "place":
-                    num_tokens = (views[0].shape[-1] // self.student.backbone.patch_size) ** 2
-                    xy = places_of_queries(indexes, num_tokens, torch.cat(group_places))
                     targets = tokens_at(place_logits.repeat(len(group), 1, 1), xy)
                 else:
                     keys = teacher_tokens.repeat(len(group), 1, 1)
+                    kernel = self._kernel_in_teacher(xy, keys)
                     targets = self._cross_modes(
-                        points, keys, values.cross_scale * scale, group_priors, values.own_attention
+                        points,
+                        keys,
+                        values.cross_scale * scale,
+                        group_priors,
+                        values.own_attention,
+                        kernel,
                     )
             parts.append([x.flatten(0, 1) for x in (points, modes, compared, targets)])
         points, modes, compared, targets = (torch.cat(part) for part in zip(*parts, strict=True))
@@ -318,8 +340,17 @@ class FLSL(BaseMethod):
 
     def _place_logits(self, teacher_tokens: Tensor, scale: float) -> Tensor:
         """Logits (B, N, K) of the modes of the teacher's tokens (B, N, D) within its view."""
-        logits = self.teacher.logits(mean_shift(teacher_tokens, teacher_tokens, scale))
+        kernel = self._kernel_in_teacher(None, teacher_tokens)
+        modes = mean_shift(teacher_tokens, teacher_tokens, scale, 1, kernel)
+        logits = self.teacher.logits(modes)
         return logits if self.variance_bound is None else self.variance_bound(logits)
+
+    def _kernel_in_teacher(self, xy: Tensor | None, teacher_tokens: Tensor) -> Tensor | None:
+        """Logarithm of the kernel of places from ``xy`` (B, Q, 2), or from every token, to all."""
+        whole = teacher_tokens.new_zeros(1, 4)
+        whole[:, 2:] = 1.0
+        places = places_of_tokens(teacher_tokens.shape[1], whole)
+        return log_place_kernel(places if xy is None else xy, places, self.place_bandwidth)
 
     def _cross_modes(
         self,
@@ -328,11 +359,12 @@ class FLSL(BaseMethod):
         scale: float,
         priors: Sequence[Tensor | None],
         own_attention: float,
+        log_kernel: Tensor | None = None,
     ) -> Tensor:
         """Modes in the teacher's view, with the previous stage's attention mixed in, if any."""
         if priors[0] is None:
-            return mean_shift(starts, keys, scale)
-        own = attention(starts, keys, scale)
+            return mean_shift(starts, keys, scale, 1, log_kernel)
+        own = attention(starts, keys, scale, log_kernel)
         prior = torch.cat([each for each in priors if each is not None])
         return mix_attention(own, prior.to(own.dtype), own_attention) @ keys
 

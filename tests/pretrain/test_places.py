@@ -14,14 +14,21 @@ from hypothesis import strategies as st
 from torch import nn
 
 from flsl_d2.errors import InputError
+from flsl_d2.mean_shift import attention, mean_shift
 from flsl_d2.modeling import FLSLViT
 from flsl_d2.modeling.projection_head import FLSLHead
+from flsl_d2.modeling.vit import gather_tokens
 from pretrain import views as views_module
 from pretrain.augmentation import Augmentation
 from pretrain.data import collate
 from pretrain.methods.flsl import FLSL
 from pretrain.methods.flsl_objective import FLSLLoss, query_indexes
-from pretrain.methods.places import VarianceBound, places_of_queries, tokens_at
+from pretrain.methods.places import (
+    VarianceBound,
+    log_place_kernel,
+    places_of_tokens,
+    tokens_at,
+)
 from pretrain.schedules import Schedules
 from pretrain.views import DEVICE_WORK, NestedViews
 
@@ -37,14 +44,40 @@ def test_places_equal_a_loop(side, box, mirrored):
     top, left, height, width = box
     if mirrored:
         left, width = left + width, -width
-    indexes = torch.arange(side * side)[None]
-    xy = places_of_queries(indexes, side * side, torch.tensor([[top, left, height, width]]))
+    xy = places_of_tokens(side * side, torch.tensor([[top, left, height, width]]))
     for row, column in itertools.product(range(side), range(side)):
         across = (column + 0.5) / side
         across = 1 - across if mirrored else across
         x, y = box[1] + across * box[3], box[0] + (row + 0.5) / side * box[2]
         # Products of numbers up to 1 in single precision.
         assert xy[0, row * side + column].tolist() == pytest.approx([x, y], abs=1e-6)
+
+
+def test_the_joint_kernel_is_that_of_features_times_that_of_places():
+    torch.manual_seed(0)
+    queries, tokens = torch.randn(2, 3, 5), torch.randn(2, 7, 5)
+    at, places = torch.rand(2, 3, 2), torch.rand(2, 7, 2)
+    kernel = log_place_kernel(at, places, 0.3)
+    modes, weights = (
+        mean_shift(queries, tokens, 0.7, 1, kernel),
+        attention(queries, tokens, 0.7, kernel),
+    )
+    for b, i in itertools.product(range(2), range(3)):
+        expected = [
+            math.exp(0.7 * float(queries[b, i] @ tokens[b, j]))
+            * math.exp(-float((at[b, i] - places[b, j]).square().sum()) / (2 * 0.3**2))
+            for j in range(7)
+        ]
+        expected = torch.tensor(expected) / sum(expected)
+        torch.testing.assert_close(weights[b, i], expected)
+        torch.testing.assert_close(modes[b, i], expected @ tokens[b])
+    assert log_place_kernel(at, places, 0.0) is None
+
+
+def test_a_narrow_kernel_of_places_takes_the_partner_from_the_same_place():
+    """Features that are a map of places in their own view earn less from another view's places."""
+    alone = earned_by_a_map_of_places()
+    assert earned_by_a_map_of_places(place_bandwidth=0.02) < 0.9 * alone
 
 
 def test_tokens_at_the_centres_are_the_tokens_and_between_them_their_mix():
@@ -70,7 +103,7 @@ def test_a_query_and_its_place_show_the_same(monkeypatch, on_device, flip):
     inputs = collate(samples).to_device(torch.device("cpu"))
     teacher, *students = [F.avg_pool2d(view.float(), 8).flatten(2).mT for view in inputs.views]
     for patches, indexes, places in zip(students, inputs.queries, inputs.places, strict=True):
-        xy = places_of_queries(indexes, patches.shape[1], places)
+        xy = gather_tokens(places_of_tokens(patches.shape[1], places), indexes)
         seen = patches.gather(1, indexes[..., None].expand(-1, -1, 3))
         # Colours rise linearly, so interpolation between centres is exact up to rounding of two
         # resamplings (a level each); places beyond the outermost centres are left out.
@@ -171,6 +204,7 @@ def test_positions_are_dropped_in_the_stated_share_of_steps_and_from_the_seed():
         ({"partner": "plcae"}, "'plcae'"),
         ({"position_drop": 1.5}, "position_drop is 1.5"),
         ({"position_jitter": "student"}, "'student'"),
+        ({"place_bandwidth": -1.0}, "place_bandwidth is -1.0"),
         ({"position_share": 0.05}, "position_share is 0.05, .* model.partner 'similarity'"),
         ({"image_share": 0.05}, "image_share 0.05 and model.partner 'similarity'"),
         ({"position_share": 0.0, "partner": "place"}, "position_share is 0.0"),
@@ -345,7 +379,7 @@ def test_a_predicted_token_is_compared_with_the_target_of_its_place():
     with torch.no_grad():
         tokens = predicting.teacher.tokens(predicting.normalised(inputs.views[0]))
         logits = predicting._place_logits(tokens, values.cross_scale / math.sqrt(8))
-    xy = places_of_queries(split[1], 16, inputs.places[0])
+    xy = gather_tokens(places_of_tokens(16, inputs.places[0]), split[1])
     expected = (tokens_at(logits, xy)[0] / values.teacher_temp).softmax(dim=-1)
     # A temperature of 0.04 multiplies rounding of single precision by 25.
     torch.testing.assert_close(both[6:16], expected, rtol=1e-3, atol=1e-4)

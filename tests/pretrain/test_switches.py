@@ -82,6 +82,7 @@ SWITCHES = {
     "model.position_drop=1.0": MODES,
     "model.position_jitter=teacher": TARGETS,
     "model.position_jitter=both": MODES,
+    "model.place_bandwidth=0.2": MODES,
     "model.partner=place model.position_share=0.01": TARGETS,
     "model.partner=place model.image_share=0.01": TARGETS,
     "model.token_share=0.5": MODES,
