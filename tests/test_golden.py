@@ -13,8 +13,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from torch import Tensor
 from conftest import GOLDEN_FILES
+from torch import Tensor
 
 from flsl_d2.mean_shift import attention, mean_shift, mix_attention, sharpened_prior
 from flsl_d2.modeling import FLSLViT
