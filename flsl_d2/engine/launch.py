@@ -6,7 +6,6 @@ import atexit
 import logging
 import os
 import signal
-import socket
 import sys
 import traceback
 import warnings
@@ -20,6 +19,7 @@ import torch.multiprocessing as mp
 from detectron2.engine import create_ddp_model
 from detectron2.utils import comm
 from torch import nn
+from torch.distributed import TCPStore  # type: ignore[attr-defined]
 from torch.multiprocessing.spawn import (
     ProcessContext,
     ProcessExitedException,
@@ -40,6 +40,8 @@ _KILLED = ("SIGKILL", "SIGSEGV", "SIGBUS")
 _GRACE_SECONDS = 10
 # Time that ranks wait for each other, as in Detectron2: the first may evaluate alone meanwhile.
 _TIMEOUT = timedelta(minutes=30)
+# Start of the address of a store that the parent of the workers holds.
+_STORE = "store://"
 # Exceptions of workers that keep their type in the parent.
 _PLAIN = {"InputError": InputError, "TrainingError": TrainingError}
 
@@ -118,7 +120,9 @@ def launch(
         main_func(*args)
         return
     if dist_url == "auto":
-        dist_url = f"tcp://127.0.0.1:{_free_port()}"
+        # This process holds the port: one that is only looked up may be taken before it is used.
+        store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+        dist_url = f"{_STORE}127.0.0.1:{store.port}"
     # PyTorch's log says only that workers are being ended; the error raised below says why.
     logging.getLogger("torch.multiprocessing.spawn").setLevel(logging.CRITICAL)
     reports = mp.get_context("spawn").SimpleQueue()
@@ -212,12 +216,6 @@ def _check(
         )
 
 
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
-
-
 def _worker(
     local_rank: int,
     num_processes: int,
@@ -242,10 +240,14 @@ def _worker(
     elif "OMP_NUM_THREADS" not in os.environ:
         # Every process would otherwise start a thread for each core, and wait for the others.
         torch.set_num_threads(max(usable_cores() // num_processes, 1))
+    meeting: dict[str, Any] = {"init_method": dist_url}
+    if dist_url.startswith(_STORE):
+        host, port = dist_url.removeprefix(_STORE).split(":")
+        meeting = {"store": TCPStore(host, int(port), is_master=False, timeout=_TIMEOUT)}
     _join_group(
         "nccl" if _is_cuda(device) else "gloo",
         num_processes,
-        init_method=dist_url,
+        **meeting,
         world_size=num_processes * num_machines,
         rank=machine_rank * num_processes + local_rank,
     )
