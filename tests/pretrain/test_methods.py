@@ -109,12 +109,16 @@ def test_losses_keep_full_precision_beside_an_encoder_in_bf16(name, images):
 
 @pytest.mark.parametrize("name", ["dino", "detcon"])
 def test_method_on_device_augments_the_same_views(name, images):
-    """The loss differs by the rounding of 8-bit images alone, a grey level in 255."""
-    losses = []
+    views = []
     for on_device in ("nothing", "augmentation"):
         trainer = build(tiny_config(name, f"views.on_device={on_device}"), images)
-        losses.append(train(trainer, 0, 1)["loss"])
-    assert losses[0] == pytest.approx(losses[1], rel=0.05)
+        assert math.isfinite(train(trainer, 0, 1)["loss"])
+        views.append(trainer.last_batch.to_device(torch.device("cpu")).views)
+        solarised = [each.solarise for each in trainer.last_batch.augmentations]
+    for cpu, device, left_out in zip(*views, solarised, strict=True):
+        # Roundings as in test_device_views.py; at the threshold of solarise a level decides.
+        kept = ~torch.as_tensor(left_out)
+        assert (cpu.float() - device.float())[kept].abs().mean() < 1.5
 
 
 def test_views_that_do_not_fit_are_refused(images):
