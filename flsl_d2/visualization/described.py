@@ -102,7 +102,7 @@ def describe_encoder(
     root = tokens[0].shape[1] ** 0.5
     if head is None:
         assigned = kmeans_groups(tokens, _KMEANS_GROUPS)
-        note = f"k-means over all tokens, k = {_KMEANS_GROUPS}: this file has no projection head"
+        note = f"k-means over all tokens, k = {_KMEANS_GROUPS}: these weights have no head"
     else:
         assigned = assign_centroids(head, tokens, head_scale / root)
         used, total = len(torch.cat(assigned[0]).unique()), len(head.last_layer.weight_v)
