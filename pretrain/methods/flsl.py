@@ -19,6 +19,7 @@ from flsl_d2.modeling.projection_head import FLSLHead
 from flsl_d2.modeling.vit import gather_tokens
 from pretrain.methods.base import BaseMethod, feature_std
 from pretrain.methods.flsl_objective import FLSLLoss
+from pretrain.methods.flsl_switches import check_switches
 from pretrain.methods.masking import TokenDecoder
 from pretrain.methods.places import (
     VarianceBound,
@@ -30,11 +31,6 @@ from pretrain.methods.previous_stage import PreviousStage
 from pretrain.methods.protocol import Losses, Monitored, StepInputs
 from pretrain.schedules import StepValues
 from pretrain.views import NestedViews
-
-# Ways to find the partner of a query in the teacher's view.
-PARTNERS = ("similarity", "place")
-# Networks whose positions are jittered.
-JITTERED = ("none", "teacher", "both")
 
 
 class EncoderWithHead(nn.Module):
@@ -147,76 +143,26 @@ class FLSL(BaseMethod):
     ) -> None:
         super().__init__(EncoderWithHead(backbone, head, norm_modes), has_teacher=True)
         num_centroids = len(head.last_layer.weight_v)
-        usual = (norm_modes, previous_stage, teacher_positions, position_drop, position_jitter)
-        shares = (position_share, image_share, token_share)
-        if not isinstance(backbone, FLSLViT) and (
-            usual != (False, None, True, 0.0, "none") or shares != (1.0, 1.0, 1.0)
-        ):
-            raise InputError(
-                f"{type(backbone).__name__} has no tokens and positions before its first layer; "
-                "leave model.norm_modes, model.previous_stage, model.teacher_positions, "
-                "model.position_drop, model.position_jitter, model.position_share, "
-                "model.image_share and model.token_share as they are in the recipe, or use an "
-                "encoder of class FLSLViT."
-            )
         if len(loss.log_prior) != num_centroids:
             raise InputError(
                 f"the head has {num_centroids} centroids and the loss {len(loss.log_prior)}; "
                 "set both to the same number."
             )
-        if previous_stage is not None and previous_stage.patch_size != backbone.patch_size:
-            raise InputError(
-                f"the previous stage has patches of {previous_stage.patch_size} pixels and this "
-                f"one of {backbone.patch_size}, so their tokens do not match; use a previous stage "
-                f"with patches of {backbone.patch_size}."
-            )
-        if partner not in PARTNERS:
-            raise InputError(f"model.partner is '{partner}'; use one of {', '.join(PARTNERS)}.")
-        if position_jitter not in JITTERED:
-            raise InputError(
-                f"model.position_jitter is '{position_jitter}'; use one of {', '.join(JITTERED)}."
-            )
-        if not 0 <= position_drop <= 1:
-            raise InputError(
-                f"model.position_drop is {position_drop}, a probability; use a value from 0 to 1."
-            )
-        if place_bandwidth < 0:
-            raise InputError(
-                f"model.place_bandwidth is {place_bandwidth}, a standard deviation; use a value "
-                "above 0, or 0 for no kernel of places."
-            )
-        for name, share in (
-            ("position_share", position_share),
-            ("image_share", image_share),
-            ("token_share", token_share),
-        ):
-            if not 0 < share <= 1:
-                raise InputError(
-                    f"model.{name} is {share}, a share; use a value above 0 and up to 1."
-                )
-        if partner != "place" and min(position_share, image_share) < 1:
-            raise InputError(
-                f"model.position_share is {position_share}, model.image_share {image_share} and "
-                f"model.partner '{partner}', whose targets have no place of their own; set "
-                "model.partner=place."
-            )
-        if previous_stage is not None and (partner == "place" or token_share < 1):
-            raise InputError(
-                f"model.partner is '{partner}' and model.token_share {token_share} beside a "
-                "previous stage, whose attention starts from all queries of the student; set "
-                "model.partner=similarity and model.token_share=1."
-            )
-        if token_share < 1 and not pack_views:
-            raise InputError(
-                f"model.token_share is {token_share}, and only packed views drop tokens; set "
-                "model.pack_views=True."
-            )
-        if prediction_blocks and (partner != "place" or token_share == 1):
-            raise InputError(
-                f"model.prediction_blocks is {prediction_blocks}, model.partner '{partner}' and "
-                f"model.token_share {token_share}, and only dropped tokens whose targets have a "
-                "place are predicted; set model.partner=place and model.token_share below 1."
-            )
+        check_switches(
+            backbone,
+            previous_stage,
+            norm_modes=norm_modes,
+            pack_views=pack_views,
+            partner=partner,
+            teacher_positions=teacher_positions,
+            position_drop=position_drop,
+            position_jitter=position_jitter,
+            place_bandwidth=place_bandwidth,
+            position_share=position_share,
+            image_share=image_share,
+            token_share=token_share,
+            prediction_blocks=prediction_blocks,
+        )
         self.decoder: TokenDecoder | None = None
         if prediction_blocks:
             width = backbone.embed_dim
