@@ -5,6 +5,7 @@ The settings keep a folder from being continued as another run by accident.
 
 from __future__ import annotations
 
+import inspect
 import json
 import logging
 from collections.abc import Iterable, Mapping
@@ -17,6 +18,7 @@ from detectron2.config import CfgNode, LazyConfig
 from detectron2.engine import hooks
 from detectron2.utils import comm
 from detectron2.utils.logger import setup_logger
+from detectron2.utils.registry import locate
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import InterpolationResolutionError
 
@@ -27,7 +29,7 @@ from flsl_d2.weights.checkpointer import BEST_WEIGHTS, checkpoint_files, delete_
 
 RUN_FILE = "run.json"
 _SHOWN = 12
-_OFF = ("0", "", "None", "False", "[]")
+_OFF = ("0", "0.0", "", "None", "False", "[]")
 logger = logging.getLogger(__name__)
 
 
@@ -282,8 +284,9 @@ def _compare(
     differing = [
         name
         for name in sorted({*before, *now})
-        # A key that the run's version did not know, and that is off, changes nothing.
-        if before.get(name) != now.get(name) and (name in before or now[name] not in _OFF)
+        # A key that the run's version did not know changes nothing where it is off or a default.
+        if before.get(name) != now.get(name)
+        and (name in before or now[name] not in (*_OFF, _default(name, now)))
     ]
     harmless = [name for name in differing if neutral.may_differ(name)]
     serious = [name for name in differing if name not in harmless]
@@ -307,6 +310,16 @@ def _compare(
             f"{key}, give the run's own settings, or go on with these by --allow-changes."
         )
     logger.warning("Going on with other settings, as --allow-changes asks: %s", shown)
+
+
+def _default(name: str, settings: Mapping[str, str]) -> str | None:
+    """Default of a key of a LazyConfig's call as text; None where there is none."""
+    node, _, key = name.rpartition(".")
+    target = settings.get(f"{node}._target_")
+    if target is None:
+        return None
+    parameter = inspect.signature(locate(target)).parameters.get(key)
+    return None if parameter is None else _text(parameter.default)
 
 
 def _compare_processes(before: int | None) -> None:

@@ -70,6 +70,27 @@ def test_the_same_run_is_continued_and_another_is_not(tmp_path, caplog):
     assert "lr: 5" in (tmp_path / "config.yaml").read_text()
 
 
+def test_keys_of_a_newer_version_are_no_change_where_off_or_at_their_default(tmp_path):
+    keep(tmp_path, config())
+    (tmp_path / "model_0000009.pth").write_bytes(b"")
+    before = (tmp_path / "run.json").read_text()
+
+    def go_on(cfg):
+        (tmp_path / "run.json").write_text(before)
+        keep(tmp_path, cfg, True)
+
+    for value in (0, 0.0, "", None, False, []):
+        go_on(config(new=value))
+    cfg = config()
+    cfg.model.bias = True  # the default of torch.nn.Linear
+    go_on(cfg)
+    cfg.model.device = "meta"
+    with pytest.raises(InputError, match=r"model\.device: absent -> meta"):
+        go_on(cfg)
+    with pytest.raises(InputError, match=r"train\.new: absent -> 1"):
+        go_on(config(new=1))
+
+
 @pytest.mark.parametrize("content", [None, "{", "[]", '{"settings": 3}'])
 def test_a_lost_record_is_said(content, tmp_path, caplog):
     (tmp_path / "model_final.pth").write_bytes(b"")
