@@ -74,10 +74,16 @@ def describe_run(
         f"length: {steps:,} steps ({steps * batch / len(files):.1f} epochs); the duration follows "
         f"after {FIRST_STEPS} steps",
     ]
+    if cfg.train.get("init_checkpoint"):
+        lines.append(
+            f"start: the encoder has the weights of {cfg.train.init_checkpoint}, and is trained "
+            f"after {schedules.frozen_encoder_iters:,} steps of the head alone"
+        )
     if len(files) < 200:
         lines.append(
             f"note: {len(files)} images teach an encoder little; published weights "
-            "(docs/CHECKPOINTS.md) will serve a detector better"
+            "(docs/CHECKPOINTS.md) will serve a detector better, or this run as a start "
+            "(train.init_checkpoint)"
         )
     return lines
 

@@ -69,6 +69,7 @@ def test_the_encoder_starts_as_in_the_file_and_is_trained_after_the_head(run, tm
         status, text = run(*TINY, begin, frozen, output=output)
         assert status == 0, text
         assert "features are known to suffer" not in text
+        assert f"after {6 * fraction:.0f} steps of the head alone" in text
         encoder = build_encoder(str(tmp_path / output / "teacher_backbone.pth"))
         assert encoder.architecture == start.architecture
         features.append(encoder.forward_tokens(torch.ones(1, 3, 32, 32)))
