@@ -6,9 +6,9 @@
 A ViT of 1.2 million weights (128 wide, 6 blocks, patches of 8) on views of 80 pixels: 40 images a
 second on one CPU core, so that 18,000 images are passed through twice in a quarter of an hour.
 With the published objective such a run ends as a map of places; these keys prevent it
-(docs/METHOD.md, "Against features that are a map of places"). Expected: propagated masks 13 points
-of J&F above untrained weights, and a linear probe 1.8 points of mIoU;
-docs/records/objects_2026-11.md has the figures, and what did not improve.
+(docs/METHOD.md, "Against features that are a map of places"). Expected: propagated masks 14 points
+of J&F above untrained weights, and a linear probe 2 points of mIoU; with train.max_iter=6250, an
+hour, 19 and 3. docs/records/objects_2026-11.md has the figures, and what did not improve.
 """
 
 from .flsl_vit_small_p16_in1k import dataloader, dataset, model, schedules, train, views
