@@ -20,6 +20,7 @@ from detectron2.data.datasets.builtin_meta import COCO_CATEGORIES
 from forked import ROOT, run_forked
 
 from flsl_d2.data.scenes import make_scenes
+from flsl_d2.data.shards import make_shards
 from flsl_d2.engine.config_files import load_lazy_config
 from flsl_d2.modeling import FLSLViT
 from flsl_d2.weights.export import write_encoder
@@ -131,6 +132,7 @@ def workshop(tmp_path_factory) -> Path:
         (root / copy).mkdir(parents=True)
         for file in sorted((root / "scenes" / "train").iterdir())[:2]:
             shutil.copy(file, root / copy)
+    make_shards(str(root / "imagenet" / "train"), root / "shards")
     (root / "webdataset").mkdir()
     with tarfile.open(root / "webdataset" / "0.tar", "w") as shard:
         for file in (root / "photos").iterdir():
