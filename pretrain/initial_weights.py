@@ -9,9 +9,9 @@ from __future__ import annotations
 import logging
 from typing import Any
 
-from detectron2.utils.registry import locate
 from omegaconf import DictConfig
 
+from flsl_d2.engine.config_files import call_target
 from flsl_d2.errors import InputError
 from flsl_d2.modeling import FLSLViT
 from flsl_d2.weights import build_encoder
@@ -37,16 +37,14 @@ def open_initial_encoder(cfg: DictConfig) -> FLSLViT | None:
     path = cfg.train.get("init_checkpoint", "")
     if not path:
         return None
-    method, backbone = (_target(node) for node in (cfg.model, cfg.model.backbone))
+    method, backbone = (call_target(node) for node in (cfg.model, cfg.model.backbone))
     if backbone is not FLSLViT:
         raise InputError(
-            f"train.init_checkpoint is '{path}', and model.backbone is "
-            f"{getattr(backbone, '__name__', backbone)}, which names its "
-            "weights itself; leave train.init_checkpoint empty, or use FLSLViT."
+            f"train.init_checkpoint is '{path}', and model.backbone is {backbone.__name__}, which "
+            "names its weights itself; leave train.init_checkpoint empty, or use FLSLViT."
         )
-    plain: dict[str, Any] = (
-        {"num_prefix_tokens": 0} if getattr(method, "masks_tokens", False) else {}
-    )
+    masks_tokens = getattr(method, "masks_tokens", False)
+    plain: dict[str, Any] = {"num_prefix_tokens": 0} if masks_tokens else {}
     encoder = build_encoder(path, **plain)
     architecture = encoder.architecture
     channels = cfg.model.backbone.get("in_chans", 3)
@@ -70,8 +68,3 @@ def open_initial_encoder(cfg: DictConfig) -> FLSLViT | None:
             path,
         )
     return encoder
-
-
-def _target(node: DictConfig) -> Any:
-    target = node["_target_"]
-    return locate(target) if isinstance(target, str) else target

@@ -17,6 +17,7 @@ from omegaconf import DictConfig
 
 from flsl_d2.data.channels import channel_statistics
 from flsl_d2.data.image_store import ImageStore
+from flsl_d2.engine.config_files import call_target
 from flsl_d2.errors import InputError
 
 logger = logging.getLogger("pretrain")
@@ -62,9 +63,7 @@ def use_stored_channels(cfg: DictConfig, files: ImageStore | Sequence[str]) -> N
 
 
 def _check(cfg: DictConfig, files: ImageStore | Sequence[str], channels: int) -> None:
-    method = getattr(cfg.model["_target_"], "__name__", str(cfg.model["_target_"])).split(".")[-1]
-    encoder = cfg.model.backbone["_target_"]
-    name = getattr(encoder, "__name__", str(encoder)).split(".")[-1]
+    method, name = (call_target(node).__name__ for node in (cfg.model, cfg.model.backbone))
     reasons = {
         "dataset.channels takes the files of a folder, a pattern or a list, not shards or URLs": (
             type(files) not in (ImageStore, list)

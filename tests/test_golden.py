@@ -14,7 +14,6 @@ import numpy as np
 import pytest
 import torch
 from conftest import GOLDEN_FILES
-from torch import Tensor
 
 from flsl_d2.mean_shift import attention, mean_shift, mix_attention, sharpened_prior
 from flsl_d2.modeling import FLSLViT
@@ -139,11 +138,6 @@ def test_modes_of_a_later_stage(golden: Golden) -> None:
         assert_equal(modes, golden[name + f"mode_t_mixture{MIXTURE}"], "cross modes")
 
 
-def inputs_of(views: list[Tensor], queries: list[Tensor]) -> StepInputs:
-    """Give the views any places: the published objective does not depend on them."""
-    return StepInputs(views, queries, [torch.rand(len(indexes), 4) for indexes in queries])
-
-
 @pytest.mark.parametrize("pack_views", [False, True])
 def test_losses_in_half_precision(golden: Golden, pack_views: bool) -> None:
     """bfloat16 has 8 significant bits: losses agree to about one part in a hundred."""
@@ -151,7 +145,7 @@ def test_losses_in_half_precision(golden: Golden, pack_views: bool) -> None:
     views = [golden[f"view{i}"] for i in range(4)]
     queries = [query_indexes(golden[f"mask{i}"]) for i in range(1, 4)]
     with torch.autocast("cpu", torch.bfloat16):
-        losses, _ = golden.model(inputs_of(views, queries), golden.values())
+        losses, _ = golden.model(StepInputs(views, queries), golden.values())
     for ours, theirs in (
         ("loss_intra", "intra_view"),
         ("loss_inter", "inter_view"),
@@ -198,7 +192,7 @@ def assert_step_equals(
         block.drop_path.probability = 0.0
     views = [golden[f"view{i}"] for i in range(4)]
     queries = [query_indexes(golden[f"mask{i}"]) for i in range(1, 4)]
-    losses, _ = golden.model(inputs_of(views, queries), golden.values())
+    losses, _ = golden.model(StepInputs(views, queries), golden.values())
     names = {"loss_intra": "intra_view", "loss_inter": "inter_view", "loss_volume": "volume"}
     for ours, theirs in (*names.items(), ("loss", "total")):
         assert_equal(losses[ours], golden[f"loss.{theirs}"], ours)

@@ -11,8 +11,10 @@ import difflib
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 from detectron2.config import LazyConfig
+from detectron2.utils.registry import locate
 from omegaconf import DictConfig, ListConfig, Node
 
 from flsl_d2.engine.overrides import apply_lazy_overrides
@@ -82,6 +84,12 @@ def load_lazy_config(path: str, overrides: Iterable[str] = ()) -> DictConfig:
             ) from error
     _expand_home_in(apply_lazy_overrides(cfg, overrides))
     return cfg
+
+
+def call_target(node: DictConfig) -> Any:
+    """Return the function or class that a call in a LazyConfig names."""
+    target = node["_target_"]
+    return locate(target) if isinstance(target, str) else target
 
 
 def _expand_home_in(node: DictConfig | ListConfig) -> None:

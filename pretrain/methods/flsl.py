@@ -175,6 +175,7 @@ class FLSL(BaseMethod):
         self.num_centroids = num_centroids
         self.partner, self.position_drop = partner, position_drop
         self.token_share, self.place_bandwidth = token_share, place_bandwidth
+        self._uses_places = partner == "place" or place_bandwidth > 0
         self.variance_bound: VarianceBound | None = None
         if min(position_share, image_share) < 1:
             self.variance_bound = VarianceBound(
@@ -207,7 +208,8 @@ class FLSL(BaseMethod):
         teacher_view, *student_views = [self.normalised(view) for view in inputs.views]
         queries = inputs.queries
         priors = self._priors(inputs) if self.previous_stage else [None] * len(queries)
-        groups = _groups_of_one_size(student_views, queries, priors, inputs.places)
+        places = inputs.places if self._uses_places else [None] * len(queries)
+        groups = _groups_of_one_size(student_views, queries, priors, places)
         student_tokens, splits = self._student_tokens(groups)
         # The teacher comes second, so that the student's draws do not depend on the teacher's.
         with torch.no_grad():
@@ -217,27 +219,27 @@ class FLSL(BaseMethod):
         parts = []
         for group, tokens, split in zip(groups, student_tokens, splits, strict=True):
             _, view_indexes, group_priors, boxes = zip(*group, strict=True)
-            num_tokens = tokens.shape[1] if split is None else sum(x.shape[1] for x in split)
-            places = encoded_places = places_of_tokens(num_tokens, torch.cat(boxes))
+            indexes, points = torch.cat(view_indexes) if split is None else split[0], tokens
             if split is None:
-                indexes = torch.cat(view_indexes)
                 points = gather_tokens(tokens, indexes)  # (V * B, Q, D)
-            else:
-                indexes, points = split[0], tokens
-                encoded_places = gather_tokens(places, indexes)
-            xy = gather_tokens(places, indexes)
-            kernel = log_place_kernel(xy, encoded_places, self.place_bandwidth)
+            kernel = None
+            if self._uses_places:
+                num_tokens = tokens.shape[1] if split is None else sum(x.shape[1] for x in split)
+                grid = places_of_tokens(num_tokens, torch.cat(boxes))
+                xy = gather_tokens(grid, indexes)
+                own = grid if split is None else xy  # all tokens that are encoded
+                kernel = log_place_kernel(xy, own, self.place_bandwidth)
             modes = compared = mean_shift(points, tokens, values.self_scale * scale, 1, kernel)
             if split is not None and self.decoder is not None:
                 predicted = self.decoder.predict_masked(tokens, self.mask_token, *split)
                 compared = torch.cat([modes, predicted], dim=1)
-                xy = gather_tokens(places, torch.cat(split, dim=1))
+                xy = gather_tokens(grid, torch.cat(split, dim=1))
             with torch.no_grad():
                 if self.partner == "place":
                     targets = tokens_at(place_logits.repeat(len(group), 1, 1), xy)
                 else:
                     keys = teacher_tokens.repeat(len(group), 1, 1)
-                    kernel = self._kernel_in_teacher(xy, keys)
+                    kernel = self._kernel_in_teacher(keys, xy) if self.place_bandwidth else None
                     targets = self._cross_modes(
                         points,
                         keys,
@@ -286,12 +288,12 @@ class FLSL(BaseMethod):
 
     def _place_logits(self, teacher_tokens: Tensor, scale: float) -> Tensor:
         """Logits (B, N, K) of the modes of the teacher's tokens (B, N, D) within its view."""
-        kernel = self._kernel_in_teacher(None, teacher_tokens)
+        kernel = self._kernel_in_teacher(teacher_tokens) if self.place_bandwidth else None
         modes = mean_shift(teacher_tokens, teacher_tokens, scale, 1, kernel)
         logits = self.teacher.logits(modes)
         return logits if self.variance_bound is None else self.variance_bound(logits)
 
-    def _kernel_in_teacher(self, xy: Tensor | None, teacher_tokens: Tensor) -> Tensor | None:
+    def _kernel_in_teacher(self, teacher_tokens: Tensor, xy: Tensor | None = None) -> Tensor | None:
         """Logarithm of the kernel of places from ``xy`` (B, Q, 2), or from every token, to all."""
         whole = teacher_tokens.new_zeros(1, 4)
         whole[:, 2:] = 1.0

@@ -51,8 +51,8 @@ def check_switches(
     if not isinstance(backbone, FLSLViT) and any(of_tokens.values()):
         used = ", ".join(f"model.{name}" for name, on in of_tokens.items() if on)
         raise InputError(
-            f"{type(backbone).__name__} has no tokens and positions before its first layer, which "
-            f"{used} needs; leave it as in the recipe, or use an encoder of class FLSLViT."
+            f"{type(backbone).__name__} has no tokens and positions before its first layer for "
+            f"{used}; leave what the recipe has, or use an encoder of class FLSLViT."
         )
     if previous_stage is not None and previous_stage.patch_size != backbone.patch_size:
         raise InputError(

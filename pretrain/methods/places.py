@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from flsl_d2.errors import InputError
 from pretrain.methods.flsl_objective import mean_over_ranks
 
 
@@ -130,7 +131,17 @@ class VarianceBound(nn.Module):
 
     @torch.no_grad()
     def forward(self, logits: Tensor) -> Tensor:
-        """Logits (B, N, K) to logits of the same shape, float32."""
+        """Logits (B, N, K) to logits of the same shape, float32.
+
+        Raises:
+            InputError: the view has another number of tokens.
+        """
+        if logits.shape[1] != len(self.means):
+            raise InputError(
+                f"the teacher's view has {logits.shape[1]} tokens and the table of positions "
+                f"{len(self.means)}, and model.position_share and model.image_share need as many; "
+                "set model.backbone.img_size to views.global_size."
+            )
         logits = logits.float()
         if self.training:
             rest = 1 - self.momentum

@@ -300,6 +300,10 @@ def test_the_bound_averages_over_steps_and_is_kept_in_checkpoints():
     copy = VarianceBound(4, 3, 0.05)
     copy.load_state_dict(bound.state_dict())
     assert torch.equal(copy.eval()(logits), bound.eval()(logits))
+    with pytest.raises(InputError, match="9 tokens and the table of positions 4"):
+        bound(torch.zeros(1, 9, 3))
+    bound.set_num_tokens(9)
+    assert bound(torch.zeros(1, 9, 3)).shape == (1, 9, 3)
 
 
 def test_dropped_tokens_are_not_encoded_and_the_kept_ones_are_the_queries():

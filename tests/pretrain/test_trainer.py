@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import shutil
 
-import numpy as np
 import pytest
 import torch
 from detectron2.utils.events import EventStorage
@@ -50,7 +49,6 @@ def batches(count: int) -> list[Batch]:
             [image(32), image(32), image(16), image(16)],
             [every_fourth(16), every_fourth(4), every_fourth(4)],
             [],
-            places=[np.full((4, 4), 0.5, np.float32)] * 3,
         )
         for _ in range(count)
     ]
