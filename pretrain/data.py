@@ -14,15 +14,15 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, get_worker_info
 
-from flsl_d2.data.image_store import ImageStore, as_store
-from flsl_d2.data.images import (
+from flsl_d2.errors import InputError, TrainingError
+from flsl_d2.images.image_store import ImageStore, as_store
+from flsl_d2.images.images import (
     MAX_PIXELS,
     MAX_PIXELS_LIMIT,
     ImageFile,
     printable,
     read_channels,
 )
-from flsl_d2.errors import InputError, TrainingError
 from flsl_d2.modeling.transfer import to_device
 from pretrain.device_views import (
     AugmentationBatch,

@@ -16,8 +16,6 @@ import torch
 from detectron2.engine import HookBase
 from detectron2.utils import comm
 
-from flsl_d2.data.image_store import ImageStore, as_store
-from flsl_d2.data.images import ImageFile, read_rgb
 from flsl_d2.engine.background import Background
 from flsl_d2.errors import TrainingError
 from flsl_d2.evaluation import TokenFeatures, extract_tokens
@@ -25,6 +23,8 @@ from flsl_d2.evaluation.features import encoding_in
 from flsl_d2.evaluation.labelled_images import LabelledDataset
 from flsl_d2.evaluation.measures import measure_all, prepare_measures
 from flsl_d2.files import replaced_file
+from flsl_d2.images.image_store import ImageStore, as_store
+from flsl_d2.images.images import ImageFile, read_rgb
 from flsl_d2.modeling import FLSLViT
 from flsl_d2.modeling.timm_backbone import TimmBackbone
 from flsl_d2.visualization import encoder_figure

@@ -12,8 +12,8 @@ import math
 import numpy as np
 import torch
 
-from flsl_d2.data.images import ImageFile
 from flsl_d2.errors import InputError
+from flsl_d2.images.images import ImageFile
 from pretrain.augmentation import apply_augmentation, draw_augmentation
 from pretrain.views import Views, resized_crop
 

@@ -32,9 +32,9 @@ from pathlib import Path
 import torch
 from detectron2.data import DatasetCatalog
 
-from flsl_d2.data.channels import find_channels
-from flsl_d2.data.image_store import ImageStore, open_images
 from flsl_d2.errors import InputError
+from flsl_d2.images.channels import find_channels
+from flsl_d2.images.image_store import ImageStore, open_images
 
 PRESET_FILE = "preset.py"
 

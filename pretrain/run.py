@@ -18,7 +18,6 @@ from detectron2.utils.events import JSONWriter, TensorboardXWriter
 from omegaconf import DictConfig
 
 from flsl_d2.agreement import decided_by_main
-from flsl_d2.data.image_store import ImageStore, open_images
 from flsl_d2.engine.checkpoints import Checkpoints
 from flsl_d2.engine.config_files import load_lazy_config
 from flsl_d2.engine.first_steps import FirstSteps
@@ -36,6 +35,7 @@ from flsl_d2.engine.stopping import StopRequest, stop_requests
 from flsl_d2.engine.trackers import build_trackers
 from flsl_d2.errors import InputError, TrainingError
 from flsl_d2.files import write_text
+from flsl_d2.images.image_store import ImageStore, open_images
 from flsl_d2.weights import FLSLCheckpointer
 from pretrain.data import PretrainDataset, build_pretrain_loader
 from pretrain.health import HealthReport

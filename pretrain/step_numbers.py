@@ -12,9 +12,9 @@ import torch.distributed as dist
 from detectron2.utils import comm
 from torch import Tensor
 
-from flsl_d2.data.images import printable
 from flsl_d2.errors import TrainingError
 from flsl_d2.files import write_text
+from flsl_d2.images.images import printable
 from flsl_d2.modeling.transfer import to_device
 from pretrain.image_stream import ImageStream
 from pretrain.schedules import StepValues

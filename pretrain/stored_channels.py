@@ -15,10 +15,10 @@ from typing import Any
 import torch
 from omegaconf import DictConfig
 
-from flsl_d2.data.channels import channel_statistics
-from flsl_d2.data.image_store import ImageStore
 from flsl_d2.engine.config_files import call_target
 from flsl_d2.errors import InputError
+from flsl_d2.images.channels import channel_statistics
+from flsl_d2.images.image_store import ImageStore
 
 logger = logging.getLogger("pretrain")
 

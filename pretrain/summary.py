@@ -8,9 +8,9 @@ import numpy as np
 from detectron2.utils import comm
 from omegaconf import DictConfig
 
-from flsl_d2.data.image_store import ImageStore, as_store
-from flsl_d2.data.images import ImageFile, picture_size, printable
 from flsl_d2.errors import InputError
+from flsl_d2.images.image_store import ImageStore, as_store
+from flsl_d2.images.images import ImageFile, picture_size, printable
 from pretrain.methods import Method
 from pretrain.schedules import Schedules
 

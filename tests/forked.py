@@ -24,7 +24,7 @@ from detectron2.utils import logger as detectron2_logger
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 from torch.multiprocessing.spawn import start_processes
 
-from flsl_d2.data import register_builtin
+from flsl_d2.annotations import register_builtin
 
 ROOT = Path(__file__).resolve().parents[1]
 FORK = multiprocessing.get_context("fork")

@@ -14,10 +14,10 @@ import pytest
 import torch
 from forked import FORKED_SUBPROCESS
 
-from flsl_d2.data import register_scenes
-from flsl_d2.data.scenes import make_scenes
+from flsl_d2.annotations import register_scenes
 from flsl_d2.experiments.compare import main
 from flsl_d2.modeling import FLSLViT
+from flsl_d2.scenes import make_scenes
 from flsl_d2.weights.export import write_encoder
 
 ROOT = Path(__file__).resolve().parents[1]

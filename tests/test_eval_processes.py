@@ -15,11 +15,11 @@ from detectron2.config import instantiate
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
-from flsl_d2.data import register_scenes
-from flsl_d2.data.scenes import make_scenes
+from flsl_d2.annotations import register_scenes
 from flsl_d2.detection.train import launch_detection
 from flsl_d2.engine.command_line import parse_tool_arguments, tool_argument_parser
 from flsl_d2.engine.config_files import load_lazy_config
+from flsl_d2.scenes import make_scenes
 
 CONFIG = "configs/demo/mask_rcnn_flsl_vit_scenes.py"
 # Every detection counts, so that an untrained detector finds something.

@@ -16,8 +16,8 @@ import pytest
 import torch
 from forked import FORKED_SUBPROCESS
 
-from flsl_d2.data import register_scenes
-from flsl_d2.data.scenes import make_scenes
+from flsl_d2.annotations import register_scenes
+from flsl_d2.scenes import make_scenes
 from flsl_d2.visualization.curves import read_metrics
 from pretrain.run import run_pretraining
 from pretrain.studies.grid import Axis, grid_points

@@ -21,7 +21,7 @@ MODULES = {
     "eval_davis": "flsl_d2.evaluation.davis.__main__",
     "eval_features": "flsl_d2.evaluation.__main__",
     "finetune": "flsl_d2.detection.finetune",
-    "make_shards": "flsl_d2.data.shards",
+    "make_shards": "flsl_d2.images.shards",
     "predict": "flsl_d2.detection.predict",
     "pretrain_net": "pretrain.__main__",
     "sweep": "pretrain.studies.sweep",

@@ -146,7 +146,7 @@ def test_yaml_config_on_coco_to_ap_then_evaluated(few_images, encoder_file, tmp_
 
 OWN_CONFIG = """
 from detectron2.config import LazyConfig
-from flsl_d2.data import register_coco_format
+from flsl_d2.annotations import register_coco_format
 
 register_coco_format("own_people", {json!r}, {images!r})
 _base = LazyConfig.load({base!r})

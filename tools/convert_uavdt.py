@@ -7,7 +7,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from flsl_d2.data.uavdt import convert_uavdt
+from flsl_d2.annotations.uavdt import convert_uavdt
 from flsl_d2.engine.command_line import described_parser, run_tool
 
 EXAMPLE = """example:

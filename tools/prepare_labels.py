@@ -7,8 +7,8 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from flsl_d2.data.label_images import PREPARATIONS
 from flsl_d2.engine.command_line import described_parser, run_tool
+from flsl_d2.images.label_images import PREPARATIONS
 
 EXAMPLE = """examples:
   tools/prepare_labels.py ade20k

@@ -14,8 +14,8 @@ from detectron2.data import (
 )
 from omegaconf import OmegaConf
 
-from flsl_d2.data.datasets import detection_records
-from flsl_d2.data.mapper import FLSLDatasetMapper
+from flsl_d2.annotations.datasets import detection_records
+from flsl_d2.annotations.mapper import FLSLDatasetMapper
 from flsl_d2.detection.coco_evaluator import FLSLCOCOEvaluator
 
 dataloader = OmegaConf.create(

@@ -3,7 +3,7 @@
     tools/pretrain_net.py --config-file configs/demo/flsl_vit_scenes.py --num-gpus 2
 
 The recipe for small data (configs/pretrain/flsl_vit_mini_p8_small_data.py), on scenes that ``make
-demo`` makes (flsl_d2.data.scenes) below $DETECTRON2_DATASETS/flsl_scenes.
+demo`` makes (flsl_d2.scenes) below $DETECTRON2_DATASETS/flsl_scenes.
 """
 
 from ..pretrain.flsl_vit_mini_p8_small_data import (  # noqa: F401

@@ -4,7 +4,7 @@
         train.init_checkpoint=output/demo/pretrain/teacher_backbone.pth
 
 The detector of the COCO recipes with thinner heads, fewer proposals and no windows. The scenes are
-made by ``make demo`` (flsl_d2.data.scenes) below $DETECTRON2_DATASETS/flsl_scenes.
+made by ``make demo`` (flsl_d2.scenes) below $DETECTRON2_DATASETS/flsl_scenes.
 """
 
 import detectron2.data.transforms as T

@@ -13,11 +13,11 @@ from detectron2.utils import comm
 from torch import nn
 from torch.utils.data import DataLoader
 
-from flsl_d2.data import Use, check_registered_dataset
-from flsl_d2.data.datasets import use_own_loader
-from flsl_d2.data.label_images import check_label_images
+from flsl_d2.annotations import Use, check_registered_dataset
+from flsl_d2.annotations.datasets import use_own_loader
 from flsl_d2.detection.lvis import check_lvis_dataset
 from flsl_d2.errors import InputError
+from flsl_d2.images.label_images import check_label_images
 
 logger = logging.getLogger(__name__)
 
@@ -103,8 +103,8 @@ class CheckedMapper:
         if type(mapper) is DatasetMapper:
             logger.warning(
                 "Detectron2's DatasetMapper turns 16-bit images white and drops transparency; "
-                "flsl_d2.data.FLSLDatasetMapper takes the same arguments and reads images as "
-                "pre-training does."
+                "flsl_d2.annotations.FLSLDatasetMapper takes the same arguments and reads images "
+                "as pre-training does."
             )
 
     def __call__(self, record: dict[str, Any]) -> Any:

@@ -13,9 +13,7 @@ from typing import Any
 import torch
 from detectron2.utils import comm
 
-from flsl_d2.data.channels import channel_statistics
-from flsl_d2.data.coco_records import load_coco
-from flsl_d2.data.images import channels_format
+from flsl_d2.annotations.coco_records import load_coco
 from flsl_d2.detection.finetune_data import OwnData, prepare_data
 from flsl_d2.detection.finetune_encoder import absolute_path, prepare_encoder
 from flsl_d2.detection.finetune_plan import (
@@ -32,6 +30,8 @@ from flsl_d2.engine.command_line import add_defaults, add_option, described_pars
 from flsl_d2.engine.config_files import load_lazy_config
 from flsl_d2.errors import InputError
 from flsl_d2.files import writable_folder, write_text
+from flsl_d2.images.channels import channel_statistics
+from flsl_d2.images.images import channels_format
 
 CONFIG_FILE = "finetune.py"
 _SUMMARY_FILE = "plan.txt"

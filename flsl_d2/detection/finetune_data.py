@@ -8,15 +8,15 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from flsl_d2.data import Use, check_coco_files
-from flsl_d2.data.channels import find_channels
-from flsl_d2.data.coco_file import read_coco
-from flsl_d2.data.coco_records import load_coco
-from flsl_d2.data.formats import convert_to_coco, recognise_annotations
-from flsl_d2.data.splitting import split_by_image
+from flsl_d2.annotations import Use, check_coco_files
+from flsl_d2.annotations.coco_file import read_coco
+from flsl_d2.annotations.coco_records import load_coco
+from flsl_d2.annotations.formats import convert_to_coco, recognise_annotations
+from flsl_d2.annotations.splitting import split_by_image
 from flsl_d2.detection.finetune_plan import DataFacts, collect_facts
 from flsl_d2.errors import InputError
 from flsl_d2.files import write_text
+from flsl_d2.images.channels import find_channels
 
 # Share of the objects that must have a mask for a detector of masks to be chosen.
 _MASK_SHARE = 0.99

@@ -16,13 +16,13 @@ from pycocotools.cocoeval import COCOeval
 from torchvision.ops import box_iou
 
 import flsl_d2
-from flsl_d2.data.coco_file import read_coco
-from flsl_d2.data.coco_records import load_coco, read_coco_api
-from flsl_d2.data.images import preview
+from flsl_d2.annotations.coco_file import read_coco
+from flsl_d2.annotations.coco_records import load_coco, read_coco_api
 from flsl_d2.detection.coco_evaluator import evaluate_coco
 from flsl_d2.detection.predictor import Detections, Predictor
 from flsl_d2.errors import InputError
 from flsl_d2.files import write_text
+from flsl_d2.images.images import preview
 from flsl_d2.visualization.curves import loss_curves
 from flsl_d2.visualization.detections import draw_objects, ground_truth
 from flsl_d2.visualization.figures import (

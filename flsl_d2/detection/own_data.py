@@ -6,8 +6,8 @@ import logging
 
 from omegaconf import DictConfig, OmegaConf
 
-from flsl_d2.data.coco_file import read_coco
-from flsl_d2.data.datasets import register_files
+from flsl_d2.annotations.coco_file import read_coco
+from flsl_d2.annotations.datasets import register_files
 from flsl_d2.errors import InputError
 
 logger = logging.getLogger(__name__)

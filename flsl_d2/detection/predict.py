@@ -13,12 +13,12 @@ import numpy as np
 from PIL import Image
 from tqdm import tqdm
 
-from flsl_d2.data.image_files import find_images
-from flsl_d2.data.images import preview
 from flsl_d2.detection.predictor import Detections, Predictor
 from flsl_d2.engine.command_line import add_option, described_parser, run_tool
 from flsl_d2.errors import InputError
 from flsl_d2.files import write_text
+from flsl_d2.images.image_files import find_images
+from flsl_d2.images.images import preview
 from flsl_d2.visualization.figures import enlarge
 
 VIDEO_SUFFIXES = (".mp4", ".avi", ".mov", ".mkv", ".webm", ".m4v")

@@ -22,7 +22,7 @@ from detectron2.utils import comm
 from torch import nn
 from torch.utils.data import DataLoader
 
-from flsl_d2.data.mapper import FLSLDatasetMapper
+from flsl_d2.annotations.mapper import FLSLDatasetMapper
 from flsl_d2.detection.checks import (
     CheckedMapper,
     check_batch,

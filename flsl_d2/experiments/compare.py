@@ -10,7 +10,6 @@ from typing import Any
 
 from detectron2.data import DatasetCatalog
 
-from flsl_d2.data.images import read_image
 from flsl_d2.engine.command_line import (
     add_defaults,
     add_option,
@@ -37,6 +36,7 @@ from flsl_d2.experiments.plots import draw_measures, overlaid_curves, plot_file
 from flsl_d2.experiments.runner import run_jobs
 from flsl_d2.experiments.tables import Subject, Table, results_table
 from flsl_d2.files import write_text
+from flsl_d2.images.images import read_image
 from flsl_d2.visualization import comparison_figure, describe_encoder
 from flsl_d2.visualization.detections import choose_records, detections_beside_ground_truth
 from flsl_d2.visualization.html import render

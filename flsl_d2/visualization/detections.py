@@ -14,11 +14,11 @@ from detectron2.structures import BoxMode
 from detectron2.utils.file_io import PathManager
 from detectron2.utils.visualizer import Visualizer
 
-from flsl_d2.data import check_registered_dataset
-from flsl_d2.data.datasets import use_own_loader
-from flsl_d2.data.images import read_image
+from flsl_d2.annotations import check_registered_dataset
+from flsl_d2.annotations.datasets import use_own_loader
 from flsl_d2.errors import InputError
 from flsl_d2.evaluation.labelled_images import decode_mask
+from flsl_d2.images.images import read_image
 from flsl_d2.visualization.figures import (
     SHORTER_SIDE,
     Panel,

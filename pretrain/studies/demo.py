@@ -20,15 +20,15 @@ from pathlib import Path
 import torch
 from detectron2.data import DatasetCatalog, MetadataCatalog
 
-from flsl_d2.data import register_scenes
-from flsl_d2.data.images import read_rgb
-from flsl_d2.data.scenes import make_scenes
+from flsl_d2.annotations import register_scenes
 from flsl_d2.engine.command_line import add_defaults, add_option, described_parser, run_tool
 from flsl_d2.engine.launch import usable_cores
 from flsl_d2.errors import InputError
 from flsl_d2.evaluation import extract_tokens
 from flsl_d2.evaluation.measures import measure_features
+from flsl_d2.images.images import read_rgb
 from flsl_d2.modeling import FLSLViT
+from flsl_d2.scenes import make_scenes
 from flsl_d2.visualization import (
     detections_beside_ground_truth,
     encoder_figure,

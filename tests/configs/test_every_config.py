@@ -17,10 +17,10 @@ from detectron2.data import DatasetCatalog, MetadataCatalog
 from omegaconf import DictConfig, ListConfig, OmegaConf
 from PIL import Image
 
-from flsl_d2.data import register_coco_format
-from flsl_d2.data.scenes import CLASS_NAMES, make_scenes
+from flsl_d2.annotations import register_coco_format
 from flsl_d2.detection.train import run_lazy_detection
 from flsl_d2.engine.config_files import CONFIGS_FOLDER, load_lazy_config
+from flsl_d2.scenes import CLASS_NAMES, make_scenes
 from pretrain.run import run_pretraining
 
 RECIPES = sorted(

@@ -19,10 +19,10 @@ from detectron2.config import LazyConfig, instantiate
 from detectron2.data.datasets.builtin_meta import COCO_CATEGORIES
 from forked import ROOT, run_forked
 
-from flsl_d2.data.scenes import make_scenes
-from flsl_d2.data.shards import make_shards
 from flsl_d2.engine.config_files import load_lazy_config
+from flsl_d2.images.shards import make_shards
 from flsl_d2.modeling import FLSLViT
+from flsl_d2.scenes import make_scenes
 from flsl_d2.weights.export import write_encoder
 
 GUIDES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -33,7 +33,7 @@ ELSEWHERE = {
     "tools/benchmark.py": "tests/test_benchmark.py runs all of them",
     "tools/compare.py": "tests/test_compare.py runs the comparison",
     "tools/sweep.py": "tests/test_sweep.py runs the sweep",
-    "tools/convert_uavdt.py": "needs the data set; tests/data/test_uavdt.py makes one",
+    "tools/convert_uavdt.py": "needs the data set; tests/annotations/test_uavdt.py makes one",
     "tools/install_detectron2.py": "changes the environment; tests/test_install.py tries it",
     "flsl_d2.doctor": "tests/test_doctor.py runs it",
     "configs/uavdt": "needs the data set; tests/configs/test_every_config.py trains the recipe",

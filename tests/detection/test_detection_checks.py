@@ -12,7 +12,7 @@ from PIL import Image
 from torch import nn
 from torch.utils.data import DataLoader
 
-from flsl_d2.data import FLSLDatasetMapper, register_coco_format
+from flsl_d2.annotations import FLSLDatasetMapper, register_coco_format
 from flsl_d2.detection.checks import (
     CheckedMapper,
     check_batch,

@@ -18,13 +18,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from flsl_d2.data.scenes import render_scene
 from flsl_d2.detection.predict import main, predict_video
 from flsl_d2.detection.predictor import Detections, Predictor, _corners
 from flsl_d2.detection.setup import CLASSES_FILE
 from flsl_d2.detection.yaml import load_yaml_config
 from flsl_d2.engine.config_files import load_lazy_config
 from flsl_d2.errors import InputError
+from flsl_d2.scenes import render_scene
 from flsl_d2.weights.export import write_encoder
 
 NAMES = ["disc", "ring", "star", "triangle", "box", "cross"]

@@ -11,8 +11,7 @@ import torch
 from detectron2.config import CfgNode
 from omegaconf import DictConfig
 
-from flsl_d2.data import register_coco_format
-from flsl_d2.data.scenes import make_scenes
+from flsl_d2.annotations import register_coco_format
 from flsl_d2.detection import train
 from flsl_d2.detection.solver import build_yaml_optimizer
 from flsl_d2.detection.train import _ddp_options, run_lazy_detection
@@ -21,6 +20,7 @@ from flsl_d2.engine.config_files import load_lazy_config
 from flsl_d2.errors import InputError
 from flsl_d2.experiments.evaluations import DetectionEvaluation, EncoderFile
 from flsl_d2.modeling import FLSLViT
+from flsl_d2.scenes import make_scenes
 from flsl_d2.weights.export import write_encoder
 
 RECIPE = "demo/mask_rcnn_flsl_vit_scenes.py"

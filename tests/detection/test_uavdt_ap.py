@@ -13,7 +13,7 @@ from detectron2.structures import Boxes, Instances
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from flsl_d2.data import register_coco_format
+from flsl_d2.annotations import register_coco_format
 from flsl_d2.detection.uavdt_ap import UAVDTEvaluator, average_precision
 
 

@@ -13,7 +13,7 @@ from detectron2.data import DatasetCatalog, MetadataCatalog
 from labelled_rectangles import CLASSES, PATCH, SIZE, annotation, record
 from pycocotools import mask as coco_mask
 
-from flsl_d2.data import register_coco_format
+from flsl_d2.annotations import register_coco_format
 from flsl_d2.errors import InputError
 from flsl_d2.evaluation.labelled_images import LabelledImage, load_labelled
 

@@ -11,10 +11,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from flsl_d2.data.image_files import find_images, image_files
-from flsl_d2.data.image_store import ImageStore
-from flsl_d2.data.images import read_rgb
 from flsl_d2.errors import InputError, TrainingError
+from flsl_d2.images.image_files import find_images, image_files
+from flsl_d2.images.image_store import ImageStore
+from flsl_d2.images.images import read_rgb
 from pretrain import image_stream
 from pretrain.data import PretrainDataset, build_pretrain_loader, check_failed_share
 from pretrain.image_stream import ImageStream, epoch_order, permuted

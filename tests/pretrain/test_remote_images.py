@@ -10,10 +10,10 @@ import numpy as np
 import pytest
 import torch
 
-from flsl_d2.data import image_store
-from flsl_d2.data.shards import make_shards
 from flsl_d2.engine.config_files import load_lazy_config
 from flsl_d2.errors import TrainingError
+from flsl_d2.images import image_store
+from flsl_d2.images.shards import make_shards
 from pretrain.run import run_pretraining
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "data"))

@@ -16,10 +16,10 @@ from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.evaluation.coco_evaluation import instances_to_coco_json
 from detectron2.structures import Boxes, Instances
 
-from flsl_d2.data import register_scenes
-from flsl_d2.data.scenes import CLASS_NAMES, make_scenes
+from flsl_d2.annotations import register_scenes
 from flsl_d2.errors import InputError
 from flsl_d2.evaluation.labelled_images import decode_mask
+from flsl_d2.scenes import CLASS_NAMES, make_scenes
 from flsl_d2.visualization import detections_beside_ground_truth
 from flsl_d2.visualization.detections import (
     DrawnObjects,

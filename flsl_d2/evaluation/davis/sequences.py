@@ -13,8 +13,8 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from flsl_d2.data.images import picture_size
 from flsl_d2.errors import InputError
+from flsl_d2.images.images import picture_size
 
 VOID = 255  # index of pixels that belong to nothing
 

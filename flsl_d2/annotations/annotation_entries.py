@@ -1,0 +1,293 @@
+"""Checks of each entry of a COCO annotation file, for the uses that are made of it."""
+
+from __future__ import annotations
+
+import math
+import os
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+from flsl_d2.annotations.annotation_shapes import (
+    NO_MASK,
+    NOT_A_BOX,
+    OUTSIDE,
+    box_problem,
+    is_number,
+    is_side,
+    segmentation_problem,
+)
+from flsl_d2.annotations.file_names import ImageFolder, stays_inside
+from flsl_d2.annotations.findings import Findings, Use, name_of
+
+Sizes = dict[Any, tuple[float, float]]  # image id -> height, width
+
+_UNKNOWN = (math.inf, math.inf)
+
+# Kinds of faults of which unknown image and category ids are mere consequences.
+_BAD_IMAGES = ("images without id", "images whose id", "images that are no")
+_BAD_CATEGORIES = ("categories without", "categories whose")
+
+
+def _is_id(value: Any) -> bool:
+    if isinstance(value, str):
+        return True
+    return is_number(value) and math.isfinite(value) and value == int(value)
+
+
+def _is_text(value: str) -> bool:
+    """Whether a text can be written; JSON can hold half of a surrogate pair, and UTF-8 cannot."""
+    try:
+        value.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
+def _check_id_types(ids: Iterable[Any], of: str, findings: Findings) -> None:
+    # Detectron2 sorts the ids, which numbers and texts together do not allow.
+    kinds = {isinstance(an_id, str): an_id for an_id in ids}
+    if len(kinds) > 1:
+        findings.fault(f"{of} with ids of which some are numbers and some texts", kinds[True])
+
+
+def _lacking(entry: dict[str, Any], fields: Iterable[str]) -> list[str]:
+    return [field for field in fields if entry.get(field) is None]
+
+
+def check_images(images: Sequence[Any], use: Use, findings: Findings) -> tuple[Sizes, list[Any]]:
+    """Check the entries of ``images``.
+
+    Returns:
+        The size (height, width) of every image id, infinite where it is faulty; and the entries
+        whose file can be looked for.
+    """
+    sizes: Sizes = {}
+    with_file: list[Any] = []
+    if not images:
+        findings.fault("empty list", "images")
+    needed = ("id", "file_name", "height", "width") if use else ("file_name",)
+    for index, image in enumerate(images):
+        place = f"images[{index}]"
+        if not isinstance(image, dict):
+            findings.fault("images that are no JSON object", place)
+            continue
+        lacking = _lacking(image, needed)
+        if lacking:
+            findings.fault(f"images without {', '.join(lacking)}", place)
+        name = name_of(image, index, "images")
+        file_name = image.get("file_name")
+        if file_name is not None and _is_file_name(file_name, name, findings):
+            with_file.append(image)
+        image_id = image.get("id")
+        if not use or image_id is None:
+            continue
+        if not _is_id(image_id):
+            findings.fault("images whose id is no whole number", place)
+            continue
+        if image_id in sizes:
+            findings.fault("images with an id that another has", image_id)
+        height, width = image.get("height"), image.get("width")
+        measured = is_side(height) and is_side(width)
+        if not measured and "height" not in lacking and "width" not in lacking:
+            kind = "images whose height or width is no positive whole number"
+            findings.fault(kind, f"{name} with height {height!r} and width {width!r}")
+        sizes[image_id] = (height, width) if measured else _UNKNOWN  # type: ignore[assignment]
+    _check_id_types(sizes, "images", findings)
+    return sizes, with_file
+
+
+def _is_file_name(file_name: Any, name: object, findings: Findings) -> bool:
+    if not isinstance(file_name, str) or not file_name:
+        findings.fault("images whose file_name is no text", name)
+        return False
+    try:
+        possible = b"\0" not in os.fsencode(file_name)
+    except UnicodeEncodeError:  # half a surrogate pair, which JSON can hold
+        possible = False
+    if not possible:
+        findings.fault("file_name that no file can have", ascii(file_name))
+    return possible
+
+
+def check_files(entries: Sequence[Any], image_root: str, findings: Findings) -> dict[str, str]:
+    """Check that each image has its file.
+
+    Args:
+        entries: entries of ``images`` with a ``file_name`` that is text.
+        image_root: path of the image folder.
+        findings: extended by what is found.
+
+    Returns:
+        The file below the folder of every ``file_name`` that has one.
+    """
+    folder = ImageFolder(image_root)
+    if not folder.exists():
+        findings.fault(
+            "the image folder does not exist or may not be listed, create it or set "
+            "DETECTRON2_DATASETS",
+            image_root,
+        )
+        return {}
+    names = list(dict.fromkeys(entry["file_name"] for entry in entries))
+    files = {}
+    for name, (file_name, suggestion) in zip(names, folder.find(names), strict=True):
+        if file_name is not None:
+            files[name] = file_name
+            if file_name != name:
+                findings.remark(
+                    f"{{count}} of {len(names)} file names are spelled in another way than their "
+                    "files and are read all the same",
+                    f"{name} as {file_name}",
+                )
+            continue
+        example = f"{name} (did you mean {suggestion}?)" if suggestion else name
+        plain = name.replace("\\", "/")
+        if stays_inside(name):
+            findings.fault(
+                f"{{count}} of {len(names)} images are missing in {image_root}, put them "
+                "there or set DETECTRON2_DATASETS",
+                example,
+            )
+        elif ".." in plain.split("/") or (plain[:1] != "/" and plain[1:3] != ":/"):
+            findings.fault("file_name with .., which leaves the image folder", example)
+        else:
+            findings.fault("file_name that is absolute, make it relative to the folder", example)
+    return files
+
+
+def check_categories(categories: Sequence[Any], findings: Findings) -> dict[Any, str]:
+    """Check the entries of ``categories``.
+
+    Returns:
+        The name of every id.
+    """
+    names: dict[Any, str] = {}
+    if not categories:
+        findings.fault("empty list", "categories")
+    for index, category in enumerate(categories):
+        if not isinstance(category, dict) or _lacking(category, ("id", "name")):
+            findings.fault("categories without id or name", f"categories[{index}]")
+        elif not _is_text(str(category["name"])):
+            findings.fault("categories whose name has half a character", f"categories[{index}]")
+        elif not _is_id(category["id"]):
+            findings.fault("categories whose id is no whole number", f"categories[{index}]")
+        elif category["id"] in names:
+            findings.fault("categories with an id that another has", category["id"])
+        else:
+            name = str(category["name"])
+            if name in names.values():
+                findings.remark(
+                    "categories with a name that another has, which are learned as two classes",
+                    name,
+                )
+            names[category["id"]] = name
+    _check_id_types(names, "categories", findings)
+    return names
+
+
+class AnnotationCheck:
+    """Check of the entries of ``annotations`` against the images and categories.
+
+    Args:
+        sizes: height and width of every image id.
+        categories: name of every category id.
+        use: what the annotations are used for.
+        findings: extended by what is found; holds the faults of images and categories already.
+
+    Attributes:
+        annotated: number of annotations of each category id.
+        learned: number of these that training uses.
+        boxes: annotations whose box has an area.
+    """
+
+    def __init__(
+        self, sizes: Sizes, categories: dict[Any, str], use: Use, findings: Findings
+    ) -> None:
+        self.sizes, self.categories, self.use, self.findings = sizes, categories, use, findings
+        self.annotated: Counter[Any] = Counter()
+        self.learned: Counter[Any] = Counter()
+        self.boxes: list[dict[str, Any]] = []
+        self._ids: set[Any] = set()
+        self._images_known = bool(sizes) and not findings.has_fault(*_BAD_IMAGES)
+        self._categories_known = bool(categories) and not findings.has_fault(*_BAD_CATEGORIES)
+        self._needed = ["image_id", "category_id", "bbox"]
+        if use & Use.EVALUATION:
+            self._needed = ["id", *self._needed]  # area and iscrowd are computed where missing
+
+    def check(self, annotations: Sequence[Any]) -> None:
+        """Check all annotations."""
+        for index, annotation in enumerate(annotations):
+            if isinstance(annotation, dict):
+                self._check_one(annotation, index)
+            else:
+                place = f"annotations[{index}]"
+                self.findings.fault("annotations that are no JSON object", place)
+
+    def _check_one(self, annotation: dict[str, Any], index: int) -> None:
+        findings, get = self.findings, annotation.get
+        name = name_of(annotation, index, "annotations")
+        if None in [get(field) for field in self._needed]:
+            lacking = ", ".join(_lacking(annotation, self._needed))
+            findings.fault(f"annotations without {lacking}", f"annotations[{index}]")
+        if self.use & Use.EVALUATION:
+            self._check_evaluated(annotation, index, name)
+        size = self._check_references(annotation, name)
+        iscrowd = get("iscrowd")
+        if iscrowd is not None and (isinstance(iscrowd, (str, list)) or iscrowd not in (0, 1)):
+            findings.fault("annotations whose iscrowd is neither 0 nor 1", name)
+        if get("ignore"):
+            findings.fault(
+                "annotations with `ignore`, which neither training nor evaluation follow, drop it "
+                "or write iscrowd 1",
+                name,
+            )
+        problem = box_problem(get("bbox"), size) if get("bbox") is not None else NOT_A_BOX
+        if problem is not None and get("bbox") is not None:
+            findings.problem(problem, name)
+        if self.use & Use.MASKS:
+            # Training leaves out crowds, whose masks only the evaluation looks at.
+            mask_problem = segmentation_problem(get("segmentation"), size)
+            needed = self.use & Use.EVALUATION or not iscrowd or mask_problem != NO_MASK
+            if mask_problem is not None and needed:
+                findings.problem(mask_problem, name)
+        category_id = get("category_id")
+        if not isinstance(category_id, (list, dict)):
+            self.annotated[category_id] += 1
+            self.learned[category_id] += problem is None and not iscrowd
+        if problem in (None, OUTSIDE):
+            self.boxes.append(annotation)
+
+    def _check_references(self, annotation: dict[str, Any], name: object) -> tuple[float, float]:
+        image_id, category_id = annotation.get("image_id"), annotation.get("category_id")
+        size = self.sizes.get(image_id) if _is_id(image_id) else None
+        if size is None and image_id is not None and self._images_known:
+            self.findings.fault(
+                "annotations of an image_id that is not in images", f"id {name} with {image_id!r}"
+            )
+        known = _is_id(category_id) and category_id in self.categories
+        if not known and category_id is not None and self._categories_known:
+            self.findings.fault(
+                "annotations of a category_id that is not in categories",
+                f"id {name} with category {category_id!r}",
+            )
+        return size or _UNKNOWN
+
+    def _check_evaluated(self, annotation: dict[str, Any], index: int, name: object) -> None:
+        findings, area, own_id = self.findings, annotation.get("area"), annotation.get("id")
+        if area is not None and not (is_number(area) and 0 <= area < math.inf):
+            findings.fault("annotations whose area is no number from 0 up", name)
+        if own_id is None:
+            return
+        if isinstance(own_id, str) or not _is_id(own_id):
+            findings.fault("annotations whose id is no whole number", f"annotations[{index}]")
+        elif own_id in self._ids:
+            findings.fault("annotations with an id that another has", name)
+        else:
+            self._ids.add(own_id)
+            if own_id == 0:
+                findings.remark(
+                    "annotations with id 0, which COCO's evaluation counts as not found: start at "
+                    "1",
+                    f"annotations[{index}]",
+                )

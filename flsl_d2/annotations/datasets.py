@@ -1,0 +1,190 @@
+"""Registration of data sets in Detectron2's catalog, by name or by their two paths."""
+
+from __future__ import annotations
+
+import os
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from detectron2.data import DatasetCatalog, MetadataCatalog, get_detection_dataset_dicts
+
+from flsl_d2.annotations.coco_records import load_coco
+from flsl_d2.annotations.imagenet_boxes import register_imagenet_boxes
+from flsl_d2.errors import InputError
+
+# name: (annotation file, image folder), below the folder of all data sets
+_BUILTIN = {
+    "pennfudan_train": ("pennfudan/annotations/instances_train.json", "pennfudan/images"),
+    "pennfudan_val": ("pennfudan/annotations/instances_val.json", "pennfudan/images"),
+    "flsl_scenes_train": ("flsl_scenes/annotations/instances_train.json", "flsl_scenes/train"),
+    "flsl_scenes_val": ("flsl_scenes/annotations/instances_val.json", "flsl_scenes/val"),
+    "uavdt_train": ("uavdt/annotations/instances_train.json", "uavdt/UAV-benchmark-M"),
+    "uavdt_test": ("uavdt/annotations/instances_test.json", "uavdt/UAV-benchmark-M"),
+    # Version 2, whose file names begin with images/v1/patch0.
+    "objects365_train": ("objects365/annotations/zhiyuan_objv2_train.json", "objects365/train"),
+    "objects365_val": ("objects365/annotations/zhiyuan_objv2_val.json", "objects365/val"),
+}
+
+
+def datasets_root() -> str:
+    """Return the folder of all data sets: ``$DETECTRON2_DATASETS`` or ``datasets``."""
+    return os.path.expanduser(os.getenv("DETECTRON2_DATASETS", "datasets"))
+
+
+def _registered_files(name: str) -> tuple[str | None, str | None]:
+    metadata = MetadataCatalog.get(name)
+    return metadata.get("json_file"), metadata.get("image_root")
+
+
+def register_coco_format(
+    name: str,
+    json_file: str | os.PathLike[str],
+    image_root: str | os.PathLike[str],
+    replace: bool = False,
+) -> None:
+    """Register a data set in COCO format under a name for ``DATASETS.TRAIN`` or a dataloader.
+
+    Nothing is read, so that the files need not exist before the data set is used. Registering the
+    same files again changes nothing.
+
+    Args:
+        name: new name.
+        json_file: path of annotations in COCO's instances format.
+        image_root: folder that the annotations' file names start from.
+        replace: whether a data set of the same name with other files is replaced.
+
+    Raises:
+        InputError: the name belongs to other files and ``replace`` is False.
+    """
+    json_file, image_root = os.fspath(json_file), os.fspath(image_root)
+    if name in DatasetCatalog:
+        if _registered_files(name) == (json_file, image_root):
+            return
+        if not replace:
+            raise InputError(
+                f"the data set name {name!r} is already registered with "
+                f"{_registered_files(name)[0] or 'a loader of its own'}: choose another name for "
+                f"{json_file}."
+            )
+        DatasetCatalog.remove(name)
+    # Metadata may stay behind from a name that was removed, and it refuses other values.
+    if name in MetadataCatalog:
+        MetadataCatalog.remove(name)
+    DatasetCatalog.register(name, partial(load_coco, json_file, image_root, name))
+    MetadataCatalog.get(name).set(json_file=json_file, image_root=image_root, evaluator_type="coco")
+
+
+def use_own_loader(name: str) -> None:
+    """Read a name that Detectron2's ``register_coco_instances`` registered by :func:`load_coco`.
+
+    Names with another loader are left as they are.
+    """
+    if name not in DatasetCatalog:
+        return
+    if getattr(DatasetCatalog[name], "__module__", "") == "detectron2.data.datasets.coco":
+        json_file, image_root = _registered_files(name)
+        if json_file and image_root:
+            DatasetCatalog[name] = partial(load_coco, json_file, image_root, name)
+
+
+def register_scenes(root: str | os.PathLike[str], name: str = "flsl_scenes") -> None:
+    """Register the scenes of ``make_scenes(root)`` as ``{name}_train`` and ``{name}_val``.
+
+    The scenes need not exist yet. Another root replaces an earlier one.
+    """
+    root = Path(root).expanduser()
+    for split in ("train", "val"):
+        annotations = root / "annotations" / f"instances_{split}.json"
+        register_coco_format(f"{name}_{split}", annotations, root / split, replace=True)
+
+
+def register_builtin(root: str | os.PathLike[str] | None = None) -> None:
+    """Register the data sets that this package knows; names already taken stay as they are.
+
+    Args:
+        root: folder of all data sets; that of :func:`datasets_root` by default.
+    """
+    root = datasets_root() if root is None else os.fspath(root)
+    for name, (json_file, images) in _BUILTIN.items():
+        if name not in DatasetCatalog:
+            register_coco_format(name, os.path.join(root, json_file), os.path.join(root, images))
+    register_imagenet_boxes(os.path.join(root, "imagenet"))
+
+
+def register_files(
+    json_file: str, image_root: str, keys: tuple[str, str] = ("json_file", "image_root")
+) -> str:
+    """Register a data set under the path of its annotation file.
+
+    Args:
+        json_file: path of annotations in COCO's instances format; ``~`` is the home folder.
+        image_root: folder that the annotations' file names start from.
+        keys: config keys of the two paths, for messages.
+
+    Returns:
+        The name to use wherever Detectron2 asks for one.
+
+    Raises:
+        InputError: only one of the two is given, lists are given, or the same annotations are in
+            use with another folder.
+    """
+    if not json_file or not image_root:
+        given, missing = keys if json_file else reversed(keys)
+        raise InputError(
+            f"{given} is {json_file or image_root!r} but {missing} is empty; a data set in COCO "
+            "format needs both."
+        )
+    for path, key in zip((json_file, image_root), keys, strict=True):
+        if not isinstance(path, str):
+            raise InputError(
+                f"{key} is {path}, but it takes one path; give several data sets by names that are "
+                "registered (flsl_d2.annotations.register_coco_format)."
+            )
+    json_file, image_root = (os.path.expanduser(path) for path in (json_file, image_root))
+    if json_file in DatasetCatalog:
+        other = MetadataCatalog.get(json_file).image_root
+        if other != image_root:
+            raise InputError(
+                f"{json_file} is given with two folders of images, {other} and {image_root}; give "
+                "the same one, or two annotation files."
+            )
+    register_coco_format(json_file, json_file, image_root)
+    return json_file
+
+
+def register_pair(name: str) -> None:
+    """Register a data set that is named by its files, ``ANNOTATIONS.json:IMAGES``.
+
+    Any other name is left alone.
+    """
+    stem, separator, image_root = name.partition(".json:")
+    if separator and name not in DatasetCatalog:
+        json_file = os.path.expanduser(f"{stem}.json")
+        register_coco_format(name, json_file, os.path.expanduser(image_root))
+
+
+def detection_records(
+    names: str | list[str],
+    json_file: str = "",
+    image_root: str = "",
+    filter_empty: bool = True,
+    check_consistency: bool = True,
+) -> list[dict[str, Any]]:
+    """Load the records of data sets by name, or of one given by its files.
+
+    Args:
+        names: one or several registered names; not used where the files are given.
+        filter_empty: whether images without usable annotations are left out.
+        check_consistency: whether the data sets must have the same classes.
+
+    Returns:
+        A list of dicts in Detectron2's data set format.
+    """
+    if json_file or image_root:
+        names = register_files(json_file, image_root)
+    for name in [names] if isinstance(names, str) else names:
+        use_own_loader(name)
+    return get_detection_dataset_dicts(
+        names, filter_empty=filter_empty, check_consistency=check_consistency
+    )

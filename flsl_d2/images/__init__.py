@@ -1,0 +1,1 @@
+"""Pictures and label images: one reader, files, shards, remote folders."""
