@@ -15,9 +15,9 @@ import torch
 from forked import FORKED_SUBPROCESS
 
 from flsl_d2.annotations import register_scenes
-from flsl_d2.experiments.compare import main
 from flsl_d2.modeling import FLSLViT
 from flsl_d2.scenes import make_scenes
+from flsl_d2.studies.compare import main
 from flsl_d2.weights.export import write_encoder
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -37,7 +37,7 @@ def datasets(tmp_path_factory) -> Path:
 @pytest.fixture
 def compare(datasets, monkeypatch, run_main):
     """Run the tool in this process, and its jobs in forked ones."""
-    monkeypatch.setattr("flsl_d2.experiments.runner.subprocess", FORKED_SUBPROCESS)
+    monkeypatch.setattr("flsl_d2.studies.runner.subprocess", FORKED_SUBPROCESS)
     register_scenes(datasets / "flsl_scenes")
     monkeypatch.chdir(ROOT)
     monkeypatch.setenv("DETECTRON2_DATASETS", str(datasets))
@@ -165,7 +165,7 @@ def installed(wheel, tmp_path_factory) -> Path:
 
 INSTALLED = """
 import importlib.util, sys, flsl_d2, flsl_d2.model_zoo as zoo
-from flsl_d2.experiments.compare import main
+from flsl_d2.studies.compare import main
 print(flsl_d2.__file__, importlib.util.find_spec("pretrain"))
 for path in sorted(zoo.configs_folder().rglob("*.*")):
     name = path.relative_to(zoo.configs_folder())

@@ -58,7 +58,7 @@ def arguments_of(output: Path, *arguments: str) -> list[str]:
 @pytest.fixture
 def sweep(datasets, monkeypatch, run_main):
     """Run the tool in this process, and its jobs in forked ones."""
-    monkeypatch.setattr("flsl_d2.experiments.runner.subprocess", FORKED_SUBPROCESS)
+    monkeypatch.setattr("flsl_d2.studies.runner.subprocess", FORKED_SUBPROCESS)
     register_scenes(datasets / "flsl_scenes")
     monkeypatch.chdir(ROOT)
     monkeypatch.setenv("DETECTRON2_DATASETS", str(datasets))

@@ -14,7 +14,7 @@ from flsl_d2.engine.command_line import SHARED_OPTIONS
 ROOT = Path(__file__).resolve().parents[1]
 MODULES = {
     "benchmark": "pretrain.studies.benchmark.__main__",
-    "compare": "flsl_d2.experiments.compare",
+    "compare": "flsl_d2.studies.compare",
     "convert_checkpoint": "flsl_d2.export.convert",
     "demo": "pretrain.studies.demo",
     "export_model": "flsl_d2.export.__main__",

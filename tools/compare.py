@@ -6,7 +6,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from flsl_d2.experiments.compare import main
+from flsl_d2.studies.compare import main
 
 if __name__ == "__main__":
     main()

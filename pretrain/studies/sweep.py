@@ -21,19 +21,19 @@ from flsl_d2.engine.config_files import load_lazy_config
 from flsl_d2.engine.launch import WorkerError
 from flsl_d2.engine.run_folder import PRETRAINING_KEYS
 from flsl_d2.errors import InputError
-from flsl_d2.experiments.compare import ENCODERS
-from flsl_d2.experiments.encoders import read_encoders
-from flsl_d2.experiments.evaluations import (
+from flsl_d2.files import write_text
+from flsl_d2.studies.compare import ENCODERS
+from flsl_d2.studies.encoders import read_encoders
+from flsl_d2.studies.evaluations import (
     EncoderFile,
     Evaluation,
     add_evaluation_options,
     chosen_evaluations,
 )
-from flsl_d2.experiments.jobs import Job, Outcome, Record, make_slots, result_settings, versions
-from flsl_d2.experiments.plots import draw_measures, overlaid_curves, plot_file
-from flsl_d2.experiments.runner import run_jobs
-from flsl_d2.experiments.tables import Subject, Table, results_table
-from flsl_d2.files import write_text
+from flsl_d2.studies.jobs import Job, Outcome, Record, make_slots, result_settings, versions
+from flsl_d2.studies.plots import draw_measures, overlaid_curves, plot_file
+from flsl_d2.studies.runner import run_jobs
+from flsl_d2.studies.tables import Subject, Table, results_table
 from flsl_d2.visualization.curves import read_metrics
 from flsl_d2.visualization.html import render
 from pretrain.studies.grid import Axis, Point, grid_points, parse_axis, short_names

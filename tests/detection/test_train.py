@@ -18,9 +18,9 @@ from flsl_d2.detection.train import _ddp_options, run_lazy_detection
 from flsl_d2.detection.yaml import load_yaml_config, run_yaml_detection
 from flsl_d2.engine.config_files import load_lazy_config
 from flsl_d2.errors import InputError
-from flsl_d2.experiments.evaluations import DetectionEvaluation, EncoderFile
 from flsl_d2.modeling import FLSLViT
 from flsl_d2.scenes import make_scenes
+from flsl_d2.studies.evaluations import DetectionEvaluation, EncoderFile
 from flsl_d2.weights.export import write_encoder
 
 RECIPE = "demo/mask_rcnn_flsl_vit_scenes.py"

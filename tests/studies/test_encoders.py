@@ -15,9 +15,9 @@ from omegaconf import OmegaConf
 from flsl_d2.engine.command_line import named_weights
 from flsl_d2.engine.config_files import load_lazy_config
 from flsl_d2.errors import InputError
-from flsl_d2.experiments.encoders import ComparedEncoder, read_encoders
-from flsl_d2.experiments.evaluations import DetectionEvaluation, EncoderFile, encoder_overrides
 from flsl_d2.modeling import FLSLViT
+from flsl_d2.studies.encoders import ComparedEncoder, read_encoders
+from flsl_d2.studies.evaluations import DetectionEvaluation, EncoderFile, encoder_overrides
 from flsl_d2.weights import build_encoder
 from flsl_d2.weights.export import write_encoder
 

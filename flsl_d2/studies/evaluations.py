@@ -19,8 +19,8 @@ from flsl_d2.engine.run_folder import DETECTION_KEYS
 from flsl_d2.errors import InputError
 from flsl_d2.evaluation.labelled_images import load_labelled
 from flsl_d2.evaluation.measures import MEASURES
-from flsl_d2.experiments.jobs import Job, Outcome, result_settings
 from flsl_d2.modeling.timm_backbone import TIMM_PREFIX
+from flsl_d2.studies.jobs import Job, Outcome, result_settings
 from flsl_d2.visualization.curves import read_metrics
 from flsl_d2.weights import build_encoder
 

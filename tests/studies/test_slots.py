@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from flsl_d2.errors import InputError
-from flsl_d2.experiments.jobs import make_slots
+from flsl_d2.studies.jobs import make_slots
 
 
 @pytest.mark.parametrize(
@@ -32,7 +32,7 @@ def test_each_job_has_gpus_of_its_own(monkeypatch, visible, num_gpus, each, shar
 
 def test_cpu_jobs_share_the_cores(monkeypatch):
     monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
-    monkeypatch.setattr("flsl_d2.experiments.jobs.usable_cores", lambda: 8)
+    monkeypatch.setattr("flsl_d2.studies.jobs.usable_cores", lambda: 8)
     assert [slot.environment for slot in make_slots("cpu", 2)] == [{"OMP_NUM_THREADS": "4"}] * 2
     assert [slot.environment for slot in make_slots("cpu", 1)] == [{}]
 

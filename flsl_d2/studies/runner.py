@@ -22,8 +22,8 @@ from statistics import mean
 
 import flsl_d2
 from flsl_d2.errors import InputError
-from flsl_d2.experiments.jobs import Job, Record, Slot, read_record, versions, write_record
 from flsl_d2.files import writable_folder
+from flsl_d2.studies.jobs import Job, Record, Slot, read_record, versions, write_record
 
 _SIGNALS = (signal.SIGINT, signal.SIGTERM)
 

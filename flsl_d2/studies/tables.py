@@ -11,8 +11,8 @@ from statistics import mean, stdev
 from typing import NamedTuple
 
 from flsl_d2.evaluation.measures import MEASURES, better
-from flsl_d2.experiments.jobs import Job, Record
 from flsl_d2.files import write_text
+from flsl_d2.studies.jobs import Job, Record
 
 _MAX_COLUMNS = 8  # as many as a page of paper or a screen has room for
 

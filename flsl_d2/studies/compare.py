@@ -1,4 +1,4 @@
-"""Comparison of encoders by the same evaluations: ``python -m flsl_d2.experiments.compare``."""
+"""Comparison of encoders by the same evaluations: ``python -m flsl_d2.studies.compare``."""
 
 from __future__ import annotations
 
@@ -24,19 +24,19 @@ from flsl_d2.engine.launch import WorkerError
 from flsl_d2.errors import InputError
 from flsl_d2.evaluation import extract_tokens
 from flsl_d2.evaluation.features import frozen_encoder
-from flsl_d2.experiments.encoders import ComparedEncoder, read_encoders
-from flsl_d2.experiments.evaluations import (
+from flsl_d2.files import write_text
+from flsl_d2.images.images import read_image
+from flsl_d2.studies.encoders import ComparedEncoder, read_encoders
+from flsl_d2.studies.evaluations import (
     DetectionEvaluation,
     EncoderFile,
     add_evaluation_options,
     chosen_evaluations,
 )
-from flsl_d2.experiments.jobs import Record, make_slots, versions
-from flsl_d2.experiments.plots import draw_measures, overlaid_curves, plot_file
-from flsl_d2.experiments.runner import run_jobs
-from flsl_d2.experiments.tables import Subject, Table, results_table
-from flsl_d2.files import write_text
-from flsl_d2.images.images import read_image
+from flsl_d2.studies.jobs import Record, make_slots, versions
+from flsl_d2.studies.plots import draw_measures, overlaid_curves, plot_file
+from flsl_d2.studies.runner import run_jobs
+from flsl_d2.studies.tables import Subject, Table, results_table
 from flsl_d2.visualization import comparison_figure, describe_encoder
 from flsl_d2.visualization.detections import choose_records, detections_beside_ground_truth
 from flsl_d2.visualization.html import render

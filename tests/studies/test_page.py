@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 from jinja2 import UndefinedError
 
-from flsl_d2.experiments.jobs import Job, Outcome, Record
-from flsl_d2.experiments.plots import bars, heat_maps, lines, overlaid_curves
-from flsl_d2.experiments.tables import Cell, Measure, Row, Subject, Table, results_table
+from flsl_d2.studies.jobs import Job, Outcome, Record
+from flsl_d2.studies.plots import bars, heat_maps, lines, overlaid_curves
+from flsl_d2.studies.tables import Cell, Measure, Row, Subject, Table, results_table
 from flsl_d2.visualization.html import render
 from pretrain.studies.grid import Axis
 

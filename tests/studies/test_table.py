@@ -11,8 +11,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from flsl_d2.experiments.jobs import Outcome, Record
-from flsl_d2.experiments.tables import Cell, Measure, Row, Table, cell_of
+from flsl_d2.studies.jobs import Outcome, Record
+from flsl_d2.studies.tables import Cell, Measure, Row, Table, cell_of
 
 AP = Measure("detection/box AP", "higher", 1)
 LOSS = Measure("loss", "", 3)

@@ -12,7 +12,7 @@ from matplotlib import colormaps
 from matplotlib.patches import Rectangle
 
 from flsl_d2.errors import InputError
-from flsl_d2.experiments.tables import Measure, Row, Table
+from flsl_d2.studies.tables import Measure, Row, Table
 from flsl_d2.visualization.curves import read_metrics
 from flsl_d2.visualization.figures import label_plot, new_figure, plot_grid, save_figure
 

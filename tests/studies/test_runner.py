@@ -12,8 +12,8 @@ from pathlib import Path
 import pytest
 
 from flsl_d2.errors import InputError
-from flsl_d2.experiments.jobs import Job, Outcome, Slot, read_record
-from flsl_d2.experiments.runner import run_jobs
+from flsl_d2.studies.jobs import Job, Outcome, Slot, read_record
+from flsl_d2.studies.runner import run_jobs
 
 ONE = [Slot({})]
 
