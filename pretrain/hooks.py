@@ -28,8 +28,8 @@ from flsl_d2.images.images import ImageFile, read_rgb
 from flsl_d2.modeling import FLSLViT
 from flsl_d2.modeling.timm_backbone import TimmBackbone
 from flsl_d2.visualization import encoder_figure
+from flsl_d2.weights import encoder_file
 from flsl_d2.weights.checkpointer import copy_to_cpu
-from flsl_d2.weights.export import encoder_file
 from pretrain.methods import Method
 from pretrain.sharding import whole_encoder
 

@@ -153,7 +153,7 @@ def _run(cfg: DictConfig, options: ResumeOptions, request: StopRequest, preset: 
     method: Method = model
     if initial is not None:
         method.start_from(initial)
-    normalise_stored_values(method, cfg)
+    normalise_stored_values(method, cfg, files)
     encoder, compile_mode = method.exported_encoder(), cfg.train.get("compile_mode", "default")
     mode = resolve_compile(cfg.train.compile, compile_mode, cfg.train.device, encoder)
     sharded = check_sharding(cfg.train.get("sharding", "none"), method, precision, mode)

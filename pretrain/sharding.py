@@ -141,6 +141,7 @@ def whole_encoder(method: Method) -> FLSLViT | None:
         return None
     with torch.device("meta"):
         copy = FLSLViT(**encoder.architecture)
+    copy.input_format = encoder.input_format
     for name, tensor in state.items():
         owner, _, last = name.rpartition(".")
         setattr(copy.get_submodule(owner), last, nn.Parameter(tensor, requires_grad=False))

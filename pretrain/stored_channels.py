@@ -17,8 +17,9 @@ from omegaconf import DictConfig
 
 from flsl_d2.engine.config_files import call_target
 from flsl_d2.errors import InputError
-from flsl_d2.images.channels import channel_statistics
+from flsl_d2.images.channels import channel_statistics, stored_bits
 from flsl_d2.images.image_store import ImageStore
+from flsl_d2.modeling import InputFormat
 
 logger = logging.getLogger("pretrain")
 
@@ -86,10 +87,23 @@ def _check(cfg: DictConfig, files: ImageStore | Sequence[str], channels: int) ->
             raise InputError(f"dataset.channels is {channels}, but {reason}.")
 
 
-def normalise_stored_values(method: Any, cfg: DictConfig) -> None:
-    """Give a method the mean and the standard deviation of a completed config."""
-    if not stored_channels(cfg):
+def normalise_stored_values(
+    method: Any, cfg: DictConfig, files: ImageStore | Sequence[str]
+) -> None:
+    """Give a method the mean and the deviation of a completed config, and its encoders the format.
+
+    Args:
+        files: images, which tell the bits of a value.
+    """
+    channels = stored_channels(cfg)
+    if not channels:
         return
+    mean, std = (tuple(cfg.dataset[name]) for name in ("pixel_mean", "pixel_std"))
+    for networks in (method.student, method.teacher):
+        if networks is not None:
+            networks.backbone.input_format = InputFormat(
+                channels, stored_bits(files), mean, std, True
+            )
     for name in ("pixel_mean", "pixel_std"):
         values = torch.tensor(list(cfg.dataset[name]), dtype=torch.float32)
         setattr(method, name, values.view(-1, 1, 1).to(cfg.train.device))

@@ -18,7 +18,7 @@ from flsl_d2.annotations import register_scenes
 from flsl_d2.modeling import FLSLViT
 from flsl_d2.scenes import make_scenes
 from flsl_d2.studies.compare import main
-from flsl_d2.weights.export import write_encoder
+from flsl_d2.weights import write_encoder
 
 ROOT = Path(__file__).resolve().parents[1]
 DATA = ["--train", "flsl_scenes_train", "--val", "flsl_scenes_val", "--max-images", "4"]

@@ -13,8 +13,7 @@ from flsl_d2.detection.finetune_plan import PythonCode
 from flsl_d2.errors import InputError
 from flsl_d2.modeling import FLSLViT
 from flsl_d2.modeling.timm_backbone import TIMM_PREFIX, build_timm_backbone, timm_pyramid
-from flsl_d2.weights import build_encoder
-from flsl_d2.weights.export import write_encoder
+from flsl_d2.weights import build_encoder, write_encoder
 
 
 def prepare_encoder(

@@ -25,7 +25,13 @@ from flsl_d2.export.graphs import (
 )
 from flsl_d2.modeling.pixels import IMAGENET_MEAN, IMAGENET_STD
 from flsl_d2.weights import build_encoder
-from flsl_d2.weights.export import TIMM_MODEL, timm_arguments, timm_state, write_encoder, write_timm
+from flsl_d2.weights.writing import (
+    TIMM_MODEL,
+    timm_arguments,
+    timm_state,
+    write_encoder,
+    write_timm,
+)
 
 _OPSET = 18  # the first whose Resize can be antialiased
 Models = EncoderGraph | DetectorGraph | SegmenterGraph

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any, cast
+from typing import Any
 
 import numpy as np
 import torch
@@ -15,7 +15,6 @@ from torch import Tensor, nn
 
 from flsl_d2.errors import InputError
 from flsl_d2.modeling import FLSLViT
-from flsl_d2.modeling.pixels import IMAGENET_MEAN, IMAGENET_STD
 
 TOLERANCE = 1e-3
 
@@ -43,8 +42,8 @@ class EncoderGraph(Graph):
 
     Args:
         encoder: the encoder, in evaluation mode; ``final_norm`` is part of it.
-        mean: mean of each channel; ImageNet's for three channels in 0 to 255, else 0.
-        std: standard deviation of each channel; ImageNet's or 1.
+        mean: mean of each channel instead of the encoder's own.
+        std: standard deviation of each channel instead of the encoder's own.
     """
 
     outputs = ("features",)
@@ -56,10 +55,9 @@ class EncoderGraph(Graph):
     ) -> None:
         super().__init__()
         self.encoder = encoder
-        self.channels = cast(int, encoder.architecture["in_chans"])
-        is_rgb = self.channels == 3
-        mean = mean or (IMAGENET_MEAN if is_rgb else (0.0,) * self.channels)
-        std = std or (IMAGENET_STD if is_rgb else (1.0,) * self.channels)
+        self.channels = encoder.input_format.channels
+        mean = mean or encoder.input_format.mean
+        std = std or encoder.input_format.std
         self.mean: Tensor
         self.std: Tensor
         self.register_buffer("mean", torch.tensor(mean).view(-1, 1, 1), False)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import suppress
 
 import numpy as np
 
@@ -48,6 +49,15 @@ def find_channels(files: Sequence[str]) -> tuple[int, int]:
     if found and (multispectral or (len(found) == 1 and min(found)[1] > 8)):
         return min(found)
     return 0, 8
+
+
+def stored_bits(files: Sequence[str]) -> int:
+    """Return the most bits of a value that some images have, spread evenly."""
+    found = [8]
+    for file in _spread(files, _TRIED_IMAGES):
+        with suppress(OSError):
+            found.append(stored_format(file)[1])
+    return max(found)
 
 
 def channel_statistics(files: Sequence[str], channels: int) -> tuple[list[float], list[float]]:

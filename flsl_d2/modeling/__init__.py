@@ -6,6 +6,7 @@ from flsl_d2.modeling.feature_pyramid import (
     add_flsl_config,
     build_flsl_vit_sfp_backbone,
 )
+from flsl_d2.modeling.pixels import InputFormat
 from flsl_d2.modeling.timm_backbone import TimmBackbone, build_timm_backbone, timm_pyramid
 from flsl_d2.modeling.vit import FLSLViT
 
@@ -13,6 +14,7 @@ __all__ = [
     "VIT_SIZES",
     "Encoder",
     "FLSLViT",
+    "InputFormat",
     "SimpleFeaturePyramid",
     "TimmBackbone",
     "add_flsl_config",

@@ -6,6 +6,8 @@ from typing import Any, Protocol
 
 from torch import Tensor
 
+from flsl_d2.modeling.pixels import InputFormat
+
 # ViT-T, ViT-S and ViT-B of DeiT (arXiv 2012.12877), ViT-L of ViT (arXiv 2010.11929).
 VIT_SIZES: dict[str, dict[str, int]] = {
     "tiny": {"embed_dim": 192, "depth": 12, "num_heads": 3},
@@ -26,19 +28,20 @@ class Encoder(Protocol):
         patch_size: side in pixels of the square that a token stands for.
         embed_dim: width D of the tokens.
         training: whether the encoder is in training mode.
+        input_format: pixels that :meth:`forward_tokens` takes once they are normalised.
     """
 
     patch_size: int
     embed_dim: int
     training: bool
+    input_format: InputFormat
 
     def forward_tokens(self, images: Tensor) -> Tensor:
-        """Encode images (B, 3, H, W) to tokens (B, N, D), row-major.
+        """Encode images (B, C, H, W) to tokens (B, N, D), row-major.
 
         Args:
-            images: RGB images, normalised with ImageNet's mean and standard deviation, whose sides
-                are multiples of ``patch_size``. An encoder that was trained on other pixels
-                changes them itself.
+            images: images of ``input_format``, normalised with its mean and standard deviation,
+                whose sides are multiples of ``patch_size``.
         """
         ...
 

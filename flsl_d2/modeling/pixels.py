@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
 
 import torch
 from detectron2.config import CfgNode
@@ -11,6 +13,55 @@ from torch import Tensor, nn
 # Red, green, blue, on the scale of 0 to 255; torchvision's values.
 IMAGENET_MEAN = (123.675, 116.28, 103.53)
 IMAGENET_STD = (58.395, 57.12, 57.375)
+
+
+@dataclass(frozen=True)
+class InputFormat:
+    """The pixels that an encoder was trained on.
+
+    Attributes:
+        channels: number of channels; three are red, green and blue.
+        bits: number of bits of a stored value, in whose scale ``mean`` and ``std`` are.
+        mean: mean of each channel that images are normalised with.
+        std: standard deviation of each channel.
+        stated: whether a file or a run says so; otherwise it is the default: ImageNet's values for
+            three channels, and no normalisation for another number.
+    """
+
+    channels: int = 3
+    bits: int = 8
+    mean: tuple[float, ...] = IMAGENET_MEAN
+    std: tuple[float, ...] = IMAGENET_STD
+    stated: bool = False
+
+    @classmethod
+    def default(cls, channels: int) -> InputFormat:
+        """Return the format to assume of an encoder whose file does not state it."""
+        if channels == 3:
+            return cls()
+        return cls(channels, 8, (0.0,) * channels, (1.0,) * channels)
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> InputFormat:
+        """Read what :meth:`as_dict` wrote.
+
+        Raises:
+            ValueError: values are missing, or are not numbers of every channel.
+        """
+        try:
+            mean, std = (tuple(float(x) for x in values[name]) for name in ("mean", "std"))
+            channels, bits = int(values["channels"]), int(values["bits"])
+        except (KeyError, TypeError) as error:
+            raise ValueError(f"no input format: {values!r}") from error
+        if not len(mean) == len(std) == channels or not all(x > 0 for x in std) or bits < 1:
+            raise ValueError(f"no input format: {values!r}")
+        return cls(channels, bits, mean, std, True)
+
+    def as_dict(self) -> dict[str, Any]:
+        """Return plain values, for files."""
+        values = asdict(self)
+        del values["stated"]
+        return {**values, "mean": list(self.mean), "std": list(self.std)}
 
 
 class PixelAdapter(nn.Module):

@@ -25,7 +25,7 @@ from torch import Tensor, nn
 
 from flsl_d2.errors import InputError
 from flsl_d2.modeling.feature_pyramid import SimpleFeaturePyramid
-from flsl_d2.modeling.pixels import IMAGENET_MEAN, IMAGENET_STD, PixelAdapter
+from flsl_d2.modeling.pixels import IMAGENET_MEAN, IMAGENET_STD, InputFormat, PixelAdapter
 
 TIMM_PREFIX = "timm:"
 # Arguments by which timm's families take images of any size, in the order in which they are tried.
@@ -80,6 +80,7 @@ class TimmBackbone(Backbone):
     ) -> None:
         super().__init__()
         self.name, self.frozen = name, frozen
+        self.input_format = InputFormat(mean=tuple(pixel_mean), std=tuple(pixel_std), stated=True)
         # Lists of a LazyConfig are no lists to PyTorch.
         model_args = {
             k: tuple(v) if isinstance(v, ListConfig) else v for k, v in model_args.items()

@@ -22,7 +22,7 @@ from flsl_d2.modeling.attention import Attention, PackedShapes
 from flsl_d2.modeling.blocks import Block
 from flsl_d2.modeling.encoder import VIT_SIZES
 from flsl_d2.modeling.encoder_state import fit_encoder_state
-from flsl_d2.modeling.pixels import PixelAdapter
+from flsl_d2.modeling.pixels import InputFormat, PixelAdapter
 from flsl_d2.modeling.positions import (
     grid_of_table,
     jittered_positions,
@@ -88,6 +88,9 @@ class FLSLViT(Backbone):
         pixel_adapter: module applied to the images first; see :class:`PixelAdapter`.
         out_feature: name of the output map.
 
+    Attributes:
+        input_format: pixels that the encoder was trained on, which its file states.
+
     Raises:
         InputError: sizes that do not divide, a block index out of range, or prefix tokens with
             windows or relative positions.
@@ -138,6 +141,7 @@ class FLSLViT(Backbone):
                 "have no place for such tokens; set num_prefix_tokens=0, or window_size=0 and "
                 "use_rel_pos=False."
             )
+        self.input_format = InputFormat.default(in_chans)
         self.patch_size, self.embed_dim, self.depth = patch_size, embed_dim, depth
         self.num_prefix_tokens = num_prefix_tokens
         self.position_offset, self.position_antialias = position_offset, position_antialias

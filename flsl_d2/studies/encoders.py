@@ -18,8 +18,7 @@ from flsl_d2.modeling.timm_backbone import TIMM_PREFIX, parse_timm_name
 from flsl_d2.studies.evaluations import EncoderFile, Evaluation
 from flsl_d2.studies.jobs import file_sha256, versions
 from flsl_d2.studies.tables import Subject
-from flsl_d2.weights import build_encoder
-from flsl_d2.weights.export import write_encoder
+from flsl_d2.weights import build_encoder, write_encoder
 from flsl_d2.weights.reading import local_weights_path, split_weights_path
 
 

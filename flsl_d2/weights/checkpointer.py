@@ -276,13 +276,14 @@ class FLSLCheckpointer(SafeCheckpointer):
             self._parsed_url_during_load = None  # Detectron2 leaves it set after an exception
 
     def content(self, **kwargs: Any) -> dict[str, Any]:
-        """Add the encoder's architecture as ``encoder``.
+        """Add the encoder's architecture as ``encoder``, and the pixels that it takes as ``input``.
 
         Shapes alone do not tell it all: the number of attention heads changes none.
         """
-        architectures = [encoder.architecture for _, encoder in encoders_of(self.model)]
-        if architectures and all(each == architectures[0] for each in architectures):
-            kwargs.setdefault("encoder", architectures[0])
+        encoders = [encoder for _, encoder in encoders_of(self.model)]
+        if encoders and all(each.architecture == encoders[0].architecture for each in encoders):
+            kwargs.setdefault("encoder", encoders[0].architecture)
+            kwargs.setdefault("input", encoders[0].input_format.as_dict())
         return super().content(**kwargs)
 
     def _load_file(self, filename: str) -> dict[str, Any]:

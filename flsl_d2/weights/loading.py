@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from flsl_d2.errors import InputError
-from flsl_d2.modeling import FLSLViT
+from flsl_d2.modeling import FLSLViT, InputFormat
 from flsl_d2.modeling.encoder_state import adapt_encoder_state
 from flsl_d2.weights.alignment import EncoderWeights, align
 from flsl_d2.weights.architecture import architecture_of, check_architecture, refuse_unsupported
@@ -66,7 +66,30 @@ def open_encoder(path: str, which: str | None = None, **changes: Any) -> tuple[F
     if "num_heads" in changes:  # a number that is given wins over the source's usual one
         weights.architecture.pop("num_heads", None)
     encoder = FLSLViT(**arguments)
+    if stated := _stated_input(content, path):
+        encoder.input_format = stated
     return encoder.eval(), load_encoder(encoder, weights, path)
+
+
+def input_format(path: str) -> InputFormat:
+    """Return the pixels that the encoder in a weight file takes, or the default for its channels.
+
+    Raises:
+        InputError: see :func:`build_encoder`.
+    """
+    return build_encoder(path).input_format
+
+
+def _stated_input(content: Mapping[str, Any], path: str) -> InputFormat | None:
+    if not isinstance(content.get("input"), Mapping):
+        return None
+    try:
+        return InputFormat.from_dict(content["input"])
+    except ValueError as error:
+        raise InputError(
+            f"weights {path!r} state an input format that is incomplete ({error}); export the "
+            "encoder again."
+        ) from error
 
 
 def find_encoder_weights(

@@ -97,7 +97,7 @@ def read_weights(path: str) -> dict[str, Any]:
 
     Returns:
         The file's outermost dict; for safetensors and ``.npz``, its tensors by name, or what
-        :func:`flsl_d2.weights.export.write_encoder` was given.
+        :func:`flsl_d2.weights.writing.write_encoder` was given.
 
     Raises:
         InputError: the file is missing, empty or damaged, or holds other classes (named).
@@ -174,8 +174,8 @@ def _read_safetensors(path: str) -> dict[str, Any]:
         metadata = file.metadata() or {}
     if metadata.get("format") != ENCODER_FORMAT:
         return tensors
-    encoder = json.loads(metadata["encoder"])
-    return {"model": tensors, "encoder": encoder, "format": ENCODER_FORMAT}
+    known = {key: json.loads(metadata[key]) for key in ("encoder", "input") if key in metadata}
+    return {"model": tensors, **known, "format": ENCODER_FORMAT}
 
 
 def _foreign_classes(path: str, error: Exception) -> list[str]:

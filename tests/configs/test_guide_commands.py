@@ -23,7 +23,7 @@ from flsl_d2.engine.config_files import load_lazy_config
 from flsl_d2.images.shards import make_shards
 from flsl_d2.modeling import FLSLViT
 from flsl_d2.scenes import make_scenes
-from flsl_d2.weights.export import write_encoder
+from flsl_d2.weights import write_encoder
 
 GUIDES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 ENCODER = {"img_size": 224, "embed_dim": 48, "depth": 1, "num_heads": 3}

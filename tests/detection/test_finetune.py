@@ -20,7 +20,7 @@ from flsl_d2.engine.config_files import load_lazy_config
 from flsl_d2.model_zoo import get_config
 from flsl_d2.modeling import FLSLViT
 from flsl_d2.scenes import make_scenes
-from flsl_d2.weights.export import write_encoder
+from flsl_d2.weights import write_encoder
 
 ENCODER = {"img_size": 56, "patch_size": 14, "embed_dim": 32, "depth": 1, "num_heads": 2}
 RECIPES, SMALL_HEADS = finetune._RECIPES, finetune._small_heads

@@ -25,7 +25,7 @@ from flsl_d2.detection.yaml import load_yaml_config
 from flsl_d2.engine.config_files import load_lazy_config
 from flsl_d2.errors import InputError
 from flsl_d2.scenes import render_scene
-from flsl_d2.weights.export import write_encoder
+from flsl_d2.weights import write_encoder
 
 NAMES = ["disc", "ring", "star", "triangle", "box", "cross"]
 

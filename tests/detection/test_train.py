@@ -21,7 +21,7 @@ from flsl_d2.errors import InputError
 from flsl_d2.modeling import FLSLViT
 from flsl_d2.scenes import make_scenes
 from flsl_d2.studies.evaluations import DetectionEvaluation, EncoderFile
-from flsl_d2.weights.export import write_encoder
+from flsl_d2.weights import write_encoder
 
 RECIPE = "demo/mask_rcnn_flsl_vit_scenes.py"
 YAML = "coco/mask_rcnn_flsl_vit_s16_1x.yaml"

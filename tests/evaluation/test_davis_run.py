@@ -34,7 +34,7 @@ from flsl_d2.evaluation.davis.sequences import (
     write_indexed_png,
 )
 from flsl_d2.modeling import FLSLViT
-from flsl_d2.weights.export import write_encoder
+from flsl_d2.weights import write_encoder
 
 HEIGHT, WIDTH = 96, 160
 COLOURS = ((40, 60, 200), (220, 60, 40), (60, 210, 80))  # background and two objects, RGB

@@ -19,7 +19,7 @@ from flsl_d2.export.card import licence_of
 from flsl_d2.export.graphs import EncoderGraph, largest_difference, onnx_runner
 from flsl_d2.modeling import FLSLViT
 from flsl_d2.modeling.positions import _bicubic_by_matrices, resample_positions
-from flsl_d2.weights.export import write_encoder
+from flsl_d2.weights import write_encoder
 
 SMALL = {"img_size": 64, "embed_dim": 32, "depth": 2, "num_heads": 2}
 

@@ -13,8 +13,7 @@ from hypothesis import strategies as st
 
 from flsl_d2.errors import InputError
 from flsl_d2.modeling import FLSLViT
-from flsl_d2.weights import build_encoder
-from flsl_d2.weights.export import write_encoder
+from flsl_d2.weights import build_encoder, write_encoder
 from pretrain.__main__ import main
 from pretrain.schedules import Schedules
 

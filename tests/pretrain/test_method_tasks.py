@@ -17,7 +17,7 @@ from tiny_methods import CLOSE, VALUES, cross_entropy, softmax, step, tiny_confi
 from flsl_d2.errors import InputError
 from flsl_d2.evaluation.features import frozen_encoder
 from flsl_d2.modeling import FLSLViT
-from flsl_d2.weights.export import write_encoder
+from flsl_d2.weights import write_encoder
 from pretrain.methods.beit import PatchTokens
 from pretrain.methods.colorization import rgb_to_lab
 from pretrain.methods.jigsaw import distant_permutations

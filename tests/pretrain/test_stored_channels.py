@@ -53,6 +53,9 @@ def test_a_folder_is_pretrained_without_a_config_and_its_encoder_loads(folder, t
     mean, std = channel_statistics([str(file) for file in folder.iterdir()], 4)
     np.testing.assert_allclose(mean, values.mean(axis=0), rtol=1e-5)
     np.testing.assert_allclose(std, values.std(axis=0), rtol=1e-5)
+    stated = encoder.input_format
+    assert (stated.channels, stated.bits, stated.stated) == (4, 16, True)
+    assert (list(stated.mean), list(stated.std)) == (mean, std)
     assert f"pixel_mean: [{mean[0]}" in (output / "config.yaml").read_text().replace(
         "\n  - ", ", "
     ).replace("pixel_mean:, ", "pixel_mean: [")

@@ -18,8 +18,7 @@ from flsl_d2.errors import InputError
 from flsl_d2.modeling import FLSLViT
 from flsl_d2.studies.encoders import ComparedEncoder, read_encoders
 from flsl_d2.studies.evaluations import DetectionEvaluation, EncoderFile, encoder_overrides
-from flsl_d2.weights import build_encoder
-from flsl_d2.weights.export import write_encoder
+from flsl_d2.weights import build_encoder, write_encoder
 
 SMALL = {"img_size": 48, "patch_size": 8, "embed_dim": 32, "depth": 2, "num_heads": 2}
 SMALLER = {"img_size": 32, "patch_size": 16, "embed_dim": 16, "depth": 1, "num_heads": 1}

@@ -12,7 +12,7 @@ from torch import nn
 from flsl_d2.errors import InputError
 from flsl_d2.modeling import FLSLViT
 from flsl_d2.weights import FLSLCheckpointer, build_encoder
-from flsl_d2.weights.export import timm_arguments, timm_call, write_encoder, write_timm
+from flsl_d2.weights.writing import timm_arguments, timm_call, write_encoder, write_timm
 
 SMALL = {"img_size": 64, "embed_dim": 96, "depth": 2, "num_heads": 3}
 variants = pytest.mark.parametrize(

@@ -26,12 +26,13 @@ def encoder_file(encoder: FLSLViT) -> dict[str, Any]:
     """Make the content of an encoder's ``.pth`` file, which loads with ``weights_only=True``.
 
     ``model`` (tensors by their bare names), ``encoder`` (constructor arguments of ``FLSLViT``),
-    ``format``, and ``matching_heuristics``, which tells Detectron2's own checkpointer to find
-    these names wherever the encoder sits in a detector.
+    ``input`` (the pixels that it takes), ``format``, and ``matching_heuristics``, which tells
+    Detectron2's own checkpointer to find these names wherever the encoder sits in a detector.
     """
     return {
         "model": _on_cpu(encoder.state_dict()),
         "encoder": encoder.architecture,
+        "input": encoder.input_format.as_dict(),
         "format": ENCODER_FORMAT,
         "matching_heuristics": True,
     }
@@ -47,7 +48,8 @@ def write_encoder(encoder: FLSLViT, path: str | Path) -> None:
         InputError: the suffix is another, or the file cannot be written.
     """
     content = encoder_file(encoder)
-    metadata = {"format": ENCODER_FORMAT, "encoder": json.dumps(content["encoder"])}
+    metadata = {"format": ENCODER_FORMAT}
+    metadata |= {key: json.dumps(content[key]) for key in ("encoder", "input")}
     _write(path, content["model"], metadata, content)
 
 
