@@ -12,7 +12,7 @@ import numpy as np
 from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.structures import BoxMode
 from detectron2.utils.file_io import PathManager
-from detectron2.utils.visualizer import Visualizer
+from PIL import Image, ImageDraw
 
 from flsl_d2.annotations import check_registered_dataset
 from flsl_d2.annotations.datasets import use_own_loader
@@ -27,11 +27,13 @@ from flsl_d2.visualization.figures import (
     palette,
     picture_table,
 )
+from flsl_d2.visualization.fonts import pillow_font, printable
 
 Results = Sequence[dict[str, Any]] | str | os.PathLike[str]
 """Content of the coco_instances_results.json of Detectron2's ``COCOEvaluator``, or its path."""
 
 _PANEL_INCHES = 4.2
+_LONGEST_NAME = 40  # characters
 
 
 @dataclass(frozen=True)
@@ -128,8 +130,8 @@ def choose_records(records: list[dict[str, Any]], count: int) -> list[dict[str, 
 def draw_objects(image: np.ndarray, objects: DrawnObjects, class_names: list[str]) -> np.ndarray:
     """Draw masks, boxes and names on an image, enlarged first if it is small.
 
-    A class has the same colour everywhere. :func:`overlay_masks` draws the masks, because
-    Detectron2's Visualizer fills their holes.
+    Every object has a colour of its own, small objects lie above large ones, and a name stands
+    where it covers the least of other names and of objects.
 
     Args:
         objects: in pixels of that image.
@@ -140,19 +142,71 @@ def draw_objects(image: np.ndarray, objects: DrawnObjects, class_names: list[str
     large, factor = enlarge(image)
     if not objects.classes:
         return large
-    colours = palette(max(*objects.classes, len(class_names) - 1) + 1)[objects.classes]
-    masks = [(mask, i) for i, mask in enumerate(objects.masks) if mask is not None]
+    boxes = objects.boxes * factor
+    colours = palette(len(boxes))
+    order = np.argsort(-np.prod(boxes[:, 2:] - boxes[:, :2], axis=1), kind="stable").tolist()
+    masks = [(mask, i) for i in order if (mask := objects.masks[i]) is not None]
     large = overlay_masks(large, [mask for mask, _ in masks], colours[[i for _, i in masks]])
-    labels = [class_names[c] if c < len(class_names) else str(c) for c in objects.classes]
-    if objects.scores is not None:
-        pairs = zip(labels, objects.scores, strict=True)
-        labels = [f"{label} {score:.0%}" for label, score in pairs]
-    # The page shows every image with the same width, so text on a large one has to be larger.
-    visualizer = Visualizer(large, font_size_scale=max(1.1, large.shape[1] / SHORTER_SIDE))
-    drawn = visualizer.overlay_instances(
-        boxes=objects.boxes * factor, labels=labels, assigned_colors=list(colours / 255)
+    canvas = Image.fromarray(large)
+    pen = ImageDraw.Draw(canvas)
+    line = max(2, min(large.shape[:2]) // 250)
+    for i in order:
+        pen.rectangle(_ordered(boxes[i]), outline=tuple(colours[i].tolist()), width=line)
+    taken = np.zeros((0, 4))
+    # A page shows every image with the same width, so text on a large one has to be larger.
+    text_size = max(13, round(14 * large.shape[1] / (1.25 * SHORTER_SIDE)))
+    for i in order[::-1]:
+        number = objects.classes[i]
+        name = class_names[number] if number < len(class_names) else str(number)
+        text = printable(name)
+        if len(text) > _LONGEST_NAME:
+            text = text[: _LONGEST_NAME - 1] + "…"
+        if objects.scores is not None:
+            text += f" {objects.scores[i]:.0%}"
+        font = pillow_font(text, text_size)
+        size = np.array([font.getlength(text) + 4, 1.25 * text_size])
+        place = _free_place(boxes[i], size, taken, boxes, large.shape)
+        taken = np.vstack([taken, [*place, *(place + size)]])
+        pen.rectangle([*place, *(place + size)], fill=(0, 0, 0))
+        colour = tuple(np.maximum(colours[i], 96).tolist())  # readable on black
+        pen.text((place[0] + 2, place[1]), text, fill=colour, font=font)
+    return np.asarray(canvas)
+
+
+def _ordered(box: np.ndarray) -> list[float]:
+    """Corners of a box, the upper left one first: a detector may swap them."""
+    return [*np.minimum(box[:2], box[2:]).tolist(), *np.maximum(box[:2], box[2:]).tolist()]
+
+
+def _free_place(
+    box: np.ndarray, size: np.ndarray, taken: np.ndarray, boxes: np.ndarray, shape: tuple[int, ...]
+) -> np.ndarray:
+    """Find the upper left corner of a name beside its box that covers the least.
+
+    Args:
+        box: (4,) of the object.
+        size: (2,) width and height of the name.
+        taken: (N, 4) names that are drawn already, which count ten times.
+        boxes: (M, 4) all objects.
+        shape: of the image.
+    """
+    x0, y0, x1, y1 = _ordered(box)
+    width, height = size
+    places = np.array(
+        [
+            (x, y)
+            for y in (y0 - height, y1, y0, y1 - height)
+            for x in (x0, x1 - width, (x0 + x1 - width) / 2)
+        ]
     )
-    return drawn.get_image()
+    places = np.clip(places, 0, np.maximum(np.array([shape[1], shape[0]]) - size, 0))
+
+    def covered(others: np.ndarray) -> np.ndarray:
+        low = np.maximum(places[:, None], others[None, :, :2])
+        high = np.minimum(places[:, None] + size, others[None, :, 2:])
+        return np.prod(np.maximum(high - low, 0), axis=2).sum(axis=1)
+
+    return places[(10 * covered(taken) + covered(boxes)).argmin()]
 
 
 def detections_beside_ground_truth(

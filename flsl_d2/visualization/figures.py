@@ -6,6 +6,7 @@ Images are (H, W, 3) uint8 RGB. Figures are drawn with Agg and leave ``matplotli
 from __future__ import annotations
 
 import os
+import warnings
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
@@ -17,8 +18,10 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
-from matplotlib.textpath import TextPath
-from matplotlib.ticker import MaxNLocator
+from matplotlib.text import Text
+from matplotlib.ticker import MaxNLocator, NullFormatter, ScalarFormatter
+
+from flsl_d2.visualization.fonts import families, pillow_font, printable
 
 COLOUR_MAP = "turbo"
 PANEL_INCHES = 2.5
@@ -31,6 +34,9 @@ _SCALE_INCHES = 0.55
 _LINE_INCHES = 0.17
 _PLOTS_ACROSS = 3
 _TITLE_SIZE = 13
+_LONGEST_TITLE = 9.0  # inches, unless the pictures are wider
+_FLAT = 1e-4  # range of values, as a share of them, below which a curve is drawn as flat
+_MOST_PROPORTION = 2.5  # height by width of a row
 
 
 def new_figure(width: float, height: float) -> Figure:
@@ -41,10 +47,33 @@ def new_figure(width: float, height: float) -> Figure:
 
 
 def save_figure(figure: Figure, path: str | os.PathLike[str]) -> None:
-    """Write a figure as PNG, and make the folders on the way to it."""
+    """Write a figure as PNG, and make the folders on the way to it.
+
+    Every text is drawn as it is, never as a formula, in fonts that have its characters.
+    """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, format="png")
+    for axis in (axis for axes in figure.axes for axis in (axes.xaxis, axes.yaxis)):
+        low, high = axis.get_view_interval()
+        if axis.get_scale() == "log":  # the usual labels are formulas
+            axis.set_major_formatter(lambda value, _: f"{value:g}")
+            axis.set_minor_formatter(NullFormatter())
+        elif isinstance(formatter := axis.get_major_formatter(), ScalarFormatter):
+            formatter.set_useOffset(False)
+            if abs(high - low) < _FLAT * max(abs(low), abs(high)):  # rounding is no curve
+                axis.set_view_interval(low - _FLAT * abs(low), high + _FLAT * abs(high), True)
+        axis.get_ticklabels()  # makes the texts of the ticks
+    texts = [text for text in figure.findobj(Text) if isinstance(text, Text)]
+    fonts = families(text.get_text() for text in texts)
+    for text in texts:
+        text.set_parse_math(False)
+        text.set_text("\n".join(map(printable, text.get_text().split("\n"))))
+        if len(fonts) > 1:
+            text.set_fontfamily(fonts)
+    settings = {"text.parse_math": False, "font.family": fonts}
+    with matplotlib.rc_context(settings), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Glyph .* missing from")  # families() has named them
+        figure.savefig(path, format="png")
 
 
 class Panel(NamedTuple):
@@ -73,7 +102,8 @@ def picture_table(
     """Write a page of pictures in rows and columns.
 
     Args:
-        rows: panels of each row; the first panel of a row gives the height of the row.
+        rows: panels of each row; the tallest gives the height of the row, and each panel keeps
+            the proportions of its picture.
         width: width of every picture in inches.
     """
     num_columns = max(len(row) for row in rows)
@@ -83,7 +113,9 @@ def picture_table(
     left = 1.2 if labels else _GAP_INCHES
     steps = [width + _GAP_INCHES + _SCALE_INCHES * has_scale for has_scale in scaled]
     x_of = left + np.concatenate([[0.0], np.cumsum(steps)])
-    heights = [width * row[0].image.shape[0] / row[0].image.shape[1] for row in rows]
+    tall = [[width * panel.image.shape[0] / panel.image.shape[1] for panel in row] for row in rows]
+    heights = [min(max(row), _MOST_PROPORTION * width) for row in tall]
+    title = _fitting(title, max(float(x_of[-1]), _LONGEST_TITLE), _TITLE_SIZE)
     note_inches = _LINE_INCHES + 0.03 if any(panel.note for row in rows for panel in row) else 0.0
     top = 0.25 + 0.22 * _num_lines([title]) + _LINE_INCHES * _num_lines(headings)
     size = (
@@ -98,17 +130,21 @@ def picture_table(
     write = partial(axes.text, ha="center")
     write(size[0] / 2, 0.1, title, fontsize=_TITLE_SIZE, va="top")
     for x, heading in zip(x_of, headings, strict=False):
-        write(x + width / 2, top - 0.06, heading, fontsize=10, va="bottom")
+        text = _fitting(heading, width + _GAP_INCHES, 10)
+        write(x + width / 2, top - 0.06, text, fontsize=10, va="bottom")
     y = top
     for index, (row, height) in enumerate(zip(rows, heights, strict=True)):
         if labels:
-            place = left - 0.1, y + height / 2
-            axes.text(*place, labels[index], fontsize=8, ha="right", va="center")
-        for x, panel in zip(x_of, row, strict=False):
-            _show(axes, panel.image, x, y, width, height)
-            write(x + width / 2, y + height + 0.04, panel.note, fontsize=8, va="top")
+            text, place = _fitting(labels[index], left - 0.2, 8), (left - 0.1, y + height / 2)
+            axes.text(*place, text, fontsize=8, ha="right", va="center")
+        for x, panel, own in zip(x_of, row, tall[index], strict=False):
+            # A very tall picture is drawn narrower.
+            wide, high = width * min(1.0, height / own), min(own, height)
+            _show(axes, panel.image, x + (width - wide) / 2, y, wide, high)
+            note = _fitting(panel.note, width, 8)
+            write(x + width / 2, y + high + 0.04, note, fontsize=8, va="top")
             if panel.span:
-                _draw_scale(axes, panel.span, x + width + 0.05, y, height)
+                _draw_scale(axes, panel.span, x + width + 0.05, y, high)
         y += height + note_inches + _GAP_INCHES
     axes.set(xlim=(0, size[0]), ylim=(size[1], 0))  # imshow has set its own limits
     save_figure(figure, path)
@@ -121,8 +157,19 @@ def _show(axes: Axes, image: np.ndarray, x: float, y: float, width: float, heigh
 
 def _text_inches(text: str, size: float) -> float:
     """Width of a text in inches."""
-    lines = [TextPath((0, 0), line, size=size) for line in text.split("\n") if line.strip()]
-    return max((float(line.get_extents().width) for line in lines), default=0.0) / 72
+    lines = [printable(line) for line in text.split("\n")]
+    return max(pillow_font(line, 100).getlength(line) * size / 7200 for line in lines)
+
+
+def _fitting(text: str, inches: float, size: float) -> str:
+    """Cut the middle out of each line that is too long."""
+    lines = [printable(line) for line in text.split("\n")]
+    for number, line in enumerate(lines):
+        keep = len(line)
+        while keep > 4 and _text_inches(lines[number], size) > inches:
+            keep = min(keep - 2, int(keep * inches / _text_inches(lines[number], size)))
+            lines[number] = f"{line[: -(-keep // 2)]}…{line[-max(keep // 2, 1) :]}"
+    return "\n".join(lines)
 
 
 def _num_lines(texts: Sequence[str]) -> int:
