@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from typing import ClassVar
 
 import torch
@@ -10,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from flsl_d2.errors import InputError
-from flsl_d2.evaluation.classifiers import NeighbourVotes, fit_linear, top_hits
+from flsl_d2.evaluation.classifiers import NeighbourVotes, fit_linear
 from flsl_d2.evaluation.samples import Sample, Task
 
 
@@ -51,8 +50,6 @@ class Classification:
         self.options = task.options
         self.features: list[Tensor] = []
         self.labels: list[int] = []
-        self.hits: Counter[str] = Counter()
-        self.num_images = 0
 
     def observe_train(self, sample: Sample) -> None:
         """Keep the mean token of an image and its class."""
@@ -63,21 +60,17 @@ class Classification:
         """Build the bank of k-NN and train the linear probe."""
         features = torch.stack(self.features)
         labels = torch.tensor(self.labels, device=features.device)
-        bank = F.normalize(features, dim=1)
-        self.votes = NeighbourVotes(bank, labels, self.num_classes, self.options)
+        self.votes = NeighbourVotes(features, labels, self.num_classes, self.options)
         shares = F.one_hot(labels, self.num_classes).double()
         self.weight, self.bias = fit_linear(features, shares, self.options.probe_steps)
 
     def observe_val(self, sample: Sample) -> None:
         """Classify an image."""
-        self.num_images += 1
-        feature, truth = sample.tokens.mean(dim=0, keepdim=True), sample.image.record["image_class"]
-        scores = self.votes(F.normalize(feature, dim=1))
-        scores["linear"] = (feature.double() @ self.weight + self.bias)[0]
-        for name, score in scores.items():
-            for top, hit in top_hits(score, truth).items():
-                self.hits[f"{name}_{top}"] += hit
+        feature = sample.tokens.mean(dim=0, keepdim=True)
+        linear = (feature.double() @ self.weight + self.bias)[0]
+        scores = {**self.votes(feature), "linear": linear}
+        self.votes.count(scores, sample.image.record["image_class"])
 
     def results(self) -> dict[str, float]:
         """Return ``k10_top1``, ``linear_top1`` and so on, and ``top5`` from five classes up."""
-        return {name: 100 * count / self.num_images for name, count in self.hits.items()}
+        return self.votes.accuracies()

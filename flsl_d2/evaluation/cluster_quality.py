@@ -130,11 +130,7 @@ class ClusterQuality:
             self._score(way, truth, self._pixels(labels, sample))
 
     def results(self) -> dict[str, float]:
-        """Return means over the images.
-
-        ``ari_*``, ``ari_foreground_*`` and ``boundary_f_*`` are in percent; ``clusters`` is the
-        number that mean-shift found; ``kernel_width`` and ``tuned_clusters`` are those chosen.
-        """
+        """Return means over the images, and the parameters that were chosen."""
         if not self.scores:
             raise InputError("no validation image has a mask; use others, or more.")
         means = {name: float(np.mean(values)) for name, values in self.scores.items()}
@@ -169,12 +165,7 @@ class ClusterQuality:
 
 
 def mean_shift_labels(tokens: Tensor, width: float) -> Tensor:
-    """Cluster tokens of norm sqrt(D) by mean-shift, (N,) int64.
-
-    Args:
-        tokens: (N, D).
-        width: width of the kernel, which is ``exp(width * cosine)`` at the first step.
-    """
+    """Cluster tokens (N, D) of norm sqrt(D) by mean-shift with ``exp(width * cosine)``: (N,)."""
     return cluster(tokens, width / tokens.shape[1])[0]
 
 

@@ -29,10 +29,7 @@ _TOKENS_PER_FUNCTION = 10
 
 
 def position_order(grids: Sequence[tuple[int, int]], num_fitted: int) -> int:
-    """Largest number of half-waves, up to 12, that the grids and the number of tokens allow.
-
-    There are at least ten fitted tokens for each function.
-    """
+    """Largest number of half-waves, up to 12, with ten fitted tokens or more for each function."""
     side = min(min(grid) for grid in grids)
     fitting = (math.isqrt(8 * (num_fitted // _TOKENS_PER_FUNCTION) + 1) - 3) // 2
     return max(min(_MAX_HALF_WAVES, side - 1, fitting), 0)
@@ -66,14 +63,9 @@ def colour_functions(image: np.ndarray, grid: tuple[int, int]) -> Tensor:
 
 
 def fit_sums(functions: Tensor, tokens: Tensor) -> Tensor:
-    """Return what a least-squares fit needs of an image; sums of images add and subtract.
+    """Return the products of functions (N, F) with each other and with tokens (N, D): (F, F + D).
 
-    Args:
-        functions: (N, F) float64.
-        tokens: (N, D) float64.
-
-    Returns:
-        (F, F + D): products of the functions with each other and with the tokens.
+    A least-squares fit needs no more; those of several images add and subtract.
     """
     return functions.T @ torch.cat([functions, tokens], dim=1)
 
@@ -100,18 +92,10 @@ def colour_r2(features: Sequence[TokenFeatures]) -> float | None:
 
 
 def held_out_r2(features: Sequence[TokenFeatures], functions: Sequence[Tensor]) -> float | None:
-    """Share of the tokens' variance that a linear map of some functions predicts.
+    """Share of the tokens' variance that a linear map of functions (N, F) of each image predicts.
 
     The map is fitted to the tokens of all images but one and predicts those of the one; every
-    image is left out once. Errors and deviations are summed over the images.
-
-    Args:
-        features: tokens of each image.
-        functions: (N, F) float64 of each image.
-
-    Returns:
-        1 where the functions predict everything, about 0 (or a little less) where they predict
-        nothing; None for a single image, and for tokens that do not vary.
+    image is left out once. None for a single image, and for tokens that do not vary.
     """
     if len(features) < 2:
         return None
@@ -130,9 +114,6 @@ class ExplainedVariance:
     """R2 of tokens by the position and by the mean colour of their patches, in percent.
 
     The maps are fitted to all tokens of the training images and judged on the validation images.
-    100 where tokens hold nothing else, about 0 (or a little less) where position or colour predict
-    nothing. Positions are products of cosines over the image's width and height, up to 12
-    half-waves in all.
     """
 
     name = "explained_variance"

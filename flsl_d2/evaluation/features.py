@@ -10,6 +10,7 @@ from typing import NamedTuple
 import cv2
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from flsl_d2.errors import InputError
@@ -28,11 +29,7 @@ def device_of(encoder: Encoder) -> torch.device:
 
 
 def usable_device(name: str) -> torch.device:
-    """Return a device by its name.
-
-    Raises:
-        InputError: PyTorch does not know the device, or finds none here.
-    """
+    """Return a device by its name; InputError where PyTorch does not know it or finds none."""
     try:
         device = torch.device(name)
     except RuntimeError as error:
@@ -50,9 +47,6 @@ def frozen_encoder(weights: str, seed: int = 0) -> Encoder:
             :func:`flsl_d2.modeling.timm_backbone.parse_timm_name`; or ``random`` for an untrained
             ViT-S/16.
         seed: seed for untrained weights. The global generators are not touched.
-
-    Raises:
-        InputError: the file cannot be used, or does not cover the whole encoder.
     """
     encoder: FLSLViT | TimmBackbone
     with torch.random.fork_rng(devices=[]):
@@ -81,11 +75,7 @@ class TokenFeatures(NamedTuple):
     image: np.ndarray
 
     def on_cpu(self) -> TokenFeatures:
-        """Return the tokens as float32 on the CPU, without gradient.
-
-        Raises:
-            ValueError: the tokens do not fill the grid.
-        """
+        """Return the tokens as float32 on the CPU; ValueError if they do not fill the grid."""
         if self.tokens.ndim != 2 or len(self.tokens) != self.grid[0] * self.grid[1]:
             raise ValueError(
                 f"tokens of shape {tuple(self.tokens.shape)} do not fill a grid of {self.grid[0]} "
@@ -108,8 +98,12 @@ def encoding_in(dtype: torch.dtype | None) -> Iterator[None]:
 
 
 @torch.inference_mode()
-def encode_images(encoder: Encoder, images: np.ndarray) -> Tensor:
-    """Normalise images (B, H, W, 3) uint8 RGB of whole patches, and encode them.
+def encode_images(encoder: Encoder, images: np.ndarray, pad: bool = False) -> Tensor:
+    """Normalise images (B, H, W, 3) uint8 RGB, and encode them.
+
+    Args:
+        pad: whether zeros are added at the right and the bottom up to whole patches; otherwise
+            the images must have whole patches.
 
     Returns:
         Tokens of the last block, (B, N, D) float32, on the encoder's device.
@@ -118,9 +112,12 @@ def encode_images(encoder: Encoder, images: np.ndarray) -> Tensor:
     pixels = torch.from_numpy(images).to(device).permute(0, 3, 1, 2).float()
     mean = torch.tensor(IMAGENET_MEAN, device=device).view(3, 1, 1)
     std = torch.tensor(IMAGENET_STD, device=device).view(3, 1, 1)
-    dtype = _encoding_dtype.get()
+    pixels, dtype = (pixels - mean) / std, _encoding_dtype.get()
+    if pad:
+        missing = [-side % encoder.patch_size for side in pixels.shape[-2:]]
+        pixels = F.pad(pixels, (0, missing[1], 0, missing[0]))
     with torch.autocast(device.type, dtype) if dtype else nullcontext():
-        return encoder.forward_tokens((pixels - mean) / std).float()
+        return encoder.forward_tokens(pixels).float()
 
 
 def extract_tokens(
@@ -137,9 +134,6 @@ def extract_tokens(
         image: (H, W, 3) uint8 RGB.
         short_side: pixels to resize the shorter side to; None keeps the size of the image.
         max_long_side: bound of the longer side in pixels, where the image is resized.
-
-    Raises:
-        InputError: not an (H, W, 3) uint8 image.
     """
     if image.ndim != 3 or image.shape[2] != 3 or image.dtype != np.uint8:
         raise InputError(

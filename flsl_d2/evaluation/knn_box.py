@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from typing import ClassVar
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from flsl_d2.errors import InputError
-from flsl_d2.evaluation.classifiers import NeighbourVotes, top_hits
+from flsl_d2.evaluation.classifiers import NeighbourVotes
 from flsl_d2.evaluation.labelled_images import LabelledBox
 from flsl_d2.evaluation.samples import Sample, Task
 
@@ -48,8 +46,6 @@ class BoxKnn:
         self.options, self.num_classes = task.options, len(train.box_classes)
         self.tokens: list[Tensor] = []
         self.labels: list[int] = []
-        self.hits: Counter[str] = Counter()
-        self.num_images = 0
 
     def observe_train(self, sample: Sample) -> None:
         """Put the nine tokens of the image into the bank."""
@@ -69,45 +65,42 @@ class BoxKnn:
     def observe_val(self, sample: Sample) -> None:
         """Classify the largest box of an image."""
         box = sample.image.largest_box
-        if box is None:
-            return
-        self.num_images += 1
-        for name, votes in self.votes(_box_tokens(sample, box)).items():
-            for top, hit in top_hits(votes, box.category).items():
-                self.hits[f"{name}_{top}"] += hit
+        if box is not None:
+            self.votes.count(self.votes(_box_tokens(sample, box)), box.category)
 
     def results(self) -> dict[str, float]:
         """Return ``k10_top1`` and so on, and ``top5`` from five classes up, in percent."""
-        if not self.num_images:
+        if not self.votes.num_images:
             raise InputError("no validation image has a box; use a data set with boxes.")
-        return {name: 100 * count / self.num_images for name, count in self.hits.items()}
+        return self.votes.accuracies()
 
 
 def _box_tokens(sample: Sample, box: LabelledBox) -> Tensor:
     size = sample.image.record["height"], sample.image.record["width"]
-    return F.normalize(sample.tokens[cell_tokens(box.box, size, sample.grid)], dim=1)
+    return sample.tokens[cell_tokens(box.box, size, sample.grid)]
 
 
 def cell_tokens(
     box: tuple[float, float, float, float], size: tuple[int, int], grid: tuple[int, int]
 ) -> list[int]:
-    """Return the tokens nearest to the centres of a box's 3 x 3 cells, row by row.
+    """Return the tokens nearest to the centres of a box's 3 x 3 cells: nine row-major indices.
 
     Args:
         box: x0, y0, x1, y1 in pixels of the image.
         size: height and width of the image in pixels.
         grid: rows and columns of tokens.
-
-    Returns:
-        Nine row-major indices; a box smaller than a few patches has some of them more than once.
     """
     x0, y0, x1, y1 = box
     shares = [(i + 0.5) / _CELLS for i in range(_CELLS)]
+    points = [(x0 + x * (x1 - x0), y0 + y * (y1 - y0)) for y in shares for x in shares]
+    return [token_at(point, size, grid) for point in points]
+
+
+def token_at(point: tuple[float, float], size: tuple[int, int], grid: tuple[int, int]) -> int:
+    """Return the row-major index of the token that covers a point (x, y) of an image (H, W)."""
     # The token that covers a point is the one whose centre is nearest.
-    rows = [_cell(y0 + share * (y1 - y0), size[0], grid[0]) for share in shares]
-    columns = [_cell(x0 + share * (x1 - x0), size[1], grid[1]) for share in shares]
-    return [row * grid[1] + column for row in rows for column in columns]
-
-
-def _cell(place: float, length: int, count: int) -> int:
-    return min(max(int(place * count / length), 0), count - 1)
+    row, column = (
+        min(max(int(place * count / length), 0), count - 1)
+        for place, count, length in zip(point[::-1], grid, size, strict=True)
+    )
+    return row * grid[1] + column

@@ -72,11 +72,7 @@ class LabelledImage:
         self.num_pixel_classes, self.ignore_label = num_pixel_classes, ignore_label
 
     def read(self) -> np.ndarray:
-        """Read the image, (H, W, 3) uint8 RGB, upright.
-
-        Raises:
-            InputError: the file cannot be read, or has another size than the annotations say.
-        """
+        """Read the image, (H, W, 3) uint8 RGB, upright; InputError where that is not possible."""
         name = self.record["file_name"]
         image = read_image(name)
         height, width = image.shape[:2]
@@ -94,10 +90,6 @@ class LabelledImage:
         """Class of every pixel, (H, W) int64, `IGNORED` where there is none.
 
         Instances are merged by class: 0 is background, class c of the boxes is c + 1.
-
-        Raises:
-            InputError: labels that cannot be read or have unknown classes; or see
-                :attr:`segments`.
         """
         file_name = self.record.get("sem_seg_file_name")
         if file_name is None:
@@ -126,9 +118,6 @@ class LabelledImage:
         Segment 0 is what no instance covers, and segment i + 1 is instance i. Where instances
         overlap, the smaller one is in front. Crowds are ignored. In data without instances each
         class is a segment.
-
-        Raises:
-            InputError: the data set has neither masks nor semantic labels.
         """
         if "annotations" not in self.record and "sem_seg_file_name" in self.record:
             return np.where(self.semantic == IGNORED, IGNORED, self.semantic + 1)
@@ -179,14 +168,7 @@ class LabelledImage:
 
 
 def decode_mask(segmentation: Any, height: int, width: int) -> np.ndarray | None:
-    """Decode a COCO segmentation to bool (H, W).
-
-    Args:
-        segmentation: polygons, or run lengths with or without compression.
-
-    Returns:
-        None for an annotation without a segmentation.
-    """
+    """Decode polygons or run lengths to bool (H, W); None for no segmentation."""
     if not segmentation:
         return None
     if isinstance(segmentation, list):
@@ -275,7 +257,7 @@ def _load_registered(name: str) -> LabelledDataset:
 
 
 def _check_categories(name: str, records: list[dict[str, Any]], count: int) -> None:
-    """Check the categories of a user's own loader, which the check of COCO files does not see."""
+    # The check of COCO files does not see a user's own loader.
     for record in records:
         for annotation in record.get("annotations", []):
             if not 0 <= annotation["category_id"] < count:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import logging
-import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import fields
@@ -12,7 +11,6 @@ from pathlib import Path
 from typing import Any, ClassVar, Protocol
 
 from tabulate import tabulate
-from tqdm import tqdm
 
 from flsl_d2.errors import InputError
 from flsl_d2.evaluation.classification import Classification
@@ -25,8 +23,10 @@ from flsl_d2.evaluation.samples import (
     Options,
     Sample,
     Task,
+    WholeSets,
     encode_dataset,
     global_attention,
+    progress,
 )
 from flsl_d2.evaluation.segmentation import KnnSegmentation, LinearSegmentation
 from flsl_d2.files import writable_folder, write_text
@@ -40,9 +40,10 @@ class Measure(Protocol):
 
     It is made from a :class:`flsl_d2.evaluation.samples.Task`, looks at every training image,
     fits, looks at every validation image, and returns its scores. Several measures share one pass
-    over the images, so that each image is encoded once. Samples are not kept, so that memory is
-    bounded whatever the size of the data set. Every method, the constructor included, may raise
-    ``InputError`` where the data or the encoder do not allow this measure.
+    over the images, so that each image is encoded once, and samples are not kept. A measure that
+    prepares images in its own way is a :class:`flsl_d2.evaluation.samples.WholeSets`. Every
+    method, the constructor included, may raise ``InputError`` where the data or the encoder do not
+    allow this measure.
 
     Attributes:
         name: name of the measure in :data:`MEASURES`, and start of the names of its scores.
@@ -86,17 +87,17 @@ MEASURES: dict[str, type[Measure]] = {
 
 
 def suitable_measures(dataset: LabelledDataset) -> list[str]:
-    """Return the measures that the kind of labels of a data set allows."""
+    """Return the measures of one pass over the images that the labels of a data set allow."""
     if dataset.image_classes:
         return ["classification", "explained_variance"]
-    return [name for name in MEASURES if name != "classification"]
+    shared = [name for name, kind in MEASURES.items() if not issubclass(kind, WholeSets)]
+    return [name for name in shared if name != "classification"]
 
 
 def better(score: str) -> str:
-    """Return ``higher``, or an empty text for a score of which neither high nor low is better.
+    """Return ``higher``, or nothing where neither high nor low is better or nobody knows.
 
-    The score is given by its full name, such as ``knn_segmentation/mIoU``; the text is empty for
-    an unknown measure, too.
+    The score is given by its full name, such as ``knn_segmentation/mIoU``.
     """
     measure, _, key = score.partition("/")
     kind = MEASURES.get(measure)
@@ -126,10 +127,10 @@ def measure_features(
 
     Args:
         encoder: moved to the device, and left in the mode it was in.
-        train: registered data set, or folder with a subfolder for each class, that labels are
-            learned from.
-        val: the same for what is scored.
-        measures: names in `MEASURES`; by default those that the labels of ``train`` allow.
+        train: data set that labels are learned from; see
+            :func:`flsl_d2.evaluation.labelled_images.load_labelled`.
+        val: data set that is scored.
+        measures: names in `MEASURES`; by default :func:`suitable_measures` of ``train``.
         seed: seed for everything that is drawn. The global generators are not touched.
         max_images: bound of the images of each data set, drawn by the seed; None for all.
         **options: fields of :class:`flsl_d2.evaluation.samples.Options`.
@@ -158,16 +159,10 @@ def measure_all(
     max_images: int | None = None,
     **options: Any,
 ) -> tuple[dict[str, float], dict[str, str]]:
-    """Measure a frozen encoder like :func:`measure_features`, and go on where a measure fails.
+    """Measure like :func:`measure_features`, and return the reasons of measures that failed.
 
     Data sets may be given as :func:`prepare_measures` has loaded them; ``max_images`` then has no
-    effect.
-
-    Returns:
-        The scores, and for every measure that failed the reason.
-
-    Raises:
-        InputError: a measure or an option of that name does not exist.
+    effect. Only a name that does not exist raises InputError.
     """
     settings = _checked_options(measures, options)
     try:
@@ -190,24 +185,16 @@ def prepare_measures(
     max_images: int | None = None,
     **options: Any,
 ) -> tuple[LabelledDataset, LabelledDataset]:
-    """Check names and data before long work; see :func:`measure_features` for the arguments.
+    """Check names and data before long work, and return the data sets to measure with.
 
-    Returns:
-        The data sets, to measure with repeatedly: a large annotation file takes a while to read.
-
-    Raises:
-        InputError: what cannot be used, by name.
+    See :func:`measure_features` for the arguments.
     """
     _checked_options(measures, options)
     return load_labelled(train, max_images, seed), load_labelled(val, max_images, seed)
 
 
 def run_measures(task: Task, names: Sequence[str]) -> tuple[dict[str, float], dict[str, str]]:
-    """Run measures on one pass over the training and one over the validation images.
-
-    Returns:
-        The scores by full name, and for every measure that failed the reason.
-    """
+    """Run measures; return the scores by full name, and the reasons of measures that failed."""
     running, failures = {}, {}
     for name in names:
         try:
@@ -228,13 +215,11 @@ def run_measures(task: Task, names: Sequence[str]) -> tuple[dict[str, float], di
     for dataset, observe in ((task.train, "observe_train"), (task.val, "observe_val")):
         if observe == "observe_val":
             call_each("fit")
-        if not running:
-            break
+        if all(isinstance(measure, WholeSets) for measure in running.values()):
+            continue
         samples = encode_dataset(task.encoder, dataset, task.options.short_side)
         try:
-            # A log file gets a line every half minute.
-            interval, title = 0.1 if sys.stderr.isatty() else 30.0, f"Measuring {dataset.name}"
-            for sample in tqdm(samples, title, len(dataset.images), False, mininterval=interval):
+            for sample in progress(samples, f"Measuring {dataset.name}", len(dataset.images)):
                 call_each(observe, sample)
         except InputError as error:  # an image cannot be encoded, which stops all measures
             failures |= dict.fromkeys(running, str(error))
@@ -312,23 +297,18 @@ def measures_table(
 ) -> str:
     """Format scores by full name as a table with a line for each, and reasons below."""
     lines: list[tuple[str, str, str]] = []
+    values = {name: f"{value:.2f}" for name, value in results.items()}
+    values |= dict.fromkeys(omitted, "n/a")
     for measure in measures:
-        values = {name: f"{value:.2f}" for name, value in results.items()}
-        values |= dict.fromkeys(omitted, "n/a")
-        scores = [
-            (name.removeprefix(f"{measure}/"), value)
-            for name, value in values.items()
-            if name.startswith(f"{measure}/")
+        scores = [("", "failed")] * (measure in failures)
+        scores += [
+            (n.split("/", 1)[1], v) for n, v in values.items() if n.startswith(f"{measure}/")
         ]
-        scores = [("", "failed")] * (measure in failures) + scores
         # The name of a measure stands in the first of its lines only.
         lines += [("" if i else measure, *score) for i, score in enumerate(scores)]
-    table = tabulate(
-        lines,
-        headers=("measure", "score", "value"),
-        colalign=("left", "left", "right"),
-        disable_numparse=True,
-    )
+    columns = ("left", "left", "right")
+    headers = ("measure", "score", "value")
+    table = tabulate(lines, headers=headers, colalign=columns, disable_numparse=True)
     reasons = [f"{measure} failed: {reason}" for measure, reason in failures.items()]
     reasons += [f"n/a: {reason}" for reason in dict.fromkeys(omitted.values())]
     return "\n".join([table, *reasons])

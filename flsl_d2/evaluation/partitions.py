@@ -6,6 +6,7 @@ number it is.
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence
 
 import cv2
@@ -26,7 +27,7 @@ def kmeans(
     num_restarts: int = 3,
     max_iterations: int = 50,
 ) -> Tensor:
-    """Cluster by Lloyd's algorithm from k-means++ starts, and keep the run of least distortion.
+    """Cluster by scikit-learn's k-means, from k-means++ starts; the least distortion is kept.
 
     Args:
         points: (N, D).
@@ -35,71 +36,31 @@ def kmeans(
     Returns:
         (N,) int64 in [0, K), on the device of the points.
     """
-    num_clusters = min(num_clusters, len(points))
-    generator = np.random.default_rng(seed)
-    between = _squared_distances(points, points).double().cpu().numpy()
-    runs = []
-    for _ in range(num_restarts):
-        centroids = points[_plus_plus(between, num_clusters, generator)]
-        labels = torch.full((len(points),), -1, device=points.device)
-        for _ in range(max_iterations):
-            previous, labels = labels, _squared_distances(points, centroids).argmin(dim=1)
-            if torch.equal(previous, labels):
-                break
-            sums = torch.zeros_like(centroids).index_add_(0, labels, points)
-            counts = labels.bincount(minlength=num_clusters)[:, None]
-            # An empty cluster stays where it is.
-            centroids = torch.where(counts > 0, sums / counts.clamp(min=1), centroids)
-        distances = _squared_distances(points, centroids).amin(dim=1)
-        runs.append((labels, float(distances.double().sum())))
-    return min(runs, key=lambda run: run[1])[0]
+    from sklearn.cluster import KMeans
+    from sklearn.exceptions import ConvergenceWarning
 
-
-def _plus_plus(between: np.ndarray, num_clusters: int, generator: np.random.Generator) -> list[int]:
-    """Draw starts by k-means++ (Arthur and Vassilvitskii, 2007) from squared distances (N, N).
-
-    The odds of a point are its squared distance to the nearest start that was drawn before.
-    """
-    chosen = [int(generator.integers(len(between)))]
-    nearest = between[chosen[0]].copy()
-    while len(chosen) < num_clusters:
-        odds = nearest.cumsum()
-        place = generator.random() * odds[-1]
-        # Where all points coincide with a start, all odds are 0 and any point will do.
-        chosen.append(min(int(np.searchsorted(odds, place, side="right")), len(between) - 1))
-        np.minimum(nearest, between[chosen[-1]], out=nearest)
-    return chosen
-
-
-def _squared_distances(points: Tensor, centroids: Tensor) -> Tensor:
-    """Squared Euclidean distances, (N, K)."""
-    return torch.cdist(points, centroids, compute_mode="use_mm_for_euclid_dist").square()
+    state = int(np.random.default_rng(seed).integers(2**32))
+    model = KMeans(
+        min(num_clusters, len(points)),
+        n_init=num_restarts,
+        max_iter=max_iterations,
+        random_state=state,
+    )
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", ConvergenceWarning)  # fewer distinct points than clusters
+        labels = model.fit_predict(points.detach().cpu().float().numpy())
+    return torch.from_numpy(labels).to(points.device, torch.int64)
 
 
 def adjusted_rand_index(first: np.ndarray, second: np.ndarray) -> float:
     """Measure the agreement of two partitions about pairs, corrected for chance.
 
-    The adjusted Rand index (Hubert and Arabie, Comparing partitions, 1985) is 1 for equal
-    partitions, 0 on average for random ones, negative where they agree less than by chance.
-
-    Args:
-        first: labels of any shape, small numbers from 0 on.
-        second: labels of the same shape, likewise.
-
-    Returns:
-        The index; 1 where both put everything into one part, or each pixel into its own.
+    The index (Hubert and Arabie, Comparing partitions, 1985) is 1 for equal partitions, 0 on
+    average for random ones. Both hold labels of the same shape.
     """
-    first, second = first.ravel().astype(np.int64), second.ravel().astype(np.int64)
-    joint = np.bincount(first * (second.max(initial=0) + 1) + second)
-    # Python's floats: products of the counts of pairs do not fit into 64-bit integers.
-    together, in_first, in_second = (
-        float((counts * (counts - 1) // 2).sum())
-        for counts in (joint, np.bincount(first), np.bincount(second))
-    )
-    pairs = first.size * (first.size - 1) / 2
-    expected = in_first * in_second / pairs if pairs else 0.0
-    best = (in_first + in_second) / 2
-    return 1.0 if best == expected else (together - expected) / (best - expected)
+    from sklearn.metrics import adjusted_rand_score  # takes a second to import
+
+    return float(adjusted_rand_score(first.ravel(), second.ravel()))
 
 
 def boundaries(labels: np.ndarray) -> np.ndarray:

@@ -2,19 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import sys
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from copy import copy
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
+from typing import TypeVar
 
 import numpy as np
 from torch import Tensor, nn
+from tqdm import tqdm
 
 from flsl_d2.errors import InputError
 from flsl_d2.evaluation.features import extract_tokens
 from flsl_d2.evaluation.labelled_images import LabelledDataset, LabelledImage
 from flsl_d2.modeling import Encoder
 from flsl_d2.modeling.attention import Attention
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -46,19 +51,33 @@ class Options:
     cluster_counts: tuple[int, ...] = (2, 3, 4, 6, 8, 12, 16)
 
     def __post_init__(self) -> None:
-        for name in ("short_side", "bank_size", "num_neighbours", "probe_steps"):
-            if getattr(self, name) < 1:
-                raise InputError(f"{name} is {getattr(self, name)}; give at least 1.")
-        for name in ("class_neighbours", "cluster_counts"):
-            values = getattr(self, name)
-            if not values or min(values) < 1:
-                raise InputError(f"{name} is {list(values)}; give one or more values from 1 up.")
-        for name, given in (
-            ("temperature", (self.temperature,)),
-            ("kernel_widths", self.kernel_widths),
-        ):
-            if not given or not all(0 < value < float("inf") for value in given):
-                raise InputError(f"{name} is {getattr(self, name)}; give positive numbers.")
+        for option in fields(self):
+            value = getattr(self, option.name)
+            values = value if isinstance(value, tuple) else (value,)
+            if not values or not all(v is None or 0 < v < float("inf") for v in values):
+                raise InputError(f"{option.name} is {value}; give a number above 0, or several.")
+
+
+class WholeSets:
+    """Base of a measure that prepares and encodes the images of its data sets by itself.
+
+    It is shown no samples; ``results`` does the work.
+    """
+
+    def observe_train(self, sample: Sample) -> None:
+        """Nothing is learned from the shared samples."""
+
+    def fit(self) -> None:
+        """Nothing is fitted to the shared samples."""
+
+    def observe_val(self, sample: Sample) -> None:
+        """Nothing is scored on the shared samples."""
+
+
+def progress(items: Iterable[T], title: str, total: int) -> Iterable[T]:
+    """Show a progress bar, of which a log file gets a line every half minute."""
+    interval = 0.1 if sys.stderr.isatty() else 30.0
+    return tqdm(items, title, total, False, mininterval=interval)
 
 
 @dataclass(frozen=True)
@@ -112,7 +131,7 @@ def global_attention(encoder: Encoder) -> Attention | None:
 
 
 @contextmanager
-def _attention_inputs(encoder: Encoder) -> Iterator[list[Tensor]]:
+def attention_inputs(encoder: Encoder) -> Iterator[list[Tensor]]:
     """Keep the input of the last block's attention for the latest image, where there is one."""
     latest: list[Tensor] = []
 
@@ -129,17 +148,13 @@ def _attention_inputs(encoder: Encoder) -> Iterator[list[Tensor]]:
 
 
 def encode_dataset(encoder: Encoder, dataset: LabelledDataset, short_side: int) -> Iterator[Sample]:
-    """Yield every image of a data set with its tokens, in order.
-
-    Raises:
-        InputError: an image cannot be read, or a side is smaller than a patch.
-    """
+    """Yield every image of a data set with its tokens, in order."""
     if short_side < encoder.patch_size:
         raise InputError(
             f"short_side is {short_side} pixels and a patch of the encoder {encoder.patch_size}; "
             f"give at least {encoder.patch_size}, better {encoder.patch_size * 14} or more."
         )
-    with _attention_inputs(encoder) as latest:
+    with attention_inputs(encoder) as latest:
         for index, image in enumerate(dataset.images):
             tokens, grid, pixels = extract_tokens(encoder, image.read(), short_side)
             # A copy, so that the labels which the measures decode are freed with the sample.

@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from flsl_d2.errors import InputError
-from flsl_d2.evaluation.classifiers import fit_linear, nearest
+from flsl_d2.evaluation.classifiers import fit_linear, retrieve
 from flsl_d2.evaluation.labelled_images import IGNORED, LabelledDataset
 from flsl_d2.evaluation.samples import Sample, Task
 
@@ -26,13 +26,10 @@ _ELONGATED = 2.0  # longer side over shorter side of an object's bounding box
 
 
 class PatchBank:
-    """Tokens with the share of each class among the pixels of their patch.
+    """Tokens with the share of each class among the pixels of their patch, at most ``size``.
 
     Every image gives the same number of patches, drawn uniformly among those with a labelled
     pixel. The draw depends on the seed and the index of the image alone.
-
-    Args:
-        size: bound of the patches in the bank.
     """
 
     def __init__(self, dataset: LabelledDataset, size: int, seed: int) -> None:
@@ -76,11 +73,7 @@ def check_labelled_pixels(dataset: LabelledDataset) -> None:
 
 
 def check_pixel_classes(train: LabelledDataset, val: LabelledDataset) -> tuple[str, ...]:
-    """Return the classes of pixels, the same in both data sets.
-
-    Raises:
-        InputError: the classes differ, or there are none.
-    """
+    """Return the classes of pixels; InputError where the data sets differ, or have none."""
     if train.pixel_classes != val.pixel_classes:
         raise InputError(
             f"{train.name!r} has {len(train.pixel_classes)} pixel classes and {val.name!r} "
@@ -93,11 +86,7 @@ def check_pixel_classes(train: LabelledDataset, val: LabelledDataset) -> tuple[s
 def patch_distributions(
     labels: np.ndarray, grid: tuple[int, int], num_classes: int
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Count the share of each class in every patch.
-
-    Args:
-        labels: (H, W) classes of pixels, `IGNORED` for none.
-        grid: rows and columns of patches that the image is cut into.
+    """Count the share of each class in every patch of a grid, from labels (H, W).
 
     Returns:
         (N, C) float32 whose rows sum to 1, and (N,) bool: which patches have a labelled pixel
@@ -116,13 +105,9 @@ def patch_distributions(
 
 
 def label_pixels(scores: Tensor, grid: tuple[int, int], size: tuple[int, int]) -> np.ndarray:
-    """Return the class with the highest score at every pixel.
+    """Return the best class of every pixel, (H, W) int64, from scores (N, C) of the tokens.
 
-    Args:
-        scores: (N, C) of the tokens; resampled bilinearly to pixels.
-
-    Returns:
-        (H, W) int64. The lowest of several classes with equal scores wins.
+    Scores are resampled bilinearly; the lowest of several classes with equal scores wins.
     """
     best = torch.full(size, -torch.inf, device=scores.device)
     label = torch.zeros(size, dtype=torch.int64, device=scores.device)
@@ -136,38 +121,40 @@ def label_pixels(scores: Tensor, grid: tuple[int, int], size: tuple[int, int]) -
 
 
 class Confusion:
-    """Counts of pixels by their true and their predicted class."""
+    """Counts of pixels by their true and their predicted class (or cluster)."""
 
-    def __init__(self, num_classes: int) -> None:
-        self.counts = np.zeros((num_classes, num_classes), dtype=np.int64)
+    def __init__(self, num_classes: int, num_predicted: int | None = None) -> None:
+        self.counts = np.zeros((num_classes, num_predicted or num_classes), dtype=np.int64)
 
     def add(self, truth: np.ndarray, predicted: np.ndarray) -> None:
         """Count the pixels of one image, except those whose truth is `IGNORED`."""
-        num_classes = len(self.counts)
         known = truth != IGNORED
-        pairs = truth[known] * num_classes + predicted[known]
-        self.counts += np.bincount(pairs, minlength=num_classes**2).reshape(self.counts.shape)
+        pairs = truth[known] * self.counts.shape[1] + predicted[known]
+        self.counts += np.bincount(pairs, minlength=self.counts.size).reshape(self.counts.shape)
 
-    def results(self, names: Sequence[str]) -> dict[str, float]:
-        """Mean IoU over the classes that occur in the truth, and pixel accuracy, in percent.
+    def iou(self) -> np.ndarray:
+        """IoU of every true class with every predicted one, (C, P), in percent."""
+        true, predicted = self.counts.sum(axis=1), self.counts.sum(axis=0)
+        return 100.0 * self.counts / np.maximum(true[:, None] + predicted - self.counts, 1)
 
-        The IoU of each class is listed as well, for data sets of at most 20 classes.
+    def mean_iou(self, all_classes: bool = False) -> float:
+        """Mean IoU in percent, over the classes that occur in the truth or over all.
 
         Raises:
             InputError: no pixel was counted.
         """
         if not self.counts.any():
             raise InputError("no pixel of the validation images has a label; use other images.")
-        hits = np.diag(self.counts)
-        true, predicted = self.counts.sum(axis=1), self.counts.sum(axis=0)
-        occurs = true > 0
-        iou = 100.0 * hits / np.maximum(true + predicted - hits, 1)
-        scores = {
-            "mIoU": float(iou[occurs].mean()),
-            "pixel_accuracy": float(100.0 * hits.sum() / true.sum()),
-        }
+        counted = self.counts.any(axis=1) | all_classes
+        return float(np.diag(self.iou())[counted].mean())
+
+    def results(self, names: Sequence[str]) -> dict[str, float]:
+        """Mean IoU and pixel accuracy in percent, and the IoU of each of at most 20 classes."""
+        accuracy = 100.0 * np.trace(self.counts) / max(self.counts.sum(), 1)
+        scores = {"mIoU": self.mean_iou(), "pixel_accuracy": float(accuracy)}
         if len(names) <= _MAX_LISTED_CLASSES:
-            scores |= {f"IoU-{names[i]}": float(iou[i]) for i in np.flatnonzero(occurs).tolist()}
+            occurs = np.flatnonzero(self.counts.any(axis=1)).tolist()
+            scores |= {f"IoU-{names[i]}": float(self.iou()[i, i]) for i in occurs}
         return scores
 
 
@@ -185,14 +172,12 @@ class ObjectRecall:
         self._shares: dict[str, list[float]] = defaultdict(list)
 
     def add(self, objects: Sequence[tuple[np.ndarray, int]], predicted: np.ndarray) -> None:
-        """Add the objects of one image.
-
-        Args:
-            predicted: (H, W) classes of pixels.
-        """
+        """Add the objects of one image, with the predicted classes (H, W)."""
         for mask, category in objects:
+            area = np.count_nonzero(mask)
+            size = "small" if area < _MEDIUM_AREA else "medium" if area < _LARGE_AREA else "large"
             share = float((predicted[mask] == category).mean())
-            for group in (_size_group(mask), _aspect_group(mask)):
+            for group in (size, _aspect_group(mask)):
                 self._shares[group].append(share)
 
     def results(self) -> dict[str, float]:
@@ -202,11 +187,6 @@ class ObjectRecall:
             for group in self.GROUPS
             if self._shares[group]
         }
-
-
-def _size_group(mask: np.ndarray) -> str:
-    area = np.count_nonzero(mask)
-    return "small" if area < _MEDIUM_AREA else "medium" if area < _LARGE_AREA else "large"
 
 
 def _aspect_group(mask: np.ndarray) -> str:
@@ -272,11 +252,8 @@ class KnnSegmentation(_Segmentation):
         self.tokens = F.normalize(tokens, dim=1)
 
     def _scores(self, tokens: Tensor) -> Tensor:
-        k = min(self.options.num_neighbours, len(self.tokens))
-        queries = F.normalize(tokens, dim=1)
-        indices, weights = nearest(queries, self.tokens, k, self.options.temperature)
-        votes = torch.einsum("nk,nkc->nc", weights, self.shares[indices])
-        return votes / weights.sum(dim=1, keepdim=True)
+        k, temperature = self.options.num_neighbours, self.options.temperature
+        return retrieve(F.normalize(tokens, dim=1), self.tokens, self.shares, k, temperature)
 
 
 class LinearSegmentation(_Segmentation):

@@ -14,8 +14,6 @@ from torch import Tensor, nn
 from flsl_d2.errors import InputError
 from flsl_d2.evaluation import measure_all, measure_features
 from flsl_d2.evaluation.classification import Classification
-from flsl_d2.evaluation.classifiers import top_hits
-from flsl_d2.evaluation.features import frozen_encoder
 from flsl_d2.evaluation.labelled_images import LabelledDataset, LabelledImage, load_labelled
 from flsl_d2.evaluation.measures import MEASURES, better, suitable_measures
 from flsl_d2.evaluation.samples import Options, Sample, Task
@@ -69,23 +67,6 @@ def test_colours_are_told_apart_by_colours(tmp_path: Path) -> None:
     assert scores == {
         f"classification/{key}": 100 for key in ("k3_top1", "k10_top1", "linear_top1")
     }
-
-
-def test_a_cnn_of_timm_is_an_encoder(tmp_path: Path) -> None:
-    folders = [str(write_folders(tmp_path / name, 3, seed)) for seed, name in enumerate("ab")]
-    state = torch.get_rng_state()
-    encoder = frozen_encoder("timm:resnet18?pretrained=false", seed=1)
-    assert torch.equal(torch.get_rng_state(), state)
-    assert (encoder.patch_size, encoder.embed_dim, encoder.training) == (32, 512, False)
-    scores = measure_features(encoder, *folders, short_side=64, class_neighbours=(3,))
-    again = measure_features(
-        frozen_encoder("timm:resnet18?pretrained=false", seed=1),
-        *folders,
-        short_side=64,
-        class_neighbours=(3,),
-    )
-    assert scores == again
-    assert scores["classification/linear_top1"] == 100  # colours survive random filters
 
 
 def test_the_measures_that_suit_the_labels_are_the_default(tmp_path: Path) -> None:
@@ -143,13 +124,6 @@ def test_votes_equal_a_slow_count() -> None:
         assert found[name] == 100 * count / 20
 
 
-def test_top_hits() -> None:
-    assert top_hits(torch.tensor([0.0, 2.0, 1.0]), 1) == {"top1": True}
-    scores = torch.tensor([5.0, 4.0, 3.0, 2.0, 1.0, 0.0])
-    assert top_hits(scores, 4) == {"top1": False, "top5": True}
-    assert top_hits(scores, 5) == {"top1": False, "top5": False}
-
-
 def test_faults_are_sentences(tmp_path: Path) -> None:
     good = write_folders(tmp_path / "good", 2, 0)
     other = write_folders(tmp_path / "other", 2, 0, ("blue", "green"))
@@ -166,12 +140,6 @@ def test_faults_are_sentences(tmp_path: Path) -> None:
             measure_features(
                 ColourEncoder(), str(train), str(val), ["classification"], short_side=24
             )
-
-
-def test_data_without_classes_of_images() -> None:
-    data = LabelledDataset("made", [])
-    with pytest.raises(InputError, match="the images of 'made' have no classes"):
-        Classification(Task(ColourEncoder(), data, data))
 
 
 def test_every_measure_tells_the_direction_of_its_scores() -> None:

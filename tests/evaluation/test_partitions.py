@@ -1,8 +1,6 @@
-"""Adjusted Rand index, boundary F-score and label enlargement against slow and known answers."""
+"""Clusters, boundary F-score and label enlargement against slow and known answers."""
 
 from __future__ import annotations
-
-from itertools import combinations
 
 import numpy as np
 import pytest
@@ -16,48 +14,8 @@ from flsl_d2.evaluation.partitions import (
     boundaries,
     boundary_f_score,
     enlarge_labels,
+    kmeans,
 )
-
-LABELS = st.integers(0, 4)
-
-
-def slow_rand_index(first: list[int], second: list[int]) -> float:
-    """From every pair by itself (Hubert and Arabie's four kinds of pairs)."""
-    both = neither = only_first = only_second = 0
-    for i, j in combinations(range(len(first)), 2):
-        same = first[i] == first[j], second[i] == second[j]
-        both += same == (True, True)
-        neither += same == (False, False)
-        only_first += same == (True, False)
-        only_second += same == (False, True)
-    if not only_first and not only_second:
-        return 1.0
-    product = (both + only_first) * (only_first + neither)
-    product += (both + only_second) * (only_second + neither)
-    return 2 * (both * neither - only_first * only_second) / product
-
-
-@settings(deadline=None, max_examples=150)
-@given(st.lists(st.tuples(LABELS, LABELS), min_size=2, max_size=25))
-def test_rand_index_equals_counting_pairs(pairs: list[tuple[int, int]]) -> None:
-    first, second = (list(part) for part in zip(*pairs, strict=True))
-    found = adjusted_rand_index(np.array(first), np.array(second))
-    # The same integers, divided in another order.
-    assert found == pytest.approx(slow_rand_index(first, second), abs=1e-9)
-
-
-@settings(deadline=None, max_examples=50)
-@given(
-    st.lists(st.tuples(LABELS, LABELS), min_size=2, max_size=40),
-    st.permutations([7, 3, 800, 0, 55]),
-)
-def test_rand_index_ignores_names_and_order(pairs, names) -> None:
-    first, second = (np.array(part) for part in zip(*pairs, strict=True))
-    score = adjusted_rand_index(first, second)
-    # The same integers, divided in another order.
-    assert adjusted_rand_index(second, first) == pytest.approx(score, abs=1e-12)
-    assert adjusted_rand_index(np.array(names)[first], second) == pytest.approx(score, abs=1e-12)
-    assert adjusted_rand_index(first, first) == 1
 
 
 def test_rand_index_known_answers() -> None:
@@ -70,6 +28,17 @@ def test_rand_index_known_answers() -> None:
     generator = np.random.default_rng(0)
     large = generator.integers(0, 3, (2, 2000, 2000))  # pairs of pairs beyond 64-bit integers
     assert abs(adjusted_rand_index(*large)) < 1e-4
+
+
+def test_k_means() -> None:
+    groups = torch.arange(5).repeat_interleave(20)[torch.randperm(100)]
+    points = 10 * torch.eye(5, 8)[groups] + 0.1 * torch.randn(100, 8)
+    for seed in range(3):
+        labels = kmeans(points, 5, [seed, 1])
+        assert torch.equal(labels, kmeans(points, 5, [seed, 1]))
+        assert adjusted_rand_index(groups.numpy(), labels.numpy()) == 1
+    assert kmeans(torch.ones(4, 3), 2, 0).tolist() == [0, 0, 0, 0]
+    assert len(kmeans(torch.eye(3), 9, 0).unique()) == 3
 
 
 def test_boundary_is_between_labels_and_not_at_ignored_pixels() -> None:

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from labelled_rectangles import CLASSES, GRID, SIZE, WIDTH, dataset, run, samples
+from labelled_rectangles import GRID, WIDTH, dataset, run, samples
 
 from flsl_d2.errors import InputError
 from flsl_d2.evaluation.classifiers import WEIGHT_DECAY, fit_linear, nearest
@@ -26,25 +26,12 @@ BOTH = pytest.mark.parametrize("kind", [KnnSegmentation, LinearSegmentation])
 
 @BOTH
 def test_tokens_of_their_class_segment_perfectly_up_to_corners(kind) -> None:
-    """Bilinear borders round the corners of rectangles off; the rest is right."""
+    """Bilinear borders round corners off; a band over the whole height has none."""
+    bands = dataset(rectangles=[((2, 0, 4, 6), 0), ((6, 0, 8, 6), 1)])
+    assert run(kind, data=bands, num_neighbours=5)["mIoU"] == 100
     scores = run(kind, num_neighbours=5)
     assert scores["mIoU"] > 95
-    assert scores["pixel_accuracy"] > 98
-    assert set(scores) == {
-        "mIoU",
-        "pixel_accuracy",
-        "IoU-background",
-        *(f"IoU-{name}" for name in CLASSES),
-        *(f"recall_{group}" for group in ("small", "square", "tall")),
-    }
-
-
-@BOTH
-def test_right_angles_aside_nothing_is_lost(kind) -> None:
-    """An upright band over the whole height has no corner: exactly 100."""
-    data = dataset(rectangles=[((2, 0, 4, 6), 0), ((6, 0, 8, 6), 1)])
-    scores = run(kind, data=data, num_neighbours=5)
-    assert scores["mIoU"] == 100
+    assert {"pixel_accuracy", "IoU-background", "recall_small", "recall_tall"} < set(scores)
 
 
 @BOTH
@@ -205,7 +192,3 @@ def test_other_classes_in_the_validation_set_are_refused() -> None:
     for kind in (KnnSegmentation, LinearSegmentation):
         with pytest.raises(InputError, match="pixel classes"):
             kind(Task(None, dataset(), other))
-
-
-def test_size_of_the_made_images() -> None:
-    assert dataset(1).images[0].semantic.shape == SIZE
