@@ -17,7 +17,7 @@ from flsl_d2.evaluation.explained_variance import position_r2
 from flsl_d2.images.image_store import ImageStore, as_store
 from flsl_d2.images.images import ImageFile
 from flsl_d2.modeling import Encoder, FLSLViT
-from pretrain.hooks import beside_training, current_encoder, untouched_generators
+from pretrain.hooks import beside_training, untouched_generators
 from pretrain.monitor import CollapseWatch
 
 logger = logging.getLogger("pretrain")
@@ -140,7 +140,7 @@ class HealthReport(HookBase):
 
     def _report(self, done: int) -> None:
         histories = self.trainer.storage.histories()
-        method, encoder = self.trainer.method, current_encoder(self.trainer)
+        method, encoder = self.trainer.method, self.trainer.method.exported_encoder()
         # The term over centroids: FLSL's, that of methods with several terms, or the loss.
         terms = ("loss_inter", "loss_global", "loss")
         name = next((term for term in terms if term in histories), "loss")

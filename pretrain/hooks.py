@@ -31,7 +31,6 @@ from flsl_d2.visualization import encoder_figure
 from flsl_d2.weights import encoder_file
 from flsl_d2.weights.checkpointer import copy_to_cpu
 from pretrain.methods import Method
-from pretrain.sharding import whole_encoder
 
 logger = logging.getLogger("pretrain")
 
@@ -59,34 +58,6 @@ def beside_training(trainer: Any) -> Iterator[None]:
     eager = torch.compiler.set_stance("force_eager")
     with untouched_generators(), eager, encoding_in(getattr(trainer, "dtype", None)):
         yield
-
-
-def current_encoder(trainer: Any) -> FLSLViT | TimmBackbone:
-    """Return the encoder to export or measure: of a sharded run the copy of :class:`WholeEncoder`.
-
-    Such a copy is on the main process alone.
-    """
-    whole = getattr(trainer, "whole_encoder", None)
-    return trainer.method.exported_encoder() if whole is None else whole
-
-
-class WholeEncoder(HookBase):
-    """Gather the encoder of a sharded run on the main process when the hooks behind it need it.
-
-    It is registered in every process, before the hooks that measure, draw and export.
-
-    Args:
-        periods: numbers of steps between two uses of the encoder; 0 for none. The last step is one.
-    """
-
-    def __init__(self, periods: Sequence[int]) -> None:
-        self.periods = [period for period in periods if period]
-
-    def after_step(self) -> None:
-        """Gather when due; otherwise forget the copy."""
-        done = self.trainer.iter + 1
-        due = done >= self.trainer.max_iter or any(done % period == 0 for period in self.periods)
-        self.trainer.whole_encoder = whole_encoder(self.trainer.method) if due else None
 
 
 def save_teacher_backbone(method: Method, path: str | Path) -> None:
@@ -136,7 +107,7 @@ class ExportTeacher(HookBase):
             self._log_failure()
         if self.period and (self.trainer.iter + 1) % self.period == 0:
             self._log_failure()
-            content = copy_to_cpu(_content(current_encoder(self.trainer)))
+            content = copy_to_cpu(_content(self.trainer.method.exported_encoder()))
             self._writing.start(lambda: write_content(content, self.path))
 
     def after_train(self) -> None:
@@ -146,7 +117,7 @@ class ExportTeacher(HookBase):
         if self.trainer.iter < self.trainer.max_iter:
             return
         try:
-            write_content(_content(current_encoder(self.trainer)), self.path)
+            write_content(_content(self.trainer.method.exported_encoder()), self.path)
         except (OSError, RuntimeError) as error:  # PyTorch's writer hides the error of the file
             raise TrainingError(self._sentence(error)) from error
         logger.info(
@@ -251,7 +222,7 @@ class FeatureMeasures(HookBase):
         if self.trainer.iter + 1 < self.trainer.max_iter and not self.share.allows():
             return
         with self.share.taking():
-            self._measure(current_encoder(self.trainer))
+            self._measure(self.trainer.method.exported_encoder())
 
     def _measure(self, encoder: FLSLViT | TimmBackbone) -> None:
         assert self.data is not None, "only the main process measures"
@@ -340,7 +311,7 @@ class EncoderPictures(HookBase):
         self.trainer.storage.put_image("teacher/tokens", page)
 
     def _features(self) -> list[TokenFeatures]:
-        backbone = current_encoder(self.trainer)
+        backbone = self.trainer.method.exported_encoder()
         features = []
         for place in self.places:
             try:

@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 
 from flsl_d2.errors import InputError
 
@@ -30,17 +27,12 @@ def build_adamw(model: nn.Module, betas: tuple[float, float] = (0.9, 0.999)) -> 
     return torch.optim.AdamW(groups, lr=0.0, betas=betas, fused=True)
 
 
-def local_tensors(tensors: Iterable[Tensor]) -> list[Tensor]:
-    """Return the share of this process of each sharded tensor, and other tensors as they are."""
-    return [each.to_local() if isinstance(each, DTensor) else each for each in tensors]
-
-
 @torch.no_grad()
 def clip_gradients(gradients: list[Tensor], max_norm: float, mode: str = "per_tensor") -> Tensor:
     """Scale gradients in place so that no norm exceeds ``max_norm``.
 
     Args:
-        gradients: gradients of all parameters that have one; either all are sharded or none.
+        gradients: gradients of all parameters that have one.
         max_norm: largest norm; 3 in the published run.
         mode: ``per_tensor`` clips each parameter's gradient by its own norm, as published;
             ``global`` clips all by their common norm; ``none`` only measures.
@@ -53,13 +45,7 @@ def clip_gradients(gradients: list[Tensor], max_norm: float, mode: str = "per_te
     """
     if mode not in CLIP_MODES:
         raise InputError(f"train.clip_mode is '{mode}'; use one of {', '.join(CLIP_MODES)}.")
-    sharded = any(isinstance(gradient, DTensor) for gradient in gradients)
-    gradients = local_tensors(gradients)
     norms = torch.stack(torch._foreach_norm(gradients))
-    if sharded:  # each process has a share of every tensor
-        squares = norms.square()
-        dist.all_reduce(squares)
-        norms = squares.sqrt()
     total = torch.linalg.vector_norm(norms)
     if mode == "per_tensor":
         torch._foreach_mul_(gradients, (max_norm / (norms + 1e-6)).clamp(max=1.0).unbind())

@@ -39,14 +39,13 @@ from flsl_d2.images.image_store import ImageStore, open_images
 from flsl_d2.weights import FLSLCheckpointer
 from pretrain.data import PretrainDataset, build_pretrain_loader
 from pretrain.health import HealthReport
-from pretrain.hooks import EncoderPictures, ExportTeacher, FeatureMeasures, WholeEncoder
+from pretrain.hooks import EncoderPictures, ExportTeacher, FeatureMeasures
 from pretrain.initial_weights import open_initial_encoder
 from pretrain.methods import Method
 from pretrain.monitor import CollapseWatch, ConsoleProgress, Monitor
 from pretrain.optimizer import build_adamw
 from pretrain.presets import PRESET_FILE, use_images
 from pretrain.schedules import Schedules, set_run_length
-from pretrain.sharding import ShardedCheckpointer, check_sharding, shard
 from pretrain.step_numbers import BadNumbersError, step_files, write_bad_numbers
 from pretrain.stored_channels import (
     normalise_stored_values,
@@ -156,7 +155,11 @@ def _run(cfg: DictConfig, options: ResumeOptions, request: StopRequest, preset: 
     normalise_stored_values(method, cfg, files)
     encoder, compile_mode = method.exported_encoder(), cfg.train.get("compile_mode", "default")
     mode = resolve_compile(cfg.train.compile, compile_mode, cfg.train.device, encoder)
-    sharded = check_sharding(cfg.train.get("sharding", "none"), method, precision, mode)
+    if cfg.train.get("sharding", "none") != "none":
+        raise InputError(
+            f"train.sharding is {cfg.train.sharding!r}, and only 'none' is left: each process has "
+            "the whole model; take the key out of the config."
+        )
     if mode:
         method.compile_blocks(mode=mode)
     method.check_run(
@@ -173,11 +176,9 @@ def _run(cfg: DictConfig, options: ResumeOptions, request: StopRequest, preset: 
     )
     for line in describe_run(cfg, files, method, schedules, precision):
         logger.info("%s", line)
-    if sharded:
-        shard(method)
     accumulation_steps = cfg.train.accumulation_steps
     trainer = PretrainTrainer(
-        model if sharded else wrap_ddp(model, **ddp_options(accumulation_steps)),
+        wrap_ddp(model, **ddp_options(accumulation_steps)),
         None,
         build_adamw(model),
         schedules,
@@ -198,8 +199,7 @@ def _run(cfg: DictConfig, options: ResumeOptions, request: StopRequest, preset: 
         cfg.dataset.max_failed_share,
     )
     trainer.register_hooks([hooks.IterationTimer(), monitor])  # before their state is loaded
-    checkpointer_class = ShardedCheckpointer if sharded else FLSLCheckpointer
-    checkpointer = checkpointer_class(trainer.model, str(output), trainer=trainer)
+    checkpointer = FLSLCheckpointer(trainer.model, str(output), trainer=trainer)
     start_iter = _resume(checkpointer, trainer, options, output)
     trainer.data_loader = build_pretrain_loader(
         dataset,
@@ -305,14 +305,6 @@ def _hooks(
     num_centroids = trainer.method.num_centroids
     watch = CollapseWatch()
     registered: list[HookBase] = [FirstSteps(FIRST_STEPS, "pictures and scores", logger), watch]
-    if isinstance(checkpointer, ShardedCheckpointer):
-        periods = (
-            cfg.train.checkpoint_period,
-            cfg.train.pictures_period,
-            cfg.train.health_period,
-            cfg.train.measures.period_iters,
-        )
-        registered.append(WholeEncoder(periods))
     if cfg.train.measures.val:
         registered.append(FeatureMeasures(**cfg.train.measures))
     if comm.is_main_process():

@@ -19,7 +19,6 @@ from torch import Tensor, nn
 
 from flsl_d2.engine.launch import has_native_bf16
 from flsl_d2.errors import InputError
-from flsl_d2.modeling import FLSLViT
 from pretrain.data import Batch
 from pretrain.methods.protocol import Losses, Method, Monitored
 from pretrain.optimizer import clip_gradients
@@ -118,7 +117,6 @@ class PretrainTrainer(SimpleTrainer):
             wait for Python; a stop is agreed, and bad numbers are found, a step later.
         num_failed: number of images of all processes that could not be read so far.
         num_overflows: number of steps that were left out because float16 gradients overflowed.
-        whole_encoder: copy of a sharded encoder; see :class:`pretrain.hooks.WholeEncoder`.
 
     Raises:
         BadNumbersError: losses or gradients of a step are not finite; raised on every process.
@@ -151,7 +149,6 @@ class PretrainTrainer(SimpleTrainer):
         self.stop_agreed = False
         self.reads_now: Callable[[int], bool] = lambda _: True
         self._unread: StepNumbers | None = None
-        self.whole_encoder: FLSLViT | None = None
         self.num_failed = 0
         self.num_overflows = 0
         self.loss_scale = self.scaler.get_scale()
@@ -189,7 +186,6 @@ class PretrainTrainer(SimpleTrainer):
         monitored: list[Monitored] = []
         for part in parts:
             # Gradients are exchanged between processes once, with the last part.
-            # A sharded model has no room for whole gradients, and exchanges them with each part.
             wait = part is not parts[-1] and self.model is not self.method
             with self.model.no_sync() if wait else nullcontext():
                 losses.append(self._forward(part, values))

@@ -161,9 +161,6 @@ train = dict(
     # Mode of torch.compile; "reduce-overhead" and "max-autotune" record CUDA graphs of blocks of
     # fixed shape: the teacher's, and the student's with model.backbone.drop_path_rate=0.
     compile_mode="default",
-    # "fsdp2" spreads weights, gradients and optimiser over the processes, for encoders that do not
-    # fit on one GPU; "none" keeps a copy on each.
-    sharding="none",
     # Products of float32 matrices in TF32 on GPUs that have it; for precision="fp32".
     tf32=False,
     # Largest norm of a gradient, taken "per_tensor" (as published), "global" or not ("none").

@@ -21,7 +21,6 @@ from flsl_d2.weights.checkpointer import (
     BEST_WEIGHTS,
     SafeCheckpointer,
     checkpoint_files,
-    delete_checkpoint,
     remove_unfinished,
 )
 
@@ -109,7 +108,7 @@ class Checkpoints(HookBase):
     def _save(self, name: str, last: bool = False) -> None:
         self.prepare()
         self._take_result()
-        if not self.checkpointer.takes_part:
+        if not comm.is_main_process():
             return
         if self.background and not last:
             content = self.checkpointer.snapshot(iteration=self.trainer.iter)
@@ -141,7 +140,7 @@ class Checkpoints(HookBase):
         before = Path(self.checkpointer.get_checkpoint_file()).name
         safe = f"the last good one is {before}" if before else "there is none before it"
         return (
-            f"checkpoint {name}{self.checkpointer.ending} cannot be written to "
+            f"checkpoint {name}.pth cannot be written to "
             f"'{self.checkpointer.save_dir}' ({error.strerror or error}); {safe}"
         )
 
@@ -158,7 +157,7 @@ class Checkpoints(HookBase):
         for steps, file in sorted(numbered)[: -self.keep_last]:
             kept = self.keep_every and steps % self.keep_every == 0
             if not kept and str(file) != newest:
-                delete_checkpoint(file)
+                file.unlink(missing_ok=True)
 
 
 class KeepBest(hooks.BestCheckpointer):

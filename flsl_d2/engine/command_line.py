@@ -30,8 +30,6 @@ _HARMLESS = (
     (UserWarning, "torch.meshgrid"),
     (FutureWarning, "Importing from timm.models.layers is deprecated"),
     (FutureWarning, "`torch.cuda.amp"),
-    # Checkpoints of a sharded run may be read and written by one process.
-    (UserWarning, "torch.distributed is disabled"),
     # Their new names exist since PyTorch 2.13 alone.
     (FutureWarning, "`broadcast_buffers` is deprecated"),
     (FutureWarning, "`torch.distributed.all_gather_into_tensor` is deprecated"),

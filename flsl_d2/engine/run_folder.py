@@ -25,7 +25,7 @@ from omegaconf.errors import InterpolationResolutionError
 from flsl_d2.agreement import decided_by_main
 from flsl_d2.errors import InputError, TrainingError
 from flsl_d2.files import writable_folder, write_text
-from flsl_d2.weights.checkpointer import BEST_WEIGHTS, checkpoint_files, delete_checkpoint
+from flsl_d2.weights.checkpointer import BEST_WEIGHTS, checkpoint_files
 
 RUN_FILE = "run.json"
 _SHOWN = 12
@@ -63,7 +63,8 @@ PRETRAINING_KEYS = NeutralKeys(
         *("dataloader.num_workers", "dataloader.prefetch_factor"),
     ),
     on_resume=(
-        *("train.device", "train.compile*", "train.tf32", "train.log_period", "train.sharding"),
+        *("train.device", "train.compile*", "train.tf32", "train.log_period"),
+        "train.sharding",  # in configs of earlier versions
         # The images are compared by their names below their common folder.
         *("dataset.root", "dataset.name", "dataset.max_failed_share"),
         *("dataset.cache_gb", "dataset.cache_dir", "dataset.patience"),
@@ -241,7 +242,7 @@ def _check_and_keep(
     if files and not options.resume:
         logger.warning("Deleting the checkpoints of the run in %s, as --overwrite asks.", folder)
         for file in [*files, folder / "last_checkpoint", folder / BEST_WEIGHTS]:
-            delete_checkpoint(file)
+            file.unlink(missing_ok=True)
     keep_config(cfg, folder)
     content = {"processes": comm.get_world_size(), "settings": settings}
     write_text(folder / RUN_FILE, json.dumps(content, indent=1))

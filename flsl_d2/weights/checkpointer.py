@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import platform
-import shutil
 import zipfile
-import zlib
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -36,25 +33,12 @@ logger = logging.getLogger(__name__)
 
 BEST_WEIGHTS = "model_best.pth"
 
-# Ending of a checkpoint that is a folder, to which each process of a run wrote its share.
-SHARDED = ".dcp"
-# File in such a folder with the checksums of the others.
-CHECKSUMS = "checksums.json"
-
 
 def remove_unfinished(folder: str | Path) -> None:
     """Delete what :func:`~flsl_d2.files.replaced_file` left of a run that was killed meanwhile."""
     for part in Path(folder).glob(f"*.{'[0-9a-f]' * 8}{UNFINISHED}"):
         logger.info("Removing %s, whose writing was interrupted.", part)
-        delete_checkpoint(part)
-
-
-def delete_checkpoint(path: Path) -> None:
-    """Delete a checkpoint, a file or a folder, if it is there."""
-    if path.is_dir():
-        shutil.rmtree(path, ignore_errors=True)
-    else:
-        path.unlink(missing_ok=True)
+        part.unlink(missing_ok=True)
 
 
 def checkpoint_files(folder: str | Path) -> list[Path]:
@@ -66,28 +50,21 @@ def checkpoint_files(folder: str | Path) -> list[Path]:
     if not folder:
         return []
     folder = Path(folder)
-    found = [
-        file
-        for ending in (".pth", SHARDED)
-        for file in folder.glob(f"model_*{ending}")
-        if file.name != BEST_WEIGHTS
-    ]
+    found = [file for file in folder.glob("model_*.pth") if file.name != BEST_WEIGHTS]
     found.sort(key=lambda file: -file.stat().st_mtime_ns)
     with suppress(OSError, ValueError):
         tagged = folder / (folder / "last_checkpoint").read_text().strip()
         # A damaged tag may hold anything.
-        if tagged.suffix in (".pth", SHARDED):
+        if tagged.suffix == ".pth":
             found = [tagged, *(file for file in found if file != tagged)]
     return found
 
 
 def checkpoint_damage(path: str | Path) -> str:
-    """Say what is wrong with a file of ``torch.save`` or a sharded checkpoint; empty for nothing.
+    """Say what is wrong with a file of ``torch.save``; empty for nothing.
 
     All checksums are compared, which PyTorch's readers do not do.
     """
-    if Path(path).suffix == SHARDED:
-        return _folder_damage(Path(path))
     try:
         with zipfile.ZipFile(path) as archive:
             damaged = archive.testzip()
@@ -107,24 +84,6 @@ def copy_to_cpu(value: Any) -> Any:
     return value
 
 
-def file_checksum(path: Path) -> str:
-    """Return the size of a file and the CRC-32 of its content, as text."""
-    checksum = size = 0
-    with path.open("rb") as file:
-        while block := file.read(1 << 22):
-            checksum, size = zlib.crc32(block, checksum), size + len(block)
-    return f"{size} {checksum:08x}"
-
-
-def _folder_damage(folder: Path) -> str:
-    try:
-        expected = json.loads((folder / CHECKSUMS).read_text())
-        wrong = [name for name, text in expected.items() if file_checksum(folder / name) != text]
-    except (OSError, ValueError, AttributeError) as error:
-        return " ".join(str(error).split()) or type(error).__name__
-    return f"the checksum of {wrong[0]} in it is wrong" if wrong else ""
-
-
 class SafeCheckpointer(DetectionCheckpointer):
     """Detectron2's checkpointer, except that a file is complete before it has its name.
 
@@ -133,11 +92,9 @@ class SafeCheckpointer(DetectionCheckpointer):
 
     Attributes:
         tag_saved: whether a file that is saved becomes the last checkpoint.
-        ending: ending of the names of its checkpoints.
     """
 
     tag_saved = True
-    ending = ".pth"
 
     def save(self, name: str, **kwargs: Any) -> None:
         """Write ``<name>.pth``, and make it the last checkpoint if ``tag_saved``.
@@ -145,13 +102,8 @@ class SafeCheckpointer(DetectionCheckpointer):
         Raises:
             OSError: the file cannot be written; the checkpoints before it are untouched.
         """
-        if self.takes_part:
+        if self.save_dir and self.save_to_disk:
             self.write(name, self.content(**kwargs))
-
-    @property
-    def takes_part(self) -> bool:
-        """Whether this process writes (a part of) the checkpoints."""
-        return bool(self.save_dir) and self.save_to_disk
 
     def content(self, **kwargs: Any) -> dict[str, Any]:
         """Return what a checkpoint of this moment holds; the tensors are those of the run."""
@@ -164,7 +116,7 @@ class SafeCheckpointer(DetectionCheckpointer):
 
     def write(self, name: str, content: dict[str, Any]) -> None:
         """Write what :meth:`content` returned; see :meth:`save`."""
-        path = Path(self.save_dir, f"{name}{self.ending}")
+        path = Path(self.save_dir, f"{name}.pth")
         logger.info("Saving checkpoint to %s", path)
         try:
             with replaced_file(path) as file:
@@ -212,7 +164,7 @@ class SafeCheckpointer(DetectionCheckpointer):
     def _choose(self) -> tuple[str, list[str]]:
         refused: list[str] = []
         for file in checkpoint_files(self.save_dir):
-            damage = self._other_kind(file) or checkpoint_damage(file)
+            damage = checkpoint_damage(file)
             if not damage:
                 if refused:
                     logger.warning("Falling back to the checkpoint before: %s", file)
@@ -221,16 +173,10 @@ class SafeCheckpointer(DetectionCheckpointer):
             logger.warning("Checkpoint %s is damaged or gone (%s).", file, damage)
         return "", refused
 
-    def _other_kind(self, file: Path) -> str:
-        if file.suffix == self.ending:
-            return ""
-        sharded = file.suffix == SHARDED
-        return f"it is of a run {'with' if sharded else 'without'} train.sharding=fsdp2"
-
 
 def _check_readable(path: str) -> None:
     try:
-        Path(path, CHECKSUMS if Path(path).suffix == SHARDED else "").open("rb").close()
+        Path(path).open("rb").close()
     except OSError as error:
         raise InputError(
             f"rank {comm.get_rank()} on {platform.node()} cannot read '{path}' ({error.strerror}), "

@@ -22,7 +22,6 @@ from flsl_d2.modeling.projection_head import FLSLHead
 from flsl_d2.modeling.timm_backbone import TimmBackbone
 from pretrain.methods.protocol import Losses, Monitored, StepInputs
 from pretrain.multi_crop import MultiCropViews
-from pretrain.optimizer import local_tensors
 from pretrain.schedules import StepValues
 
 _Self = TypeVar("_Self", bound="BaseMethod")
@@ -145,8 +144,7 @@ class BaseMethod(nn.Module):
         """
         if self.teacher is None:
             return
-        # The shares of a sharded student and teacher are cut alike.
-        own, other = (local_tensors(each.parameters()) for each in (self.teacher, self.student))
+        own, other = (list(each.parameters()) for each in (self.teacher, self.student))
         torch._foreach_lerp_(own, other, 1 - momentum)
         buffers = self.student.backbone.buffers()
         for kept, current in zip(self.teacher.backbone.buffers(), buffers, strict=True):
