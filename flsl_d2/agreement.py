@@ -44,20 +44,6 @@ def checked_by_all(function: Callable[[], T]) -> T:
     return result  # type: ignore[return-value]  # without an error there is a result
 
 
-def in_turns(function: Callable[[], T]) -> T:
-    """Run a function on rank 0, then on the first rank of each other machine, then on the rest.
-
-    The later ones find what the earlier ones have left on the disk.
-
-    Raises:
-        InputError: the function raised it on some process; it is raised on all.
-        TrainingError: likewise.
-    """
-    turn = 0 if comm.is_main_process() else 1 if comm.get_local_rank() == 0 else 2
-    results = [checked_by_all(function if i == turn else lambda: None) for i in range(3)]
-    return results[turn]  # type: ignore[return-value]
-
-
 def check_equal(value: str, what: str, remedy: str) -> None:
     """Check that all processes have the same value.
 

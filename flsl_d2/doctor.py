@@ -28,7 +28,7 @@ import flsl_d2
 from flsl_d2.annotations.datasets import datasets_root
 from flsl_d2.engine.gpus import unusable_driver
 from flsl_d2.engine.launch import has_native_bf16, usable_cores
-from flsl_d2.images.images import read_rgb
+from flsl_d2.images.reader import read_rgb
 
 OK, NOTE, FAIL = "ok", "note", "FAIL"
 PACKAGES = ("torch", "torchvision", "timm", "numpy", "Pillow", "fvcore", "iopath", "pycocotools")

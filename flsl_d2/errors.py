@@ -30,3 +30,10 @@ class TrainingError(_SentenceError, RuntimeError):
     The message says what happened, what is safe and what to do. Command-line tools print it
     without a traceback and exit with status 3.
     """
+
+
+class MachineError(TrainingError):
+    """The machine failed, and not the file that it was reading: no file may be blamed for it.
+
+    Too many open files, no permission, a disk or mount that answers with errors, no memory.
+    """

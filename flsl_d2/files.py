@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import re
 import secrets
@@ -11,7 +12,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from flsl_d2.errors import InputError
+from flsl_d2.errors import InputError, MachineError
 
 # The ending of a file's name while the file is written.
 UNFINISHED = ".part"
@@ -28,6 +29,46 @@ _CONTENTS = {
     rb"\x93NUMPY": "a single NumPy array",
     rb"\x89HDF\r\n": "an HDF5 file, which Keras writes",
 }
+
+
+# Errors of the system that say nothing about the file which was to be read, and what helps.
+_MACHINE_ERRORS = {
+    **dict.fromkeys((errno.EMFILE, errno.ENFILE), "raise the limit of open files (ulimit -n)"),
+    **dict.fromkeys((errno.EACCES, errno.EPERM), "give this user the right to read it"),
+    errno.ENOMEM: "use fewer workers, smaller batches or more memory",
+    **dict.fromkeys(
+        (
+            *(errno.EIO, errno.ESTALE, errno.ETIMEDOUT, errno.ENOTCONN, errno.EHOSTDOWN),
+            *(errno.EREMOTEIO, errno.ENETDOWN, errno.ENETUNREACH, errno.ESHUTDOWN, errno.ENODEV),
+        ),
+        "check the disk, or the mount it lies on",
+    ),
+}
+
+
+@contextmanager
+def machine_errors(path: str = "") -> Iterator[None]:
+    """Raise errors that are the machine's and not the file's as :class:`MachineError`.
+
+    Args:
+        path: file that is read, for the message; empty for the file that the error names.
+
+    Raises:
+        MachineError: too many open files, no permission, a lost mount, or no memory.
+    """
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in _MACHINE_ERRORS:
+            raise
+        raise MachineError(
+            f"'{path or error.filename}' cannot be read ({error.strerror}), which says nothing "
+            f"about its content; {_MACHINE_ERRORS[error.errno]}"
+        ) from error
+    except MemoryError as error:
+        raise MachineError(
+            f"there is no memory left to read '{path}'; {_MACHINE_ERRORS[errno.ENOMEM]}"
+        ) from error
 
 
 def expand_home(value: Any) -> Any:

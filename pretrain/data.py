@@ -15,14 +15,14 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, get_worker_info
 
 from flsl_d2.errors import InputError, TrainingError
-from flsl_d2.images.image_store import ImageStore, as_store
-from flsl_d2.images.images import (
+from flsl_d2.images.reader import (
     MAX_PIXELS,
     MAX_PIXELS_LIMIT,
     ImageFile,
     printable,
     read_channels,
 )
+from flsl_d2.images.store import ImageStore, as_store
 from flsl_d2.modeling.transfer import to_device
 from pretrain.device_views import (
     AugmentationBatch,

@@ -14,8 +14,8 @@ from detectron2.engine import HookBase
 from flsl_d2.errors import TrainingError
 from flsl_d2.evaluation import extract_tokens
 from flsl_d2.evaluation.explained_variance import position_r2
-from flsl_d2.images.image_store import ImageStore, as_store
-from flsl_d2.images.images import ImageFile
+from flsl_d2.images.reader import ImageFile
+from flsl_d2.images.store import ImageStore, as_store
 from flsl_d2.modeling import Encoder, FLSLViT
 from pretrain.hooks import beside_training, untouched_generators
 from pretrain.monitor import CollapseWatch

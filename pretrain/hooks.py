@@ -23,8 +23,8 @@ from flsl_d2.evaluation.features import encoding_in
 from flsl_d2.evaluation.labelled_images import LabelledDataset
 from flsl_d2.evaluation.measures import measure_all, prepare_measures
 from flsl_d2.files import replaced_file
-from flsl_d2.images.image_store import ImageStore, as_store
-from flsl_d2.images.images import ImageFile, read_rgb
+from flsl_d2.images.reader import ImageFile, read_rgb
+from flsl_d2.images.store import ImageStore, as_store
 from flsl_d2.modeling import FLSLViT
 from flsl_d2.modeling.timm_backbone import TimmBackbone
 from flsl_d2.visualization import encoder_figure

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 
 from flsl_d2.errors import InputError
-from flsl_d2.images.images import ImageFile
+from flsl_d2.images.reader import ImageFile
 from pretrain.augmentation import Augmentation, apply_augmentation
 from pretrain.views import DEVICE_WORK, Views, crop_box, resized_crop
 

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 
 from flsl_d2.errors import InputError
-from flsl_d2.images.images import ImageFile
+from flsl_d2.images.reader import ImageFile
 from pretrain.augmentation import apply_augmentation, draw_augmentation
 from pretrain.views import Views, resized_crop
 

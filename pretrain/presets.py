@@ -33,8 +33,8 @@ import torch
 from detectron2.data import DatasetCatalog
 
 from flsl_d2.errors import InputError
-from flsl_d2.images.channels import find_channels
-from flsl_d2.images.image_store import ImageStore, open_images
+from flsl_d2.images.store import ImageStore, open_images
+from flsl_d2.images.stored_values import find_channels
 
 PRESET_FILE = "preset.py"
 

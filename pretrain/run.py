@@ -35,7 +35,7 @@ from flsl_d2.engine.stopping import StopRequest, stop_requests
 from flsl_d2.engine.trackers import build_trackers
 from flsl_d2.errors import InputError, TrainingError
 from flsl_d2.files import write_text
-from flsl_d2.images.image_store import ImageStore, open_images
+from flsl_d2.images.store import ImageStore, open_images
 from flsl_d2.weights import FLSLCheckpointer
 from pretrain.data import PretrainDataset, build_pretrain_loader
 from pretrain.health import HealthReport

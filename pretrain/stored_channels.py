@@ -17,8 +17,8 @@ from omegaconf import DictConfig
 
 from flsl_d2.engine.config_files import call_target
 from flsl_d2.errors import InputError
-from flsl_d2.images.channels import channel_statistics, stored_bits
-from flsl_d2.images.image_store import ImageStore
+from flsl_d2.images.store import ImageStore
+from flsl_d2.images.stored_values import channel_statistics, stored_bits
 from flsl_d2.modeling import InputFormat
 
 logger = logging.getLogger("pretrain")

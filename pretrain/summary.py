@@ -9,8 +9,8 @@ from detectron2.utils import comm
 from omegaconf import DictConfig
 
 from flsl_d2.errors import InputError
-from flsl_d2.images.image_store import ImageStore, as_store
-from flsl_d2.images.images import ImageFile, picture_size, printable
+from flsl_d2.images.reader import ImageFile, picture_size, printable
+from flsl_d2.images.store import ImageStore, as_store
 from pretrain.methods import Method
 from pretrain.schedules import Schedules
 

@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from flsl_d2.errors import InputError
-from flsl_d2.images.images import ImageFile
+from flsl_d2.images.reader import ImageFile
 from pretrain.augmentation import Augmentation, apply_augmentation, draw_augmentation
 
 ASPECT_RATIOS = (3 / 4, 4 / 3)

@@ -12,7 +12,7 @@ from detectron2.projects.point_rend import ColorAugSSDTransform
 from omegaconf import OmegaConf
 
 from flsl_d2.annotations.mapper import FLSLDatasetMapper
-from flsl_d2.images.label_images import read_labels
+from flsl_d2.images.labels import read_labels
 
 dataloader = OmegaConf.create(
     dict(

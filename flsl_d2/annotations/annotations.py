@@ -29,7 +29,7 @@ from flsl_d2.annotations.box_conventions import find_other_convention
 from flsl_d2.annotations.coco_file import COCO_LISTS, read_coco
 from flsl_d2.annotations.findings import Findings, Use
 from flsl_d2.errors import InputError
-from flsl_d2.images.images import picture_size
+from flsl_d2.images.reader import picture_size
 
 logger = logging.getLogger(__name__)
 

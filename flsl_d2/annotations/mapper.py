@@ -15,13 +15,13 @@ from fvcore.transforms.transform import TransformList
 
 from flsl_d2.annotations.annotation_shapes import box_polygon
 from flsl_d2.errors import InputError
-from flsl_d2.images.images import printable, read_image
+from flsl_d2.images.reader import printable, read_image
 
 
 class FLSLDatasetMapper(DatasetMapper):
     """Detectron2's mapper, with these differences.
 
-    Pixels are those of :func:`flsl_d2.images.images.read_image`. Masks become bitmasks in images
+    Pixels are those of :func:`flsl_d2.images.reader.read_image`. Masks become bitmasks in images
     that have run-length masks, whatever ``instance_mask_format`` is. An annotation without a mask
     gets that of its box: data with a few of them train masks, and data with boxes alone train
     boxes, also recomputed ones. Whatever fails is an :class:`InputError` that names the file and

@@ -17,7 +17,7 @@ from flsl_d2.annotations import Use, check_registered_dataset
 from flsl_d2.annotations.datasets import use_own_loader
 from flsl_d2.detection.lvis import check_lvis_dataset
 from flsl_d2.errors import InputError
-from flsl_d2.images.label_images import check_label_images
+from flsl_d2.images.labels import check_label_images
 
 logger = logging.getLogger(__name__)
 

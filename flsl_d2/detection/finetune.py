@@ -30,8 +30,8 @@ from flsl_d2.engine.command_line import add_defaults, add_option, described_pars
 from flsl_d2.engine.config_files import load_lazy_config
 from flsl_d2.errors import InputError
 from flsl_d2.files import writable_folder, write_text
-from flsl_d2.images.channels import channel_statistics
-from flsl_d2.images.images import channels_format
+from flsl_d2.images.reader import channels_format
+from flsl_d2.images.stored_values import channel_statistics
 
 CONFIG_FILE = "finetune.py"
 _SUMMARY_FILE = "plan.txt"

@@ -16,7 +16,7 @@ from flsl_d2.annotations.splitting import split_by_image
 from flsl_d2.detection.finetune_plan import DataFacts, collect_facts
 from flsl_d2.errors import InputError
 from flsl_d2.files import write_text
-from flsl_d2.images.channels import find_channels
+from flsl_d2.images.stored_values import find_channels
 
 # Share of the objects that must have a mask for a detector of masks to be chosen.
 _MASK_SHARE = 0.99

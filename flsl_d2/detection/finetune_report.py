@@ -22,7 +22,7 @@ from flsl_d2.detection.coco_evaluator import evaluate_coco
 from flsl_d2.detection.predictor import Detections, Predictor
 from flsl_d2.errors import InputError
 from flsl_d2.files import write_text
-from flsl_d2.images.images import preview
+from flsl_d2.images.reader import preview
 from flsl_d2.visualization.curves import loss_curves
 from flsl_d2.visualization.detections import draw_objects, ground_truth
 from flsl_d2.visualization.figures import (

@@ -17,8 +17,8 @@ from flsl_d2.detection.predictor import Detections, Predictor
 from flsl_d2.engine.command_line import add_option, described_parser, run_tool
 from flsl_d2.errors import InputError
 from flsl_d2.files import write_text
-from flsl_d2.images.image_files import find_images
-from flsl_d2.images.images import preview
+from flsl_d2.images.listing import find_images
+from flsl_d2.images.reader import preview
 from flsl_d2.visualization.figures import enlarge
 
 VIDEO_SUFFIXES = (".mp4", ".avi", ".mov", ".mkv", ".webm", ".m4v")

@@ -17,9 +17,9 @@ from detectron2.structures import BoxMode
 from flsl_d2.annotations import check_registered_dataset
 from flsl_d2.annotations.datasets import register_pair, use_own_loader
 from flsl_d2.errors import InputError
-from flsl_d2.images.image_files import find_images
-from flsl_d2.images.images import printable, read_image
-from flsl_d2.images.label_images import read_labels
+from flsl_d2.images.labels import read_labels
+from flsl_d2.images.listing import find_images
+from flsl_d2.images.reader import printable, read_image
 
 IGNORED = -1
 

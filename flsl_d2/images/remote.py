@@ -1,4 +1,4 @@
-"""Images on servers, by URLs that fsspec knows (s3, gs, http), with a cache on the local disk."""
+"""Files of a server, by URLs that fsspec knows (s3, gs, http), and copies on the local disk."""
 
 from __future__ import annotations
 
@@ -6,106 +6,39 @@ import hashlib
 import logging
 import os
 import time
-import zlib
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future
+from contextlib import suppress
 from pathlib import Path
+from threading import Thread
 from typing import Any, TypeVar
 
 import numpy as np
 
-from flsl_d2.agreement import check_equal, decided_by_main, in_turns
 from flsl_d2.errors import InputError, TrainingError
-from flsl_d2.files import replaced_file, writable_folder
-from flsl_d2.images.image_files import IMAGE_SUFFIXES
-from flsl_d2.images.image_names import ImageNames, pack_names
-from flsl_d2.images.image_store import SHARDS_INDEX, ShardStore, cache_folder, mapped_names
+from flsl_d2.files import writable_folder
 
 logger = logging.getLogger(__name__)
 
 T = TypeVar("T")
+# Name of a file, first byte, and byte behind the last; None for whole files.
+Range = tuple[str, int | None, int | None]
 # The first pause before a server is asked again, and the longest, in seconds.
 _PAUSES = (0.25, 8.0)
 # Answers that another attempt does not change.
 _FINAL = (FileNotFoundError, PermissionError, IsADirectoryError)
-
-
-def open_remote_images(
-    url: str, cache_dir: str = "", cache_gb: float = 0.0, patience: float = 60.0
-) -> RemoteStore:
-    """Open the shards or the tree of images below a URL; every process must call this.
-
-    Args:
-        url: URL of the folder.
-        cache_dir: folder for images that were read; empty for the user's cache.
-        cache_gb: size of that cache in 10^9 bytes; 0 for none.
-        patience: seconds that a failing server is asked again.
-
-    Raises:
-        InputError: fsspec or the package of the protocol is missing, or there are no images.
-    """
-    server = Server(url, patience)
-    key = hashlib.sha256(server.url.encode()).hexdigest()[:24]
-    path = cache_folder() / f"{key}.names"
-    digest = decided_by_main(lambda: _found(server, path, "").digest)
-    names = in_turns(lambda: _found(server, path, digest))
-    check_equal(names.digest, "the images", "give all machines the same URL")
-    cache = None
-    if cache_gb:
-        folder = writable_folder(cache_dir or cache_folder(), "dataset.cache_dir")
-        cache = RangeCache(folder / key, names, cache_gb)
-    return RemoteStore(names, server, cache)
-
-
-def _found(server: Server, path: Path, digest: str) -> ImageNames:
-    """Map names that were found before if they have this digest; else ask the server."""
-    known = mapped_names(path)
-    if known and known.digest == digest:
-        return known
-    try:
-        index = server.read_file(SHARDS_INDEX)
-    except FileNotFoundError:
-        return _found_in_tree(server, path)
-    with replaced_file(path) as file:
-        file.write(index)
-    return ImageNames.from_file(path)
-
-
-def _found_in_tree(server: Server, path: Path) -> ImageNames:
-    try:
-        listed = server.list_files()
-    except OSError as error:
-        raise InputError(
-            f"dataset.root is '{server.url}', which cannot be listed ({error}); give the URL of a "
-            "folder of shards or images."
-        ) from error
-    sizes = {
-        name: size
-        for name, size in listed.items()
-        if os.path.splitext(name)[1].lower() in IMAGE_SUFFIXES
-    }
-    if not sizes:
-        raise InputError(
-            f"dataset.root is '{server.url}', which holds neither shards ({SHARDS_INDEX}) nor "
-            "image files; give the URL of a folder of either."
-        )
-    files = sorted(sizes)
-    header, arrays = pack_names(files)
-    known = [sizes[name] for name in files]
-    if None not in known:  # servers of web pages do not say how large files are
-        lengths = np.array(known, np.uint32)
-        arrays["sizes"] = lengths
-        arrays["places"] = np.cumsum(lengths, dtype=np.uint64) - lengths
-    names = ImageNames(header, arrays)
-    names.save(path, {})
-    return ImageNames.from_file(path)
+# Share of the patience after which a request without an answer is given up and made anew.
+_PATIENCE_OF_A_REQUEST = 0.45
+_PATIENCE_OF_A_LIST = 10.0
+_COPIES_IN_A_FOLDER = 1000
 
 
 class Server:
-    """Files below a URL. A request that fails is repeated for some time.
+    """Files below a URL. A request that fails or gets no answer is repeated for some time.
 
     Args:
         url: URL of a folder.
-        patience: seconds from the first failure of a request to its last repetition.
+        patience: seconds from the start of a request to its last repetition.
 
     Raises:
         InputError: fsspec or the package of the protocol is missing.
@@ -145,11 +78,8 @@ class Server:
             raise content
         return content
 
-    def read(self, ranges: Sequence[tuple[str, int | None, int | None]]) -> list[bytes | OSError]:
+    def read(self, ranges: Sequence[Range]) -> list[bytes | OSError]:
         """Read ranges of bytes at once.
-
-        Args:
-            ranges: name of the file, first byte, and byte behind the last; None for whole files.
 
         Returns:
             The content of each range, or an error for one that cannot be had.
@@ -157,41 +87,30 @@ class Server:
         Raises:
             TrainingError: the server does not answer.
         """
-        answers: list[Any] = [None] * len(ranges)
+        answers: dict[int, bytes | OSError] = {}
 
         def ask() -> None:
-            waiting = [i for i, answer in enumerate(answers) if answer is None]
+            waiting = [i for i in range(len(ranges)) if i not in answers]
             files, root = self._connection()
-            paths = [f"{root}/{ranges[i][0]}" for i in waiting]
-            starts, ends = ([ranges[i][part] for i in waiting] for part in (1, 2))
-            found = files.cat_ranges(paths, starts, ends, on_error="return")
-            failure = None
-            for i, answer in zip(waiting, found, strict=True):
-                failure = self._note(answers, i, answer, ranges[i]) or failure
-            if failure is not None:
-                raise failure
+            names, starts, ends = zip(*(ranges[i] for i in waiting), strict=True)
+            paths = [f"{root}/{name}" for name in names]
+            found = files.cat_ranges(paths, list(starts), list(ends), on_error="return")
+            failures = []
+            for i, answer, start, end in zip(waiting, found, starts, ends, strict=True):
+                if isinstance(answer, _FINAL):
+                    answers[i] = answer
+                elif isinstance(answer, Exception):
+                    failures.append(answer)
+                elif start is not None and end is not None and len(answer) != end - start:
+                    failures.append(OSError(f"{len(answer)} bytes instead of {end - start}"))
+                else:
+                    answers[i] = bytes(answer)
+            if failures:
+                raise failures[0]
 
-        self._repeated(ask)
-        return answers
-
-    def _note(
-        self,
-        answers: list[Any],
-        i: int,
-        answer: Any,
-        wanted: tuple[str, int | None, int | None],
-    ) -> Exception | None:
-        """Keep an answer that is final; return the failure of another one."""
-        _, start, end = wanted
-        if isinstance(answer, _FINAL):
-            answers[i] = answer
-        elif isinstance(answer, Exception):
-            return answer
-        elif start is not None and end is not None and len(answer) != end - start:
-            return OSError(f"{len(answer)} bytes instead of {end - start}")
-        else:
-            answers[i] = bytes(answer)
-        return None
+        if ranges:
+            self._repeated(ask)
+        return [answers[i] for i in range(len(ranges))]
 
     def list_files(self) -> dict[str, int | None]:
         """Return the names of all files below the folder, and their sizes where they are known.
@@ -205,14 +124,16 @@ class Server:
             found = files.find(root, detail=True)
             return {name[len(root) + 1 :]: entry.get("size") for name, entry in found.items()}
 
-        return self._repeated(ask)
+        return self._repeated(ask, _PATIENCE_OF_A_LIST * self.patience)
 
-    def _repeated(self, ask: Callable[[], T]) -> T:
+    def _repeated(self, ask: Callable[[], T], limit: float = 0.0) -> T:
+        """Ask until there is an answer; a request that takes longer than a limit has failed."""
         pause, longest = _PAUSES
+        limit = limit or self.patience * _PATIENCE_OF_A_REQUEST
         deadline = time.monotonic() + self.patience
         while True:
             try:
-                return ask()
+                return _within(limit, ask)
             except _FINAL:
                 raise
             except Exception as error:
@@ -227,118 +148,78 @@ class Server:
             pause = min(2 * pause, longest)
 
 
-class RangeCache:
-    """Images of a server on the local disk: those that lie first, as many as fit.
+def _within(seconds: float, function: Callable[[], T]) -> T:
+    """Run a function in a thread of its own, which is left alone when the time is over."""
+    done: Future[T] = Future()
 
-    Which images are kept is fixed by their place, so that processes need not agree, the limit
+    def run() -> None:
+        try:
+            done.set_result(function())
+        except BaseException as error:
+            done.set_exception(error)
+
+    Thread(target=run, daemon=True).start()
+    try:
+        return done.result(seconds)
+    except TimeoutError as error:
+        if done.done():  # the function's own
+            raise
+        raise OSError(f"no answer within {seconds:g} seconds") from error
+
+
+class LocalCopies:
+    """Images of a server on the local disk: those that come first, as many as fit.
+
+    Which images are kept follows from their numbers, so that processes need not agree, the limit
     holds exactly, and each image that is kept is read from the server once. With images drawn in
     random order this is as good as keeping those that were used last.
 
     Args:
-        path: path of the cache without suffix.
-        names: names of the images, with ``places`` and ``sizes``.
+        folder: folder of the copies of all data sets; empty for the user's cache.
+        key: text that names the server and its images.
+        sizes: (N,) number of bytes of each image; None if they are not known.
         gigabytes: size of the cache in 10^9 bytes.
+
+    Raises:
+        InputError: the folder cannot be written.
     """
 
-    def __init__(self, path: Path, names: ImageNames, gigabytes: float) -> None:
-        self.path, self.names, self.limit = path, names, int(gigabytes * 10**9)
-        self._files: tuple[int, np.ndarray] | None = None
-        if "sizes" not in names.arrays:
+    def __init__(self, folder: str, key: str, sizes: np.ndarray | None, gigabytes: float) -> None:
+        parent = folder or Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache", "flsl_d2/images")
+        self.folder = writable_folder(Path(parent).expanduser(), "dataset.cache_dir")
+        self.folder /= hashlib.sha256(key.encode()).hexdigest()[:24]
+        self.sizes, self.kept = sizes, 0
+        if sizes is None:
             logger.warning("The server names no sizes of files, so nothing is cached.")
-            self.limit = 0
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_files": None}
-
-    def _open(self) -> tuple[int, np.ndarray]:
-        """Descriptor of the data, and a checksum for each image, 0 for one that is not there."""
-        if self._files is None:
-            # The checksums belong to one set of names: another one has files of its own.
-            mark = hashlib.sha256(self.names.digest.encode()).hexdigest()[:8]
-            data, sums = (f"{self.path}.{mark}.{end}" for end in ("data", "sums"))
-            descriptors = [os.open(file, os.O_RDWR | os.O_CREAT, 0o644) for file in (data, sums)]
-            os.truncate(descriptors[1], 4 * len(self.names))
-            os.close(descriptors[1])
-            self._files = descriptors[0], np.memmap(sums, np.uint32, "r+")
-        return self._files
+        else:
+            ends = np.cumsum(sizes, dtype=np.uint64)
+            self.kept = int(np.searchsorted(ends, int(gigabytes * 10**9), side="right"))
 
     def get(self, index: int) -> bytes | None:
         """Return the content of an image; None if it is not there."""
-        place, size = self._range(index)
-        if place + size > self.limit:
+        if index >= self.kept or self.sizes is None:
             return None
-        data, sums = self._open()
-        if not sums[index]:
+        try:
+            content = self._path(index).read_bytes()
+        except OSError:
             return None
-        content = os.pread(data, size, place)
-        return content if _checksum(content) == sums[index] else None
+        return content if len(content) == self.sizes[index] else None
 
     def put(self, index: int, content: bytes) -> None:
         """Keep the content of an image if it has a place; the cache ends where the disk is full."""
-        place, size = self._range(index)
-        if place + size > self.limit or len(content) != size:
+        if index >= self.kept or self.sizes is None or len(content) != self.sizes[index]:
             return
+        path = self._path(index)
+        part = path.with_suffix(f".{os.getpid()}")
         try:
-            data, sums = self._open()
-            os.pwrite(data, content, place)
-            sums[index] = _checksum(content)
+            path.parent.mkdir(parents=True, exist_ok=True)
+            part.write_bytes(content)
+            part.replace(path)
         except OSError as error:
-            logger.warning("Nothing more is cached in %s: %s", self.path.parent, error)
-            self.limit = 0
+            logger.warning("Nothing more is cached in %s: %s", self.folder, error)
+            self.kept = 0
+            with suppress(OSError):
+                part.unlink(missing_ok=True)
 
-    def _range(self, index: int) -> tuple[int, int]:
-        if not self.limit:
-            return 0, 1
-        arrays = self.names.arrays
-        return int(arrays["places"][index]), int(arrays["sizes"][index])
-
-
-def _checksum(content: bytes) -> int:
-    return zlib.crc32(content) or 1
-
-
-class RemoteStore(ShardStore):
-    """Images of a server: files, or ranges of bytes of shards.
-
-    Args:
-        names: names of the images; those in shards have ``shards`` in their header.
-        server: the server.
-        cache: cache on the local disk; None for none.
-    """
-
-    def __init__(self, names: ImageNames, server: Server, cache: RangeCache | None) -> None:
-        self.has_shards = "shards" in names.header
-        names.header.setdefault("shards", [])
-        super().__init__(names, server.url)
-        self.server, self.cache = server, cache
-        self._held: dict[int, bytes | OSError] = {}
-
-    def prefetch(self, indexes: Iterable[int]) -> None:
-        """Read images at once, to be asked for next."""
-        self._held = {}
-        for index in indexes:
-            content = self.cache.get(index) if self.cache else None
-            if content is not None:
-                self._held[index] = content
-        missing = [index for index in indexes if index not in self._held]
-        answers = self.server.read([self._request(index) for index in missing])
-        for index, answer in zip(missing, answers, strict=True):
-            self._held[index] = answer
-            if self.cache and not isinstance(answer, OSError):
-                self.cache.put(index, answer)
-
-    def source(self, index: int) -> bytes:
-        """Read an image, and compare its checksum where the index has one."""
-        if index not in self._held:
-            self.prefetch([index])
-        content = self._held.pop(index)
-        if isinstance(content, OSError):
-            raise OSError(f"the server has no such file ({content})")
-        return self.checked(index, content) if self.has_shards else content
-
-    def _request(self, index: int) -> tuple[str, int | None, int | None]:
-        if not self.has_shards:
-            # Names are URLs' ends; the common folder of all is a part of the name.
-            return self.names[index], None, None
-        shard, start, size = self.location(index)
-        return self._files[shard], start, start + size
+    def _path(self, index: int) -> Path:
+        return self.folder / str(index // _COPIES_IN_A_FOLDER) / str(index)

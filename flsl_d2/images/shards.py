@@ -18,11 +18,15 @@ import numpy as np
 from flsl_d2.engine.command_line import add_defaults, described_parser, run_tool
 from flsl_d2.errors import InputError
 from flsl_d2.files import replaced_file, writable_folder
-from flsl_d2.images.array_file import write_arrays
-from flsl_d2.images.image_files import IMAGE_SUFFIXES, find_images
-from flsl_d2.images.image_names import pack_names
-from flsl_d2.images.image_store import SHARDS_INDEX, ShardStore, read_index
-from flsl_d2.images.images import printable
+from flsl_d2.images.listing import IMAGE_SUFFIXES, find_images
+from flsl_d2.images.reader import printable
+from flsl_d2.images.store import (
+    SHARDS_INDEX,
+    ImageNames,
+    ShardIndex,
+    ShardStore,
+    write_index,
+)
 
 DESCRIPTION = """Write images into tar shards, which pre-training reads by dataset.root=SHARDS.
 
@@ -110,7 +114,7 @@ def check_shards(folder: str | Path) -> list[str]:
     Raises:
         InputError: there is no index.
     """
-    store = ShardStore(read_index(Path(folder, SHARDS_INDEX)), str(folder))
+    store = ShardStore(str(folder), ShardIndex.read(Path(folder, SHARDS_INDEX)))
     faults = []
     for index in range(len(store)):
         try:
@@ -122,7 +126,7 @@ def check_shards(folder: str | Path) -> list[str]:
 
 def _member_names(files: Sequence[str]) -> list[str]:
     """Names in a shard, without dots: WebDataset ends the name of an image at the first one."""
-    prefix = str(pack_names(files)[0]["prefix"])
+    prefix = ImageNames.from_list(files).prefix
     names: list[str] = []
     taken: set[str] = set()
     for file in files:
@@ -180,27 +184,13 @@ def _members(path: Path) -> list[Member]:
 def _write_index(
     folder: Path, names: Sequence[str], shards: Sequence[tuple[Path, list[Member]]]
 ) -> None:
-    header, arrays = pack_names(names)
-    sizes = [path.stat().st_size for path, _ in shards]
-    begins = np.cumsum([0, *sizes])
-    rows = [
-        (int(begin) + start, size, checksum)
-        for begin, (_, members) in zip(begins, shards, strict=False)
+    places = [
+        (number, start, size, checksum)
+        for number, (_, members) in enumerate(shards)
         for _, start, size, checksum in members
     ]
-    places, lengths, checksums = zip(*rows, strict=True)
-    write_arrays(
-        folder / SHARDS_INDEX,
-        {
-            **header,
-            "prefix": "",
-            "shards": [[path.name, size] for (path, _), size in zip(shards, sizes, strict=True)],
-        },
-        **arrays,
-        places=np.array(places, np.uint64),
-        sizes=np.array(lengths, np.uint32),
-        checksums=np.array(checksums, np.uint32),
-    )
+    files = [path.name for path, _ in shards]
+    write_index(folder / SHARDS_INDEX, names, files, np.array(places, np.uint64))
 
 
 def _run(images: str, output: str, images_per_shard: int, check: bool) -> None:
@@ -213,7 +203,7 @@ def _run(images: str, output: str, images_per_shard: int, check: bool) -> None:
             )
     elif images:
         written = make_shards(images, output, images_per_shard)
-        total = len(read_index(Path(output, SHARDS_INDEX)))
+        total = len(ShardIndex.read(Path(output, SHARDS_INDEX)).names)
         print(f"{total} images in {output}; {written} shards were written now")
     else:
         print(f"{index_shards(output)} images in the tar files of {output}")

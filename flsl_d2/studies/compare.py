@@ -25,7 +25,7 @@ from flsl_d2.errors import InputError
 from flsl_d2.evaluation import extract_tokens
 from flsl_d2.evaluation.features import frozen_encoder
 from flsl_d2.files import write_text
-from flsl_d2.images.images import read_image
+from flsl_d2.images.reader import read_image
 from flsl_d2.studies.encoders import ComparedEncoder, read_encoders
 from flsl_d2.studies.evaluations import (
     DetectionEvaluation,

@@ -18,7 +18,7 @@ from flsl_d2.annotations import check_registered_dataset
 from flsl_d2.annotations.datasets import use_own_loader
 from flsl_d2.errors import InputError
 from flsl_d2.evaluation.labelled_images import decode_mask
-from flsl_d2.images.images import read_image
+from flsl_d2.images.reader import read_image
 from flsl_d2.visualization.figures import (
     SHORTER_SIDE,
     Panel,

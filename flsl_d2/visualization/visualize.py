@@ -13,8 +13,8 @@ from tqdm import tqdm
 from flsl_d2.errors import InputError
 from flsl_d2.evaluation.features import RANDOM, extract_tokens, frozen_encoder, usable_device
 from flsl_d2.files import writable_folder
-from flsl_d2.images.image_files import find_images, image_files
-from flsl_d2.images.images import read_image
+from flsl_d2.images.listing import find_images, image_files
+from flsl_d2.images.reader import read_image
 from flsl_d2.modeling import Encoder
 from flsl_d2.modeling.projection_head import FLSLHead
 from flsl_d2.modeling.timm_backbone import TIMM_PREFIX

@@ -26,7 +26,7 @@ from flsl_d2.engine.launch import usable_cores
 from flsl_d2.errors import InputError
 from flsl_d2.evaluation import extract_tokens
 from flsl_d2.evaluation.measures import measure_features
-from flsl_d2.images.images import read_rgb
+from flsl_d2.images.reader import read_rgb
 from flsl_d2.modeling import FLSLViT
 from flsl_d2.scenes import make_scenes
 from flsl_d2.visualization import (

@@ -16,7 +16,7 @@ from omegaconf import DictConfig, ListConfig, OmegaConf
 from flsl_d2.engine.config_files import load_lazy_config
 from flsl_d2.engine.overrides import apply_lazy_overrides
 from flsl_d2.errors import InputError
-from flsl_d2.images.image_store import open_images
+from flsl_d2.images.store import open_images
 from pretrain.schedules import set_run_length
 from pretrain.trainer import resolve_precision
 

@@ -35,7 +35,7 @@ from flsl_d2.annotations import (
 )
 from flsl_d2.detection.coco_evaluator import FLSLCOCOEvaluator
 from flsl_d2.errors import InputError
-from flsl_d2.images.image_files import image_files
+from flsl_d2.images.listing import image_files
 
 FILES = int(os.environ.get("QUIRKY_FILES", 0))
 

@@ -10,7 +10,7 @@ import pytest
 from PIL import Image
 
 from flsl_d2.errors import InputError
-from flsl_d2.images.images import (
+from flsl_d2.images.reader import (
     channels_format,
     channels_of,
     picture_size,

@@ -16,13 +16,13 @@ import torch
 from detectron2.data import DatasetMapper, build_detection_train_loader
 from detectron2.data.detection_utils import read_image as detectron2_read_image
 from PIL import Image
-from test_images import BAD, GOOD, encoded, orientation, smooth
+from test_reader import BAD, GOOD, encoded, orientation, smooth
 
 from flsl_d2.annotations import FLSLDatasetMapper, check_coco_files
 from flsl_d2.annotations.annotation_shapes import box_polygon
 from flsl_d2.errors import InputError
 from flsl_d2.evaluation.labelled_images import LabelledImage
-from flsl_d2.images.images import picture_size, read_image, read_rgb
+from flsl_d2.images.reader import picture_size, read_image, read_rgb
 
 Record = dict[str, Any]
 

@@ -12,12 +12,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from flsl_d2.errors import InputError, TrainingError
-from flsl_d2.images.image_files import find_images, image_files
-from flsl_d2.images.image_store import ImageStore
-from flsl_d2.images.images import read_rgb
-from pretrain import image_stream
+from flsl_d2.images.listing import find_images, image_files
+from flsl_d2.images.reader import read_rgb
+from flsl_d2.images.store import ImageStore
 from pretrain.data import PretrainDataset, build_pretrain_loader, check_failed_share
-from pretrain.image_stream import ImageStream, epoch_order, permuted
+from pretrain.image_stream import ImageStream, epoch_order
 from pretrain.views import NestedViews
 
 SMALL_VIEWS = {"patch_size": 8, "global_size": 32, "local_size": 16}
@@ -65,17 +64,8 @@ def test_registered_data_set(datasets_root):
     st.integers(1, 4),
     st.integers(0, 9),
     st.integers(0, 99),
-    st.booleans(),
 )
-def test_stream_is_the_same_for_any_number_of_ranks_and_start(
-    images, world, per_rank, start, seed, computed
-):
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(image_stream, "MAX_TABLE", 0 if computed else 100)
-        check_stream(images, world, per_rank, start, seed)
-
-
-def check_stream(images, world, per_rank, start, seed):
+def test_stream_is_the_same_for_any_number_of_ranks_and_start(images, world, per_rank, start, seed):
     total = world * per_rank
     whole = list(itertools.islice(ImageStream(images, total, seed), 15))
     for position in range(start, 15):
@@ -93,32 +83,7 @@ def check_stream(images, world, per_rank, start, seed):
 def test_the_order_of_a_small_set_is_numpys():
     """Runs of earlier versions resume in the same order."""
     expected = np.random.default_rng([3, 5]).permutation(1000)
-    assert np.array_equal(epoch_order(1000, 3, 5)(np.arange(1000)), expected)
-
-
-def test_an_order_that_is_computed_is_as_good_as_a_drawn_one():
-    n = 3000
-    keys = np.random.SeedSequence(0).generate_state(6, np.uint64)
-    order = permuted(np.arange(n), n, keys)
-    assert np.array_equal(np.sort(order), np.arange(n))
-    # Neighbours, and the places of an image in two epochs, are independent: correlations of n
-    # numbers have a standard deviation of 1 / sqrt(n), of which 4.5 are allowed.
-    other = permuted(np.arange(n), n, keys[::-1])
-    for a, b in ((order[:-1], order[1:]), (order, other), (order, np.arange(n))):
-        assert abs(np.corrcoef(a, b)[0, 1]) < 4.5 / n**0.5
-    # Images of each tenth of the data set are spread evenly over the tenths of an epoch: chi
-    # square with 81 degrees of freedom has mean 81 and standard deviation 13.
-    counts = np.histogram2d(np.arange(n), order, bins=10)[0]
-    assert ((counts - n / 100) ** 2 / (n / 100)).sum() < 81 + 5 * 13
-
-
-def test_an_order_of_14_million_images_needs_no_table():
-    order = epoch_order(14_000_000, 0, 0)
-    images = order(np.arange(10_000) * 1400)
-    assert len(set(images.tolist())) == 10_000
-    assert 0 <= images.min() <= images.max() < 14_000_000
-    # The mean of 10,000 numbers spread evenly over 14 million has standard deviation 40,400.
-    assert images.mean() == pytest.approx(7e6, abs=5 * 40_400)
+    assert np.array_equal(epoch_order(1000, 3, 5), expected)
 
 
 def test_batch_that_ranks_do_not_divide():
@@ -220,7 +185,7 @@ def test_a_batch_knows_that_the_server_is_gone_for_the_next(folder, workers):
 
     dataset = PretrainDataset(Away(find_images(folder)), NestedViews(**SMALL_VIEWS))
     batches = iter(build_pretrain_loader(dataset, 1, workers))
-    order = epoch_order(7, 0, 0)(np.arange(7)).tolist()
+    order = epoch_order(7, 0, 0).tolist()
     for place in range(order.index(5)):
         error = next(batches).next_error
         assert bool(error) == (place >= order.index(5) - 2)

@@ -103,15 +103,6 @@ def check_an_error_of_one_is_raised_on_all(folder: Path) -> None:
     with pytest.raises(InputError, match="the second sees"):
         agreement.checked_by_all(fail_on_the_second)
     assert agreement.decided_by_main(fail_on_the_second) == "seen"
-    order = folder / "order"
-    assert agreement.in_turns(lambda: _append(order)) == str(comm.get_rank())
-    assert order.read_text() == "01"
-
-
-def _append(path: Path) -> str:
-    with path.open("a") as file:
-        file.write(str(comm.get_rank()))
-    return str(comm.get_rank())
 
 
 def check_numbers_of_a_step_are_one_exchange(folder: Path) -> None:
@@ -174,7 +165,6 @@ def test_two_processes(tmp_path, forked_workers):
 
 def test_one_process_needs_no_group():
     assert agreement.decided_by_main(lambda: 3) == 3
-    assert agreement.in_turns(lambda: 4) == 4
     agreement.check_equal("a", "b", "c")
     with pytest.raises(InputError, match="here"):
         agreement.checked_by_all(lambda: (_ for _ in ()).throw(InputError("here")))

@@ -12,12 +12,11 @@ import torch
 
 from flsl_d2.engine.config_files import load_lazy_config
 from flsl_d2.errors import TrainingError
-from flsl_d2.images import image_store
 from flsl_d2.images.shards import make_shards
 from pretrain.run import run_pretraining
 
-sys.path.insert(0, str(Path(__file__).parents[1] / "data"))
-from http_server import serving
+sys.path.insert(0, str(Path(__file__).parents[1] / "images"))
+from flaky_server import FlakyFileSystem
 
 TINY = [
     *("train.device=cpu", "train.max_iter=6", "train.log_period=1", "train.checkpoint_period=100"),
@@ -37,7 +36,6 @@ def run(root: str, output: Path, resume: bool = False) -> None:
 
 def test_a_server_that_goes_away_leaves_a_checkpoint_to_go_on_from(tmp_path, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    image_store.cache_folder.cache_clear()
     rng = np.random.default_rng(0)
     (tmp_path / "images").mkdir()
     for i in range(8):
@@ -46,14 +44,14 @@ def test_a_server_that_goes_away_leaves_a_checkpoint_to_go_on_from(tmp_path, mon
     make_shards(str(tmp_path / "images"), tmp_path / "shards", 4)
     whole, parts = tmp_path / "whole", tmp_path / "parts"
     run(str(tmp_path / "images"), whole)
-    with serving(tmp_path / "shards") as server:
-        # The index, the images that are tried first, and those of five steps.
-        server.limit = 1 + 8 + 2 * 5
-        with pytest.raises(TrainingError, match=r"did not answer .* after step 4 is written"):
-            run(server.url, parts)
-        assert (parts / "last_checkpoint").read_text() == "model_0000003.pth"
-        server.limit = float("inf")
-        run(server.url, parts, resume=True)
+    server = FlakyFileSystem.reset(tmp_path / "shards")
+    # The index, the images that are tried first, and those of five steps.
+    server.limit = 1 + 8 + 2 * 5
+    with pytest.raises(TrainingError, match=r"did not answer .* after step 4 is written"):
+        run("flaky://data", parts)
+    assert (parts / "last_checkpoint").read_text() == "model_0000003.pth"
+    server.limit = float("inf")
+    run("flaky://data", parts, resume=True)
     files = [torch.load(each / "model_final.pth", weights_only=True) for each in (whole, parts)]
     for name, tensor in files[0]["model"].items():
         assert torch.equal(tensor, files[1]["model"][name]), name

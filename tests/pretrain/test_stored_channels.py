@@ -10,7 +10,7 @@ import torch
 from PIL import Image
 
 from flsl_d2.errors import InputError
-from flsl_d2.images.channels import channel_statistics, find_channels
+from flsl_d2.images.stored_values import channel_statistics, find_channels
 from flsl_d2.weights import build_encoder
 from pretrain.__main__ import main
 from pretrain.augmentation import Augmentation, apply_augmentation

@@ -15,7 +15,7 @@ from torchvision.transforms import RandomResizedCrop
 from torchvision.transforms import functional as tvf
 
 from flsl_d2.errors import InputError
-from flsl_d2.images.images import ImageFile
+from flsl_d2.images.reader import ImageFile
 from pretrain import augmentation
 from pretrain import views as module
 from pretrain.augmentation import apply_augmentation, draw_augmentation

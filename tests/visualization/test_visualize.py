@@ -16,7 +16,7 @@ from forked import run_tool
 
 from flsl_d2.errors import InputError
 from flsl_d2.evaluation import extract_tokens
-from flsl_d2.images.images import read_rgb
+from flsl_d2.images.reader import read_rgb
 from flsl_d2.modeling import FLSLViT
 from flsl_d2.modeling.projection_head import FLSLHead
 from flsl_d2.visualization.__main__ import point

@@ -23,7 +23,7 @@ from torch.nn import functional as F
 from flsl_d2.errors import InputError
 from flsl_d2.evaluation.davis.sequences import Sequence, read_mask
 from flsl_d2.evaluation.features import device_of, encode_images
-from flsl_d2.images.images import read_rgb
+from flsl_d2.images.reader import read_rgb
 from flsl_d2.modeling import Encoder
 
 # Tokens that repeat, as in a still video, tie with the last of the nearest neighbours. All whose

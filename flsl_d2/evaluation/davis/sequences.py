@@ -14,7 +14,7 @@ import numpy as np
 from PIL import Image
 
 from flsl_d2.errors import InputError
-from flsl_d2.images.images import picture_size
+from flsl_d2.images.reader import picture_size
 
 VOID = 255  # index of pixels that belong to nothing
 

@@ -16,9 +16,9 @@ from detectron2.config import instantiate
 from tqdm import tqdm
 
 from flsl_d2.engine.config_files import load_lazy_config
-from flsl_d2.images.image_files import find_images
-from flsl_d2.images.image_store import ImageStore, open_images
-from flsl_d2.images.images import read_rgb
+from flsl_d2.images.listing import find_images
+from flsl_d2.images.reader import read_rgb
+from flsl_d2.images.store import ImageStore, open_images
 from pretrain.data import PretrainDataset, build_pretrain_loader
 from pretrain.studies.benchmark.measuring import (
     Timing,

@@ -6,9 +6,11 @@ import logging
 from pathlib import Path
 
 import pytest
+from PIL import Image
 
 from flsl_d2.errors import InputError
-from flsl_d2.images.image_files import find_images
+from flsl_d2.images import listing
+from flsl_d2.images.listing import find_images
 
 HIDDEN = [
     "__MACOSX/photos/._a.jpg",
@@ -45,15 +47,36 @@ def test_a_folder_of_nothing_else_says_so(tmp_path: Path) -> None:
         find_images(tmp_path)
 
 
-def test_images_of_formats_that_are_not_read_are_counted(
+def test_files_that_hold_no_image_are_counted_by_kind(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    touch(tmp_path, ["a.HEIC", "b.avif", "c.txt"])
-    with pytest.raises(InputError, match=r"2 image files of formats .*a\.HEIC', are left out"):
+    touch(tmp_path, ["a.HEIC", "b.avif", *(f"{i}.txt" for i in range(9)), "README"])
+    (tmp_path / "list").mkdir()
+    with pytest.raises(InputError, match=r"12 files that hold no image \(9 \.txt, .*convert"):
         find_images(tmp_path)
     touch(tmp_path, ["d.jfif", "e.JPE", "f.webp"])
     assert [Path(path).name for path in find_images(tmp_path)] == ["d.jfif", "e.JPE", "f.webp"]
-    assert "2 image files of formats that are not read" in caplog.text
+    assert "3 images; left out: 12 files that hold no image (9 .txt, " in caplog.text
+
+
+def test_content_decides_and_not_the_name(tmp_path: Path) -> None:
+    shown = ["a.png_large", "b.png?width=640", "0123456789abcdef", "c.heic", "d.txt", "e.jpg"]
+    for name in shown:
+        Image.new("RGB", (4, 4)).save(tmp_path / name, "PNG")
+    touch(tmp_path, ["f.png_large", "no image"])
+    assert find_images(tmp_path) == sorted(str(tmp_path / name) for name in shown)
+    assert find_images(tmp_path / "d.txt") == [str(tmp_path / "d.txt")]
+    (tmp_path / "list").write_text("c.heic\nd.txt\n")
+    assert find_images(tmp_path / "list") == [str(tmp_path / name) for name in ("c.heic", "d.txt")]
+
+
+def test_files_of_a_kind_without_images_are_not_all_opened(tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.setattr(listing, "_OPENED_OF_A_SUFFIX", 3)
+    opened = []
+    monkeypatch.setattr(listing, "holds_image", lambda path: opened.append(path) or False)
+    touch(tmp_path, ["a.jpg", *(f"{i}.json" for i in range(9))])
+    assert len(listing.search_images(tmp_path).unread) == 9
+    assert len(opened) == 3
 
 
 def test_the_folder_itself_may_be_hidden(tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import io
 import itertools
 import os
@@ -21,9 +22,17 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image, ImageOps
 
-from flsl_d2.errors import InputError
-from flsl_d2.images.image_files import find_images, image_files
-from flsl_d2.images.images import ImageFile, printable, read_rgb
+from flsl_d2.errors import InputError, MachineError
+from flsl_d2.images import reader
+from flsl_d2.images.listing import find_images, image_files
+from flsl_d2.images.reader import (
+    ImageFile,
+    picture_size,
+    printable,
+    read_channels,
+    read_image,
+    read_rgb,
+)
 from pretrain.data import PretrainDataset, build_pretrain_loader
 from pretrain.views import NestedViews
 
@@ -329,7 +338,7 @@ def test_nothing_hangs_and_decoders_do_not_write_into_the_log(tmp_path: Path) ->
         (tmp_path / name).write_bytes(content)
     script = tmp_path / "read.py"
     script.write_text(
-        "import sys; from flsl_d2.images.images import read_rgb\n"
+        "import sys; from flsl_d2.images.reader import read_rgb\n"
         "for path in sys.argv[1:]:\n"
         "    try: read_rgb(path); print('read')\n"
         "    except OSError as error: print(error)"
@@ -368,8 +377,38 @@ def test_files_without_permission(tmp_path: Path, request: pytest.FixtureRequest
     path.write_bytes(GOOD["plain.jpg"][0])
     path.chmod(0)
     request.getfixturevalue("ordinary_user")
-    with pytest.raises(OSError, match="Permission denied"):
+    with pytest.raises(MachineError, match="Permission denied"):
         read_rgb("locked.jpg")
+
+
+@pytest.mark.parametrize("code", [errno.EMFILE, errno.EIO, errno.ESTALE, errno.ENOMEM])
+def test_errors_of_the_machine_are_no_bad_pictures(code: int, tmp_path: Path, monkeypatch) -> None:
+    """They end the run, with whatever it reads, instead of replacing the picture by another."""
+    (tmp_path / "a.jpg").write_bytes(GOOD["plain.jpg"][0])
+    dataset = PretrainDataset([str(tmp_path / "a.jpg")], NestedViews(**SMALL_VIEWS))
+
+    def fail(path: str, *_: object) -> None:
+        raise OSError(code, os.strerror(code), path)
+
+    monkeypatch.setattr(reader.os, "open", fail)
+    for use in (read_rgb, picture_size, read_image, read_channels, find_images):
+        with pytest.raises(MachineError, match=r"a\.jpg"):
+            use(str(tmp_path / "a.jpg"))
+    assert isinstance(dataset.__getitems__([(0, 0)]), MachineError)
+
+
+def test_a_lack_of_memory_is_told_from_broken_bytes(tmp_path: Path, monkeypatch) -> None:
+    (tmp_path / "a.png").write_bytes(GOOD["lossless.png"][0])
+
+    def no_memory(*_: object) -> None:
+        raise MemoryError
+
+    monkeypatch.setattr(reader, "_convert", no_memory)
+    with pytest.raises(OSError, match="MemoryError"):
+        read_rgb(str(tmp_path / "a.png"))  # there is enough
+    monkeypatch.setattr(reader, "bytearray", no_memory, raising=False)
+    with pytest.raises(MachineError, match="no memory left"):
+        read_rgb(str(tmp_path / "a.png"))
 
 
 def test_folders_without_permission_are_named(

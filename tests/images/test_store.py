@@ -1,38 +1,36 @@
-"""Images by number: names in shared memory, shards, and servers that fail."""
+"""Images by number: packed names, shards, and servers that fail."""
 
 from __future__ import annotations
 
 import hashlib
 import os
 import pickle
+import resource
 import tarfile
-import time
+import threading
+from functools import partial
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from urllib.parse import quote
 
 import cv2
 import numpy as np
 import pytest
-from http_server import serving
+from flaky_server import FlakyFileSystem
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from flsl_d2.errors import InputError, TrainingError
-from flsl_d2.images import image_store, remote, shards
-from flsl_d2.images.image_files import find_images
-from flsl_d2.images.image_names import ImageNames
-from flsl_d2.images.image_store import SHARDS_INDEX, ShardStore, open_images, read_index
-from flsl_d2.images.images import ImageFile
+from flsl_d2.images import remote, shards
+from flsl_d2.images.listing import find_images
+from flsl_d2.images.reader import ImageFile
 from flsl_d2.images.shards import check_shards, make_shards
+from flsl_d2.images.store import SHARDS_INDEX, ImageNames, ShardIndex, ShardStore, open_images
 
 
 @pytest.fixture(autouse=True)
 def own_cache(tmp_path_factory, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
     monkeypatch.setattr(remote, "_PAUSES", (0.01, 0.02))
-    monkeypatch.setattr(image_store, "MIN_SHARED", 0)
-    image_store.cache_folder.cache_clear()
-    yield
-    image_store.cache_folder.cache_clear()
 
 
 @pytest.fixture
@@ -47,12 +45,6 @@ def tree(tmp_path):
         image = rng.integers(0, 256, (16 + i, 24, 3), dtype=np.uint8)
         (folder / name).write_bytes(cv2.imencode(suffix, image)[1].tobytes())
     return folder
-
-
-def long_ago(folder, seconds: float = 100.0) -> None:
-    """As if the folders had not been changed since."""
-    for path, _, _ in os.walk(folder):
-        os.utime(path, (time.time() - seconds,) * 2)
 
 
 def contents(store) -> list[bytes]:
@@ -81,61 +73,14 @@ def test_packed_names_are_the_names(lists):
     assert packed.digest == slow_digest(files)
 
 
-def test_names_that_are_no_utf8_or_none(tmp_path):
+def test_names_that_are_no_utf8_or_none():
     files = ["/d/\udcff.jpg", "/d/ä\n.jpg", "/d/sub/x.png"]
-    packed = ImageNames.from_list(files)
+    packed = pickle.loads(pickle.dumps(ImageNames.from_list(files)))
     assert list(packed) == files
     assert packed.digest == slow_digest(files)
     assert len(ImageNames.from_list([])) == 0
-    packed.save(tmp_path / "names", {})
-    mapped = ImageNames.from_file(tmp_path / "names")
-    assert list(mapped) == files
     with pytest.raises(IndexError):
-        mapped[3]
-    (tmp_path / "names").write_bytes((tmp_path / "names").read_bytes()[:-8])
-    with pytest.raises(ValueError, match="its end is missing"):
-        ImageNames.from_file(tmp_path / "names")
-
-
-def test_mapped_names_are_sent_to_a_worker_by_their_path(tree):
-    names = open_images(str(tree)).names
-    assert len(pickle.dumps(names)) < 500
-    assert list(pickle.loads(pickle.dumps(names))) == list(names)
-
-
-def test_images_are_searched_once_until_a_folder_changes(tree, monkeypatch):
-    searched = []
-
-    def search(root):
-        searched.append(root)
-        return find(root)
-
-    find = image_store.search_images
-    monkeypatch.setattr(image_store, "search_images", search)
-    for _ in range(2):  # folders that changed a moment ago may change again unnoticed
-        open_images(str(tree))
-    assert len(searched) == 2
-    long_ago(tree)
-    open_images(str(tree))
-    assert len(searched) == 3
-    assert list(open_images(str(tree))) == find_images(tree)
-    assert len(searched) == 3
-    (tree / "b" / "new.png").write_bytes(b"")
-    os.utime(tree / "b", (time.time() - 50,) * 2)
-    assert str(tree / "b" / "new.png") in open_images(str(tree))
-    assert len(searched) == 4
-
-
-def test_names_of_a_small_set_leave_no_file(tree, monkeypatch):
-    monkeypatch.setattr(image_store, "MIN_SHARED", 8)
-    assert list(open_images(str(tree))) == find_images(tree)
-    assert not list(image_store.cache_folder().iterdir())
-
-
-def test_a_cache_that_cannot_be_written_is_no_obstacle(tree, monkeypatch):
-    monkeypatch.setenv("XDG_CACHE_HOME", "/proc/nowhere")
-    image_store.cache_folder.cache_clear()
-    assert list(open_images(str(tree))) == find_images(tree)
+        packed[3]
 
 
 def test_shards_hold_the_images_of_the_tree(tree, tmp_path):
@@ -185,7 +130,7 @@ def test_damaged_shards_are_found(tree, tmp_path, run_main):
     status, out, _ = run_main(shards.main, "--images", str(tree), "--output", str(folder))
     assert (status, out) == (0, f"7 images in {folder}; 1 shards were written now\n")
     assert check_shards(folder) == []
-    store = ShardStore(read_index(folder / SHARDS_INDEX), str(folder))
+    store = ShardStore(str(folder), ShardIndex.read(folder / SHARDS_INDEX))
     _, start, _ = store.location(4)
     content = bytearray((folder / "shard-000000.tar").read_bytes())
     content[start + 5] ^= 1
@@ -213,45 +158,81 @@ def test_shards_of_other_programs_get_an_index(tree, tmp_path, run_main):
         shards.index_shards(tree)
 
 
+def test_an_index_of_another_kind_is_refused(tmp_path):
+    (tmp_path / SHARDS_INDEX).write_bytes(b"FLSLARR1" + bytes(50))
+    with pytest.raises(InputError, match=r"write it anew with tools/make_shards\.py"):
+        open_images(str(tmp_path))
+
+
+def test_more_shards_than_files_may_be_open(tmp_path):
+    """The images are read one by one, and no file stays open."""
+    for i in range(40):
+        (tmp_path / "tree").mkdir(exist_ok=True)
+        cv2.imwrite(str(tmp_path / "tree" / f"{i:02d}.png"), np.full((4, 4, 3), i, np.uint8))
+    make_shards(str(tmp_path / "tree"), tmp_path / "shards", 1)
+    store = open_images(str(tmp_path / "shards"))
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    used = len(os.listdir("/proc/self/fd"))
+    resource.setrlimit(resource.RLIMIT_NOFILE, (used + 8, hard))
+    try:
+        means = [ImageFile(store.source(i)).pixels().mean() for i in range(40)]
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+    assert means == list(range(40))
+
+
 def test_shards_on_a_server(tree, tmp_path):
     make_shards(str(tree), tmp_path / "shards", 3)
     expected = contents(open_images(str(tree)))
-    with serving(tmp_path) as server:
-        store = open_images(f"{server.url}/shards/", patience=5)
-        assert store.names.digest == open_images(str(tree)).names.digest
-        store.prefetch(range(3))
-        before = server.requests
-        assert [store.source(i) for i in range(3)] == expected[:3]
-        assert server.requests == before  # they were read before
-        server.failures = 3
-        assert contents(store) == expected
-        again = pickle.loads(pickle.dumps(store))
-        assert again.source(5) == expected[5]
-        (tmp_path / "shards" / "shard-000001.tar").unlink()
-        with pytest.raises(OSError, match="no such file"):
-            store.source(3)  # this image alone
+    server = FlakyFileSystem.reset(tmp_path / "shards")
+    store = open_images("flaky://data/", patience=5)
+    assert store.names.digest == open_images(str(tree)).names.digest
+    store.prefetch(range(3))
+    before = server.requests
+    assert [store.source(i) for i in range(3)] == expected[:3]
+    assert server.requests == before  # they were read before
+    server.failures = 3
+    assert contents(store) == expected
+    assert pickle.loads(pickle.dumps(store)).source(5) == expected[5]
+    del server.store["/data/shard-000001.tar"]
+    with pytest.raises(OSError, match="no such file"):
+        store.source(3)  # this image alone
 
 
-def test_a_tree_on_a_server(tree):
-    with serving(tree.parent) as server:
-        store = open_images(f"{server.url}/tree")
+def test_a_read_that_hangs_is_made_again(tree, tmp_path):
+    make_shards(str(tree), tmp_path / "shards")
+    server = FlakyFileSystem.reset(tmp_path / "shards")
+    store = open_images("flaky://data", patience=0.5)
+    server.hangs = 1
+    assert store.source(0) == contents(open_images(str(tree)))[0]
+    server.hangs = 9
+    with pytest.raises(TrainingError, match="no answer within"):
+        store.source(1)
+
+
+def test_a_tree_on_a_web_server(tree):
+    handler = partial(SimpleHTTPRequestHandler, directory=str(tree.parent))
+    (tree / "notes.txt").write_text("no image")
+    with ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
+        threading.Thread(target=server.serve_forever, args=(0.02,), daemon=True).start()
+        url = f"http://127.0.0.1:{server.server_address[1]}"
+        store = open_images(f"{url}/tree")
         assert list(store) == [quote(os.path.relpath(f, tree)) for f in find_images(tree)]
         assert contents(store) == contents(open_images(str(tree)))
         with pytest.raises(InputError, match="holds neither shards"):
-            open_images(f"{server.url}/tree/a/1.jpg", patience=1)
+            open_images(f"{url}/tree/a/1.jpg", patience=1)
+        server.shutdown()
 
 
 def test_a_server_that_stays_away_is_said_in_a_sentence(tree, tmp_path):
-    make_shards(str(tree), tmp_path)
-    with serving(tmp_path) as server:
-        store = open_images(server.url, patience=0.1)
-        server.failures = 10**6
-        with pytest.raises(TrainingError, match=r"did not answer for 0\.1 seconds .*503"):
-            store.source(0)
-        server.failures = 0
-        assert store.source(0)
-    with pytest.raises(TrainingError, match="did not answer"):
+    make_shards(str(tree), tmp_path / "shards")
+    server = FlakyFileSystem.reset(tmp_path / "shards")
+    store = open_images("flaky://data", patience=0.1)
+    server.failures = 10**6
+    with pytest.raises(TrainingError, match=r"did not answer for 0\.1 seconds .*503"):
         store.source(0)
+    server.failures = 0
+    assert store.source(0)
     with pytest.raises(InputError, match=r"install flsl-d2\[remote\]"):
         open_images("nothing://x/y")
 
@@ -260,19 +241,17 @@ def test_the_cache_keeps_to_its_limit_and_asks_the_server_once(tree, tmp_path):
     make_shards(str(tree), tmp_path / "shards", 3)
     expected = contents(open_images(str(tree)))
     cache = tmp_path / "cache"
-    with serving(tmp_path / "shards") as server:
-        whole = (tmp_path / "shards" / "shard-000000.tar").stat().st_size
-        store = open_images(server.url, cache_dir=str(cache), cache_gb=whole / 1e9)
-        for _ in range(2):
-            before = server.requests
-            assert contents(store) == expected
-        assert server.requests - before == 4  # the first shard's three images are there
-        (data,) = cache.glob("*.data")
-        assert data.stat().st_size <= whole
-        content = bytearray(data.read_bytes())
-        content[store.location(1)[1]] ^= 1
-        data.write_bytes(content)
-        assert store.source(1) == expected[1]  # read anew
-        # Another process, or a later run, finds them.
-        server.failures = 10**6
-        assert pickle.loads(pickle.dumps(store)).source(0) == expected[0]
+    server = FlakyFileSystem.reset(tmp_path / "shards")
+    whole = sum(map(len, expected[:3]))
+    store = open_images("flaky://data", cache_dir=str(cache), cache_gb=whole / 1e9)
+    for _ in range(2):
+        before = server.requests
+        assert contents(store) == expected
+    assert server.requests - before == 4  # the first three images are there
+    copies = sorted(path for path in cache.rglob("*") if path.is_file())
+    assert sum(path.stat().st_size for path in copies) <= whole
+    copies[1].write_bytes(bytes(copies[1].stat().st_size))
+    assert store.source(1) == expected[1]  # read anew
+    # Another process, or a later run, finds them.
+    server.failures = 10**6
+    assert pickle.loads(pickle.dumps(store)).source(0) == expected[0]

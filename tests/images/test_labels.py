@@ -15,7 +15,7 @@ from PIL import Image
 
 from flsl_d2.detection.checks import check_datasets
 from flsl_d2.errors import InputError
-from flsl_d2.images.label_images import check_label_images, read_labels
+from flsl_d2.images.labels import check_label_images, read_labels
 
 
 def save(path: Path, values) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import os
+import re
 import stat
 import warnings
 from collections.abc import Iterator
@@ -17,8 +18,8 @@ from detectron2.data.detection_utils import convert_PIL_to_numpy
 from detectron2.utils.file_io import PathManager
 from PIL import Image, UnidentifiedImageError
 
-from flsl_d2.errors import InputError
-from flsl_d2.files import describe_content
+from flsl_d2.errors import InputError, MachineError
+from flsl_d2.files import describe_content, machine_errors
 
 MAX_PIXELS = 100_000_000  # 300 MB decoded
 # Divisors of the size for which decoders have fast transforms of a block.
@@ -28,6 +29,9 @@ MAX_PIXELS_LIMIT = 178_000_000  # Pillow refuses more as a decompression bomb
 # Nothing else is tried on a file, whatever its first bytes say: Pillow hands PostScript, for one,
 # to another program.
 _FORMATS = ("JPEG", "PNG", "GIF", "BMP", "TIFF", "WEBP", "PPM")
+_SIGNATURES = re.compile(
+    rb"(?s)\xff\xd8\xff|\x89PNG\r\n\x1a\n|GIF8[79]a|BM....\0\0\0\0|II[*+]\0|MM\0[*+]|RIFF....WEBP|P[1-6]\s"
+)
 _ORIENTATION = 0x0112  # EXIF tag
 _TURNED = range(5, 9)  # orientations with rows and columns exchanged
 
@@ -113,7 +117,7 @@ def stored_format(path: str) -> tuple[int, int]:
     Raises:
         OSError: not readable; the text is the reason.
     """
-    with _any_error_as_oserror():
+    with decoder_errors(path):
         with _open_regular(path) as file:
             start = file.read(26)
         if start.startswith(b"\x89PNG") and len(start) == 26:
@@ -140,7 +144,7 @@ def read_channels(path: str, count: int = 0, max_pixels: int = MAX_PIXELS_LIMIT)
     Raises:
         OSError: not readable, another number of channels, or a TIFF file without ``tifffile``.
     """
-    with _any_error_as_oserror():
+    with decoder_errors(path, max_pixels):
         if _is_tiff(path):
             pixels = _read_tiff(path)[0]
         else:
@@ -284,7 +288,8 @@ class ImageFile:
     """
 
     def __init__(self, source: str | bytes, max_pixels: int = MAX_PIXELS) -> None:
-        with _any_error_as_oserror():
+        self._path, self._max_pixels = source if isinstance(source, str) else "", max_pixels
+        with decoder_errors(self._path, max_pixels):
             self._data = _read_bytes(source, max_pixels) if isinstance(source, str) else source
             if not self._data:
                 raise OSError("empty file")
@@ -316,19 +321,45 @@ class ImageFile:
         if self._decoded is not None or self._size is None:
             assert self._decoded is not None
             return self._decoded
-        with _any_error_as_oserror():
+        with decoder_errors(self._path, self._max_pixels):
             return _upright(_decode_jpeg(self._data, *self._size, reduction), self._orientation)
 
 
 @contextmanager
-def _any_error_as_oserror() -> Iterator[None]:
+def decoder_errors(path: str, max_pixels: int = MAX_PIXELS_LIMIT) -> Iterator[None]:
+    """Raise what a decoder raises as ``OSError``, and errors of the machine as they are.
+
+    Decoders answer broken bytes with nearly any exception: ValueError, SyntaxError, struct.error,
+    MemoryError of a size that is wrong.
+
+    Raises:
+        OSError: the file is bad; the text is the reason.
+        MachineError: see :func:`flsl_d2.files.machine_errors`.
+    """
     try:
-        yield
+        with machine_errors(path):
+            try:
+                yield
+            except (MemoryError, cv2.error) as error:
+                if isinstance(error, MemoryError) or error.code == cv2.Error.StsNoMem:
+                    bytearray(8 * max_pixels)  # as much as 16-bit RGBA of that size
+                raise OSError(" ".join(str(error).split()) or type(error).__name__) from None
+    except MachineError:
+        raise
     except Exception as error:
-        # Decoders answer broken bytes with nearly any exception: ValueError, SyntaxError,
-        # struct.error, MemoryError of a size that is wrong...
         reason = getattr(error, "strerror", None) or str(error) or type(error).__name__
         raise OSError(" ".join(reason.split())) from None
+
+
+def holds_image(path: str) -> bool:
+    """Whether the first bytes of a file are those of a format that is read.
+
+    Raises:
+        OSError: it is no regular file, or cannot be opened.
+        MachineError: see :func:`flsl_d2.files.machine_errors`.
+    """
+    with machine_errors(path), _open_regular(path) as file:
+        return bool(_SIGNATURES.match(file.read(16)))
 
 
 def _read_bytes(path: str, max_pixels: int) -> bytes:
@@ -396,6 +427,8 @@ def _jpeg_orientation(data: bytes) -> int | None:
         return None
     try:
         image = Image.open(io.BytesIO(data), formats=("JPEG", "MPO"))
+    except MemoryError:
+        raise
     except Exception:
         return None
     return _orientation(image)

@@ -8,7 +8,7 @@ from contextlib import suppress
 import numpy as np
 
 from flsl_d2.errors import InputError
-from flsl_d2.images.images import printable, read_channels, stored_format
+from flsl_d2.images.reader import printable, read_channels, stored_format
 
 _TRIED_IMAGES = 50
 _STATISTICS_IMAGES = 200
