@@ -30,7 +30,7 @@ from flsl_d2.engine.command_line import add_defaults, add_option, described_pars
 from flsl_d2.engine.config_files import load_lazy_config
 from flsl_d2.errors import InputError
 from flsl_d2.files import writable_folder, write_text
-from flsl_d2.images.reader import channels_format
+from flsl_d2.images.reader import channels_format, printable
 from flsl_d2.images.stored_values import channel_statistics
 
 CONFIG_FILE = "finetune.py"
@@ -138,9 +138,8 @@ def _prepare(args: argparse.Namespace, output: Path) -> None:
         ]
         settings += _settings(args, data, plan, staging, output)
         recipe = _RECIPES["masks" if data.has_masks else "boxes"]
-        more = f" and {len(data.names) - 3} more classes" * (len(data.names) > 3)
-        title = f"Detector of {', '.join(data.names[:3])}{more}."
-        write_text(staging / CONFIG_FILE, config_text(title, recipe, settings))
+        lines = [printable(line) for line in lines]
+        write_text(staging / CONFIG_FILE, config_text(recipe, settings))
         write_text(staging / _SUMMARY_FILE, "\n".join(lines) + "\n")
         load_lazy_config(str(staging / CONFIG_FILE))
         records = load_coco(str(data.train), args.images)

@@ -9,7 +9,6 @@ import numpy as np
 from timm.layers.patch_embed import resample_patch_embed
 from timm.models import adapt_input_conv
 
-from flsl_d2.detection.finetune_plan import PythonCode
 from flsl_d2.errors import InputError
 from flsl_d2.modeling import FLSLViT
 from flsl_d2.modeling.timm_backbone import TIMM_PREFIX, build_timm_backbone, timm_pyramid
@@ -45,9 +44,20 @@ def prepare_encoder(
             )
         net = build_timm_backbone(weights)
         timm_pyramid(net)  # refuses strides that are no powers of two
-        code = f"L(build_timm_backbone)(text={weights!r}, frozen={freeze})"
+        module = build_timm_backbone.__module__
         settings: list[tuple[str, Any, str]] = [
-            ("model.backbone", PythonCode(f"L(timm_pyramid)(net={code})"), ""),
+            (
+                "model.backbone",
+                {
+                    "_target_": f"{module}.timm_pyramid",
+                    "net": {
+                        "_target_": f"{module}.build_timm_backbone",
+                        "text": weights,
+                        "frozen": freeze,
+                    },
+                },
+                "",
+            ),
             ("optimizer.params.lr_factor_func", None, "layers are not decayed"),
         ]
         sizes = {"embed_dim": net.embed_dim, "depth": 12, "patch_size": net.patch_size}

@@ -30,6 +30,7 @@ from __future__ import annotations
 
 import math
 import os
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -325,38 +326,39 @@ def _best_anchor_iou(sizes: np.ndarray, anchor_sides: Sequence[int]) -> np.ndarr
     return best
 
 
-class PythonCode(str):
-    """Python code as a value of a config, where the ``repr`` of the value is not enough."""
-
-    def __repr__(self) -> str:
-        return str(self)
-
-
-def config_text(title: str, recipe: str, settings: Sequence[tuple[str, Any, str]]) -> str:
+def config_text(recipe: str, settings: Sequence[tuple[str, Any, str]]) -> str:
     """Write a LazyConfig: a recipe and what differs from it, with the reasons as comments.
 
+    A value enters as its ``repr`` alone; keys, reasons and the rest are texts of this package.
+
     Args:
-        title: first line of the docstring.
         recipe: name of the recipe below ``configs``.
-        settings: key, value and reason of each difference; an empty reason is left out.
+        settings: key, plain value and reason of each difference; an empty reason is left out.
     """
     lines = [
-        f'"""{title}',
+        '"""Detector on own annotations.',
         "",
         "    tools/train_net.py --config-file THIS_FILE --resume",
         '"""',
         "",
-        "from detectron2.config import LazyCall as L",
-        "",
         "from flsl_d2.model_zoo import get_config",
-        "from flsl_d2.modeling import build_timm_backbone, timm_pyramid",
         "",
-        f'_recipe = get_config("{recipe}")',
+        f"_recipe = get_config({recipe!r})",
         'dataloader, lr_multiplier = _recipe["dataloader"], _recipe["lr_multiplier"]',
         'model, optimizer, train = _recipe["model"], _recipe["optimizer"], _recipe["train"]',
         "",
     ]
     for key, value, reason in settings:
         lines += [f"# {reason[0].upper()}{reason[1:]}."] if reason else []
-        lines.append(f"{key} = {value!r}")
+        lines.append(f"{key} = {_literal(value)}")
     return "\n".join(lines) + "\n"
+
+
+def _literal(value: Any) -> str:
+    """Return a plain value as Python code that gives it back."""
+    if isinstance(value, str):
+        # OmegaConf would take ${...} for a reference; a backslash before it is doubled.
+        value = re.sub(r"(\\*)\$\{", r"\1\1\\${", value)
+    elif isinstance(value, dict):
+        return "{" + ", ".join(f"{k!r}: {_literal(v)}" for k, v in value.items()) + "}"
+    return repr(value)

@@ -33,6 +33,7 @@ from flsl_d2.detection.checks import (
     mixed_precision,
     names_of,
 )
+from flsl_d2.detection.description import write_description
 from flsl_d2.detection.own_data import num_classes_key, use_own_data
 from flsl_d2.detection.setup import (
     keep_classes,
@@ -207,7 +208,9 @@ def _train(cfg: DictConfig, model: nn.Module, resume: bool, request: StopRequest
         seed_run(OmegaConf.select(cfg, "train.seed", default=-1), start_iter)
     trim_metrics(Path(cfg.train.output_dir, "metrics.json"), start_iter)
     trainer.data_loader = instantiate(cfg.dataloader.train)
-    keep_classes(cfg.train.output_dir, names_of(cfg.dataloader.train.dataset.names)[0])
+    if comm.is_main_process():
+        keep_classes(cfg.train.output_dir, names_of(cfg.dataloader.train.dataset.names)[0])
+        write_description(cfg, cfg.train.output_dir)
     trainer.register_hooks(_hooks(cfg, wrapped, checkpointer, request))
     with suppress(EndedEarly):
         trainer.train(start_iter, cfg.train.max_iter)

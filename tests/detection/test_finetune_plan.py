@@ -138,6 +138,6 @@ def test_facts_of_records():
 
 
 def test_a_config_says_why():
-    text = config_text("Title.", "a.py", [("train.seed", 3, "because"), ("train.x", "y", "")])
+    text = config_text("a.py", [("train.seed", 3, "because"), ("train.x", "y", "")])
     assert "# Because.\ntrain.seed = 3\ntrain.x = 'y'" in text
     compile(text, "config", "exec")
