@@ -23,7 +23,7 @@ help: ## list the targets
 
 # The stamp is written last, so an installation that was interrupted is taken up again. Packages
 # without a wheel are built with the locked setuptools: that of the day may not build them.
-$(STAMP): requirements.lock pyproject.toml setup.py tools/install_detectron2.py
+$(STAMP): requirements.lock pyproject.toml setup.py flsl_d2/install_detectron2.py
 	@if [ ! -e "$(OWN)" ] && [ -n "$$(ls -A "$(VENV)" 2>/dev/null)" ]; then \
 		echo 'error: $(VENV) was not made here and is left as it is: name another folder (make VENV=...),' \
 			'or see "An environment that exists" in docs/INSTALL.md' >&2; exit 1; fi

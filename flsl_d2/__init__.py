@@ -4,18 +4,15 @@ A YAML project adds ``flsl_d2.add_flsl_config(cfg)``; a LazyConfig project uses 
 ``flsl_d2.modeling``.
 """
 
-try:
-    import detectron2  # noqa: F401
-except ImportError as error:
-    raise ImportError(
-        "flsl_d2 extends Detectron2, which is not installed in this Python environment; run "
-        "`python tools/install_detectron2.py` from a checkout of flsl-d2, or follow "
-        "https://detectron2.readthedocs.io/en/latest/tutorials/install.html."
-    ) from error
-
 from typing import TYPE_CHECKING, Any
 
-from flsl_d2.modeling import FLSLViT, SimpleFeaturePyramid, add_flsl_config
+try:
+    import detectron2  # noqa: F401
+except ImportError as error:  # the doctor and the installer start nevertheless
+    _failure: ImportError | None = error
+else:
+    _failure = None
+    from flsl_d2.modeling import FLSLViT, SimpleFeaturePyramid, add_flsl_config
 
 if TYPE_CHECKING:
     from flsl_d2.detection.predictor import Predictor
@@ -25,7 +22,17 @@ __all__ = ["FLSLViT", "Predictor", "SimpleFeaturePyramid", "add_flsl_config"]
 
 
 def __getattr__(name: str) -> Any:
-    """Import :class:`Predictor` when it is used, because a project may need the backbones alone."""
+    """Import :class:`Predictor` when it is used, because a project may need the backbones alone.
+
+    Raises:
+        ImportError: Detectron2 is not installed, and a name of this package is used.
+    """
+    if name in __all__ and _failure is not None:
+        raise ImportError(
+            "flsl_d2 extends Detectron2, which cannot be imported in this Python environment "
+            f"({_failure}); run `flsl-d2 install-detectron2`, or follow "
+            "https://detectron2.readthedocs.io/en/latest/tutorials/install.html."
+        ) from _failure
     if name == "Predictor":
         from flsl_d2.detection.predictor import Predictor
 

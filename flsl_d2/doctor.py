@@ -1,13 +1,14 @@
-"""Check this machine and its environment: ``python -m flsl_d2.doctor``.
+"""Check this machine and its environment: ``flsl-d2 doctor`` or ``python -m flsl_d2.doctor``.
 
 Every line is one finding, ``ok``, ``note`` or ``FAIL``, with what to do. The exit status is 0 when
-nothing failed and 1 otherwise.
+nothing failed and 1 otherwise. PyTorch and Detectron2 may be missing.
 """
 
 from __future__ import annotations
 
 import importlib.util
 import io
+import os
 import platform
 import shutil
 import sys
@@ -17,18 +18,6 @@ from collections.abc import Callable, Iterator
 from importlib import metadata
 from pathlib import Path
 from typing import NamedTuple
-
-import detectron2
-import numpy as np
-import torch
-from detectron2.data import DatasetCatalog
-from PIL import Image
-
-import flsl_d2
-from flsl_d2.annotations.datasets import datasets_root
-from flsl_d2.engine.gpus import unusable_driver
-from flsl_d2.engine.launch import has_native_bf16, usable_cores
-from flsl_d2.images.reader import read_rgb
 
 OK, NOTE, FAIL = "ok", "note", "FAIL"
 PACKAGES = ("torch", "torchvision", "timm", "numpy", "Pillow", "fvcore", "iopath", "pycocotools")
@@ -57,16 +46,17 @@ class Finding(NamedTuple):
 
 def check_versions() -> Iterator[Finding]:
     """Compare the interpreter and the packages with what the project supports."""
-    version = platform.python_version()
     state = OK if sys.version_info >= (3, 10) else FAIL
-    yield Finding(state, "Python", f"{version} on {platform.platform(terse=True)}")
+    yield Finding(
+        state, "Python", f"{platform.python_version()} on {platform.platform(True, True)}"
+    )
     found = []
     for package in PACKAGES:
         try:
             found.append(f"{package} {metadata.version(package)}")
         except metadata.PackageNotFoundError:
             yield Finding(FAIL, package, f"is not installed; run pip install {package}")
-    yield Finding(OK, "packages", f"flsl-d2 {flsl_d2.__version__}, {', '.join(found)}")
+    yield Finding(OK, "packages", ", ".join(found))
     for package, loss in OPTIONAL.items():
         if importlib.util.find_spec(package) is None:
             yield Finding(NOTE, package, f"is not installed: {loss}; run pip install {package}")
@@ -76,14 +66,14 @@ def check_versions() -> Iterator[Finding]:
 
 def check_detectron2() -> Iterator[Finding]:
     """Say where Detectron2 is and whether its compiled operators load."""
-    folder = Path(detectron2.__file__).parent
-    if folder.parent.name == "detectron2-wheel":
-        how = "the wheel of tools/install_detectron2.py"
-    elif "site-packages" in folder.parts:
-        how = "installed in this environment"
-    else:
-        how = "a source folder on the path"
-    yield Finding(OK, "Detectron2", f"{detectron2.__version__}, {how}: {folder}")
+    try:
+        import detectron2
+    except ImportError as error:
+        yield Finding(FAIL, "Detectron2", f"{error}; run flsl-d2 install-detectron2")
+        return
+    yield Finding(
+        OK, "Detectron2", f"{detectron2.__version__} in {Path(detectron2.__file__).parent}"
+    )
     try:
         from detectron2 import _C  # noqa: F401
     except ImportError:
@@ -94,64 +84,63 @@ def check_detectron2() -> Iterator[Finding]:
             "are missing, Mask R-CNN and plain evaluation work; build Detectron2 from source to "
             "have them",
         )
-    else:
-        yield Finding(OK, "Detectron2's operators", "load")
 
 
 def check_gpus() -> Iterator[Finding]:
     """Compare the cards and their driver with what the installed PyTorch needs."""
-    built_for = torch.version.cuda
-    if torch.cuda.is_available():
-        architectures = torch.cuda.get_arch_list()
-        for index in range(torch.cuda.device_count()):
-            card = torch.cuda.get_device_properties(index)
-            text = (
-                f"{card.name}, {card.total_memory / 2**30:.0f} GiB, compute capability "
-                f"{card.major}.{card.minor}, PyTorch for CUDA {built_for}"
-            )
-            numbers = [int(name.split("_")[1].rstrip("af")) for name in architectures]
-            oldest = min(numbers, default=0)
-            if 10 * card.major + card.minor < oldest:
-                text += f"; this PyTorch needs {oldest / 10:.1f}, install one for an older CUDA"
-                yield Finding(FAIL, f"GPU {index}", text)
-            else:
-                precision = "bf16" if has_native_bf16() else "fp16, no bf16"
-                yield Finding(OK, f"GPU {index}", f"{text}, {precision}")
+    import torch
+
+    from flsl_d2.engine.gpus import unusable_driver
+
+    if not torch.cuda.is_available():
+        reason = unusable_driver()
+        text = "none is visible; add --device cpu to commands"
+        yield Finding(FAIL if reason else NOTE, "GPU", reason or text)
         return
-    reason = unusable_driver()
-    if reason:
-        yield Finding(FAIL, "GPU", reason)
-    else:
-        yield Finding(NOTE, "GPU", "none is visible; add train.device=cpu to commands")
+    numbers = [int(n.split("_")[1].rstrip("af")) for n in torch.cuda.get_arch_list()]
+    oldest = min(numbers, default=0)
+    for index in range(torch.cuda.device_count()):
+        card = torch.cuda.get_device_properties(index)
+        text = (
+            f"{card.name}, {card.total_memory / 2**30:.0f} GiB, compute capability "
+            f"{card.major}.{card.minor}, PyTorch for CUDA {torch.version.cuda}"
+        )
+        fits = 10 * card.major + card.minor >= oldest
+        text += ", bf16" if card.major >= 8 else ", fp16, no bf16"
+        if not fits:
+            text += f"; this PyTorch needs {oldest / 10:.1f}, install one for an older CUDA"
+        yield Finding(OK if fits else FAIL, f"GPU {index}", text)
 
 
 def check_workers() -> Iterator[Finding]:
     """Look at cores and at the shared memory through which data workers hand over batches."""
+    from flsl_d2.engine.gpus import usable_cores
+
     cores = usable_cores()
     yield Finding(OK, "CPU cores", f"{cores} may be used; dataloader.num_workers up to {cores}")
     shared = Path("/dev/shm")
     if not shared.is_dir():
         return
-    free = shutil.disk_usage(shared).free
-    needed = 2 * cores * WORKER_BYTES
+    free, needed = shutil.disk_usage(shared).free, 2 * cores * WORKER_BYTES
     text = f"{free / 2**30:.1f} GiB free in {shared}"
     if free < needed:
-        yield Finding(
-            FAIL,
-            "shared memory",
-            f"{text}, {cores} workers may need {needed / 2**30:.1f}; start the container with "
-            "--shm-size=8g or --ipc=host, or set dataloader.num_workers=0",
+        text += (
+            f", {cores} workers may need {needed / 2**30:.1f}; start the container with "
+            "--shm-size=8g or --ipc=host, or set dataloader.num_workers=0"
         )
-    else:
-        yield Finding(OK, "shared memory", text)
+    yield Finding(FAIL if free < needed else OK, "shared memory", text)
 
 
 def check_decoding() -> Iterator[Finding]:
     """Measure how fast one core decodes a JPEG file of 500 x 375 pixels."""
+    import numpy as np
+    from PIL import Image
+
+    from flsl_d2.images.reader import read_rgb
+
     pixels = np.random.default_rng(0).integers(0, 255, (24, 32, 3), dtype=np.uint8)
-    image = Image.fromarray(pixels).resize((500, 375), Image.Resampling.BICUBIC)
     buffer = io.BytesIO()
-    image.save(buffer, "JPEG", quality=90)
+    Image.fromarray(pixels).resize((500, 375)).save(buffer, "JPEG", quality=90)
     with tempfile.TemporaryDirectory() as scratch:
         file = Path(scratch, "decode.jpg")
         file.write_bytes(buffer.getvalue())
@@ -165,20 +154,15 @@ def check_decoding() -> Iterator[Finding]:
 
 
 def check_datasets() -> Iterator[Finding]:
-    """Say which registered data sets have their files."""
-    root = Path(datasets_root()).expanduser()
-    if not root.is_dir():
-        yield Finding(
-            NOTE,
-            "data sets",
-            f"DETECTRON2_DATASETS is '{root}', which is no folder; own files need no data set name",
-        )
-        return
-    places = {"coco/train2017": "COCO", "imagenet/train": "ImageNet", "lvis": "LVIS"}
-    there = [name for place, name in places.items() if (root / place).is_dir()]
-    listed = ", ".join(there) if there else "none of COCO, ImageNet, LVIS"
-    known = len(DatasetCatalog.list())
-    yield Finding(OK, "data sets", f"{listed} below '{root}'; {known} names are registered")
+    """Say which well-known data sets have their files."""
+    root = Path(os.getenv("DETECTRON2_DATASETS", "datasets")).expanduser()
+    known = {"coco/train2017": "COCO", "imagenet/train": "ImageNet", "lvis": "LVIS"}
+    there = [name for place, name in known.items() if (root / place).is_dir()]
+    text = f"{', '.join(there) or 'none of COCO, ImageNet, LVIS'} below '{root}'"
+    missing = (
+        f"DETECTRON2_DATASETS is '{root}', which is no folder; own files need no data set name"
+    )
+    yield Finding(OK, "data sets", text) if root.is_dir() else Finding(NOTE, "data sets", missing)
 
 
 CHECKS: tuple[Callable[[], Iterator[Finding]], ...] = (
@@ -195,8 +179,13 @@ def main() -> int:
     """Print every finding; return the exit status."""
     worst = 0
     for check in CHECKS:
-        for finding in check():
-            print(f"{finding.state:<5} {finding.topic}: {finding.text}")
+        try:
+            findings = list(check())
+        except ImportError as error:  # an earlier finding says what to install
+            topic = check.__name__.removeprefix("check_")
+            findings = [Finding(NOTE, topic, f"cannot be looked at ({error})")]
+        for finding in findings:
+            print(f"{finding.state:<5} {finding.topic}: {finding.text}", flush=True)
             worst = max(worst, finding.state == FAIL)
     print("Something needs mending: see FAIL above." if worst else "Everything needed is in place.")
     return int(worst)

@@ -7,6 +7,7 @@ import os
 import re
 import secrets
 import tempfile
+import unicodedata
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -90,6 +91,20 @@ def expand_home(value: Any) -> Any:
     if equals and path.startswith("~"):
         return f"{name}={os.path.expanduser(path)}"
     return os.path.expanduser(value)
+
+
+def printable(text: object) -> str:
+    """Replace what must not reach a terminal, a figure or a page as it is.
+
+    White space of any kind becomes a blank; other control characters, lone surrogates and marks
+    that turn the direction of writing become U+FFFD.
+    """
+    return "".join(" " if c.isspace() else "\ufffd" if _is_control(c) else c for c in str(text))
+
+
+def _is_control(c: str) -> bool:
+    turns = "\u202a" <= c <= "\u202e" or "\u2066" <= c <= "\u2069"
+    return turns or unicodedata.category(c) in ("Cc", "Cs")
 
 
 def describe_content(data: bytes) -> str:

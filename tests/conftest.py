@@ -48,8 +48,9 @@ def datasets_root() -> Path:
 @pytest.fixture(scope="session")
 def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Return the package's wheel, built from a copy so that the checkout gets no build folder."""
+    shipped = ("flsl_d2", "flsl_d2_cli.py", "pretrain", "configs")
     listed = subprocess.run(
-        ["git", "-C", ROOT, "ls-files", "-co", "--exclude-standard", "flsl_d2", "configs"],
+        ["git", "-C", ROOT, "ls-files", "-co", "--exclude-standard", *shipped],
         capture_output=True,
         text=True,
     )

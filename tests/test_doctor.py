@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import importlib.util
 import shutil
+import sys
 from collections import namedtuple
 
 import pytest
@@ -36,7 +36,7 @@ def test_a_failed_check_sets_the_status(monkeypatch, capsys):
 @pytest.mark.parametrize(
     ("driver", "cuda", "state", "words"),
     [
-        (None, "13.0", doctor.NOTE, "train.device=cpu"),
+        (None, "13.0", doctor.NOTE, "--device cpu"),
         ("550.54", "13.0", doctor.FAIL, "driver 580 or newer"),
         ("550.54", None, doctor.FAIL, "PyTorch is for CPUs"),
     ],
@@ -70,11 +70,9 @@ def test_little_shared_memory_is_a_failure(monkeypatch):
     assert "--shm-size" in found.text
 
 
-def test_optional_packages_are_notes(monkeypatch):
-    real = importlib.util.find_spec
-    monkeypatch.setattr(
-        importlib.util, "find_spec", lambda name: None if name == "tensorboard" else real(name)
-    )
-    found = _findings(doctor.check_versions)["tensorboard"]
-    assert found.state == doctor.NOTE
-    assert "pip install tensorboard" in found.text
+def test_a_missing_detectron2_is_a_finding_and_not_the_end(monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "detectron2", None)
+    assert doctor.main() == 1
+    assert "FAIL  Detectron2" in (printed := capsys.readouterr().out)
+    assert "install-detectron2" in printed
+    assert "CPU cores" in printed

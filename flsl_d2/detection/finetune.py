@@ -10,7 +10,6 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-import torch
 from detectron2.utils import comm
 
 from flsl_d2.annotations.coco_records import load_coco
@@ -28,6 +27,7 @@ from flsl_d2.detection.predictor import Predictor
 from flsl_d2.detection.train import launch_detection
 from flsl_d2.engine.command_line import add_defaults, add_option, described_parser, run_tool
 from flsl_d2.engine.config_files import load_lazy_config
+from flsl_d2.engine.gpus import check_device
 from flsl_d2.errors import InputError
 from flsl_d2.files import writable_folder, write_text
 from flsl_d2.images.reader import channels_format, printable
@@ -92,7 +92,7 @@ def _check_options(args: argparse.Namespace, output: Path) -> None:
         )
     if not Path(args.images).is_dir():
         raise InputError(f"--images is '{args.images}', which is not a folder; check the path.")
-    for name in ("max_iter", "short_side", "batch_size", "patience"):
+    for name in ("batch_size", "patience"):
         if getattr(args, name) < 0:
             option = name.replace("_", "-")
             raise InputError(f"--{option} is {getattr(args, name)}; give 0 or more.")
@@ -101,8 +101,7 @@ def _check_options(args: argparse.Namespace, output: Path) -> None:
             f"--batch-size is {args.batch_size} and --num-gpus {args.num_gpus}; give at least one "
             "process and a batch that they can share equally."
         )
-    if args.device.startswith("cuda") and not torch.cuda.is_available():
-        raise InputError("--device is cuda, but PyTorch finds no GPU; give --device cpu.")
+    check_device(args.device, args.num_gpus)
 
 
 def _prepare(args: argparse.Namespace, output: Path) -> None:
@@ -342,11 +341,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
     add_option(parser, "--num-gpus")
     add_defaults(
         parser,
-        ("--max-iter", 0, "number of steps; 0 chooses it"),
         ("--batch-size", 0, "images of a step; 0 chooses it"),
         ("--patience", 0, "evaluations without a gain after which training stops; 0 never stops"),
         ("--seed", 0, "seed of the split and the training"),
     )
+    add_option(parser, "--max-iter", default=0, help="number of steps; 0 chooses it")
     add_option(parser, "--short-side", default=0, help="shorter side in pixels; 0 chooses it")
     add("--resume", action="store_true", help="go on with the run in the output folder")
     run_tool(_finetune, parser.parse_args(arguments))

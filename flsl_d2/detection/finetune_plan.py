@@ -38,7 +38,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from flsl_d2.engine.launch import usable_cores
+from flsl_d2.engine.gpus import usable_cores
 
 ANCHOR_SIDES = (32, 64, 128, 256, 512)
 ANCHOR_RATIOS = (0.5, 1.0, 2.0)

@@ -207,13 +207,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     add_option(parser, "--output", default="output/predictions")
     add_option(parser, "--device")
     add("--batch-size", type=int, default=1, metavar="N", help="images at a time (%(default)s)")
-    add(
-        "--score-threshold",
-        type=float,
-        default=0.5,
-        metavar="P",
-        help="leave out detections with a lower score (default: %(default)s)",
-    )
+    add_option(parser, "--score-threshold")
     add_option(
         parser, "--short-side", default=0, help="shorter side in pixels; 0: the config's test size"
     )

@@ -7,20 +7,26 @@ option that means the same in several tools is declared once, in :data:`SHARED_O
 from __future__ import annotations
 
 import argparse
+import io
+import itertools
+import math
 import os
+import re
 import sys
 import warnings
 from collections.abc import Callable, Sequence
+from difflib import get_close_matches
 from pathlib import Path
 from typing import Any, NoReturn
 
 import torch
 
+from flsl_d2.engine.gpus import check_device
 from flsl_d2.engine.launch import WorkerError, leave
 from flsl_d2.engine.launchers import started_by_torchrun
 from flsl_d2.engine.stopping import STOPPED
 from flsl_d2.errors import InputError, TrainingError
-from flsl_d2.files import expand_home
+from flsl_d2.files import expand_home, printable
 
 # Warnings of third parties that a user of the tools can do nothing about: the category and the
 # start of the message, without colons and commas, because they separate the fields and the
@@ -48,12 +54,9 @@ def run_tool(function: Callable[..., Any], *args: Any) -> None:
     _quiet_third_parties()
     try:
         function(*args)
-    except InputError as error:
-        print(f"error: {error}", file=sys.stderr)
-        status = 2
-    except TrainingError as error:
-        print(f"error: {error}", file=sys.stderr)
-        status = 3
+    except (InputError, TrainingError) as error:
+        print(f"error: {printable(error)}", file=sys.stderr)
+        status = 2 if isinstance(error, InputError) else 3
     except WorkerError as error:
         print(f"error: {error}", file=sys.stderr)
         status = 1
@@ -84,7 +87,14 @@ class _ToolParser(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         """Report a wrong command line, and exit with status 2."""
-        self.exit(2, f"error: {message}; --help lists the options.\n")
+        words = re.findall(r"(?<=\s)--[a-z][\w-]*", message.partition("unrecognized")[2])
+        close = [find for w in words for find in get_close_matches(w, self._option_strings(), n=1)]
+        hint = f": did you mean {', '.join(close)}?" if close else ";"
+        self.exit(2, f"error: {printable(message)}{hint} --help lists the options.\n")
+
+    def _option_strings(self) -> list[str]:
+        shown = (a for a in self._actions if a.help != argparse.SUPPRESS)
+        return [text for action in shown for text in action.option_strings]
 
 
 def described_parser(description: str, epilog: str = "") -> argparse.ArgumentParser:
@@ -94,14 +104,51 @@ def described_parser(description: str, epilog: str = "") -> argparse.ArgumentPar
         description: purpose of the tool.
         epilog: examples of complete commands.
     """
+    for stream in (sys.stdout, sys.stderr):  # a console that lacks a character shows "?"
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace")
     spec = getattr(sys.modules["__main__"], "__spec__", None)
+    if spec is None or spec.name == "flsl_d2.__main__":
+        prog = sys.argv[0] if sys.argv[0].startswith("flsl-d2 ") else None
+    else:
+        prog = f"python -m {spec.name.removesuffix('.__main__')}"
     return _ToolParser(
-        prog=f"python -m {spec.name.removesuffix('.__main__')}" if spec else None,
+        prog=prog,
         description=description,
         epilog=epilog,
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
+
+
+def device_name(text: str) -> str:
+    """Name of a device that this machine has.
+
+    Raises:
+        argparse.ArgumentTypeError: an unknown device, or one that is not there.
+    """
+    try:
+        check_device(text)
+    except InputError as error:
+        raise argparse.ArgumentTypeError(str(error).rstrip(".")) from None
+    return text
+
+
+def number(kind: type[float], low: float, high: float = math.inf) -> Callable[[str], float]:
+    """Make a reader of numbers from ``low`` to ``high``, for ``type`` of an option."""
+
+    def read(text: str) -> float:
+        try:
+            value = kind(text)
+        except ValueError:
+            value = math.nan
+        if not low <= value <= high:
+            noun = "whole number" if kind is int else "number"
+            end = f"from {low:g} to {high:g}" if high < math.inf else f"of at least {low:g}"
+            raise argparse.ArgumentTypeError(f"{text!r} is no {noun} {end}")
+        return value
+
+    return read
 
 
 def comma_separated(text: str) -> list[str]:
@@ -155,6 +202,19 @@ class _CollectLists(argparse.Action):
         setattr(namespace, self.dest, list(dict.fromkeys(items)))
 
 
+class _SetKey(argparse.Action):
+    """Collect keys of the config, for a .py and for a YAML one, with their values."""
+
+    def __call__(
+        self,
+        parser: argparse.ArgumentParser,
+        namespace: argparse.Namespace,
+        values: Any,
+        option_string: str | None = None,
+    ) -> None:
+        namespace.keys = [*(namespace.keys or []), (*self.const, values)]
+
+
 def _option(metavar: str, help_text: str, **settings: Any) -> dict[str, Any]:
     return {"metavar": metavar, "help": help_text, **settings}
 
@@ -175,18 +235,43 @@ SHARED_OPTIONS: dict[str, dict[str, Any]] = {
     "--davis-root": _option(
         "DIR", "DAVIS 2017, with JPEGImages, Annotations and ImageSets", type=Path
     ),
-    "--max-images": _option("N", "most images of each data set (default: all)", type=int),
+    "--max-images": _option(
+        "N", "most images of each data set (default: all)", type=number(int, 1)
+    ),
+    "--max-iter": _option("N", "number of steps", type=number(int, 0)),
     "--short-side": _option(
-        "PX", "shorter side of images in pixels (default: %(default)s)", type=int, default=448
+        "PX",
+        "shorter side of images in pixels (default: %(default)s)",
+        type=number(int, 0),
+        default=448,
     ),
     "--seeds": _option("0,1", "seeds, one run each", type=seed_list),
     "--output": _option("DIR", "folder to write to (default: %(default)s)", type=Path),
     "--json": _option("FILE", "JSON file to write the results to", type=Path),
-    "--device": _option("NAME", "cuda or cpu (default here: %(default)s)", default=_DEVICE),
-    "--num-gpus": _option(
-        "N", "GPUs of this machine; on the CPU, processes (default: 1)", type=int, default=1
+    "--device": _option(
+        "NAME", "cuda or cpu (default here: %(default)s)", type=device_name, default=_DEVICE
     ),
-    "--gpus-per-job": _option("N", "GPUs of each job (default: 1)", type=int, default=1),
+    "--score-threshold": _option(
+        "P",
+        "leave out detections with a lower score (default: %(default)s)",
+        type=number(float, 0, 1),
+        default=0.5,
+    ),
+    "--num-gpus": _option(
+        "N",
+        "GPUs of this machine; on the CPU, processes (default: 1)",
+        type=number(int, 1),
+        default=1,
+    ),
+    "--gpus-per-job": _option("N", "GPUs of each job (default: 1)", type=number(int, 1), default=1),
+}
+
+
+# Options of training tools that set keys of a config, as .py and as YAML.
+CONFIG_OPTIONS = {
+    "--output": ("train.output_dir", "OUTPUT_DIR"),
+    "--max-iter": ("train.max_iter", "SOLVER.MAX_ITER"),
+    "--device": ("train.device", "MODEL.DEVICE"),
 }
 
 
@@ -249,6 +334,10 @@ def tool_argument_parser(
     for name, text in switches.items():
         parser.add_argument(name, action="store_true", help=text)
     add_option(parser, "--num-gpus")
+    for name, (key, yaml_key) in CONFIG_OPTIONS.items():
+        text = f"short for {key}=..., in a YAML config {yaml_key}"
+        keys = (key, yaml_key)
+        add_option(parser, name, default=None, help=text, dest="keys", action=_SetKey, const=keys)
     add_defaults(
         parser,
         ("--num-machines", 1, "number of machines"),
@@ -266,8 +355,16 @@ def tool_argument_parser(
 def parse_tool_arguments(
     parser: argparse.ArgumentParser, arguments: Sequence[str] | None = None
 ) -> argparse.Namespace:
-    """Read the command line; options and overrides may stand in any order."""
-    return parser.parse_intermixed_args(arguments)
+    """Read the command line; options and overrides may stand in any order.
+
+    Options that are short for keys of the config are put before the other overrides.
+    """
+    found = parser.parse_intermixed_args(arguments)
+    is_yaml = str(getattr(found, "config_file", "")).endswith((".yaml", ".yml"))
+    keys = getattr(found, "keys", None) or ()
+    given = [([yaml_key, str(v)] if is_yaml else [f"{key}={v}"]) for key, yaml_key, v in keys]
+    found.opts = [*itertools.chain(*given), *found.opts]
+    return found
 
 
 def _quiet_third_parties() -> None:
@@ -276,4 +373,5 @@ def _quiet_third_parties() -> None:
     # Worker processes of this tool read the same list from their environment.
     listed = [f"ignore:{start}:{category.__name__}" for category, start in _HARMLESS]
     inherited = os.environ.get("PYTHONWARNINGS")
+    os.environ.setdefault("PYTHONIOENCODING", ":replace")
     os.environ["PYTHONWARNINGS"] = ",".join([*listed, inherited] if inherited else listed)

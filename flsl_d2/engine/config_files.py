@@ -37,7 +37,8 @@ def resolve_config_path(path: str) -> str:
     """
     if not path:
         raise InputError("no config file was given; add --config-file configs/....py or ....yaml.")
-    for candidate in (Path(path).expanduser(), CONFIGS_FOLDER / path):
+    name = path.removeprefix("./").removeprefix("configs/")  # from any folder
+    for candidate in (Path(path).expanduser(), CONFIGS_FOLDER / name):
         if candidate.is_file():
             if candidate.suffix not in (".py", ".yaml", ".yml"):
                 raise InputError(
@@ -51,8 +52,8 @@ def resolve_config_path(path: str) -> str:
         if file.suffix in (".py", ".yaml")
     }
     close = difflib.get_close_matches(Path(path).name, shipped, n=1)
-    hint = f"did you mean {shipped[close[0]]}" if close else "check the path"
-    raise InputError(f"config file {path!r} does not exist; {hint}?")
+    hint = f"did you mean {shipped[close[0]]}?" if close else "`flsl-d2 recipes` lists all."
+    raise InputError(f"config file {path!r} does not exist; {hint}")
 
 
 def is_yaml(path: str) -> bool:

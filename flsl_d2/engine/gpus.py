@@ -1,11 +1,52 @@
-"""NVIDIA's driver and the GPU of a process."""
+"""Devices that this machine has, and NVIDIA's driver."""
 
 from __future__ import annotations
 
+import os
+import re
 import shutil
 import subprocess
 
 import torch
+
+from flsl_d2.errors import InputError
+
+
+def usable_cores() -> int:
+    """Count the CPU cores this process may use; a job may have fewer than the machine."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
+def check_device(device: str, num_processes: int = 1) -> None:
+    """Check that this machine has a device, and enough of it for some processes.
+
+    Raises:
+        InputError: an unknown device, no or too few GPUs, or many more processes than cores.
+    """
+    if not re.fullmatch(r"cpu|cuda(:\d+)?", device):
+        raise InputError(f"the device {device!r} is unknown; give cuda, cuda:0 or cpu.")
+    if device == "cpu":
+        if num_processes > max(usable_cores(), 2):
+            raise InputError(
+                f"--num-gpus is {num_processes}, and on the CPU that is the number of processes, "
+                f"for which there are {usable_cores()} cores; leave it out, or give at most as "
+                "many."
+            )
+        return
+    if not torch.cuda.is_available():
+        reason = unusable_driver()
+        raise InputError(
+            f"the device is {device!r}, but PyTorch sees no GPU here"
+            f"{f' ({reason})' if reason else ''}; use the CPU: --device cpu, train.device=cpu, or "
+            "MODEL.DEVICE cpu in a YAML config."
+        )
+    if num_processes > torch.cuda.device_count():
+        raise InputError(
+            f"--num-gpus is {num_processes}, but PyTorch sees {torch.cuda.device_count()} here; "
+            "ask for fewer, or check CUDA_VISIBLE_DEVICES."
+        )
 
 
 def unusable_driver() -> str:

@@ -27,7 +27,7 @@ from torch.multiprocessing.spawn import (
     start_processes,
 )
 
-from flsl_d2.engine.gpus import unusable_driver
+from flsl_d2.engine.gpus import check_device, usable_cores
 from flsl_d2.engine.launchers import restart_store, slurm_variables, started_by_torchrun
 from flsl_d2.engine.stopping import STOP_SIGNALS, STOPPED, StopRequest, forwarding, signals_held
 from flsl_d2.errors import InputError, TrainingError
@@ -48,13 +48,6 @@ _PLAIN = {"InputError": InputError, "TrainingError": TrainingError}
 
 class WorkerError(RuntimeError):
     """A worker process failed; the message holds its rank and its traceback."""
-
-
-def usable_cores() -> int:
-    """Count the CPU cores this process may use; a job may have fewer than the machine."""
-    if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
 
 
 def has_native_bf16() -> bool:
@@ -200,20 +193,7 @@ def _check(
             f"--dist-url auto finds a port on one machine only, and there are {num_machines}; "
             "give --dist-url tcp://ADDRESS_OF_MACHINE_0:PORT on all of them."
         )
-    if not _is_cuda(device):
-        return
-    if not torch.cuda.is_available():
-        reason = unusable_driver()
-        raise InputError(
-            f"the device is {device!r}, but PyTorch sees no GPU here"
-            f"{f' ({reason})' if reason else ''}; train on the CPU with train.device=cpu (in a "
-            "YAML config: MODEL.DEVICE cpu)."
-        )
-    if num_processes > torch.cuda.device_count():
-        raise InputError(
-            f"--num-gpus is {num_processes}, but PyTorch sees {torch.cuda.device_count()} here; "
-            "ask for fewer, or check CUDA_VISIBLE_DEVICES."
-        )
+    check_device(device, num_processes)
 
 
 def _worker(

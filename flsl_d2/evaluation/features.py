@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from flsl_d2.engine.gpus import check_device
 from flsl_d2.errors import InputError
 from flsl_d2.modeling import Encoder, FLSLViT
 from flsl_d2.modeling.pixels import IMAGENET_MEAN, IMAGENET_STD
@@ -29,14 +30,9 @@ def device_of(encoder: Encoder) -> torch.device:
 
 
 def usable_device(name: str) -> torch.device:
-    """Return a device by its name; InputError where PyTorch does not know it or finds none."""
-    try:
-        device = torch.device(name)
-    except RuntimeError as error:
-        raise InputError(f"the device {name!r} is unknown to PyTorch; give cuda or cpu.") from error
-    if device.type == "cuda" and not torch.cuda.is_available():
-        raise InputError(f"the device is {name!r}, but PyTorch sees no GPU here; give cpu.")
-    return device
+    """Return a device by its name; InputError where this machine does not have it."""
+    check_device(name)
+    return torch.device(name)
 
 
 def frozen_encoder(weights: str, seed: int = 0) -> Encoder:

@@ -20,7 +20,7 @@ import torch
 from omegaconf import DictConfig
 
 import flsl_d2
-from flsl_d2.engine.launch import usable_cores
+from flsl_d2.engine.gpus import usable_cores
 from flsl_d2.engine.run_folder import flat_config
 from flsl_d2.errors import InputError
 from flsl_d2.files import write_text

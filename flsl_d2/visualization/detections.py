@@ -18,6 +18,7 @@ from flsl_d2.annotations import check_registered_dataset
 from flsl_d2.annotations.datasets import use_own_loader
 from flsl_d2.errors import InputError
 from flsl_d2.evaluation.labelled_images import decode_mask
+from flsl_d2.files import printable
 from flsl_d2.images.reader import read_image
 from flsl_d2.visualization.figures import (
     SHORTER_SIDE,
@@ -27,7 +28,7 @@ from flsl_d2.visualization.figures import (
     palette,
     picture_table,
 )
-from flsl_d2.visualization.fonts import pillow_font, printable
+from flsl_d2.visualization.fonts import pillow_font
 
 Results = Sequence[dict[str, Any]] | str | os.PathLike[str]
 """Content of the coco_instances_results.json of Detectron2's ``COCOEvaluator``, or its path."""

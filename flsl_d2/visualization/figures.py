@@ -10,7 +10,7 @@ import warnings
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import cv2
 import matplotlib
@@ -21,7 +21,8 @@ from matplotlib.figure import Figure
 from matplotlib.text import Text
 from matplotlib.ticker import MaxNLocator, NullFormatter, ScalarFormatter
 
-from flsl_d2.visualization.fonts import families, pillow_font, printable
+from flsl_d2.files import printable
+from flsl_d2.visualization.fonts import families, pillow_font
 
 COLOUR_MAP = "turbo"
 PANEL_INCHES = 2.5
@@ -70,7 +71,7 @@ def save_figure(figure: Figure, path: str | os.PathLike[str]) -> None:
         text.set_text("\n".join(map(printable, text.get_text().split("\n"))))
         if len(fonts) > 1:
             text.set_fontfamily(fonts)
-    settings = {"text.parse_math": False, "font.family": fonts}
+    settings: dict[Any, Any] = {"text.parse_math": False, "font.family": fonts}
     with matplotlib.rc_context(settings), warnings.catch_warnings():
         warnings.filterwarnings("ignore", "Glyph .* missing from")  # families() has named them
         figure.savefig(path, format="png")

@@ -18,17 +18,6 @@ _DEFAULT = "DejaVu Sans"  # comes with matplotlib
 _REGULAR = (400, "normal", "regular", "book", "roman", "medium")
 
 
-def printable(text: object) -> str:
-    """Replace the control characters of a text, of which a line end becomes a blank.
-
-    Marks of writing direction stay: a font engine needs them.
-    """
-    return "".join(
-        " " if c.isspace() else "\ufffd" if unicodedata.category(c) in ("Cc", "Cs") else c
-        for c in str(text)
-    )
-
-
 @cache
 def _characters(path: str) -> frozenset[int]:
     """Code points that a font has; none where the file cannot be read."""

@@ -22,7 +22,7 @@ from detectron2.data import DatasetCatalog, MetadataCatalog
 
 from flsl_d2.annotations import register_scenes
 from flsl_d2.engine.command_line import add_defaults, add_option, described_parser, run_tool
-from flsl_d2.engine.launch import usable_cores
+from flsl_d2.engine.gpus import usable_cores
 from flsl_d2.errors import InputError
 from flsl_d2.evaluation import extract_tokens
 from flsl_d2.evaluation.measures import measure_features

@@ -1,6 +1,7 @@
 """Exit statuses and what is printed, and how a command line is read."""
 
 import argparse
+import io
 import sys
 import warnings
 from pathlib import Path
@@ -85,7 +86,7 @@ def test_negative_yaml_values():
 
 def shared_parser() -> argparse.ArgumentParser:
     parser = described_parser("x")
-    for name in ("--output", "--seeds", "--short-side", "--json"):
+    for name in ("--output", "--seeds", "--short-side", "--json", "--device", "--score-threshold"):
         add_option(parser, name)
     add_option(parser, "--train", ["--eval-train"])
     add_option(parser, "--measures", nargs="+")
@@ -131,7 +132,12 @@ def test_earlier_names_of_options_work_and_are_hidden():
 
 
 @pytest.mark.parametrize(
-    "arguments", [["--seeds", "0,x"], ["--weights", "=a"], ["--short-side", "x"], ["--absent"]]
+    "arguments",
+    [
+        *(["--seeds", "0,x"], ["--weights", "=a"], ["--short-side", "x"], ["--short-side", "-1"]),
+        *(["--device", "gpu"], ["--device", "cuda:x"], ["--score-threshold", "50"], ["--absent"]),
+        ["--score-threshold", "nan"],
+    ],
 )
 def test_a_wrong_command_line_is_one_sentence(capsys, arguments):
     with pytest.raises(SystemExit) as end:
@@ -141,3 +147,28 @@ def test_a_wrong_command_line_is_one_sentence(capsys, arguments):
     assert errors.startswith("error: ")
     assert arguments[0] in errors
     assert errors.count("\n") == 1
+
+
+def test_a_typing_error_is_answered_with_the_closest_option(capsys):
+    with pytest.raises(SystemExit):
+        shared_parser().parse_args(["--shrot-side", "3", "--eval-trian", "a"])
+    assert "did you mean --short-side, --train?" in (error := capsys.readouterr().err)
+    assert "--eval-train" not in error, "hidden names are not offered"
+
+
+def test_options_of_training_are_short_for_keys():
+    parser = tool_argument_parser("x")
+    line = ["--config-file", "a.py", "--output", "o=1", "--device", "cpu", "b=2", "--max-iter", "3"]
+    given = ["train.output_dir=o=1", "train.device=cpu", "train.max_iter=3", "b=2"]
+    assert parse_tool_arguments(parser, line).opts == given
+    line[1] = "a.yaml"
+    given = [*("OUTPUT_DIR", "o=1", "MODEL.DEVICE", "cpu", "SOLVER.MAX_ITER", "3"), "b=2"]
+    assert parse_tool_arguments(parser, line).opts == given
+
+
+def test_a_console_without_a_character_gets_another(monkeypatch):
+    console = io.TextIOWrapper(io.BytesIO(), encoding="ascii")
+    monkeypatch.setattr(sys, "stdout", console)
+    described_parser("x")
+    print("a ± \udcff", file=console, flush=True)
+    assert console.buffer.getvalue() == b"a ? ?\n"

@@ -21,7 +21,7 @@ from tabulate import tabulate
 from torch import Tensor
 from tqdm import tqdm
 
-from flsl_d2.engine.launch import usable_cores
+from flsl_d2.engine.gpus import usable_cores
 from flsl_d2.errors import InputError
 from flsl_d2.files import write_text
 
