@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from flsl_d2.errors import InputError
+from flsl_d2.modeling.transfer import to_device
 
 CLIP_MODES = ("per_tensor", "global", "none")
 
@@ -48,7 +49,14 @@ def clip_gradients(gradients: list[Tensor], max_norm: float, mode: str = "per_te
     norms = torch.stack(torch._foreach_norm(gradients))
     total = torch.linalg.vector_norm(norms)
     if mode == "per_tensor":
-        torch._foreach_mul_(gradients, (max_norm / (norms + 1e-6)).clamp(max=1.0).unbind())
+        # On CUDA a list of numbers on the device would take a launch for each; tensors of the
+        # gradients' shapes take a few for all.
+        sizes = torch.tensor([gradient.numel() for gradient in gradients])
+        total_size = int(sizes.sum())
+        factors = (max_norm / (norms + 1e-6)).clamp(max=1.0)
+        spread = factors.repeat_interleave(to_device(sizes, total.device), output_size=total_size)
+        parts = zip(spread.split(sizes.tolist()), gradients, strict=True)
+        torch._foreach_mul_(gradients, [part.view_as(like) for part, like in parts])
     elif mode == "global":
         torch._foreach_mul_(gradients, (max_norm / (total + 1e-6)).clamp(max=1.0))
     return total

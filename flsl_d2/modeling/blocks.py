@@ -5,8 +5,9 @@ Shape suffixes: B images, H x W tokens of an image, T tokens of all images, D wi
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import TypeAlias
+import math
+from collections.abc import Callable, Sequence
+from typing import NamedTuple, TypeAlias
 
 import torch
 import torch.nn.functional as F
@@ -55,10 +56,26 @@ class Mlp(nn.Module):
         return self.fc2(F.gelu(hidden))
 
 
-class StochasticDepth(nn.Module):
-    """Leave a residual branch out, for each image by itself (arXiv 1603.09382).
+class KeptImages(NamedTuple):
+    """The images for which a residual branch is computed.
 
-    What is left out is not computed, as in DINOv2 (arXiv 2304.07193) but with independent draws.
+    Attributes:
+        rows: (R,) int64, their rows among the tokens.
+        factors: (R,) float32, what the branch of each row is multiplied by.
+        shapes: their numbers and tokens, where tokens are packed; None if not packed.
+    """
+
+    rows: Tensor
+    factors: Tensor
+    shapes: PackedShapes | None
+
+
+class StochasticDepth(nn.Module):
+    """Per-sample stochastic depth (arXiv 1603.09382) of a fixed number of images.
+
+    Of B images ``ceil(B * keep)`` are computed, as in DINOv2 (arXiv 2304.07193), so that no shape
+    changes from step to step. One of them counts only sometimes, so that every image keeps its
+    branch with exactly the probability ``keep``.
 
     Args:
         probability: probability of leaving a branch out in training; the other branches are
@@ -69,51 +86,83 @@ class StochasticDepth(nn.Module):
         super().__init__()
         self.probability = probability
 
-    def forward(self, branch: Branch, tokens: Tensor, shapes: PackedShapes | None) -> Tensor:
-        """``tokens + branch(tokens, shapes)``: tokens (B, H, W, D), or packed (T, D)."""
+    def forward(
+        self,
+        branch: Branch,
+        tokens: Tensor,
+        shapes: PackedShapes | None,
+        kept: KeptImages | None = None,
+    ) -> Tensor:
+        """``tokens + branch(tokens, shapes)``: tokens (B, H, W, D), or packed (T, D).
+
+        Args:
+            branch: the residual branch.
+            tokens: its input.
+            shapes: see :class:`Block`.
+            kept: images of :func:`draw_kept_images`; None to draw them here.
+        """
         if not (self.training and self.probability):
             return tokens + branch(tokens, shapes)
-        # Draws are made on the CPU, so that a GPU need not be waited for to know how many stay.
-        counts = ((len(tokens), 1),) if shapes is None else shapes
-        keep = 1 - self.probability
-        draws = [torch.bernoulli(torch.full((count,), keep)).bool() for count, _ in counts]
-        if not any(kept.any() for kept in draws):
-            # Several processes exchange gradients of all weights, so each needs one.
-            return tokens + 0 * branch(tokens, shapes)
-        kept_images = [kept.nonzero()[:, 0] for kept in draws]
-        rows = _rows_of(kept_images, counts, tokens.device)
-        kept_shapes = None
-        if shapes is not None:
-            kept_shapes = tuple(
-                (len(kept), length)
-                for kept, (_, length) in zip(kept_images, counts, strict=True)
-                if len(kept)
-            )
-        out = branch(tokens.index_select(0, rows), kept_shapes)
-        out = (out / keep).to(tokens.dtype)
+        if kept is None:
+            (kept,) = draw_kept_images([self.probability], len(tokens), shapes, tokens.device)
+        out = branch(tokens.index_select(0, kept.rows), kept.shapes)
+        out = (out * kept.factors.view(-1, *[1] * (out.dim() - 1))).to(tokens.dtype)
         # Unlike index_add, scatter_add does not keep what it adds for the backward pass.
-        index = rows.view(-1, *[1] * (out.dim() - 1)).expand_as(out)
+        index = kept.rows.view(-1, *[1] * (out.dim() - 1)).expand_as(out)
         return tokens.scatter_add(0, index, out)
 
 
-def _rows_of(images: list[Tensor], counts: PackedShapes, device: torch.device) -> Tensor:
-    """Rows of the tokens of images; their numbers alone are sent to the device.
+def draw_kept_images(
+    probabilities: Sequence[float],
+    num_images: int,
+    shapes: PackedShapes | None,
+    device: torch.device,
+) -> list[KeptImages]:
+    """Draw the images of several branches, with one pair of copies to the device.
 
     Args:
-        images: for each size, numbers of images, on the CPU.
-        counts: for each size, number of images and of rows of an image.
-        device: device of the result.
+        probabilities: for each branch, the probability of leaving it out; above 0.
+        num_images: number of images, where they are not packed.
+        shapes: see :class:`Block`.
+        device: device of the results.
     """
-    starts, first = [], 0
-    for chosen, (count, length) in zip(images, counts, strict=True):
-        starts.append(first + chosen * length)
-        first += count * length
-    sent = to_device(torch.cat(starts), device)
-    rows = [
-        start if length == 1 else (start[:, None] + torch.arange(length, device=device)).flatten()
-        for start, (_, length) in zip(sent.split([len(s) for s in starts]), counts, strict=True)
+    counts = ((num_images, 1),) if shapes is None else shapes
+    drawn: list[Tensor] = []
+    factors: list[Tensor] = []
+    lengths: list[Tensor] = []
+    kept_shapes: list[PackedShapes] = []
+    for probability in probabilities:
+        keep, first = 1 - probability, 0
+        kept = []
+        for count, length in counts:
+            number = math.ceil(count * keep - 1e-6)
+            chosen = torch.randperm(count)[:number]
+            factor = torch.full((number,), 1 / keep)
+            # The last one makes up for the rounding.
+            factor[-1] *= float(torch.rand(()) < count * keep - (number - 1))
+            drawn.append(first + chosen * length)
+            factors.append(factor)
+            lengths.append(torch.full((number,), length))
+            kept.append((number, length))
+            first += count * length
+        kept_shapes.append(tuple(kept))
+    starts, sizes = torch.cat(drawn), torch.cat(lengths)
+    totals = [sum(count * length for count, length in kept) for kept in kept_shapes]
+    scale = to_device(torch.cat(factors), device)
+    if shapes is None:
+        rows = to_device(starts, device)
+    else:
+        total = sum(totals)
+        sent = to_device(torch.stack([starts - (sizes.cumsum(0) - sizes), sizes]), device)
+        rows = torch.arange(total, device=device)
+        rows = rows + sent[0].repeat_interleave(sent[1], output_size=total)
+        scale = scale.repeat_interleave(sent[1], output_size=total)
+    return [
+        KeptImages(each, factor, None if shapes is None else kept)
+        for each, factor, kept in zip(
+            rows.split(totals), scale.split(totals), kept_shapes, strict=True
+        )
     ]
-    return rows[0] if len(rows) == 1 else torch.cat(rows)
 
 
 class Block(nn.Module):
@@ -163,15 +212,21 @@ class Block(nn.Module):
             self.ls1 = LayerScale(dim, layer_scale_init)
             self.ls2 = LayerScale(dim, layer_scale_init)
 
-    def forward(self, tokens: Tensor, shapes: PackedShapes | None = None) -> Tensor:
+    def forward(
+        self,
+        tokens: Tensor,
+        shapes: PackedShapes | None = None,
+        kept: Sequence[KeptImages | None] = (None, None),
+    ) -> Tensor:
         """Tokens to tokens of the same shape.
 
         Args:
             tokens: (B, H, W, D); or, packed, (T, D) of images of several sizes.
             shapes: number of images and of tokens of an image, for each size; None if not packed.
+            kept: images of stochastic depth for attention and MLP; None to draw them here.
         """
-        tokens = self.drop_path(self._attention_branch, tokens, shapes)
-        return self.drop_path(self._mlp_branch, tokens, shapes)
+        tokens = self.drop_path(self._attention_branch, tokens, shapes, kept[0])
+        return self.drop_path(self._mlp_branch, tokens, shapes, kept[1])
 
     def compile_in_place(self, backend: str = "inductor", mode: str = "default") -> None:
         """Compile the block for its present mode (``torch.compile``).

@@ -5,7 +5,8 @@ Shape suffixes: B images of one size, N tokens of an image, T tokens of all imag
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from itertools import repeat
 from typing import Any, cast
 
 import torch
@@ -19,7 +20,7 @@ from torch.utils.checkpoint import checkpoint
 
 from flsl_d2.errors import InputError
 from flsl_d2.modeling.attention import Attention, PackedShapes
-from flsl_d2.modeling.blocks import Block
+from flsl_d2.modeling.blocks import Block, KeptImages, draw_kept_images
 from flsl_d2.modeling.encoder import VIT_SIZES
 from flsl_d2.modeling.encoder_state import fit_encoder_state
 from flsl_d2.modeling.pixels import InputFormat, PixelAdapter
@@ -336,7 +337,7 @@ class FLSLViT(Backbone):
         tokens = self.patch_embed(images).contiguous()  # (B, H, W, D)
         grid = (tokens.shape[1], tokens.shape[2])
         if positions == "none":
-            return tokens
+            return tokens.to(self.pos_embed.dtype)  # as precise as the sum with positions
         if positions == "jittered":
             side = grid_of_table(self.pos_embed.shape[1])
             return tokens + jittered_positions(
@@ -399,12 +400,25 @@ class FLSLViT(Backbone):
         self, tokens: Tensor, num_blocks: int | None, shapes: PackedShapes | None = None
     ) -> Tensor:
         """Run the blocks, and the final norm where ``num_blocks`` is None."""
-        for block in self.blocks[:num_blocks]:
+        blocks = self._typed_blocks()[:num_blocks]
+        kept = self._draw_kept(blocks, tokens, shapes)
+        for block in blocks:
+            images = (next(kept), next(kept)) if block.drop_path.probability else (None, None)
             if self.use_act_checkpoint and self.training and torch.is_grad_enabled():
-                tokens = checkpoint(block, tokens, shapes, use_reentrant=False)
+                tokens = checkpoint(block, tokens, shapes, images, use_reentrant=False)
             else:
-                tokens = block(tokens, shapes)
+                tokens = block(tokens, shapes, images)
         return tokens if num_blocks is not None else self.final_norm(tokens)
+
+    def _draw_kept(
+        self, blocks: Sequence[Block], tokens: Tensor, shapes: PackedShapes | None
+    ) -> Iterator[KeptImages | None]:
+        """Images of stochastic depth of all branches of the blocks that have it."""
+        rates = [block.drop_path.probability for block in blocks for _ in range(2)]
+        rates = [rate for rate in rates if rate]
+        if not (self.training and rates):
+            return repeat(None)
+        return iter(draw_kept_images(rates, len(tokens), shapes, tokens.device))
 
     def _load_from_state_dict(
         self,

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -9,7 +11,7 @@ from hypothesis import strategies as st
 
 from flsl_d2.errors import InputError
 from flsl_d2.modeling import FLSLViT
-from flsl_d2.modeling.blocks import StochasticDepth, _rows_of
+from flsl_d2.modeling.blocks import StochasticDepth, draw_kept_images
 
 
 def encoder(**options) -> FLSLViT:
@@ -66,18 +68,13 @@ def test_stochastic_depth_drops_whole_images_as_often_as_stated():
     torch.testing.assert_close(kept, kept[:1].expand_as(kept))
 
 
-def computing_all(self, branch, tokens, shapes):
+def computing_all(self, branch, tokens, shapes, kept=None):
     """Stochastic depth by its definition: a factor for the branch of each image."""
-    counts = [(len(tokens), 1)] if shapes is None else shapes
     if not (self.training and self.probability):
         return tokens + branch(tokens, shapes)
-    keep = 1 - self.probability
-    factors = [
-        (torch.bernoulli(torch.full((count,), keep)) / keep).repeat_interleave(length)
-        for count, length in counts
-    ]
+    factors = torch.zeros(len(tokens)).index_put((kept.rows,), kept.factors)
     out = branch(tokens, shapes)
-    return tokens + out * torch.cat(factors).view(-1, *[1] * (out.dim() - 1))
+    return tokens + out * factors.view(-1, *[1] * (out.dim() - 1))
 
 
 @pytest.mark.parametrize("packed", [True, False])
@@ -109,15 +106,35 @@ def test_what_cannot_be_packed_is_refused(options):
         encoder(**options).forward_packed([torch.zeros(1, 3, 32, 32)])
 
 
+@pytest.mark.parametrize("count", [1, 2, 3, 10])
+@pytest.mark.parametrize("rate", [0.05, 0.3, 0.9])
+def test_each_image_keeps_its_branch_as_often_as_stated(count, rate):
+    draws = 3000
+    kept = draw_kept_images([rate] * draws, count, None, torch.device("cpu"))
+    assert {len(each.rows) for each in kept} == {math.ceil(count * (1 - rate) - 1e-6)}
+    total = torch.zeros(count)
+    for each in kept:
+        assert len(set(each.rows.tolist())) == len(each.rows)
+        total.index_add_(0, each.rows, each.factors)
+    # The mean of the factors is 1; its deviation is that of a binomial share, six times here.
+    deviation = (rate / (1 - rate) / draws) ** 0.5
+    torch.testing.assert_close(total / draws, torch.ones(count), rtol=0, atol=6 * deviation)
+
+
 @given(
     st.lists(st.tuples(st.integers(1, 5), st.integers(1, 6)), min_size=1, max_size=4),
-    st.randoms(use_true_random=False),
+    st.floats(0.01, 0.99),
 )
-def test_rows_follow_from_numbers_of_images(counts, random):
-    draws = [torch.tensor([random.random() < 0.6 for _ in range(count)]) for count, _ in counts]
-    masks = [
-        kept.repeat_interleave(length) for kept, (_, length) in zip(draws, counts, strict=True)
-    ]
-    expected = torch.cat(masks).nonzero()[:, 0]
-    images = [kept.nonzero()[:, 0] for kept in draws]
-    assert torch.equal(_rows_of(images, tuple(counts), torch.device("cpu")), expected)
+def test_rows_are_whole_images(counts, rate):
+    shapes, total = tuple(counts), sum(count * length for count, length in counts)
+    every = torch.arange(total)
+    owners = torch.arange(sum(count for count, _ in counts)).repeat_interleave(
+        torch.tensor([length for count, length in counts for _ in range(count)])
+    )
+    for kept in draw_kept_images([rate, rate / 2], 0, shapes, torch.device("cpu")):
+        chosen = owners[kept.rows]
+        assert torch.equal(kept.rows.sort()[0], every[torch.isin(owners, chosen)])
+        lengths = [length for count, length in kept.shapes for _ in range(count)]
+        runs, sizes = chosen.unique_consecutive(return_counts=True)
+        assert sizes.tolist() == lengths
+        assert len(runs) == len(set(runs.tolist()))
