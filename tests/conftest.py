@@ -7,7 +7,7 @@ import os
 import subprocess
 import sys
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 # Tests run beside each other, and threads that wait for a core slow one another down many times.
@@ -17,6 +17,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 import pytest
 import setuptools  # noqa: F401  (it refuses to be imported after distutils)
 import torch
+from browser import CHROMIUM, Browser
 from hypothesis import settings
 
 # The default run draws the same examples each time, however fast the machine is. `make fuzz` draws
@@ -72,6 +73,16 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
     assert not (folder / "tree" / "flsl_d2" / "model_zoo" / "configs").exists()
     (file,) = folder.glob("*.whl")
     return file
+
+
+@pytest.fixture(scope="session")
+def browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Browser]:
+    """Return a headless Chromium."""
+    if not CHROMIUM:
+        pytest.skip("Chromium is not installed (Debian, Ubuntu: apt install chromium)")
+    started = Browser(tmp_path_factory.mktemp("profile"))
+    yield started
+    started.close()
 
 
 @pytest.fixture(autouse=True)

@@ -141,7 +141,7 @@ def test_the_same_option_has_the_same_name_everywhere(monkeypatch, capsys):
             with pytest.raises(SystemExit):
                 importlib.import_module(module).main(["--help"])
             found[name] = set(re.findall(r"(?<![\w-])--[a-z][\w-]*", capsys.readouterr().out))
-    synonyms = {"--out", "--output-dir", "--out-dir", "--iters", "--steps", "--max-iters", "--size"}
+    synonyms = {"--out", "--output-dir", "--out-dir", "--iters", "--steps", "--max-iters"}
     synonyms |= {"--img-size", "--gpu", "--gpus", "--threshold", "--model-weights", "--checkpoint"}
     assert not [(n, bad) for n, options in found.items() if (bad := options & synonyms)]
     for name in ("pretrain", "train", "finetune"):

@@ -1,17 +1,21 @@
-"""The report of a fine-tuned detector: figures by class, errors, pictures and one page."""
+"""The report of a fine-tuned detector: verdict, figures by class, and a page of all pictures."""
 
 from __future__ import annotations
 
+import base64
+import io
 import json
 import math
+from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import cv2
 import numpy as np
 import torch
-from matplotlib.ticker import MaxNLocator
+from PIL import Image
 from pycocotools.cocoeval import COCOeval
 from torchvision.ops import box_iou
 
@@ -20,26 +24,22 @@ from flsl_d2.annotations.coco_file import read_coco
 from flsl_d2.annotations.coco_records import load_coco, read_coco_api
 from flsl_d2.detection.coco_evaluator import evaluate_coco
 from flsl_d2.detection.predictor import Detections, Predictor
+from flsl_d2.engine.progress import progress
 from flsl_d2.errors import InputError
 from flsl_d2.files import write_text
 from flsl_d2.images.reader import preview
-from flsl_d2.visualization.curves import loss_curves
+from flsl_d2.visualization.curves import loss_curves, read_metrics
 from flsl_d2.visualization.detections import draw_objects, ground_truth
-from flsl_d2.visualization.figures import (
-    Panel,
-    enlarge,
-    label_plot,
-    new_figure,
-    picture_table,
-    plot_grid,
-    save_figure,
-)
+from flsl_d2.visualization.figures import Panel, picture_table
 from flsl_d2.visualization.html import render
 
+NOTHING, CROWD = -1, -2
 _IOU = 0.5
-_NUM_WORST = 6
-_NUM_CURVES = 10
 _LABELS_ACROSS = 4
+_MOST_CLASSES = 30  # in the page, those with the lowest AP; results.json has all
+_PICTURE_SIDES = {50: 640, 400: 384, math.inf: 224}  # longer side by the number of pictures
+_LOWEST_SCORE = 0.05  # of detections in the page
+_KIND = {"bbox": "box", "segm": "mask"}
 
 
 @dataclass(frozen=True)
@@ -59,18 +59,27 @@ class Report:
     page: Path
 
 
-@dataclass
-class _Matches:
-    """How detections and annotated objects of one image match at an IoU of 0.5.
+@dataclass(frozen=True)
+class _Compared:
+    """Detections of one image and its annotated objects, matched by boxes at an IoU of 0.5.
 
     Attributes:
-        pairs: detection number, class found and class annotated; class -1 for a detection without
-            an object. Detections on crowds are left out.
-        missed: classes of the objects that no detection matches.
+        labels: (M,) classes found, by falling score.
+        scores: (M,) their scores.
+        match: (M,) index of each detection's object; `NOTHING` and `CROWD` are none.
+        truth: (T,) annotated classes.
     """
 
-    pairs: list[tuple[int, int, int]] = field(default_factory=list)
-    missed: list[int] = field(default_factory=list)
+    labels: np.ndarray
+    scores: np.ndarray
+    match: np.ndarray
+    truth: np.ndarray
+
+    @property
+    def annotated(self) -> np.ndarray:
+        """(M,) class of each detection's object, or `NOTHING` or `CROWD`."""
+        none = np.array([CROWD, NOTHING])
+        return np.concatenate([self.truth, none])[self.match]
 
 
 def draw_labels(
@@ -110,11 +119,10 @@ def write_report(
     hints: Sequence[str],
     commands: Sequence[str],
 ) -> Report:
-    """Evaluate a detector on validation images, and write figures, pictures and a page.
+    """Evaluate a detector on validation images, and write figures and a page.
 
-    Written are ``report.html``, ``results.json`` (figures), ``detections.json`` (COCO's results
-    format) and the pictures ``confusion.png``, ``precision_recall.png``, ``worst.png`` and
-    ``curves.png``.
+    Written are ``report.html``, which holds every validation picture, ``results.json`` (figures),
+    ``detections.json`` (COCO's results format) and ``curves.png``.
 
     Args:
         folder: output folder of the run.
@@ -127,66 +135,156 @@ def write_report(
     """
     records = load_coco(json_file, image_root)
     categories = sorted(read_coco(json_file)["categories"], key=lambda each: each["id"])
-    names = [str(each["name"]) for each in categories]
-    found = [predictor(record["file_name"])[0] for record in records]
-    results = [
-        entry
-        for record, each in zip(records, found, strict=True)
-        for entry in each.coco_results(record["image_id"], [c["id"] for c in categories])
-    ]
+    names, ids = [str(each["name"]) for each in categories], [each["id"] for each in categories]
+    side = next(side for most, side in _PICTURE_SIDES.items() if len(records) <= most)
+    results, compared, pictures = [], [], []
+    for record in progress(records, "predicting the validation images"):
+        found = predictor(record["file_name"])[0]
+        results += found.coco_results(record["image_id"], ids)
+        compared.append(_compare(record, found))
+        pictures.append(_picture(record, found, compared[-1], side))
     write_text(folder / "detections.json", json.dumps(results))
     truth = read_coco_api(json_file)
     kinds = ["bbox", "segm"] if results and "segmentation" in results[0] else ["bbox"]
     evaluations = {kind: evaluate_coco(truth, results, kind) for kind in kinds}
-    figures = _figures(evaluations, names)
-    matches = [_match(r, d) for r, d in zip(records, found, strict=True)]
-    threshold = _best_threshold(found, matches)
-    confusion = _confusion(found, matches, threshold, len(names))
-    notes = _notes(figures, results, found, matches, confusion, names, hints)
-    write_text(
-        folder / "results.json",
-        json.dumps({"figures": figures, "score_threshold": threshold, "notes": notes}, indent=1),
-    )
-    pictures = {
-        "precision and recall": folder / "precision_recall.png",
-        f"confusion at a score of at least {threshold:.2f}": folder / "confusion.png",
-        "images with the most errors": folder / "worst.png",
-        "training": folder / "curves.png",
-        "labels": folder / "labels.png",
-    }
-    _draw_curves(evaluations[kinds[-1]], names, folder / "precision_recall.png")
-    _draw_confusion(confusion, names, folder / "confusion.png")
-    _draw_worst(records, found, matches, threshold, names, folder / "worst.png")
+    figures, threshold = _figures(evaluations, names), _best_threshold(compared)
+    notes = [
+        *_verdict(folder / "metrics.json", kinds[-1]),
+        *_notes(figures, compared, names, hints),
+    ]
+    written = {"figures": figures, "score_threshold": threshold, "notes": notes}
+    write_text(folder / "results.json", json.dumps(written, indent=1))
+    curves = {"training": folder / "curves.png", "labels": folder / "labels.png"}
     try:
-        loss_curves(folder / "metrics.json", folder / "curves.png")
+        loss_curves(folder / "metrics.json", curves["training"])
     except InputError:
-        pictures.pop("training")
+        curves.pop("training")
+    counts = Counter(int(label) for each in compared for label in each.truth)
+    shown = sorted(counts, key=lambda c: figures.get(f"{kinds[-1]}/AP-{names[c]}", 0.0))
+    shown = shown[:_MOST_CLASSES]
+    data = {
+        "classes": names,
+        "counts": [sum(counts.values()), *(counts[c] for c in shown)],
+        "shown": shown,
+        "threshold": threshold,
+        "lowest": min(_LOWEST_SCORE, threshold),
+        "kinds": {k: _curves(evaluations[k], shown) | {"name": _KIND[k]} for k in kinds},
+        "figures": {
+            f"{k}/{m}": [_rounded(figures.get(f"{k}/{m}{name}"))
+                         for name in ("", *(f"-{names[c]}" for c in shown))]
+            for k in kinds
+            for m in ("AP", "AP50")
+        },
+        "images": pictures,
+    }  # fmt: skip
     page = folder / "report.html"
-    write_text(
-        page,
-        render(
-            "finetune.html.j2",
-            title=f"Detector in {folder.name}",
-            notes=notes,
-            rows=_table(figures, names, kinds, truth),
-            columns=[
-                "class",
-                "objects",
-                *(f"{_KIND[k]} {m}" for k in kinds for m in ("AP", "AP50")),
-            ],
-            num_images=len(records),
-            threshold=threshold,
-            pictures=pictures,
-            commands=list(commands),
-            versions={"flsl-d2": flsl_d2.__version__, "PyTorch": torch.__version__},
-            details=[("What was run", "\n".join(summary))],
-        ),
+    text = render(
+        "finetune.html.j2",
+        title=f"Detector in {folder.name}",
+        notes=notes,
+        data=data,
+        num_classes=len(counts),
+        num_images=len(records),
+        pictures=curves,
+        commands=list(commands),
+        versions={"flsl-d2": flsl_d2.__version__, "PyTorch": torch.__version__},
+        details=[("What was run", "\n".join(summary))],
     )
+    write_text(page, text)
     return Report(figures, threshold, notes, page)
 
 
-_KIND = {"bbox": "box", "segm": "mask"}
-_SHOWN = ("AP", "AP50")
+def _rounded(value: float | None, digits: int = 1) -> float | None:
+    return None if value is None or math.isnan(value) else round(float(value), digits)
+
+
+def _curves(evaluation: COCOeval | None, shown: Sequence[int]) -> dict[str, Any]:
+    """Precision at 101 recalls at an IoU of 0.5: the mean of all classes, then of each shown."""
+    if evaluation is None:
+        return {"curves": []}
+    precision = np.asarray(evaluation.eval["precision"])[0, :, :, 0, -1]
+    known = precision[:, precision.max(axis=0) > -1]
+    chosen = [known.mean(axis=1) if known.size else np.zeros(len(precision))]
+    chosen += [precision[:, number] for number in shown]
+    return {"curves": [[_rounded(v, 3) for v in curve] for curve in chosen]}
+
+
+def _picture(
+    record: dict[str, Any], found: Detections, compared: _Compared, side: int
+) -> dict[str, Any]:
+    """Picture of one image for the page, with its objects and detections in its pixels."""
+    image = preview(record["file_name"])
+    factor = min(1.0, side / max(image.shape[:2]))
+    size = (max(round(image.shape[1] * factor), 1), max(round(image.shape[0] * factor), 1))
+    buffer = io.BytesIO()
+    small = cv2.resize(image, size, interpolation=cv2.INTER_AREA)
+    Image.fromarray(small).save(buffer, "JPEG", quality=82)
+    truth, chosen = ground_truth(record), np.flatnonzero(compared.scores >= _LOWEST_SCORE)
+    masks = [None] * len(found) if found.masks is None else list(found.masks)
+    drawn = zip(truth.classes, truth.boxes, truth.masks, strict=True)
+    return {
+        "name": Path(record["file_name"]).name,
+        "width": size[0],
+        "height": size[1],
+        "jpeg": f"data:image/jpeg;base64,{base64.b64encode(buffer.getvalue()).decode('ascii')}",
+        "truth": [[int(c), _corners(b, factor), _outline(m, size)] for c, b, m in drawn],
+        "found": [
+            [int(compared.labels[i]), _rounded(compared.scores[i], 3), int(compared.match[i]),
+             _corners(found.boxes[i], factor), _outline(masks[i], size)]
+            for i in chosen
+        ],
+    }  # fmt: skip
+
+
+def _corners(box: np.ndarray, factor: float) -> list[float]:
+    return [round(float(value) * factor, 1) for value in box]
+
+
+def _outline(mask: np.ndarray | None, size: tuple[int, int]) -> list[list[int]]:
+    """Outlines of a mask, resized to a width and height: x0, y0, x1, y1, ... each."""
+    if mask is None:
+        return []
+    small = cv2.resize(mask.astype(np.uint8), size, interpolation=cv2.INTER_AREA)
+    contours, _ = cv2.findContours(small, cv2.RETR_CCOMP, cv2.CHAIN_APPROX_SIMPLE)
+    return [cv2.approxPolyDP(each, 0.7, True).ravel().tolist() for each in contours]
+
+
+def _verdict(metrics: Path, kind: str) -> list[str]:
+    """Say whether AP still rises at the end of the training, from its evaluations."""
+    try:
+        values = read_metrics(metrics)[0].get(f"{kind}/AP", ([], []))[1]
+    except InputError:
+        return []
+    third = len(values) // 3
+    if not third:
+        return []
+    middle, late = float(np.mean(values[third:-third])), float(np.mean(values[-third:]))
+    name = f"{_KIND[kind]} AP"
+    if late > middle + max(1.0, 0.03 * middle):
+        return [f"{name} still rises ({middle:.1f}, then {late:.1f}): train longer (--max-iter)."]
+    if max(values) > values[-1] + max(1.0, 0.05 * max(values)):
+        return [f"{name} fell from {max(values):.1f} to {values[-1]:.1f}; the best is kept."]
+    return [f"{name} no longer rises: more steps alone will help little."]
+
+
+def _compare(record: dict[str, Any], found: Detections) -> _Compared:
+    """Match detections by falling score, each to the best free object, first of its own class."""
+    objects = [a for a in record["annotations"] if not a["iscrowd"]]
+    crowds = [a for a in record["annotations"] if a["iscrowd"]]
+    classes = np.array([a["category_id"] for a in objects], int)
+    overlap = _overlap(found.boxes, objects)
+    free = np.ones(len(objects), bool)
+    match = np.full(len(found), NOTHING)
+    for number, label in enumerate(found.classes.tolist()):
+        candidates = np.flatnonzero(free & (overlap[number] >= _IOU))
+        if candidates.size:
+            own = candidates[classes[candidates] == label]
+            among = own if own.size else candidates
+            match[number] = among[overlap[number][among].argmax()]
+            free[match[number]] = False
+        elif _on_crowd(found.boxes[number], crowds):
+            match[number] = CROWD
+    return _Compared(found.classes, found.scores, match, classes)
 
 
 def _figures(evaluations: dict[str, COCOeval | None], names: Sequence[str]) -> dict[str, float]:
@@ -211,28 +309,6 @@ def _figures(evaluations: dict[str, COCOeval | None], names: Sequence[str]) -> d
     return figures
 
 
-def _match(record: dict[str, Any], found: Detections) -> _Matches:
-    """Match detections by falling score, each to the best free object, first of its own class."""
-    objects = [a for a in record["annotations"] if not a["iscrowd"]]
-    crowds = [a for a in record["annotations"] if a["iscrowd"]]
-    classes = np.array([a["category_id"] for a in objects], int)
-    overlap = _overlap(found.boxes, objects)
-    free = np.ones(len(objects), bool)
-    matches = _Matches()
-    for number, label in enumerate(found.classes.tolist()):
-        candidates = np.flatnonzero(free & (overlap[number] >= _IOU))
-        if candidates.size:
-            own = candidates[classes[candidates] == label]
-            among = own if own.size else candidates
-            best = among[overlap[number][among].argmax()]
-            free[best] = False
-            matches.pairs.append((number, label, int(classes[best])))
-        elif not _on_crowd(found.boxes[number], crowds):
-            matches.pairs.append((number, label, -1))
-    matches.missed = classes[free].tolist()
-    return matches
-
-
 def _overlap(boxes: np.ndarray, objects: Sequence[dict[str, Any]]) -> np.ndarray:
     corners = np.array([a["bbox"] for a in objects], float).reshape(-1, 4)
     corners[:, 2:] += corners[:, :2]
@@ -250,44 +326,21 @@ def _on_crowd(box: np.ndarray, crowds: Sequence[dict[str, Any]]) -> bool:
     return False
 
 
-def _best_threshold(found: Sequence[Detections], matches: Sequence[_Matches]) -> float:
+def _best_threshold(compared: Sequence[_Compared]) -> float:
     """Score with the best F1 of all classes together, rounded down to hundredths."""
-    scored = [
-        (float(each.scores[number]), label == truth)
-        for each, match in zip(found, matches, strict=True)
-        for number, label, truth in match.pairs
-    ]
-    total = sum(len(m.missed) + sum(truth >= 0 for *_, truth in m.pairs) for m in matches)
-    if not scored or not any(right for _, right in scored):
+    scores = np.concatenate([c.scores[c.match != CROWD] for c in compared])
+    right = np.concatenate([(c.annotated == c.labels)[c.match != CROWD] for c in compared])
+    if not right.any():
         return 0.5
-    scored.sort(reverse=True)
-    right = np.cumsum([each for _, each in scored])
-    f1 = 2 * right / (np.arange(1, len(scored) + 1) + total)
-    return math.floor(100 * scored[int(f1.argmax())][0]) / 100
-
-
-def _confusion(
-    found: Sequence[Detections], matches: Sequence[_Matches], threshold: float, num_classes: int
-) -> np.ndarray:
-    """Count (annotated class, class found); the last row and column stand for nothing."""
-    counts = np.zeros((num_classes + 1, num_classes + 1), int)
-    for each, match in zip(found, matches, strict=True):
-        for number, label, truth in match.pairs:
-            if each.scores[number] >= threshold:
-                counts[truth, label] += 1
-            elif truth >= 0:
-                counts[truth, -1] += 1
-        for truth in match.missed:
-            counts[truth, -1] += 1
-    return counts
+    order = np.argsort(-scores, kind="stable")
+    total = sum(len(c.truth) for c in compared)
+    f1 = 2 * np.cumsum(right[order]) / (np.arange(1, len(order) + 1) + total)
+    return math.floor(100 * float(scores[order][f1.argmax()])) / 100
 
 
 def _notes(
     figures: dict[str, float],
-    results: Sequence[dict[str, Any]],
-    found: Sequence[Detections],
-    matches: Sequence[_Matches],
-    confusion: np.ndarray,
+    compared: Sequence[_Compared],
     names: Sequence[str],
     hints: Sequence[str],
 ) -> list[str]:
@@ -296,123 +349,39 @@ def _notes(
     absent = [name for name in names if math.isnan(figures.get(f"bbox/AP-{name}", 0.0))]
     if absent and len(absent) < len(names):
         notes.append(
-            f"{', '.join(absent)}: without an object in the validation images, so there is no AP."
+            f"{_listed(absent)}: without an object in the validation images, so there is no AP."
         )
     weak = [n for n in names if 0 <= figures.get(f"bbox/AP50-{n}", 100.0) < 5]
     ap50 = figures["bbox/AP50"]
     if not ap50 < 5:  # NaN counts as found
         if weak and len(names) > 1:
-            notes.append(f"{', '.join(weak)}: nearly nothing is found.")
+            notes.append(f"{_listed(weak)}: nearly nothing is found.")
         return notes
     notes.append(f"The detector finds nearly nothing: box AP at an IoU of 0.5 is {ap50:.1f}.")
-    if not results:
+    total, anywhere = sum(len(c.truth) for c in compared), 0
+    wrong: Counter[tuple[int, int]] = Counter()
+    for each in compared:
+        hit = each.match >= 0
+        anywhere += int(hit.sum())
+        pairs = zip(each.annotated[hit].tolist(), each.labels[hit].tolist(), strict=True)
+        wrong.update(pair for pair in pairs if pair[0] != pair[1])
+    if not any(len(each.scores) for each in compared):
         notes.append(
             "No detection has a score that the model reports at all: it has not begun to learn, "
             "so train for more steps."
         )
-    anywhere = sum(truth >= 0 for match in matches for *_, truth in match.pairs)
-    total = anywhere + sum(len(match.missed) for match in matches)
-    right = sum(label == truth for match in matches for _, label, truth in match.pairs)
-    if results and anywhere > 0.5 * total and right < 0.5 * anywhere:
-        worst = confusion[:-1, :-1].copy()
-        np.fill_diagonal(worst, 0)
-        row, column = (int(i) for i in np.unravel_index(worst.argmax(), worst.shape))
-        example = f" (most often {names[row]} as {names[column]})" if worst.max() else ""
+    elif anywhere > 0.5 * total and wrong.total() > 0.5 * anywhere:
+        (row, column), _ = wrong.most_common(1)[0]
         notes.append(
-            f"{anywhere} of {total} objects are found at the right place with a wrong class"
-            f"{example}: check that both annotation files number the classes alike."
+            f"{anywhere} of {total} objects are found at the right place with a wrong class (most "
+            f"often {names[row]} as {names[column]}): check that both annotation files number the "
+            "classes alike."
         )
-    elif results and total:
+    elif total:
         notes.append(f"Detections match {anywhere} of {total} objects at any score and class.")
     return [*notes, *hints]
 
 
-def _table(
-    figures: dict[str, float], names: Sequence[str], kinds: Sequence[str], truth: Any
-) -> list[list[str]]:
-    counts = dict.fromkeys(sorted(truth.getCatIds()), 0)
-    for annotation in truth.dataset["annotations"]:
-        counts[annotation["category_id"]] += not annotation.get("iscrowd")
-    rows = [["all", str(sum(counts.values())), *_row(figures, kinds, "")]]
-    if len(names) > 1:
-        for name, count in zip(names, counts.values(), strict=True):
-            rows.append([name, str(count), *_row(figures, kinds, f"-{name}")])
-    return rows
-
-
-def _row(figures: dict[str, float], kinds: Sequence[str], suffix: str) -> list[str]:
-    values = [figures.get(f"{k}/{m}{suffix}", math.nan) for k in kinds for m in _SHOWN]
-    return ["-" if math.isnan(value) else f"{value:.1f}" for value in values]
-
-
-def _draw_curves(evaluation: COCOeval | None, names: Sequence[str], path: Path) -> None:
-    figure, (plot,) = plot_grid(1, "Precision and recall at an IoU of 0.5")
-    if evaluation is not None:
-        precision = np.asarray(evaluation.eval["precision"])[0, :, :, 0, -1]
-        known = [k for k in range(len(names)) if precision[:, k].max() > -1]
-        recall = np.linspace(0, 1, len(precision))
-        for number in known[:_NUM_CURVES]:
-            label = f"{names[number]}, AP50 {100 * precision[:, number].mean():.1f}"
-            plot.plot(recall, precision[:, number], linewidth=1.3, label=label)
-        if len(known) > 1:
-            mean = precision[:, known].mean(axis=1)
-            plot.plot(recall, mean, color="black", linewidth=2.2, label="mean of all classes")
-        if known:
-            plot.legend(fontsize=7)
-    label_plot(plot, "", "recall", "precision")
-    plot.xaxis.set_major_locator(MaxNLocator(5))
-    plot.set_xlim(0, 1)
-    plot.set_ylim(0, 1.02)
-    save_figure(figure, path)
-
-
-def _draw_confusion(counts: np.ndarray, names: Sequence[str], path: Path) -> None:
-    side = max(4.5, 0.45 * len(counts) + 2.5)
-    figure = new_figure(side + 0.6, side)
-    plot = figure.add_subplot()
-    shares = counts / np.maximum(counts.sum(axis=1, keepdims=True), 1)
-    plot.imshow(shares, cmap="Blues", vmin=0, vmax=1)
-    if len(counts) <= 30:
-        for (row, column), count in np.ndenumerate(counts):
-            colour = "white" if shares[row, column] > 0.6 else "black"
-            plot.text(column, row, str(count), ha="center", va="center", fontsize=8, color=colour)
-    places = range(len(counts))
-    plot.set_xticks(places, [*names, "nothing"], rotation=60, ha="right", fontsize=8)
-    plot.set_yticks(places, [*names, "nothing"], fontsize=8)
-    plot.set_xlabel("found", fontsize=9)
-    plot.set_ylabel("annotated", fontsize=9)
-    plot.set_title("Objects by class at an IoU of 0.5", fontsize=11)
-    save_figure(figure, path)
-
-
-def _draw_worst(
-    records: Sequence[dict[str, Any]],
-    found: Sequence[Detections],
-    matches: Sequence[_Matches],
-    threshold: float,
-    names: Sequence[str],
-    path: Path,
-) -> None:
-    """Draw the images with the most errors: annotated objects beside detections."""
-    errors = []
-    for each, match in zip(found, matches, strict=True):
-        kept = [pair for pair in match.pairs if each.scores[pair[0]] >= threshold]
-        too_low = sum(truth >= 0 for *_, truth in match.pairs) - sum(t >= 0 for *_, t in kept)
-        wrong = sum(label != truth for _, label, truth in kept)
-        errors.append((wrong, len(match.missed) + too_low))
-    order = sorted(range(len(records)), key=lambda i: -sum(errors[i]))[:_NUM_WORST]
-    rows = []
-    for i in order:
-        record, shown = records[i], found[i].at_least(threshold)
-        image = preview(record["file_name"])
-        wrong, missed = errors[i]
-        truth = ground_truth(record)
-        rows.append(
-            [
-                Panel(enlarge(image)[0], Path(record["file_name"]).name),
-                Panel(draw_objects(image, truth, list(names)), f"objects: {len(truth.classes)}"),
-                Panel(shown.drawn_on(image), f"{wrong} wrong, {missed} missed"),
-            ]
-        )
-    headings = ("image", "annotated", f"found (score at least {threshold:.2f})")
-    picture_table(path, "Images with the most errors", rows, headings, width=4.2)
+def _listed(names: Sequence[str]) -> str:
+    more = f" and {len(names) - 10} more" if len(names) > 10 else ""
+    return ", ".join(names[:10]) + more

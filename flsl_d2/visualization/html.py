@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import base64
+import hashlib
 import mimetypes
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,11 +26,23 @@ def _source(name: str) -> Markup:
     return Markup((_PARTS / name).read_text(encoding="utf-8"))
 
 
+def _script(names: Sequence[str]) -> Markup:
+    """Return scripts of ``page/`` as one."""
+    return Markup("\n").join(_source(name) for name in names)
+
+
+def _sha256(text: str) -> str:
+    """Return a script's hash for a Content-Security-Policy, so that no other script may run."""
+    digest = hashlib.sha256(text.encode("utf-8")).digest()
+    return f"sha256-{base64.b64encode(digest).decode('ascii')}"
+
+
 def render(template: str, **values: Any) -> str:
     """Fill in a template; all values are escaped.
 
-    Templates have the function ``source`` for style sheets and scripts of ``page/``, the filter
-    ``data_uri`` for paths of pictures and jinja2's ``tojson`` for data of scripts.
+    Templates have the functions ``source`` and ``script`` for style sheets and scripts of
+    ``page/``, the filter ``data_uri`` for paths of pictures and jinja2's ``tojson`` for data of
+    scripts.
 
     Raises:
         jinja2.UndefinedError: the template has a name without a value.
@@ -41,6 +55,8 @@ def render(template: str, **values: Any) -> str:
         lstrip_blocks=True,
         keep_trailing_newline=True,
     )
-    environment.globals["source"] = _source
-    environment.filters["data_uri"] = data_uri
-    return environment.get_template(template).render(**values)
+    environment.globals |= {"source": _source, "script": _script}
+    environment.filters |= {"data_uri": data_uri, "sha256": _sha256}
+    text = environment.get_template(template).render(**values)
+    # A lone surrogate, of a file name that is no UTF-8, cannot be written.
+    return text.encode("utf-8", "replace").decode("utf-8")

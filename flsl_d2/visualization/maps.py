@@ -17,6 +17,7 @@ Grid = tuple[int, int]
 
 _WIDE_BORDERS_FROM = 300  # pixels of the shorter side
 _CLUSTER_OPACITY = 0.5
+_LEAST_RANGE = 0.05  # of cosines: smaller differences get no full contrast
 
 
 def token_at(x: float, y: float, size: tuple[float, float], grid: Grid) -> int:
@@ -73,7 +74,8 @@ def mode_similarity_map(
 ) -> Panel:
     """Show :func:`mode_similarity_values` over the image, with a cross at the token."""
     values = mode_similarity_values(features, token, scale, num_iterations)
-    return _heat_panel(features.image, values, float(values.min()), token)
+    low = min(float(values.min()), float(values.max()) - _LEAST_RANGE)
+    return _heat_panel(features.image, values, low, token)
 
 
 def _heat_panel(image: np.ndarray, values: np.ndarray, low: float, token: int) -> Panel:

@@ -73,7 +73,9 @@ def write_page(
         "colourPositionR2": _position_r2_of_colours(images),
         "made": made,
     }
-    write_text(Path(path), render("tokens.html.j2", data=content))
+    write_text(
+        Path(path), render("tokens.html.j2", title="What the encoder's tokens group", data=content)
+    )
     return Path(path).stat().st_size
 
 

@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import json
+
 import numpy as np
+import pytest
 
 from flsl_d2.detection.finetune_report import (
+    CROWD,
+    NOTHING,
     _best_threshold,
-    _confusion,
+    _compare,
     _figures,
-    _match,
     _notes,
+    _verdict,
 )
 from flsl_d2.detection.predictor import Detections
 
@@ -39,39 +44,49 @@ def test_an_object_is_matched_once_and_first_by_its_own_class():
         ([62, 62, 10, 10], 0, 0.6),  # in a crowd, which is neither right nor wrong
         ([0, 80, 9, 9], 0, 0.5),  # nothing there
     )
-    match = _match(truth, found)
-    assert match.pairs == [(0, 1, 0), (1, 0, -1), (2, 1, 1), (4, 0, -1)]
-    assert match.missed == [0]
-    counts = _confusion([found], [match], 0.0, 2)
-    assert counts.tolist() == [[0, 1, 1], [0, 1, 0], [2, 0, 0]]
-    assert _confusion([found], [match], 0.75, 2).tolist() == [[0, 1, 1], [0, 0, 1], [1, 0, 0]]
+    compared = _compare(truth, found)
+    assert compared.match.tolist() == [0, NOTHING, 1, CROWD, NOTHING]
+    assert compared.annotated.tolist() == [0, NOTHING, 1, CROWD, NOTHING]
 
 
 def test_the_threshold_has_the_best_f1():
     truth = record((A, 0), (B, 0), (C, 0))
     found = detections((A, 0, 0.9), (B, 0, 0.618), (D, 0, 0.5), (C, 0, 0.1))
     # F1 is 2/4, 4/5, 4/6 and 6/7 from the top: the last one counts all.
-    assert _best_threshold([found], [_match(truth, found)]) == 0.1
+    assert _best_threshold([_compare(truth, found)]) == 0.1
     without = detections((A, 0, 0.9), (B, 0, 0.618), (D, 0, 0.5))
-    assert _best_threshold([without], [_match(truth, without)]) == 0.61
-    assert _best_threshold([detections()], [_match(truth, detections())]) == 0.5
+    assert _best_threshold([_compare(truth, without)]) == 0.61
+    assert _best_threshold([_compare(truth, detections())]) == 0.5
 
 
 def test_an_ap_of_zero_is_explained():
     truth = record((A, 0), (B, 0))
-    nothing = detections()
     zero = _figures({"bbox": None}, ["cat", "dog"])
-    hints = ["hint"]
 
-    def notes(found: Detections, results: list) -> str:
-        match = _match(truth, found)
-        confusion = _confusion([found], [match], 0.0, 2)
-        return " ".join(_notes(zero, results, [found], [match], confusion, ["cat", "dog"], hints))
+    def notes(found: Detections) -> str:
+        return " ".join(_notes(zero, [_compare(truth, found)], ["cat", "dog"], ["hint"]))
 
-    assert "has not begun to learn" in notes(nothing, [])
-    wrong = notes(detections((A, 1, 0.9), (B, 1, 0.8)), [{}])
+    assert "has not begun to learn" in notes(detections())
+    wrong = notes(detections((A, 1, 0.9), (B, 1, 0.8)))
     assert "2 of 2 objects are found at the right place with a wrong class" in wrong
     assert "cat as dog" in wrong
-    elsewhere = notes(detections((D, 0, 0.9)), [{}])
+    elsewhere = notes(detections((D, 0, 0.9)))
     assert "match 0 of 2 objects" in elsewhere
     assert all(text.endswith("hint") for text in (wrong, elsewhere))
+
+
+@pytest.mark.parametrize(
+    ("values", "word"),
+    [
+        ([1, 5, 9, 12, 15, 18], "still rises"),
+        ([5, 20, 24, 24.5, 24.2, 24.6], "no longer rises"),
+        ([5, 20, 26, 25, 22, 20], "fell from 26.0"),
+        ([5, 6], ""),
+    ],
+)
+def test_the_verdict_on_the_length(tmp_path, values, word):
+    lines = [json.dumps({"iteration": i, "bbox/AP": v}) for i, v in enumerate(values)]
+    (tmp_path / "metrics.json").write_text("\n".join(lines))
+    verdict = " ".join(_verdict(tmp_path / "metrics.json", "bbox"))
+    assert word in verdict
+    assert bool(word) == bool(verdict)

@@ -13,6 +13,7 @@ const turbo = Maths.bytesOf(data.turbo);
 const palette = Maths.bytesOf(data.palette);
 const PANEL = 448; // pixels of a canvas across
 const NEAREST = 10;
+const LEAST_RANGE = 0.05; // of cosines: smaller differences get no full contrast
 const byId = (id) => document.getElementById(id);
 const state = {
   shown: new Set(data.encoders.length < 3 ? ["attention", "mode", "clusters", "pca"] : ["mode", "clusters"]),
@@ -73,7 +74,7 @@ function compute(kind, encoder, row) {
     low = 0;
   } else {
     numbers = Maths.cosines(Maths.mode(query, tokens, scale, state.iterations), tokens);
-    low = Math.min(...numbers);
+    low = Math.min(...numbers, Math.max(...numbers) - LEAST_RANGE);
   }
   const high = Math.max(...numbers);
   const colours = new Uint8Array(3 * numbers.length);
