@@ -196,7 +196,7 @@ def test_what_cannot_be_done_is_one_sentence_and_nothing_is_written(scenes, tmp_
         "--task boxes": {"annotations": changed("boxes.json", annotations=boxes), "task": "masks"},
         "between 0 and 1": {"val_share": 2},
         "no regular expression": {"val_group": "("},
-        "give 0 or more": {"max_iter": -1},
+        "of at least 0": {"max_iter": -1},
     }
     for sentence, changes in cases.items():
         output = tmp_path / "out"
