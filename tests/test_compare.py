@@ -37,7 +37,7 @@ def datasets(tmp_path_factory) -> Path:
 @pytest.fixture
 def compare(datasets, monkeypatch, run_main):
     """Run the tool in this process, and its jobs in forked ones."""
-    monkeypatch.setattr("flsl_d2.studies.runner.subprocess", FORKED_SUBPROCESS)
+    monkeypatch.setattr("flsl_d2.studies.machine.subprocess", FORKED_SUBPROCESS)
     register_scenes(datasets / "flsl_scenes")
     monkeypatch.chdir(ROOT)
     monkeypatch.setenv("DETECTRON2_DATASETS", str(datasets))
@@ -69,6 +69,7 @@ def test_encoders_side_by_side_with_a_failed_row(compare, encoder_file, tmp_path
     status, said, errors = compare(*given)
     assert status == 1, said + errors
     failed, cells = re.match(r"error: (\d+) of (\d+) cells of the table failed", errors).groups()
+    assert "one seed each" in said
     assert 0 < int(failed) == int(cells) / 3  # one of three encoders
     assert "damaged is left out: weights" in said
     random, small, damaged = rows(output)
@@ -86,9 +87,7 @@ def test_encoders_side_by_side_with_a_failed_row(compare, encoder_file, tmp_path
     assert "://" not in page
 
     before = {file: file.stat().st_mtime_ns for file in output.glob("jobs/*/*")}
-    # The earlier names of the options work as well.
-    earlier = ["--eval" if text == "--measures" else text for text in given[6:]]
-    status, again, _ = compare(*given[:4], *earlier, "--encoder", f"same={encoder_file}")
+    status, again, _ = compare(*given[:4], *given[6:], "--weights", f"same={encoder_file}")
     assert status == 0, again
     assert "2 of 2 jobs are done already" in again
     assert {file: file.stat().st_mtime_ns for file in output.glob("jobs/*/*")} == before

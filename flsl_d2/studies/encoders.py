@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -16,8 +15,8 @@ from flsl_d2.evaluation.features import RANDOM, frozen_encoder
 from flsl_d2.modeling import FLSLViT
 from flsl_d2.modeling.timm_backbone import TIMM_PREFIX, parse_timm_name
 from flsl_d2.studies.evaluations import EncoderFile, Evaluation
-from flsl_d2.studies.jobs import file_sha256, versions
-from flsl_d2.studies.tables import Subject
+from flsl_d2.studies.identity import file_sha256, sha256_of, versions
+from flsl_d2.studies.table import Subject
 from flsl_d2.weights import build_encoder, write_encoder
 from flsl_d2.weights.reading import local_weights_path, split_weights_path
 
@@ -48,8 +47,8 @@ class ComparedEncoder:
         identity = {"random": self.architecture, "seed": seed}
         if self.source != RANDOM:
             return EncoderFile(label, self.source, identity, seed=seed)
-        text = json.dumps(identity, sort_keys=True)
-        path = folder / f"random-{hashlib.sha256(text.encode()).hexdigest()[:12]}.pth"
+        digest = sha256_of([json.dumps(identity, sort_keys=True).encode()])
+        path = folder / f"random-{digest[:12]}.pth"
         if not path.is_file():
             with torch.random.fork_rng(devices=[]):
                 torch.manual_seed(seed)
@@ -129,10 +128,9 @@ def _read_timm(name: str, source: str) -> ComparedEncoder:
     encoder = frozen_encoder(source)
     if arguments.get("pretrained") is False and not arguments.get("weights"):
         return ComparedEncoder(name, source, architecture)
-    digest = hashlib.sha256()
-    for key, tensor in encoder.state_dict().items():
-        digest.update(key.encode() + tensor.numpy().tobytes())
-    return ComparedEncoder(name, source, architecture, digest.hexdigest())
+    tensors = encoder.state_dict().items()
+    sha256 = sha256_of(key.encode() + tensor.numpy().tobytes() for key, tensor in tensors)
+    return ComparedEncoder(name, source, architecture, sha256)
 
 
 def _untrained(name: str, source: str, files: dict[str, ComparedEncoder]) -> ComparedEncoder:

@@ -6,21 +6,27 @@ import argparse
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Protocol
 
-from detectron2.data import DatasetCatalog, MetadataCatalog
+from detectron2.config import instantiate
+from detectron2.data import DatasetCatalog
 from omegaconf import DictConfig, OmegaConf
 
 from flsl_d2.detection.checks import check_datasets, names_of
+from flsl_d2.detection.own_data import use_own_data
 from flsl_d2.engine.command_line import add_option
 from flsl_d2.engine.config_files import is_yaml, load_lazy_config
 from flsl_d2.engine.run_folder import DETECTION_KEYS
 from flsl_d2.errors import InputError
 from flsl_d2.evaluation.labelled_images import load_labelled
 from flsl_d2.evaluation.measures import MEASURES
+from flsl_d2.files import write_text
 from flsl_d2.modeling.timm_backbone import TIMM_PREFIX
-from flsl_d2.studies.jobs import Job, Outcome, result_settings
+from flsl_d2.studies.few_labels import Records, count_of, describe_draw, drawn, few_labels, shares
+from flsl_d2.studies.identity import data_identity, folder_sha256, result_settings
+from flsl_d2.studies.jobs import Job, Outcome
 from flsl_d2.visualization.curves import read_metrics
 from flsl_d2.weights import build_encoder
 
@@ -89,13 +95,16 @@ class FeatureEvaluation:
         load_labelled(self.train)
         load_labelled(self.val)
 
+    @cached_property
+    def _data(self) -> dict[str, Any]:
+        return {"train": data_identity(self.train), "val": data_identity(self.val)}
+
     def job(self, encoder: EncoderFile) -> Job:
         """Make the job of an encoder."""
         settings = {
             "encoder": dict(encoder.identity),
             "measure": self.name,
-            "train": _dataset_identity(self.train),
-            "val": _dataset_identity(self.val),
+            **self._data,
             "max_images": self.max_images,
             "short_side": self.short_side,
             "seed": encoder.seed,
@@ -135,6 +144,11 @@ class DavisEvaluation:
         if not self.root.is_dir():
             raise InputError(f"the DAVIS folder '{self.root}' does not exist; check the path.")
 
+    @cached_property
+    def _data(self) -> dict[str, str]:
+        read = {"JPEGImages": False, "Annotations": True, "ImageSets": True}
+        return {name: folder_sha256(self.root / name, labels) for name, labels in read.items()}
+
     def job(self, encoder: EncoderFile) -> Job:
         """Make the job of an encoder."""
 
@@ -151,7 +165,7 @@ class DavisEvaluation:
             means = {"J&F": overall["J&F"], "J": overall["J"]["mean"], "F": overall["F"]["mean"]}
             return Outcome({f"davis/{name}": 100 * value for name, value in means.items()})
 
-        settings = {"encoder": dict(encoder.identity), "davis": str(self.root.resolve())}
+        settings = {"encoder": dict(encoder.identity), "davis": self._data}
         return Job(self.name, encoder.label, settings, command, outcome, encoder.needs)
 
 
@@ -163,6 +177,11 @@ _AP = {"bbox/AP": "box AP", "bbox/AP50": "box AP50", "segm/AP": "mask AP", "segm
 _CHOSEN_BY_DETECTOR = (
     *("window_size", "global_block_indexes", "mask_window_padding", "num_prefix_tokens"),
 )
+# Keys of a detection config that the identities of weights, seed and data stand for.
+_IDENTIFIED = (
+    *("train.init_checkpoint", "train.seed", "dataloader.evaluator*.dataset_name"),
+    *(f"dataloader.*.dataset.{key}" for key in ("names", "json_file", "image_root")),
+)
 
 
 @dataclass(frozen=True)
@@ -171,51 +190,101 @@ class DetectionEvaluation:
 
     The config's encoder takes the architecture of the weights; windows, stochastic depth and
     everything else stay the config's.
+
+    Attributes:
+        detector: name of the detector, which those of other shares of labels have as well.
+        share: part of the labelled images to train on, or their number; None for all.
     """
 
     config_file: str
     overrides: Sequence[str] = ()
     device: str = "cpu"
-    name: str = "detection"
+    detector: str = "detection"
+    share: int | float | None = None
 
+    @property
+    def name(self) -> str:
+        """Name of the detector, with the number of labelled images where only some are used."""
+        return self.detector if self.share is None else f"{self.detector} {self.count} images"
+
+    @cached_property
     def _config(self) -> DictConfig:
-        return load_lazy_config(self.config_file, [*self.overrides, f"train.device={self.device}"])
-
-    def check(self) -> None:
-        """Raise InputError for a config, overrides or data sets that cannot be used."""
-        if is_yaml(self.config_file):
-            raise InputError(f"config file {self.config_file!r} is YAML; give a LazyConfig .py.")
-        cfg = self._config()
+        cfg = load_lazy_config(self.config_file, [*self.overrides, f"train.device={self.device}"])
         if OmegaConf.select(cfg, "model.backbone.net") is None or "dataloader" not in cfg:
             raise InputError(
                 f"config file {self.config_file!r} has no model.backbone.net or no dataloader; "
                 "give a detection config such as configs/coco/mask_rcnn_flsl_vit_s16_1x.py."
             )
+        use_own_data(cfg, eval_only=False)
+        return cfg
+
+    def check(self) -> None:
+        """Raise InputError for a config, overrides or data sets that cannot be used."""
+        if is_yaml(self.config_file):
+            raise InputError(f"config file {self.config_file!r} is YAML; give a LazyConfig .py.")
         check_datasets(
-            names_of(cfg.dataloader.train.dataset.names),
-            names_of(cfg.dataloader.test.dataset.names),
-            OmegaConf.select(cfg, "model.roi_heads.num_classes"),
+            self._names("train"),
+            self._names("test"),
+            OmegaConf.select(self._config, "model.roi_heads.num_classes"),
             "model.roi_heads.num_classes=",
         )
+        if self.share is not None:
+            count_of(self.share, len(self._labelled))
+
+    def _names(self, split: str) -> list[str]:
+        return names_of(self._config.dataloader[split].dataset.names)
 
     @property
     def shown_dataset(self) -> str:
         """First data set that AP is measured on."""
-        return names_of(self._config().dataloader.test.dataset.names)[0]
+        return self._names("test")[0]
+
+    @cached_property
+    def _labelled(self) -> Records:
+        records: Records = instantiate(self._config.dataloader.train.dataset)
+        return records
+
+    @cached_property
+    def count(self) -> int:
+        """Number of images to train on."""
+        total = len(self._labelled)
+        return total if self.share is None else count_of(self.share, total)
+
+    def write_draw(self, folder: Path, seed: int) -> str:
+        """Write the names of the images that a seed draws, a line each; return what they are."""
+        chosen = drawn(self._labelled, self.count, seed)
+        lines = sorted(record["file_name"] for record in chosen)
+        path = folder / f"{Path(self.config_file).stem}_{self.count}_images_seed_{seed}.txt"
+        write_text(path, "".join(f"{line}\n" for line in lines))
+        return f"{self.name}, seed {seed}: {describe_draw(self._labelled, chosen)}"
+
+    @cached_property
+    def _settings(self) -> dict[str, Any]:
+        test = self._names("test")
+        settings: dict[str, Any] = {
+            "config": result_settings(self._config, (*DETECTION_KEYS.no_effect, *_IDENTIFIED)),
+            "train": [data_identity(name) for name in self._names("train")],
+            # The names of several test sets are in those of their scores.
+            "test": [[name * (len(test) > 1), data_identity(name)] for name in test],
+        }
+        return settings if self.share is None else {**settings, "labelled images": self.count}
 
     def job(self, encoder: EncoderFile) -> Job:
         """Make the job of an encoder."""
-        cfg = self._config()
-        # Weights and seed are compared as "encoder" and "seed".
-        without = (*DETECTION_KEYS.no_effect, "train.init_checkpoint", "train.seed")
-        config = result_settings(cfg, without)
-        settings = {"encoder": dict(encoder.identity), "config": config, "seed": encoder.seed}
+        settings = {"encoder": dict(encoder.identity), **self._settings, "seed": encoder.seed}
+        few, node = [], "dataloader.train.dataset"
+        if self.share is not None:
+            few = [
+                f"+{node}.loader={OmegaConf.select(self._config, node)._target_}",
+                f"{node}._target_={few_labels.__module__}.{few_labels.__qualname__}",
+                *(f"+{node}.count={self.count}", f"+{node}.draw={encoder.seed}"),
+            ]
 
         def command(folder: Path, num_processes: int) -> list[str]:
             return [
                 *("-m", "flsl_d2.detection", "--config-file", self.config_file),
-                *("--resume", "--num-gpus", str(num_processes), *self.overrides),
-                *encoder_overrides(encoder.path, cfg),
+                *("--resume", "--num-gpus", str(num_processes), *self.overrides, *few),
+                *encoder_overrides(encoder.path, self._config),
                 f"train.output_dir={folder}",
                 f"train.seed={encoder.seed}",
                 f"train.device={self.device}",
@@ -271,10 +340,6 @@ def _timm_overrides(source: str, cfg: DictConfig) -> list[str]:
     return ["model.backbone=null", f"+model.backbone={pyramid}", "train.init_checkpoint=''"]
 
 
-def _dataset_identity(name: str) -> dict[str, str]:
-    return {"name": name, "annotations": str(MetadataCatalog.get(name).get("json_file", ""))}
-
-
 def add_evaluation_options(parser: argparse.ArgumentParser, old_prefix: str = "") -> None:
     """Add the options that choose evaluations, read by :func:`chosen_evaluations`.
 
@@ -296,13 +361,20 @@ def add_evaluation_options(parser: argparse.ArgumentParser, old_prefix: str = ""
     ):
         metavar = "KEY=VALUE" if name.endswith("override") else "FILE"
         parser.add_argument(name, action="append", default=[], metavar=metavar, help=text)
+    parser.add_argument(
+        "--label-fraction",
+        type=shares,
+        metavar="0.01,0.1",
+        help="train the detectors on these shares of the labelled images, or numbers such as "
+        "12,120; the draw has the seed of the run, and smaller ones are parts of larger ones",
+    )
 
 
 def chosen_evaluations(args: argparse.Namespace, device: str) -> list[Evaluation]:
-    """Make the evaluations that a command line asks for.
+    """Make and check the evaluations that a command line asks for.
 
     Raises:
-        InputError: options that lack others.
+        InputError: options that lack others, or what :meth:`Evaluation.check` refuses.
     """
     if bool(args.train) != bool(args.val):
         raise InputError("--train and --val belong together; give both or neither.")
@@ -324,14 +396,23 @@ def chosen_evaluations(args: argparse.Namespace, device: str) -> list[Evaluation
         for config in configs:
             title = f"{name} {Path(config).stem}" if len(configs) > 1 else name
             overrides = [*args.detection_override, *more]
-            evaluations.append(DetectionEvaluation(config, overrides, device, title))
+            for share in args.label_fraction or [None]:
+                evaluations.append(DetectionEvaluation(config, overrides, device, title, share))
+    if args.label_fraction and not (args.detection or args.frozen_detection):
+        raise InputError(
+            "--label-fraction is for detectors; add --detection CONFIG.py or --frozen-detection."
+        )
     if args.detection_override and not (args.detection or args.frozen_detection):
         raise InputError(
             f"override {args.detection_override[0]!r} is for a detection config, and there is "
             "none; add --detection CONFIG.py."
         )
+    for evaluation in evaluations:
+        evaluation.check()
     names = [evaluation.name for evaluation in evaluations]
     repeated = [name for i, name in enumerate(names) if name in names[:i]]
     if repeated:
-        raise InputError(f"two evaluations are called {repeated[0]!r}; name each config once.")
+        raise InputError(
+            f"two evaluations are called {repeated[0]!r}; name each config and share once."
+        )
     return evaluations

@@ -1,4 +1,4 @@
-"""Plots of many runs: bars, a measure over a grid, and the curves of several runs."""
+"""Plots of studies: bars, a measure over a grid or over labels, and the curves of several runs."""
 
 from __future__ import annotations
 
@@ -9,10 +9,12 @@ from typing import Any
 
 import numpy as np
 from matplotlib import colormaps
+from matplotlib.axes import Axes
 from matplotlib.patches import Rectangle
+from matplotlib.ticker import NullLocator
 
 from flsl_d2.errors import InputError
-from flsl_d2.studies.tables import Measure, Row, Table
+from flsl_d2.studies.table import Cell, Measure, Row, Table
 from flsl_d2.visualization.curves import read_metrics
 from flsl_d2.visualization.figures import label_plot, new_figure, plot_grid, save_figure
 
@@ -53,20 +55,19 @@ def bars(table: Table, measure: Measure, path: Path) -> None:
     figure = new_figure(7.5, 0.9 + 0.42 * len(rows))
     axes = figure.subplots()
     axes.set_title(_heading(measure), fontsize=11)
-    means = [mean(row.cell(measure).values) for row in rows]
     axes.barh(
         range(len(rows)),
-        means,
+        [mean(row.cell(measure).values) for row in rows],
         xerr=[row.cell(measure).std or 0.0 for row in rows],
         color=[_BEST_COLOUR if row in best else _COLOUR for row in rows],
         capsize=3,
         height=0.66,
     )
     axes.set_yticks(range(len(rows)), [", ".join(row.labels.values()) for row in rows], fontsize=9)
-    for place, row in enumerate(rows):
-        text = row.cell(measure).text(measure.digits)
+    for position, row in enumerate(rows):
         axes.annotate(
-            text, (0.0, place), xytext=(4, 0), textcoords="offset points", va="center",
+            row.cell(measure).text(measure.digits), (0.0, position), xytext=(4, 0),
+            textcoords="offset points", va="center",
             color="white", fontsize=9, fontweight="bold", clip_on=True,
             bbox={"boxstyle": "square,pad=0.15", "facecolor": "#00000088", "edgecolor": "none"},
         )  # fmt: skip
@@ -85,14 +86,8 @@ def lines(table: Table, measure: Measure, axis: str, path: Path) -> None:
     for title, group in _groups(table, [axis]).items():
         rows = [row for row in group if row.cell(measure).values]
         rows.sort(key=lambda row: values.index(row.labels[axis]))
-        axes.errorbar(
-            [values.index(row.labels[axis]) for row in rows],
-            [mean(row.cell(measure).values) for row in rows],
-            yerr=[row.cell(measure).std or 0.0 for row in rows],
-            marker="o",
-            capsize=3,
-            label=title,
-        )
+        points = [(values.index(row.labels[axis]), row.cell(measure)) for row in rows]
+        _line(axes, points, title)
     axes.set_xticks(range(len(values)), values)  # evenly spaced, because grids are seldom linear
     axes.set_xlabel(axis)
     axes.grid(alpha=0.3)
@@ -101,14 +96,76 @@ def lines(table: Table, measure: Measure, axis: str, path: Path) -> None:
     save_figure(figure, path)
 
 
+def _line(axes: Axes, points: Sequence[tuple[float, Cell]], title: str) -> None:
+    means = [mean(cell.values) for _, cell in points]
+    spreads = [cell.std or 0.0 for _, cell in points]
+    axes.errorbar([x for x, _ in points], means, spreads, marker="o", capsize=3, label=title)
+
+
+def label_curves(
+    table: Table, detectors: Sequence[tuple[str, str, int]], folder: Path
+) -> tuple[list[list[object]], dict[str, Path]]:
+    """Draw AP against the number of labelled images: a curve for each row of the table.
+
+    Args:
+        detectors: name of the detector, start of its columns' names, and number of images, for
+            each share of the images.
+
+    Returns:
+        Rows of a table (encoder, detector, images, measure, mean, spread, seeds), and the figures
+        by measure.
+    """
+    columns = {
+        (kind, detector, count): measure
+        for detector, name, count in detectors
+        for measure in table.measures
+        if (kind := measure.name.removeprefix(f"{name}/")) != measure.name
+    }
+    values: list[list[object]] = []
+    drawn = {}
+    for kind in dict.fromkeys(kind for kind, _, _ in columns):
+        names = list(dict.fromkeys(d for k, d, _ in columns if k == kind))
+        figure = new_figure(5.0 * len(names), 4.2)
+        panels = figure.subplots(1, len(names), sharey=True, squeeze=False)[0]
+        for axes, detector in zip(panels, names, strict=True):
+            shares = sorted(
+                (n, m) for (k, d, n), m in columns.items() if (k, d) == (kind, detector)
+            )
+            for row in table.rows:
+                cells = [(count, row.cell(measure)) for count, measure in shares]
+                cells = [(count, cell) for count, cell in cells if cell.values]
+                name = ", ".join(row.labels.values())
+                values += [
+                    [name, detector, count, kind, cell.mean, cell.std, len(cell.values)]
+                    for count, cell in cells
+                ]
+                _line(axes, cells, name)
+            axes.set_xscale("log")
+            axes.xaxis.set_minor_locator(NullLocator())
+            axes.set_xticks([count for count, _ in shares], [str(count) for count, _ in shares])
+            axes.set_xlabel("labelled images")
+            axes.set_title(f"{detector}: {kind}", fontsize=11)
+            axes.grid(alpha=0.3)
+        panels[0].legend(fontsize=8)
+        path = drawn[kind] = plot_file(folder, f"labels_{kind}")
+        save_figure(figure, path)
+    return values, drawn
+
+
 def heat_maps(table: Table, measure: Measure, down: str, across: str, path: Path) -> None:
     """Draw a measure over two keys of the grid, a map for each setting of the other keys.
 
-    The best cell is framed.
+    The best cells are framed. The colours span at least four mean standard deviations, so that
+    noise has hardly any contrast.
     """
     groups = _groups(table, [down, across])
     rows_of, columns_of = _values_of(table.rows, down), _values_of(table.rows, across)
-    means = [mean(row.cell(measure).values) for row in table.rows if row.cell(measure).values]
+    cells = [row.cell(measure) for row in table.rows if row.cell(measure).values]
+    means = [mean(cell.values) for cell in cells]
+    noise = 4 * mean(cell.std or 0.0 for cell in cells)
+    span = max(max(means) - min(means), noise, 0.02 * abs(mean(means)), 10.0**-measure.digits)
+    middle = (max(means) + min(means)) / 2
+    low, high = middle - span / 2, middle + span / 2
     width, height = 1.6 + 1.1 * len(columns_of), 1.7 + 0.6 * len(rows_of)
     figure = new_figure(max(width * len(groups), 5.5), height)
     figure.suptitle(_heading(measure), fontsize=11)
@@ -116,15 +173,14 @@ def heat_maps(table: Table, measure: Measure, down: str, across: str, path: Path
     plots = figure.subplots(1, len(groups), squeeze=False)[0]
     for axes, (title, group) in zip(plots, groups.items(), strict=True):
         grid = np.full((len(rows_of), len(columns_of)), np.nan)
-        places = [
+        positions = [
             (rows_of.index(row.labels[down]), columns_of.index(row.labels[across])) for row in group
         ]
-        for row, place in zip(group, places, strict=True):
-            grid[place] = row.cell(measure).mean if row.cell(measure).values else np.nan
-        axes.imshow(grid, "viridis", vmin=min(means), vmax=max(means), aspect="auto")
-        low, high = np.nanmin(grid, initial=np.inf), np.nanmax(grid, initial=-np.inf)
-        for row, (y, x) in zip(group, places, strict=True):
-            bright = not grid[y, x] <= low + 0.6 * (high - low)  # or there is no number
+        for row, position in zip(group, positions, strict=True):
+            grid[position] = row.cell(measure).mean if row.cell(measure).values else np.nan
+        axes.imshow(grid, "viridis", vmin=low, vmax=high, aspect="auto")
+        for row, (y, x) in zip(group, positions, strict=True):
+            bright = not grid[y, x] <= low + 0.6 * span  # or there is no number
             text = row.cell(measure).text(measure.digits).replace(" ± ", "\n± ")
             colour = "black" if bright else "white"
             axes.text(x, y, text, ha="center", va="center", color=colour, fontsize=9)

@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-import contextlib
 import datetime
 import fcntl
+import math
 import os
 import re
 import shlex
 import signal
-import site
-import subprocess
-import sys
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
@@ -20,12 +17,18 @@ from dataclasses import replace
 from pathlib import Path
 from statistics import mean
 
-import flsl_d2
 from flsl_d2.errors import InputError
 from flsl_d2.files import writable_folder
-from flsl_d2.studies.jobs import Job, Record, Slot, read_record, versions, write_record
+from flsl_d2.studies.identity import versions
+from flsl_d2.studies.jobs import Job, Record, read_record, write_record
+from flsl_d2.studies.machine import Place, Process
 
 _SIGNALS = (signal.SIGINT, signal.SIGTERM)
+_ERROR_CHARS = 600
+_PROGRESS_CHARS = 140
+_ETA = re.compile(r"\beta\b:? |\d+%\|", re.IGNORECASE)  # a logged line, or tqdm's bar
+_POLL_SECONDS = 0.1
+_PROGRESS_SECONDS = 30.0
 
 
 @contextmanager
@@ -64,83 +67,27 @@ def signals_interrupt() -> Iterator[None]:
             signal.signal(number, handler)
 
 
-# Seconds that a process has to end by itself: training finishes its step and writes a checkpoint.
-_STOP_SECONDS = 120.0
-_ERROR_CHARS = 600
-_PROGRESS_CHARS = 140
-_ETA = re.compile(r"\beta\b:? |\d+%\|", re.IGNORECASE)  # a logged line, or tqdm's bar
+class _Child:
+    """A job that runs; its output goes to ``console.txt`` in its folder."""
 
-
-def module_search_path() -> dict[str, str]:
-    """Return PYTHONPATH with which a child process imports the package that runs here.
-
-    Empty where the package is installed and any Python process finds it.
-    """
-    root = str(Path(flsl_d2.__file__).parents[1])
-    if root in [*site.getsitepackages(), site.getusersitepackages()]:
-        return {}
-    before = os.environ.get("PYTHONPATH")
-    return {"PYTHONPATH": os.pathsep.join([root, before] if before else [root])}
-
-
-class Child:
-    """Process of a job.
-
-    Args:
-        folder: folder of the job; the output of the process goes to ``console.txt`` in it.
-        keep_open: file descriptors that the process inherits.
-    """
-
-    def __init__(self, job: Job, folder: Path, slot: Slot, keep_open: tuple[int, ...] = ()) -> None:
-        self.job, self.folder, self.slot = job, folder, slot
-        self.started = time.monotonic()
-        self.log = folder / "console.txt"
+    def __init__(self, job: Job, folder: Path, place: Place, lock: int) -> None:
+        self.job, self.folder, self.log = job, folder, folder / "console.txt"
+        self.started, self.is_late, self._log_start = time.monotonic(), False, 0
+        attached = place.attach(folder)
+        if attached:
+            self.process: Process = attached
+            return
         folder.mkdir(parents=True, exist_ok=True)
-        command = [sys.executable, *job.command(folder, slot.num_processes)]
+        arguments = job.command(folder, place.num_processes)
         with self.log.open("a") as log:
-            log.write(f"$ {shlex.join(command)}\n")
-            self._log_start = log.tell()
+            log.write(f"$ python {shlex.join(arguments)}\n")
             log.flush()
-            # In a session of its own it gets Ctrl-C once, through ask_to_stop().
-            self._process = subprocess.Popen(
-                command,
-                stdin=subprocess.DEVNULL,
-                stdout=log,
-                stderr=subprocess.STDOUT,
-                env={
-                    **os.environ,
-                    **module_search_path(),
-                    "PYTHONUNBUFFERED": "1",
-                    **slot.environment,
-                },
-                start_new_session=True,
-                pass_fds=keep_open,
-            )
+            self._log_start = log.tell()
+            self.process = place.start(arguments, folder, log, lock)
 
     @property
     def seconds(self) -> float:
-        """Time since the start."""
         return time.monotonic() - self.started
-
-    def status(self) -> int | None:
-        """Return the exit status; None while it runs."""
-        return self._process.poll()
-
-    def ask_to_stop(self) -> None:
-        """Send SIGTERM to the process and all that it started."""
-        self._send(signal.SIGTERM)
-
-    def wait_for_end(self) -> None:
-        """Wait for the end after :meth:`ask_to_stop`; kill the process if it takes minutes."""
-        try:
-            self._process.wait(_STOP_SECONDS)
-        except subprocess.TimeoutExpired:
-            self._send(signal.SIGKILL)
-            self._process.wait()
-
-    def _send(self, number: int) -> None:
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(self._process.pid, number)
 
     def progress(self) -> str:
         """Return the last progress that it printed; empty if none."""
@@ -154,8 +101,8 @@ class Child:
         if starts:
             reason = " ".join(lines[starts[-1] :]).removeprefix("error: ")
         else:
-            status = self._process.returncode
-            end = f"ended by signal {-status}" if (status or 0) < 0 else f"exit status {status}"
+            status = self.process.status() or 0
+            end = f"ended by signal {-status}" if status < 0 else f"exit status {status}"
             reason = f"{lines[-1]} ({end})" if lines else end
         return reason[:_ERROR_CHARS]
 
@@ -169,14 +116,10 @@ class Child:
         return [line.strip() for line in text.replace("\r", "\n").split("\n") if line.strip()]
 
 
-_POLL_SECONDS = 0.1
-_PROGRESS_SECONDS = 30.0
-
-
 def run_jobs(
     jobs: Sequence[Job],
     folder: Path,
-    slots: Sequence[Slot],
+    place: Place,
     on_end: Callable[[dict[str, Record]], object] = lambda records: None,
 ) -> dict[str, Record]:
     """Run the jobs that are not done yet; a job that fails does not stop the others.
@@ -186,7 +129,7 @@ def run_jobs(
 
     Args:
         jobs: jobs in the order of their start, each after the one that it needs.
-        slots: shares of the machine, one for each job that runs at a time.
+        place: where they run.
         on_end: function that is called with the records so far whenever a job has ended.
 
     Returns:
@@ -198,7 +141,7 @@ def run_jobs(
     """
     unique = list({job.key: job for job in jobs}.values())
     with locked(folder) as lock, signals_interrupt():
-        run = _Run(unique, folder / "jobs", slots, lock, on_end)
+        run = _Run(unique, folder / "jobs", place, lock, on_end)
         try:
             run.work()
         except KeyboardInterrupt:
@@ -214,19 +157,18 @@ class _Run:
         self,
         jobs: list[Job],
         folder: Path,
-        slots: Sequence[Slot],
+        place: Place,
         lock: int,
         on_end: Callable[[dict[str, Record]], object],
     ) -> None:
-        self.folder, self.lock, self.on_end = folder, lock, on_end
+        self.folder, self.place, self.lock, self.on_end = folder, place, lock, on_end
         found = {job.key: record for job in jobs if (record := read_record(folder / job.key))}
         self.records = {key: record for key, record in found.items() if record.status == "done"}
         self.earlier_seconds = {
             key: record.seconds for key, record in found.items() if key not in self.records
         }
         self.waiting = [job for job in jobs if job.key not in self.records]
-        self.running: list[Child] = []
-        self.free, self.num_slots = list(slots), len(slots)
+        self.running: list[_Child] = []
         self.numbers = {job.key: f"[{i}/{len(jobs)}]" for i, job in enumerate(jobs, start=1)}
         self.seconds_by_kind: defaultdict[str, list[float]] = defaultdict(list)
         for job in jobs:
@@ -253,9 +195,9 @@ class _Run:
             signal.signal(number, signal.SIG_IGN)
         _log(f"\nstopping {len(self.running)} running; the same command goes on from there")
         for child in self.running:
-            child.ask_to_stop()
+            child.process.ask_to_stop()
         for child in self.running:
-            child.wait_for_end()
+            child.process.wait_for_end()
             self._write(child, Record("interrupted"))
 
     def _start_what_can(self) -> None:
@@ -268,48 +210,53 @@ class _Run:
                 # The record is not written, because the job was not tried.
                 reason = f"not run, because its {job.needs.kind} failed: {needed.error}"
                 self.records[job.key] = Record("failed", error=reason)
-            elif self.free:
+            elif self.place.has_room():
                 _log(f"{self.numbers[job.key]} {job.kind}: {job.label}{self._eta()}")
                 self.waiting.remove(job)
                 self._start(job)
 
     def _start(self, job: Job) -> None:
-        folder, slot = self.folder / job.key, self.free.pop(0)
+        folder = self.folder / job.key
         try:
-            self.running.append(Child(job, folder, slot, (self.lock,)))
+            self.running.append(_Child(job, folder, self.place, self.lock))
         except InputError as error:  # a file that the command is made from cannot be used
-            self.free.append(slot)
             record = Record("failed", error=str(error), about=versions())
             self.records[job.key] = record
             write_record(folder, job, record)
             _log(f"{self.numbers[job.key]} failed: {error}")
 
     def _collect(self) -> None:
-        for child in [child for child in self.running if child.status() is not None]:
+        for child in self.running:
+            if child.seconds > (child.job.limit or math.inf) and not child.is_late:
+                child.is_late = True
+                child.process.ask_to_stop()
+        for child in [child for child in self.running if child.process.status() is not None]:
             job = child.job
             record = self._record_of(child)
             self.running.remove(child)
-            self.free.append(child.slot)
             self.records[job.key] = self._write(child, record)
             self.seconds_by_kind[job.kind].append(child.seconds)
             reason = f" {record.error}; see {child.log}" if record.error else ""
             _log(f"{self.numbers[job.key]} {record.status} in {_clock(child.seconds)}{reason}")
             self.on_end(self.records)
 
-    def _record_of(self, child: Child) -> Record:
+    def _record_of(self, child: _Child) -> Record:
         """Read the results of a process that has ended; even a failed one may leave some."""
+        status = child.process.status()
         failed = Record("failed", error=child.failure_reason())
+        if child.is_late:
+            return Record("failed", error=f"stopped after its limit of {child.job.limit:g} s")
         try:
             outcome = child.job.outcome(child.folder)
         except (InputError, OSError, ValueError, KeyError, TypeError) as error:
             unreadable = f"its results cannot be read: {error}"
-            return failed if child.status() else Record("failed", error=unreadable)
+            return failed if status else Record("failed", error=unreadable)
         if outcome.failures:
             reasons = "; ".join(f"{name}: {reason}" for name, reason in outcome.failures.items())
             return Record("failed", outcome, reasons)
-        return failed if child.status() else Record("done", outcome)
+        return failed if status else Record("done", outcome)
 
-    def _write(self, child: Child, record: Record) -> Record:
+    def _write(self, child: _Child, record: Record) -> Record:
         seconds = self.earlier_seconds.get(child.job.key, 0.0) + child.seconds
         record = replace(record, seconds=round(seconds, 1), about=versions())
         write_record(child.folder, child.job, record)
@@ -322,7 +269,7 @@ class _Run:
             return ""
         seconds = sum(mean(self.seconds_by_kind[job.kind]) for job in left)
         seconds -= sum(child.seconds for child in self.running)
-        return f"  (ETA of all {_clock(max(seconds, 0.0) / self.num_slots)})"
+        return f"  (ETA of all {_clock(max(seconds, 0.0) / self.place.width)})"
 
 
 def _clock(seconds: float) -> str:

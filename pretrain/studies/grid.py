@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import copy
 import itertools
+import os
 import re
 import warnings
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from detectron2.config import instantiate
@@ -16,9 +17,12 @@ from omegaconf import DictConfig, ListConfig, OmegaConf
 from flsl_d2.engine.config_files import load_lazy_config
 from flsl_d2.engine.overrides import apply_lazy_overrides
 from flsl_d2.errors import InputError
-from flsl_d2.images.store import open_images
+from flsl_d2.images.store import ImageStore, open_images
+from flsl_d2.studies.identity import sha256_of
 from pretrain.schedules import set_run_length
 from pretrain.trainer import resolve_precision
+
+_MOST_SIZES = 200_000
 
 
 @dataclass(frozen=True)
@@ -39,13 +43,15 @@ class Point:
         overrides: changes to the config file that make this setting.
         cfg: config with these overrides.
         total_iters: number of steps of the run.
+        images: identity of the images by content: names, and sizes where that is quick.
     """
 
     values: dict[str, str]
     seed: int
     overrides: tuple[str, ...]
     cfg: DictConfig
-    total_iters: int
+    total_iters: int = 0
+    images: str = ""
 
 
 def parse_axis(text: str) -> Axis:
@@ -97,7 +103,7 @@ def grid_points(
         for seed in seeds or [base.train.seed]:
             own = (*changes, f"train.seed={seed}")
             cfg = apply_lazy_overrides(copy.deepcopy(base), own)
-            points.append(Point(chosen, seed, (*overrides, *own), cfg, 0))
+            points.append(Point(chosen, seed, (*overrides, *own), cfg))
     return [_checked(point) for point in points]
 
 
@@ -155,4 +161,12 @@ def _checked(point: Point) -> Point:
     except InputError as error:
         values = ", ".join(f"{key}={value}" for key, value in point.values.items())
         raise InputError(f"{values}: {error}" if values else str(error)) from error
-    return Point(point.values, point.seed, point.overrides, point.cfg, total_iters)
+    return replace(point, total_iters=total_iters, images=_images_identity(files))
+
+
+def _images_identity(files: ImageStore) -> str:
+    """Return the digest of the names, and of the sizes of up to 200,000 files of this machine."""
+    if len(files) > _MOST_SIZES:
+        return files.names.digest
+    sizes = (str(os.path.getsize(file)) if os.path.isfile(file) else "" for file in files)
+    return f"{files.names.digest}, {sha256_of(f'{size},'.encode() for size in sizes)[:16]}"

@@ -1,9 +1,11 @@
-"""Pre-training over a grid of settings: ``python -m pretrain.studies.sweep`` in the checkout."""
+"""Pre-training over a grid of settings: ``python -m pretrain.studies.sweep`` in the checkout.
+
+A sweep is a comparison whose encoders are pre-trained first.
+"""
 
 from __future__ import annotations
 
 import argparse
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -13,30 +15,31 @@ from flsl_d2.engine.command_line import (
     add_option,
     add_overrides,
     described_parser,
-    named_weights,
     parse_tool_arguments,
     run_tool,
 )
 from flsl_d2.engine.config_files import load_lazy_config
-from flsl_d2.engine.launch import WorkerError
 from flsl_d2.engine.run_folder import PRETRAINING_KEYS
 from flsl_d2.errors import InputError
 from flsl_d2.files import write_text
-from flsl_d2.studies.compare import ENCODERS
-from flsl_d2.studies.encoders import read_encoders
-from flsl_d2.studies.evaluations import (
-    EncoderFile,
-    Evaluation,
-    add_evaluation_options,
-    chosen_evaluations,
-)
-from flsl_d2.studies.jobs import Job, Outcome, Record, make_slots, result_settings, versions
+from flsl_d2.studies.encoders import ComparedEncoder, read_encoders
+from flsl_d2.studies.evaluations import EncoderFile, Evaluation, chosen_evaluations
+from flsl_d2.studies.identity import file_sha256, result_settings
+from flsl_d2.studies.jobs import Job, Outcome, Record
 from flsl_d2.studies.plots import draw_measures, overlaid_curves, plot_file
-from flsl_d2.studies.runner import run_jobs
-from flsl_d2.studies.tables import Subject, Table, results_table
+from flsl_d2.studies.study import (
+    ENCODERS,
+    add_study_options,
+    finish,
+    place_of,
+    run_study,
+    section,
+    sections_of,
+    write_draws,
+)
+from flsl_d2.studies.table import Subject, Table, results_table
 from flsl_d2.visualization.curves import read_metrics
-from flsl_d2.visualization.html import render
-from pretrain.studies.grid import Axis, Point, grid_points, parse_axis, short_names
+from pretrain.studies.grid import Point, grid_points, parse_axis, short_names
 
 DESCRIPTION = (
     "Pre-train over a grid of settings, evaluate each teacher, and write a table and a page."
@@ -81,19 +84,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--grid", action="append", default=[], metavar="KEY=V1,V2", help=grid)
     text = "values of train.seed (default: that of the config)"
     add_option(parser, "--seeds", default=[], help=text)
-    add_option(parser, "--output", required=True, help="folder of everything that is written")
-    add_evaluation_options(parser, old_prefix="eval-")
-    add_option(
-        parser,
-        "--weights",
-        type=named_weights,
-        action="append",
-        default=[],
-        metavar="[NAME=]FILE",
-        help=f"{ENCODERS}; evaluated as the teachers are",
-    )
-    for name in ("--num-gpus", "--gpus-per-job"):
-        add_option(parser, name)
+    add_study_options(parser, f"{ENCODERS}; evaluated as the teachers are")
     add_overrides(parser, "changes to the config of all runs")
     run_tool(run_sweep, parse_tool_arguments(parser, arguments))
 
@@ -101,9 +92,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
 def run_sweep(args: argparse.Namespace) -> None:
     """Run the jobs that are not done yet, and write the tables, plots and the page.
 
-    Writes below ``output``: ``table.csv`` and ``table.md`` with a row for each setting (mean and
-    spread over seeds), ``runs.csv`` with a row for each run, ``plots/*.png``, ``index.html``,
-    ``jobs/``.
+    Writes below ``output`` what a comparison writes, with a row for each setting (mean and spread
+    over seeds), and ``runs.csv`` with a row for each run.
 
     Raises:
         InputError: a part of the grid or the evaluations cannot work; nothing has run then.
@@ -112,56 +102,86 @@ def run_sweep(args: argparse.Namespace) -> None:
     device = load_lazy_config(args.config_file, args.opts).train.device
     axes, evaluations = [parse_axis(text) for text in args.grid], chosen_evaluations(args, device)
     points = grid_points(args.config_file, axes, args.opts, args.seeds)
-    for evaluation in evaluations:
-        evaluation.check()
-    slots = make_slots(device, args.num_gpus, args.gpus_per_job)
+    place = place_of(args, device)
     names = short_names([axis.key for axis in axes])
     runs = [_run_of(args, evaluations, point, names) for point in points]
     settings = _settings(runs)
-    references = _references(args, evaluations, settings[0], points)
-    jobs = [job for row in (*runs, *references) for stage in row.jobs.values() for job in stage]
-    _print_plan(axes, points, jobs, args.output)
+    shown, args.seeds = args.seeds, list(dict.fromkeys(point.seed for point in points))
+    encoders = read_encoders(args.weights) if args.weights else []
+    if encoders and not evaluations:
+        raise InputError("--weights needs an evaluation; give --train and --val, or --detection.")
+    references = _references(args, encoders, evaluations, settings[0])
+    write_draws(evaluations, args.seeds, args.output)
+    stages = ["pretrain", *(evaluation.name for evaluation in evaluations)]
+    lengths = sorted({point.total_iters for point in points})
+    print(
+        f"{len(points)} runs of {' to '.join(map(str, {lengths[0]: 0, lengths[-1]: 0}))} steps: "
+        f"{len(settings)} setting(s), {len(args.seeds)} seed(s)",
+        flush=True,
+    )
 
-    def write_tables(records: dict[str, Record]) -> Table:
-        table = _table([*settings, *references], records)
-        table.write(args.output, "table")
-        write_text(args.output / "runs.csv", _table(runs, records).csv())
-        return table
+    def make_table(records: dict[str, Record]) -> Table:
+        runs_table = results_table(runs, records, stages, timed=("pretrain",))
+        write_text(args.output / "runs.csv", runs_table.csv())
+        return results_table([*settings, *references], records, stages, timed=("pretrain",))
 
-    records = run_jobs(jobs, args.output, slots, write_tables)
-    table = write_tables(records)
-    _write_page(args, axes, table, _table(settings, records), runs, records)
-    print(f"\n{table.markdown()}\ntables, plots and index.html: {args.output}")
-    failed = [job for job in jobs if records[job.key].status != "done"]
-    if failed:
-        raise WorkerError(
-            f"{len(failed)} of {len(jobs)} jobs failed, the first is {failed[0].kind} of "
-            f"{failed[0].label}: {records[failed[0].key].error} The same command tries them again."
-        )
+    rows = [*settings, *references]
+    records, table = run_study(args.output, place, rows, stages, make_table, by_row=True)
+    jobs = {run.jobs["pretrain"][0].key: run.jobs["pretrain"][0] for run in runs}
+    curves = plot_file(args.output / "plots", "loss_curves")
+    files = {job.label: args.output / "jobs" / key / "metrics.json" for key, job in jobs.items()}
+    titles = {key: title for key, (_, title) in _COLUMNS.items() if key != "feature_std"}
+    overlaid_curves(files, titles, curves, "Pre-training")
+    grid = replace(table, rows=table.rows[: len(settings)])
+    varied = [name for name in grid.label_names if len({r.labels[name] for r in grid.rows}) > 1]
+    plots = draw_measures(grid, args.output / "plots", varied if axes else ())
+    finish(
+        args.output,
+        table,
+        records,
+        rows,
+        title=f"Sweep of {Path(args.config_file).stem}",
+        intro=[
+            "Grid: "
+            + ("; ".join(f"{a.key} = {', '.join(a.values)}" for a in axes) or "one setting")
+            + f". Common overrides: {' '.join(args.opts) or 'none'}. "
+            f"Seeds: {', '.join(map(str, shown or args.seeds))}.",
+            "Losses and collapse indicators are means over the last tenth of a run's log.",
+        ],
+        sections=[
+            section("Measures over the grid", plots, 460),
+            section("Curves", {"all runs": curves}, 1150),
+            *sections_of(args.output, args.pictures, evaluations, rows, records, table),
+        ],
+        columns=[*runs[0].labels, "folder", "seconds", "status"],
+        rows=[
+            [*run.labels.values(), run.about["folder"], f"{record.seconds:.0f}", record.status]
+            for run in runs
+            for record in [records[run.jobs["pretrain"][0].key]]
+        ],
+    )
 
 
 def _references(
     args: argparse.Namespace,
+    encoders: Sequence[ComparedEncoder],
     evaluations: Sequence[Evaluation],
     first: Subject,
-    points: Sequence[Point],
 ) -> list[Subject]:
     """Make the rows of encoders that are not pre-trained here, named in the first column."""
-    if not args.weights:
-        return []
-    if not evaluations:
-        raise InputError("--weights needs an evaluation; give --train and --val, or --detection.")
-    encoders, seeds = read_encoders(args.weights), list(dict.fromkeys(p.seed for p in points))
     column, *others = first.labels
     blank = dict.fromkeys(others, "")
     return [
-        encoder.subject({column: encoder.name, **blank}, evaluations, seeds, args.output)
+        encoder.subject({column: encoder.name, **blank}, evaluations, args.seeds, args.output)
         for encoder in encoders
     ]
 
 
 def _run_of(
-    args: argparse.Namespace, evaluations: Sequence[Evaluation], point: Point, names: dict[str, str]
+    args: argparse.Namespace,
+    evaluations: Sequence[Evaluation],
+    point: Point,
+    names: Mapping[str, str],
 ) -> Subject:
     """Make the jobs of one point of the grid."""
     labels = {names[key]: value for key, value in point.values.items()} | {"seed": str(point.seed)}
@@ -178,13 +198,25 @@ def _run_of(
             f"train.output_dir={folder}",
         ]
 
-    config = result_settings(point.cfg, PRETRAINING_KEYS.no_effect)
-    job = Job("pretrain", label, {"config": config}, command, _pretraining_outcome)
+    job = Job("pretrain", label, _run_settings(point), command, _pretraining_outcome)
     teacher = args.output / "jobs" / job.key / "teacher_backbone.pth"
     encoder = EncoderFile(label, str(teacher), {"pretrain": job.key}, job, point.seed)
     jobs = {"pretrain": [job]}
     jobs |= {evaluation.name: [evaluation.job(encoder)] for evaluation in evaluations}
     return Subject(labels, jobs, {"folder": f"jobs/{job.key}", "config": args.config_file})
+
+
+def _run_settings(point: Point) -> dict[str, object]:
+    """Return what decides a run: its config, its list of images, and the weights it reads."""
+    config = result_settings(
+        point.cfg, (*PRETRAINING_KEYS.no_effect, "dataset.root", "dataset.name")
+    )
+    contents = {
+        key: file_sha256(value)
+        for key, value in config.items()
+        if key.endswith("weights") and Path(value).is_file()
+    }
+    return {"config": {**config, **contents}, "images": point.images}
 
 
 def _checkpoint_period(point: Point) -> int:
@@ -221,61 +253,6 @@ def _settings(runs: Sequence[Subject]) -> list[Subject]:
         jobs = {stage: [*before.jobs.get(stage, ()), *more] for stage, more in run.jobs.items()}
         merged[tuple(labels.values())] = replace(before, jobs=jobs)
     return list(merged.values())
-
-
-def _table(subjects: Sequence[Subject], records: Mapping[str, Record]) -> Table:
-    return results_table(subjects, records, list(subjects[0].jobs), timed=("pretrain",))
-
-
-def _print_plan(
-    axes: Sequence[Axis], points: Sequence[Point], jobs: Sequence[Job], output: Path
-) -> None:
-    grid = " x ".join(str(len(axis.values)) for axis in axes) or "1"
-    seeds = len({point.seed for point in points})
-    lengths = sorted({point.total_iters for point in points})
-    steps = f"{lengths[0]}" if len(lengths) == 1 else f"{lengths[0]} to {lengths[-1]}"
-    print(
-        f"{len(points)} runs of {steps} steps ({grid} settings, {seeds} seed(s)), "
-        f"{len({job.key for job in jobs})} jobs with the evaluations, in {output}",
-        flush=True,
-    )
-
-
-def _write_page(
-    args: argparse.Namespace,
-    axes: Sequence[Axis],
-    table: Table,
-    grid: Table,
-    runs: Sequence[Subject],
-    records: Mapping[str, Record],
-) -> None:
-    """Write the plots over the grid, the curves of all runs and ``index.html``."""
-    names = [name for name in grid.label_names if len({r.labels[name] for r in grid.rows}) > 1]
-    jobs, plots = [run.jobs["pretrain"][0] for run in runs], args.output / "plots"
-    curves = plot_file(plots, "loss_curves")
-    files = {job.label: args.output / "jobs" / job.key / "metrics.json" for job in jobs}
-    titles = {key: title for key, (_, title) in _COLUMNS.items() if key != "feature_std"}
-    overlaid_curves(files, titles, curves, "Pre-training")
-    page = render(
-        "sweep.html.j2",
-        title=f"Sweep of {Path(args.config_file).stem}",
-        axes=axes,
-        overrides=args.opts,
-        table=table,
-        plots=draw_measures(grid, plots, names if axes else ()),
-        curves=curves,
-        run_columns=[*runs[0].labels, "folder", "seconds", "status"],
-        run_rows=[
-            [*run.labels.values(), run.about["folder"], f"{record.seconds:.0f}", record.status]
-            for run, job in zip(runs, jobs, strict=True)
-            for record in [records[job.key]]
-        ],
-        versions=versions(),
-        details=[
-            (f"Config: {job.label}", json.dumps(job.settings["config"], indent=1)) for job in jobs
-        ],
-    )
-    write_text(args.output / "index.html", page)
 
 
 if __name__ == "__main__":

@@ -12,10 +12,11 @@ from pathlib import Path
 import pytest
 
 from flsl_d2.errors import InputError
-from flsl_d2.studies.jobs import Job, Outcome, Slot, read_record
+from flsl_d2.studies.jobs import Job, Outcome, read_record
+from flsl_d2.studies.machine import Machine
 from flsl_d2.studies.runner import run_jobs
 
-ONE = [Slot({})]
+ONE = Machine()
 
 
 def job(name: str, code: str, needs: Job | None = None, **settings) -> Job:
@@ -129,8 +130,9 @@ def test_two_slots_run_two_jobs_at_a_time_each_in_its_environment(tmp_path):
         "(folder / 'values.json').write_text("
         "json.dumps({'values': {'x': int(os.environ['CUDA_VISIBLE_DEVICES'])}}))"
     )
-    slots = [Slot({"CUDA_VISIBLE_DEVICES": "0"}), Slot({"CUDA_VISIBLE_DEVICES": "1"})]
-    records = run_jobs([job("a", code), job("b", code)], tmp_path, slots)
+    two = Machine("cpu", 2)
+    two.shares = [{"CUDA_VISIBLE_DEVICES": "0"}, {"CUDA_VISIBLE_DEVICES": "1"}]
+    records = run_jobs([job("a", code), job("b", code)], tmp_path, two)
     assert sorted(r.outcome.values["x"] for r in records.values()) == [0, 1]
 
 

@@ -13,11 +13,16 @@ from flsl_d2.engine.command_line import (
     described_parser,
     run_tool,
 )
-from pretrain.studies.benchmark.data import benchmark_data, benchmark_end_to_end
-from pretrain.studies.benchmark.detection import SIZES, benchmark_detection
-from pretrain.studies.benchmark.processes import benchmark_processes
-from pretrain.studies.benchmark.scaling import benchmark_scaling
-from pretrain.studies.benchmark.step import VARIANTS, benchmark_step
+from pretrain.studies.benchmark.benchmarks import (
+    SIZES,
+    VARIANTS,
+    benchmark_data,
+    benchmark_detection,
+    benchmark_end_to_end,
+    benchmark_processes,
+    benchmark_scaling,
+    benchmark_step,
+)
 
 CONFIG = "configs/pretrain/flsl_vit_small_p16_in1k.py"
 DESCRIPTION = "Measure speed and memory on this machine, this project and a reference in turn."

@@ -1,52 +1,39 @@
 """All benchmarks of a machine with GPUs, unattended: ``make gpu-benchmarks``.
 
-Each row is a command in a process of its own. A row that fails or takes too long is a row that says
-so, and the others follow. The results are up to date after every row.
+Each row is a job of its own (:mod:`flsl_d2.studies.runner`): one that fails or takes too long is a
+row that says so, the others follow, the results are up to date after every row, and the same
+command continues what was interrupted.
 """
 
 from __future__ import annotations
 
 import json
-import os
-import signal
-import subprocess
-import sys
-import time
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-from tabulate import tabulate
 
 from flsl_d2.engine.command_line import add_defaults, described_parser, run_tool
+from flsl_d2.engine.launch import WorkerError
 from flsl_d2.errors import InputError
 from flsl_d2.files import writable_folder, write_text
+from flsl_d2.studies.identity import versions
+from flsl_d2.studies.jobs import Job, Outcome, Record
+from flsl_d2.studies.machine import Machine
+from flsl_d2.studies.runner import run_jobs
 from flsl_d2.visualization.figures import new_figure, save_figure
+from pretrain.studies.benchmark.measuring import machine, table
 
-BENCHMARK = "pretrain.studies.benchmark"
 BATCHES = (64, 256)
 PROCESSES = (1, 2, 4, 8)
 VARIANTS = "eager,packed,compiled,graphs,eager+compiled,cropped on device"
 DESCRIPTION = "Measure speed and memory on the GPUs of this machine."
+_RESULT = "row.json"
 
 
-@dataclass(frozen=True)
-class Row:
-    """A benchmark of its own.
-
-    Attributes:
-        name: name in the table, and of the files of the row.
-        command: command line, to which ``--json FILE`` is added.
-    """
-
-    name: str
-    command: tuple[str, ...]
-
-
-def benchmark_rows(images: str, num_gpus: int, reference: str = "") -> list[Row]:
-    """List the rows for a machine.
+def benchmark_rows(images: str, num_gpus: int, reference: str = "") -> dict[str, list[str]]:
+    """List the rows for a machine: arguments after ``python``, by name.
 
     Args:
         images: folder of JPEG files, or of shards; empty leaves out what reads files.
@@ -54,145 +41,125 @@ def benchmark_rows(images: str, num_gpus: int, reference: str = "") -> list[Row]
         reference: Python file with a reference to compare with; empty for none.
     """
     compared = ("--reference-module", reference) if reference else ()
-    cuda = ("--device", "cuda")
+    cuda, files = ("--device", "cuda"), ("--images", images)
+    rows: dict[str, list[str]] = {}
 
-    def row(name: str, *arguments: str, processes: int = 1) -> Row:
-        start: tuple[str, ...] = (sys.executable, "-m")
-        if processes > 1:
-            torchrun = ("torch.distributed.run", "--standalone", f"--nproc-per-node={processes}")
-            start = (*start, *torchrun, "-m")
-        return Row(name, (*start, BENCHMARK, *arguments))
+    def add(name: str, *arguments: str, processes: int = 1) -> None:
+        torchrun = ("torch.distributed.run", "--standalone", f"--nproc-per-node={processes}", "-m")
+        start = torchrun if processes > 1 else ()
+        rows[name] = ["-m", *start, "pretrain.studies.benchmark", *arguments]
 
-    rows = []
     if images:
-        rows.append(row("data", "data", "--images", images, *compared))
+        add("data", "data", *files, *compared)
     for batch in BATCHES:
-        arguments = ("--batch-size", str(batch), "--variants", VARIANTS, *compared)
-        rows.append(row(f"step of {batch}", "pretrain-step", *cuda, *arguments))
+        options = ("--batch-size", str(batch), "--variants", VARIANTS, *compared)
+        add(f"step of {batch}", "pretrain-step", *cuda, *options)
     for model in ("base_p16", "small_p8"):
-        arguments = (
-            *("--batch-size", "64", "--variants", "packed,packed+checkpointed"),
+        add(
+            f"step of {model}",
+            *("pretrain-step", *cuda, "--batch-size", "64"),
+            *("--variants", "packed,packed+checkpointed"),
             *("--config-file", f"configs/pretrain/flsl_vit_{model}_in1k.py"),
             "model.backbone.use_act_checkpoint=False",
         )
-        rows.append(row(f"step of {model}", "pretrain-step", *cuda, *arguments))
-    for processes in PROCESSES:
-        if processes <= num_gpus:
-            for batch in BATCHES:
-                rows.append(
-                    row(
-                        f"{processes} GPUs, {batch} each",
-                        *("processes", *cuda, "--batch-size", str(batch), "--repeats", "50"),
-                        processes=processes,
-                    )
-                )
+    for count in [count for count in PROCESSES if count <= num_gpus]:
+        for batch in BATCHES:
+            options = ("--batch-size", str(batch), "--repeats", "50")
+            add(f"{count} GPUs, {batch} each", "processes", *cuda, *options, processes=count)
     if images:
-        arguments = ("--batch-size", "256", "--workers", "16", "--repeats", "50", *compared)
+        options = ("--batch-size", "256", "--workers", "16", "--repeats", "50", *compared)
         overrides = ("views.on_device=crops", "train.compile=True")
-        files = ("--images", images)
-        rows.append(row("end to end", "end-to-end", *files, *cuda, *arguments, *overrides))
+        add("end to end", "end-to-end", *files, *cuda, *options, *overrides)
     for positions in ((), ("--rel-pos",)):
-        arguments = ("--model", "b", "--size", "1024", "--batch-size", "2", *positions)
-        rows.append(row(f"detection{''.join(positions)}", "detection", *cuda, *arguments))
-    growth = ("--batch-size", "64", "--batches", "16,32,64,128,256")
-    rows.append(row("growth", "scaling", *cuda, *growth, "--plot", "{output}/growth.png"))
+        options = ("--model", "b", "--size", "1024", "--batch-size", "2", *positions)
+        add(f"detection{''.join(positions)}", "detection", *cuda, *options)
+    growth = (
+        "--batch-size",
+        "64",
+        "--batches",
+        "16,32,64,128,256",
+        "--plot",
+        "{folder}/growth.png",
+    )
+    add("growth", "scaling", *cuda, *growth)
     return rows
 
 
-def run_rows(rows: Sequence[Row], output: Path, seconds: float) -> list[dict[str, Any]]:
+def run_rows(rows: Mapping[str, Sequence[str]], output: Path, seconds: float) -> int:
     """Run rows and write ``results.json``, ``results.md`` and ``speed.png`` after each.
 
     Args:
-        rows: the rows.
+        rows: arguments after ``python`` by name; ``{folder}`` is the row's own folder.
         output: folder to write to.
         seconds: time limit of a row.
 
     Returns:
-        For each row its ``name``, ``command``, ``seconds``, ``status`` (``ok`` or what went wrong),
-        and ``result``, the content of its JSON file; None where it failed.
+        Number of rows that failed.
     """
-    results: list[dict[str, Any]] = []
-    for row in rows:
-        print(f"{row.name} ...", flush=True)
-        results.append(_run(row, output, seconds))
-        print(f"{row.name}: {results[-1]['status']}", flush=True)
+
+    def job_of(name: str, arguments: Sequence[str]) -> Job:
+        def command(folder: Path, _: int) -> list[str]:
+            own = [argument.replace("{folder}", str(folder)) for argument in arguments]
+            return [*own, "--json", str(folder / _RESULT)]
+
+        # Figures of another machine, version or commit are other figures.
+        settings = {"arguments": list(arguments), "machine": hardware, **versions()}
+        return Job("row", name, settings, command, _read_speed, limit=seconds)
+
+    hardware = machine(torch.device("cuda" if torch.cuda.is_available() else "cpu"))
+    del hardware["date"]
+    jobs = {name: job_of(name, arguments) for name, arguments in rows.items()}
+
+    def write(records: Mapping[str, Record]) -> None:
+        results = []
+        for name, job in jobs.items():
+            record = records.get(job.key)
+            done = record is not None and record.status == "done"
+            content = (
+                json.loads((output / "jobs" / job.key / _RESULT).read_text()) if done else None
+            )
+            status = "not run yet" if record is None else record.error or "ok"
+            took = record.seconds if record else None
+            results.append({"row": name, "seconds": took, "status": status, "result": content})
         write_text(output / "results.json", json.dumps(results, indent=1) + "\n")
-        write_text(output / "results.md", _tables(results))
+        write_text(output / "results.md", _tables(results, hardware))
         _draw(results, output / "speed.png")
-    return results
+
+    records = run_jobs(list(jobs.values()), output, Machine(), write)
+    write(records)
+    return sum(record.status != "done" for record in records.values())
 
 
-def _run(row: Row, output: Path, seconds: float) -> dict[str, Any]:
-    base = output / row.name.replace(" ", "_").replace(",", "")
-    result_file, log_file = base.with_suffix(".json"), base.with_suffix(".log")
-    result_file.unlink(missing_ok=True)
-    command = [part.replace("{output}", str(output)) for part in row.command]
-    start = time.monotonic()
-    with log_file.open("wb") as log:
-        # In a session of its own, so that all processes of a row end with it.
-        process = subprocess.Popen(
-            [*command, "--json", str(result_file)], stdout=log, stderr=log, start_new_session=True
-        )
-        try:
-            code: int | None = process.wait(seconds)
-        except subprocess.TimeoutExpired:
-            code = None
-        finally:
-            if process.poll() is None:
-                os.killpg(process.pid, signal.SIGKILL)
-                process.wait()
-    result, status = None, "ok"
-    if code is None:
-        status = f"ended after {seconds:g} s"
-    elif code or not result_file.is_file():
-        lines = log_file.read_text(errors="replace").split("\n")
-        errors = [line for line in lines if "error" in line.lower()]
-        last = next((line for line in reversed(errors or lines) if line.strip()), "no output")
-        status = f"status {code}: {last.strip()[:200]}"
-    else:
-        result = json.loads(result_file.read_text())
-    return {
-        "name": row.name,
-        "command": command,
-        "seconds": round(time.monotonic() - start, 1),
-        "status": status,
-        "result": result,
-    }
+def _read_speed(folder: Path) -> Outcome:
+    rows = json.loads((folder / _RESULT).read_text())["rows"]
+    return Outcome(
+        {f"{i} images/s": row["images/s"] for i, row in enumerate(rows) if "images/s" in row}
+    )
 
 
-def _tables(results: Sequence[dict[str, Any]]) -> str:
+def _tables(results: Sequence[dict[str, Any]], hardware: Mapping[str, Any]) -> str:
     """Write one table of all rows, and the table of each."""
-    overview = [{"row": r["name"], "seconds": r["seconds"], "status": r["status"]} for r in results]
-    machines = [r["result"]["machine"] for r in results if r["result"]]
-    parts = ["# Benchmarks", ""]
-    if machines:
-        parts += [", ".join(f"{key} {value}" for key, value in machines[0].items()), ""]
-    parts += [tabulate(overview, headers="keys", tablefmt="github"), ""]
-    several = [r["result"]["rows"][0] for r in results if r["result"] and _is_of_processes(r)]
-    if several:
-        parts += ["## Processes", "", _table(several), ""]
+    overview = [{key: r[key] for key in ("row", "seconds", "status")} for r in results]
+    parts = ["# Benchmarks", ", ".join(f"{k} {v}" for k, v in hardware.items()), table(overview)]
+    several = [r["result"]["rows"][0] for r in results if _is_of_processes(r)]
+    parts += ["## Processes", table(several)] if several else []
     for each in results:
         if each["result"] and not _is_of_processes(each):
-            parts += [f"## {each['name']}", "", _table(each["result"]["rows"]), ""]
-    return "\n".join(parts)
-
-
-def _table(rows: list[dict[str, Any]]) -> str:
-    return tabulate(rows, headers="keys", tablefmt="github", floatfmt=".4g", missingval="-")
+            parts += [f"## {each['row']}", table(each["result"]["rows"])]
+    return "\n\n".join(parts) + "\n"
 
 
 def _is_of_processes(result: dict[str, Any]) -> bool:
-    return "processes" in result["command"]
+    return bool(result["result"]) and "processes" in result["result"]["rows"][0]
 
 
 def _draw(results: Sequence[dict[str, Any]], path: Path) -> None:
     """Draw images a second over the number of processes, and where all would be as fast as one."""
     by_batch: dict[int, dict[int, float]] = {}
-    for each in results:
-        if each["result"] and _is_of_processes(each):
-            row = each["result"]["rows"][0]
-            speeds = by_batch.setdefault(each["result"]["batch_size"], {})
-            speeds[row["processes"]] = row["images/s"]
+    for each in filter(_is_of_processes, results):
+        row = each["result"]["rows"][0]
+        speeds = by_batch.setdefault(each["result"]["batch_size"], {})
+        speeds[row["processes"]] = row["images/s"]
     if not by_batch:
         return
     figure = new_figure(6, 4)
@@ -207,7 +174,7 @@ def _draw(results: Sequence[dict[str, Any]], path: Path) -> None:
     axis.set_ylim(bottom=0)
     axis.grid(alpha=0.3)
     axis.legend()
-    save_figure(figure, str(path))
+    save_figure(figure, path)
 
 
 def _main(images: str, output: str, reference: str, minutes: float) -> None:
@@ -216,9 +183,12 @@ def _main(images: str, output: str, reference: str, minutes: float) -> None:
     if images and not Path(images).is_dir():
         raise InputError(f"--images is '{images}', which is no folder; give one of JPEG files.")
     rows = benchmark_rows(images, torch.cuda.device_count(), reference)
-    results = run_rows(rows, writable_folder(output, "--output"), 60 * minutes)
-    failed = sum(result["status"] != "ok" for result in results)
-    print(f"{len(results)} rows, {failed} failed; see {output}/results.md")
+    failed = run_rows(rows, writable_folder(output, "--output"), 60 * minutes)
+    print(f"{len(rows)} rows, {failed} failed; see {output}/results.md")
+    if failed:
+        raise WorkerError(
+            f"{failed} of {len(rows)} rows failed; the same command tries them again."
+        )
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

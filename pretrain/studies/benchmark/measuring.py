@@ -9,16 +9,15 @@ import importlib.util
 import json
 import platform
 import statistics
-import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import cv2
 import torch
 from tabulate import tabulate
 from torch import Tensor
+from torch.utils.benchmark.utils.timer import timer
 from tqdm import tqdm
 
 from flsl_d2.engine.gpus import usable_cores
@@ -54,7 +53,7 @@ class Timing:
 
     def rate(self, count: int) -> float | None:
         """Return the throughput in items a second, for ``count`` items a repetition."""
-        return count / statistics.median(self.seconds) if self.seconds else None
+        return count / self.median if self.median else None
 
     def speed_against(self, other: Timing) -> float | None:
         """Return the speed as a multiple of another's: the median ratio over the rounds.
@@ -84,18 +83,16 @@ def time_in_turn(
         repeats: number of measurements of each.
         warmup: number of runs of each before the first measurement (compilation, caches, clocks).
     """
+    peaks: dict[str, int | None] = dict.fromkeys(makers, 0)
     if device.type == "cuda":
         peaks = {name: _peak_alone(make, device) for name, make in makers.items()}
-    else:
-        peaks = dict.fromkeys(makers, 0)
     timings = {
         name: Timing(None if peaks[name] is None else make(), peak_bytes=peaks[name] or None)
         for name, make in makers.items()
     }
-    rounds = tqdm(range(-warmup, repeats), desc="benchmark", unit="round", disable=None)
-    for number in rounds:
+    for number in tqdm(range(-warmup, repeats), desc="benchmark", unit="round", disable=None):
         for timing in timings.values():
-            seconds = seconds_of(timing.function, 1, device) if timing.function else 0.0
+            seconds = seconds_of(timing.function) if timing.function else 0.0
             if timing.function and number >= 0:
                 timing.seconds.append(seconds)
     return timings
@@ -111,26 +108,18 @@ def _peak_alone(make: Callable[[], Callable[[], Any]], device: torch.device) -> 
     torch.cuda.reset_peak_memory_stats(device)
     before = torch.cuda.memory_allocated(device)
     try:
-        function = make()
-        seconds_of(function, 2, device)
+        seconds_of(make(), 2)
     except torch.cuda.OutOfMemoryError:
         return None
     return torch.cuda.max_memory_allocated(device) - before
 
 
-def seconds_of(function: Callable[[], Any], times: int, device: torch.device) -> float:
+def seconds_of(function: Callable[[], Any], times: int = 1) -> float:
     """Return the duration of some calls, from an idle device to an idle device."""
-    _wait(device)
-    start = time.perf_counter()
+    start = timer()  # waits for the device
     for _ in range(times):
         function()
-    _wait(device)
-    return time.perf_counter() - start
-
-
-def _wait(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
+    return timer() - start
 
 
 def stored_for_backward(forward: Callable[[], Any], model: torch.nn.Module) -> int:
@@ -164,11 +153,9 @@ def reference_function(path: str, name: str) -> Callable[..., Any]:
     Raises:
         InputError: the file does not exist, or has no such function.
     """
-    if not Path(path).is_file():
-        raise InputError(f"--reference-module is '{path}', which is no file; give a Python file.")
     spec = importlib.util.spec_from_file_location("benchmark_reference", path)
-    if spec is None or spec.loader is None:
-        raise InputError(f"--reference-module '{path}' does not end in .py; give a Python file.")
+    if not Path(path).is_file() or spec is None or spec.loader is None:
+        raise InputError(f"--reference-module is '{path}', which is no file that ends in .py.")
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     function: Callable[..., Any] | None = getattr(module, name, None)
@@ -182,12 +169,11 @@ def reference_function(path: str, name: str) -> Callable[..., Any]:
 
 def machine(device: torch.device) -> dict[str, Any]:
     """Describe the machine and the software that the figures were measured on."""
-    processor = platform.processor() or platform.machine()
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-        processor = next(x.split(": ", 1)[1] for x in lines if x.startswith("model name"))
-    except (OSError, StopIteration):
-        pass
+    processor, information = platform.machine(), Path("/proc/cpuinfo")
+    if information.is_file():
+        lines = information.read_text().splitlines()
+        names = [line.partition(": ")[2] for line in lines if line.startswith("model name")]
+        processor = names[0] if names else processor
     return {
         "date": datetime.date.today().isoformat(),
         "processor": processor,
@@ -196,7 +182,6 @@ def machine(device: torch.device) -> dict[str, Any]:
         "gpu": torch.cuda.get_device_name(device) if device.type == "cuda" else None,
         "python": platform.python_version(),
         "torch": torch.__version__,
-        "opencv": cv2.__version__,
     }
 
 
@@ -205,6 +190,11 @@ def prepared_device(args: argparse.Namespace) -> torch.device:
     if args.threads:
         torch.set_num_threads(args.threads)
     return torch.device(args.device)
+
+
+def table(rows: Sequence[Mapping[str, Any]]) -> str:
+    """Return rows, values by column, as a GitHub table."""
+    return tabulate(rows, headers="keys", tablefmt="github", floatfmt=".4g", missingval="-")
 
 
 def report(
@@ -221,15 +211,7 @@ def report(
         rows: values by column; None where something was not measured.
         json_file: file to write; None for no file.
     """
-    cells = [{column: _cell(value) for column, value in row.items()} for row in rows]
-    print(title)
-    print(tabulate(cells, headers="keys", tablefmt="github", disable_numparse=True))
+    print(f"{title}\n{table(rows)}")
     if json_file:
         text = json.dumps({"machine": machine(device), "rows": rows, **content}, indent=1)
         write_text(json_file, text + "\n")
-
-
-def _cell(value: Any) -> str:
-    if value is None:
-        return "-"
-    return f"{value:.4g}" if isinstance(value, float) else str(value)

@@ -1,4 +1,4 @@
-"""Tables of results, in Markdown, LaTeX and CSV, made from the records of jobs."""
+"""The table of a study: means, spreads and verdicts, made from the records of jobs."""
 
 from __future__ import annotations
 
@@ -10,11 +10,14 @@ from pathlib import Path
 from statistics import mean, stdev
 from typing import NamedTuple
 
+from tabulate import tabulate
+
 from flsl_d2.evaluation.measures import MEASURES, better
 from flsl_d2.files import write_text
 from flsl_d2.studies.jobs import Job, Record
 
 _MAX_COLUMNS = 8  # as many as a page of paper or a screen has room for
+_BOLD, _END = "\x01", "\x02"  # around cells in bold, until the format's own marks replace them
 
 
 @dataclass(frozen=True)
@@ -67,19 +70,36 @@ class Cell:
         return shown + (f" ({failed} failed)" if failed else "")
 
 
+def differ(one: Cell, other: Cell) -> bool | None:
+    """Whether two means are further apart than their two standard deviations together.
+
+    None where nothing tells, because one of them has fewer than two seeds.
+    """
+    if one.std is None or other.std is None:
+        return None
+    return abs(mean(one.values) - mean(other.values)) > one.std + other.std
+
+
 @dataclass(frozen=True)
 class Row:
     """Line of a table.
 
     Attributes:
         labels: text of each label column: which setting was run.
-        cells: cell of each measure; those that are missing were not measured.
+        cells: cell of each measure by name; those that are missing were not measured.
         about: further facts (hashes, versions) for the CSV and the page.
     """
 
     labels: dict[str, str]
     cells: dict[str, Cell]
     about: dict[str, str] = field(default_factory=dict)
+
+    @property
+    def name(self) -> str:
+        """Name of the row in sentences."""
+        if len(self.labels) == 1:
+            return next(iter(self.labels.values()))
+        return ", ".join(f"{key}={value}" for key, value in self.labels.items() if value)
 
     def cell(self, measure: Measure) -> Cell:
         """Return the cell of a measure; an empty one where there is none."""
@@ -118,14 +138,48 @@ class Table:
         """Headings of the label columns."""
         return list(self.rows[0].labels) if self.rows else []
 
+    def ranking(self, measure: Measure) -> tuple[list[int], list[int]]:
+        """Return the rows that may be the best, the one of the best mean first, and the rest.
+
+        The rest differ from the best by more than the spread (:func:`differ`). Both are indexes;
+        rows without a value are in neither, and where neither high nor low is better both are
+        empty.
+        """
+        cells = {
+            i: row.cell(measure) for i, row in enumerate(self.rows) if row.cell(measure).values
+        }
+        if not measure.better or len(cells) < 2:
+            return [], []
+        sign = 1 if measure.better == "higher" else -1
+        top = max(cells, key=lambda i: sign * mean(cells[i].values))
+        rest = [i for i in cells if differ(cells[top], cells[i])]
+        return [top, *(i for i in cells if i != top and i not in rest)], rest
+
     def best(self, measure: Measure) -> list[int]:
-        """Return the indexes of the rows with the best mean; none where they do not compare."""
-        cells = [row.cell(measure) for row in self.rows]
-        means = {i: mean(cell.values) for i, cell in enumerate(cells) if cell.values}
-        if not measure.better or len(means) < 2 or len(set(means.values())) == 1:
-            return []
-        chosen = (max if measure.better == "higher" else min)(means.values())
-        return [i for i, value in means.items() if value == chosen]
+        """Return the rows to mark: those that may be the best, if some differ from them."""
+        first, rest = self.ranking(measure)
+        return sorted(first) if rest else []
+
+    def verdicts(self) -> list[str]:
+        """Say in a sentence for each measure what differs beyond the spread over the seeds."""
+        found: dict[str, list[str]] = {}
+        for measure in self.measures:
+            first, rest = self.ranking(measure)
+            if not first:
+                continue
+            names = [self.rows[i].name for i in first]
+            listed = ", ".join(names[:3]) + (f" and {len(names) - 3} more" * (len(names) > 3))
+            cells = [self.rows[i].cell(measure) for i in (*first, *rest)]
+            if not any(cell.std is not None for cell in cells):
+                text = "one seed each, so no spread tells a difference from noise (--seeds 0,1,2)"
+            elif not rest:
+                text = "no difference beyond the spread"
+            elif len(first) == 1:
+                text = f"{listed} is best, beyond the spread"
+            else:
+                text = f"{listed} differ by no more than the spread, and are better than the rest"
+            found.setdefault(text, []).append(measure.name)
+        return [" ".join(f"{', '.join(of)}: {text}.".split()) for text, of in found.items()]
 
     def gaps(self, row: Row) -> list[tuple[str, str, str]]:
         """Return why cells of a row have no number: ``failed`` or ``n/a``, measures, reason."""
@@ -140,6 +194,17 @@ class Table:
         return [
             (kind, "everything" if len(of) == everything > 1 else ", ".join(of), reason)
             for (kind, reason), of in names.items()
+        ]
+
+    def notes(self) -> list[str]:
+        """Return a line for each of :meth:`gaps`, with the rows that it affects."""
+        rows: dict[tuple[str, str, str], list[str]] = {}
+        for row in self.rows:
+            for gap in self.gaps(row):
+                rows.setdefault(gap, []).append(row.name)
+        return [
+            " ".join(f"{kind}: {' | '.join(names)}: {measures}: {reason}".split())
+            for (kind, measures, reason), names in rows.items()
         ]
 
     def lines(self) -> list[list[Shown]]:
@@ -158,58 +223,46 @@ class Table:
         few = len(self.measures) <= max(_MAX_COLUMNS, len(self.rows))
         if few or self.label_names != ["encoder"]:
             return lines
-        lines[0] = [Shown("measure", "label")] + [
-            Shown(measure.name, "label") for measure in self.measures
-        ]
+        lines[0] = [Shown(text, "label") for text in ("measure", *(m.name for m in self.measures))]
         for line in lines[1:]:
             line[0] = Shown(line[0].text, "number")
         return [list(line) for line in zip(*lines, strict=True)]
 
-    def notes(self) -> list[str]:
-        """Return a line for each of :meth:`gaps`, with the rows that it affects."""
-        rows: dict[tuple[str, str, str], list[str]] = {}
-        for row in self.rows:
-            for gap in self.gaps(row):
-                rows.setdefault(gap, []).append(", ".join(row.labels.values()))
-        return [
-            f"{kind}: {' | '.join(names)}: {measures}: {reason}"
-            for (kind, measures, reason), names in rows.items()
+    def _formatted(self, style: str, bar: str, bold: tuple[str, str], sign: str) -> str:
+        lines = self.lines()
+        align = ["left" if shown.kind == "label" else "right" for shown in lines[0]]
+        marks = {"best": (_BOLD, _END)}
+        texts = [
+            [
+                " ".join(shown.text.split()).replace("|", bar).join(marks.get(shown.kind, ("", "")))
+                for shown in line
+            ]
+            for line in lines
         ]
+        text = tabulate(texts[1:], texts[0], style, disable_numparse=True, colalign=align)
+        for mark, shown in zip((_BOLD, _END, "±"), (*bold, sign), strict=True):
+            text = text.replace(mark, shown)
+        return text
 
     def markdown(self) -> str:
-        """Return a GitHub table, with the best values in bold and failures below it."""
-
-        def text(shown: Shown) -> str:
-            escaped = shown.text.replace("|", r"\|")
-            return f"**{escaped}**" if shown.kind == "best" else escaped
-
-        lines = [[text(shown) for shown in line] for line in self.lines()]
-        rows = [f"| {' | '.join(cells)} |" for cells in lines]
-        rows.insert(1, "| --- " * len(lines[0]) + "|")
-        notes = [f"- {note}" for note in self.notes()]
-        return "\n".join(rows + (["", *notes] if notes else [])) + "\n"
+        """Return a GitHub table with the best in bold; verdicts and reasons of gaps below it."""
+        below = [f"- {line}" for line in (*self.verdicts(), *self.notes())]
+        text = self._formatted("github", r"\|", ("**", "**"), "±")
+        return "\n".join([text, *(["", *below] if below else [])]) + "\n"
 
     def latex(self) -> str:
-        """Return a booktabs table, with the best values in bold and failures as comments."""
-
-        def text(shown: Shown) -> str:
-            escaped = shown.text.translate(_LATEX)
-            return rf"\textbf{{{escaped}}}" if shown.kind == "best" else escaped
-
-        lines = self.lines()
-        columns = "".join("l" if shown.kind == "label" else "r" for shown in lines[0])
-        body = [" & ".join(map(text, line)) + r" \\" for line in lines]
-        body = [rf"\begin{{tabular}}{{{columns}}}", r"\toprule", body[0], r"\midrule", *body[1:]]
-        notes = [f"% {note}" for note in self.notes()]
-        return "\n".join([*body, r"\bottomrule", r"\end{tabular}", *notes]) + "\n"
+        """Return a booktabs table with the best in bold; verdicts and gaps are comments."""
+        text = self._formatted("latex_booktabs", "\x03", (r"\textbf{", "}"), r"$\pm$")
+        text = text.replace("\x03", r"\textbar{}")
+        return (
+            "\n".join([text, *(f"% {line}" for line in (*self.verdicts(), *self.notes()))]) + "\n"
+        )
 
     def csv(self) -> str:
         """Return all numbers in full; with several seeds, also their spread and number."""
         about = list(dict.fromkeys(name for row in self.rows for name in row.about))
-        seeds = max(
-            (len(cell.values) for row in self.rows for cell in row.cells.values()), default=0
-        )
-        parts = ("", " std", " seeds") if seeds > 1 else ("",)
+        several = any(len(cell.values) > 1 for row in self.rows for cell in row.cells.values())
+        parts = ("", " std", " seeds") if several else ("",)
         stream = io.StringIO()
         writer = csv.writer(stream, lineterminator="\n")
         measures = [measure.name + part for measure in self.measures for part in parts]
@@ -224,12 +277,10 @@ class Table:
             writer.writerow([*row.labels.values(), *cells, *rest])
         return stream.getvalue()
 
-    def write(self, folder: Path, name: str, latex: bool = False) -> None:
-        """Write ``name.csv``, ``name.md`` and optionally ``name.tex``."""
-        write_text(folder / f"{name}.csv", self.csv())
-        write_text(folder / f"{name}.md", self.markdown())
-        if latex:
-            write_text(folder / f"{name}.tex", self.latex())
+    def write(self, folder: Path, name: str = "table") -> None:
+        """Write ``name.csv``, ``name.md`` and ``name.tex``."""
+        for suffix, text in (("csv", self.csv()), ("md", self.markdown()), ("tex", self.latex())):
+            write_text(folder / f"{name}.{suffix}", text)
 
 
 def cell_of(records: Iterable[Record], name: str) -> Cell:
@@ -249,22 +300,6 @@ def cell_of(records: Iterable[Record], name: str) -> Cell:
     return Cell(tuple(values), tuple(failures), omitted)
 
 
-_LATEX = str.maketrans({
-    "\\": r"\textbackslash{}", "&": r"\&", "%": r"\%", "$": r"\$", "#": r"\#", "_": r"\_",
-    "{": r"\{", "}": r"\}", "~": r"\textasciitilde{}", "^": r"\textasciicircum{}", "±": r"$\pm$",
-    "<": r"\textless{}", ">": r"\textgreater{}", "|": r"\textbar{}",
-})  # fmt: skip
-
-
-# Measures of which neither higher nor lower is better, by the start of the last part of the name.
-_DESCRIPTIVE = (
-    *("clusters", "tuned_clusters", "kernel_width"),
-    *("loss", "centroids_in_use", "entropy", "feature_std"),
-)
-# Values of single classes stay in result.json, because COCO has 80 classes.
-_SINGLE_CLASS = ("IoU-", "AP-")
-
-
 @dataclass(frozen=True)
 class Subject:
     """Row of a table before its jobs have run.
@@ -282,6 +317,15 @@ class Subject:
     failure: str = ""
 
 
+# Measures of which neither higher nor lower is better, by the start of the last part of the name.
+_DESCRIPTIVE = (
+    *("clusters", "tuned_clusters", "kernel_width"),
+    *("loss", "centroids_in_use", "entropy", "feature_std"),
+)
+# Values of single classes stay in result.json, because COCO has 80 classes.
+_SINGLE_CLASS = ("IoU-", "AP-")
+
+
 def results_table(
     subjects: Sequence[Subject],
     records: Mapping[str, Record],
@@ -293,41 +337,29 @@ def results_table(
     Jobs without a record, by key, have not run yet, and their cells are empty. The stages give the
     order of the columns; the duration of those that are ``timed`` is a column as well.
     """
-    names = {stage: _value_names(subjects, stage, records) for stage in stages}
+    columns: dict[str, list[str]] = {stage: [] for stage in stages}
+    for stage in stages:
+        jobs = [job for subject in subjects for job in subject.jobs.get(stage, ())]
+        found = [records[job.key].outcome.values for job in jobs if job.key in records]
+        names = dict.fromkeys(name for values in found for name in values)
+        shown = [n for n in names if not n.rpartition("/")[2].startswith(_SINGLE_CLASS)]
+        columns[stage] = shown or [stage]
     rows = []
     for subject in subjects:
         cells = {}
         if subject.failure:
             failed = Cell(failures=(subject.failure,))
-            cells = {name: failed for stage in stages for name in names[stage]}
-        for stage, jobs in subject.jobs.items():
-            known = [records[job.key] for job in jobs if job.key in records]
-            cells |= {name: cell_of(known, name) for name in names[stage] if known}
+            cells = {name: failed for stage in stages for name in columns[stage]}
+        for stage, own in subject.jobs.items():
+            known = [records[job.key] for job in own if job.key in records]
+            cells |= {name: cell_of(known, name) for name in columns[stage] if known}
             if stage in timed:
                 done = tuple(record.seconds for record in known if record.status == "done")
-                cells[_seconds(stage)] = Cell(done)
+                cells[f"{stage} seconds"] = Cell(done)
         rows.append(Row(subject.labels, cells, subject.about))
-    columns = [
-        name
-        for stage in stages
-        for name in [*names[stage], *([_seconds(stage)] if stage in timed else [])]
-    ]
-    return Table(rows, [_measure(name) for name in columns])
-
-
-def _value_names(
-    subjects: Sequence[Subject], stage: str, records: Mapping[str, Record]
-) -> list[str]:
-    """Return the names of a stage's values in order of appearance; the stage's own without any."""
-    jobs = [job for subject in subjects for job in subject.jobs.get(stage, ())]
-    found = [records[job.key].outcome.values for job in jobs if job.key in records]
-    names = dict.fromkeys(name for values in found for name in values)
-    shown = [n for n in names if not n.rpartition("/")[2].startswith(_SINGLE_CLASS)]
-    return shown or [stage]
-
-
-def _seconds(stage: str) -> str:
-    return f"{stage} seconds"
+    for stage in timed:
+        columns[stage].append(f"{stage} seconds")
+    return Table(rows, [_measure(name) for names in columns.values() for name in names])
 
 
 def _measure(name: str) -> Measure:

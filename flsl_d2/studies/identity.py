@@ -1,0 +1,121 @@
+"""Identities by content: hashes of files, data sets and configs, and versions of the software."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import subprocess
+from collections.abc import Iterable, Iterator
+from contextlib import suppress
+from fnmatch import fnmatchcase
+from functools import cache
+from pathlib import Path
+
+import detectron2
+import timm
+import torch
+from detectron2.data import MetadataCatalog
+from omegaconf import DictConfig
+
+import flsl_d2
+from flsl_d2.annotations.datasets import register_pair
+from flsl_d2.engine.run_folder import flat_config
+
+# Metadata of registered data sets: files and folders of labels, which are read, and folders of
+# pictures, which are listed with their sizes.
+_LABELS = ("json_file", "panoptic_json", "sem_seg_root", "panoptic_root")
+_PICTURES = ("image_root",)
+
+
+@cache
+def versions() -> dict[str, str]:
+    """Return the versions of the software that computes the numbers.
+
+    The commit is among them in a git checkout only; ``+changes`` behind it says that files differ
+    from it.
+    """
+    packages = (flsl_d2, torch, detectron2, timm)
+    found = {package.__name__: str(package.__version__) for package in packages}
+    root = Path(flsl_d2.__file__).parents[1]
+    describe = ["git", "describe", "--always", "--abbrev=12", "--exclude=*", "--dirty=+changes"]
+    # The repository around an installed package is someone else's.
+    if (root / ".git").exists():
+        with suppress(OSError, subprocess.SubprocessError):
+            done = subprocess.run(
+                describe, cwd=root, capture_output=True, text=True, timeout=10, check=True
+            )
+            found["commit"] = done.stdout.strip()
+    return found
+
+
+def sha256_of(parts: Iterable[bytes]) -> str:
+    """Return the SHA-256 of all parts together, in hexadecimal digits."""
+    digest = hashlib.sha256()
+    for part in parts:
+        digest.update(part)
+    return digest.hexdigest()
+
+
+def file_sha256(path: str | os.PathLike[str]) -> str:
+    """Return the SHA-256 of a file in hexadecimal digits."""
+
+    def blocks() -> Iterator[bytes]:
+        with open(path, "rb") as stream:
+            while chunk := stream.read(2**20):
+                yield chunk
+
+    return sha256_of(blocks())
+
+
+def folder_sha256(root: str | os.PathLike[str], read: bool) -> str:
+    """Return a hash of the files below a folder, by their names from there on.
+
+    Args:
+        read: whether the files are read; otherwise their sizes stand for them, which is quick for
+            pictures and does not notice one that is replaced by another of the same size.
+    """
+
+    def parts() -> Iterator[bytes]:
+        for file in sorted(p for p in Path(root).rglob("*") if p.is_file()):
+            content = file_sha256(file) if read else str(file.stat().st_size)
+            yield f"{file.relative_to(root)}\0{content}\0".encode("utf-8", "surrogateescape")
+
+    return sha256_of(parts())
+
+
+def data_identity(name: str) -> dict[str, str]:
+    """Return what decides results on a data set: hashes of its labels and of its list of pictures.
+
+    The name alone stands for a data set without files that are known.
+
+    Args:
+        name: registered data set, ``ANNOTATIONS.json:IMAGES``, or folder of pictures by class.
+    """
+    register_pair(name)
+    if name not in MetadataCatalog.list():
+        folder = Path(name).expanduser()
+        return (
+            {"pictures": folder_sha256(folder, read=False)} if folder.is_dir() else {"name": name}
+        )
+    metadata, found = MetadataCatalog.get(name), {}
+    for key in (*_LABELS, *_PICTURES):
+        path = Path(str(metadata.get(key) or "")).expanduser()
+        if metadata.get(key) and path.is_file():
+            found[key] = file_sha256(path)
+        elif metadata.get(key) and path.is_dir():
+            found[key] = folder_sha256(path, read=key in _LABELS)
+    return found or {"name": name}
+
+
+def result_settings(cfg: DictConfig, without: Iterable[str]) -> dict[str, str]:
+    """Return the values of a config that a result depends on, for the settings of a job.
+
+    Args:
+        without: patterns (``fnmatch``) of keys that do not change the result.
+    """
+    patterns = tuple(without)
+    return {
+        key: value
+        for key, value in flat_config(cfg).items()
+        if not any(fnmatchcase(key, pattern) for pattern in patterns)
+    }

@@ -1,0 +1,170 @@
+"""Jobs as processes of this machine, each with its share of the GPUs or cores."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import site
+import subprocess
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import IO, Any, Protocol
+
+import torch
+
+import flsl_d2
+from flsl_d2.engine.gpus import usable_cores
+from flsl_d2.errors import InputError
+
+# Seconds that a process has to end by itself: training finishes its step and writes a checkpoint.
+STOP_SECONDS = 120.0
+
+
+class Process(Protocol):
+    """A job that was started."""
+
+    def status(self) -> int | None:
+        """Return the exit status, negative for a signal; None while the job runs."""
+
+    def ask_to_stop(self) -> None:
+        """Ask the process and all that it started to end."""
+
+    def wait_for_end(self) -> None:
+        """Wait for the end after :meth:`ask_to_stop`; kill the process if it takes minutes."""
+
+
+class Place(Protocol):
+    """Where jobs run: :class:`Machine`, or :class:`flsl_d2.studies.cluster.Cluster`.
+
+    Attributes:
+        num_processes: ``--num-gpus`` of each job's command.
+        width: number of jobs at a time.
+    """
+
+    num_processes: int
+    width: int
+
+    def has_room(self) -> bool:
+        """Whether another job can start."""
+
+    def start(self, arguments: Sequence[str], folder: Path, log: IO[Any], lock: int) -> Process:
+        """Start a job: the arguments after ``python``; the job inherits the lock's file."""
+
+    def attach(self, folder: Path) -> Process | None:
+        """Return the job that an earlier run of the tool started in a folder, if it still runs."""
+
+
+def module_search_path() -> dict[str, str]:
+    """Return PYTHONPATH with which a child process imports the package that runs here.
+
+    Empty where the package is installed and any Python process finds it.
+    """
+    root = str(Path(flsl_d2.__file__).parents[1])
+    if root in [*site.getsitepackages(), site.getusersitepackages()]:
+        return {}
+    before = os.environ.get("PYTHONPATH")
+    return {"PYTHONPATH": os.pathsep.join([root, before] if before else [root])}
+
+
+class Machine:
+    """The machine of this process, shared among jobs.
+
+    Args:
+        device: ``cuda`` or ``cpu``.
+        num_gpus: number of GPUs to use, of those in CUDA_VISIBLE_DEVICES; on the CPU, processes.
+        gpus_per_job: number of GPUs of each job.
+
+    Raises:
+        InputError: counts or a device that this machine does not have.
+    """
+
+    def __init__(self, device: str = "cpu", num_gpus: int = 1, gpus_per_job: int = 1) -> None:
+        check_counts(num_gpus, gpus_per_job)
+        self.num_processes, self.width = gpus_per_job, num_gpus // gpus_per_job
+        self.shares = _shares(device, num_gpus, gpus_per_job, self.width)
+        self._running: dict[int, _Local] = {}
+
+    def _free(self) -> list[int]:
+        running = {i for i, process in self._running.items() if process.status() is None}
+        return [i for i in range(self.width) if i not in running]
+
+    def has_room(self) -> bool:
+        """Whether a share of the machine is free."""
+        return bool(self._free())
+
+    def start(self, arguments: Sequence[str], folder: Path, log: IO[Any], lock: int) -> Process:
+        """Start a process with a free share; its output goes to the log."""
+        share = self._free()[0]
+        environment = {**os.environ, **module_search_path(), "PYTHONUNBUFFERED": "1"}
+        process = _Local([sys.executable, *arguments], environment | self.shares[share], log, lock)
+        self._running[share] = process
+        return process
+
+    def attach(self, folder: Path) -> Process | None:
+        """Return None: jobs of this machine keep the lock of the results folder."""
+        return None
+
+
+def check_counts(num_gpus: int, gpus_per_job: int) -> None:
+    """Raise InputError for counts that leave no job a GPU."""
+    if gpus_per_job < 1 or num_gpus < gpus_per_job:
+        raise InputError(
+            f"{num_gpus} GPUs with {gpus_per_job} for each job leave no job any; "
+            "give --num-gpus of at least --gpus-per-job."
+        )
+
+
+def _shares(device: str, num_gpus: int, gpus_per_job: int, count: int) -> list[dict[str, str]]:
+    """Return the variables that keep each of the jobs at a time to its share."""
+    if not device.startswith("cuda"):
+        environment = {}
+        if num_gpus > 1 and "OMP_NUM_THREADS" not in os.environ:
+            # Otherwise every process takes all cores, and they wait for one another.
+            environment["OMP_NUM_THREADS"] = str(max(usable_cores() // num_gpus, 1))
+        return [environment] * count
+    available = torch.cuda.device_count()
+    if available < num_gpus:
+        raise InputError(
+            f"the jobs are for {num_gpus} GPU(s), but PyTorch sees {available} here; ask for "
+            "fewer, check CUDA_VISIBLE_DEVICES, or compute on the CPU (sweep: train.device=cpu, "
+            "compare: --device cpu)."
+        )
+    listed = os.environ.get("CUDA_VISIBLE_DEVICES", "")
+    names = listed.split(",") if listed else [str(i) for i in range(available)]
+    parts = [names[i * gpus_per_job : (i + 1) * gpus_per_job] for i in range(count)]
+    return [{"CUDA_VISIBLE_DEVICES": ",".join(part)} for part in parts]
+
+
+class _Local:
+    def __init__(
+        self, command: list[str], environment: Mapping[str, str], log: IO[Any], lock: int
+    ) -> None:
+        # In a session of its own it gets Ctrl-C once, through ask_to_stop().
+        self._process = subprocess.Popen(
+            command,
+            stdin=subprocess.DEVNULL,
+            stdout=log,
+            stderr=subprocess.STDOUT,
+            env=environment,
+            start_new_session=True,
+            pass_fds=(lock,),
+        )
+
+    def status(self) -> int | None:
+        return self._process.poll()
+
+    def ask_to_stop(self) -> None:
+        self._send(signal.SIGTERM)
+
+    def wait_for_end(self) -> None:
+        try:
+            self._process.wait(STOP_SECONDS)
+        except subprocess.TimeoutExpired:
+            self._send(signal.SIGKILL)
+            self._process.wait()
+
+    def _send(self, number: int) -> None:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(self._process.pid, number)
