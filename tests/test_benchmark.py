@@ -16,15 +16,15 @@ from torch import nn
 from flsl_d2.engine.config_files import load_lazy_config
 from flsl_d2.errors import InputError
 from pretrain.studies.benchmark.__main__ import main
-from pretrain.studies.benchmark.detection import benchmark_detection, pyramids
+from pretrain.studies.benchmark.benchmarks import overrides_of, peak_tflops
+from pretrain.studies.benchmark.gpus import benchmark_rows, run_rows
 from pretrain.studies.benchmark.measuring import (
     Timing,
     reference_function,
     stored_for_backward,
     time_in_turn,
 )
-from pretrain.studies.benchmark.scaling import benchmark_scaling
-from pretrain.studies.benchmark.step import Step, _overrides_of, peak_tflops
+from pretrain.studies.benchmark.step import Step
 
 CPU = torch.device("cpu")
 CONFIG = "pretrain/flsl_vit_small_p16_in1k.py"
@@ -140,27 +140,10 @@ def test_variants_take_the_same_step():
 
 
 def test_variants_can_be_joined():
-    overrides = _overrides_of("eager+compiled+packed")
+    overrides = overrides_of("eager+compiled+packed")
     cfg = load_lazy_config(CONFIG, overrides)
     assert cfg.train.compile
     assert cfg.model.pack_views
-
-
-@pytest.mark.parametrize("use_rel_pos", [False, True])
-def test_both_detection_backbones_are_the_same(use_rel_pos):
-    both = pyramids("s", 64, use_rel_pos)
-    for parameter in both["detectron2"].parameters():
-        parameter.data.add_(torch.randn(parameter.shape), alpha=0.02)
-    shared = both["detectron2"].state_dict()
-    own = both["flsl_d2"].state_dict()
-    assert set(own) == set(shared)
-    both["flsl_d2"].load_state_dict(shared)
-    image = torch.randn(1, 3, 64, 64)
-    with torch.no_grad():
-        maps = [model.eval()(image) for model in both.values()]
-    for level in maps[0]:
-        # Other kernels of attention, in float32 through twelve blocks and the pyramid.
-        torch.testing.assert_close(maps[0][level], maps[1][level], rtol=1e-3, atol=1e-4)
 
 
 def test_a_cards_peak_is_found_by_its_name():
@@ -175,7 +158,7 @@ def test_reference_module(tmp_path):
     assert reference_function(str(path), "make_views")("x") == "x"
     with pytest.raises(InputError, match="no function make_step"):
         reference_function(str(path), "make_step")
-    with pytest.raises(InputError, match="is no file"):
+    with pytest.raises(InputError, match="no file"):
         reference_function(str(tmp_path / "no.py"), "make_step")
 
 
@@ -226,46 +209,108 @@ def test_a_run_from_files_starts_and_ends_its_own_workers(run_main, tmp_path):
     assert [0 <= row["data wait"] < 1 for row in rows if row["data wait"] is not None] == [True]
 
 
-def arguments(json_file: Path, **others) -> Namespace:
-    """Make the arguments that the command line gives a benchmark."""
-    common = {"device": "cpu", "threads": None, "precision": "fp32", "repeats": 1, "warmup": 0}
-    return Namespace(**common, json=str(json_file), **others)
-
-
 FEW_PROPOSALS = [
     "model.proposal_generator.post_nms_topk=[50,20]",
     "model.roi_heads.batch_size_per_image=16",
     "model.roi_heads.box_head.conv_dims=[32]",
     "model.roi_heads.mask_head.conv_dims=[32,32]",
 ]
+ONCE = ("--device", "cpu", "--repeats", "1", "--warmup", "0", "--precision", "fp32")
 
 
-@pytest.mark.parametrize("backbone_only", [False, True])
-def test_detectors_are_compared(backbone_only, tmp_path, monkeypatch):
+@pytest.mark.parametrize("options", [["--rel-pos"], ["--backbone-only"]])
+def test_detectors_are_compared(options, tmp_path, monkeypatch, run_main):
     def small(name: str, _: list[str]) -> DictConfig:
         return load_lazy_config(name, FEW_PROPOSALS)
 
-    monkeypatch.setattr("pretrain.studies.benchmark.detection.load_lazy_config", small)
-    out = tmp_path / "detection.json"
-    what = {"model": "s", "size": 64, "rel_pos": True, "backbone_only": backbone_only}
-    benchmark_detection(arguments(out, batch_size=1, **what))
-    rows = {row["what"]: row for row in json.loads(out.read_text())["rows"]}
+    monkeypatch.setattr("pretrain.studies.benchmark.benchmarks.load_lazy_config", small)
+    what = (
+        "--model",
+        "s",
+        "--size",
+        "64",
+        "--batch-size",
+        "1",
+        "--json",
+        str(tmp_path / "out.json"),
+    )
+    status, _, errors = run_main(main, "detection", *ONCE, *what, *options)
+    assert status == 0, errors
+    rows = {row["what"]: row for row in json.loads((tmp_path / "out.json").read_text())["rows"]}
     assert all(row["images/s"] > 0 for row in rows.values())
     kept = "GiB/image kept for backward"
     assert 0 < rows["flsl_d2, training"][kept] < rows["detectron2, training"][kept]
 
 
-def test_growth_is_measured_and_drawn(tmp_path):
-    out, plot = tmp_path / "growth.json", tmp_path / "plot.png"
-    config = {"config_file": CONFIG, "opts": TINY}
-    benchmark_scaling(arguments(out, batch_size=2, batches=[2, 3], plot=str(plot), **config))
-    rows = json.loads(out.read_text())["rows"]
-    assert len(rows) == 14
+def test_growth_is_measured(tmp_path, monkeypatch, run_main):
+    growth = {"views.num_local": (0, 2)}
+    monkeypatch.setattr("pretrain.studies.benchmark.benchmarks.GROWTH", growth)
+    sizes = ("--batch-size", "2", "--batches", "2,3", "--json", str(tmp_path / "out.json"))
+    status, _, errors = run_main(main, "scaling", *ONCE, *sizes, *TINY)
+    assert status == 0, errors
+    rows = json.loads((tmp_path / "out.json").read_text())["rows"]
+    assert [row["value"] for row in rows] == [2, 3, 0, 2]
     assert all(row["MiB kept for backward"] > 0 for row in rows)
-    assert Image.open(plot).width > 1000
+
+
+def test_a_step_of_processes_is_measured(tmp_path, run_main):
+    file = tmp_path / "row.json"
+    status, out, _ = run_main(
+        main, "processes", *ONCE, "--batch-size", "2", "--json", str(file), *TINY
+    )
+    assert status == 0, out
+    (row,) = json.loads(file.read_text())["rows"]
+    assert row["images/s"] == pytest.approx(2 / row["s/step"])
+    assert 0 <= row["share of gradients"] < 1
+    assert 0 < row["share of numbers"] < 1
 
 
 def test_unknown_variants_are_refused(run_main):
     status, _, errors = run_main(main, "pretrain-step", "--variants", "eager,packed+fast")
     assert status == 2
     assert errors.startswith("error: --variants has fast; known are")
+
+
+def stand_in(folder: Path, code: str) -> list[str]:
+    file = folder / f"row_{len(list(folder.iterdir()))}.py"
+    file.write_text(f"import sys, json, time\n{code}")
+    return [file.stem]
+
+
+def measured(processes: int, speed: float) -> str:
+    row = {"processes": processes, "images/s": speed, "peak GiB": None}
+    content = {"machine": {"gpu": "X1"}, "rows": [row], "batch_size": 64}
+    return f"open(sys.argv[-1], 'w').write({json.dumps(content)!r})"
+
+
+def test_a_row_that_fails_is_a_row(tmp_path, monkeypatch):
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    rows = {
+        "1 GPUs": stand_in(tmp_path, measured(1, 100.0)),
+        "broken": stand_in(tmp_path, "print('error: no memory', file=sys.stderr); sys.exit(2)"),
+        "silent": stand_in(tmp_path, "pass"),
+        "endless": stand_in(tmp_path, "time.sleep(60)"),
+        "2 GPUs": stand_in(tmp_path, measured(2, 190.0)),
+    }
+    assert run_rows(rows, tmp_path / "out", seconds=4) == 3
+    found = json.loads((tmp_path / "out" / "results.json").read_text())
+    results = {each["row"]: each for each in found}
+    assert results["2 GPUs"]["result"]["rows"][0]["images/s"] == 190
+    reasons = {"broken": "no memory", "silent": "results", "endless": "limit of 4 s"}
+    assert all(reason in results[name]["status"] for name, reason in reasons.items())
+    assert "no memory" in (tmp_path / "out" / "results.md").read_text()
+
+
+@pytest.mark.parametrize("gpus", [1, 4, 8])
+def test_rows_for_as_many_gpus_as_there_are_are_commands_that_exist(gpus, monkeypatch):
+    parsed: list[Namespace] = []
+    monkeypatch.setattr(
+        "pretrain.studies.benchmark.__main__.run_tool", lambda _, args: parsed.append(args)
+    )
+    rows = benchmark_rows("photos", gpus, "reference.py")
+    for command in rows.values():
+        start = command.index("pretrain.studies.benchmark") + 1
+        main([*command[start:], "--json", "x.json"])
+    assert len(parsed) == len(rows)
+    several = {name for name, command in rows.items() if "processes" in command}
+    assert {int(name.split()[0]) for name in several} == {n for n in (1, 2, 4, 8) if n <= gpus}

@@ -113,7 +113,7 @@ def test_interrupted_grid_goes_on_to_the_table_of_an_uninterrupted_one(sweep, tm
     assert settings == [("0.01", "1"), ("0.01", "5"), ("0.3", "1"), ("0.3", "5")]
     assert len({row["loss"] for row in table}) == 4
     assert all(float(row["centroids_in_use"]) >= 1 for row in table)
-    assert re.search(r"\| +intra_weight \| +volume_weight \| +loss \|", output)
+    assert re.search(r"\| +intra_weight +\| +volume_weight +\| +loss +\|", output)
     for name in ("loss", "loss_curves", "entropy"):
         assert cv2.imread(str(grid / "plots" / f"{name}.png")) is not None
     page = (grid / "index.html").read_text()

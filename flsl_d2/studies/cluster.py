@@ -12,22 +12,23 @@ import subprocess
 import sys
 import time
 from collections.abc import Sequence
-from contextlib import suppress
 from pathlib import Path
 from typing import IO, Any
 
 from flsl_d2.errors import InputError
-from flsl_d2.studies.machine import STOP_SECONDS, Process, check_counts, module_search_path
+from flsl_d2.studies.machine import STOP_SECONDS, jobs_at_a_time, module_search_path
 
 CLUSTERS = ("slurm", "local")
-_ID_FILE = "cluster.txt"
+_ID_FILE = "cluster_job.txt"
 _MINUTES = 24 * 60
+# Training handles this signal by a checkpoint; submitit's own, USR2, would end it.
+_SIGNAL = "USR1"
 
 
 class Cluster:
-    """A cluster that submitit knows.
+    """A cluster that submitit knows, in the place of :class:`flsl_d2.studies.machine.Machine`.
 
-    Slurm gets all jobs that can start; ``local`` has ``num_gpus // gpus_per_job`` at a time.
+    Slurm gets all jobs that can start; ``local`` runs ``num_gpus // gpus_per_job`` at a time.
 
     Args:
         name: one of :data:`CLUSTERS`.
@@ -51,30 +52,30 @@ class Cluster:
         num_gpus: int,
         gpus_per_job: int,
     ) -> None:
-        check_counts(num_gpus, gpus_per_job)
-        # Training handles this signal by a checkpoint; submitit's own, USR2, would end it.
-        os.environ.setdefault("SUBMITIT_PREEMPT_SIGNAL", "USR1")
+        self.width, self.num_processes = jobs_at_a_time(num_gpus, gpus_per_job), gpus_per_job
         try:
-            import cloudpickle  # type: ignore[import-untyped]
+            import cloudpickle
             import submitit
+            from submitit.core.job_environment import JobEnvironment
         except ImportError as error:
             raise InputError(
                 f"--cluster {name} needs submitit; install it: pip install 'flsl-d2[cluster]'."
             ) from error
+        JobEnvironment.USR_SIG = _SIGNAL
         # A job that carries this module's code does not have to import the package.
         cloudpickle.register_pickle_by_value(sys.modules[__name__])
-        self.num_processes, self.width = gpus_per_job, num_gpus // gpus_per_job
-        self._limited, self._running = name == "local", list[_Submitted]()
-        pairs = [option.partition("=") for option in options]
-        given = {key: int(value) if value.isdecimal() else value for key, _, value in pairs}
-        if not all(equals and value for _, equals, value in pairs):
-            raise InputError("--cluster-option takes KEY=VALUE, such as slurm_partition=gpu.")
-        gpus = gpus_per_job if device.startswith("cuda") else 0
-        parameters: dict[str, Any] = {"timeout_min": _MINUTES, "gpus_per_node": gpus} | given
+        self._is_local, self._running = name == "local", list[_ClusterJob]()
+        parameters: dict[str, Any] = {"timeout_min": _MINUTES}
+        parameters["gpus_per_node"] = gpus_per_job if device.startswith("cuda") else 0
+        for option in options:
+            key, _, value = option.partition("=")
+            if not (key and value):
+                raise InputError(f"--cluster-option {option!r} is not KEY=VALUE.")
+            parameters[key] = int(value) if value.isdecimal() else value
         try:
+            requeues = {f"{name}_max_num_timeout": 1000}
             logs = folder / "submitit" / "%j"
-            limits = {f"{name}_max_num_timeout": 1000}
-            self._executor: Any = submitit.AutoExecutor(folder=logs, cluster=name, **limits)
+            self._executor: Any = submitit.AutoExecutor(logs, cluster=name, **requeues)
             self._executor.update_parameters(**parameters)
         except (NameError, ValueError, TypeError, RuntimeError) as error:
             raise InputError(f"--cluster {name}: {' '.join(str(error).split())}") from error
@@ -82,15 +83,36 @@ class Cluster:
     def has_room(self) -> bool:
         """Whether another job may be submitted now."""
         self._running = [job for job in self._running if job.status() is None]
-        return not self._limited or len(self._running) < self.width
+        return not self._is_local or len(self._running) < self.width
 
-    def start(self, arguments: Sequence[str], folder: Path, log: IO[Any], lock: int) -> Process:
-        """Submit a job; its output goes to the log's file."""
+    def attach(self, folder: Path) -> _ClusterJob | None:
+        """Return the job of a folder that an earlier run submitted and that is not done.
+
+        Raises:
+            InputError: it is a process of the local executor, which only its parent can watch.
+        """
+        if not (folder / _ID_FILE).is_file():
+            return None
+        number = (folder / _ID_FILE).read_text()
+        if self._is_local:
+            command = Path(f"/proc/{number}/cmdline")
+            if command.is_file() and b"submitit" in command.read_bytes():
+                raise InputError(f"process {number} of an earlier run works on it; end that first.")
+            return None
+        slurm = self._executor._executor
+        job = slurm.job_class(str(slurm.folder).replace("%j", number), number)
+        return None if job.done(force_check=True) else self._keep(job, folder / "console.txt")
+
+    def start(
+        self, arguments: Sequence[str], folder: Path, log: IO[Any], _lock: int
+    ) -> _ClusterJob:
+        """Submit a job, which writes to the log's file."""
         before = dict(os.environ)
         # Slurm and the local executor hand on the environment of the submission.
-        os.environ.update({**module_search_path(), "PYTHONUNBUFFERED": "1"})
+        os.environ.update(module_search_path())
+        os.environ.update({"PYTHONUNBUFFERED": "1", "SUBMITIT_PREEMPT_SIGNAL": _SIGNAL})
         try:
-            command = _Command([sys.executable, *arguments], str(Path(log.name).resolve()))
+            command = _Command([sys.executable, *arguments], os.path.abspath(log.name))
             job = self._executor.submit(command)
         except Exception as error:  # submitit's and Slurm's refusals have no common class
             raise InputError(f"the cluster takes no job: {' '.join(str(error).split())}") from error
@@ -98,34 +120,18 @@ class Cluster:
             os.environ.clear()
             os.environ.update(before)
         (folder / _ID_FILE).write_text(job.job_id)
-        self._running.append(_Submitted(job, folder, Path(log.name)))
-        return self._running[-1]
+        return self._keep(job, Path(log.name))
 
-    def attach(self, folder: Path) -> Process | None:
-        """Return the job of a folder that is still queued or running."""
-        try:
-            number = (folder / _ID_FILE).read_text().strip()
-        except OSError:
-            return None
-        executor = self._executor._executor
-        if self._limited:  # the local executor's jobs are processes
-            command = Path(f"/proc/{number}/cmdline")
-            if not command.is_file() or b"submitit" not in command.read_bytes():
-                return None
-            raise InputError(
-                f"'{folder}' is still worked on by process {number} of an earlier run; wait for "
-                "it, or end it."
-            )
-        job = executor.job_class(str(executor.folder).replace("%j", number), number)
-        if job.done(force_check=True):
-            return None
-        self._running.append(_Submitted(job, folder, folder / "console.txt"))
+    def _keep(self, job: Any, log: Path) -> _ClusterJob:
+        self._running.append(_ClusterJob(job, log))
         return self._running[-1]
 
 
-class _Submitted:
-    def __init__(self, job: Any, folder: Path, log: Path) -> None:
-        self._job, self._folder, self._log = job, folder, log
+class _ClusterJob:
+    """Has the methods of :class:`flsl_d2.studies.machine.LocalProcess`."""
+
+    def __init__(self, job: Any, log: Path) -> None:
+        self._job, self._log = job, log
         self._status: int | None = None
 
     def status(self) -> int | None:
@@ -133,12 +139,9 @@ class _Submitted:
             try:
                 self._status = int(self._job.result())
             except Exception as error:  # whatever the job or the cluster died of
-                lines = str(error).split("\n")
                 with self._log.open("a") as log:
-                    log.write(f"error: job {self._job.job_id} of the cluster failed: {lines[0]}\n")
+                    log.write(f"error: job {self._job.job_id}: {str(error).splitlines()[0]}\n")
                 self._status = 1
-            with suppress(OSError):
-                (self._folder / _ID_FILE).unlink(missing_ok=True)
         return self._status
 
     def ask_to_stop(self) -> None:
@@ -160,13 +163,13 @@ class _Command:
         """Run the command to its end, and return its status."""
         with open(self.log, "a") as log:
             process = subprocess.Popen(self.command, stdout=log, stderr=subprocess.STDOUT)
-            self.pid = process.pid
-            try:
-                while process.poll() is None:
-                    time.sleep(0.2)
-            except KeyboardInterrupt:  # the local executor's way to cancel
-                process.send_signal(signal.SIGTERM)
-                process.wait()
+        self.pid = process.pid
+        try:
+            while process.poll() is None:
+                time.sleep(0.2)
+        except KeyboardInterrupt:  # the local executor's way to cancel
+            process.send_signal(signal.SIGTERM)
+            process.wait()
         return process.returncode
 
     def checkpoint(self) -> Any:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Sequence
+from typing import Any
 
 from flsl_d2.engine.command_line import (
     add_option,
@@ -49,22 +50,39 @@ or an evaluation that fails is a failed cell with its reason, and the others go 
 docs/COMPARE.md explains the table."""
 
 
-def main(arguments: Sequence[str] | None = None) -> None:
-    """Run the comparison that a command line describes."""
+def comparison_parser() -> argparse.ArgumentParser:
+    """Make the parser of the command line."""
     parser = described_parser(DESCRIPTION, EXAMPLES)
     add_study_options(parser)
     add_option(parser, "--seeds", default=[0], help="seeds of all evaluations (default: 0)")
     add_option(parser, "--device")
     add_overrides(parser, "changes to the detection configs, like --detection-override")
-    run_tool(run_comparison, parse_tool_arguments(parser, arguments))
+    return parser
 
 
-def run_comparison(args: argparse.Namespace) -> None:
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Run the comparison that a command line describes."""
+    run_tool(run_comparison, parse_tool_arguments(comparison_parser(), arguments))
+
+
+def run_comparison(
+    args: argparse.Namespace,
+    title: str = "Comparison of encoders",
+    intro: Sequence[str] = (),
+    first: Sequence[dict[str, Any]] = (),
+    last: Sequence[dict[str, Any]] = (),
+) -> None:
     """Run the jobs that are not done yet, and write the tables and the page.
 
     Writes below ``output``: ``table.csv``, ``table.md``, ``table.tex``, ``index.html``,
     ``plots/*.png``, ``pictures/*.png``, ``jobs/``, ``encoders/``, and with ``--label-fraction``
     ``label_curves.csv`` and ``subsets/``.
+
+    Args:
+        title: title of the page.
+        intro: sentences above those on seeds.
+        first: sections of the page before the others (:func:`section`).
+        last: sections after them.
 
     Raises:
         InputError: no encoders or evaluations, or data that no encoder can be evaluated on.
@@ -92,16 +110,19 @@ def run_comparison(args: argparse.Namespace) -> None:
         table,
         records,
         subjects,
-        title="Comparison of encoders",
+        title=title,
         intro=[
+            *intro,
             "All encoders had the same data, budget and seeds "
             f"({', '.join(map(str, args.seeds))}). With several seeds: mean ± standard deviation "
-            "of the sample."
+            "of the sample.",
         ],
         sections=[
+            *first,
             section("Measures", draw_measures(table, args.output / "plots")),
             *sections_of(args.output, args.pictures, evaluations, subjects, records, table),
             *token_section(encoders, evaluations, args),
+            *last,
         ],
         columns=columns,
         rows=[[*s.labels.values(), *(s.about[c] for c in columns[1:])] for s in subjects],

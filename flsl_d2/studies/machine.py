@@ -10,7 +10,7 @@ import subprocess
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import IO, Any, Protocol
+from typing import IO, Any
 
 import torch
 
@@ -20,40 +20,6 @@ from flsl_d2.errors import InputError
 
 # Seconds that a process has to end by itself: training finishes its step and writes a checkpoint.
 STOP_SECONDS = 120.0
-
-
-class Process(Protocol):
-    """A job that was started."""
-
-    def status(self) -> int | None:
-        """Return the exit status, negative for a signal; None while the job runs."""
-
-    def ask_to_stop(self) -> None:
-        """Ask the process and all that it started to end."""
-
-    def wait_for_end(self) -> None:
-        """Wait for the end after :meth:`ask_to_stop`; kill the process if it takes minutes."""
-
-
-class Place(Protocol):
-    """Where jobs run: :class:`Machine`, or :class:`flsl_d2.studies.cluster.Cluster`.
-
-    Attributes:
-        num_processes: ``--num-gpus`` of each job's command.
-        width: number of jobs at a time.
-    """
-
-    num_processes: int
-    width: int
-
-    def has_room(self) -> bool:
-        """Whether another job can start."""
-
-    def start(self, arguments: Sequence[str], folder: Path, log: IO[Any], lock: int) -> Process:
-        """Start a job: the arguments after ``python``; the job inherits the lock's file."""
-
-    def attach(self, folder: Path) -> Process | None:
-        """Return the job that an earlier run of the tool started in a folder, if it still runs."""
 
 
 def module_search_path() -> dict[str, str]:
@@ -68,8 +34,23 @@ def module_search_path() -> dict[str, str]:
     return {"PYTHONPATH": os.pathsep.join([root, before] if before else [root])}
 
 
+def jobs_at_a_time(num_gpus: int, gpus_per_job: int) -> int:
+    """Return the number of jobs that fit; raise InputError if that is none."""
+    if gpus_per_job < 1 or num_gpus < gpus_per_job:
+        raise InputError(
+            f"{num_gpus} GPUs with {gpus_per_job} for each job leave no job any; "
+            "give --num-gpus of at least --gpus-per-job."
+        )
+    return num_gpus // gpus_per_job
+
+
 class Machine:
     """The machine of this process, shared among jobs.
+
+    Attributes:
+        num_processes: ``--num-gpus`` of each job's command.
+        width: number of jobs at a time.
+        shares: environment variables that keep each of them to its share.
 
     Args:
         device: ``cuda`` or ``cpu``.
@@ -81,10 +62,27 @@ class Machine:
     """
 
     def __init__(self, device: str = "cpu", num_gpus: int = 1, gpus_per_job: int = 1) -> None:
-        check_counts(num_gpus, gpus_per_job)
-        self.num_processes, self.width = gpus_per_job, num_gpus // gpus_per_job
-        self.shares = _shares(device, num_gpus, gpus_per_job, self.width)
-        self._running: dict[int, _Local] = {}
+        self.width, self.num_processes = jobs_at_a_time(num_gpus, gpus_per_job), gpus_per_job
+        self._running: dict[int, LocalProcess] = {}
+        self.shares: list[dict[str, str]] = [{}] * self.width
+        if not device.startswith("cuda"):
+            if num_gpus > 1 and "OMP_NUM_THREADS" not in os.environ:
+                # Otherwise every process takes all cores, and they wait for one another.
+                threads = str(max(usable_cores() // num_gpus, 1))
+                self.shares = [{"OMP_NUM_THREADS": threads}] * self.width
+            return
+        available = torch.cuda.device_count()
+        if available < num_gpus:
+            raise InputError(
+                f"the jobs are for {num_gpus} GPU(s), but PyTorch sees {available} here; ask for "
+                "fewer, check CUDA_VISIBLE_DEVICES, or compute on the CPU (sweep: "
+                "train.device=cpu, compare: --device cpu)."
+            )
+        listed = os.environ.get("CUDA_VISIBLE_DEVICES", "")
+        names = listed.split(",") if listed else [str(i) for i in range(available)]
+        starts = range(0, self.width * gpus_per_job, gpus_per_job)
+        parts = [",".join(names[start : start + gpus_per_job]) for start in starts]
+        self.shares = [{"CUDA_VISIBLE_DEVICES": part} for part in parts]
 
     def _free(self) -> list[int]:
         running = {i for i, process in self._running.items() if process.status() is None}
@@ -94,56 +92,26 @@ class Machine:
         """Whether a share of the machine is free."""
         return bool(self._free())
 
-    def start(self, arguments: Sequence[str], folder: Path, log: IO[Any], lock: int) -> Process:
-        """Start a process with a free share; its output goes to the log."""
+    def start(
+        self, arguments: Sequence[str], _folder: Path, log: IO[Any], lock: int
+    ) -> LocalProcess:
+        """Start a process with a free share, which inherits the lock and writes to the log."""
         share = self._free()[0]
         environment = {**os.environ, **module_search_path(), "PYTHONUNBUFFERED": "1"}
-        process = _Local([sys.executable, *arguments], environment | self.shares[share], log, lock)
+        process = LocalProcess(arguments, environment | self.shares[share], log, lock)
         self._running[share] = process
         return process
 
-    def attach(self, folder: Path) -> Process | None:
-        """Return None: jobs of this machine keep the lock of the results folder."""
-        return None
 
+class LocalProcess:
+    """A job of this machine."""
 
-def check_counts(num_gpus: int, gpus_per_job: int) -> None:
-    """Raise InputError for counts that leave no job a GPU."""
-    if gpus_per_job < 1 or num_gpus < gpus_per_job:
-        raise InputError(
-            f"{num_gpus} GPUs with {gpus_per_job} for each job leave no job any; "
-            "give --num-gpus of at least --gpus-per-job."
-        )
-
-
-def _shares(device: str, num_gpus: int, gpus_per_job: int, count: int) -> list[dict[str, str]]:
-    """Return the variables that keep each of the jobs at a time to its share."""
-    if not device.startswith("cuda"):
-        environment = {}
-        if num_gpus > 1 and "OMP_NUM_THREADS" not in os.environ:
-            # Otherwise every process takes all cores, and they wait for one another.
-            environment["OMP_NUM_THREADS"] = str(max(usable_cores() // num_gpus, 1))
-        return [environment] * count
-    available = torch.cuda.device_count()
-    if available < num_gpus:
-        raise InputError(
-            f"the jobs are for {num_gpus} GPU(s), but PyTorch sees {available} here; ask for "
-            "fewer, check CUDA_VISIBLE_DEVICES, or compute on the CPU (sweep: train.device=cpu, "
-            "compare: --device cpu)."
-        )
-    listed = os.environ.get("CUDA_VISIBLE_DEVICES", "")
-    names = listed.split(",") if listed else [str(i) for i in range(available)]
-    parts = [names[i * gpus_per_job : (i + 1) * gpus_per_job] for i in range(count)]
-    return [{"CUDA_VISIBLE_DEVICES": ",".join(part)} for part in parts]
-
-
-class _Local:
     def __init__(
-        self, command: list[str], environment: Mapping[str, str], log: IO[Any], lock: int
+        self, arguments: Sequence[str], environment: Mapping[str, str], log: IO[Any], lock: int
     ) -> None:
         # In a session of its own it gets Ctrl-C once, through ask_to_stop().
         self._process = subprocess.Popen(
-            command,
+            [sys.executable, *arguments],
             stdin=subprocess.DEVNULL,
             stdout=log,
             stderr=subprocess.STDOUT,
@@ -153,12 +121,15 @@ class _Local:
         )
 
     def status(self) -> int | None:
+        """Return the exit status, negative for a signal; None while the job runs."""
         return self._process.poll()
 
     def ask_to_stop(self) -> None:
+        """Send SIGTERM to the process and all that it started."""
         self._send(signal.SIGTERM)
 
     def wait_for_end(self) -> None:
+        """Wait for the end after :meth:`ask_to_stop`; kill the process if it takes minutes."""
         try:
             self._process.wait(STOP_SECONDS)
         except subprocess.TimeoutExpired:

@@ -16,12 +16,14 @@ from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from statistics import mean
+from typing import Any
 
 from flsl_d2.errors import InputError
 from flsl_d2.files import writable_folder
+from flsl_d2.studies.cluster import Cluster
 from flsl_d2.studies.identity import versions
 from flsl_d2.studies.jobs import Job, Record, read_record, write_record
-from flsl_d2.studies.machine import Place, Process
+from flsl_d2.studies.machine import Machine
 
 _SIGNALS = (signal.SIGINT, signal.SIGTERM)
 _ERROR_CHARS = 600
@@ -70,12 +72,11 @@ def signals_interrupt() -> Iterator[None]:
 class _Child:
     """A job that runs; its output goes to ``console.txt`` in its folder."""
 
-    def __init__(self, job: Job, folder: Path, place: Place, lock: int) -> None:
+    def __init__(self, job: Job, folder: Path, place: Machine | Cluster, lock: int) -> None:
         self.job, self.folder, self.log = job, folder, folder / "console.txt"
         self.started, self.is_late, self._log_start = time.monotonic(), False, 0
-        attached = place.attach(folder)
-        if attached:
-            self.process: Process = attached
+        if isinstance(place, Cluster) and (attached := place.attach(folder)):
+            self.process: Any = attached
             return
         folder.mkdir(parents=True, exist_ok=True)
         arguments = job.command(folder, place.num_processes)
@@ -119,7 +120,7 @@ class _Child:
 def run_jobs(
     jobs: Sequence[Job],
     folder: Path,
-    place: Place,
+    place: Machine | Cluster,
     on_end: Callable[[dict[str, Record]], object] = lambda records: None,
 ) -> dict[str, Record]:
     """Run the jobs that are not done yet; a job that fails does not stop the others.
@@ -157,7 +158,7 @@ class _Run:
         self,
         jobs: list[Job],
         folder: Path,
-        place: Place,
+        place: Machine | Cluster,
         lock: int,
         on_end: Callable[[dict[str, Record]], object],
     ) -> None:

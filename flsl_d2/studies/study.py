@@ -23,7 +23,7 @@ from flsl_d2.studies.encoders import ComparedEncoder
 from flsl_d2.studies.evaluations import DetectionEvaluation, Evaluation, add_evaluation_options
 from flsl_d2.studies.identity import versions
 from flsl_d2.studies.jobs import Record
-from flsl_d2.studies.machine import Machine, Place
+from flsl_d2.studies.machine import Machine
 from flsl_d2.studies.plots import label_curves, overlaid_curves, plot_file
 from flsl_d2.studies.runner import run_jobs
 from flsl_d2.studies.table import Subject, Table
@@ -73,7 +73,7 @@ def add_study_options(parser: argparse.ArgumentParser, weights: str = ENCODERS) 
     )
 
 
-def place_of(args: argparse.Namespace, device: str) -> Place:
+def place_of(args: argparse.Namespace, device: str) -> Machine | Cluster:
     """Return where the jobs of a command line run.
 
     Raises:
@@ -87,7 +87,7 @@ def place_of(args: argparse.Namespace, device: str) -> Place:
 
 def run_study(
     output: Path,
-    place: Place,
+    place: Machine | Cluster,
     subjects: Sequence[Subject],
     stages: Sequence[str],
     make_table: Callable[[dict[str, Record]], Table],
@@ -171,9 +171,11 @@ def sections_of(
     return sections
 
 
-def section(title: str, pictures: Mapping[str, Path], width: int = 560) -> dict[str, Any]:
+def section(
+    title: str, pictures: Mapping[str, Path], width: int = 560, texts: Sequence[str] = ()
+) -> dict[str, Any]:
     """Make a section of the page: pictures by caption, each up to a width in pixels."""
-    return {"title": title, "pictures": pictures, "width": width}
+    return {"title": title, "pictures": pictures, "width": width, "texts": texts}
 
 
 def token_section(

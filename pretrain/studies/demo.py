@@ -1,131 +1,142 @@
 """Demo on a data set made on the spot: ``python -m pretrain.studies.demo`` in the checkout.
 
-FLSL pre-trains on the images; its frozen features are measured beside those of untrained weights,
-and Mask R-CNN is fine-tuned from both. All runs use the modules and configs that a user runs; each
-command is printed before it starts and can be repeated by hand.
+The encoder of the package looks at a photograph; FLSL pre-trains another one on generated scenes;
+a comparison measures it beside untrained weights. All runs use the modules and configs that a user
+runs; each command is printed and can be repeated by hand.
 """
 
 from __future__ import annotations
 
-import argparse
 import os
 import shlex
-import statistics
 import subprocess
 import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
 
-import torch
-from detectron2.data import DatasetCatalog, MetadataCatalog
+from detectron2.data import DatasetCatalog
+from matplotlib import get_data_path
 
 from flsl_d2.annotations import register_scenes
-from flsl_d2.engine.command_line import add_defaults, add_option, described_parser, run_tool
+from flsl_d2.engine.command_line import (
+    add_defaults,
+    add_option,
+    described_parser,
+    parse_tool_arguments,
+    run_tool,
+)
 from flsl_d2.engine.gpus import usable_cores
 from flsl_d2.errors import InputError
 from flsl_d2.evaluation import extract_tokens
-from flsl_d2.evaluation.measures import measure_features
 from flsl_d2.images.reader import read_rgb
-from flsl_d2.modeling import FLSLViT
 from flsl_d2.scenes import make_scenes
-from flsl_d2.visualization import (
-    detections_beside_ground_truth,
-    encoder_figure,
-    loss_curves,
-    token_at,
-)
-from flsl_d2.visualization.curves import read_metrics
-from flsl_d2.visualization.detections import (
-    choose_records,
-    draw_objects,
-    found_objects,
-    read_results,
-)
-from flsl_d2.visualization.figures import Panel, enlarge, picture_table
-from flsl_d2.visualization.maps import cluster_labels, cluster_overlay
+from flsl_d2.studies.compare import comparison_parser, run_comparison
+from flsl_d2.studies.study import section
+from flsl_d2.visualization import encoder_figure, loss_curves, token_at
 from flsl_d2.weights import build_encoder
 
-DESCRIPTION = "Pre-train, fine-tune and compare on a small data set: no download, no GPU."
+DESCRIPTION = "Pre-train, measure and compare on a small data set: no download, no GPU, minutes."
 ROOT = Path(__file__).resolve().parents[2]
-IMAGE_SIZE = (96, 96)
+SHIPPED = "flsl_d2://flsl_vit_mini_p8_small_data.safetensors"
 PRETRAIN_CONFIG = "configs/demo/flsl_vit_scenes.py"
 DETECTION_CONFIG = "configs/demo/mask_rcnn_flsl_vit_scenes.py"
+IMAGE_SIZE, SEEDS = (96, 96), "0,1,2"
 # Scale of the mean-shift in the pictures, times sqrt(D). With the smaller scale of training, all
 # tokens of these small images have one mode.
 DRAWN_SCALE = 1.0
-STARTS = {"random weights": "random", "FLSL": "flsl"}
-# Scores of frozen features in the table, and the seeds of the untrained weights and of what the
-# measures draw.
-SCORES = {
-    "patch k-NN, mIoU": "knn_segmentation/mIoU",
-    "linear probe, mIoU": "linear_segmentation/mIoU",
-    "clusters, boundary F": "cluster_quality/boundary_f_mean_shift",
-}
-SEEDS = (0, 1, 2)
-MEASURED_IMAGES = 100
+NEXT = (
+    "Pre-train on your own images: python tools/pretrain_net.py --images FOLDER",
+    "Make a detector from your own annotations: python tools/finetune.py --annotations FILE "
+    "--images FOLDER --weights output/pretrain/teacher_backbone.pth --output output/detector",
+    "Compare encoders on your own data: python tools/compare.py --help",
+    "Read docs/GETTING_STARTED.md, which goes through these steps.",
+)
 
 
 def run_demo(
-    output: Path,
-    num_train: int = 600,
-    num_val: int = 100,
-    pretrain_iters: int = 0,
-    detection_iters: int = 0,
+    output: Path, num_train: int, num_val: int, pretrain_iters: int, detection_iters: int
 ) -> None:
-    """Make the scenes, pre-train, measure, fine-tune twice, and leave tables and pictures.
+    """Draw, pre-train, compare, and leave ``index.html``.
 
     Args:
         pretrain_iters: steps of pre-training; 0 for the config's.
-        detection_iters: steps of each fine-tuning; 0 for the config's.
+        detection_iters: steps of each detector, whose encoder is frozen.
 
     Raises:
         InputError: a run failed.
+        WorkerError: a cell of the comparison failed.
     """
     start, folder = time.monotonic(), output.resolve()
-    print(f"1/6  {num_train} + {num_val} scenes", flush=True)
-    make_scenes(folder / "datasets" / "flsl_scenes", num_train, num_val, IMAGE_SIZE, seed=0)
-    register_scenes(folder / "datasets" / "flsl_scenes")
-    print("2/6  FLSL pre-training on their images, without labels", flush=True)
-    length = [f"train.max_iter={pretrain_iters}"] if pretrain_iters else []
-    _run_module("pretrain", PRETRAIN_CONFIG, folder, "pretrain", length)
-    weights = folder / "pretrain" / "teacher_backbone.pth"
-    print("3/6  Frozen features, untrained and of FLSL", flush=True)
-    features = _feature_table(weights)
-    print(features, flush=True)
-    for step, (name, run) in enumerate(STARTS.items(), start=4):
-        print(f"{step}/6  Mask R-CNN from {name}", flush=True)
-        overrides = [f"train.max_iter={detection_iters}"] if detection_iters else []
-        if run == "flsl":
-            overrides.append(f"train.init_checkpoint={weights}")
-        _run_module("flsl_d2.detection", DETECTION_CONFIG, folder, run, overrides)
-    print("6/6  pictures", flush=True)
-    _draw(folder, weights)
-    table = f"{features}\n{_table(folder, num_val)}"
-    (folder / "results.md").write_text(table)
-    print(f"\n{table}\npictures and logs: {folder}")
-    print(f"took {(time.monotonic() - start) / 60:.1f} minutes")
 
+    def stage(text: str) -> None:
+        print(f"{time.monotonic() - start:4.0f} s  {text}", flush=True)
 
-def _run_module(module: str, config: str, folder: Path, run: str, overrides: list[str]) -> None:
-    """Run a module as a user would: progress lines go to the console, everything to a log."""
+    stage("1/4 The encoder in this package on a photograph, and the scenes of the demo")
+    picture = folder / "photograph.png"
+    _draw_photograph(picture)
+    stage(f"    {picture}")
+    scenes = folder / "datasets" / "flsl_scenes"
+    make_scenes(scenes, num_train, num_val, IMAGE_SIZE, seed=0)
+    register_scenes(scenes)
+    # Tensors are too small to share among threads, and waiting threads keep the cores busy.
+    os.environ |= {"DETECTRON2_DATASETS": str(scenes.parent), "OMP_NUM_THREADS": "1"}
+    stage(f"2/4 FLSL pre-training on {num_train} scenes, without labels")
     processes = min(usable_cores(), 2)
-    arguments = ["-m", module, "--config-file", config, "--num-gpus", str(processes)]
-    arguments += ["--overwrite", f"train.output_dir={folder / run}", *overrides]
-    settings = {
-        "DETECTRON2_DATASETS": str(folder / "datasets"),
-        # The tensors are too small to share among threads, and waiting threads keep the cores busy.
-        "OMP_NUM_THREADS": "1",
-    }
-    shown = " ".join(f"{key}={shlex.quote(value)}" for key, value in settings.items())
-    print(f"     {shown} python {shlex.join(arguments)}", flush=True)
-    log = folder / f"{run}_console.txt"
+    length = [f"train.max_iter={pretrain_iters}"] if pretrain_iters else []
+    _pretrain(folder, processes, length)
+    weights = folder / "pretrain" / "teacher_backbone.pth"
+    curves, clusters = folder / "pretraining_curves.png", folder / "clusters.png"
+    loss_curves(folder / "pretrain" / "metrics.json", curves)
+    _draw_scenes(str(weights), clusters)
+    stage("3/4 Frozen features, and detectors around the frozen encoder; untrained and of FLSL")
+    command = [
+        *("--weights", "untrained=random", "--weights", f"FLSL={weights}", "--seeds", SEEDS),
+        *("--train", "flsl_scenes_train", "--val", "flsl_scenes_val", "--max-images", "100"),
+        *("--measures", "knn_segmentation", "--short-side", str(IMAGE_SIZE[0]), "--device", "cpu"),
+        *("--frozen-detection", DETECTION_CONFIG, f"train.max_iter={detection_iters}"),
+        *("--num-gpus", str(processes), "--output", str(folder)),
+    ]
+    _show("flsl_d2.studies.compare", command)
+    run_comparison(
+        parse_tool_arguments(comparison_parser(), command),
+        title="FLSL on generated scenes",
+        intro=[
+            "Two encoders of the same architecture, frozen: untrained weights, and weights that "
+            f"FLSL learned from {num_train} generated scenes without their labels."
+        ],
+        first=[
+            section("The encoder in this package on a photograph", {"": picture}, 1150),
+            section(
+                "What the pre-trained encoder groups in scenes",
+                {"cluster of the marked token, and all clusters": clusters, "pre-training": curves},
+                1150,
+            ),
+        ],
+        last=[section("What to do next", {}, texts=NEXT)],
+    )
+    stage(f"4/4 Done. All of it as a page: {folder / 'index.html'}")
+    print("\n".join(["", "What to do next:", *(f"- {text}" for text in NEXT)]))
+
+
+def _show(module: str, arguments: Sequence[str]) -> None:
+    names = ("DETECTRON2_DATASETS", "OMP_NUM_THREADS")
+    settings = " ".join(f"{key}={shlex.quote(os.environ[key])}" for key in names)
+    print(f"      {settings} python -m {module} {shlex.join(arguments)}", flush=True)
+
+
+def _pretrain(folder: Path, processes: int, overrides: Sequence[str]) -> None:
+    """Pre-train as a user would: progress goes to the console, everything to a log."""
+    arguments = ["--config-file", PRETRAIN_CONFIG, "--num-gpus", str(processes), "--overwrite"]
+    arguments += [f"train.output_dir={folder / 'pretrain'}", *overrides]
+    _show("pretrain", arguments)
+    log = folder / "pretrain_console.txt"
     with (
         log.open("w") as file,
         subprocess.Popen(
-            [sys.executable, *arguments],
+            [sys.executable, "-m", "pretrain", *arguments],
             cwd=ROOT,
-            env={**os.environ, **settings},
+            env=os.environ,
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,
@@ -133,115 +144,38 @@ def _run_module(module: str, config: str, folder: Path, run: str, overrides: lis
     ):
         for line in process.stdout or ():
             file.write(line)
-            if "eta" in line or "encoder weights:" in line:
-                print(f"     {line.rstrip()[:230]}", flush=True)
+            if "eta" in line:
+                print(f"      {line.rstrip()[:150]}", flush=True)
     if process.returncode:
         end = "".join(log.read_text().splitlines(keepends=True)[-8:])
-        raise InputError(f"{module} failed with status {process.returncode}; see {log}:\n{end}")
+        raise InputError(f"pre-training failed with status {process.returncode}; see {log}:\n{end}")
 
 
-def _feature_table(weights: Path) -> str:
-    """Table of the scores of frozen features, mean and standard deviation over the seeds."""
-    trained = build_encoder(str(weights))
-    lines = [f"| frozen features | {' | '.join(SCORES)} |", "| --- " * (len(SCORES) + 1) + "|"]
-    for name in STARTS:
-        columns: dict[str, list[float]] = {score: [] for score in SCORES.values()}
-        for seed in SEEDS:
-            torch.manual_seed(seed)
-            encoder = trained if name == "FLSL" else FLSLViT(**trained.architecture)
-            results = measure_features(
-                encoder.eval().requires_grad_(False),
-                "flsl_scenes_train",
-                "flsl_scenes_val",
-                sorted({score.partition("/")[0] for score in SCORES.values()}),
-                seed=seed,
-                max_images=MEASURED_IMAGES,
-                short_side=IMAGE_SIZE[0],
-            )
-            for score, values in columns.items():
-                values.append(results[score])
-        cells = [
-            f"{statistics.mean(values):.1f} ± {statistics.stdev(values):.1f}"
-            for values in columns.values()
-        ]
-        lines.append(f"| {name} | {' | '.join(cells)} |")
-    lines.append(
-        f"\nMean and standard deviation over {len(SEEDS)} seeds of the measures and of the "
-        "untrained weights; one run of pre-training.\n"
-    )
-    return "\n".join(lines)
+def _draw_photograph(path: Path) -> None:
+    """Draw what the encoder of the package groups in a photograph that Matplotlib ships."""
+    image = read_rgb(str(Path(get_data_path(), "sample_data", "grace_hopper.jpg")))
+    encoder = build_encoder(SHIPPED).eval()
+    features = extract_tokens(encoder, image, 256)
+    height, width = image.shape[:2]
+    token = token_at(width / 2, height / 4, (height, width), features.grid)
+    scale = DRAWN_SCALE / encoder.embed_dim**0.5
+    title = "What the tokens of a photograph group: the encoder in this package"
+    encoder_figure([features], path, tokens=[token], scale=scale, title=title)
 
 
-def _table(folder: Path, num_val: int) -> str:
-    columns = ("bbox/AP", "bbox/AP50", "segm/AP", "segm/AP50")
-    lines = ["| start | box AP | box AP50 | mask AP | mask AP50 |", "| --- " * 5 + "|"]
-    steps = 0
-    for name, run in STARTS.items():
-        series, _ = read_metrics(folder / run / "metrics.json")
-        steps = series["bbox/AP"][0][-1]  # the evaluation follows the last step
-        values = [series[column][1][-1] if column in series else float("nan") for column in columns]
-        lines.append(f"| {name} | {' | '.join(f'{value:.1f}' for value in values)} |")
-    lines.append(
-        f"\nMask R-CNN, {steps} steps each, same data and seed; {num_val} images, one "
-        "run each: differences of a few points are noise.\n"
-    )
-    return "\n".join(lines)
-
-
-def _draw(folder: Path, weights: Path) -> None:
-    loss_curves(folder / "pretrain" / "metrics.json", folder / "pretraining_curves.png")
-    trained = build_encoder(str(weights)).eval()
-    torch.manual_seed(0)
-    untrained = FLSLViT(**trained.architecture).eval()
-    for encoder, name in ((trained, "FLSL"), (untrained, "random weights")):
-        _draw_encoder(encoder, name, folder)
-    _draw_overview(trained, folder)
-    for run in STARTS.values():
-        loss_curves(folder / run / "metrics.json", folder / f"detection_curves_{run}.png")
-        detections_beside_ground_truth(
-            "flsl_scenes_val",
-            str(folder / run / "inference" / "coco_instances_results.json"),
-            folder / f"detections_{run}.png",
-        )
-
-
-def _draw_encoder(encoder: FLSLViT, name: str, folder: Path) -> None:
+def _draw_scenes(weights: str, path: Path) -> None:
     """Draw modes and clusters of some validation images, seen from the middle of an object."""
-    records = [r for r in DatasetCatalog.get("flsl_scenes_val") if r["annotations"]][:5]
+    encoder = build_encoder(weights).eval()
+    records = [r for r in DatasetCatalog.get("flsl_scenes_val") if r["annotations"]][:4]
     features, tokens = [], []
     for record in records:
         features.append(extract_tokens(encoder, read_rgb(record["file_name"]), IMAGE_SIZE[0]))
         boxes = [annotation["bbox"] for annotation in record["annotations"]]
         x, y, w, h = max(boxes, key=lambda box: box[2] * box[3])
         tokens.append(token_at(x + w / 2, y + h / 2, IMAGE_SIZE, features[-1].grid))
-    encoder_figure(
-        features,
-        folder / f"clusters_{name.replace(' ', '_').lower()}.png",
-        tokens=tokens,
-        scale=DRAWN_SCALE / encoder.embed_dim**0.5,
-        title=f"What the encoder's tokens group: {name}",
-    )
-
-
-def _draw_overview(encoder: FLSLViT, folder: Path) -> None:
-    """Draw validation images above their clusters and the detections in them."""
-    metadata = MetadataCatalog.get("flsl_scenes_val")
-    results = read_results(folder / "flsl" / "inference" / "coco_instances_results.json")
-    columns = []
-    for record in choose_records(DatasetCatalog.get("flsl_scenes_val"), 6):
-        image = read_rgb(record["file_name"])
-        features = extract_tokens(encoder, image, IMAGE_SIZE[0])
-        clusters = cluster_labels(features, DRAWN_SCALE / encoder.embed_dim**0.5)
-        large, _ = enlarge(image)
-        found = found_objects(results, record, 0.5, metadata.thing_dataset_id_to_contiguous_id)
-        drawn = draw_objects(image, found, metadata.thing_classes)
-        columns.append([Panel(large), Panel(cluster_overlay(large, clusters)), Panel(drawn)])
-    picture_table(
-        folder / "overview.png",
-        "Images, mean-shift clusters of the pre-trained encoder, and detections",
-        [list(row) for row in zip(*columns, strict=True)],
-        width=1.6,
-    )
+    scale = DRAWN_SCALE / encoder.embed_dim**0.5
+    title = "What the pre-trained encoder's tokens group"
+    encoder_figure(features, path, tokens=tokens, scale=scale, title=title)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -253,15 +187,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
         ("--train-scenes", 600, "scenes to train on"),
         ("--val-scenes", 100, "scenes to evaluate on"),
         ("--pretrain-iters", 0, "steps of pre-training; 0: as the config says"),
-        ("--detection-iters", 0, "steps of each fine-tuning; 0: as the config says"),
+        ("--detection-iters", 100, "steps of each detector"),
     )
-    run_tool(_run, parser.parse_args(arguments))
-
-
-def _run(args: argparse.Namespace) -> None:
-    run_demo(
-        args.output, args.train_scenes, args.val_scenes, args.pretrain_iters, args.detection_iters
-    )
+    args = parser.parse_args(arguments)
+    sizes = (args.train_scenes, args.val_scenes, args.pretrain_iters, args.detection_iters)
+    run_tool(run_demo, args.output, *sizes)
 
 
 if __name__ == "__main__":

@@ -217,7 +217,7 @@ def test_a_page_needs_nothing_but_itself(tmp_path):
         title=f'A "page" & {HOSTILE}',
         intro=[HOSTILE],
         table=hostile(),
-        sections=[{"title": HOSTILE, "pictures": pictures, "width": 400}],
+        sections=[{"title": HOSTILE, "pictures": pictures, "width": 400, "texts": [HOSTILE]}],
         columns=["v", "folder"],
         rows=[[HOSTILE, "jobs/a"]],
         versions={"torch": "2", "timm": "1"},

@@ -31,7 +31,7 @@ EXAMPLES = """examples:
   tools/benchmark.py pretrain-step --device cuda --batch-size 64 --variants eager,packed+compiled
   tools/benchmark.py end-to-end --images photos --device cuda --batch-size 256 --workers 16
   tools/benchmark.py detection --device cuda --model b --size 1024 --batch-size 2
-  tools/benchmark.py scaling --device cuda --plot scaling.png
+  tools/benchmark.py scaling --device cuda
   torchrun --standalone --nproc-per-node 8 tools/benchmark.py processes --device cuda
 
 --reference-module names a Python file, which is run as a program, so name one that you trust. It
@@ -116,7 +116,6 @@ def main(arguments: Sequence[str] | None = None) -> None:
         benchmarks, "scaling", benchmark_scaling, "growth with batch, resolution, crops and K"
     )
     scaling.add_argument("--batches", type=_integers, default=[2, 4, 8, 16], metavar="N,N")
-    scaling.add_argument("--plot", default="scaling.png", metavar="FILE", help="PNG file")
     args = parser.parse_args(arguments)
     run_tool(args.function, args)
 

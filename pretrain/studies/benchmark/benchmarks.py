@@ -20,18 +20,17 @@ from detectron2.modeling.backbone.fpn import LastLevelMaxPool
 from detectron2.structures import BitMasks, Boxes, Instances
 from detectron2.utils import comm
 from detectron2.utils.events import EventStorage
-from flsl_d2.images.files import find_images
 from torch import Tensor, nn
 from tqdm import tqdm
 
 from flsl_d2.engine.config_files import load_lazy_config
 from flsl_d2.engine.launch import launch, wrap_ddp
 from flsl_d2.errors import InputError
+from flsl_d2.images.listing import find_images
 from flsl_d2.images.reader import read_rgb
 from flsl_d2.images.store import ImageStore, open_images
 from flsl_d2.modeling import VIT_SIZES, FLSLViT, SimpleFeaturePyramid
 from flsl_d2.modeling.vit import evenly_spread_blocks
-from flsl_d2.visualization.figures import new_figure, save_figure
 from pretrain.data import PretrainDataset, build_pretrain_loader
 from pretrain.step_numbers import StepNumbers
 from pretrain.studies.benchmark.measuring import (
@@ -81,11 +80,10 @@ _WORK = {
     "crops": "teacher's crop on the CPU, the rest on the device",
 }
 OWN, WITHOUT_FILES = "flsl_d2", "flsl_d2, a batch in memory"
-GROWTH: dict[str, tuple[str, tuple[int, ...]]] = {
-    "batch": ("images a step", ()),  # the values of --batches
-    "views.global_size": ("pixels of the global views", (112, 160, 224, 288)),
-    "views.num_local": ("local views", (0, 2, 4, 8)),
-    "model.head.num_centroids": ("centroids K", (1024, 4096, 16384, 65536)),
+GROWTH = {
+    "views.global_size": (112, 160, 224, 288),
+    "views.num_local": (0, 2, 4, 8),
+    "model.head.num_centroids": (1024, 4096, 16384, 65536),
 }
 SIZES = {"s": VIT_SIZES["small"], "b": VIT_SIZES["base"], "l": VIT_SIZES["large"]}
 
@@ -313,10 +311,10 @@ def _measure_processes(args: argparse.Namespace) -> None:
 
 
 def benchmark_scaling(args: argparse.Namespace) -> None:
-    """Measure the growth of time and memory over one axis at a time, and draw it."""
+    """Measure the growth of time and memory over one axis at a time."""
     device = prepared_device(args)
     plan = [("batch", batch) for batch in args.batches]
-    plan += [(key, value) for key, (_, values) in GROWTH.items() for value in values]
+    plan += [(key, value) for key, values in GROWTH.items() for value in values]
     rows = []
     for key, value in tqdm(plan, desc="scaling", disable=None):
         batch = value if key == "batch" else args.batch_size
@@ -336,18 +334,7 @@ def benchmark_scaling(args: argparse.Namespace) -> None:
             }
         )
         del step, timing
-    figure = new_figure(14, 6)
-    axes = figure.subplots(2, len(GROWTH))
-    for column, (key, (label, _)) in enumerate(GROWTH.items()):
-        measured = [row for row in rows if row["what"] == key]
-        for axis, name in zip(axes[:, column], ("s/step", "MiB kept for backward"), strict=True):
-            axis.plot([r["value"] for r in measured], [r[name] for r in measured], marker="o")
-            axis.set_ylim(bottom=0)
-            axis.set_xlabel(label)
-            axis.set_ylabel(name if column == 0 else "")
-            axis.grid(alpha=0.3)
-    save_figure(figure, args.plot)
-    report(f"growth on {device}, drawn in {args.plot}", rows, device, args.json)
+    report(f"growth on {device}", rows, device, args.json)
 
 
 def pyramids(size: str, image_side: int, use_rel_pos: bool) -> dict[str, nn.Module]:

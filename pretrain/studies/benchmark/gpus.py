@@ -22,159 +22,98 @@ from flsl_d2.studies.identity import versions
 from flsl_d2.studies.jobs import Job, Outcome, Record
 from flsl_d2.studies.machine import Machine
 from flsl_d2.studies.runner import run_jobs
-from flsl_d2.visualization.figures import new_figure, save_figure
 from pretrain.studies.benchmark.measuring import machine, table
 
 BATCHES = (64, 256)
 PROCESSES = (1, 2, 4, 8)
 VARIANTS = "eager,packed,compiled,graphs,eager+compiled,cropped on device"
 DESCRIPTION = "Measure speed and memory on the GPUs of this machine."
-_RESULT = "row.json"
 
 
 def benchmark_rows(images: str, num_gpus: int, reference: str = "") -> dict[str, list[str]]:
-    """List the rows for a machine: arguments after ``python``, by name.
+    """List the rows for a machine: arguments of ``python -m``, by name.
 
     Args:
         images: folder of JPEG files, or of shards; empty leaves out what reads files.
         num_gpus: number of GPUs.
         reference: Python file with a reference to compare with; empty for none.
     """
-    compared = ("--reference-module", reference) if reference else ()
-    cuda, files = ("--device", "cuda"), ("--images", images)
-    rows: dict[str, list[str]] = {}
-
-    def add(name: str, *arguments: str, processes: int = 1) -> None:
-        torchrun = ("torch.distributed.run", "--standalone", f"--nproc-per-node={processes}", "-m")
-        start = torchrun if processes > 1 else ()
-        rows[name] = ["-m", *start, "pretrain.studies.benchmark", *arguments]
-
+    module = "pretrain.studies.benchmark"
+    step, images_option = f"{module} pretrain-step --device cuda --batch-size", ["--images", images]
+    compared = ["--reference-module", reference] if reference else []
+    rows = {}
     if images:
-        add("data", "data", *files, *compared)
+        rows["data"] = [module, "data", *images_option, *compared]
+        text = f"{module} end-to-end --device cuda --batch-size 256 --workers 16 --repeats 50"
+        overrides = ["views.on_device=crops", "train.compile=True"]
+        rows["end to end"] = [*text.split(), *images_option, *compared, *overrides]
     for batch in BATCHES:
-        options = ("--batch-size", str(batch), "--variants", VARIANTS, *compared)
-        add(f"step of {batch}", "pretrain-step", *cuda, *options)
+        rows[f"step of {batch}"] = [*f"{step} {batch} --variants".split(), VARIANTS, *compared]
+        for count in [count for count in PROCESSES if count <= num_gpus]:
+            torchrun = f"torch.distributed.run --standalone --nproc-per-node={count} -m "
+            text = f"{module} processes --device cuda --batch-size {batch} --repeats 50"
+            rows[f"{count} GPUs, {batch} each"] = (torchrun * (count > 1) + text).split()
     for model in ("base_p16", "small_p8"):
-        add(
-            f"step of {model}",
-            *("pretrain-step", *cuda, "--batch-size", "64"),
-            *("--variants", "packed,packed+checkpointed"),
-            *("--config-file", f"configs/pretrain/flsl_vit_{model}_in1k.py"),
-            "model.backbone.use_act_checkpoint=False",
-        )
-    for count in [count for count in PROCESSES if count <= num_gpus]:
-        for batch in BATCHES:
-            options = ("--batch-size", str(batch), "--repeats", "50")
-            add(f"{count} GPUs, {batch} each", "processes", *cuda, *options, processes=count)
-    if images:
-        options = ("--batch-size", "256", "--workers", "16", "--repeats", "50", *compared)
-        overrides = ("views.on_device=crops", "train.compile=True")
-        add("end to end", "end-to-end", *files, *cuda, *options, *overrides)
-    for positions in ((), ("--rel-pos",)):
-        options = ("--model", "b", "--size", "1024", "--batch-size", "2", *positions)
-        add(f"detection{''.join(positions)}", "detection", *cuda, *options)
-    growth = (
-        "--batch-size",
-        "64",
-        "--batches",
-        "16,32,64,128,256",
-        "--plot",
-        "{folder}/growth.png",
-    )
-    add("growth", "scaling", *cuda, *growth)
+        config = f"--config-file configs/pretrain/flsl_vit_{model}_in1k.py"
+        variants = "--variants packed,packed+checkpointed model.backbone.use_act_checkpoint=False"
+        rows[f"step of {model}"] = f"{step} 64 {config} {variants}".split()
+    detection = f"{module} detection --device cuda --model b --size 1024 --batch-size 2"
+    rows["detection"] = detection.split()
+    rows["detection, relative positions"] = f"{detection} --rel-pos".split()
+    text = f"{module} scaling --device cuda --batch-size 64 --batches 16,32,64,128,256"
+    rows["growth"] = text.split()
     return rows
 
 
 def run_rows(rows: Mapping[str, Sequence[str]], output: Path, seconds: float) -> int:
-    """Run rows and write ``results.json``, ``results.md`` and ``speed.png`` after each.
+    """Run rows, write ``results.json`` and ``results.md`` after each, and count failures.
 
     Args:
-        rows: arguments after ``python`` by name; ``{folder}`` is the row's own folder.
+        rows: arguments after ``python -m`` by name.
         output: folder to write to.
         seconds: time limit of a row.
-
-    Returns:
-        Number of rows that failed.
     """
+
+    def result_of(folder: Path) -> dict[str, Any]:
+        found: dict[str, Any] = json.loads((folder / "row.json").read_text())
+        return found
 
     def job_of(name: str, arguments: Sequence[str]) -> Job:
         def command(folder: Path, _: int) -> list[str]:
-            own = [argument.replace("{folder}", str(folder)) for argument in arguments]
-            return [*own, "--json", str(folder / _RESULT)]
+            return ["-m", *arguments, "--json", str(folder / "row.json")]
+
+        def outcome(folder: Path) -> Outcome:
+            speeds = enumerate(row.get("images/s") for row in result_of(folder)["rows"])
+            return Outcome({f"{i} images/s": speed for i, speed in speeds if speed})
 
         # Figures of another machine, version or commit are other figures.
         settings = {"arguments": list(arguments), "machine": hardware, **versions()}
-        return Job("row", name, settings, command, _read_speed, limit=seconds)
+        return Job("row", name, settings, command, outcome, limit=seconds)
+
+    def write(records: Mapping[str, Record]) -> None:
+        overview, details = [], []
+        for name, job in jobs.items():
+            record = records.get(job.key, Record("not run yet"))
+            result = result_of(output / "jobs" / job.key) if record.status == "done" else None
+            status = record.error or record.status
+            overview.append({"row": name, "seconds": record.seconds, "status": status})
+            details.append({**overview[-1], "result": result})
+        write_text(output / "results.json", json.dumps(details, indent=1) + "\n")
+        parts = [
+            "# Benchmarks",
+            ", ".join(f"{k} {v}" for k, v in hardware.items()),
+            table(overview),
+        ]
+        for each in [each for each in details if each["result"]]:
+            parts += [f"## {each['row']}", table(each["result"]["rows"])]
+        write_text(output / "results.md", "\n\n".join(parts) + "\n")
 
     hardware = machine(torch.device("cuda" if torch.cuda.is_available() else "cpu"))
     del hardware["date"]
     jobs = {name: job_of(name, arguments) for name, arguments in rows.items()}
-
-    def write(records: Mapping[str, Record]) -> None:
-        results = []
-        for name, job in jobs.items():
-            record = records.get(job.key)
-            done = record is not None and record.status == "done"
-            content = (
-                json.loads((output / "jobs" / job.key / _RESULT).read_text()) if done else None
-            )
-            status = "not run yet" if record is None else record.error or "ok"
-            took = record.seconds if record else None
-            results.append({"row": name, "seconds": took, "status": status, "result": content})
-        write_text(output / "results.json", json.dumps(results, indent=1) + "\n")
-        write_text(output / "results.md", _tables(results, hardware))
-        _draw(results, output / "speed.png")
-
     records = run_jobs(list(jobs.values()), output, Machine(), write)
     write(records)
     return sum(record.status != "done" for record in records.values())
-
-
-def _read_speed(folder: Path) -> Outcome:
-    rows = json.loads((folder / _RESULT).read_text())["rows"]
-    return Outcome(
-        {f"{i} images/s": row["images/s"] for i, row in enumerate(rows) if "images/s" in row}
-    )
-
-
-def _tables(results: Sequence[dict[str, Any]], hardware: Mapping[str, Any]) -> str:
-    """Write one table of all rows, and the table of each."""
-    overview = [{key: r[key] for key in ("row", "seconds", "status")} for r in results]
-    parts = ["# Benchmarks", ", ".join(f"{k} {v}" for k, v in hardware.items()), table(overview)]
-    several = [r["result"]["rows"][0] for r in results if _is_of_processes(r)]
-    parts += ["## Processes", table(several)] if several else []
-    for each in results:
-        if each["result"] and not _is_of_processes(each):
-            parts += [f"## {each['row']}", table(each["result"]["rows"])]
-    return "\n\n".join(parts) + "\n"
-
-
-def _is_of_processes(result: dict[str, Any]) -> bool:
-    return bool(result["result"]) and "processes" in result["result"]["rows"][0]
-
-
-def _draw(results: Sequence[dict[str, Any]], path: Path) -> None:
-    """Draw images a second over the number of processes, and where all would be as fast as one."""
-    by_batch: dict[int, dict[int, float]] = {}
-    for each in filter(_is_of_processes, results):
-        row = each["result"]["rows"][0]
-        speeds = by_batch.setdefault(each["result"]["batch_size"], {})
-        speeds[row["processes"]] = row["images/s"]
-    if not by_batch:
-        return
-    figure = new_figure(6, 4)
-    axis = figure.subplots()
-    for batch, speeds in sorted(by_batch.items()):
-        (line,) = axis.plot(*zip(*sorted(speeds.items()), strict=True), "o-", label=f"{batch} each")
-        if 1 in speeds:
-            ideal = [speeds[1] * count for count in sorted(speeds)]
-            axis.plot(sorted(speeds), ideal, ":", color=line.get_color())
-    axis.set_xlabel("GPUs")
-    axis.set_ylabel("images/s")
-    axis.set_ylim(bottom=0)
-    axis.grid(alpha=0.3)
-    axis.legend()
-    save_figure(figure, path)
 
 
 def _main(images: str, output: str, reference: str, minutes: float) -> None:
@@ -186,9 +125,7 @@ def _main(images: str, output: str, reference: str, minutes: float) -> None:
     failed = run_rows(rows, writable_folder(output, "--output"), 60 * minutes)
     print(f"{len(rows)} rows, {failed} failed; see {output}/results.md")
     if failed:
-        raise WorkerError(
-            f"{failed} of {len(rows)} rows failed; the same command tries them again."
-        )
+        raise WorkerError(f"{failed} of {len(rows)} rows failed; the same command tries again.")
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
