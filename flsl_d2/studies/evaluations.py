@@ -54,14 +54,15 @@ class EncoderFile:
 
 
 class Evaluation(Protocol):
-    """Something that is measured of an encoder; its name starts the names of its measures."""
+    """Something that is measured of an encoder; its name starts the names of its measures.
+
+    ``shown_dataset`` is the registered data set whose images show what is evaluated, or empty.
+    """
 
     @property
     def name(self) -> str: ...
-
     @property
-    def shown_dataset(self) -> str:
-        """Registered data set whose images show what is evaluated; empty for none."""
+    def shown_dataset(self) -> str: ...
 
     def check(self) -> None:
         """Raise InputError for what cannot work with any encoder."""

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import hashlib
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -80,18 +79,12 @@ def few_labels(loader: str, count: int, draw: int, **arguments: Any) -> Records:
     return drawn(locate(loader)(**arguments), count, draw)
 
 
-def unseen_classes(records: Records, chosen: Records) -> int:
-    """Count the classes that occur in the records and in none of those chosen."""
+def describe_draw(records: Records, chosen: Records) -> str:
+    """Say in a phrase what a draw has, and which classes it lacks."""
     every, seen = (
-        {a["category_id"] for record in some for a in record.get("annotations", ())}
+        [a["category_id"] for record in some for a in record.get("annotations", ())]
         for some in (records, chosen)
     )
-    return len(every - seen)
-
-
-def describe_draw(records: Records, chosen: Sequence[dict[str, Any]]) -> str:
-    """Say what a draw has, in a phrase."""
-    objects = sum(len(record.get("annotations", ())) for record in chosen)
-    unseen = unseen_classes(records, list(chosen))
+    unseen = len({*every} - {*seen})
     missing = f"; no example of {unseen} class(es)" if unseen else ""
-    return f"{len(chosen)} of {len(records)} labelled images with {objects} objects{missing}"
+    return f"{len(chosen)} of {len(records)} labelled images with {len(seen)} objects{missing}"

@@ -14,13 +14,7 @@ from flsl_d2.files import write_text
 
 @dataclass(frozen=True)
 class Outcome:
-    """Measurements of a job.
-
-    Attributes:
-        values: number of each measure.
-        failures: reason for each measure that could not be computed.
-        omitted: reason for each measure that has no meaning for the encoder.
-    """
+    """Measurements of a job, with reasons of those that failed or have no meaning (``omitted``)."""
 
     values: dict[str, float] = field(default_factory=dict)
     failures: dict[str, str] = field(default_factory=dict)
@@ -65,7 +59,7 @@ class Record:
     Attributes:
         status: ``done``, ``failed``, or ``interrupted``.
         outcome: measurements; empty unless done or partly failed.
-        error: reason of the failure, in a sentence; empty otherwise.
+        error: reason of the failure.
         seconds: duration of all attempts together.
         about: versions of the software of the last attempt.
     """

@@ -64,13 +64,6 @@ def bars(table: Table, measure: Measure, path: Path) -> None:
         height=0.66,
     )
     axes.set_yticks(range(len(rows)), [", ".join(row.labels.values()) for row in rows], fontsize=9)
-    for position, row in enumerate(rows):
-        axes.annotate(
-            row.cell(measure).text(measure.digits), (0.0, position), xytext=(4, 0),
-            textcoords="offset points", va="center",
-            color="white", fontsize=9, fontweight="bold", clip_on=True,
-            bbox={"boxstyle": "square,pad=0.15", "facecolor": "#00000088", "edgecolor": "none"},
-        )  # fmt: skip
     axes.invert_yaxis()
     axes.grid(axis="x", alpha=0.3)
     axes.tick_params(axis="x", labelsize=8)

@@ -22,13 +22,7 @@ _BOLD, _END = "\x01", "\x02"  # around cells in bold, until the format's own mar
 
 @dataclass(frozen=True)
 class Measure:
-    """Column of numbers.
-
-    Attributes:
-        name: heading, with the unit.
-        better: ``higher``, ``lower``, or empty where neither is better.
-        digits: digits after the decimal point, in Markdown and LaTeX; CSV keeps all.
-    """
+    """Column of numbers: heading, ``higher`` or ``lower`` if that is better, digits shown."""
 
     name: str
     better: str = ""
@@ -37,12 +31,9 @@ class Measure:
 
 @dataclass(frozen=True)
 class Cell:
-    """One measure of one row.
+    """One measure of one row: values of the seeds that succeeded, reasons of those that did not.
 
-    Attributes:
-        values: value for each seed that succeeded.
-        failures: reason for each seed that did not.
-        omitted: reason why the measure has no meaning for this row; empty where it has.
+    ``omitted`` is the reason why the measure has no meaning for the row; empty where it has one.
     """
 
     values: tuple[float, ...] = ()
@@ -82,13 +73,7 @@ def differ(one: Cell, other: Cell) -> bool | None:
 
 @dataclass(frozen=True)
 class Row:
-    """Line of a table.
-
-    Attributes:
-        labels: text of each label column: which setting was run.
-        cells: cell of each measure by name; those that are missing were not measured.
-        about: further facts (hashes, versions) for the CSV and the page.
-    """
+    """Line of a table: labels (which setting was run), cells by measure, facts for the CSV."""
 
     labels: dict[str, str]
     cells: dict[str, Cell]
@@ -107,12 +92,7 @@ class Row:
 
 
 class Shown(NamedTuple):
-    """Text of a cell, and how to show it.
-
-    Attributes:
-        text: formatted content.
-        kind: ``label``, ``number``, ``best`` (of the numbers) or ``failed``.
-    """
+    """Text of a cell, and its kind: ``label``, ``number``, ``best`` or ``failed``."""
 
     text: str
     kind: str
@@ -123,11 +103,7 @@ class Table:
     """Rows by measures.
 
     In Markdown, LaTeX and on the page, a table of few encoders and many measures is transposed. A
-    table of a grid is not, because its headings name the keys.
-
-    Attributes:
-        rows: rows, all with the same label columns.
-        measures: columns of numbers.
+    table of a grid is not, because its headings name the keys. All rows have the same labels.
     """
 
     rows: Sequence[Row]
@@ -181,30 +157,22 @@ class Table:
             found.setdefault(text, []).append(measure.name)
         return [" ".join(f"{', '.join(of)}: {text}.".split()) for text, of in found.items()]
 
-    def gaps(self, row: Row) -> list[tuple[str, str, str]]:
-        """Return why cells of a row have no number: ``failed`` or ``n/a``, measures, reason."""
-        names: dict[tuple[str, str], list[str]] = {}
-        for measure in self.measures:
-            cell = row.cell(measure)
-            found = [("failed", reason) for reason in cell.failures]
-            found += [("n/a", cell.omitted)] if cell.omitted else []
-            for gap in dict.fromkeys(found):
-                names.setdefault(gap, []).append(measure.name)
-        everything = len(self.measures)
+    def notes(self, rows: Sequence[Row] | None = None) -> list[str]:
+        """Say why cells have no number, in a line for each reason: rows, measures, reason."""
+        found: dict[tuple[str, str], tuple[list[str], list[str]]] = {}
+        for row in self.rows if rows is None else rows:
+            for measure in self.measures:
+                cell = row.cell(measure)
+                reasons = [("failed", reason) for reason in dict.fromkeys(cell.failures)]
+                for gap in [*reasons, *([("n/a", cell.omitted)] if cell.omitted else [])]:
+                    names, measures = found.setdefault(gap, ([], []))
+                    names += [row.name] * (row.name not in names)
+                    measures += [measure.name] * (measure.name not in measures)
+        every = len(self.measures)
         return [
-            (kind, "everything" if len(of) == everything > 1 else ", ".join(of), reason)
-            for (kind, reason), of in names.items()
-        ]
-
-    def notes(self) -> list[str]:
-        """Return a line for each of :meth:`gaps`, with the rows that it affects."""
-        rows: dict[tuple[str, str, str], list[str]] = {}
-        for row in self.rows:
-            for gap in self.gaps(row):
-                rows.setdefault(gap, []).append(row.name)
-        return [
-            " ".join(f"{kind}: {' | '.join(names)}: {measures}: {reason}".split())
-            for (kind, measures, reason), names in rows.items()
+            " ".join(f"{kind}: {' | '.join(names)}: {of}: {reason}".split())
+            for (kind, reason), (names, measures) in found.items()
+            for of in ["everything" if len(measures) == every > 1 else ", ".join(measures)]
         ]
 
     def lines(self) -> list[list[Shown]]:
@@ -272,7 +240,7 @@ class Table:
             for measure in self.measures:
                 cell = row.cell(measure)
                 cells += (cell.mean, cell.std, len(cell.values))[: len(parts)]
-            failures = [f"{of}: {why}" for kind, of, why in self.gaps(row) if kind == "failed"]
+            failures = [note for note in self.notes([row]) if note.startswith("failed")]
             rest = [*(row.about.get(name, "") for name in about), "; ".join(failures)]
             writer.writerow([*row.labels.values(), *cells, *rest])
         return stream.getvalue()
@@ -304,11 +272,8 @@ def cell_of(records: Iterable[Record], name: str) -> Cell:
 class Subject:
     """Row of a table before its jobs have run.
 
-    Attributes:
-        labels: see :class:`Row`.
-        jobs: jobs of each stage (an evaluation's name, or ``pretrain``), one for each seed.
-        about: see :class:`Row`.
-        failure: reason why there are no jobs; every cell of the row is then failed.
+    Each stage (an evaluation's name, or ``pretrain``) has a job for each seed. ``failure`` is the
+    reason why there are no jobs; every cell of the row is then failed.
     """
 
     labels: dict[str, str]

@@ -70,11 +70,7 @@ def test_files_that_cannot_be_used_fail_alone(tmp_path):
 
 @pytest.mark.parametrize(
     ("given", "says"),
-    [
-        ([], "no encoder"),
-        (["random", "random"], "'random'"),
-        (["random:other"], "names no file"),
-    ],
+    [([], "no encoder"), (["random", "random"], "'random'"), (["random:other"], "names no file")],
 )
 def test_bad_lists_of_encoders(given, says):
     with pytest.raises(InputError, match=says):
@@ -148,10 +144,7 @@ def test_weights_of_timm_are_known_by_their_checksum(tmp_path):
 
 @pytest.mark.parametrize(
     ("source", "pyramid"),
-    [
-        (TIMM, "FPN"),
-        ("timm:vit_tiny_patch16_224?pretrained=false&depth=3", "SimpleFeaturePyramid"),
-    ],
+    [(TIMM, "FPN"), ("timm:vit_tiny_patch16_224?pretrained=false&depth=3", "SimpleFeaturePyramid")],
 )
 def test_a_model_of_timm_in_a_detector(source, pyramid):
     config = "configs/demo/mask_rcnn_flsl_vit_scenes.py"

@@ -6,13 +6,20 @@ import argparse
 import json
 
 import pytest
+from detectron2.config import instantiate
 from hypothesis import given
 from hypothesis import strategies as st
 
+from flsl_d2.annotations import register_scenes
 from flsl_d2.annotations.datasets import register_coco_format
+from flsl_d2.engine.config_files import load_lazy_config
 from flsl_d2.errors import InputError
+from flsl_d2.modeling import FLSLViT
+from flsl_d2.scenes import make_scenes
+from flsl_d2.studies.evaluations import DetectionEvaluation, EncoderFile
 from flsl_d2.studies.few_labels import count_of, describe_draw, drawn, few_labels, shares
 from flsl_d2.studies.identity import data_identity
+from flsl_d2.weights import write_encoder
 
 RECORDS = [
     {"file_name": f"/data/{i}.jpg", "image_id": i, "annotations": [{"category_id": i % 7}]}
@@ -73,3 +80,24 @@ def test_data_are_known_by_content_and_not_by_path(tmp_path):
     before = data_identity(str(tmp_path / "classes"))
     (tmp_path / "classes" / "cat" / "1.jpg").write_bytes(b"1")
     assert data_identity(str(tmp_path / "classes")) != before
+
+
+def test_a_detector_sees_the_draw_alone(tmp_path):
+    make_scenes(tmp_path / "flsl_scenes", 8, 2, (96, 96), seed=0)
+    register_scenes(tmp_path / "flsl_scenes")
+    weights = tmp_path / "encoder.pth"
+    write_encoder(FLSLViT(img_size=32, embed_dim=16, depth=1, num_heads=1), weights)
+    config = "configs/demo/mask_rcnn_flsl_vit_scenes.py"
+    evaluation = DetectionEvaluation(config, share=3)
+    evaluation.check()
+    assert evaluation.name == "detection 3 images"
+    text = evaluation.write_draw(tmp_path / "subsets", 5)
+    assert "3 of 8 labelled images" in text
+    (listed,) = (tmp_path / "subsets").iterdir()
+    job = evaluation.job(EncoderFile("a", str(weights), {"sha256": "0"}, seed=5))
+    overrides = [text for text in job.command(tmp_path / "out", 1) if "=" in text]
+    records = instantiate(load_lazy_config(config, overrides).dataloader.train.dataset)
+    assert sorted(r["file_name"] for r in records) == listed.read_text().splitlines()
+    others = [DetectionEvaluation(config, share=share) for share in (None, 4, 0.5)]
+    keys = {e.job(EncoderFile("a", str(weights), {"sha256": "0"}, seed=5)).key for e in others}
+    assert len({*keys, job.key}) == 3  # half of eight are four

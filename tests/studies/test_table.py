@@ -125,7 +125,7 @@ def test_csv_has_every_number_in_full():
     assert float(rows[0]["detection/box AP std"]) == pytest.approx(8**0.5)
     assert [row["detection/box AP"] for row in rows] == ["12.0", "20.25", ""]
     assert rows[0]["detection/box AP seeds"] == "2"
-    assert rows[2]["failures"] == "detection/box AP: no such file"
+    assert rows[2]["failures"] == "failed: lost: detection/box AP: no such file"
     single = Table([Row({"e": "a"}, {AP.name: Cell((1.0,))}, {"sha256": "f0"})], [AP])
     assert single.csv() == "e,detection/box AP,sha256,failures\na,1.0,f0,\n"
 

@@ -50,17 +50,9 @@ Runner = Callable[[], Any]
 
 # Dense bf16 and fp16 peak of GPUs, from the vendor's data sheets, by a part of PyTorch's name.
 PEAK_TFLOPS = {
-    "H200": 989,
-    "H100 PCIe": 756,
-    "H100": 989,
-    "A100": 312,
-    "L40S": 362,
-    "L4": 121,
-    "A10": 125,
-    "V100": 125,
-    "RTX 4090": 165,
-    "RTX 3090": 71,
-}
+    "H200": 989, "H100 PCIe": 756, "H100": 989, "A100": 312, "L40S": 362, "L4": 121, "A10": 125,
+    "V100": 125, "RTX 4090": 165, "RTX 3090": 71,
+}  # fmt: skip
 # Blocks are compiled where a variant says so, and not by default on GPUs.
 NOT_COMPILED = "train.compile=False"
 # Overrides that change the speed of a step and not its result; in "a+b" the later one wins.

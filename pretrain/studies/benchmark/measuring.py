@@ -5,9 +5,9 @@ from __future__ import annotations
 import argparse
 import datetime
 import gc
-import importlib.util
 import json
 import platform
+import runpy
 import statistics
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -27,12 +27,9 @@ from flsl_d2.files import write_text
 
 @dataclass
 class Timing:
-    """Repeated measurements of a function.
+    """Seconds of each repetition of a function, and its largest GPU memory alone.
 
-    Attributes:
-        function: measured function; None where it does not fit into the GPU's memory.
-        seconds: duration of each repetition, in the order of measurement.
-        peak_bytes: largest GPU memory of the function alone; None on a CPU.
+    The function is None where it does not fit into the GPU's memory; the memory is None on a CPU.
     """
 
     function: Callable[[], Any] | None
@@ -58,13 +55,11 @@ class Timing:
     def speed_against(self, other: Timing) -> float | None:
         """Return the speed as a multiple of another's: the median ratio over the rounds.
 
-        A load that slows the machine for a while slows both functions of a round, so that their
-        ratio stays.
+        A load that slows the machine for a while slows both functions of a round.
         """
-        if not (self.seconds and other.seconds):
-            return None
-        pairs = zip(other.seconds, self.seconds, strict=True)
-        return statistics.median(reference / own for reference, own in pairs)
+        pairs = zip(other.seconds, self.seconds, strict=False)
+        ratios = [reference / own for reference, own in pairs]
+        return statistics.median(ratios) if ratios else None
 
 
 def time_in_turn(
@@ -83,13 +78,10 @@ def time_in_turn(
         repeats: number of measurements of each.
         warmup: number of runs of each before the first measurement (compilation, caches, clocks).
     """
-    peaks: dict[str, int | None] = dict.fromkeys(makers, 0)
-    if device.type == "cuda":
-        peaks = {name: _peak_alone(make, device) for name, make in makers.items()}
-    timings = {
-        name: Timing(None if peaks[name] is None else make(), peak_bytes=peaks[name] or None)
-        for name, make in makers.items()
-    }
+    timings = {}
+    peaks = {name: _peak_alone(make, device) for name, make in makers.items()}
+    for name, make in makers.items():
+        timings[name] = Timing(None if peaks[name] is None else make(), [], peaks[name] or None)
     for number in tqdm(range(-warmup, repeats), desc="benchmark", unit="round", disable=None):
         for timing in timings.values():
             seconds = seconds_of(timing.function) if timing.function else 0.0
@@ -99,10 +91,12 @@ def time_in_turn(
 
 
 def _peak_alone(make: Callable[[], Callable[[], Any]], device: torch.device) -> int | None:
-    """Return the peak of making a function and running it twice, or None if it does not fit.
+    """Return the GPU memory of making a function and running it twice; None if it does not fit.
 
-    The second run counts because optimisers take their memory in the first one.
+    The second run counts because optimisers take their memory in the first one. 0 on a CPU.
     """
+    if device.type != "cuda":
+        return 0
     gc.collect()
     torch.cuda.empty_cache()
     torch.cuda.reset_peak_memory_stats(device)
@@ -153,30 +147,24 @@ def reference_function(path: str, name: str) -> Callable[..., Any]:
     Raises:
         InputError: the file does not exist, or has no such function.
     """
-    spec = importlib.util.spec_from_file_location("benchmark_reference", path)
-    if not Path(path).is_file() or spec is None or spec.loader is None:
-        raise InputError(f"--reference-module is '{path}', which is no file that ends in .py.")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    function: Callable[..., Any] | None = getattr(module, name, None)
-    if function is None:
+    content = runpy.run_path(path) if Path(path).is_file() else {}
+    if name not in content:
         raise InputError(
-            f"--reference-module '{path}' has no function {name}; see "
+            f"--reference-module is '{path}', which is no Python file with a function {name}; see "
             "tools/benchmark.py --help for what it needs."
         )
+    function: Callable[..., Any] = content[name]
     return function
 
 
 def machine(device: torch.device) -> dict[str, Any]:
     """Describe the machine and the software that the figures were measured on."""
-    processor, information = platform.machine(), Path("/proc/cpuinfo")
-    if information.is_file():
-        lines = information.read_text().splitlines()
-        names = [line.partition(": ")[2] for line in lines if line.startswith("model name")]
-        processor = names[0] if names else processor
+    file = Path("/proc/cpuinfo")
+    lines = file.read_text().split("\n") if file.is_file() else []
+    names = [line.partition(": ")[2] for line in lines if line.startswith("model name")]
     return {
         "date": datetime.date.today().isoformat(),
-        "processor": processor,
+        "processor": (names or [platform.machine()])[0],
         "cores": usable_cores(),
         "threads": torch.get_num_threads(),
         "gpu": torch.cuda.get_device_name(device) if device.type == "cuda" else None,
@@ -198,20 +186,10 @@ def table(rows: Sequence[Mapping[str, Any]]) -> str:
 
 
 def report(
-    title: str,
-    rows: Sequence[dict[str, Any]],
-    device: torch.device,
-    json_file: str | Path | None,
-    **content: Any,
+    title: str, rows: Sequence[dict[str, Any]], device: torch.device, json_file: Any, **more: Any
 ) -> None:
-    """Print rows as a Markdown table, and write them with the machine as JSON.
-
-    Args:
-        title: line above the table: the conditions of the measurement.
-        rows: values by column; None where something was not measured.
-        json_file: file to write; None for no file.
-    """
+    """Print rows, values by column, under a title, and write them with the machine as JSON."""
     print(f"{title}\n{table(rows)}")
     if json_file:
-        text = json.dumps({"machine": machine(device), "rows": rows, **content}, indent=1)
+        text = json.dumps({"machine": machine(device), "rows": rows, **more}, indent=1)
         write_text(json_file, text + "\n")

@@ -21,12 +21,7 @@ from pretrain.data import Batch, collate
 from pretrain.methods.flsl import FLSL
 from pretrain.optimizer import build_adamw
 from pretrain.studies.benchmark.measuring import stored_for_backward
-from pretrain.trainer import (
-    PretrainTrainer,
-    records_graphs,
-    resolve_compile,
-    resolve_precision,
-)
+from pretrain.trainer import PretrainTrainer, records_graphs, resolve_compile, resolve_precision
 from pretrain.views import NestedViews, Views
 
 
