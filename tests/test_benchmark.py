@@ -303,6 +303,8 @@ def test_a_row_that_fails_is_a_row(tmp_path, monkeypatch):
 @pytest.mark.parametrize("gpus", [1, 4, 8])
 def test_rows_for_as_many_gpus_as_there_are_are_commands_that_exist(gpus, monkeypatch):
     parsed: list[Namespace] = []
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    monkeypatch.setattr("torch.cuda.device_count", lambda: gpus)
     monkeypatch.setattr(
         "pretrain.studies.benchmark.__main__.run_tool", lambda _, args: parsed.append(args)
     )

@@ -55,7 +55,7 @@ def comparison_parser() -> argparse.ArgumentParser:
     parser = described_parser(DESCRIPTION, EXAMPLES)
     add_study_options(parser)
     add_option(parser, "--seeds", default=[0], help="seeds of all evaluations (default: 0)")
-    add_option(parser, "--device")
+    add_option(parser, "--device", type=str)  # a cluster's nodes may have what is not here
     add_overrides(parser, "changes to the detection configs, like --detection-override")
     return parser
 

@@ -12,10 +12,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import IO, Any
 
-import torch
-
 import flsl_d2
-from flsl_d2.engine.gpus import usable_cores
+from flsl_d2.engine.gpus import check_device, usable_cores
 from flsl_d2.errors import InputError
 
 # Seconds that a process has to end by itself: training finishes its step and writes a checkpoint.
@@ -63,6 +61,7 @@ class Machine:
 
     def __init__(self, device: str = "cpu", num_gpus: int = 1, gpus_per_job: int = 1) -> None:
         self.width, self.num_processes = jobs_at_a_time(num_gpus, gpus_per_job), gpus_per_job
+        check_device(device, num_gpus)
         self._running: dict[int, LocalProcess] = {}
         self.shares: list[dict[str, str]] = [{}] * self.width
         if not device.startswith("cuda"):
@@ -71,15 +70,8 @@ class Machine:
                 threads = str(max(usable_cores() // num_gpus, 1))
                 self.shares = [{"OMP_NUM_THREADS": threads}] * self.width
             return
-        available = torch.cuda.device_count()
-        if available < num_gpus:
-            raise InputError(
-                f"the jobs are for {num_gpus} GPU(s), but PyTorch sees {available} here; ask for "
-                "fewer, check CUDA_VISIBLE_DEVICES, or compute on the CPU (sweep: "
-                "train.device=cpu, compare: --device cpu)."
-            )
         listed = os.environ.get("CUDA_VISIBLE_DEVICES", "")
-        names = listed.split(",") if listed else [str(i) for i in range(available)]
+        names = listed.split(",") if listed else [str(i) for i in range(num_gpus)]
         starts = range(0, self.width * gpus_per_job, gpus_per_job)
         parts = [",".join(names[start : start + gpus_per_job]) for start in starts]
         self.shares = [{"CUDA_VISIBLE_DEVICES": part} for part in parts]

@@ -200,3 +200,30 @@ def test_a_job_left_behind_by_a_killed_run_keeps_others_out(tmp_path):
 def test_a_folder_that_cannot_be_written_is_named():
     with pytest.raises(InputError, match="'/proc/no' cannot be written"):
         run_jobs([], Path("/proc/no"), ONE)
+
+
+@pytest.mark.parametrize(
+    ("visible", "num_gpus", "each", "shares"),
+    [
+        ("", 4, 2, ["0,1", "2,3"]),
+        ("", 3, 2, ["0,1"]),
+        ("GPU-a,7,1,2", 2, 1, ["GPU-a", "7"]),
+    ],
+)
+def test_each_job_has_gpus_of_its_own(monkeypatch, visible, num_gpus, each, shares):
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 4)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+    machine = Machine("cuda", num_gpus, each)
+    assert [share["CUDA_VISIBLE_DEVICES"] for share in machine.shares] == shares
+    assert (machine.num_processes, machine.width) == (each, len(shares))
+    for counts in ((0, 1), (1, 2), (1, 0), (5, 1)):
+        with pytest.raises(InputError, match="GPU|num-gpus"):
+            Machine("cuda", *counts)
+
+
+def test_cpu_jobs_share_the_cores(monkeypatch):
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    monkeypatch.setattr("flsl_d2.studies.machine.usable_cores", lambda: 8)
+    assert Machine("cpu", 2).shares == [{"OMP_NUM_THREADS": "4"}] * 2
+    assert Machine("cpu", 1).shares == [{}]
