@@ -218,7 +218,7 @@ def test_each_job_has_gpus_of_its_own(monkeypatch, visible, num_gpus, each, shar
     assert [share["CUDA_VISIBLE_DEVICES"] for share in machine.shares] == shares
     assert (machine.num_processes, machine.width) == (each, len(shares))
     for counts in ((0, 1), (1, 2), (1, 0), (5, 1)):
-        with pytest.raises(InputError, match="GPU|num-gpus"):
+        with pytest.raises(InputError, match=r"GPU|num-gpus"):
             Machine("cuda", *counts)
 
 
