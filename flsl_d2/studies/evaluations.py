@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -275,9 +275,11 @@ class DetectionEvaluation:
         settings = {"encoder": dict(encoder.identity), **self._settings, "seed": encoder.seed}
         few, node = [], "dataloader.train.dataset"
         if self.share is not None:
+            target = OmegaConf.select(self._config, node)._target_
+            loader = target if isinstance(target, str) else _full_name(target)
             few = [
-                f"+{node}.loader={OmegaConf.select(self._config, node)._target_}",
-                f"{node}._target_={few_labels.__module__}.{few_labels.__qualname__}",
+                f"+{node}.loader={loader}",
+                f"{node}._target_={_full_name(few_labels)}",
                 *(f"+{node}.count={self.count}", f"+{node}.draw={encoder.seed}"),
             ]
 
@@ -308,6 +310,10 @@ class DetectionEvaluation:
             return Outcome(values)
 
         return Job(self.name, encoder.label, settings, command, outcome, encoder.needs)
+
+
+def _full_name(function: Callable[..., Any]) -> str:
+    return f"{function.__module__}.{function.__qualname__}"
 
 
 def encoder_overrides(source: str, cfg: DictConfig) -> list[str]:

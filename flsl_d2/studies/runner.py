@@ -53,15 +53,8 @@ def locked(folder: Path) -> Iterator[int]:
 
 @contextmanager
 def signals_interrupt() -> Iterator[None]:
-    """Turn SIGINT and SIGTERM, which cluster schedulers send, into KeyboardInterrupt.
-
-    A shell starts background processes with SIGINT ignored; here it works for them as well.
-    """
-
-    def interrupt(_signal: int, _frame: object) -> None:
-        raise KeyboardInterrupt
-
-    before = {number: signal.signal(number, interrupt) for number in _SIGNALS}
+    """Turn SIGTERM, and a SIGINT that a shell has set to be ignored, into KeyboardInterrupt."""
+    before = {number: signal.signal(number, signal.default_int_handler) for number in _SIGNALS}
     try:
         yield
     finally:
@@ -165,16 +158,13 @@ class _Run:
         self.folder, self.place, self.lock, self.on_end = folder, place, lock, on_end
         found = {job.key: record for job in jobs if (record := read_record(folder / job.key))}
         self.records = {key: record for key, record in found.items() if record.status == "done"}
-        self.earlier_seconds = {
-            key: record.seconds for key, record in found.items() if key not in self.records
-        }
+        self.earlier_seconds = {key: r.seconds for key, r in found.items() if r.status != "done"}
         self.waiting = [job for job in jobs if job.key not in self.records]
         self.running: list[_Child] = []
         self.numbers = {job.key: f"[{i}/{len(jobs)}]" for i, job in enumerate(jobs, start=1)}
         self.seconds_by_kind: defaultdict[str, list[float]] = defaultdict(list)
-        for job in jobs:
-            if job.key in self.records:
-                self.seconds_by_kind[job.kind].append(self.records[job.key].seconds)
+        for job in [job for job in jobs if job.key in self.records]:
+            self.seconds_by_kind[job.kind].append(self.records[job.key].seconds)
         if self.records:
             _log(f"{len(self.records)} of {len(jobs)} jobs are done already")
 

@@ -22,7 +22,7 @@ from flsl_d2.engine.config_files import load_lazy_config
 from flsl_d2.engine.run_folder import PRETRAINING_KEYS
 from flsl_d2.errors import InputError
 from flsl_d2.files import write_text
-from flsl_d2.studies.encoders import ComparedEncoder, read_encoders
+from flsl_d2.studies.encoders import read_encoders
 from flsl_d2.studies.evaluations import EncoderFile, Evaluation, chosen_evaluations
 from flsl_d2.studies.identity import file_sha256, result_settings
 from flsl_d2.studies.jobs import Job, Outcome, Record
@@ -110,7 +110,17 @@ def run_sweep(args: argparse.Namespace) -> None:
     encoders = read_encoders(args.weights) if args.weights else []
     if encoders and not evaluations:
         raise InputError("--weights needs an evaluation; give --train and --val, or --detection.")
-    references = _references(args, encoders, evaluations, settings[0])
+    # Encoders that are not pre-trained here are named in the first column.
+    column, *others = settings[0].labels
+    references = [
+        encoder.subject(
+            {column: encoder.name, **dict.fromkeys(others, "")},
+            evaluations,
+            args.seeds,
+            args.output,
+        )
+        for encoder in encoders
+    ]
     write_draws(evaluations, args.seeds, args.output)
     stages = ["pretrain", *(evaluation.name for evaluation in evaluations)]
     lengths = sorted({point.total_iters for point in points})
@@ -160,21 +170,6 @@ def run_sweep(args: argparse.Namespace) -> None:
             for record in [records[run.jobs["pretrain"][0].key]]
         ],
     )
-
-
-def _references(
-    args: argparse.Namespace,
-    encoders: Sequence[ComparedEncoder],
-    evaluations: Sequence[Evaluation],
-    first: Subject,
-) -> list[Subject]:
-    """Make the rows of encoders that are not pre-trained here, named in the first column."""
-    column, *others = first.labels
-    blank = dict.fromkeys(others, "")
-    return [
-        encoder.subject({column: encoder.name, **blank}, evaluations, args.seeds, args.output)
-        for encoder in encoders
-    ]
 
 
 def _run_of(
