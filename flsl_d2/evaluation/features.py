@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from contextvars import ContextVar
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import cv2
 import numpy as np
@@ -35,7 +35,9 @@ def usable_device(name: str) -> torch.device:
     return torch.device(name)
 
 
-def frozen_encoder(weights: str, seed: int = 0) -> Encoder:
+def frozen_encoder(
+    weights: str, seed: int = 0, architecture: Mapping[str, Any] | None = None
+) -> Encoder:
     """Build an encoder in evaluation mode, on the CPU, whose parameters take no gradient.
 
     Args:
@@ -43,12 +45,13 @@ def frozen_encoder(weights: str, seed: int = 0) -> Encoder:
             :func:`flsl_d2.modeling.timm_backbone.parse_timm_name`; or ``random`` for an untrained
             ViT-S/16.
         seed: seed for untrained weights. The global generators are not touched.
+        architecture: arguments of :class:`FLSLViT` for ``random``, in place of those of ViT-S/16.
     """
     encoder: FLSLViT | TimmBackbone
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         if weights == RANDOM:
-            encoder = FLSLViT()
+            encoder = FLSLViT(**(architecture or {}))
         elif weights.startswith(TIMM_PREFIX):
             encoder = build_timm_backbone(weights)
         else:

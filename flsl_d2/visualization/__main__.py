@@ -52,7 +52,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         required=True,
         metavar="[NAME=]FILE",
         help="encoders to show side by side, and their names on the pages: files or URLs of any "
-        "known layout, or 'random' for an untrained ViT-S/16",
+        "known layout, timm:NAME, or 'random' for untrained weights of the first file's shape",
     )
     add("--names", nargs="+", default=[], help=argparse.SUPPRESS)  # older than NAME=FILE
     images = "image files, folders of images"
@@ -62,8 +62,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     add_option(parser, "--output", default=Path("output/pictures"))
     token = "token to look from, in pixels of the image; may be repeated (default: the middle)"
     add("--token", type=point, action="append", default=[], metavar="X,Y", help=token)
-    side = "shorter side of images in pixels; 0 keeps their size (default: %(default)s)"
-    add_option(parser, "--short-side", help=side)
+    side = "shorter side of images in pixels; 0 keeps their size (default: what takes a minute)"
+    add_option(parser, "--short-side", help=side, default=None)
     add_option(parser, "--device")
     add_defaults(
         parser,

@@ -3,19 +3,20 @@
 from __future__ import annotations
 
 import re
+import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
-from tqdm import tqdm
 
+from flsl_d2.engine.progress import progress
 from flsl_d2.errors import InputError
 from flsl_d2.evaluation.features import RANDOM, extract_tokens, frozen_encoder, usable_device
-from flsl_d2.files import writable_folder
+from flsl_d2.files import printable, writable_folder
 from flsl_d2.images.listing import find_images, image_files
 from flsl_d2.images.reader import read_image
-from flsl_d2.modeling import Encoder
+from flsl_d2.modeling import Encoder, FLSLViT
 from flsl_d2.modeling.projection_head import FLSLHead
 from flsl_d2.modeling.timm_backbone import TIMM_PREFIX
 from flsl_d2.visualization.described import (
@@ -36,6 +37,9 @@ from flsl_d2.visualization.token_figures import (
 from flsl_d2.visualization.token_page import write_page
 
 _LARGE_PAGE = 25e6  # bytes
+_PROBE = 112  # pixels of the image that is timed
+_SIDES = (448, 384, 320, 256, 224, 192, 160, 128)
+_SECONDS = 35.0  # for tokens; drawing comes on top
 
 
 class NamedEncoder(NamedTuple):
@@ -119,6 +123,8 @@ def chosen_encoders(
     """Build the encoders of weight files, on a device, with names that differ.
 
     Args:
+        weights: files, ``timm:NAME``, and as in comparisons ``random``, which has the architecture
+            of the first file, and ``random:NAME`` with that of the file of this name.
         names: names of the encoders; by default those of the files and their folders.
 
     Raises:
@@ -127,18 +133,30 @@ def chosen_encoders(
     names = names or [""] * len(weights)
     names = [name or _name(path) for name, path in zip(names, weights, strict=True)]
     place = usable_device(device)
+    built = {i: frozen_encoder(w) for i, w in enumerate(weights) if not _is_random(w)}
+    own = {names[i]: e.architecture for i, e in built.items() if isinstance(e, FLSLViT)}
     encoders = []
     for i, (name, path) in enumerate(zip(names, weights, strict=True)):
         unique = name if names.count(name) == 1 else f"{name} ({i + 1})"
-        head = None if path == RANDOM or path.startswith(TIMM_PREFIX) else read_head(path)
-        encoders.append(NamedEncoder(unique, frozen_encoder(path).to(place), head))
+        like = path.partition(":")[2]
+        if i not in built and like and like not in own:
+            known = ", ".join(own) or "none, so write random"
+            raise InputError(f"{path!r} names none of the encoders; choose from {known}.")
+        architecture = own[like] if like in own else next(iter(own.values()), None)
+        encoder = built.get(i) or frozen_encoder(RANDOM, architecture=architecture)
+        head = None if i not in built or path.startswith(TIMM_PREFIX) else read_head(path)
+        encoders.append(NamedEncoder(unique, encoder.to(place), head))
     return encoders
+
+
+def _is_random(path: str) -> bool:
+    return path == RANDOM or path.startswith(f"{RANDOM}:")
 
 
 def _name(path: str) -> str:
     """Name a file after itself and its folder, because many files have the same name."""
-    if path == RANDOM:
-        return "random ViT-S/16"
+    if _is_random(path):
+        return path
     if path.startswith(TIMM_PREFIX):
         return path.removeprefix(TIMM_PREFIX).partition("?")[0]
     return "/".join(Path(path).with_suffix("").parts[-2:])
@@ -151,7 +169,7 @@ def visualize(
     output: str = "output/pictures",
     points: Sequence[tuple[float, float]] = (),
     names: Sequence[str] = (),
-    short_side: int = 448,
+    short_side: int | None = None,
     scale: float = 1.0,
     num_iterations: int = 5,
     max_images: int = 8,
@@ -167,7 +185,8 @@ def visualize(
             image. The middle of the image by default.
         names: names of the encoders on the pages; an empty one, and no list, stand for the name of
             the file and its folder.
-        short_side: pixels that the shorter side of images is resized to; 0 keeps their size.
+        short_side: pixels that the shorter side of images is resized to; 0 keeps their size, and
+            None chooses by :func:`fitting_side`.
         scale: scale of attention and clusters, times sqrt(D).
         num_iterations: mean-shift steps from a token to its mode.
         max_images: bound of the images of each folder and of the data set.
@@ -175,7 +194,7 @@ def visualize(
     Raises:
         InputError: weights, images or numbers cannot be used; nothing is written then.
     """
-    _check_numbers(short_side, scale, num_iterations, max_images)
+    _check_numbers(scale, num_iterations)
     if names and len(names) != len(weights):
         raise InputError(f"{len(names)} names for {len(weights)} weights; give one for each.")
     files = chosen_images(images, dataset, max_images)
@@ -184,10 +203,16 @@ def visualize(
     encoders = chosen_encoders(weights, names, device)
     folder = writable_folder(output, "--output")
     scales = sorted({*CLUSTER_SCALES, scale})
+    if short_side is None:
+        short_side = fitting_side(encoders, originals[0], len(originals), scales)
+        print(f"images have a shorter side of {short_side} pixels, for about a minute's work; "
+              "--short-side chooses another", flush=True)  # fmt: skip
     described: list[DescribedEncoder] = []
     for name, encoder, head in encoders:
-        progress = tqdm(originals, f"encoding {name}", unit="image")
-        features = [extract_tokens(encoder, image, short_side or None) for image in progress]
+        features = [
+            extract_tokens(encoder, image, short_side or None)
+            for image in progress(originals, f"encoding with {printable(name)}")
+        ]
         described.append(describe_encoder(name, features, scales, head, scale))
     rows = [(i, *share) for i in range(len(files)) for share in shares[i]]
     _write_figures(folder, described, rows, scale, num_iterations)
@@ -204,15 +229,34 @@ def visualize(
         print("the page is large: a smaller --short-side or --max-images makes it lighter")
 
 
-def _check_numbers(short_side: int, scale: float, num_iterations: int, max_images: int) -> None:
-    if short_side < 0:
-        raise InputError(f"--short-side is {short_side}; give pixels, or 0 to keep the size.")
+def fitting_side(
+    encoders: Sequence[NamedEncoder], image: np.ndarray, count: int, scales: Sequence[float]
+) -> int:
+    """Choose the shorter side of images with which pictures take at most about a minute.
+
+    A small image is timed; encoding grows a little faster than the number of tokens, and what is
+    computed from all pairs of tokens with its square.
+    """
+    encoding = pairs = 0.0
+    for _, encoder, head in encoders:
+        extract_tokens(encoder, image, _PROBE)  # the first call is slower
+        start = time.monotonic()
+        features = extract_tokens(encoder, image, _PROBE)
+        middle = time.monotonic()
+        describe_encoder("", [features], scales, head)
+        encoding, pairs = encoding + middle - start, pairs + time.monotonic() - middle
+    for side in _SIDES:
+        factor = side / _PROBE
+        if count * (encoding * factor**2.5 + pairs * factor**4) < _SECONDS:
+            return side
+    return _SIDES[-1]
+
+
+def _check_numbers(scale: float, num_iterations: int) -> None:
     if not 0 < scale < float("inf"):
         raise InputError(f"--scale is {scale:g}; give a positive number.")
     if num_iterations < 1:
         raise InputError(f"--iterations is {num_iterations}; give 1 or more.")
-    if max_images < 1:
-        raise InputError(f"--max-images is {max_images}; give 1 or more.")
 
 
 def _write_figures(
@@ -223,7 +267,7 @@ def _write_figures(
     num_iterations: int,
 ) -> None:
     several = len(encoders) > 1
-    for i, encoder in enumerate(tqdm(encoders, "drawing", unit="encoder")):
+    for i, encoder in enumerate(progress(encoders, "drawing", unit="encoder")):
         plain = re.sub(r"[^A-Za-z0-9]+", "_", encoder.name).strip("_")
         start = f"{i + 1}_{plain}_" if several else ""
         encoder_figure(
@@ -250,7 +294,7 @@ def _summary(encoder: DescribedEncoder, scale: float) -> str:
     r2 = [encoder.position_r2, encoder.colour_r2]
     position, colour = ("n/a" if value is None else f"{value:.2f}" for value in r2)
     return (
-        f"{encoder.name}: {number} clusters an image, the largest "
+        f"{printable(encoder.name)}: {number} clusters an image, the largest "
         f"{largest:.0%} of it; a token attends to {encoder.attended[scale]:.0%} of the image; "
         f"position R^2 {position}; colour R^2 {colour}; {encoder.groups_note}"
     )

@@ -135,7 +135,10 @@ def test_encoders_called_alike_get_numbers(weights: dict[str, str]) -> None:
     encoders = chosen_encoders([weights["coarse"]] * 2 + ["random"], [], "cpu")
     assert encoders[0].name.endswith("/coarse (1)")
     assert encoders[1].name.endswith("/coarse (2)")
-    assert encoders[2].name == "random ViT-S/16"
+    assert encoders[2].name == "random"
+    assert encoders[2].encoder.architecture == encoders[0].encoder.architecture, "as in comparisons"
+    with pytest.raises(InputError, match="'random:x' names none of the encoders; choose from b"):
+        chosen_encoders([weights["coarse"], "random:x"], ["b", ""], "cpu")
 
 
 def test_bad_input_is_one_sentence_and_writes_nothing(
@@ -156,11 +159,9 @@ def test_bad_input_is_one_sentence_and_writes_nothing(
         ({"weights": [str(tmp_path / "none.pth")]}, "do not exist"),
         ({"weights": [str(broken)]}, "broken.jpg"),
         ({"names": ["a", "b"]}, "2 names for 1 weights"),
-        ({"short_side": -1}, "--short-side is -1"),
         ({"scale": 0.0}, "--scale is 0"),
         ({"scale": float("nan")}, "--scale is nan"),
         ({"num_iterations": 0}, "--iterations is 0"),
-        ({"max_images": 0}, "--max-images is 0"),
         ({"device": "tpu0"}, "device 'tpu0'"),
         ({"output": str(broken / "x")}, "cannot be written"),
     ]
