@@ -15,13 +15,8 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, get_worker_info
 
 from flsl_d2.errors import InputError, TrainingError
-from flsl_d2.images.reader import (
-    MAX_PIXELS,
-    MAX_PIXELS_LIMIT,
-    ImageFile,
-    printable,
-    read_channels,
-)
+from flsl_d2.images.opening import MAX_PIXELS_LIMIT, printable
+from flsl_d2.images.reader import MAX_PIXELS, ImageFile, read_channels
 from flsl_d2.images.store import ImageStore, as_store
 from flsl_d2.modeling.transfer import to_device
 from pretrain.device_views import (

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from flsl_d2.errors import TrainingError
 from flsl_d2.files import write_text
-from flsl_d2.images.reader import printable
+from flsl_d2.images.opening import printable
 from flsl_d2.modeling.transfer import to_device
 from pretrain.image_stream import ImageStream
 from pretrain.schedules import StepValues

@@ -9,7 +9,8 @@ from detectron2.utils import comm
 from omegaconf import DictConfig
 
 from flsl_d2.errors import InputError
-from flsl_d2.images.reader import ImageFile, picture_size, printable
+from flsl_d2.images.opening import printable
+from flsl_d2.images.reader import ImageFile, picture_size
 from flsl_d2.images.store import ImageStore, as_store
 from pretrain.methods import Method
 from pretrain.schedules import Schedules

@@ -5,7 +5,7 @@ from __future__ import annotations
 import enum
 from typing import Any, NamedTuple
 
-from flsl_d2.images.reader import printable
+from flsl_d2.images.opening import printable
 
 
 class Use(enum.Flag):

@@ -15,7 +15,9 @@ from fvcore.transforms.transform import TransformList
 
 from flsl_d2.annotations.annotation_shapes import box_polygon
 from flsl_d2.errors import InputError
-from flsl_d2.images.reader import printable, read_image
+from flsl_d2.images.labels import read_labels
+from flsl_d2.images.opening import printable
+from flsl_d2.images.reader import read_image
 
 
 class FLSLDatasetMapper(DatasetMapper):
@@ -58,7 +60,7 @@ class FLSLDatasetMapper(DatasetMapper):
         utils.check_image_size(record, image)
         labels = None
         if "sem_seg_file_name" in record:
-            labels = utils.read_image(record.pop("sem_seg_file_name"), "L").squeeze(2)
+            labels = read_labels(record.pop("sem_seg_file_name"), size=image.shape[:2])
         augmented = T.AugInput(image, sem_seg=labels)
         transforms = self.augmentations(augmented)
         image, labels = augmented.image, augmented.sem_seg

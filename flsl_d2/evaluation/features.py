@@ -15,8 +15,10 @@ from torch import Tensor
 
 from flsl_d2.engine.gpus import check_device
 from flsl_d2.errors import InputError
-from flsl_d2.modeling import Encoder, FLSLViT
-from flsl_d2.modeling.pixels import IMAGENET_MEAN, IMAGENET_STD
+from flsl_d2.images.opening import printable
+from flsl_d2.images.reader import channels_format, preview, read_image
+from flsl_d2.images.stored_format import stored_format
+from flsl_d2.modeling import Encoder, FLSLViT, InputFormat
 from flsl_d2.modeling.timm_backbone import TIMM_PREFIX, TimmBackbone, build_timm_backbone
 from flsl_d2.weights import build_encoder
 
@@ -66,7 +68,7 @@ class TokenFeatures(NamedTuple):
     Attributes:
         tokens: (N, D) float32, row-major over the grid, on the encoder's device.
         grid: rows and columns of tokens, N = rows * columns.
-        image: (H, W, 3) uint8 RGB as the encoder saw it, H and W multiples of the patch size.
+        image: (H, W, 3) uint8 RGB of what the encoder saw, H and W multiples of the patch size.
     """
 
     tokens: Tensor
@@ -96,9 +98,30 @@ def encoding_in(dtype: torch.dtype | None) -> Iterator[None]:
         _encoding_dtype.reset(token)
 
 
+def read_for(taken: InputFormat, path: str) -> np.ndarray:
+    """Read a picture as an encoder takes it: (H, W, 3) uint8 RGB, or (H, W, C) stored values.
+
+    Raises:
+        InputError: the file cannot be read, or has other channels or bits than the encoder takes.
+    """
+    if (taken.channels, taken.bits) == (3, 8):
+        return read_image(path)
+    try:
+        bits = stored_format(path)[1]
+    except OSError as error:
+        raise InputError(f"the image '{printable(path)}' cannot be used ({error}).") from None
+    if bits != taken.bits:
+        raise InputError(
+            f"the image '{printable(path)}' has {bits} bits a channel, and the encoder takes "
+            f"{taken.bits} bits of {taken.channels} channel(s); give pictures like those that it "
+            "was trained on."
+        )
+    return read_image(path, channels_format(taken.channels))
+
+
 @torch.inference_mode()
 def encode_images(encoder: Encoder, images: np.ndarray, pad: bool = False) -> Tensor:
-    """Normalise images (B, H, W, 3) uint8 RGB, and encode them.
+    """Normalise images (B, H, W, C) of the encoder's input format, and encode them.
 
     Args:
         pad: whether zeros are added at the right and the bottom up to whole patches; otherwise
@@ -109,8 +132,8 @@ def encode_images(encoder: Encoder, images: np.ndarray, pad: bool = False) -> Te
     """
     device = device_of(encoder)
     pixels = torch.from_numpy(images).to(device).permute(0, 3, 1, 2).float()
-    mean = torch.tensor(IMAGENET_MEAN, device=device).view(3, 1, 1)
-    std = torch.tensor(IMAGENET_STD, device=device).view(3, 1, 1)
+    taken = encoder.input_format
+    mean, std = (torch.tensor(v, device=device).view(-1, 1, 1) for v in (taken.mean, taken.std))
     pixels, dtype = (pixels - mean) / std, _encoding_dtype.get()
     if pad:
         missing = [-side % encoder.patch_size for side in pixels.shape[-2:]]
@@ -130,13 +153,17 @@ def extract_tokens(
     The image keeps its aspect ratio up to the rounding of both sides to whole patches.
 
     Args:
-        image: (H, W, 3) uint8 RGB.
+        image: (H, W, C) of the encoder's input format, as :func:`read_for` returns it.
         short_side: pixels to resize the shorter side to; None keeps the size of the image.
         max_long_side: bound of the longer side in pixels, where the image is resized.
     """
-    if image.ndim != 3 or image.shape[2] != 3 or image.dtype != np.uint8:
+    channels = encoder.input_format.channels
+    is_rgb = (channels, encoder.input_format.bits) == (3, 8)
+    if image.ndim != 3 or image.shape[2] != channels or (is_rgb and image.dtype != np.uint8):
+        expected = "uint8 RGB (H, W, 3)" if is_rgb else f"stored values (H, W, {channels})"
         raise InputError(
-            f"the image is {image.dtype} of shape {image.shape}; give uint8 RGB (H, W, 3)."
+            f"the image is {image.dtype} of shape {image.shape}, and the encoder takes images of "
+            f"{channels} channel(s); give {expected}."
         )
     patch = encoder.patch_size
     height, width = image.shape[:2]
@@ -148,4 +175,6 @@ def extract_tokens(
     size = (columns * patch, rows * patch)
     shrinks = size[0] < width
     resized = cv2.resize(image, size, interpolation=cv2.INTER_AREA if shrinks else cv2.INTER_CUBIC)
-    return TokenFeatures(encode_images(encoder, resized[None])[0], (rows, columns), resized)
+    resized = resized.reshape(*size[::-1], channels)
+    tokens = encode_images(encoder, resized[None])[0]
+    return TokenFeatures(tokens, (rows, columns), preview(resized))

@@ -17,9 +17,11 @@ from detectron2.structures import BoxMode
 from flsl_d2.annotations import check_registered_dataset
 from flsl_d2.annotations.datasets import register_pair, use_own_loader
 from flsl_d2.errors import InputError
+from flsl_d2.evaluation.features import read_for
 from flsl_d2.images.labels import read_labels
 from flsl_d2.images.listing import find_images
-from flsl_d2.images.reader import printable, read_image
+from flsl_d2.images.opening import printable
+from flsl_d2.modeling import InputFormat
 
 IGNORED = -1
 
@@ -71,10 +73,10 @@ class LabelledImage:
         self.record, self.dataset = record, dataset
         self.num_pixel_classes, self.ignore_label = num_pixel_classes, ignore_label
 
-    def read(self) -> np.ndarray:
-        """Read the image, (H, W, 3) uint8 RGB, upright; InputError where that is not possible."""
+    def read(self, taken: InputFormat | None = None) -> np.ndarray:
+        """Read the image upright: (H, W, 3) uint8 RGB, or as an encoder takes it; or InputError."""
         name = self.record["file_name"]
-        image = read_image(name)
+        image = read_for(taken or InputFormat(), name)
         height, width = image.shape[:2]
         expected = self.record.get("height", height), self.record.get("width", width)
         if (height, width) != expected:
@@ -95,13 +97,11 @@ class LabelledImage:
         if file_name is None:
             classes = np.array([0, *(a["category_id"] + 1 for a in self._annotations)])
             return np.where(self.segments == IGNORED, IGNORED, classes[self.segments])
-        try:
-            labels = read_labels(file_name, dtype="int64")
-        except OSError as error:
-            raise InputError(
-                f"the labels {file_name} of {self.dataset!r} cannot be read ({error}); "
-                "put the file there."
-            ) from error
+        if "height" in self.record and "width" in self.record:
+            size = self.record["height"], self.record["width"]
+        else:
+            size = self.read().shape[:2]
+        labels = read_labels(file_name, dtype="int64", size=size)
         labels[labels == self.ignore_label] = IGNORED
         if labels.min() < IGNORED or labels.max() >= self.num_pixel_classes:
             raise InputError(

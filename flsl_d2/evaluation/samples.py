@@ -156,6 +156,8 @@ def encode_dataset(encoder: Encoder, dataset: LabelledDataset, short_side: int) 
         )
     with attention_inputs(encoder) as latest:
         for index, image in enumerate(dataset.images):
-            tokens, grid, pixels = extract_tokens(encoder, image.read(), short_side)
+            tokens, grid, pixels = extract_tokens(
+                encoder, image.read(encoder.input_format), short_side
+            )
             # A copy, so that the labels which the measures decode are freed with the sample.
             yield Sample(index, tokens, grid, pixels, copy(image), latest[0] if latest else None)

@@ -1,43 +1,105 @@
-"""Label images of semantic data sets: reading, checks, and conversion to Detectron2's numbering.
-
-Detectron2's own conversion scripts are in its repository and not in the installed package.
-"""
+"""Label images: one reader for training and evaluation, and the check of a semantic data set."""
 
 from __future__ import annotations
 
-import logging
 import os
 
-import cv2
 import numpy as np
 from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.utils.file_io import PathManager
 from PIL import Image
 
 from flsl_d2.errors import InputError
+from flsl_d2.images.opening import (
+    decoder_errors,
+    open_picture,
+    open_regular,
+    orientation,
+    printable,
+    upright,
+)
+from flsl_d2.images.reader import picture_size
 
 _PREPARATION = (
     "Detectron2's datasets/prepare_ade20k_sem_seg.py and prepare_panoptic_fpn.py make those of "
     "ADE20K and of COCO"
 )
-
 # Number of label images that are read; a wrong preparation shows in the first ones.
 _LOOKED_AT = 20
 
-logger = logging.getLogger(__name__)
 
+def read_labels(
+    path: str,
+    copy: bool = False,
+    dtype: np.dtype | str | None = None,
+    size: tuple[int, int] | None = None,
+) -> np.ndarray:
+    """Read a label image: the number of the class at every pixel, (H, W), upright.
 
-def read_labels(path: str, copy: bool = False, dtype: np.dtype | str | None = None) -> np.ndarray:
-    """Read a label image (H, W), for Detectron2's ``SemSegEvaluator``.
-
-    Detectron2's own function demands an array without a copy, which numpy 2 refuses.
+    A palette is not applied, because its indexes are the numbers. Of colours whose channels are
+    equal one channel is taken.
 
     Args:
-        copy: not used; part of the evaluator's interface.
-        dtype: type of the array; uint8 by default.
+        path: path or URL that Detectron2's ``PathManager`` knows.
+        copy: not used; part of the interface of Detectron2's ``SemSegEvaluator``.
+        dtype: type of the array; by default uint8, or int32 for numbers above 255.
+        size: height and width of the picture, upright.
+
+    Raises:
+        InputError: the file cannot be read, holds colours, or has another size than its picture.
     """
-    with PathManager.open(path, "rb") as stream:
-        return np.asarray(Image.open(stream)).astype(dtype or np.uint8)
+    labels = indexed_pixels(path)[0]
+    if size is not None and labels.shape != tuple(size):
+        raise InputError(
+            f"the label image '{printable(path)}' has {labels.shape[0]} x {labels.shape[1]} pixels "
+            f"and its picture {size[0]} x {size[1]}; both must have one size."
+        )
+    return labels.astype(dtype) if dtype else labels
+
+
+def indexed_pixels(path: str) -> tuple[np.ndarray, bool]:
+    """Read numbers (H, W) of an image file, and whether it has a palette; see :func:`read_labels`.
+
+    Raises:
+        InputError: the file cannot be read, or its pixels are colours.
+    """
+    local = PathManager.get_local_path(path)
+    try:
+        with decoder_errors(local), open_regular(local) as file:
+            image = open_picture(file)
+            pixels = np.asarray(image)  # before the orientation, which decoding changes
+            turned = upright(pixels, orientation(image))
+    except OSError as error:
+        raise InputError(
+            f"the label image '{printable(path)}' cannot be read ({error}); put it there anew."
+        ) from None
+    if image.format in ("JPEG", "MPO"):
+        raise InputError(
+            f"the label image '{printable(path)}' is a JPEG, whose compression changes numbers; "
+            "write it as PNG."
+        )
+    if turned.ndim == 3:
+        turned = _one_channel(turned, image, path)
+    if turned.dtype == np.float32:
+        raise InputError(f"the label image '{printable(path)}' holds floats; write whole numbers.")
+    is_small = turned.dtype in (np.dtype(bool), np.dtype(np.uint8))
+    return np.array(turned, np.uint8 if is_small else np.int32), image.mode in ("P", "PA")
+
+
+def _one_channel(pixels: np.ndarray, image: Image.Image, path: str) -> np.ndarray:
+    names = image.getbands()
+    if names[-1] in "Aa":
+        alpha, pixels = pixels[..., -1], pixels[..., :-1]
+        if (alpha != 255).any():
+            raise InputError(
+                f"the label image '{printable(path)}' has transparent pixels; write their class."
+            )
+    if image.mode not in ("PA", "LA") and (pixels != pixels[..., :1]).any():
+        raise InputError(
+            f"the label image '{printable(path)}' has colours (pixels of mode {image.mode}), not "
+            f"one channel of class numbers; write a PNG with a palette or in grey. {_PREPARATION}."
+        )
+    return pixels[..., 0]
 
 
 def check_label_images(name: str) -> int:
@@ -68,7 +130,11 @@ def check_label_images(name: str) -> int:
     _check_pairs(name, metadata.get("image_root"), {record["file_name"] for record in records})
     num_classes, ignored = len(metadata.stuff_classes), metadata.get("ignore_label", 255)
     for record in records[:_LOOKED_AT]:
-        _check_labels(record["sem_seg_file_name"], num_classes, ignored)
+        try:
+            size = picture_size(record["file_name"])[0]
+        except OSError as error:
+            raise InputError(f"the image {record['file_name']} cannot be read ({error}).") from None
+        _check_range(record["sem_seg_file_name"], size, num_classes, ignored)
     return num_classes
 
 
@@ -83,11 +149,8 @@ def _check_pairs(name: str, folder: str | None, used: set[str]) -> None:
         )
 
 
-def _check_labels(path: str, num_classes: int, ignored: int) -> None:
-    labels = cv2.imread(path, cv2.IMREAD_UNCHANGED)
-    if labels is None or labels.ndim != 2:
-        raise InputError(f"{path} is not a label image of one channel; {_PREPARATION}.")
-    wrong = np.setdiff1d(labels, [*range(num_classes), ignored])
+def _check_range(path: str, size: tuple[int, int], num_classes: int, ignored: int) -> None:
+    wrong = np.setdiff1d(read_labels(path, size=size), [*range(num_classes), ignored])
     if wrong.size:
         raise InputError(
             f"{path} has the label {wrong[0]}, but there are the classes 0 to {num_classes - 1} "

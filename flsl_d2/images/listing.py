@@ -20,7 +20,7 @@ from flsl_d2.annotations.annotations import check_registered_name
 from flsl_d2.annotations.coco_records import read_picture_files
 from flsl_d2.errors import InputError, MachineError
 from flsl_d2.files import machine_errors
-from flsl_d2.images.reader import holds_image, printable
+from flsl_d2.images.opening import holds_image, printable
 
 IMAGE_SUFFIXES = {
     *(".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".bmp", ".tif", ".tiff", ".webp", ".ppm", ".pgm"),

@@ -8,7 +8,9 @@ from contextlib import suppress
 import numpy as np
 
 from flsl_d2.errors import InputError
-from flsl_d2.images.reader import printable, read_channels, stored_format
+from flsl_d2.images.opening import printable
+from flsl_d2.images.reader import read_channels
+from flsl_d2.images.stored_format import stored_format
 
 _TRIED_IMAGES = 50
 _STATISTICS_IMAGES = 200

@@ -15,9 +15,8 @@ from detectron2.data import DatasetCatalog
 from flsl_d2.engine.command_line import add_option, named_weights
 from flsl_d2.engine.launch import WorkerError
 from flsl_d2.evaluation import extract_tokens
-from flsl_d2.evaluation.features import frozen_encoder
+from flsl_d2.evaluation.features import frozen_encoder, read_for
 from flsl_d2.files import writable_folder, write_text
-from flsl_d2.images.reader import read_image
 from flsl_d2.studies.cluster import CLUSTERS, Cluster
 from flsl_d2.studies.encoders import ComparedEncoder
 from flsl_d2.studies.evaluations import DetectionEvaluation, Evaluation, add_evaluation_options
@@ -187,16 +186,16 @@ def token_section(
     if not (dataset and args.pictures and usable):
         return []
     records = choose_records(DatasetCatalog.get(dataset), args.pictures)
-    images = [read_image(record["file_name"]) for record in records]
     described = []
     for each in usable:
         file = each.file(args.seeds[0], args.output / "encoders")
         encoder = frozen_encoder(file.path, file.seed)
         side = max(min(_TOKENS * encoder.patch_size, _MAX_SHORT_SIDE), encoder.patch_size)
+        images = (read_for(encoder.input_format, record["file_name"]) for record in records)
         features = [extract_tokens(encoder, image, side) for image in images]
         described.append(describe_encoder(each.name, features, (_SCALE,)))
     path = args.output / "pictures" / "tokens.png"
-    points = [(i, 0.5, 0.5) for i in range(len(images))]
+    points = [(i, 0.5, 0.5) for i in range(len(records))]
     comparison_figure(described, points, path, _SCALE, maps=("pca", "clusters"))
     caption = "principal components as colours, and mean-shift clusters"
     return [section(f"Tokens on {dataset}", {caption: path}, 1150)]

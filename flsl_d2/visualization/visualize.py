@@ -12,10 +12,16 @@ import numpy as np
 
 from flsl_d2.engine.progress import progress
 from flsl_d2.errors import InputError
-from flsl_d2.evaluation.features import RANDOM, extract_tokens, frozen_encoder, usable_device
+from flsl_d2.evaluation.features import (
+    RANDOM,
+    extract_tokens,
+    frozen_encoder,
+    read_for,
+    usable_device,
+)
 from flsl_d2.files import printable, writable_folder
 from flsl_d2.images.listing import find_images, image_files
-from flsl_d2.images.reader import read_image
+from flsl_d2.images.reader import preview
 from flsl_d2.modeling import Encoder, FLSLViT
 from flsl_d2.modeling.projection_head import FLSLHead
 from flsl_d2.modeling.timm_backbone import TIMM_PREFIX
@@ -198,7 +204,7 @@ def visualize(
     if names and len(names) != len(weights):
         raise InputError(f"{len(names)} names for {len(weights)} weights; give one for each.")
     files = chosen_images(images, dataset, max_images)
-    originals = [read_image(file) for file in files]
+    originals = [preview(file) for file in files]
     shares = chosen_points(points, originals, files)
     encoders = chosen_encoders(weights, names, device)
     folder = writable_folder(output, "--output")
@@ -210,8 +216,8 @@ def visualize(
     described: list[DescribedEncoder] = []
     for name, encoder, head in encoders:
         features = [
-            extract_tokens(encoder, image, short_side or None)
-            for image in progress(originals, f"encoding with {printable(name)}")
+            extract_tokens(encoder, read_for(encoder.input_format, file), short_side or None)
+            for file in progress(files, f"encoding with {printable(name)}")
         ]
         described.append(describe_encoder(name, features, scales, head, scale))
     rows = [(i, *share) for i in range(len(files)) for share in shares[i]]

@@ -17,6 +17,7 @@ from flsl_d2.evaluation.classification import Classification
 from flsl_d2.evaluation.labelled_images import LabelledDataset, LabelledImage, load_labelled
 from flsl_d2.evaluation.measures import MEASURES, better, suitable_measures
 from flsl_d2.evaluation.samples import Options, Sample, Task
+from flsl_d2.modeling import InputFormat
 
 COLOURS = {"blue": (20, 30, 220), "green": (30, 200, 40), "red": (220, 30, 20)}
 
@@ -24,7 +25,7 @@ COLOURS = {"blue": (20, 30, 220), "green": (30, 200, 40), "red": (220, 30, 20)}
 class ColourEncoder(nn.Module):
     """Tokens are the mean colours of patches: an encoder that is not a ViT."""
 
-    patch_size, embed_dim = 8, 3
+    patch_size, embed_dim, input_format = 8, 3, InputFormat()
 
     def __init__(self) -> None:
         super().__init__()

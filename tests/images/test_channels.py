@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import struct
+import sys
+import zlib
 from pathlib import Path
 
 import cv2
@@ -10,6 +13,7 @@ import pytest
 from PIL import Image
 
 from flsl_d2.errors import InputError
+from flsl_d2.images import stored_format as stored_format_module
 from flsl_d2.images.reader import (
     channels_format,
     channels_of,
@@ -18,8 +22,8 @@ from flsl_d2.images.reader import (
     read_channels,
     read_image,
     read_rgb,
-    stored_format,
 )
+from flsl_d2.images.stored_format import stored_format
 
 tifffile = pytest.importorskip("tifffile")
 
@@ -90,3 +94,50 @@ def test_files_that_are_no_images(tmp_path: Path):
         (tmp_path / name).write_bytes(content)
         with pytest.raises(InputError, match=name):
             read_image(str(tmp_path / name), "channels:4")
+
+
+def test_an_ordinary_tiff_needs_no_tifffile(tmp_path: Path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "tifffile", None)
+    rgb, grey = stored(3, np.uint8), stored(1, np.uint16)[..., 0]
+    for values, kind in ((rgb, (3, 8)), (grey, (1, 16)), (grey >> 8, (1, 16))):
+        path = str(tmp_path / "a.tif")
+        Image.fromarray(values).save(path)
+        assert stored_format(path) == kind
+        assert np.array_equal(read_channels(path).squeeze(), values)
+        assert read_rgb(path).shape == (*values.shape[:2], 3)
+    tifffile.imwrite(path, stored(5, np.uint8))
+    with pytest.raises(OSError, match="pip install"):
+        read_channels(path)
+
+
+def with_sbit(content: bytes, bits: int, channels: int) -> bytes:
+    body = b"sBIT" + bytes([bits] * channels)
+    chunk = struct.pack(">I", channels) + body + struct.pack(">I", zlib.crc32(body))
+    return content[:33] + chunk + content[33:]
+
+
+@pytest.mark.parametrize("bits", [8, 10, 12, 14, 16])
+@pytest.mark.parametrize("channels", [1, 3])
+@pytest.mark.parametrize("suffix", ["png", "tif"])
+def test_bits_that_count_become_the_whole_range(bits, channels, suffix, tmp_path, caplog):
+    values = stored(channels, np.uint16) >> (16 - bits)
+    values[0, 0] = 2**bits - 1
+    path = tmp_path / f"a.{suffix}"
+    cv2.imwrite(str(path), values[..., ::-1])
+    caplog.clear()
+    stored_format_module._say_once.cache_clear()
+    for _ in range(2):
+        found = read_rgb(str(path))
+    np.testing.assert_array_equal(found, np.broadcast_to(values >> (bits - 8), found.shape))
+    assert len(caplog.records) == (bits < 16)  # once
+    assert np.array_equal(read_channels(str(path)), values)  # stored values stay
+
+
+def test_a_file_states_its_bits(tmp_path):
+    values = stored(1, np.uint16) >> 8  # the values of one dark picture of 12 bits
+    content = cv2.imencode(".png", values)[1].tobytes()
+    (tmp_path / "a.png").write_bytes(with_sbit(content, 12, 1))
+    tifffile.imwrite(tmp_path / "a.tif", values[..., 0], extratags=[(281, "H", 1, 4095, True)])
+    for name in ("a.png", "a.tif"):
+        found = read_rgb(str(tmp_path / name))
+        np.testing.assert_array_equal(found, np.broadcast_to(values >> 4, found.shape))

@@ -16,6 +16,7 @@ from PIL import Image
 from flsl_d2.detection.checks import check_datasets
 from flsl_d2.errors import InputError
 from flsl_d2.images.labels import check_label_images, read_labels
+from flsl_d2.images.reader import read_rgb
 
 
 def save(path: Path, values) -> None:
@@ -55,9 +56,78 @@ def test_unprepared_labels_are_found(name, tmp_path):
     save(tmp_path / "labels" / "1.png", [[0, 3, 1, 1], [2, 2, 255, 255]])
     with pytest.raises(InputError, match=r"1\.png has the label 3, but .*classes 0 to 2 and 255"):
         check_label_images(name)
-    save(tmp_path / "labels" / "1.png", np.zeros((2, 4, 3)))
-    with pytest.raises(InputError, match="one channel"):
+    save(tmp_path / "labels" / "1.png", np.eye(8).reshape(2, 4, 8)[..., :3])
+    with pytest.raises(InputError, match="has colours"):
         check_label_images(name)
+    save(tmp_path / "labels" / "1.png", np.zeros((4, 2)))
+    with pytest.raises(InputError, match="4 x 2 pixels and its picture 2 x 4"):
+        check_label_images(name)
+
+
+LABELS = np.array([[0, 1, 2, 3], [4, 5, 255, 7]], np.uint8)
+
+
+def palette_image(labels: np.ndarray) -> Image.Image:
+    image = Image.fromarray(labels)
+    image.putpalette(np.random.default_rng(0).integers(0, 256, 768, np.uint8).tobytes())
+    return image
+
+
+def orientation(value: int) -> Image.Exif:
+    exif = Image.Exif()
+    exif[0x0112] = value
+    return exif
+
+
+KINDS = {
+    "grey": Image.fromarray(LABELS),
+    "palette": palette_image(LABELS),
+    "equal colours": Image.fromarray(np.repeat(LABELS[..., None], 3, axis=2)),
+    "opaque": Image.fromarray(np.dstack([LABELS, np.full_like(LABELS, 255)]), "LA"),
+    "16 bits": Image.fromarray(LABELS.astype(np.uint16)),
+}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("suffix", ["png", "tif"])
+def test_one_reader_reads_every_kind(kind, suffix, tmp_path):
+    path = tmp_path / f"a.{suffix}"
+    KINDS[kind].save(path)
+    assert read_labels(str(path), dtype="int64").tolist() == LABELS.tolist()
+    path.rename(tmp_path / "named.jpg")  # the content decides
+    assert read_labels(str(tmp_path / "named.jpg"), size=(2, 4)).tolist() == LABELS.tolist()
+
+
+@pytest.mark.parametrize("value", range(1, 9))
+@pytest.mark.parametrize("suffix", ["png", "tif"])
+def test_labels_are_turned_as_their_picture(value, suffix, tmp_path):
+    for kind in ("grey", "palette"):
+        path = str(tmp_path / f"{kind}.{suffix}")
+        KINDS[kind].save(path, exif=orientation(value))
+        Image.fromarray(np.repeat(LABELS[..., None], 3, 2)).save(
+            tmp_path / "picture.png", exif=orientation(value)
+        )
+        picture = read_rgb(str(tmp_path / "picture.png"))
+        np.testing.assert_array_equal(read_labels(path), picture[..., 0])
+
+
+@pytest.mark.parametrize(
+    ("content", "reason"),
+    [
+        (Image.fromarray(np.zeros((2, 4, 4), np.uint8)), "transparent"),
+        (Image.fromarray(LABELS.astype(np.float32)), "floats"),
+        (b"no image", "cannot be read"),
+        (b"", "cannot be read"),
+    ],
+)
+def test_what_holds_no_numbers_is_refused(content, reason, tmp_path):
+    path = tmp_path / "a.tif"
+    path.write_bytes(content) if isinstance(content, bytes) else content.save(path)
+    with pytest.raises(InputError, match=reason):
+        read_labels(str(path))
+    KINDS["grey"].save(tmp_path / "a.jpg")
+    with pytest.raises(InputError, match="JPEG"):
+        read_labels(str(tmp_path / "a.jpg"))
 
 
 def test_missing_files_are_found(name, tmp_path):

@@ -23,16 +23,10 @@ from hypothesis import strategies as st
 from PIL import Image, ImageOps
 
 from flsl_d2.errors import InputError, MachineError
-from flsl_d2.images import reader
+from flsl_d2.images import opening, reader
 from flsl_d2.images.listing import find_images, image_files
-from flsl_d2.images.reader import (
-    ImageFile,
-    picture_size,
-    printable,
-    read_channels,
-    read_image,
-    read_rgb,
-)
+from flsl_d2.images.opening import printable
+from flsl_d2.images.reader import ImageFile, picture_size, read_channels, read_image, read_rgb
 from pretrain.data import PretrainDataset, build_pretrain_loader
 from pretrain.views import NestedViews
 
@@ -390,7 +384,7 @@ def test_errors_of_the_machine_are_no_bad_pictures(code: int, tmp_path: Path, mo
     def fail(path: str, *_: object) -> None:
         raise OSError(code, os.strerror(code), path)
 
-    monkeypatch.setattr(reader.os, "open", fail)
+    monkeypatch.setattr(opening.os, "open", fail)
     for use in (read_rgb, picture_size, read_image, read_channels, find_images):
         with pytest.raises(MachineError, match=r"a\.jpg"):
             use(str(tmp_path / "a.jpg"))
@@ -406,7 +400,7 @@ def test_a_lack_of_memory_is_told_from_broken_bytes(tmp_path: Path, monkeypatch)
     monkeypatch.setattr(reader, "_convert", no_memory)
     with pytest.raises(OSError, match="MemoryError"):
         read_rgb(str(tmp_path / "a.png"))  # there is enough
-    monkeypatch.setattr(reader, "bytearray", no_memory, raising=False)
+    monkeypatch.setattr(opening, "bytearray", no_memory, raising=False)
     with pytest.raises(MachineError, match="no memory left"):
         read_rgb(str(tmp_path / "a.png"))
 

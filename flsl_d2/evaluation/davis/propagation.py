@@ -22,9 +22,8 @@ from torch.nn import functional as F
 
 from flsl_d2.errors import InputError
 from flsl_d2.evaluation.davis.sequences import Sequence, read_mask
-from flsl_d2.evaluation.features import device_of, encode_images
-from flsl_d2.images.reader import read_rgb
-from flsl_d2.modeling import Encoder
+from flsl_d2.evaluation.features import device_of, encode_images, read_for
+from flsl_d2.modeling import Encoder, InputFormat
 
 # Tokens that repeat, as in a still video, tie with the last of the nearest neighbours. All whose
 # cosine similarity is this close count, because rounding would choose among them otherwise.
@@ -203,12 +202,17 @@ def segment_sequence(
     yield first_mask
     size = frame_size(sequence.size, short_side, encoder.patch_size)
     grid = size[0] // encoder.patch_size, size[1] // encoder.patch_size
-    first_labels = _token_labels(first_mask, grid).to(device_of(encoder))
+    # Numbers may have gaps, and an absent object has nothing to be propagated.
+    numbers, ranks = np.unique(first_mask, return_inverse=True)
+    if numbers[0]:  # no background
+        numbers, ranks = np.append(0, numbers), ranks + 1
+    ranks = ranks.reshape(first_mask.shape).astype(np.uint8)
+    first_labels = _token_labels(ranks, grid).to(device_of(encoder))
     with ThreadPoolExecutor(_READING_THREADS) as pool:
-        images = pool.map(partial(_read_resized, size=size), sequence.frames)
-        tokens = _tokens(encoder, images, batch_size)
+        read = partial(_read_resized, size=size, taken=encoder.input_format)
+        tokens = _tokens(encoder, pool.map(read, sequence.frames), batch_size)
         for labels in propagate_through(tokens, first_labels, grid, settings or Propagation()):
-            yield _mask_of(labels, grid, size, sequence.size)
+            yield numbers.astype(np.uint8)[_mask_of(labels, grid, size, sequence.size)]
 
 
 def _tokens(encoder: Encoder, images: Iterator[np.ndarray], batch_size: int) -> Iterator[Tensor]:
@@ -222,14 +226,10 @@ def _tokens(encoder: Encoder, images: Iterator[np.ndarray], batch_size: int) -> 
         yield from tokens
 
 
-def _read_resized(path: Path, size: tuple[int, int]) -> np.ndarray:
-    try:
-        frame = read_rgb(str(path))
-    except OSError as error:
-        raise InputError(
-            f"frame '{path}' cannot be decoded ({error}); download it again."
-        ) from error
-    return cv2.resize(frame, size[::-1], interpolation=cv2.INTER_LINEAR)
+def _read_resized(path: Path, size: tuple[int, int], taken: InputFormat) -> np.ndarray:
+    frame = read_for(taken, str(path))
+    resized = cv2.resize(frame, size[::-1], interpolation=cv2.INTER_LINEAR)
+    return resized.reshape(*size, -1)
 
 
 def _token_labels(mask: np.ndarray, grid: tuple[int, int]) -> Tensor:

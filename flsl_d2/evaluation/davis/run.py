@@ -232,24 +232,39 @@ def evaluate_davis(encoder: Encoder, run: DavisRun) -> Results:
 def score_sequence(sequence: Sequence, masks: Ordered[np.ndarray]) -> dict[int, Scores]:
     """Score each object of the first frame; the first and the last frame do not count.
 
+    The benchmark counts every number up to the largest, and an absent one as right. Its own data
+    have no gaps; in other data absent numbers do not count, and the log says what does.
+
     Returns:
-        Scores by index, from 1 to the largest in the first frame.
+        Scores by the number of the object in the first mask.
     """
-    objects = range(1, int(read_mask(sequence.masks[0]).max()) + 1)
+    objects = [number for number in np.unique(read_mask(sequence.masks[0])).tolist() if number]
     with ThreadPoolExecutor() as pool:  # OpenCV releases Python's lock
         score = partial(_score_frame, objects=objects)
-        frames = list(pool.map(score, masks[1:-1], sequence.masks[1:-1]))
-    values = np.array(frames)  # (frames, objects, 2)
+        scored = list(pool.map(score, masks[1:-1], sequence.masks[1:-1]))
+    later = sorted(set().union(*(found for _, found in scored)) - {0, *objects})
+    if later or objects != list(range(1, len(objects) + 1)):
+        logger.warning(
+            "sequence %s: objects %s of the first mask are scored%s.",
+            sequence.name,
+            ", ".join(map(str, objects)),
+            f"; {', '.join(map(str, later))} come later and are not" if later else "",
+        )
+    values = np.array([values for values, _ in scored])  # (frames, objects, 2)
     return {
-        index: Scores(*(statistics(values[:, i, j].tolist()) for j in (0, 1)))
-        for i, index in enumerate(objects)
+        number: Scores(*(statistics(values[:, i, j].tolist()) for j in (0, 1)))
+        for i, number in enumerate(objects)
     }
 
 
-def _score_frame(mask: np.ndarray, path: Path, objects: range) -> list[tuple[float, float]]:
+def _score_frame(
+    mask: np.ndarray, path: Path, objects: list[int]
+) -> tuple[list[tuple[float, float]], set[int]]:
+    """J and F of each object in a frame, and the numbers in its true mask."""
     truth = read_mask(path)
-    pairs = ((mask == index, truth == index) for index in objects)
-    return [(region_similarity(*pair), boundary_accuracy(*pair)) for pair in pairs]
+    pairs = [(mask == number, truth == number) for number in objects]
+    values = [(region_similarity(*pair), boundary_accuracy(*pair)) for pair in pairs]
+    return values, set(np.unique(truth).tolist())
 
 
 def _segment_and_write(

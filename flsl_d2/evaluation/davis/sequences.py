@@ -14,6 +14,7 @@ import numpy as np
 from PIL import Image
 
 from flsl_d2.errors import InputError
+from flsl_d2.images.labels import indexed_pixels
 from flsl_d2.images.reader import picture_size
 
 VOID = 255  # index of pixels that belong to nothing
@@ -29,35 +30,6 @@ def davis_palette() -> np.ndarray:
     bits = np.pad(bits, ((0, 0), (0, 1)))  # (256, 9): index = 3 * place + channel
     places = 1 << np.arange(7, 4, -1)
     return (bits.reshape(256, 3, 3) * places[:, None]).sum(axis=1).astype(np.uint8)
-
-
-def read_indexed_png(path: Path) -> np.ndarray:
-    """Read a mask, (H, W) uint8 indexes.
-
-    The greyscale masks of DAVIS 2016, which have no other values than 0 and 255, have no palette in
-    which 255 could be void: it is the object there, and read as 1.
-
-    Raises:
-        InputError: the file cannot be read, or its pixels are colours instead of indexes.
-    """
-    try:
-        with Image.open(path) as image:
-            if image.mode in ("1", "L"):
-                mask = np.array(image).astype(np.uint8)
-                two_values = image.mode == "L" and np.isin(mask, (0, VOID)).all()
-                return mask // VOID if two_values else mask
-            if image.mode != "P":
-                raise InputError(
-                    f"mask '{path}' has pixels of mode {image.mode}, not 8-bit indexes; "
-                    "use the benchmark's indexed PNG files."
-                )
-            return np.array(image)
-    except InputError:
-        raise
-    except Exception as error:  # Pillow's readers raise many kinds for damaged files
-        raise InputError(
-            f"mask '{path}' cannot be read ({type(error).__name__}); download it again."
-        ) from error
 
 
 def write_indexed_png(path: Path, mask: np.ndarray) -> None:
@@ -160,12 +132,19 @@ def find_sequence(root: Path, resolution: str, name: str, all_masks: bool = True
 def read_mask(path: Path) -> np.ndarray:
     """Read a mask, (H, W) uint8: 0 is the background, 1, 2, ... are the objects.
 
-    Void pixels (255) count as background, as in the benchmark's evaluation.
+    Void pixels (255) count as background, as in the benchmark's evaluation. The greyscale masks of
+    DAVIS 2016 have no other values than 0 and 255 and no palette in which 255 could be void: it is
+    the object there, and read as 1.
 
     Raises:
-        InputError: the file is no readable indexed mask.
+        InputError: the file cannot be read, or its pixels are colours instead of indexes.
     """
-    mask = read_indexed_png(path)
+    mask, has_palette = indexed_pixels(str(path))
+    if mask.max(initial=0) > VOID:
+        raise InputError(f"mask '{path}' has the index {mask.max()}; write indexes up to 254.")
+    mask = mask.astype(np.uint8)
+    if not has_palette and np.isin(mask, (0, VOID)).all():
+        return mask // VOID
     mask[mask == VOID] = 0
     return mask
 
