@@ -37,6 +37,7 @@ from flsl_d2.errors import InputError, TrainingError
 from flsl_d2.files import write_text
 from flsl_d2.images.store import ImageStore, open_images
 from flsl_d2.weights import FLSLCheckpointer
+from pretrain.batch_norm import synchronise_batch_norm
 from pretrain.data import PretrainDataset, build_pretrain_loader
 from pretrain.health import HealthReport
 from pretrain.hooks import EncoderPictures, ExportTeacher, FeatureMeasures
@@ -149,6 +150,8 @@ def _run(cfg: DictConfig, options: ResumeOptions, request: StopRequest, preset: 
     seed_all_rng(cfg.train.seed)
     torch.set_float32_matmul_precision("high" if cfg.train.get("tf32") else "highest")
     model = instantiate(cfg.model).to(cfg.train.device)
+    if cfg.train.get("sync_bn") and comm.get_world_size() > 1:
+        synchronise_batch_norm(model)
     method: Method = model
     if initial is not None:
         method.start_from(initial)

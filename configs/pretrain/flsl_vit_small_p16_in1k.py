@@ -163,6 +163,8 @@ train = dict(
     compile_mode="default",
     # Products of float32 matrices in TF32 on GPUs that have it; for precision="fp32".
     tf32=False,
+    # Batch norm, of heads and of encoders that have it, over the batches of all processes.
+    sync_bn=True,
     # Largest norm of a gradient, taken "per_tensor" (as published), "global" or not ("none").
     clip_norm=3.0,
     clip_mode="per_tensor",

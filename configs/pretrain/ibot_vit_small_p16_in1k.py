@@ -25,7 +25,7 @@ model = L(IBOT)(
         num_centroids=8192,
         hidden_dim=2048,
         bottleneck_dim=256,
-        learn_scale=False,
+        learn_scale=True,
     ),
     student_temp=0.1,
     center_momentum=0.9,

@@ -20,9 +20,8 @@ from pretrain.methods.base import (
     feature_std,
     full_precision,
     global_output,
-    import_extra,
 )
-from pretrain.methods.dino import assignments
+from pretrain.methods.dino import CentredCrossEntropy, assignments
 from pretrain.methods.protocol import Losses, Monitored, StepInputs
 from pretrain.schedules import StepValues
 
@@ -67,10 +66,8 @@ class ADCLR(BaseMethod):
     ) -> None:
         super().__init__(Networks(backbone, head), has_teacher=True)
         self.num_centroids, self.query_weight = len(head.last_layer.weight_v), query_weight
-        loss = import_extra("lightly.loss").DINOLoss
         self.loss, self.query_loss = (
-            loss(self.num_centroids, student_temp=student_temp, center_momentum=center_momentum)
-            for _ in range(2)
+            CentredCrossEntropy(self.num_centroids, student_temp, center_momentum) for _ in range(2)
         )
 
     def check_run(self, views: object, images: int) -> None:
@@ -94,12 +91,14 @@ class ADCLR(BaseMethod):
         student, student_queries, _ = self._outputs(self.student, views, crops, count)
         with torch.no_grad():
             teacher, teacher_queries, tokens = self._outputs(self.teacher, views, crops, count)
-        monitored = assignments(torch.cat(teacher) - self.loss.center.view(-1), values.teacher_temp)
+        monitored = assignments(torch.cat(teacher) - self.loss.center, values.teacher_temp)
         with full_precision(views):
-            loss_global = self.loss(teacher, student, teacher_temp=values.teacher_temp)
-            loss_query = self.query_loss(
-                teacher_queries, student_queries, teacher_temp=values.teacher_temp
+            loss_global = self.loss.between_views(teacher, student, values.teacher_temp)
+            loss_query = self.query_loss.between_views(
+                teacher_queries, student_queries, values.teacher_temp
             )
+            self.loss.update(torch.cat(teacher))
+            self.query_loss.update(torch.cat(teacher_queries))
         losses = {
             "loss": loss_global + self.query_weight * loss_query,
             "loss_global": loss_global,

@@ -8,7 +8,7 @@ from __future__ import annotations
 import copy
 import importlib
 from collections.abc import Iterable, Sequence
-from itertools import groupby
+from itertools import groupby, pairwise
 from typing import Any, ClassVar, TypeVar
 
 import torch
@@ -76,17 +76,24 @@ class BaseMethod(nn.Module):
         self.student = student
         self.teacher: Any = None
         if has_teacher:
-            self.teacher = copy.deepcopy(student).requires_grad_(False).eval()
+            self.teacher = copy.deepcopy(student).requires_grad_(False)
         self.pixel_mean: Tensor
         self.pixel_std: Tensor
         self.register_buffer("pixel_mean", torch.tensor(IMAGENET_MEAN).view(3, 1, 1), False)
         self.register_buffer("pixel_std", torch.tensor(IMAGENET_STD).view(3, 1, 1), False)
 
     def train(self: _Self, mode: bool = True) -> _Self:
-        """Like ``nn.Module.train``, except that the teacher stays in evaluation mode."""
+        """Like ``nn.Module.train``, except that no layer of the teacher is left out at random.
+
+        Its batch norm takes the statistics of the batch, as the student's does: DINO, MoCo v3 and
+        DenseCL never put their teachers into evaluation mode.
+        """
         super().train(mode)
         if self.teacher is not None:
             self.teacher.eval()
+            for module in self.teacher.modules():
+                if isinstance(module, nn.modules.batchnorm._BatchNorm):
+                    module.train(mode)
         return self
 
     def check_run(self, views: object, images: int) -> None:
@@ -139,16 +146,13 @@ class BaseMethod(nn.Module):
     def update_teacher(self, momentum: float) -> None:
         """Exponential moving average: ``teacher = momentum * teacher + (1 - momentum) * student``.
 
-        Fixed positions are averaged as well, which leaves them unchanged. The statistics of batch
-        norm in the encoder are the student's.
+        Fixed positions are averaged as well, which leaves them unchanged. Running statistics of
+        batch norm are those of the teacher's own passes.
         """
         if self.teacher is None:
             return
         own, other = (list(each.parameters()) for each in (self.teacher, self.student))
         torch._foreach_lerp_(own, other, 1 - momentum)
-        buffers = self.student.backbone.buffers()
-        for kept, current in zip(self.teacher.backbone.buffers(), buffers, strict=True):
-            kept.copy_(current)
 
     def exported_encoder(self) -> FLSLViT | TimmBackbone:
         """Return the teacher's encoder, or the student's where there is no teacher."""
@@ -199,38 +203,53 @@ class BaseMethod(nn.Module):
 
 
 class TwoViewMethod(BaseMethod):
-    """A method whose ``loss`` compares the global outputs of two views of each image."""
+    """A method whose ``loss`` compares the global outputs of two views of each image.
+
+    Attributes:
+        views_apart: whether batch norm sees each view by itself.
+    """
 
     min_global = 2
     min_images = 2
+    views_apart: ClassVar[bool] = False
     loss: nn.Module
 
     def forward(self, inputs: StepInputs, _values: StepValues) -> tuple[Losses, Monitored]:
         """Compute the loss of a step; see :class:`pretrain.methods.protocol.Method`."""
         views = [self.normalised(view) for view in inputs.views[:2]]
-        tokens = encode_views(self.student.backbone, views)
-        outputs = self.student.head(global_output(tokens)).float()
+        tokens = encode_views(self.student.backbone, views, self.views_apart)
+        parts = 2 if self.views_apart else 1
+        outputs = by_parts(self.student.head, global_output(tokens), parts).float()
         with full_precision(outputs):
             loss = self.loss(*outputs.chunk(2))
         return {"loss": loss}, {"feature_std": feature_std(tokens[0])}
 
 
-def encode_views(backbone: Any, views: Sequence[Tensor]) -> list[Tensor]:
+def encode_views(
+    backbone: Any, views: Sequence[Tensor], apart: bool = False, num_blocks: int | None = None
+) -> list[Tensor]:
     """Encode views of several sizes, in one pass where the encoder can pack them.
 
     Args:
         backbone: the encoder.
         views: normalised images (B, 3, S, S); views of the same size follow each other.
+        apart: whether batch norm in the encoder sees each view by itself; otherwise it sees those
+            of one size that follow each other together.
+        num_blocks: see :meth:`flsl_d2.modeling.FLSLViT.forward_tokens`; only for that class.
 
     Returns:
         Tokens (B, N, D) of each view.
     """
+    if not isinstance(backbone, FLSLViT) and apart:
+        return [backbone.forward_tokens(view) for view in views]
     groups = [list(group) for _, group in groupby(views, key=lambda view: view.shape[-1])]
     batches = [torch.cat(group) for group in groups]
-    if len(batches) > 1 and isinstance(backbone, FLSLViT):
-        encoded = backbone.forward_packed(batches)
-    else:
+    if not isinstance(backbone, FLSLViT):
         encoded = [backbone.forward_tokens(images) for images in batches]
+    elif len(batches) == 1:
+        encoded = [backbone.forward_tokens(batches[0], num_blocks)]
+    else:
+        encoded = backbone.forward_packed(batches, num_blocks)
     tokens: list[Tensor] = []
     for group, part in zip(groups, encoded, strict=True):
         tokens += part.chunk(len(group))
@@ -240,6 +259,28 @@ def encode_views(backbone: Any, views: Sequence[Tensor]) -> list[Tensor]:
 def global_output(tokens: Sequence[Tensor]) -> Tensor:
     """Mean of the tokens of each view, (V * B, D): there is no class token."""
     return torch.cat([view.mean(dim=1) for view in tokens])
+
+
+def by_parts(module: nn.Module, inputs: Tensor, count: int) -> Tensor:
+    """Apply a module to each of ``count`` equal parts, which batch norm then sees by themselves."""
+    return torch.cat([module(part) for part in inputs.chunk(count)])
+
+
+def mlp(*widths: int, norm: type[nn.Module] | None = None, last_bias: bool = True) -> nn.Sequential:
+    """Build linear layers with a norm and ReLU between them.
+
+    Args:
+        widths: width of the input, of each hidden layer and of the output.
+        norm: norm of the hidden layers; None for none.
+        last_bias: whether the last layer has a bias. A layer before batch norm has none, because
+            batch norm would subtract it.
+    """
+    layers: list[nn.Module] = []
+    for before, after in pairwise(widths[:-1]):
+        layers.append(nn.Linear(before, after, bias=norm is not nn.BatchNorm1d))
+        layers += [norm(after)] if norm else []
+        layers.append(nn.ReLU(inplace=True))
+    return nn.Sequential(*layers, nn.Linear(widths[-2], widths[-1], bias=last_bias))
 
 
 def full_precision(like: Tensor) -> torch.autocast:

@@ -14,7 +14,7 @@ from flsl_d2.errors import InputError
 from flsl_d2.evaluation.features import frozen_encoder
 from flsl_d2.modeling import Encoder, FLSLViT
 from pretrain.methods.base import BaseMethod, feature_std
-from pretrain.methods.masking import MaskedNetworks, block_masks, patches_of
+from pretrain.methods.masking import MaskedNetworks, masks_of_share, patches_of
 from pretrain.methods.protocol import Losses, Monitored, StepInputs
 from pretrain.schedules import StepValues
 
@@ -70,11 +70,7 @@ class PatchTokens(nn.Module):
 class BEiT(BaseMethod):
     """A linear layer predicts the codes of the masked patches from their tokens.
 
-    As nested loops (c the code of a patch, y the prediction)::
-
-        for b in range(B):
-            for i in masked[b]:
-                loss -= log_softmax(y[b][i])[c[b][i]] / number of masked tokens
+    The loss is the cross-entropy, averaged over the masked patches of the batch.
 
     The codes are k-means of the pixels of patches, or of the features of a given encoder: each
     image is resized until the encoder gives a token for each patch, and k-means runs on the unit
@@ -123,9 +119,7 @@ class BEiT(BaseMethod):
         images = self.normalised(torch.cat(inputs.views[: inputs.num_global]))
         patch = self.student.backbone.patch_size
         codes = self.tokens(self._described(images).flatten(0, 1))
-        mask = block_masks(
-            len(images), images.shape[-1] // patch, 1.0, self.mask_share, self.mask_share
-        )
+        mask = masks_of_share(len(images), images.shape[-1] // patch, self.mask_share)
         masked = mask.flatten().nonzero()[:, 0].to(images.device, non_blocking=True)
         tokens = self.student.masked_tokens(images, mask.to(images.device, non_blocking=True))
         predicted = self.student.head(tokens.flatten(0, 1)[masked]).float()

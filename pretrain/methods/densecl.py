@@ -18,7 +18,7 @@ from pretrain.methods.base import (
     feature_std,
     full_precision,
     global_output,
-    import_extra,
+    mlp,
 )
 from pretrain.methods.protocol import Losses, Monitored, StepInputs
 from pretrain.schedules import StepValues
@@ -26,10 +26,9 @@ from pretrain.schedules import StepValues
 
 class _DenseNetworks(Networks):
     def __init__(self, backbone: FLSLViT, hidden_dim: int, output_dim: int) -> None:
-        heads = import_extra("lightly.models.modules.heads")
-        sizes = (backbone.embed_dim, hidden_dim, output_dim)
-        super().__init__(backbone, heads.DenseCLProjectionHead(*sizes))
-        self.dense_head = heads.DenseCLProjectionHead(*sizes)
+        widths = (backbone.embed_dim, hidden_dim, output_dim)
+        super().__init__(backbone, mlp(*widths))
+        self.dense_head = mlp(*widths)
 
 
 class Queue(nn.Module):
@@ -55,29 +54,21 @@ class Queue(nn.Module):
             gathered = [torch.empty_like(keys) for _ in range(dist.get_world_size())]
             dist.all_gather(gathered, keys.contiguous())
             keys = torch.cat(gathered)
-        places = (self.next + torch.arange(len(keys), device=keys.device)) % len(self.keys)
-        self.keys.index_copy_(0, places, keys)
+        rows = (self.next + torch.arange(len(keys), device=keys.device)) % len(self.keys)
+        self.keys.index_copy_(0, rows, keys)
         self.next.copy_((self.next + len(keys)) % len(self.keys))
 
 
 class DenseCL(BaseMethod):
     """Views are contrasted with those of other images, and tokens with tokens they do not match.
 
-    As nested loops (q, k the normalised global outputs of student and teacher, r, s the dense ones,
-    z, y the encoders' tokens, queue and dense_queue earlier k and earlier means of s)::
+    q, k are the normalised global outputs of student and teacher, r, s those of their tokens. The
+    global term is ``-log softmax`` of ``q.k / tau`` among q's products with a queue of earlier k.
+    The dense term is the same for each token's r and the s of the teacher's token with the most
+    similar features, among products with a queue of earlier means of the teacher's dense outputs,
+    normalised.
 
-        for b in range(B):
-            negatives = sum_l(exp(q[b] . queue[l] / tau))
-            positive = exp(q[b] . k[b] / tau)
-            contrast -= log(positive / (positive + negatives)) / B
-            for i in range(N):
-                j = argmax_j(cos(z[b][i], y[b][j]))
-                positive = exp(r[b][i] . s[b][j] / tau)
-                negatives = sum_l(exp(r[b][i] . dense_queue[l] / tau))
-                dense -= log(positive / (positive + negatives)) / (B * N)
-        loss = (1 - dense_weight) * contrast + dense_weight * dense
-
-    The heads are lightly's; on a ViT's tokens a convolution of 1 x 1 is a linear layer.
+    A convolution of 1 x 1 is a linear layer on tokens.
 
     Args:
         backbone: encoder of the student.
@@ -124,8 +115,10 @@ class DenseCL(BaseMethod):
         with torch.no_grad():
             key_tokens = self.teacher.backbone.forward_tokens(key_view)
             keys = F.normalize(self.teacher.head(global_output([key_tokens])).float(), dim=-1)
-            dense_keys = F.normalize(self.teacher.dense_head(key_tokens).float(), dim=-1)
-            similarity = F.normalize(tokens, dim=-1) @ F.normalize(key_tokens, dim=-1).mT
+            dense_outputs = self.teacher.dense_head(key_tokens).float()
+            dense_keys = F.normalize(dense_outputs, dim=-1)
+            with full_precision(keys):
+                similarity = tokens.float() @ F.normalize(key_tokens.float(), dim=-1).mT
             nearest = similarity.argmax(dim=-1)[..., None].expand_as(dense_keys)
             matched = dense_keys.gather(1, nearest)
         with full_precision(keys):
@@ -134,7 +127,7 @@ class DenseCL(BaseMethod):
                 dense_queries.flatten(0, 1), matched.flatten(0, 1), self.dense_queue
             )
         self.queue.push(keys)
-        self.dense_queue.push(F.normalize(dense_keys.mean(dim=1), dim=-1))
+        self.dense_queue.push(F.normalize(dense_outputs.mean(dim=1), dim=-1))
         losses = {
             "loss": (1 - self.dense_weight) * contrast + self.dense_weight * dense,
             "loss_global": contrast,

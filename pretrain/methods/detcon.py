@@ -5,18 +5,22 @@ Shape suffixes: B images, N tokens, D width, M segments drawn from a view.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from flsl_d2.errors import InputError
 from flsl_d2.modeling import FLSLViT
 from pretrain.methods.base import (
     BaseMethod,
     Networks,
+    by_parts,
     encode_views,
     feature_std,
     full_precision,
     import_extra,
+    mlp,
 )
 from pretrain.methods.protocol import Losses, Monitored, StepInputs
 from pretrain.schedules import StepValues
@@ -25,25 +29,14 @@ from pretrain.schedules import StepValues
 class DetCon(BaseMethod):
     """A segment is contrasted with all other segments: DetCon-B, with a momentum encoder.
 
-    As nested loops (q, k the normalised outputs of student and teacher for the mean token of each
-    segment, m the label of the segment)::
-
-        for a, other in ((0, 1), (1, 0)):
-            for b in range(B):
-                for i in range(M):
-                    for c in range(B):
-                        for j in range(M):
-                            sum += exp(q[a][b][i] . k[other][c][j] / tau)
-                            if not (c == b and m[a][b][j] == m[a][b][i]):
-                                sum += exp(q[a][b][i] . k[a][c][j] / tau)
-                    pairs = the j with m[other][b][j] == m[a][b][i]
-                    for j in pairs:
-                        term = -log(exp(q[a][b][i] . k[other][b][j] / tau) / sum) / len(pairs)
-                        loss += term / (number of j with m[a][b][j] == m[a][b][i]) / (B * M)
+    q, k are the normalised outputs of student and teacher for the mean token of each segment. The
+    loss of a segment is ``-log softmax`` of ``q.k / tau`` at the segments with its label in the
+    other view, averaged over these; the softmax runs over all segments of both views of the batch,
+    except those with its label in its own view. A segment that was drawn n times weighs 1 / n.
 
     The segments are those of the image before it is cut (``views.segments``), Felzenszwalb's by
-    scikit-image. M segments are drawn for each view with the frequency of their tokens; the
-    original draws them evenly. Heads and loss are lightly's; teacher's batch norm as the student's.
+    scikit-image. M of a view's segments are drawn, with replacement, each as likely as any other.
+    Batch norm sees each view by itself. The loss is lightly's.
 
     Args:
         backbone: encoder of the student.
@@ -64,18 +57,12 @@ class DetCon(BaseMethod):
         num_segments: int = 16,
         temperature: float = 0.1,
     ) -> None:
-        heads = import_extra("lightly.models.modules.heads")
-        head = heads.BYOLProjectionHead(backbone.embed_dim, hidden_dim, output_dim)
+        options: Any = {"norm": nn.BatchNorm1d, "last_bias": False}
+        head = mlp(backbone.embed_dim, hidden_dim, output_dim, **options)
         super().__init__(Networks(backbone, head), has_teacher=True)
-        self.predictor = heads.BYOLPredictionHead(output_dim, hidden_dim, output_dim)
+        self.predictor = mlp(output_dim, hidden_dim, output_dim, **options)
         self.num_segments = num_segments
         self.loss = import_extra("lightly.loss").DetConBLoss(temperature, gather_distributed=True)
-
-    def train(self, mode: bool = True) -> DetCon:
-        """Set the mode; the batch norm of the teacher's head is that of the student's."""
-        super().train(mode)
-        self.teacher.head.train(mode)
-        return self
 
     def check_run(self, views: object, images: int) -> None:
         """Check that the views have segments, besides what every method checks."""
@@ -90,12 +77,13 @@ class DetCon(BaseMethod):
         """Compute the loss of a step; see :class:`pretrain.methods.protocol.Method`."""
         views = [self.normalised(view) for view in inputs.views[:2]]
         drawn = [self._draw(labels) for labels in inputs.segments[:2]]
-        tokens = encode_views(self.student.backbone, views)
-        means = self._means(tokens, drawn, inputs.segments)
-        predictions = self.predictor(self.student.head(means)).float()
+        tokens = encode_views(self.student.backbone, views, apart=True)
+        outputs = by_parts(self.student.head, self._means(tokens, drawn, inputs.segments), 2)
+        predictions = by_parts(self.predictor, outputs, 2).float()
         with torch.no_grad():
-            teacher_tokens = encode_views(self.teacher.backbone, views)
-            targets = self.teacher.head(self._means(teacher_tokens, drawn, inputs.segments)).float()
+            teacher_tokens = encode_views(self.teacher.backbone, views, apart=True)
+            means = self._means(teacher_tokens, drawn, inputs.segments)
+            targets = by_parts(self.teacher.head, means, 2).float()
         shape = (2, len(views[0]), self.num_segments, -1)
         with full_precision(predictions):
             loss = self.loss(*predictions.view(shape), *targets.view(shape), *drawn)
@@ -103,8 +91,11 @@ class DetCon(BaseMethod):
 
     def _draw(self, labels: Tensor) -> Tensor:
         """Draw the labels (B, M) of segments from those of the tokens (B, N)."""
-        places = torch.randint(labels.shape[1], (len(labels), self.num_segments))
-        return labels.gather(1, places.to(labels.device, non_blocking=True))
+        areas = (labels[:, :, None] == labels[:, None, :]).sum(dim=-1)
+        edges = (1 / areas).cumsum(dim=-1)  # a segment's tokens have 1 together
+        drawn = torch.rand(len(labels), self.num_segments).to(labels.device, non_blocking=True)
+        token = torch.searchsorted(edges, drawn * edges[:, -1:]).clamp(max=labels.shape[1] - 1)
+        return labels.gather(1, token)
 
     @staticmethod
     def _means(tokens: list[Tensor], drawn: list[Tensor], labels: list[Tensor]) -> Tensor:

@@ -24,18 +24,10 @@ class DropPos(BaseMethod):
     """A decoder predicts the places of visible patches whose positions were dropped.
 
     The encoder sees some patches of the image, and positions of a part of them; a learned vector
-    takes the place of a dropped position. As nested loops (o the decoder's outputs over the N
-    places, place[j] the row and column of a token, d the distance in tokens, z the encoder's tokens
-    of the whole image with all positions, without gradient)::
-
-        for b in range(B):
-            for i in visible[b]:
-                A[b][i] = exp(cos(mean_n(z[b][n]), z[b][i]) / tau) / sum over visible tokens
-            for i in dropped[b]:
-                for n in range(N):
-                    target[n] = exp(-d(place[i], n) ** 2 / sigma ** 2) / sum over places
-                    loss -= A[b][i] * target[n] * log_softmax(o[b][i])[n] / total
-        total = sum of A[b][i] over all dropped tokens
+    takes the place of a dropped position. The loss is the cross-entropy of the outputs over all
+    places to ``exp(-d^2 / sigma^2)``, normalised, d being the distance from a token's place. Tokens
+    are weighed by A, the softmax over visible tokens of their cosine to the mean token of the whole
+    image, over tau.
 
     The targets are position smoothing, whose sigma falls from its start to 0 over the run; A is
     attentive reconstruction, by which patches without a telling place weigh less. The original

@@ -88,6 +88,9 @@ class Jigsaw(TileMethod):
         """Compute the loss of a step; see :class:`pretrain.methods.protocol.Method`."""
         images = self.normalised(torch.cat(inputs.views[: inputs.num_global]))
         tiles = self.tiles(images)
+        # Each tile by its own statistics, so that brightness and colour tell no neighbours.
+        variance, mean = torch.var_mean(tiles, dim=(2, 3, 4), keepdim=True)
+        tiles = (tiles - mean) / (variance + 1e-6).sqrt()
         drawn = torch.randint(len(self.permutations), (len(images),)).to(images.device)
         order = self.permutations[drawn]
         shuffled = tiles.gather(1, order.view(*order.shape, 1, 1, 1).expand_as(tiles))

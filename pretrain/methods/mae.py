@@ -19,14 +19,8 @@ from pretrain.schedules import StepValues
 class MAE(BaseMethod):
     """A decoder predicts the pixels of the masked patches from the tokens of the visible ones.
 
-    The encoder sees the visible patches alone. As nested loops (x the pixels of a patch, y the
-    decoder's output)::
-
-        for b in range(B):
-            for i in masked[b]:
-                target = (x[b][i] - mean(x[b][i])) / sqrt(var(x[b][i]) + 1e-6)
-                for k in range(3 * P * P):
-                    loss += (y[b][i][k] - target[k]) ** 2 / (3 * P * P * M * B)
+    The encoder sees the visible patches alone. The loss is the mean squared error to the pixels of
+    the masked patches, each patch normalised by its own mean and variance.
 
     Args:
         backbone: the encoder.

@@ -13,8 +13,8 @@ from torch import Tensor, nn
 
 from flsl_d2.errors import InputError
 from flsl_d2.modeling import FLSLViT
-from pretrain.methods.base import BaseMethod, feature_std
-from pretrain.methods.masking import MaskedNetworks, block_masks
+from pretrain.methods.base import BaseMethod, feature_std, full_precision
+from pretrain.methods.masking import MaskedNetworks, masks_of_share
 from pretrain.methods.protocol import Losses, Monitored, StepInputs
 from pretrain.schedules import StepValues
 
@@ -22,13 +22,8 @@ from pretrain.schedules import StepValues
 class MaskFeat(BaseMethod):
     """A linear layer predicts the gradients of the masked patches from their tokens.
 
-    As nested loops (h the histograms of the cells and channels of a patch, F of them in all, y the
-    prediction)::
-
-        for b in range(B):
-            for i in masked[b]:
-                for f in range(F):
-                    loss += (y[b][i][f] - h[b][i][f]) ** 2 / (F * number of masked tokens)
+    The loss is the mean squared error to the histograms of the cells and channels of each masked
+    patch.
 
     Args:
         backbone: the encoder.
@@ -59,14 +54,13 @@ class MaskFeat(BaseMethod):
 
     def forward(self, inputs: StepInputs, _values: StepValues) -> tuple[Losses, Monitored]:
         """Compute the loss of a step; see :class:`pretrain.methods.protocol.Method`."""
-        raw = torch.cat(inputs.views[: inputs.num_global]).float()
-        images = self.normalised(raw)
+        images = self.normalised(torch.cat(inputs.views[: inputs.num_global]))
         side = images.shape[-1] // self.student.backbone.patch_size
-        mask = block_masks(len(images), side, 1.0, self.mask_share, self.mask_share)
+        mask = masks_of_share(len(images), side, self.mask_share)
         masked = mask.flatten().nonzero()[:, 0].to(images.device, non_blocking=True)
         tokens = self.student.masked_tokens(images, mask.to(images.device, non_blocking=True))
         predicted = self.student.head(tokens.flatten(0, 1)[masked]).float()
-        loss = (predicted - self._targets(raw)[masked]).pow(2).mean()
+        loss = (predicted - self._targets(images)[masked]).pow(2).mean()
         return {"loss": loss}, {"feature_std": feature_std(tokens)}
 
     def _targets(self, images: Tensor) -> Tensor:
@@ -79,8 +73,8 @@ class MaskFeat(BaseMethod):
 def hog(images: Tensor, num_orientations: int = 9, cell_size: int = 8) -> Tensor:
     """Histograms of oriented gradients of each channel, each with norm 1 (L2).
 
-    Gradients are central differences, 0 at the border; orientations have no direction, and a pixel
-    votes with its magnitude for one bin. These are scikit-image's for blocks of one cell.
+    Gradients are those of Sobel's filter, the border being mirrored; orientations have no
+    direction, and a pixel votes with its magnitude for one bin. No window weighs the pixels.
 
     Args:
         images: (B, C, S, S).
@@ -91,16 +85,20 @@ def hog(images: Tensor, num_orientations: int = 9, cell_size: int = 8) -> Tensor
         (B, C * num_orientations, S / cell_size, S / cell_size), the bins of a channel together.
     """
     images = images.float()
-    rows, columns = torch.zeros_like(images), torch.zeros_like(images)
-    rows[..., 1:-1, :] = images[..., 2:, :] - images[..., :-2, :]
-    columns[..., 1:-1] = images[..., 2:] - images[..., :-2]
-    angle = torch.atan2(rows, columns) / math.pi % 1.0
-    bins = (angle * num_orientations).long().clamp(max=num_orientations - 1)
+    channels = images.shape[1]
+    sobel = images.new_tensor([[1, 0, -1], [2, 0, -2], [1, 0, -1]]).expand(channels, 1, 3, 3)
+    padded = F.pad(images, (1, 1, 1, 1), mode="reflect")
+    with full_precision(images):
+        columns = F.conv2d(padded, sobel, groups=channels)
+        rows = F.conv2d(padded, sobel.mT, groups=channels)
+    # From the authors' axis, which is vertical: atan2 of the horizontal to the vertical gradient.
+    bins = (torch.atan2(columns, rows) / math.pi * num_orientations).floor().long()
+    bins = bins % num_orientations
     magnitude = torch.hypot(rows, columns)
     votes = torch.zeros(
         *images.shape[:2], num_orientations, *images.shape[2:], device=images.device
     )
     votes.scatter_(2, bins[:, :, None], magnitude[:, :, None])
-    cells = F.avg_pool2d(votes.flatten(1, 2), cell_size).unflatten(1, (-1, num_orientations))
-    norm = (cells.pow(2).sum(dim=2, keepdim=True) + 1e-10).sqrt()
-    return (cells / norm).flatten(1, 2)
+    cells = F.avg_pool2d(votes.flatten(1, 2), cell_size, divisor_override=1)
+    cells = cells.unflatten(1, (-1, num_orientations))
+    return F.normalize(cells, dim=2).flatten(1, 2)

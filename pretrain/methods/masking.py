@@ -1,13 +1,17 @@
 """Masked and dropped tokens: what is masked, masked inputs of the encoder, and a small decoder.
 
 Shape suffixes: B images, N tokens of an image, M tokens that are masked, D width, P side of a
-patch. All draws come from the generators of the CPU, which are seeded for each step.
+patch. All draws come from generators of the CPU that are seeded for each step.
 """
 
 from __future__ import annotations
 
 import math
+import random
+from functools import partial
+from typing import Any
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from timm.models.vision_transformer import Block
@@ -17,7 +21,7 @@ from flsl_d2.errors import InputError
 from flsl_d2.modeling import FLSLViT
 from flsl_d2.modeling.positions import sincos_at
 from flsl_d2.modeling.vit import gather_tokens
-from pretrain.methods.base import Networks, import_extra
+from pretrain.methods.base import Networks
 
 
 class MaskedNetworks(Networks):
@@ -71,8 +75,11 @@ class TokenDecoder(nn.Module):
             )
         self.dim = dim
         self.embed = nn.Linear(in_dim, dim)
-        self.blocks = nn.Sequential(*(Block(dim, num_heads, qkv_bias=True) for _ in range(depth)))
-        self.norm = nn.LayerNorm(dim)
+        norm: Any = partial(nn.LayerNorm, eps=1e-6)
+        self.blocks = nn.Sequential(
+            *(Block(dim, num_heads, qkv_bias=True, norm_layer=norm) for _ in range(depth))
+        )
+        self.norm = norm(dim)
         self.predict = nn.Linear(dim, num_outputs)
         for module in self.modules():
             if isinstance(module, nn.Linear):
@@ -105,33 +112,53 @@ class TokenDecoder(nn.Module):
         return sincos_at(place, place, self.dim).view(1, num_tokens, self.dim)
 
 
-def block_masks(
-    num_images: int, side: int, image_share: float, smallest: float, largest: float
-) -> Tensor:
-    """Masks made of rectangles (BEiT, arXiv 2106.08254), as lightly draws them.
+def block_mask(side: int, most: float, least_block: float) -> Tensor:
+    """Draw a mask made of rectangles (BEiT, arXiv 2106.08254, algorithm 1).
+
+    Rectangles are added until they cover ``most`` tokens, or until none of 10 in a row fits. The
+    draws are the authors' (Python's ``random``), in their order.
 
     Args:
-        num_images: B.
         side: number of tokens along each side of a view.
-        image_share: share of the images that are masked at all.
-        smallest: least share of the tokens of an image that is masked.
-        largest: largest share of the tokens of an image that is masked.
+        most: number of tokens that the mask may cover.
+        least_block: smallest area that is drawn for a rectangle, before rounding.
 
     Returns:
-        (B, side, side) bool on the CPU, True = masked.
+        (side, side) bool on the CPU, True = masked.
+    """
+    mask = np.zeros((side, side), dtype=bool)
+    while mask.sum() < most:
+        room, before = most - mask.sum(), mask.sum()
+        for _ in range(10):
+            area = random.uniform(least_block, room)
+            ratio = math.exp(random.uniform(math.log(0.3), -math.log(0.3)))
+            height, width = round(math.sqrt(area * ratio)), round(math.sqrt(area / ratio))
+            if height >= side or width >= side:
+                continue
+            top, left = random.randint(0, side - height), random.randint(0, side - width)
+            block = mask[top : top + height, left : left + width]
+            if 0 < block.size - block.sum() <= room:
+                block[:] = True
+                break
+        if mask.sum() == before:
+            break
+    return torch.from_numpy(mask)
+
+
+def masks_of_share(num_images: int, side: int, share: float) -> Tensor:
+    """Draw a mask of at most ``share`` of the tokens for each image: (B, side, side) bool.
 
     Raises:
-        InputError: the smallest mask is less than a token.
+        InputError: the share is less than a token.
     """
-    least = int(side * side * smallest)
-    if least < 1:
+    most = round(share * side**2)
+    if most < 1:
         raise InputError(
-            f"masks cover at least {smallest:g} of a view of {side * side} tokens, which is less "
-            "than one; use larger views or a larger share."
+            f"model.mask_share is {share:g} of a view of {side * side} tokens, which is less than "
+            "one; use larger views or a larger share."
         )
-    return import_extra("lightly.models.utils").random_block_mask(
-        (num_images, side, side), image_share, smallest, largest, min(4, least)
-    )
+    # Blocks of at least 16 tokens are BEiT's and MaskFeat's, on views of 14 x 14.
+    return torch.stack([block_mask(side, most, min(16, most)) for _ in range(num_images)])
 
 
 def random_split(

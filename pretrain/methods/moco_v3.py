@@ -8,17 +8,18 @@ from __future__ import annotations
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from flsl_d2.modeling import FLSLViT
 from pretrain.methods.base import (
     BaseMethod,
     Networks,
+    by_parts,
     encode_views,
     feature_std,
     full_precision,
     global_output,
-    import_extra,
+    mlp,
 )
 from pretrain.methods.protocol import Losses, Monitored, StepInputs
 from pretrain.schedules import StepValues
@@ -27,16 +28,12 @@ from pretrain.schedules import StepValues
 class MoCoV3(BaseMethod):
     """The student's output for a view is contrasted with the teacher's for other images.
 
-    As nested loops (q the normalised outputs of student and predictor, k those of the teacher)::
+    The loss is ``2 tau`` times the cross-entropy ``-log softmax_j(q_i.k_j / tau)`` at j = i,
+    averaged over images and summed over both ways to take q from one view and k from the other; q
+    are the normalised outputs of student and predictor, k those of the teacher.
 
-        for a, b in ((0, 1), (1, 0)):
-            for i in range(B):
-                for j in range(B):
-                    sum[i] += exp(q[a][i] . k[b][j] / tau)
-                loss -= 2 * tau * log(exp(q[a][i] . k[b][i] / tau) / sum[i]) / B
-
-    The teacher's outputs are those of all processes. Heads are lightly's; the batch norm in them
-    sees the images of one process, in the teacher's as well.
+    The teacher's outputs are those of all processes. Batch norm sees each view by itself, and the
+    last one of each head has no weights.
 
     Args:
         backbone: encoder of the student.
@@ -59,26 +56,21 @@ class MoCoV3(BaseMethod):
     ) -> None:
         if freeze_patches and isinstance(backbone, FLSLViT):
             backbone.patch_embed.requires_grad_(False)
-        heads = import_extra("lightly.models.modules.heads")
-        head = heads.MoCoProjectionHead(backbone.embed_dim, hidden_dim, output_dim, 3, True)
+        head = _head(backbone.embed_dim, hidden_dim, hidden_dim, output_dim)
         super().__init__(Networks(backbone, head), has_teacher=True)
-        self.predictor = heads.MoCoProjectionHead(output_dim, hidden_dim, output_dim, 2, True)
+        self.predictor = _head(output_dim, hidden_dim, output_dim)
         self.temperature = temperature
-
-    def train(self, mode: bool = True) -> MoCoV3:
-        """Set the mode; the batch norm of the teacher's head is that of the student's."""
-        super().train(mode)
-        self.teacher.head.train(mode)
-        return self
 
     def forward(self, inputs: StepInputs, _values: StepValues) -> tuple[Losses, Monitored]:
         """Compute the loss of a step; see :class:`pretrain.methods.protocol.Method`."""
         views = [self.normalised(view) for view in inputs.views[:2]]
-        outputs = self.student.head(global_output(encode_views(self.student.backbone, views)))
-        queries = F.normalize(self.predictor(outputs).float(), dim=-1).chunk(2)
+        tokens = encode_views(self.student.backbone, views, apart=True)
+        outputs = by_parts(self.student.head, global_output(tokens), 2)
+        queries = F.normalize(by_parts(self.predictor, outputs, 2).float(), dim=-1).chunk(2)
         with torch.no_grad():
-            tokens = encode_views(self.teacher.backbone, views)
-            keys = F.normalize(self.teacher.head(global_output(tokens)).float(), dim=-1).chunk(2)
+            tokens = encode_views(self.teacher.backbone, views, apart=True)
+            outputs = by_parts(self.teacher.head, global_output(tokens), 2)
+            keys = F.normalize(outputs.float(), dim=-1).chunk(2)
         with full_precision(keys[0]):
             loss = self._contrast(queries[0], keys[1]) + self._contrast(queries[1], keys[0])
         return {"loss": loss}, {"feature_std": feature_std(tokens[0])}
@@ -92,3 +84,8 @@ class MoCoV3(BaseMethod):
         labels = first + torch.arange(len(queries), device=queries.device)
         logits = queries @ keys.T / self.temperature
         return 2 * self.temperature * F.cross_entropy(logits, labels)
+
+
+def _head(*widths: int) -> nn.Sequential:
+    layers = mlp(*widths, norm=nn.BatchNorm1d, last_bias=False)
+    return layers.append(nn.BatchNorm1d(widths[-1], affine=False))

@@ -5,24 +5,20 @@ Shape suffixes: B images, D width.
 
 from __future__ import annotations
 
+from torch import nn
+
 from flsl_d2.modeling import FLSLViT
-from pretrain.methods.base import Networks, TwoViewMethod, import_extra
+from pretrain.methods.base import Networks, TwoViewMethod, import_extra, mlp
 
 
 class SimCLR(TwoViewMethod):
     """Two views of an image are contrasted with the views of all other images of the batch.
 
-    As nested loops, over all 2 B views (z the normalised outputs, j(i) the other view of the image
-    of view i)::
+    The loss is the mean over all 2 B views i of ``-log softmax_k(z_i.z_k / tau)`` at k = j(i), over
+    all k != i; z are the normalised outputs, j(i) the other view of the image of view i.
 
-        for i in range(2 * B):
-            for k in range(2 * B):
-                if k != i:
-                    sum[i] += exp(z[i] . z[k] / tau)
-            loss -= log(exp(z[i] . z[j(i)] / tau) / sum[i]) / (2 * B)
-
-    The batch is that of all processes. The global output is the mean of the tokens. Head and loss
-    are lightly's.
+    The batch is that of all processes. The global output is the mean of the tokens. Batch norm
+    follows both layers of the head, behind the last one without a bias. The loss is lightly's.
 
     Args:
         backbone: the encoder.
@@ -38,7 +34,8 @@ class SimCLR(TwoViewMethod):
         output_dim: int = 128,
         temperature: float = 0.1,
     ) -> None:
-        heads = import_extra("lightly.models.modules.heads")
-        head = heads.SimCLRProjectionHead(backbone.embed_dim, hidden_dim, output_dim)
+        widths, norm = (backbone.embed_dim, hidden_dim, output_dim), nn.BatchNorm1d
+        head = mlp(*widths, norm=norm, last_bias=False).append(norm(output_dim))
+        head[-1].register_parameter("bias", None)
         super().__init__(Networks(backbone, head))
         self.loss = import_extra("lightly.loss").NTXentLoss(temperature, gather_distributed=True)

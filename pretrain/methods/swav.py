@@ -20,6 +20,7 @@ from pretrain.methods.base import (
     full_precision,
     global_output,
     import_extra,
+    mlp,
 )
 from pretrain.methods.dino import assignments
 from pretrain.methods.protocol import Losses, Monitored, StepInputs
@@ -29,22 +30,14 @@ from pretrain.schedules import StepValues
 class SwAV(BaseMethod):
     """Each view predicts the assignments of the global views, which Sinkhorn-Knopp balances.
 
-    As nested loops (z the cosines of a view's output to the prototypes)::
+    For each global view v and each other view s the loss is the cross-entropy of ``softmax(z_s /
+    tau)`` to the assignments Q_v, averaged over pairs and images; z are cosines to the prototypes.
+    ``Q = exp(z / epsilon)`` is normalised three times in turn, so that each prototype and then each
+    image has an equal share.
 
-        for v in range(num_global):
-            Q = exp(z[v] / epsilon)                    # (B, K)
-            for _ in range(3):
-                Q = Q / sum_b(Q) / K                   # each prototype has an equal share
-                Q = Q / sum_k(Q) / B                   # each image has an equal share
-            Q = Q * B
-            for s in range(num_views):
-                if s != v:
-                    for b in range(B):
-                        p = softmax(z[s][b] / tau)
-                        loss -= sum_k(Q[b][k] * log(p[k])) / (num_global * (num_views - 1) * B)
-
-    The batch is that of all processes. Head and loss are lightly's. There is no queue of earlier
-    outputs, which the original adds after 15 epochs for small batches.
+    The batch is that of all processes. Prototypes are normalised after each step. The loss is
+    lightly's. There is no queue of earlier outputs, which the original adds after 15 epochs for
+    small batches.
 
     Args:
         backbone: the encoder.
@@ -67,11 +60,11 @@ class SwAV(BaseMethod):
         temperature: float = 0.1,
         epsilon: float = 0.05,
     ) -> None:
-        heads = import_extra("lightly.models.modules.heads")
-        head = heads.SwaVProjectionHead(backbone.embed_dim, hidden_dim, output_dim)
+        head = mlp(backbone.embed_dim, hidden_dim, output_dim, norm=nn.BatchNorm1d)
         super().__init__(Networks(backbone, head))
         self.num_centroids = num_prototypes
         self.prototypes = nn.Linear(output_dim, num_prototypes, bias=False)
+        self.update_teacher(0.0)
         self.loss = import_extra("lightly.loss").SwaVLoss(
             temperature, sinkhorn_epsilon=epsilon, sinkhorn_gather_distributed=True
         )
@@ -81,13 +74,17 @@ class SwAV(BaseMethod):
         views = [self.normalised(view) for view in inputs.views]
         tokens = encode_views(self.student.backbone, views)
         outputs = F.normalize(self.student.head(global_output(tokens)).float(), dim=-1)
-        prototypes = F.normalize(self.prototypes.weight.float(), dim=-1)
         with full_precision(outputs):
-            cosines = F.linear(outputs, prototypes).chunk(len(views))
+            cosines = self.prototypes(outputs).chunk(len(views))
         count = inputs.num_global
         loss = self.loss(list(cosines[:count]), list(cosines[count:])).squeeze()
         monitored = assignments(torch.cat(cosines[:count]).detach(), self.loss.temperature)
         return {"loss": loss}, {**monitored, "feature_std": feature_std(tokens[0])}
+
+    @torch.no_grad()
+    def update_teacher(self, momentum: float) -> None:
+        """Normalise the prototypes; there is no teacher."""
+        self.prototypes.weight.copy_(F.normalize(self.prototypes.weight, dim=1))
 
     def last_layers(self) -> Sequence[nn.Module]:
         """Return the prototypes."""

@@ -6,11 +6,16 @@ Shape suffixes: B images, N tokens of a view, D width, M matches, F width of the
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import torch
-from torch import Tensor
+import torch.distributed as dist
+import torch.distributed.nn.functional as dist_nn
+import torch.nn.functional as F
+from torch import Tensor, nn
 
 from flsl_d2.modeling import FLSLViT
+from flsl_d2.modeling.vit import gather_tokens
 from pretrain.methods.base import (
     BaseMethod,
     Networks,
@@ -19,29 +24,58 @@ from pretrain.methods.base import (
     feature_std,
     full_precision,
     global_output,
-    import_extra,
+    mlp,
 )
 from pretrain.methods.protocol import Losses, Monitored, StepInputs
 from pretrain.schedules import StepValues
 
 
+class VICRegLoss(nn.Module):
+    """The weighted sum of the terms of VICReg.
+
+    Args:
+        invariance_weight: weight of the invariance.
+        variance_weight: weight of the variance.
+        covariance_weight: weight of the covariance.
+    """
+
+    def __init__(
+        self,
+        invariance_weight: float = 25.0,
+        variance_weight: float = 25.0,
+        covariance_weight: float = 1.0,
+    ) -> None:
+        super().__init__()
+        self.invariance_weight = invariance_weight
+        self.variance_weight, self.covariance_weight = variance_weight, covariance_weight
+
+    def forward(self, x: Tensor, y: Tensor, covariance_factor: float = 1.0) -> Tensor:
+        """Compare the outputs (B, F) of two views, or (B, M, F), match by match."""
+        statistics = self.statistics(x, covariance_factor) + self.statistics(y, covariance_factor)
+        return self.invariance_weight * F.mse_loss(x, y) + statistics
+
+    def statistics(self, z: Tensor, covariance_factor: float = 1.0) -> Tensor:
+        """Variance, halved, and covariance of outputs (B, F), or the mean of those of (B, M, F)."""
+        if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
+            z = torch.cat(dist_nn.all_gather(z.contiguous()))
+        z = z - z.mean(dim=0)
+        variance = (1 - (z.var(dim=0) + 1e-4).sqrt()).relu().mean() / 2
+        z = z.view(len(z), -1, z.shape[-1]).transpose(0, 1)  # (M, B, F)
+        squares = (z.mT @ z / (z.shape[1] - 1)).pow(2)
+        others = squares.sum(dim=(1, 2)) - squares.diagonal(dim1=1, dim2=2).sum(dim=1)
+        covariance = covariance_factor * others.mean() / z.shape[-1]
+        return self.variance_weight * variance + self.covariance_weight * covariance
+
+
 class VICReg(TwoViewMethod):
     """Outputs of two views agree, vary over the batch, and have uncorrelated components.
 
-    As nested loops (x, y the expanders' outputs of the two views, C(z) the covariance of z over
-    the batch, V its variance)::
+    ``loss = 25 * invariance + 25 * variance + covariance``: the mean squared difference of the
+    outputs x, y of the two views; the mean over components of ``max(0, 1 - sqrt(var + 1e-4))``,
+    averaged over x and y; the sum of the squared covariances of different components over F, of x
+    and of y.
 
-        for z in (x, y):
-            for f in range(F):
-                variance += max(0, 1 - sqrt(V(z)[f] + 1e-4)) / F / 2
-                for g in range(F):
-                    if g != f:
-                        covariance += C(z)[f][g] ** 2 / F
-        for b in range(B):
-            invariance += sum_f((x[b][f] - y[b][f]) ** 2) / (F * B)
-        loss = 25 * invariance + 25 * variance + 1 * covariance
-
-    The batch is that of all processes. Expander and loss are lightly's.
+    The batch is that of all processes; batch norm sees each view by itself.
 
     Args:
         backbone: the encoder.
@@ -52,6 +86,8 @@ class VICReg(TwoViewMethod):
         covariance_weight: weight of the covariance.
     """
 
+    views_apart = True
+
     def __init__(
         self,
         backbone: FLSLViT,
@@ -61,39 +97,29 @@ class VICReg(TwoViewMethod):
         variance_weight: float = 25.0,
         covariance_weight: float = 1.0,
     ) -> None:
-        heads = import_extra("lightly.models.modules.heads")
-        head = heads.VICRegProjectionHead(backbone.embed_dim, hidden_dim, output_dim)
-        super().__init__(Networks(backbone, head))
-        self.loss = import_extra("lightly.loss").VICRegLoss(
-            invariance_weight, variance_weight, covariance_weight, gather_distributed=True
-        )
-
-
-class _LocalNetworks(Networks):
-    def __init__(self, backbone: FLSLViT, hidden_dim: int, output_dim: int, local_dim: int) -> None:
-        heads = import_extra("lightly.models.modules.heads")
-        super().__init__(
-            backbone, heads.VICRegProjectionHead(backbone.embed_dim, hidden_dim, output_dim)
-        )
-        self.local_head = heads.VicRegLLocalProjectionHead(backbone.embed_dim, local_dim, local_dim)
+        widths = (backbone.embed_dim, hidden_dim, hidden_dim, output_dim)
+        super().__init__(Networks(backbone, mlp(*widths, norm=nn.BatchNorm1d, last_bias=False)))
+        self.loss = VICRegLoss(invariance_weight, variance_weight, covariance_weight)
 
 
 class VICRegL(BaseMethod):
     """VICReg of global outputs, and of tokens that are matched by place and by feature.
 
     As nested loops, over pairs of views (a global, b any other; z the local expander's outputs, u
-    the tokens' places in the image)::
+    the tokens' centres in the image)::
 
         for a, b in pairs:
             for distance in (|u[a][i] - u[b][j]|, |z[a][i] - z[b][j]|):
                 for i in range(N):
                     near[i] = argmin_j(distance[i][j])
-                best = the M tokens i with the smallest distance[i][near[i]]
+                # by place the M tokens i with the smallest distance[i][near[i]], by feature all
+                best = matched tokens in the order of the grid
                 local += vicreg(z[a][best], z[b][near[best]]) / num_pairs   # and b to a, halved
         loss = alpha * vicreg(global outputs) + (1 - alpha) * local
 
-    VICReg's statistics of matched tokens are taken over the batch, match by match. Expanders and
-    loss are lightly's; the original measures places in pixels, this one as shares of the image.
+    VICReg's statistics of matched tokens are taken over the batch, match by match. Expanders have
+    layer norm, as the authors' for ConvNeXt. Centres are measured in shares of the image, where
+    the authors have pixels.
 
     Args:
         backbone: the encoder.
@@ -101,7 +127,8 @@ class VICRegL(BaseMethod):
         output_dim: width of the global outputs.
         local_dim: width of the local expander.
         alpha: weight of the global term.
-        num_matches: number of matches from the first to the second view, and back.
+        num_matches: number M of matches by place from the first to the second view, and back.
+        all_by_feature: whether all tokens are matched by feature; otherwise M, as by place.
     """
 
     min_global = 2
@@ -115,46 +142,83 @@ class VICRegL(BaseMethod):
         local_dim: int = 512,
         alpha: float = 0.75,
         num_matches: tuple[int, int] = (20, 4),
+        all_by_feature: bool = True,
     ) -> None:
-        super().__init__(_LocalNetworks(backbone, hidden_dim, output_dim, local_dim))
-        self.loss = import_extra("lightly.loss").VICRegLLoss(
-            alpha=alpha, num_matches=tuple(num_matches), gather_distributed=True
-        )
+        norm, width = nn.LayerNorm, backbone.embed_dim
+        head = mlp(width, hidden_dim, hidden_dim, output_dim, norm=norm, last_bias=False)
+        super().__init__(Networks(backbone, head))
+        local_widths = (width, local_dim, local_dim, local_dim)
+        self.student.local_head = mlp(*local_widths, norm=norm, last_bias=False)
+        self.alpha, self.num_matches = alpha, tuple(num_matches)
+        self.all_by_feature, self.loss = all_by_feature, VICRegLoss()
 
     def forward(self, inputs: StepInputs, _values: StepValues) -> tuple[Losses, Monitored]:
-        """Compute the loss of a step; see :class:`pretrain.methods.protocol.Method`."""
+        """Compute the losses of a step; see :class:`pretrain.methods.protocol.Method`."""
         views = [self.normalised(view) for view in inputs.views]
         tokens = encode_views(self.student.backbone, views)
         outputs = self.student.head(global_output(tokens)).float().chunk(len(views))
-        features = []
-        for output, view in zip(outputs, tokens, strict=True):
-            side = math.isqrt(view.shape[1])
-            features.append(
-                (output, self.student.local_head(view).float().unflatten(1, (side, side)))
-            )
-        grids = [
-            token_places(place, local.shape[1])
-            for place, (_, local) in zip(inputs.places, features, strict=True)
+        maps = [self.student.local_head(view).float() for view in tokens]
+        centres = [
+            token_centres(box, math.isqrt(view.shape[1])).flatten(1, 2)
+            for box, view in zip(inputs.places, tokens, strict=True)
         ]
-        count = inputs.num_global
-        local_views = (features[count:], grids[count:]) if len(views) > count else (None, None)
+        pairs = [(a, b) for a in range(inputs.num_global) for b in range(len(views)) if a != b]
         with full_precision(views[0]):
-            loss = self.loss(features[:count], grids[:count], *local_views).squeeze()
-        return {"loss": loss}, {"feature_std": feature_std(tokens[0])}
+            statistics = [2 * self.loss.statistics(z, 0.5) for z in outputs]
+            invariance = [F.mse_loss(outputs[a], outputs[b]) for a, b in pairs]
+            weight = self.loss.invariance_weight
+            whole = weight * _mean(invariance) + _mean(statistics)
+            local = _mean([self._matched(maps, centres, a, b) for a, b in pairs])
+            loss = self.alpha * whole + (1 - self.alpha) * local
+        losses = {"loss": loss, "loss_global": whole, "loss_local": local}
+        return losses, {"feature_std": feature_std(tokens[0])}
+
+    def _matched(self, maps: Sequence[Tensor], centres: Sequence[Tensor], a: int, b: int) -> Tensor:
+        """VICReg of the matched tokens of two views."""
+        total = maps[a].new_zeros(())
+        for by, limits in (
+            (maps, (None, None) if self.all_by_feature else self.num_matches),
+            (centres, self.num_matches),
+        ):
+            for (i, j), limit in zip(((a, b), (b, a)), limits, strict=True):
+                first, second = nearest_pairs(torch.cdist(by[i], by[j]), limit)
+                pair = gather_tokens(maps[i], first), gather_tokens(maps[j], second)
+                total = total + self.loss(*pair, covariance_factor=0.5) / 2
+        return total
 
 
-def token_places(places: Tensor, side: int) -> Tensor:
+def _mean(terms: Sequence[Tensor]) -> Tensor:
+    return torch.stack(list(terms)).mean()
+
+
+def nearest_pairs(distances: Tensor, limit: int | None) -> tuple[Tensor, Tensor]:
+    """Match each token of one view with the nearest of another, and keep the nearest pairs.
+
+    Args:
+        distances: (B, N, N') between the tokens of both views.
+        limit: number M of pairs; None for all N.
+
+    Returns:
+        Indexes (B, M) in the first view, ascending, and (B, M) in the second.
+    """
+    smallest, nearest = distances.min(dim=-1)
+    count = distances.shape[1] if limit is None else limit
+    kept = smallest.sort(dim=1).indices[:, :count].sort(dim=1).values
+    return kept, nearest.gather(1, kept)
+
+
+def token_centres(boxes: Tensor, side: int) -> Tensor:
     """Centres of a view's patches in the image, as shares of it.
 
     Args:
-        places: (B, 4) of :class:`pretrain.methods.protocol.StepInputs`.
+        boxes: (B, 4), ``places`` of :class:`pretrain.methods.protocol.StepInputs`.
         side: number of tokens along each side of the view.
 
     Returns:
         (B, side, side, 2): x and y.
     """
-    centres = (torch.arange(side, device=places.device) + 0.5) / side
-    top, left, height, width = places[..., None].unbind(1)
+    centres = (torch.arange(side, device=boxes.device) + 0.5) / side
+    top, left, height, width = boxes[..., None].unbind(1)
     x = (left + centres * width)[:, None, :].expand(-1, side, -1)
     y = (top + centres * height)[:, :, None].expand(-1, -1, side)
     return torch.stack([x, y], dim=-1)

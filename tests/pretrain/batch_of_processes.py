@@ -8,8 +8,9 @@ from unittest import mock
 import torch
 import torch.distributed as dist
 from tiny_methods import VALUES, step, tiny_method
-from torch import Tensor, nn
+from torch import Tensor
 
+from pretrain.batch_norm import synchronise_batch_norm
 from pretrain.methods.protocol import StepInputs
 
 # Methods with a term of the whole batch, and what their tiny recipes need beside it.
@@ -41,17 +42,17 @@ def without_group():
 def without_chance():
     """Draw the same masks and segments for an image, wherever it lies in a batch."""
 
-    def masks(number: int, side: int, *_: object) -> Tensor:
-        mask = torch.zeros(number, side, side, dtype=torch.bool)
-        mask[:, 1:3, :2] = True
-        return mask
+    def mask(side: int, *_: object) -> Tensor:
+        drawn = torch.zeros(side, side, dtype=torch.bool)
+        drawn[1:3, :2] = True
+        return drawn
 
     def first_patches(number: int, **_: object) -> Tensor:
         return torch.arange(number)
 
     with (
-        mock.patch("pretrain.methods.ibot.block_masks", masks),
-        mock.patch("pretrain.methods.beit.block_masks", masks),
+        mock.patch("pretrain.methods.ibot.block_mask", mask),
+        mock.patch("pretrain.methods.masking.block_mask", mask),
         mock.patch("pretrain.methods.detcon.DetCon._draw", lambda _, labels: labels[:, :3]),
         mock.patch("torch.randperm", first_patches),
     ):
@@ -71,10 +72,7 @@ def train(name: str, rank: int, processes: int) -> tuple[list[float], dict[str, 
     generator = torch.Generator().manual_seed(3)
     inputs.segments = [torch.randint(3, (IMAGES, 16), generator=generator) for _ in range(2)]
     method.train()
-    # Batch norm in heads sees the images of one process, which is not what is compared here.
-    for module in method.modules():
-        if isinstance(module, nn.modules.batchnorm._BatchNorm):
-            module.eval()
+    synchronise_batch_norm(method)
     own = slice(rank * IMAGES // processes, (rank + 1) * IMAGES // processes)
     part = StepInputs(
         [view[own] for view in inputs.views],

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 from pathlib import Path
 
@@ -20,6 +21,7 @@ from flsl_d2.engine.run_folder import NeutralKeys, ResumeOptions, check_and_keep
 from flsl_d2.errors import InputError, TrainingError
 from flsl_d2.weights.checkpointer import SafeCheckpointer
 from pretrain import step_numbers
+from pretrain.batch_norm import synchronise_batch_norm
 from pretrain.run import _bad_numbers
 
 
@@ -135,12 +137,34 @@ def check_methods_see_the_batch_of_both(folder: Path) -> None:
         found["losses"], whole["losses"] = torch.tensor(losses), torch.tensor(whole_losses)
         for key, value in found.items():
             dist.all_reduce(value)  # gradients are averaged; buffers are the same on both
-            # Sums in another order, in float32.
-            same = torch.allclose(value / 2, whole[key], rtol=1e-4, atol=1e-5)
-            assert same, f"{name}, {key}: {value / 2} on two processes, {whole[key]} on one"
+            # Sums in another order, in float32; batch norm over four images magnifies them, and
+            # leaves nothing but rounding of the gradient of a bias before it.
+            error, norm = (value / 2 - whole[key]).norm().item(), whole[key].norm().item()
+            assert error < 1e-3 * norm + 5e-5 * value.numel() ** 0.5, (
+                f"{name} {key}: {error} {norm}"
+            )
+
+
+def check_batch_norm_of_maps_sees_the_batch_of_both(folder: Path) -> None:
+    generator = torch.Generator().manual_seed(0)
+    maps = 3 + torch.randn(4, 3, 5, 5, generator=generator)
+    weights, own = torch.randn(4, 3, 5, 5, generator=generator), slice(2 * comm.get_rank(), None)
+    ours = nn.Sequential(nn.BatchNorm2d(3), nn.ReLU(), nn.BatchNorm2d(3, affine=False))
+    whole = copy.deepcopy(ours)
+    synchronise_batch_norm(ours)
+    x, y = (maps.clone().requires_grad_() for _ in range(2))
+    (ours(x[own][:2]) * weights[own][:2]).sum().backward()
+    (whole(y) * weights).sum().backward()
+    torch.testing.assert_close(x.grad[own][:2], y.grad[own][:2])
+    torch.testing.assert_close(dict(ours.named_buffers()), dict(whole.named_buffers()))
+    dist.all_reduce(ours[0].weight.grad)
+    torch.testing.assert_close(ours[0].weight.grad, whole[0].weight.grad)
+    with pytest.raises(InputError, match="which is not synchronised"):
+        synchronise_batch_norm(nn.Sequential(nn.BatchNorm3d(3)))
 
 
 CHECKS = [
+    check_batch_norm_of_maps_sees_the_batch_of_both,
     check_methods_see_the_batch_of_both,
     check_numbers_of_a_step_are_one_exchange,
     check_bad_numbers_have_one_writer,
