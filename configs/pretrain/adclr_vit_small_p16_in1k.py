@@ -3,9 +3,9 @@
     tools/pretrain_net.py --num-gpus 8 \\
         --config-file configs/pretrain/adclr_vit_small_p16_in1k.py
 
-Ten query crops of the size of a patch over DINO's schedule. Hardware and time: not measured.
-Expected: no score was measured here; the paper's abstract reports 44.3 box and 39.7 mask AP on COCO
-with a class token.
+Ten query crops of the size of a patch over DINO's schedule and head. Hardware and time: not
+measured. Expected: no score was measured here; the paper's abstract reports 44.3 box and 39.7 mask
+AP on COCO with a class token.
 """
 
 from detectron2.config import LazyCall as L

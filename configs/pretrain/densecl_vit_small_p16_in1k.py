@@ -2,9 +2,9 @@
 
     tools/pretrain_net.py --config-file configs/pretrain/densecl_vit_small_p16_in1k.py --num-gpus 8
 
-The paper trains a ResNet-50 by SGD; here are its views (MoCo v2's), heads, queue and weights with
-AdamW. Hardware and time: not measured. Expected: no score was measured here, and the paper has none
-for a ViT.
+The paper trains a ResNet-50 by SGD. Views (MoCo v2's), heads, queue and weights are its; learning
+rate, weight decay and warm-up are those of DINO's ViT-S by AdamW. Hardware and time: not measured.
+Expected: no score was measured here, and the paper has none for a ViT.
 """
 
 from detectron2.config import LazyCall as L
@@ -31,7 +31,7 @@ model = L(DenseCL)(
     temperature=0.2,
     dense_weight=0.5,
 )
-schedules.teacher_momentum = (0.999, 0.999)
+schedules.update(teacher_momentum=(0.999, 0.999), warmup_fraction=10 / 200)
 dataloader.total_batch_size = 256
 
 train.update(epochs=200, output_dir="./output/densecl_vit_small_p16_in1k")

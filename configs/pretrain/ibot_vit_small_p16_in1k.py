@@ -2,9 +2,10 @@
 
     tools/pretrain_net.py --config-file configs/pretrain/ibot_vit_small_p16_in1k.py --num-gpus 8
 
-Views, head and schedule are the paper's for ViT-S/16. Hardware and time: not measured. Expected: no
-score was measured here; the authors report 75.2% accuracy on ImageNet by k-NN and 77.9% by a linear
-layer with a class token, after 800 epochs (README of github.com/bytedance/ibot).
+Views, masks, head and schedules are those of the authors' command for ViT-S/16. Hardware and time:
+not measured. Expected: no score was measured here; the authors report 75.2% accuracy on ImageNet by
+k-NN and 77.9% by a linear layer with a class token, after 800 epochs (README of
+github.com/bytedance/ibot).
 """
 
 from detectron2.config import LazyCall as L

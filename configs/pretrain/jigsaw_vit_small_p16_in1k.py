@@ -3,7 +3,8 @@
     tools/pretrain_net.py --num-gpus 8 \\
         --config-file configs/pretrain/jigsaw_vit_small_p16_in1k.py
 
-The paper trains a CNN by SGD; here is its task for a ViT, with views of MAE's recipe and AdamW.
+The paper trains a CNN by SGD; here is its task for a ViT, with views and
+rates of MAE's recipe.
 Hardware and time: not measured. Expected: no score was measured here, and the paper has none for a
 ViT.
 """

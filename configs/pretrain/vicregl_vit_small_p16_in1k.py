@@ -2,9 +2,9 @@
 
     tools/pretrain_net.py --config-file configs/pretrain/vicregl_vit_small_p16_in1k.py --num-gpus 8
 
-The paper trains ResNet-50 and ConvNeXt; here are its views and weights for ConvNeXt with AdamW.
-Hardware and time: not measured. Expected: no score was measured here, and the paper has none for a
-ViT.
+The paper trains ResNet-50 and ConvNeXt. Views, heads, weights and rates are those of the authors'
+code for ConvNeXt, which AdamW trains as well, without clipping. Hardware and time: not measured.
+Expected: no score was measured here, and the paper has none for a ViT.
 """
 
 from detectron2.config import LazyCall as L
@@ -24,7 +24,9 @@ model = L(VICRegL)(
     local_dim=512,
     alpha=0.75,
     num_matches=(20, 4),
+    all_by_feature=True,
 )
+schedules.update(final_lr=1e-6, warmup_fraction=10 / 400, weight_decay=(0.05, 0.05))
 dataloader.total_batch_size = 512
 
-train.update(epochs=400, output_dir="./output/vicregl_vit_small_p16_in1k")
+train.update(epochs=400, clip_mode="none", output_dir="./output/vicregl_vit_small_p16_in1k")

@@ -57,7 +57,9 @@ class VICRegLoss(nn.Module):
     def statistics(self, z: Tensor, covariance_factor: float = 1.0) -> Tensor:
         """Variance, halved, and covariance of outputs (B, F), or the mean of those of (B, M, F)."""
         if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
-            z = torch.cat(dist_nn.all_gather(z.contiguous()))
+            # As rows, whose gradients are contiguous: gloo mixes up those of other layouts.
+            rows = torch.cat(dist_nn.all_gather(z.flatten(1).contiguous()))
+            z = rows.view(-1, *z.shape[1:])
         z = z - z.mean(dim=0)
         variance = (1 - (z.var(dim=0) + 1e-4).sqrt()).relu().mean() / 2
         z = z.view(len(z), -1, z.shape[-1]).transpose(0, 1)  # (M, B, F)

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import ast
+from typing import Any
+
 import pytest
 import torch
 from detectron2.config import instantiate
 from omegaconf import OmegaConf
 
-from flsl_d2.engine.config_files import load_lazy_config
+from flsl_d2.engine.config_files import CONFIGS_FOLDER, load_lazy_config
 from flsl_d2.modeling import FLSLViT
 
 ROOT = "pretrain/flsl_vit_small_p16_in1k.py"
@@ -122,3 +125,84 @@ def test_the_semantic_schedule_falls_linearly_to_0():
     sizes = list(cfg.dataloader.train.mapper.augmentations[0].short_edge_length)
     assert (min(sizes), max(sizes), len(sizes)) == (256, 1024, 16)
     assert cfg.dataloader.train.mapper.image_format == "RGB"
+
+
+# Recipe, the recipe whose values it takes where it names none, source, values. Sources are files
+# and lines of the authors' repositories at the commits of tests/golden/make_methods.py.
+METHOD_VALUES = """
+dino | | main_dino.py:82-105 | schedules.base_lr=5e-4 schedules.final_lr=1e-6 schedules.warmup_fraction=10/800 schedules.weight_decay=(0.04,0.4) schedules.frozen_last_layer_epochs=1 train.clip_norm=3.0 train.clip_mode=per_tensor model.backbone.drop_path_rate=0.1 dataloader.total_batch_size=1024
+dino | | main_dino.py:55-61,108-115 | schedules.teacher_momentum=(0.996,1.0) views.num_global=2 views.num_local=8 views.global_scale=(0.4,1.0) views.local_scale=(0.05,0.4) model.head.num_centroids=65536
+dino | | README.md:188-197 | schedules.teacher_temp=(0.04,0.07) schedules.teacher_temp_epochs=30 model.head.learn_scale=True
+dino | | main_dino.py:357-460 | model.student_temp=0.1 model.center_momentum=0.9 views.flip=0.5 views.jitter=(0.4,0.4,0.2,0.1) views.jitter_probability=0.8 views.grey=0.2 views.blur=(1.0,0.1,0.5) views.solarise=(0.0,0.2,0.0)
+dino | | vision_transformer.py:257 | model.head.hidden_dim=2048 model.head.bottleneck_dim=256
+dino | | ours | train.epochs=800 views.global_size=224 views.local_size=96
+adclr | dino | ours (no public code) | views.num_local=10 views.local_size=16 views.global_scale=(0.25,1.0) views.local_scale=(0.05,0.25) model.query_weight=0.5 model.student_temp=0.1 model.center_momentum=0.9 model.head.num_centroids=65536 model.head.hidden_dim=2048 model.head.bottleneck_dim=256 model.head.learn_scale=True
+ibot | dino | README.md:60-77 | views.num_local=10 views.global_scale=(0.25,1.0) views.local_scale=(0.05,0.25) model.head.num_centroids=8192 model.head.learn_scale=True model.mask_share=(0.1,0.5)
+ibot | dino | main_ibot.py:480-491; models/head.py | model.student_temp=0.1 model.center_momentum=0.9 model.patch_weight=1.0 model.head.hidden_dim=2048 model.head.bottleneck_dim=256
+selfpatch | dino | main_selfpatch.py:57-119 | schedules.warmup_fraction=10/300 schedules.teacher_temp=(0.04,0.04) train.epochs=300 views.global_scale=(0.25,1.0) views.local_scale=(0.05,0.25) model.head.num_centroids=65536 model.head.learn_scale=False model.patch_head.learn_scale=False model.patch_head.num_centroids=4096 model.num_neighbours=4
+selfpatch | dino | main_selfpatch.py:408-445 | model.patch_weight=0.1 model.student_temp=0.1 model.center_momentum=0.9 model.aggregation_depth=2 model.head.hidden_dim=2048 model.head.bottleneck_dim=256 model.patch_head.hidden_dim=2048 model.patch_head.bottleneck_dim=256
+mae | dino | PRETRAIN.md:9-15; main_pretrain.py | schedules.base_lr=1.5e-4 schedules.final_lr=0.0 schedules.warmup_fraction=40/800 schedules.weight_decay=(0.05,0.05) train.clip_mode=none dataloader.total_batch_size=4096 model.mask_share=0.75 model.backbone.drop_path_rate=0.0 model.normalise_pixels=True model.decoder_dim=512 model.decoder_depth=8 model.decoder_heads=16
+mae | dino | main_pretrain.py:123-128 | views.num_global=1 views.num_local=0 views.global_scale=(0.2,1.0) views.jitter_probability=0.0 views.grey=0.0 views.blur=(0.0,0.0,0.0) views.solarise=(0.0,0.0,0.0)
+droppos | mae | PRETRAIN.md:9-30; main_pretrain.py:108 | schedules.warmup_fraction=10/800 train.clip_norm=5.0 train.clip_mode=per_tensor model.mask_share=0.75 model.drop_share=0.75 model.smoothing=1.0 model.attention_temp=0.1 model.decoder_dim=512 model.decoder_depth=2 model.decoder_heads=16
+beit | mae | beit/README.md:136-141; run_beit_pretraining.py:75,85 | schedules.base_lr=1.5e-3/8 schedules.final_lr=1e-5 schedules.warmup_fraction=10/800 train.clip_norm=3.0 train.clip_mode=global dataloader.total_batch_size=2048 model.backbone.drop_path_rate=0.1 model.mask_share=75/196 model.num_codes=8192 model.tokenizer=''
+beit | mae | beit/datasets.py:33-45 | views.jitter_probability=1.0 views.jitter=(0.4,0.4,0.4,0.0) views.global_scale=(0.08,1.0)
+maskfeat | mae | configs/masked_ssl/in1k_VIT_B_MaskFeat_PT.yaml | schedules.base_lr=2e-4 schedules.final_lr=1e-6 schedules.warmup_fraction=30/300 train.epochs=300 train.clip_norm=0.02 train.clip_mode=global dataloader.total_batch_size=2048 views.global_scale=(0.5,1.0) model.mask_share=0.4
+maskfeat | mae | slowfast/models/masked.py:48-57 | model.num_orientations=9 model.cell_size=8
+rotation | mae | ours | train.epochs=100 views.flip=0.0 dataloader.total_batch_size=512
+context | mae | ours | train.epochs=100 views.flip=0.0 dataloader.total_batch_size=512 model.hidden_dim=4096
+jigsaw | mae | ours | train.epochs=100 views.grey=0.3 dataloader.total_batch_size=512 model.hidden_dim=4096 model.num_permutations=1000
+colorization | mae | ours | train.epochs=100 dataloader.total_batch_size=512
+moco_v3 | dino | README.md:112-121; main_moco.py:95-104 | schedules.base_lr=1.5e-4 schedules.final_lr=0.0 schedules.warmup_fraction=40/300 schedules.weight_decay=(0.1,0.1) schedules.teacher_momentum=(0.99,1.0) train.epochs=300 train.clip_mode=none model.temperature=0.2 model.freeze_patches=True model.hidden_dim=4096 model.output_dim=256 model.backbone.drop_path_rate=0.0
+moco_v3 | dino | main_moco.py:117,263-281 | views.num_local=0 views.global_scale=(0.08,1.0)
+simclr | moco_v3 | tf2/run.py:184; tf2/data_util.py (colour strength 1, blur 0.5); paper, Sec. 2.1 (head) | views.jitter=(0.8,0.8,0.8,0.2) views.blur=(0.5,0.5,0.5) views.solarise=(0.0,0.0,0.0) model.temperature=0.1 model.hidden_dim=2048 model.output_dim=128
+swav | moco_v3 | scripts/swav_800ep_pretrain.sh; src/multicropdataset.py | views.num_local=6 views.global_scale=(0.14,1.0) views.local_scale=(0.05,0.14) views.jitter=(0.8,0.8,0.8,0.2) views.blur=(0.5,0.5,0.5) views.solarise=(0.0,0.0,0.0) model.num_prototypes=3000 model.hidden_dim=2048 model.output_dim=128 model.temperature=0.1 model.epsilon=0.05
+vicreg | moco_v3 | main_vicreg.py:38-60 | model.hidden_dim=8192 model.output_dim=8192 model.invariance_weight=25.0 model.variance_weight=25.0 model.covariance_weight=1.0
+vicregl | dino | main_vicregl.py:30-90 | schedules.warmup_fraction=10/400 schedules.weight_decay=(0.05,0.05) train.clip_mode=none dataloader.total_batch_size=512 views.num_local=6 views.local_scale=(0.08,0.4) model.hidden_dim=8192 model.output_dim=8192 model.local_dim=512 model.alpha=0.75 model.num_matches=(20,4) model.all_by_feature=True
+vicregl | dino | paper, Sec. 4 | train.epochs=400
+densecl | dino | configs/selfsup/densecl/densecl_imagenet_200ep.py | schedules.teacher_momentum=(0.999,0.999) schedules.warmup_fraction=10/200 train.epochs=200 dataloader.total_batch_size=256 views.num_local=0 views.global_scale=(0.2,1.0) views.jitter=(0.4,0.4,0.4,0.1) views.blur=(0.5,0.5,0.5) views.solarise=(0.0,0.0,0.0) model.hidden_dim=2048 model.output_dim=128 model.queue_length=65536 model.temperature=0.2 model.dense_weight=0.5
+detcon | moco_v3 | detcon_b_config.py; detcon_b.py:95; utils/losses.py:33 | schedules.teacher_momentum=(0.996,1.0) views.segments=felzenszwalb model.hidden_dim=4096 model.output_dim=256 model.num_segments=16 model.temperature=0.1
+detcon | moco_v3 | generate_fh_masks_for_imagenet.py:109-111 | views.segment_scale=1000.0 views.segment_size=1000
+"""  # noqa: E501
+HELD = ("schedules.", "views.", "model.", "train.epochs", "train.clip", "dataloader.total_batch")
+# What FLSL alone uses, and what describes the encoder or the machine.
+FREE = ("_target_", "intra_weight", "_scale.", "self_scale", "cross_scale", "mixture_bias")
+FREE += ("frozen_encoder", "schedules.total", "per_epoch", "on_device", "in_dim", "patch_size")
+
+
+def method_values() -> dict[str, dict[str, Any]]:
+    table: dict[str, dict[str, Any]] = {}
+    for line in METHOD_VALUES.strip().splitlines():
+        name, parent, source, values = (part.strip() for part in line.split("|"))
+        assert source
+        if name not in table:
+            kept = table.get(parent, {}).items()
+            own = "model.backbone."
+            table[name] = {k: v for k, v in kept if not k.startswith("model.") or own in k}
+        for pair in values.split():
+            key, _, text = pair.partition("=")
+            top, _, bottom = text.partition("/")
+            value = text if text.isidentifier() and text not in ("True", "False") else ast.literal_eval(top)
+            value = value / ast.literal_eval(bottom) if bottom else value
+            table[name][key] = list(value) if isinstance(value, tuple) else value
+    return table
+
+
+@pytest.mark.parametrize("name", sorted(method_values()))
+def test_values_of_a_methods_recipe(name):
+    """Every value of a recipe has its row, so that none is changed by the way."""
+    cfg = load_lazy_config(f"pretrain/{name}_vit_small_p16_in1k.py")
+    OmegaConf.resolve(cfg.views)
+    found = {
+        key: value
+        for key, value in flat(cfg).items()
+        if key.startswith(HELD) and not any(free in key for free in FREE)
+    }
+    encoder = "model.backbone."
+    found = {k: v for k, v in found.items() if encoder not in k or "drop_path" in k}
+    assert found == method_values()[name]
+
+
+def test_every_method_has_its_values():
+    recipes = {path.name for path in (CONFIGS_FOLDER / "pretrain").glob("*_vit_small_*.py")}
+    named = {f"{name}_vit_small_p16_in1k.py" for name in method_values()}
+    assert {name for name in recipes - named if "flsl" not in name and "navit" not in name} == set()

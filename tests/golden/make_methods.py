@@ -245,7 +245,8 @@ def dino() -> Case:
     """DINO: main_dino.py, utils.py, vision_transformer.py."""
     vits = take("dino/vision_transformer.py")
     wrapper = take("dino/utils.py", "MultiCropWrapper").MultiCropWrapper
-    head = partial(vits.DINOHead, WIDTH, OUTPUTS, hidden_dim=HIDDEN, bottleneck_dim=HIDDEN)
+    sizes = dict(hidden_dim=HIDDEN, bottleneck_dim=HIDDEN, norm_last_layer=False)
+    head = partial(vits.DINOHead, WIDTH, OUTPUTS, **sizes)
     student, teacher = (prepare(wrapper(dino_vit(), head())) for _ in range(2))
     loss = take("dino/main_dino.py", "DINOLoss").DINOLoss(OUTPUTS, 4, *[TEMPERATURE] * 2, 0, 1)
     groups, start = both(student, teacher, {"backbone": "backbone", "head": "head"})
