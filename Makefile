@@ -13,7 +13,7 @@ OWN := $(VENV)/.made-by-flsl-d2
 PIP := "$(BIN)/python" -m pip install -qq --disable-pip-version-check --no-input
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test test-random fuzz slow-tests soak gpu-benchmarks lint format docs lock clean
+.PHONY: help install demo test test-random fuzz slow-tests mutations soak gpu-benchmarks lint format docs lock clean
 
 help: ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## /  make \1|/p' Makefile | while IFS='|' read -r target text; do \
@@ -62,6 +62,9 @@ fuzz: $(STAMP) ## draw new examples for the property tests, for FUZZ_MINUTES; pr
 
 slow-tests: $(STAMP) ## run the long accuracy tests
 	@"$(BIN)/python" -m pytest -m slow
+
+mutations: $(STAMP) ## change the methods in one place at a time; list the changes that no test notices
+	@"$(BIN)/python" tests/mutations.py
 
 soak: $(STAMP) ## kill and resume a run 25 times and compare its weights to the bit
 	@"$(BIN)/python" tests/soak.py

@@ -162,7 +162,7 @@ vicregl | dino | paper, Sec. 4 | train.epochs=400
 densecl | dino | configs/selfsup/densecl/densecl_imagenet_200ep.py | schedules.teacher_momentum=(0.999,0.999) schedules.warmup_fraction=10/200 train.epochs=200 dataloader.total_batch_size=256 views.num_local=0 views.global_scale=(0.2,1.0) views.jitter=(0.4,0.4,0.4,0.1) views.blur=(0.5,0.5,0.5) views.solarise=(0.0,0.0,0.0) model.hidden_dim=2048 model.output_dim=128 model.queue_length=65536 model.temperature=0.2 model.dense_weight=0.5
 detcon | moco_v3 | detcon_b_config.py; detcon_b.py:95; utils/losses.py:33 | schedules.teacher_momentum=(0.996,1.0) views.segments=felzenszwalb model.hidden_dim=4096 model.output_dim=256 model.num_segments=16 model.temperature=0.1
 detcon | moco_v3 | generate_fh_masks_for_imagenet.py:109-111 | views.segment_scale=1000.0 views.segment_size=1000
-"""  # noqa: E501
+"""
 HELD = ("schedules.", "views.", "model.", "train.epochs", "train.clip", "dataloader.total_batch")
 # What FLSL alone uses, and what describes the encoder or the machine.
 FREE = ("_target_", "intra_weight", "_scale.", "self_scale", "cross_scale", "mixture_bias")
@@ -181,7 +181,11 @@ def method_values() -> dict[str, dict[str, Any]]:
         for pair in values.split():
             key, _, text = pair.partition("=")
             top, _, bottom = text.partition("/")
-            value = text if text.isidentifier() and text not in ("True", "False") else ast.literal_eval(top)
+            value = (
+                text
+                if text.isidentifier() and text not in ("True", "False")
+                else ast.literal_eval(top)
+            )
             value = value / ast.literal_eval(bottom) if bottom else value
             table[name][key] = list(value) if isinstance(value, tuple) else value
     return table

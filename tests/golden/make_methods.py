@@ -297,7 +297,7 @@ def ibot() -> Case:
     teacher = prepare(wrapper(build(), head()))
     temperatures = [TEMPERATURE] * 4
     loss = take("ibot/main_ibot.py", "iBOTLoss").iBOTLoss(
-        OUTPUTS, OUTPUTS, 2, 1, *temperatures, 0, 1
+        OUTPUTS, OUTPUTS, 2, 1, *temperatures, 0, 1, lambda2=0.7
     )
     groups, start = both(student, teacher, {"backbone": "backbone", "head": "head"})
     token = student.backbone.masked_embed
@@ -316,7 +316,7 @@ def ibot() -> Case:
         student.backbone.masked_im_modeling = False
         local = student(views[2:])[0]
         losses = loss(outputs, targets, local, list(masks.chunk(2)), 0)
-        return {"loss": losses["loss"], "loss_global": losses["cls"], "loss_patch": losses["patch"]}
+        return {"loss": losses["loss"], "loss_global": losses["cls"]}
 
     def after() -> None:
         follow(start["teacher.backbone"], groups["student.backbone"])
@@ -331,6 +331,7 @@ def ibot() -> Case:
         start,
         lambda: {"loss.center": loss.center, "patch_loss.center": loss.center2},
         {"masks": torch.stack([large() for _ in range(40)])},
+        meta={"overrides": ["model.patch_weight=0.7"]},
     )
 
 
@@ -707,7 +708,7 @@ def densecl() -> Case:
         build_head=lambda _: head.ContrastiveHead(0.2),
     )
     main = take("DenseCL/openselfsup/models/densecl.py", MODELS=registry, builder=builder)
-    model = main.DenseCL(None, queue_len=6, feat_dim=OUTPUTS, momentum=MOMENTUM)
+    model = main.DenseCL(None, queue_len=6, feat_dim=OUTPUTS, momentum=MOMENTUM, loss_lambda=0.3)
     prepare(model.encoder_q)
     prepare(model.encoder_k)
     for kept, new in zip(model.encoder_k.parameters(), model.encoder_q.parameters(), strict=True):
@@ -717,7 +718,7 @@ def densecl() -> Case:
     def step(views: list[Tensor], _: int) -> dict[str, Tensor]:
         losses = model.forward_train(torch.stack(views, dim=1))
         whole, dense = losses["loss_contra_single"], losses["loss_contra_dense"]
-        return {"loss": whole + dense, "loss_global": 2 * whole, "loss_dense": 2 * dense}
+        return {"loss": whole + dense, "loss_global": whole / 0.7, "loss_dense": dense / 0.3}
 
     names = {"backbone": "0.vit", "head": "1.mlp", "dense_head": "1.mlp2"}
     groups, start = both(model.encoder_q, model.encoder_k, names)
@@ -726,7 +727,7 @@ def densecl() -> Case:
     return Case(
         groups, step, start=start,
         buffers=lambda: {"queue.keys": model.queue.T, "dense_queue.keys": model.queue2.T},
-        meta={"overrides": ["model.queue_length=6"]},
+        meta={"overrides": ["model.dense_weight=0.3"]},
     )  # fmt: skip
 
 

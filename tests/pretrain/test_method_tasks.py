@@ -99,6 +99,18 @@ def test_beit(tokenizer, monkeypatch, tmp_path):
         method.check_run(instantiate(tiny_config("beit", "views.global_size=4").views), 1)
 
 
+def test_segments_are_drawn_evenly():
+    """A segment of one token is drawn as often as one of 13; draws are with replacement."""
+    method = tiny_method("detcon", "model.num_segments=3000")
+    labels = torch.tensor([[7] * 13 + [2] + [5] * 2])
+    torch.manual_seed(0)
+    drawn = method._draw(labels)
+    counts = [int((drawn == label).sum()) for label in (7, 2, 5)]
+    # Standard deviation of a count: 26.
+    assert sum(counts) == 3000
+    assert all(abs(count - 1000) < 130 for count in counts)
+
+
 def test_rotation():
     method = tiny_method("rotation")
     inputs = step(method, num_global=1)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
+from dataclasses import replace
 
 import cv2
 import numpy as np
@@ -12,7 +13,7 @@ import torch
 from detectron2.config import LazyCall as L
 from detectron2.config import instantiate
 from detectron2.utils.events import EventStorage
-from tiny_methods import RECIPES, tiny_config
+from tiny_methods import RECIPES, VALUES, tiny_config, tiny_method
 
 from flsl_d2.engine.run_folder import flat_config
 from flsl_d2.errors import InputError
@@ -119,6 +120,24 @@ def test_method_on_device_augments_the_same_views(name, images):
         # Roundings as in test_device_views.py; at the threshold of solarise a level decides.
         kept = ~torch.as_tensor(left_out)
         assert (cpu.float() - device.float())[kept].abs().mean() < 1.5
+
+
+def test_a_teacher_leaves_out_nothing_and_norms_by_its_batch():
+    method = tiny_method("densecl", "model.backbone.drop_path_rate=0.5").train()
+    assert method.student.backbone.blocks[0].training
+    assert not any(module.training for module in method.teacher.modules())
+    resnet = tiny_method("densecl_resnet50").train().teacher
+    norms = [m for m in resnet.modules() if isinstance(m, torch.nn.BatchNorm2d)]
+    assert norms
+    assert all(norm.training for norm in norms)
+
+
+@pytest.mark.parametrize("name", ["dino", "selfpatch", "swav"])
+def test_the_last_layer_is_frozen_at_first(name):
+    method = tiny_method(name)
+    frozen = list(method.frozen_parameters(replace(VALUES, last_layer_frozen=True)))
+    assert len(frozen) == {"dino": 2, "selfpatch": 4, "swav": 1}[name]
+    assert not list(method.frozen_parameters(replace(VALUES, last_layer_frozen=False)))
 
 
 def test_views_that_do_not_fit_are_refused(images):

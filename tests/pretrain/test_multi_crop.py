@@ -61,6 +61,18 @@ def test_views_follow_from_the_generator_and_keep_their_draws_with_other_probabi
     assert all(map(np.array_equal, first.places, plain.places))
 
 
+def test_kinds_of_views_have_their_own_augmentation():
+    """The first global view, further global ones and local ones, in that order."""
+    cut = MultiCropViews(
+        patch_size=8, global_size=32, local_size=16, num_global=3, num_local=2, grey=0.0,
+        blur=(1.0, 0.0, 0.0), solarise=(0.0, 1.0, 0.0), on_device="augmentation",
+    )  # fmt: skip
+    for seed in range(5):
+        drawn = cut(ramps(), np.random.default_rng(seed)).augmentations
+        assert [each.sigma > 0 for each in drawn] == [True, False, False, False, False]
+        assert [each.solarise for each in drawn] == [False, True, True, False, False]
+
+
 def test_segments_are_labelled_alike_in_all_views():
     """The label of a token is that of the image at the token's centre."""
     image = np.zeros((60, 90, 3), np.uint8)
@@ -84,6 +96,15 @@ def test_labels_of_tokens_of_a_mirrored_view():
     labels = np.arange(12).reshape(3, 4)
     right = labels_of_tokens(labels, np.array([0, 1, 1, -0.5], np.float32), 2)
     assert right.tolist() == [3, 2, 11, 10]
+    cut = MultiCropViews(patch_size=4, global_size=8, flip=1.0, segments="grid", **PLAIN)
+    image = np.zeros((40, 60, 3), np.uint8)
+    image[..., 0] = np.arange(60) // 6
+    image[..., 1] = np.arange(40)[:, None] // 4
+    views = cut(image, np.random.default_rng(0))
+    for view, labels in zip(views.images, views.segments, strict=True):
+        column, row = F.avg_pool2d(view[:2].float(), 4).flatten(1)
+        assert (labels % 10 - column).abs().max() <= 1  # cells at a patch's centre and on average
+        assert (labels // 10 - row).abs().max() <= 1
 
 
 @pytest.mark.parametrize(
