@@ -10,6 +10,7 @@ libraries.
 from __future__ import annotations
 
 import argparse
+import importlib
 import json
 import os
 import shutil
@@ -17,6 +18,8 @@ import sys
 import tempfile
 import time
 from pathlib import Path
+
+import torch
 
 ROOT = Path(__file__).resolve().parent.parent
 GOLDEN = "tests/pretrain/test_golden_methods.py"
@@ -145,14 +148,8 @@ def main() -> None:
     results = json.loads(record.read_text()) if record.exists() and not arguments.anew else {}
     sys.dont_write_bytecode = True
     # What every fork would load otherwise.
-    import detectron2.config
-    import detectron2.engine
-    import lightly.loss
-    import skimage.segmentation
-    import timm
-    import torch
-
-    assert detectron2 and lightly and skimage and timm
+    for library in ("detectron2.engine", "lightly.loss", "skimage.segmentation", "timm"):
+        importlib.import_module(library)
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as folder:
         for part in ("pretrain", "flsl_d2", "configs", "tests", "pyproject.toml"):
