@@ -11,9 +11,11 @@ from typing import Any, NamedTuple
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import HydraException
 from omegaconf import DictConfig, ListConfig, OmegaConf
-from omegaconf.errors import OmegaConfBaseException
+from omegaconf.errors import InterpolationResolutionError, OmegaConfBaseException
 
 from flsl_d2.errors import InputError
+
+_ABSENT = object()
 
 
 class _Override(NamedTuple):
@@ -39,16 +41,16 @@ def apply_lazy_overrides(cfg: DictConfig, overrides: Iterable[str]) -> DictConfi
             value of another type than the one it replaces.
     """
     parsed = [_parse(text) for text in overrides]
-    unknown = [
-        path
-        for override in parsed
-        if not override.adds
-        for path in _unknown(cfg, override.key, override.value)
-    ]
+    named = []
+    for override in (each for each in parsed if not each.adds):
+        named.append(override.key)
+        if isinstance(_select(cfg, override.key), DictConfig):
+            named += [f"{override.key}.{key}" for key in _keys_of(override.value, lists=False)]
+    unknown = [key for key in named if _select(cfg, key) is _ABSENT]
     if unknown:
-        raise unknown_keys_error(
-            unknown, list(_keys_of(cfg)), remedy="; a new key needs a leading +, as in +key=value"
-        )
+        known = list(_keys_of(OmegaConf.to_container(cfg)))
+        remedy = "; a new key needs a leading +, as in +key=value"
+        raise unknown_keys_error(unknown, known, remedy)
     for override in parsed:
         value = override.value if override.adds else _fitting(cfg, override)
         try:
@@ -103,52 +105,27 @@ def _parse(text: str) -> _Override:
     return _Override(key, value, adds, raw)
 
 
-def _child(node: Any, name: str) -> tuple[bool, Any]:
-    """Find a child of a config node: (whether it exists, its value or None if unresolvable)."""
-    if isinstance(node, DictConfig):
-        if node._is_none() or name not in node.keys():  # noqa: SIM118 ("in" skips missing values)
-            return False, None
-        try:
-            return True, node[name]
-        except OmegaConfBaseException:
-            return True, None
-    if isinstance(node, ListConfig) and name.isdigit() and int(name) < len(node):
-        return True, node[int(name)]
-    return False, None
+def _select(cfg: DictConfig, key: str) -> Any:
+    """Return the value of a dotted key: None if it is unresolvable, `_ABSENT` if there is none."""
+    try:
+        return OmegaConf.select(cfg, key, default=_ABSENT)
+    except InterpolationResolutionError:
+        return None
+    except (OmegaConfBaseException, TypeError):
+        return _ABSENT
 
 
-def _unknown(cfg: Any, key: str, value: Any) -> Iterator[str]:
-    """List the dotted keys below ``cfg`` that an override would create."""
-    node = cfg
-    for name in key.split("."):
-        found, node = _child(node, name)
-        if not found:
-            yield key
-            return
-    if isinstance(value, Mapping) and isinstance(node, DictConfig):
-        for name, inner in value.items():
-            for path in _unknown(node, str(name), inner):
-                yield f"{key}.{path}"
-
-
-def _keys_of(node: Any, prefix: str = "") -> Iterator[str]:
-    if isinstance(node, DictConfig) and not node._is_none():
-        names = [str(name) for name in node.keys()]  # noqa: SIM118
-    elif isinstance(node, ListConfig) and not node._is_none():
-        names = [str(i) for i in range(len(node))]
-    else:
-        return
-    for name in names:
-        yield prefix + name
-        yield from _keys_of(_child(node, name)[1], f"{prefix}{name}.")
+def _keys_of(node: Any, lists: bool = True) -> Iterator[str]:
+    """Dotted keys below a plain value; without those of items of lists where not asked for."""
+    items = enumerate(node) if lists and isinstance(node, list) else ()
+    for key, child in node.items() if isinstance(node, Mapping) else items:
+        yield str(key)
+        yield from (f"{key}.{inner}" for inner in _keys_of(child, lists))
 
 
 def _fitting(cfg: DictConfig, override: _Override) -> Any:
     """Convert the override's value to the type of the value that it replaces."""
-    node: Any = cfg
-    for name in override.key.split("."):
-        node = _child(node, name)[1]
-    old, new = node, override.value
+    old, new = _select(cfg, override.key), override.value
     if old is None or (isinstance(new, str) and "${" in new):
         return new
     if isinstance(old, str):  # a name may become a list of names; numbers are names too

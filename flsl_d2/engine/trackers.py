@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import logging
 import os
 import re
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +30,7 @@ class ScalarWriter(EventWriter):
     """Send the scalars of the storage that are new since the last call; a failure is logged once.
 
     Args:
-        folder: output folder of the run.
+        folder: output folder of the run, whose name is that of the run.
     """
 
     name = ""
@@ -58,33 +59,26 @@ class ScalarWriter(EventWriter):
         """Send values and their steps."""
         raise NotImplementedError
 
+    def _ids(self) -> dict[str, str]:
+        try:
+            return dict(json.loads((self.folder / IDS_FILE).read_text()))
+        except (OSError, ValueError, TypeError):
+            return {}
+
     def kept_id(self) -> str | None:
         """Id of the run that the folder's earlier start had."""
-        return _read_ids(self.folder).get(self.name)
+        return self._ids().get(self.name)
 
     def keep_id(self, run: str) -> None:
         """Keep the id of the run for a later start."""
-        ids = {**_read_ids(self.folder), self.name: run}
-        write_text(self.folder / IDS_FILE, json.dumps(ids))
-
-
-def _read_ids(folder: Path) -> dict[str, str]:
-    try:
-        content = json.loads((folder / IDS_FILE).read_text())
-    except (OSError, ValueError):
-        return {}
-    return content if isinstance(content, dict) else {}
+        write_text(self.folder / IDS_FILE, json.dumps({**self._ids(), self.name: run}))
 
 
 class WandbWriter(ScalarWriter):
     """Weights & Biases; offline where ``WANDB_MODE`` says so or no key is there.
 
-    An offline run lies in ``<folder>/wandb``, and ``wandb sync`` sends it later.
-    ``WANDB_PROJECT``, ``WANDB_ENTITY`` and wandb's other variables hold.
-
-    Args:
-        folder: output folder, whose name is that of the run.
-        settings: settings of the run.
+    An offline run lies in ``<folder>/wandb``, and ``wandb sync`` sends it later. wandb's variables
+    hold.
     """
 
     name = "wandb"
@@ -116,12 +110,7 @@ class WandbWriter(ScalarWriter):
 
 
 class MlflowWriter(ScalarWriter):
-    """MLflow, at ``MLFLOW_TRACKING_URI`` or in the files of ``<folder>/mlruns``.
-
-    Args:
-        folder: output folder, whose name is that of the run.
-        settings: settings of the run.
-    """
+    """MLflow, at ``MLFLOW_TRACKING_URI`` or in the files of ``<folder>/mlruns``."""
 
     name = "mlflow"
 
@@ -129,21 +118,19 @@ class MlflowWriter(ScalarWriter):
         super().__init__(folder)
         # MLflow asks for a database, unless files are allowed.
         os.environ.setdefault("MLFLOW_ALLOW_FILE_STORE", "true")
-        self._mlflow = _imported("mlflow", "mlflow-skinny")
-        entities = _imported("mlflow.entities", "mlflow-skinny")
-        self._metric, parameter = entities.Metric, entities.Param
+        mlflow = _imported("mlflow", "mlflow-skinny")
+        self._entities = _imported("mlflow.entities", "mlflow-skinny")
         place = os.environ.get("MLFLOW_TRACKING_URI") or (folder / "mlruns").resolve().as_uri()
-        self.client = self._mlflow.MlflowClient(tracking_uri=place)
-        self.run = self.kept_id() or self._new_run(folder, settings, parameter)
+        self.client = mlflow.MlflowClient(tracking_uri=place)
+        self.run = self.kept_id() or self._new_run(settings)
         self.keep_id(self.run)
 
-    def _new_run(
-        self, folder: Path, settings: Mapping[str, str], parameter: Callable[..., Any]
-    ) -> str:
+    def _new_run(self, settings: Mapping[str, str]) -> str:
         name = os.environ.get("MLFLOW_EXPERIMENT_NAME", "flsl-d2")
         known = self.client.get_experiment_by_name(name)
         experiment = known.experiment_id if known else self.client.create_experiment(name)
-        run: str = self.client.create_run(experiment, run_name=folder.name).info.run_id
+        run: str = self.client.create_run(experiment, run_name=self.folder.name).info.run_id
+        parameter = self._entities.Param
         values = [parameter(_allowed(k), v[:_LONGEST_VALUE]) for k, v in settings.items()]
         for first in range(0, len(values), _MOST_PARAMETERS):
             self.client.log_batch(run, params=values[first : first + _MOST_PARAMETERS])
@@ -151,11 +138,9 @@ class MlflowWriter(ScalarWriter):
 
     def send(self, scalars: Mapping[str, tuple[float, int]]) -> None:
         """Send values with the time of now."""
-        now = int(1000 * time.time())
-        self.client.log_batch(
-            self.run,
-            metrics=[self._metric(_allowed(n), v, now, step) for n, (v, step) in scalars.items()],
-        )
+        metric, now = self._entities.Metric, int(1000 * time.time())
+        metrics = [metric(_allowed(n), v, now, step) for n, (v, step) in scalars.items()]
+        self.client.log_batch(self.run, metrics=metrics)
 
     def close(self) -> None:
         """Mark the run as over."""
@@ -168,8 +153,6 @@ def _allowed(name: str) -> str:
 
 
 def _imported(module: str, package: str) -> Any:
-    import importlib
-
     try:
         return importlib.import_module(module)
     except ImportError as error:
@@ -179,7 +162,7 @@ def _imported(module: str, package: str) -> Any:
         ) from None
 
 
-TRACKERS: dict[str, Callable[[Path, Mapping[str, str]], ScalarWriter]] = {
+TRACKERS: dict[str, type[WandbWriter] | type[MlflowWriter]] = {
     "wandb": WandbWriter,
     "mlflow": MlflowWriter,
 }
@@ -208,9 +191,9 @@ def build_trackers(
     for name in names:
         try:
             started.append(TRACKERS[name](Path(folder), settings))
-        except InputError:
-            raise
         except Exception as error:
+            if isinstance(error, InputError):
+                raise
             raise InputError(
                 f"the tracker {name} cannot be started ({' '.join(str(error).split())}); check "
                 "its own settings, or leave it out of train.trackers."

@@ -91,20 +91,6 @@ def test_a_tracker_that_fails_does_not_stop_the_run(tmp_path, caplog):
     ]
 
 
-def test_all_kinds_of_runs_have_the_key():
-    from flsl_d2.detection.yaml import load_yaml_config
-    from flsl_d2.engine.config_files import load_lazy_config
-
-    yaml = load_yaml_config(
-        "coco/mask_rcnn_flsl_vit_s16_1x.yaml", ["TRAIN.TRACKERS", "['wandb', 'mlflow']"]
-    )
-    assert yaml.TRAIN.TRACKERS == ["wandb", "mlflow"]
-
-    for name in ("pretrain/flsl_vit_small_p16_in1k.py", "coco/mask_rcnn_flsl_vit_s16_1x.py"):
-        cfg = load_lazy_config(name, ["train.trackers=[wandb,mlflow]"])
-        assert cfg.train.trackers == ["wandb", "mlflow"]
-
-
 def test_pretraining_writes_to_the_tracker(tmp_path, run_main):
     pytest.importorskip("mlflow")
     import cv2
