@@ -18,6 +18,7 @@ from pathlib import Path
 
 import pytest
 
+import flsl_d2_cli
 from flsl_d2.detection.yaml import load_yaml_config
 from flsl_d2.engine.config_files import CONFIGS_FOLDER, load_lazy_config
 from flsl_d2.engine.run_folder import DETECTION_KEYS, PRETRAINING_KEYS, flat_config
@@ -38,24 +39,7 @@ GUIDES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *(ROOT / "docs").glob("*
 CHANGELOG = ROOT / "CHANGELOG.md"  # names what is gone, so only its links are tested
 DOCUMENTS = [*GUIDES, *(ROOT / "docs" / "records").glob("*.md"), ROOT / "tests/golden/README.md"]
 TOOLS = sorted(path.stem for path in (ROOT / "tools").glob("*.py"))
-# Options that documents name of pip, docker, srun, torchrun, git and pytest.
-OTHER_PROGRAMS = {
-    "--extra-index-url",
-    "--find-links",
-    "--gpus-per-task",
-    "--ipc",
-    "--kill-on-bad-exit",
-    "--logdir",
-    "--max-restarts",
-    "--no-build-isolation",
-    "--no-deps",
-    "--nproc-per-node",
-    "--ntasks-per-node",
-    "--shm-size",
-    "--standalone",
-    "--upgrade",
-    "--upgrade-package",
-}
+EARLIER_KEYS = {"train.sharding"}  # of runs of earlier versions, which may be resumed
 # What a run and its tools write, by names that look like keys of configs.
 FILE_ENDINGS = (
     *(".csv", ".html", ".json", ".md", ".npz", ".pkl", ".png", ".pth", ".py", ".safetensors"),
@@ -83,7 +67,7 @@ def test_the_keys_that_may_differ_are_those_of_the_engine():
     rows = [line.split("|")[1:-1] for line in table.splitlines()[2:]]
     for neutral, columns in ((PRETRAINING_KEYS, [1]), (DETECTION_KEYS, [2, 3])):
         listed = {key for row in rows for i in columns for key in re.findall(r"`([^`]+)`", row[i])}
-        assert listed == {*neutral.no_effect, *neutral.on_resume}
+        assert listed == {*neutral.no_effect, *neutral.on_resume} - EARLIER_KEYS
         first = {key for i in columns for key in re.findall(r"`([^`]+)`", rows[0][i])}
         assert first == set(neutral.no_effect)
 
@@ -92,7 +76,7 @@ def test_every_key_that_may_differ_is_a_key_of_a_recipe():
     pretraining = flat_config(_with_length(load_lazy_config(PRETRAINING)))
     detection = flat_config(load_lazy_config(DETECTION)) | flat_config(load_yaml_config(YAML))
     for neutral, keys in ((PRETRAINING_KEYS, pretraining), (DETECTION_KEYS, detection)):
-        for pattern in (*neutral.no_effect, *neutral.on_resume):
+        for pattern in {*neutral.no_effect, *neutral.on_resume} - EARLIER_KEYS:
             assert any(fnmatchcase(key, pattern) for key in keys), pattern
 
 
@@ -185,19 +169,24 @@ def test_options_in_commands_are_those_of_the_tool():
 
 def test_commands_are_accepted_by_their_tools(monkeypatch):
     """Every whole command of the guides is parsed; test_guide_commands.py runs them."""
+    # Guides name devices that this machine may lack.
+    monkeypatch.setattr("flsl_d2.engine.command_line.check_device", lambda name: None)
     accepted = 0
     for path in GUIDES:
         fenced = re.findall(r"^```\w*\n(.*?)^```", path.read_text(), re.M | re.S)
         for line in "\n".join(fenced).replace("\\\n", " ").splitlines():
-            found = re.search(r"python tools/(\w+)\.py(.*)", line.partition(" #")[0])
+            found = re.search(
+                r"(?:python tools/(\w+)\.py|^flsl-d2 ([\w-]+))(.*)", line.partition(" #")[0]
+            )
             if found is None or "..." in line or "$head" in line:
                 continue
-            tool, arguments = found.groups()
-            source = (ROOT / f"tools/{tool}.py").read_text()
+            tool, command, arguments = found.groups()
+            source = (ROOT / f"tools/{tool}.py").read_text() if tool else ""
             module = re.search(r"from ([\w.]+) import main", source)
-            if module is None:  # a tool of the standard library, or one without a module
+            name = flsl_d2_cli.COMMANDS[command][0] if command else module and module[1]
+            if not name or name.endswith(("doctor", "detectron2")):  # without a shared parser
                 continue
-            loaded = importlib.import_module(module[1])
+            loaded = importlib.import_module(name)
             monkeypatch.setattr(loaded, "run_tool", lambda *_: None)
             try:
                 loaded.main(shlex.split(arguments))
@@ -205,14 +194,6 @@ def test_commands_are_accepted_by_their_tools(monkeypatch):
                 pytest.fail(f"{path.name}: {line} ends with {stopped.code}")
             accepted += 1
     assert accepted >= 20
-
-
-@pytest.mark.parametrize("path", GUIDES, ids=_name)
-def test_options_in_the_text_are_those_of_some_tool(path):
-    known = OTHER_PROGRAMS.union(*(_options(_help(tool)) for tool in TOOLS))
-    known = known.union(*(_options(_help("benchmark", name)) for name in ("data", "detection")))
-    for code in _code(path.read_text()):
-        assert _options(code) <= known, code
 
 
 def test_overrides_in_commands_are_keys_of_the_named_config():
@@ -236,13 +217,6 @@ def test_keys_in_the_text_are_keys_of_a_recipe(path):
         for key in re.findall(rf"(?<![\w./=-])(?:{roots})(?:\.[\w*]+)+(?!\w*[(:])", code):
             if not key.endswith(FILE_ENDINGS):
                 assert any(fnmatchcase(name, key) for name in known), key
-
-
-@pytest.mark.parametrize("path", GUIDES, ids=_name)
-def test_targets_of_make_exist(path):
-    targets = set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), re.M))
-    for code in _code(path.read_text()):
-        assert set(re.findall(r"^make ([a-z][a-z-]+)(?=\s|$)", code)) <= targets, code
 
 
 @cache
