@@ -67,8 +67,8 @@ def test_overfits_eight_images_of_penn_fudan(datasets_root, tmp_path):
         check=False,
     )
     assert done.returncode == 0, done.stdout + done.stderr
-    rows = re.findall(r"copypaste: ([-\d.,nan]+)$", done.stdout, re.MULTILINE)
-    box, mask = ([float(value) for value in row.split(",")] for row in rows)
+    rows = re.findall(r"(?:bbox|segm): (AP .*)$", done.stdout, re.MULTILINE)
+    box, mask = ([float(pair.split()[1]) for pair in row.split(", ")] for row in rows)
     print(f"box AP {box[0]:.1f}, AP50 {box[1]:.1f}; mask AP {mask[0]:.1f}, AP50 {mask[1]:.1f}")
     assert box[1] > 80
     assert mask[1] > 80

@@ -89,7 +89,7 @@ def run(datasets: Path, *arguments: str) -> str:
 
 
 def average_precisions(output: str) -> list[str]:
-    return re.findall(r"copypaste: ([-\d.,nan]+)$", output, re.MULTILINE)
+    return re.findall(r"(?:bbox|segm): (AP .*)$", output, re.MULTILINE)
 
 
 def predictions(folder: Path) -> list[dict]:

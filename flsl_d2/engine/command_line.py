@@ -24,6 +24,7 @@ import torch
 from flsl_d2.engine.gpus import check_device
 from flsl_d2.engine.launch import WorkerError, leave
 from flsl_d2.engine.launchers import started_by_torchrun
+from flsl_d2.engine.log_lines import quiet_libraries
 from flsl_d2.engine.stopping import STOPPED
 from flsl_d2.errors import InputError, TrainingError
 from flsl_d2.files import expand_home, printable
@@ -368,6 +369,7 @@ def parse_tool_arguments(
 
 
 def _quiet_third_parties() -> None:
+    quiet_libraries()
     for category, start in _HARMLESS:
         warnings.filterwarnings("ignore", message=start, category=category)
     # Worker processes of this tool read the same list from their environment.

@@ -17,13 +17,13 @@ from typing import Any
 from detectron2.config import CfgNode, LazyConfig
 from detectron2.engine import hooks
 from detectron2.utils import comm
-from detectron2.utils.logger import setup_logger
 from detectron2.utils.registry import locate
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import InterpolationResolutionError
 
 from flsl_d2.agreement import decided_by_main
-from flsl_d2.errors import InputError, TrainingError
+from flsl_d2.engine.log_lines import start_log
+from flsl_d2.errors import InputError
 from flsl_d2.files import writable_folder, write_text
 from flsl_d2.weights.checkpointer import BEST_WEIGHTS, checkpoint_files
 
@@ -104,15 +104,7 @@ def prepare_output(folder: Path, key: str, loggers: list[str]) -> None:
     """
     rank = comm.get_rank()
     writable_folder(folder, key)
-    for name in ("fvcore", "detectron2", *loggers):
-        setup_logger(str(folder), distributed_rank=rank, name=name, abbrev_name=name)
-    logging.getLogger("detectron2.engine.train_loop").addFilter(_is_not_a_sentence)
-
-
-def _is_not_a_sentence(record: logging.LogRecord) -> bool:
-    """Drop the tracebacks of errors that the tool reports itself in one sentence."""
-    error = record.exc_info[1] if record.exc_info else None
-    return not isinstance(error, InputError | TrainingError)
+    start_log(str(folder), rank, ("fvcore", "detectron2", *loggers))
 
 
 def trim_metrics(path: str | Path, num_steps: int) -> int:
