@@ -17,13 +17,13 @@ from detectron2.structures import BoxMode
 from flsl_d2.annotations import check_registered_dataset
 from flsl_d2.annotations.datasets import register_pair, use_own_loader
 from flsl_d2.errors import InputError
+from flsl_d2.evaluation.benchmarks import IGNORED as IGNORED
+from flsl_d2.evaluation.benchmarks import register_benchmarks
 from flsl_d2.evaluation.features import read_for
 from flsl_d2.images.labels import read_labels
 from flsl_d2.images.listing import find_images
 from flsl_d2.images.opening import printable
 from flsl_d2.modeling import InputFormat
-
-IGNORED = -1
 
 
 class LabelledBox(NamedTuple):
@@ -31,6 +31,11 @@ class LabelledBox(NamedTuple):
 
     box: tuple[float, float, float, float]
     category: int
+
+    @property
+    def area(self) -> float:
+        """Area in pixels."""
+        return (self.box[2] - self.box[0]) * (self.box[3] - self.box[1])
 
 
 class LabelledDataset(NamedTuple):
@@ -61,6 +66,8 @@ class LabelledImage:
         dataset: name of the data set, for messages.
         num_pixel_classes: number of classes of pixels, background included.
         ignore_label: value of unlabelled pixels in a file of semantic labels.
+        values: class for each value of such a file, or for background and each class of boxes, or
+            `IGNORED`; None where they are the classes.
     """
 
     def __init__(
@@ -69,9 +76,11 @@ class LabelledImage:
         dataset: str,
         num_pixel_classes: int = 0,
         ignore_label: int = 255,
+        values: np.ndarray | None = None,
     ) -> None:
         self.record, self.dataset = record, dataset
         self.num_pixel_classes, self.ignore_label = num_pixel_classes, ignore_label
+        self.values = values
 
     def read(self, taken: InputFormat | None = None) -> np.ndarray:
         """Read the image upright: (H, W, 3) uint8 RGB, or as an encoder takes it; or InputError."""
@@ -96,6 +105,8 @@ class LabelledImage:
         file_name = self.record.get("sem_seg_file_name")
         if file_name is None:
             classes = np.array([0, *(a["category_id"] + 1 for a in self._annotations)])
+            if self.values is not None:
+                classes = self.values[classes]
             return np.where(self.segments == IGNORED, IGNORED, classes[self.segments])
         if "height" in self.record and "width" in self.record:
             size = self.record["height"], self.record["width"]
@@ -103,6 +114,8 @@ class LabelledImage:
             size = self.read().shape[:2]
         labels = read_labels(file_name, dtype="int64", size=size)
         labels[labels == self.ignore_label] = IGNORED
+        if self.values is not None:
+            labels = self.values[labels]
         if labels.min() < IGNORED or labels.max() >= self.num_pixel_classes:
             raise InputError(
                 f"the labels {file_name} have the value {labels.max()}, but {self.dataset!r} has "
@@ -130,9 +143,9 @@ class LabelledImage:
             painted[masks[i]] = IGNORED if crowds[i] else i + 1
         return painted
 
-    @cached_property
-    def largest_box(self) -> LabelledBox | None:
-        """The box of the largest area, crowds left out; None where no box has an area."""
+    @property
+    def boxes(self) -> list[LabelledBox]:
+        """Boxes that have an area, crowds left out."""
         boxes = []
         for annotation in self._annotations:
             if annotation.get("iscrowd", 0) or "bbox" not in annotation:
@@ -140,9 +153,13 @@ class LabelledImage:
             mode = annotation.get("bbox_mode", BoxMode.XYWH_ABS)
             x0, y0, x1, y1 = BoxMode.convert(list(annotation["bbox"]), mode, BoxMode.XYXY_ABS)
             if x1 > x0 and y1 > y0:
-                box = LabelledBox((x0, y0, x1, y1), annotation["category_id"])
-                boxes.append(((x1 - x0) * (y1 - y0), box))
-        return max(boxes, key=lambda pair: pair[0])[1] if boxes else None
+                boxes.append(LabelledBox((x0, y0, x1, y1), annotation["category_id"]))
+        return boxes
+
+    @property
+    def largest_box(self) -> LabelledBox | None:
+        """The box of the largest area, if there is one."""
+        return max(self.boxes, key=lambda each: each.area, default=None)
 
     @property
     def objects(self) -> list[tuple[np.ndarray, int]]:
@@ -225,6 +242,7 @@ def _load_class_folders(folder: Path) -> LabelledDataset:
 
 
 def _load_registered(name: str) -> LabelledDataset:
+    register_benchmarks()
     check_registered_dataset(name)
     use_own_loader(name)
     try:
@@ -237,22 +255,22 @@ def _load_registered(name: str) -> LabelledDataset:
             "check its files below DETECTRON2_DATASETS."
         ) from error
     metadata = MetadataCatalog.get(name)
-    records = [r for r in records if r.get("annotations") or r.get("sem_seg_file_name")]
+    labels = ("annotations", "sem_seg_file_name", "pair")
+    records = [r for r in records if any(r.get(key) for key in labels)]
     if not records:
         raise InputError(
             f"the data set {name!r} has no annotations, which every measure compares the features "
             "with; name one that is labelled."
         )
     box_classes = tuple(metadata.get("thing_classes", ()))
-    if "sem_seg_file_name" in records[0]:
+    if "sem_seg_file_name" in records[0] or metadata.get("label_values"):
         pixel_classes = tuple(metadata.get("stuff_classes", ()))
     else:
         pixel_classes = ("background", *box_classes)
     _check_categories(name, records, len(box_classes))
-    images = [
-        LabelledImage(record, name, len(pixel_classes), metadata.get("ignore_label", 255))
-        for record in records
-    ]
+    values = np.array(metadata.label_values) if metadata.get("label_values") else None
+    settings = len(pixel_classes), metadata.get("ignore_label", 255), values
+    images = [LabelledImage(record, name, *settings) for record in records]
     return LabelledDataset(name, images, box_classes, pixel_classes)
 
 

@@ -10,13 +10,19 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any, ClassVar, Protocol
 
+import yaml
 from tabulate import tabulate
 
+from flsl_d2.engine.progress import progress
 from flsl_d2.errors import InputError
 from flsl_d2.evaluation.classification import Classification
 from flsl_d2.evaluation.cluster_quality import ClusterQuality
+from flsl_d2.evaluation.clustering import Clustering
+from flsl_d2.evaluation.correspondence import Correspondence
+from flsl_d2.evaluation.discovery import Discovery
 from flsl_d2.evaluation.explained_variance import ExplainedVariance
 from flsl_d2.evaluation.features import RANDOM, frozen_encoder, usable_device
+from flsl_d2.evaluation.in_context import InContext
 from flsl_d2.evaluation.knn_box import BoxKnn
 from flsl_d2.evaluation.labelled_images import LabelledDataset, load_labelled
 from flsl_d2.evaluation.samples import (
@@ -26,7 +32,6 @@ from flsl_d2.evaluation.samples import (
     WholeSets,
     encode_dataset,
     global_attention,
-    progress,
 )
 from flsl_d2.evaluation.segmentation import KnnSegmentation, LinearSegmentation
 from flsl_d2.files import writable_folder, write_text
@@ -82,6 +87,10 @@ MEASURES: dict[str, type[Measure]] = {
         ClusterQuality,
         ExplainedVariance,
         Classification,
+        InContext,
+        Clustering,
+        Discovery,
+        Correspondence,
     )
 }
 
@@ -219,7 +228,7 @@ def run_measures(task: Task, names: Sequence[str]) -> tuple[dict[str, float], di
             continue
         samples = encode_dataset(task.encoder, dataset, task.options.short_side)
         try:
-            for sample in progress(samples, f"Measuring {dataset.name}", len(dataset.images)):
+            for sample in progress(samples, f"measuring {dataset.name}", len(dataset.images)):
                 call_each(observe, sample)
         except InputError as error:  # an image cannot be encoded, which stops all measures
             failures |= dict.fromkeys(running, str(error))
@@ -240,6 +249,24 @@ def _checked_options(names: Sequence[str] | None, given: Mapping[str, Any]) -> O
             f"the measures have no option {unknown[0]!r}; there are {', '.join(known)}."
         )
     return Options(**given)
+
+
+def read_options(texts: Sequence[str]) -> dict[str, Any]:
+    """Read settings of protocols, each ``KEY=NUMBER`` or ``KEY=[NUMBER,NUMBER]``."""
+    known = {field.name: field.default for field in fields(Options)}
+    found: dict[str, Any] = {}
+    for text in texts:
+        key, _, value = text.partition("=")
+        several = isinstance(known.get(key), tuple)
+        try:
+            given = yaml.safe_load(value)
+            numbers = [v + 0 for v in (given if isinstance(given, list) and several else [given])]
+        except (yaml.YAMLError, TypeError) as error:
+            raise InputError(
+                f"the option {text!r} has no number; give KEY=VALUE, such as side=224."
+            ) from error
+        found[key] = tuple(numbers) if several else given
+    return found
 
 
 @contextmanager

@@ -2,24 +2,20 @@
 
 from __future__ import annotations
 
-import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from copy import copy
 from dataclasses import dataclass, field, fields
-from typing import TypeVar
 
 import numpy as np
+from PIL import Image
 from torch import Tensor, nn
-from tqdm import tqdm
 
 from flsl_d2.errors import InputError
-from flsl_d2.evaluation.features import extract_tokens
+from flsl_d2.evaluation.features import encode_images, extract_tokens
 from flsl_d2.evaluation.labelled_images import LabelledDataset, LabelledImage
 from flsl_d2.modeling import Encoder
 from flsl_d2.modeling.attention import Attention
-
-T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -36,6 +32,15 @@ class Options:
         kernel_widths: widths of mean-shift to choose from; see
             :mod:`flsl_d2.evaluation.cluster_quality`.
         cluster_counts: numbers of clusters of tuned k-means to choose from; see there.
+        side: side in pixels of the images of protocols that look at squares or at the longer
+            side; None for each protocol's own.
+        memory_size: bound of the tokens in the memory of in-context retrieval.
+        fractions: parts of the training images that in-context retrieval learns from; 8 is 1/8.
+        augmentation_epochs: random crops of each of these images.
+        attention_temperature: T of in-context retrieval.
+        num_clusters: K of the clusters of a data set that are matched many to one.
+        cluster_seeds: number of k-means runs of a data set, with seeds from 0 on.
+        as_reference: whether known mistakes of the reference implementations are repeated.
 
     Raises:
         InputError: a value out of range.
@@ -49,12 +54,23 @@ class Options:
     probe_steps: int = 100
     kernel_widths: tuple[float, ...] = (2.0, 4.0, 8.0, 16.0, 32.0)
     cluster_counts: tuple[int, ...] = (2, 3, 4, 6, 8, 12, 16)
+    side: int | None = None
+    memory_size: int = 1_024_000
+    fractions: tuple[int, ...] = (1, 8, 64, 128)
+    augmentation_epochs: int = 2
+    attention_temperature: float = 0.02
+    num_clusters: int = 500
+    cluster_seeds: int = 5
+    as_reference: bool = False
 
     def __post_init__(self) -> None:
         for option in fields(self):
             value = getattr(self, option.name)
             values = value if isinstance(value, tuple) else (value,)
-            if not values or not all(v is None or 0 < v < float("inf") for v in values):
+            # None is a default, and True and False need no bounds.
+            if not values or not all(
+                v is None or v is False or 0 < v < float("inf") for v in values
+            ):
                 raise InputError(f"{option.name} is {value}; give a number above 0, or several.")
 
 
@@ -72,12 +88,6 @@ class WholeSets:
 
     def observe_val(self, sample: Sample) -> None:
         """Nothing is scored on the shared samples."""
-
-
-def progress(items: Iterable[T], title: str, total: int) -> Iterable[T]:
-    """Show a progress bar, of which a log file gets a line every half minute."""
-    interval = 0.1 if sys.stderr.isatty() else 30.0
-    return tqdm(items, title, total, False, mininterval=interval)
 
 
 @dataclass(frozen=True)
@@ -145,6 +155,32 @@ def attention_inputs(encoder: Encoder) -> Iterator[list[Tensor]]:
     finally:
         if handle is not None:
             handle.remove()
+
+
+def square_side(encoder: Encoder, side: int) -> int:
+    """Return the largest number of pixels up to a side that is whole patches.
+
+    Raises:
+        InputError: the side is smaller than a patch.
+    """
+    if side < encoder.patch_size:
+        raise InputError(
+            f"the images' side is {side} pixels and a patch of the encoder {encoder.patch_size}; "
+            f"give at least {encoder.patch_size}."
+        )
+    return side // encoder.patch_size * encoder.patch_size
+
+
+def encode_square(encoder: Encoder, image: np.ndarray, side: int) -> Tensor:
+    """Encode an image (H, W, 3), resized to a square with antialiasing, to tokens (N, D)."""
+    square = Image.fromarray(image).resize((side, side), Image.Resampling.BILINEAR)
+    return encode_images(encoder, np.array(square)[None])[0]
+
+
+def resize_labels(labels: np.ndarray, side: int) -> np.ndarray:
+    """Resize labels (H, W) to a square by PyTorch's ``nearest``, whose pixels are rounded down."""
+    rows, columns = (np.arange(side) * length // side for length in labels.shape)
+    return labels[rows[:, None], columns]
 
 
 def encode_dataset(encoder: Encoder, dataset: LabelledDataset, short_side: int) -> Iterator[Sample]:

@@ -1,0 +1,108 @@
+"""Semantic correspondence on SPair-71k: key points found again in another picture of a class.
+
+The protocol of https://github.com/Junyi42/sd-dino (arXiv 2305.15347) for plain features, whose
+figures it reproduces from the same tokens, at the resolution of DINOv3 (arXiv 2508.10104): 64 x 64
+tokens.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from typing import Any, ClassVar
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from torch import Tensor
+
+from flsl_d2.engine.progress import progress
+from flsl_d2.errors import InputError
+from flsl_d2.evaluation.features import encode_images
+from flsl_d2.evaluation.samples import Task, WholeSets, square_side
+from flsl_d2.images.reader import read_image
+
+_CELLS = 64  # tokens along a side
+_TOLERANCE = 0.1  # of the longer side of the target's box
+
+
+class Correspondence(WholeSets):
+    """PCK@0.1: share of key points found within 0.1 of the longer side of the object's box.
+
+    A point takes the token that covers it, and the token of the other image with the largest
+    cosine is the answer (no window, no soft arg max), by its centre. Images are padded with black
+    to squares. Only the validation pairs count.
+    """
+
+    name = "correspondence"
+    without_direction: ClassVar[tuple[str, ...]] = ()
+
+    def __init__(self, task: Task) -> None:
+        self.pairs = [image.record["pair"] for image in task.val.images if "pair" in image.record]
+        if not self.pairs:
+            raise InputError(
+                f"{task.val.name!r} has no pairs of images with key points; use spair_71k_test."
+            )
+        self.encoder = task.encoder
+        side = task.options.side or _CELLS * task.encoder.patch_size
+        self.side = square_side(task.encoder, side)
+
+    def results(self) -> dict[str, float]:
+        """Return the mean over points, over images (pairs), and over categories of points."""
+        found: dict[str, list[np.ndarray]] = defaultdict(list)
+        tokens: dict[str, Tensor] = {}
+        previous = ""
+        for pair in progress(sorted(self.pairs, key=lambda p: p["category"]), "matching points"):
+            if pair["category"] != previous:  # pairs have one category; few images stay in memory
+                tokens, previous = {}, pair["category"]
+            for file in (pair["source"], pair["target"]):
+                if file not in tokens:
+                    tokens[file] = self._encode(read_image(file))
+            hits = match_points(tokens[pair["source"]], tokens[pair["target"]], pair, self.side)
+            found[previous].append(hits)
+        images = [hits.mean() for pairs in found.values() for hits in pairs]
+        categories = [np.concatenate(pairs) for pairs in found.values()]
+        return {
+            "pck_point": 100 * float(np.concatenate(categories).mean()),
+            "pck_image": 100 * float(np.mean(images)),
+            "pck_category": 100 * float(np.mean([hits.mean() for hits in categories])),
+        }
+
+    def _encode(self, image: np.ndarray) -> Tensor:
+        scale, (x, y) = placement(image.shape[1], image.shape[0], self.side)
+        width, height = (round(length * scale) for length in (image.shape[1], image.shape[0]))
+        canvas = Image.new("RGB", (self.side, self.side))
+        resized = Image.fromarray(image).resize((width, height), Image.Resampling.LANCZOS)
+        canvas.paste(resized, (x, y))
+        return encode_images(self.encoder, np.array(canvas)[None])[0]
+
+
+def placement(width: int, height: int, side: int) -> tuple[float, tuple[int, int]]:
+    """Return the scale and the left upper corner of an image in the centre of a square."""
+    scale = side / max(width, height)
+    return scale, ((side - round(width * scale)) // 2, (side - round(height * scale)) // 2)
+
+
+def match_points(source: Tensor, target: Tensor, pair: dict[str, Any], side: int) -> np.ndarray:
+    """Find the key points of a pair again: which are right, (points,) bool.
+
+    Args:
+        source: tokens (N, D) of the first image, a square grid.
+        target: tokens (N, D) of the second image.
+        pair: record of :func:`flsl_d2.evaluation.benchmarks.load_spair`.
+        side: pixels of the square images.
+    """
+    cells = round(len(source) ** 0.5)
+    placed = []
+    for which in ("source", "target"):
+        width, height = pair[f"{which}_size"]
+        scale, corner = placement(width, height, side)
+        placed.append(np.asarray(pair[f"{which}_points"], np.float32) * np.float32(scale) + corner)
+    columns, rows = (placed[0] * (cells / side)).astype(np.int64).clip(0, cells - 1).T
+    queries = F.normalize(source[torch.from_numpy(rows * cells + columns).to(source.device)], dim=1)
+    best = (queries @ F.normalize(target, dim=1).T).argmax(dim=1).cpu().numpy()
+    patch = side / cells
+    answers = np.stack([best % cells, best // cells], axis=1) * patch + patch // 2 - 0.5
+    x0, y0, x1, y1 = pair["target_box"]
+    reach = _TOLERANCE * max(x1 - x0, y1 - y0) * scale
+    return np.linalg.norm(answers - placed[1], axis=1) < reach
