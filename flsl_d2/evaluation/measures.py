@@ -30,6 +30,7 @@ from flsl_d2.evaluation.samples import (
     Sample,
     Task,
     WholeSets,
+    check_takes_rgb,
     encode_dataset,
     global_attention,
 )
@@ -207,6 +208,8 @@ def run_measures(task: Task, names: Sequence[str]) -> tuple[dict[str, float], di
     running, failures = {}, {}
     for name in names:
         try:
+            if issubclass(MEASURES[name], WholeSets):
+                check_takes_rgb(task.encoder)
             running[name] = MEASURES[name](task)
         except InputError as error:
             failures[name] = str(error)

@@ -157,6 +157,16 @@ def attention_inputs(encoder: Encoder) -> Iterator[list[Tensor]]:
             handle.remove()
 
 
+def check_takes_rgb(encoder: Encoder) -> None:
+    """Raise InputError for an encoder of other pixels than those of the published protocols."""
+    taken = encoder.input_format
+    if (taken.channels, taken.bits) != (3, 8):
+        raise InputError(
+            f"the encoder takes {taken.channels} channel(s) of {taken.bits} bits, and this "
+            "protocol is defined for 8-bit RGB; choose another measure."
+        )
+
+
 def square_side(encoder: Encoder, side: int) -> int:
     """Return the largest number of pixels up to a side that is whole patches.
 
