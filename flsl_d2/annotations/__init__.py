@@ -4,7 +4,7 @@ Importing this package registers `pennfudan_train/val`, `flsl_scenes_train/val`,
 `objects365_train/val` and `imagenet_boxes_train/val` under $DETECTRON2_DATASETS.
 """
 
-from flsl_d2.annotations.annotations import check_coco_files, check_registered_dataset
+from flsl_d2.annotations.checks import check_coco_files, check_registered_dataset
 from flsl_d2.annotations.datasets import register_builtin, register_coco_format, register_scenes
 from flsl_d2.annotations.findings import Use
 from flsl_d2.annotations.mapper import FLSLDatasetMapper

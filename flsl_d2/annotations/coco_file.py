@@ -6,14 +6,22 @@ import codecs
 import gc
 import json
 import os
+import time
 from typing import Any
 
 from detectron2.utils.file_io import PathManager
 
 from flsl_d2.errors import InputError
-from flsl_d2.files import describe_content
+from flsl_d2.files import describe_content, write_text
 
 COCO_LISTS = ("images", "annotations", "categories")
+Coco = dict[str, list[Any]]  # the lists of a file
+
+# Contents of the files that were read or written last, so that checks, training, evaluation and
+# report parse a file once. Nobody changes them.
+_MOST_KEPT = 3
+_SETTLED = 50_000_000  # nanoseconds; clocks of file systems tick every few milliseconds
+_kept: dict[tuple[int, ...], Coco] = {}
 
 # Little-endian UTF-32 begins with the mark of UTF-16.
 _OTHER_ENCODINGS = {
@@ -92,10 +100,10 @@ def _parse(text: str, path: str) -> Any:
             gc.enable()
 
 
-def read_coco(
-    json_file: str | os.PathLike[str], needed: tuple[str, ...] = COCO_LISTS
-) -> dict[str, list[Any]]:
-    """Read the lists ``images``, ``annotations`` and ``categories`` of a file.
+def read_coco(json_file: str | os.PathLike[str], needed: tuple[str, ...] = COCO_LISTS) -> Coco:
+    """Return the lists ``images``, ``annotations`` and ``categories`` of a file, not to be changed.
+
+    A file that was read or written before, and is the same on the disk, is not parsed again.
 
     Args:
         json_file: path of the file.
@@ -104,21 +112,58 @@ def read_coco(
     Raises:
         InputError: the file cannot be read or lacks a list.
     """
-    content = read_json(json_file)
-    if not isinstance(content, dict):
-        raise InputError(
-            f"{json_file} holds a {type(content).__name__} and is not in COCO format: expected an "
-            f"object with the list{'s' * (len(needed) > 1)} {', '.join(needed)}."
-        )
+    identity = _identity(json_file)
+    content = _kept.get(identity)
+    if content is None:
+        content = _lists(read_json(json_file), json_file)
+        # A file that is written this very moment may change without another time of change.
+        if identity and time.time_ns() - identity[-1] > _SETTLED:
+            _keep(identity, content)
     lacking = [
         key
         for key in COCO_LISTS
-        if not isinstance(content.get(key), list)
-        and (key in needed or content.get(key) is not None)
+        if not isinstance(content.get(key), list) and (key in needed or key in content)
     ]
     if lacking:
         raise InputError(
             f"{json_file} is not in COCO format, it lacks the list{'s' * (len(lacking) > 1)} "
             f"{', '.join(lacking)}: name a file in COCO's instances format."
         )
+    return content
+
+
+def _lists(content: Any, json_file: str | os.PathLike[str]) -> Coco:
+    if not isinstance(content, dict):
+        raise InputError(
+            f"{json_file} holds a {type(content).__name__} and is not in COCO format: expected an "
+            f"object with the lists {', '.join(COCO_LISTS)}."
+        )
     return {key: content[key] for key in COCO_LISTS if content.get(key) is not None}
+
+
+def write_coco(path: str | os.PathLike[str], content: Coco) -> None:
+    """Write a file, and keep its content for :func:`read_coco`."""
+    write_text(os.fspath(path), json.dumps(content))
+    _keep(_identity(path), content)
+
+
+def forget_coco() -> None:
+    """Free the contents that are kept."""
+    _kept.clear()
+
+
+def _identity(path: str | os.PathLike[str]) -> tuple[int, ...]:
+    """Return what differs between two files or two states of one; empty where it is unknown."""
+    try:
+        status = os.stat(path)
+    except (OSError, ValueError):
+        return ()
+    return status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns
+
+
+def _keep(identity: tuple[int, ...], content: Coco) -> None:
+    if identity:
+        _kept.pop(identity, None)
+        _kept[identity] = content
+        while len(_kept) > _MOST_KEPT:
+            del _kept[next(iter(_kept))]

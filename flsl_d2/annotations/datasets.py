@@ -9,9 +9,10 @@ from typing import Any
 
 from detectron2.data import DatasetCatalog, MetadataCatalog, get_detection_dataset_dicts
 
-from flsl_d2.annotations.coco_records import load_coco
 from flsl_d2.annotations.imagenet_boxes import register_imagenet_boxes
+from flsl_d2.annotations.records import load_coco
 from flsl_d2.errors import InputError
+from flsl_d2.files import file_sha256
 
 # name: (annotation file, image folder), below the folder of all data sets
 _BUILTIN = {
@@ -115,7 +116,9 @@ def register_builtin(root: str | os.PathLike[str] | None = None) -> None:
 def register_files(
     json_file: str, image_root: str, keys: tuple[str, str] = ("json_file", "image_root")
 ) -> str:
-    """Register a data set under the path of its annotation file.
+    """Register a data set under a name that identifies the content of its annotation file.
+
+    A run whose files have moved has the same name, and one with an edited file another.
 
     Args:
         json_file: path of annotations in COCO's instances format; ``~`` is the home folder.
@@ -142,15 +145,24 @@ def register_files(
                 "registered (flsl_d2.annotations.register_coco_format)."
             )
     json_file, image_root = (os.path.expanduser(path) for path in (json_file, image_root))
-    if json_file in DatasetCatalog:
-        other = MetadataCatalog.get(json_file).image_root
-        if other != image_root:
+    name = f"{os.path.basename(json_file)}:{_digest(json_file)}"
+    if name in DatasetCatalog:
+        registered, other = _registered_files(name)
+        if registered == json_file and other != image_root:
             raise InputError(
                 f"{json_file} is given with two folders of images, {other} and {image_root}; give "
                 "the same one, or two annotation files."
             )
-    register_coco_format(json_file, json_file, image_root)
-    return json_file
+    register_coco_format(name, json_file, image_root, replace=True)
+    return name
+
+
+def _digest(path: str) -> str:
+    """Identify the content of a file; a file that cannot be read is reported when it is used."""
+    try:
+        return file_sha256(path)[:12]
+    except OSError:
+        return "unreadable"
 
 
 def register_pair(name: str) -> None:

@@ -25,6 +25,11 @@ class Use(enum.Flag):
     EVALUATION = enum.auto()
 
 
+# COCO train2017 itself has a few boxes without width. A few are left out and do no harm; a larger
+# share is a mistake in whatever wrote the file.
+MAX_UNUSABLE_SHARE = 0.01
+
+
 class Problem(NamedTuple):
     """A reason why a part of an annotation cannot be used.
 
@@ -83,6 +88,11 @@ class Findings:
         """Note something harmless that a user should know."""
         self._note("remark", kind, example)
 
+    def remark_many(self, kind: str, example: object, count: int) -> None:
+        """Note as many harmless things of one kind and example."""
+        self._note("remark", kind, f"{example} ({count})")
+        self._counts["remark"][kind] += count - 1
+
     def whole_file(self, level: str, sentence: str) -> None:
         """Note a ``fault`` or ``remark`` that concerns the file as a whole."""
         self._sentences[level].append(sentence)
@@ -92,7 +102,8 @@ class Findings:
         lines = []
         for kind, count in self._counts[level].items():
             examples = self._examples[kind]
-            more = f" and {count - len(examples)} more" if count > len(examples) else ""
+            rest = count - len(examples)
+            more = f" and {rest} more" if rest > 0 and len(examples) == self._max_report else ""
             text = kind if "{count}" in kind else "{count} x " + kind
             lines.append(f"{text.replace('{count}', str(count))}: {', '.join(examples)}{more}")
         return lines + self._sentences[level]

@@ -13,7 +13,7 @@ from detectron2.data import transforms as T
 from detectron2.structures import BoxMode
 from fvcore.transforms.transform import TransformList
 
-from flsl_d2.annotations.annotation_shapes import box_polygon
+from flsl_d2.annotations.shapes import box_polygon
 from flsl_d2.errors import InputError
 from flsl_d2.images.labels import read_labels
 from flsl_d2.images.opening import printable

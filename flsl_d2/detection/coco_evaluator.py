@@ -17,7 +17,7 @@ from detectron2.evaluation import COCOEvaluator, coco_evaluation
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
-from flsl_d2.annotations.coco_records import read_coco_api
+from flsl_d2.annotations.records import read_coco_api
 
 _EMPTY = '{"images": [], "annotations": [], "categories": []}'
 _HAS_FASTER = importlib.util.find_spec("faster_coco_eval") is not None
@@ -51,7 +51,7 @@ def evaluate_coco(truth: COCO, results: Sequence[dict[str, Any]], kind: str) -> 
     """Evaluate detections without printing.
 
     Args:
-        truth: annotations; see :func:`flsl_d2.annotations.coco_records.read_coco_api`.
+        truth: annotations; see :func:`flsl_d2.annotations.records.read_coco_api`.
         results: detections in COCO's results format.
         kind: ``bbox`` or ``segm``.
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import re
 import shutil
 import sys
 from collections.abc import Sequence
@@ -12,14 +13,15 @@ from typing import Any
 
 from detectron2.utils import comm
 
-from flsl_d2.annotations.coco_records import load_coco
 from flsl_d2.detection.finetune_data import OwnData, prepare_data
 from flsl_d2.detection.finetune_encoder import absolute_path, prepare_encoder
 from flsl_d2.detection.finetune_plan import (
+    InFolder,
     Plan,
     anchor_warnings,
     config_text,
     find_device,
+    literal,
     make_plan,
 )
 from flsl_d2.detection.finetune_report import draw_labels, write_report
@@ -58,7 +60,11 @@ def _finetune(args: argparse.Namespace) -> None:
                 f"--output is '{output}', which holds no run of this tool to resume; leave "
                 "--resume out to start one."
             )
-        print(f"Going on with {output}: its {CONFIG_FILE} decides, other options are not used.")
+        _check_places(args, output)
+        print(
+            f"Going on with {output}: its {CONFIG_FILE} decides; of other options only --images "
+            "and --val-images are used."
+        )
     else:
         _check_options(args, output)
         _prepare(args, output)
@@ -66,7 +72,7 @@ def _finetune(args: argparse.Namespace) -> None:
     launch_detection(
         argparse.Namespace(
             config_file=str(output / CONFIG_FILE),
-            opts=[f"train.output_dir={output}"],
+            opts=[],
             resume=args.resume,
             eval_only=False,
             allow_changes=False,
@@ -78,6 +84,36 @@ def _finetune(args: argparse.Namespace) -> None:
         )
     )
     _report(output, cfg)
+
+
+def _check_places(args: argparse.Namespace, output: Path) -> None:
+    """Check that the data of a run to be resumed are where its config says.
+
+    ``--images`` and ``--val-images`` name a new folder of the pictures, which the config gets.
+
+    Raises:
+        InputError: files that the config names are not there.
+    """
+    config = output / CONFIG_FILE
+    for split, folder in (("train", args.images), ("test", args.val_images or args.images)):
+        if folder:
+            key = f"dataloader.{split}.dataset.image_root"
+            text = config.read_text("utf-8")
+            old = re.search(rf"(?m)^{re.escape(key)} = .*$", text)
+            if old is not None:
+                new = f"{key} = {literal(absolute_path(folder))}"
+                text = text[: old.start()] + new + text[old.end() :]
+            write_text(config, text)
+    cfg = load_lazy_config(str(config))
+    for split in ("train", "test"):
+        for key in ("json_file", "image_root"):
+            path = cfg.dataloader[split].dataset[key]
+            if not Path(path).exists():
+                raise InputError(
+                    f"dataloader.{split}.dataset.{key} in '{config}' is '{path}', which does not "
+                    "exist; if the data have moved, change that line, or give --images for the "
+                    "folder of the pictures."
+                )
 
 
 def _check_options(args: argparse.Namespace, output: Path) -> None:
@@ -116,7 +152,7 @@ def _prepare(args: argparse.Namespace, output: Path) -> None:
         except InputError as error:  # the folder is gone when the message is read
             raise InputError(str(error).replace(f"{staging}/", "")) from error
         encoder_lines, settings, sizes = prepare_encoder(
-            args.weights, args.freeze, data.channels or 3, staging, output
+            args.weights, args.freeze, data.channels or 3, staging
         )
         device = find_device(args.device)
         plan = make_plan(
@@ -135,14 +171,13 @@ def _prepare(args: argparse.Namespace, output: Path) -> None:
             *_plan_lines(plan, args, data),
             *(f"warning: {warning}" for warning in warnings),
         ]
-        settings += _settings(args, data, plan, staging, output)
+        settings += _settings(args, data, plan, staging)
         recipe = _RECIPES["masks" if data.has_masks else "boxes"]
         lines = [printable(line) for line in lines]
         write_text(staging / CONFIG_FILE, config_text(recipe, settings))
         write_text(staging / _SUMMARY_FILE, "\n".join(lines) + "\n")
         load_lazy_config(str(staging / CONFIG_FILE))
-        records = load_coco(str(data.train), args.images)
-        draw_labels(records, data.names, staging / "labels.png", "Labels of training images")
+        draw_labels(data.records, data.names, staging / "labels.png", "Labels of training images")
         writable_folder(output, "--output")
         for path in staging.iterdir():
             shutil.move(str(path), str(output))
@@ -151,14 +186,15 @@ def _prepare(args: argparse.Namespace, output: Path) -> None:
 
 
 def _settings(
-    args: argparse.Namespace, data: OwnData, plan: Plan, staging: Path, output: Path
+    args: argparse.Namespace, data: OwnData, plan: Plan, staging: Path
 ) -> list[tuple[str, Any, str]]:
     """List what differs from the recipe: key, value and reason."""
     why = plan.reasons
 
     def final(path: Path) -> str:
-        inside = path.is_relative_to(staging)
-        return absolute_path(output / path.relative_to(staging) if inside else path)
+        if path.is_relative_to(staging):
+            return InFolder(path.relative_to(staging))
+        return absolute_path(path)
 
     net = "model.backbone.net"
     resizing = "mapper.augmentations[0]"
@@ -190,15 +226,15 @@ def _settings(
         ("train.patience", args.patience, ""),
         ("train.seed", args.seed, ""),
         ("train.device", args.device, ""),
-        ("train.output_dir", absolute_path(output), ""),
+        ("train.output_dir", InFolder(""), ""),
     ]
     if not find_device(args.device).is_gpu:
         settings += _small_heads(data.has_masks)
     if plan.recompute:
         settings.append((f"{net}.use_act_checkpoint", True, why["recompute"]))
     if data.channels:
-        records = load_coco(str(data.train), args.images)
-        mean, std = channel_statistics([r["file_name"] for r in records], data.channels)
+        files = [record["file_name"] for record in data.records]
+        mean, std = channel_statistics(files, data.channels)
         settings += [
             ("model.input_format", channels_format(data.channels), "values as they are stored"),
             ("model.pixel_mean", mean, "of the training images"),

@@ -3,19 +3,18 @@
 from __future__ import annotations
 
 import argparse
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from flsl_d2.annotations import Use, check_coco_files
-from flsl_d2.annotations.coco_file import read_coco
-from flsl_d2.annotations.coco_records import load_coco
-from flsl_d2.annotations.formats import convert_to_coco, recognise_annotations
+from flsl_d2.annotations.coco_file import read_coco, write_coco
+from flsl_d2.annotations.convert import convert_to_coco, recognise_annotations
+from flsl_d2.annotations.records import load_coco
 from flsl_d2.annotations.splitting import split_by_image
 from flsl_d2.detection.finetune_plan import DataFacts, collect_facts
 from flsl_d2.errors import InputError
-from flsl_d2.files import write_text
 from flsl_d2.images.stored_values import find_channels
 
 # Share of the objects that must have a mask for a detector of masks to be chosen.
@@ -29,6 +28,7 @@ class OwnData:
     Attributes:
         train: annotations to train on, in COCO's format.
         val: annotations to validate on.
+        records: the training part in Detectron2's format.
         names: names of the classes.
         has_masks: whether masks are learned.
         facts: facts of the training part.
@@ -38,6 +38,7 @@ class OwnData:
 
     train: Path
     val: Path
+    records: list[dict[str, Any]]
     names: list[str]
     has_masks: bool
     facts: DataFacts
@@ -60,7 +61,7 @@ def prepare_data(args: argparse.Namespace, staging: Path) -> OwnData:
         parts = split_by_image(read_coco(train), args.val_share, args.seed, args.val_group)
         train, val = folder / "train.json", folder / "val.json"
         for part, path in zip(parts, (train, val), strict=True):
-            write_text(path, json.dumps(part))
+            write_coco(path, part)
         how = f"split off by image with seed {args.seed}"
         how += f", images with the same {args.val_group!r} together" if args.val_group else ""
     records = load_coco(str(train), args.images)
@@ -68,6 +69,13 @@ def prepare_data(args: argparse.Namespace, staging: Path) -> OwnData:
     if not facts.num_images:
         raise InputError(f"no image of '{train}' has an object, so nothing can be learned.")
     has_masks = args.task == "masks" or (not args.task and facts.mask_share >= _MASK_SHARE)
+    without = facts.num_objects - round(facts.mask_share * facts.num_objects)
+    if not has_masks and not args.task and facts.mask_share:
+        lines.append(
+            f"warning: {without} of {facts.num_objects} objects have no mask "
+            f"({_without_mask(records)}), so boxes are learned and the other masks are not used; "
+            "draw the missing ones to learn masks."
+        )
     use = Use.BOXES | Use.MASKS if has_masks else Use.BOXES
     check_coco_files(train, args.images, use, masks_off="--task boxes")
     val_names = check_coco_files(
@@ -88,25 +96,7 @@ def prepare_data(args: argparse.Namespace, staging: Path) -> OwnData:
             "object, so nothing can be measured; give other validation annotations or leave them "
             "out."
         )
-    shown = ", ".join(f"{name} {count}" for name, count in list(facts.class_counts.items())[:10])
-    more = ", ..." * (len(facts.class_counts) > 10)
-    lines.append(
-        f"Data: {facts.num_images} images to train on with {facts.num_objects} objects ({shown}"
-        f"{more}), {len(val_records)} images to validate on ({how})."
-    )
-    if facts.num_without:
-        lines.append(f"{facts.num_without} images without objects are left out of training.")
-    empty = [name for name, count in facts.class_counts.items() if not count]
-    if empty:
-        lines.append(
-            f"warning: no training image has an object of {', '.join(empty)}, so nothing is "
-            "learned of it."
-        )
-    if facts.max_objects > 100:
-        lines.append(
-            f"warning: an image has {facts.max_objects} objects, and the detector reports 100 at "
-            "most; raise model.roi_heads.box_predictor.test_topk_per_image in the config."
-        )
+    lines += _data_lines(facts, len(val_records), how)
     files = [record["file_name"] for record in [*records, *val_records]]
     channels, bits = find_channels(files)
     if channels:
@@ -114,7 +104,39 @@ def prepare_data(args: argparse.Namespace, staging: Path) -> OwnData:
             f"Images of {channels} channels and {bits} bits: their stored values are used, "
             "normalised by the mean and the standard deviation of the training images."
         )
-    return OwnData(train, val, names, has_masks, facts, lines, channels)
+    return OwnData(train, val, records, names, has_masks, facts, lines, channels)
+
+
+def _without_mask(records: Sequence[dict[str, Any]]) -> str:
+    files = [
+        Path(record["file_name"]).name
+        for record in records
+        if any(not a["iscrowd"] and not a.get("segmentation") for a in record["annotations"])
+    ]
+    return f"in {', '.join(files[:5])}" + (f" and {len(files) - 5} more" if len(files) > 5 else "")
+
+
+def _data_lines(facts: DataFacts, num_val: int, how: str) -> list[str]:
+    shown = ", ".join(f"{name} {count}" for name, count in list(facts.class_counts.items())[:10])
+    more = ", ..." * (len(facts.class_counts) > 10)
+    lines = [
+        f"Data: {facts.num_images} images to train on with {facts.num_objects} objects ({shown}"
+        f"{more}), {num_val} images to validate on ({how})."
+    ]
+    if facts.num_without:
+        lines.append(f"{facts.num_without} images without objects are left out of training.")
+    empty = [name for name, count in facts.class_counts.items() if not count]
+    if empty:
+        some = ", ".join(empty[:10]) + ", ..." * (len(empty) > 10)
+        lines.append(
+            f"warning: no training image has an object of {some}, so nothing is learned of it."
+        )
+    if facts.max_objects > 100:
+        lines.append(
+            f"warning: an image has {facts.max_objects} objects, and the detector reports 100 at "
+            "most; raise model.roi_heads.box_predictor.test_topk_per_image in the config."
+        )
+    return lines
 
 
 def _as_coco(
@@ -124,5 +146,7 @@ def _as_coco(
     source = recognise_annotations(annotations)
     if source.kind == "COCO":
         return source.path
-    lines.append(f"{convert_to_coco(source, images, output, labels)}.")
+    content, account = convert_to_coco(source, images, labels)
+    write_coco(output, content)
+    lines += account
     return output

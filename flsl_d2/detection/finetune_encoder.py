@@ -9,6 +9,7 @@ import numpy as np
 from timm.layers.patch_embed import resample_patch_embed
 from timm.models import adapt_input_conv
 
+from flsl_d2.detection.finetune_plan import InFolder
 from flsl_d2.errors import InputError
 from flsl_d2.modeling import FLSLViT
 from flsl_d2.modeling.timm_backbone import TIMM_PREFIX, build_timm_backbone, timm_pyramid
@@ -16,7 +17,7 @@ from flsl_d2.weights import build_encoder, write_encoder
 
 
 def prepare_encoder(
-    weights: str, freeze: bool, channels: int, staging: Path, output: Path
+    weights: str, freeze: bool, channels: int, staging: Path
 ) -> tuple[list[str], list[tuple[str, Any, str]], dict[str, Any]]:
     """Read the encoder: lines for the user, settings of the config, and sizes for the plan.
 
@@ -30,7 +31,6 @@ def prepare_encoder(
         freeze: whether the encoder is not trained.
         channels: number of channels of the images.
         staging: folder to write to.
-        output: folder that the files lie in when the config is used.
 
     Raises:
         InputError: the weights cannot be read, or cannot take images of these channels.
@@ -74,7 +74,7 @@ def prepare_encoder(
         encoder = _adapted(encoder, patch, channels)
         architecture = dict(encoder.architecture)
         write_encoder(encoder, staging / "encoder.pth")
-        file = absolute_path(output / "encoder.pth")
+        file = InFolder("encoder.pth")
     if weights == "random":
         file = ""
         lines.append("warning: the encoder is untrained, so expect little of a small data set.")

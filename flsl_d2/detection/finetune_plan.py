@@ -326,6 +326,10 @@ def _best_anchor_iou(sizes: np.ndarray, anchor_sides: Sequence[int]) -> np.ndarr
     return best
 
 
+class InFolder(str):
+    """Path relative to the folder of the generated config, which may be moved."""
+
+
 def config_text(recipe: str, settings: Sequence[tuple[str, Any, str]]) -> str:
     """Write a LazyConfig: a recipe and what differs from it, with the reasons as comments.
 
@@ -341,8 +345,11 @@ def config_text(recipe: str, settings: Sequence[tuple[str, Any, str]]) -> str:
         "    tools/train_net.py --config-file THIS_FILE --resume",
         '"""',
         "",
+        "from pathlib import Path",
+        "",
         "from flsl_d2.model_zoo import get_config",
         "",
+        "_folder = Path(__file__).absolute().parent",
         f"_recipe = get_config({recipe!r})",
         'dataloader, lr_multiplier = _recipe["dataloader"], _recipe["lr_multiplier"]',
         'model, optimizer, train = _recipe["model"], _recipe["optimizer"], _recipe["train"]',
@@ -350,15 +357,17 @@ def config_text(recipe: str, settings: Sequence[tuple[str, Any, str]]) -> str:
     ]
     for key, value, reason in settings:
         lines += [f"# {reason[0].upper()}{reason[1:]}."] if reason else []
-        lines.append(f"{key} = {_literal(value)}")
+        lines.append(f"{key} = {literal(value)}")
     return "\n".join(lines) + "\n"
 
 
-def _literal(value: Any) -> str:
+def literal(value: Any) -> str:
     """Return a plain value as Python code that gives it back."""
+    if isinstance(value, InFolder):
+        return f"str(_folder / {str(value)!r})"
     if isinstance(value, str):
         # OmegaConf would take ${...} for a reference; a backslash before it is doubled.
         value = re.sub(r"(\\*)\$\{", r"\1\1\\${", value)
-    elif isinstance(value, dict):
-        return "{" + ", ".join(f"{k!r}: {_literal(v)}" for k, v in value.items()) + "}"
+    if isinstance(value, dict):
+        return "{" + ", ".join(f"{k!r}: {literal(v)}" for k, v in value.items()) + "}"
     return repr(value)

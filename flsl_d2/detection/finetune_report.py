@@ -21,7 +21,7 @@ from torchvision.ops import box_iou
 
 import flsl_d2
 from flsl_d2.annotations.coco_file import read_coco
-from flsl_d2.annotations.coco_records import load_coco, read_coco_api
+from flsl_d2.annotations.records import load_coco, read_coco_api
 from flsl_d2.detection.coco_evaluator import evaluate_coco
 from flsl_d2.detection.predictor import Detections, Predictor
 from flsl_d2.engine.progress import progress

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 
+from detectron2.data import MetadataCatalog
 from omegaconf import DictConfig, OmegaConf
 
 from flsl_d2.annotations.coco_file import read_coco
@@ -49,7 +50,11 @@ def use_own_data(cfg: DictConfig, eval_only: bool) -> None:
     key = num_classes_key(cfg)
     if key is not None:
         # What is wrong with single categories is found by the check of the whole file.
-        count = len(read_coco(next(iter(own.values())), ("categories",))["categories"])
+        count = len(
+            read_coco(MetadataCatalog.get(next(iter(own.values()))).json_file, ("categories",))[
+                "categories"
+            ]
+        )
         if count != OmegaConf.select(cfg, key):
             logger.info("%s is set to %d, the number of categories in the file.", key, count)
             OmegaConf.update(cfg, key, count)

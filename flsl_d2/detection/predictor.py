@@ -22,7 +22,7 @@ from torch import nn
 
 import flsl_d2
 from flsl_d2.detection.setup import read_kept_classes
-from flsl_d2.detection.yaml import load_yaml_config
+from flsl_d2.detection.yaml_training import load_yaml_config
 from flsl_d2.engine.config_files import is_yaml, load_lazy_config
 from flsl_d2.errors import InputError
 from flsl_d2.images.reader import channels_of, read_channels, read_rgb

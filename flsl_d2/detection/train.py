@@ -42,7 +42,7 @@ from flsl_d2.detection.setup import (
     seed_run,
     start_run,
 )
-from flsl_d2.detection.yaml import load_yaml_config, run_yaml_detection
+from flsl_d2.detection.yaml_training import load_yaml_config, run_yaml_detection
 from flsl_d2.engine.checkpoints import (
     Checkpoints,
     EndedEarly,

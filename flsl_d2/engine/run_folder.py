@@ -82,6 +82,8 @@ DETECTION_KEYS = NeutralKeys(
         *("train.device", "train.log_period", "train.eval_period", "train.best_metric"),
         "train.patience",
         "train.max_iter",  # the learning rates are those of lr_multiplier, a key of its own
+        # The names of a data set given by its files identify their content.
+        *("dataloader.train.dataset.json_file", "dataloader.train.dataset.image_root"),
         # A resumed run starts from its checkpoint; evaluation does not change the weights.
         *("train.init_checkpoint", "dataloader.test.*", "dataloader.evaluator.*"),
         *("MODEL.DEVICE", "MODEL.WEIGHTS", "DATASETS.TEST", "TEST.*"),

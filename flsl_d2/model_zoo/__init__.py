@@ -11,7 +11,7 @@ from pathlib import Path
 from detectron2.config import CfgNode
 from omegaconf import DictConfig
 
-from flsl_d2.detection.yaml import load_yaml_config
+from flsl_d2.detection.yaml_training import load_yaml_config
 from flsl_d2.engine.config_files import (
     CONFIGS_FOLDER,
     is_yaml,

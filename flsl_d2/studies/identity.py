@@ -20,6 +20,7 @@ from omegaconf import DictConfig
 import flsl_d2
 from flsl_d2.annotations.datasets import register_pair
 from flsl_d2.engine.run_folder import flat_config
+from flsl_d2.files import file_sha256 as file_sha256
 
 # Metadata of registered data sets: files and folders of labels, which are read, and folders of
 # pictures, which are listed with their sizes.
@@ -54,17 +55,6 @@ def sha256_of(parts: Iterable[bytes]) -> str:
     for part in parts:
         digest.update(part)
     return digest.hexdigest()
-
-
-def file_sha256(path: str | os.PathLike[str]) -> str:
-    """Return the SHA-256 of a file in hexadecimal digits."""
-
-    def blocks() -> Iterator[bytes]:
-        with open(path, "rb") as stream:
-            while chunk := stream.read(2**20):
-                yield chunk
-
-    return sha256_of(blocks())
 
 
 def folder_sha256(root: str | os.PathLike[str], read: bool) -> str:

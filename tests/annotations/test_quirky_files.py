@@ -26,7 +26,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from quirky_coco import Coco, plain_coco, quirky_files, write_files
 
-import flsl_d2.annotations.annotations
+import flsl_d2.annotations.checks
 from flsl_d2.annotations import (
     FLSLDatasetMapper,
     Use,
@@ -188,13 +188,13 @@ def test_a_file_is_used_or_refused_in_one_sentence() -> None:
         file: tuple[Coco, list[str], str], use: Use, crops: bool, lenient: bool, seed: int
     ) -> None:
         np.random.seed(seed)
-        share = flsl_d2.annotations.annotations.MAX_UNUSABLE_SHARE
-        flsl_d2.annotations.annotations.MAX_UNUSABLE_SHARE = 0.99 if lenient else share
+        share = flsl_d2.annotations.checks.MAX_UNUSABLE_SHARE
+        flsl_d2.annotations.checks.MAX_UNUSABLE_SHARE = 0.99 if lenient else share
         try:
             with tempfile.TemporaryDirectory() as folder:
                 outcomes[run(*file, use, crops, Path(folder))] += 1
         finally:
-            flsl_d2.annotations.annotations.MAX_UNUSABLE_SHARE = share
+            flsl_d2.annotations.checks.MAX_UNUSABLE_SHARE = share
 
     use_one()
     print(dict(outcomes))

@@ -11,7 +11,7 @@ from detectron2.modeling import build_model
 from omegaconf import OmegaConf
 
 from flsl_d2.detection.solver import build_yaml_optimizer, layer_decay
-from flsl_d2.detection.yaml import load_yaml_config
+from flsl_d2.detection.yaml_training import load_yaml_config
 from flsl_d2.engine.config_files import load_lazy_config
 from flsl_d2.modeling import FLSLViT
 

@@ -19,7 +19,7 @@ from pathlib import Path
 import pytest
 
 import flsl_d2_cli
-from flsl_d2.detection.yaml import load_yaml_config
+from flsl_d2.detection.yaml_training import load_yaml_config
 from flsl_d2.engine.config_files import CONFIGS_FOLDER, load_lazy_config
 from flsl_d2.engine.run_folder import DETECTION_KEYS, PRETRAINING_KEYS, flat_config
 from pretrain.schedules import set_run_length

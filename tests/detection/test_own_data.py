@@ -44,10 +44,9 @@ def files(tmp_path):
     train = write(tmp_path / "train.json", {3: "nut", 1: "bolt"})
     test = write(tmp_path / "test.json", {1: "bolt", 3: "nut"})
     yield train, test, str(tmp_path)
-    for name in (train, test):
-        if name in DatasetCatalog:
-            DatasetCatalog.remove(name)
-        MetadataCatalog.pop(name, None)
+    for name in [name for name in DatasetCatalog if name.startswith(("train.json:", "test.json:"))]:
+        DatasetCatalog.remove(name)
+        MetadataCatalog.remove(name)
 
 
 def lazy(split: str, file: str, root: str) -> list[str]:
@@ -64,7 +63,9 @@ def test_two_overrides_and_nothing_else(files, caplog):
     assert "without evaluation" in caplog.text
     records = instantiate(cfg.dataloader.train.dataset)
     assert [r["file_name"] for r in records] == [f"{root}/0.jpg"]  # the other one is empty
-    assert MetadataCatalog.get(train).thing_classes == ["bolt", "nut"]
+    name = cfg.dataloader.train.dataset.names
+    assert MetadataCatalog.get(name).json_file == train
+    assert MetadataCatalog.get(name).thing_classes == ["bolt", "nut"]
     model = instantiate(cfg.model)
     assert model.roi_heads.box_predictor.cls_score.out_features == 3
 
@@ -82,7 +83,7 @@ def test_training_and_evaluation(files):
         *parents, last = key.split(".")
         node = cfg.model[parents[0]] if parents else cfg.model
         assert node[last] == 2
-        assert cfg.dataloader.evaluator.dataset_name == test
+        assert cfg.dataloader.evaluator.dataset_name == cfg.dataloader.test.dataset.names
         assert len(instantiate(cfg.dataloader.test.dataset)) == 2
 
 

@@ -21,7 +21,7 @@ from PIL import Image
 from flsl_d2.detection.predict import main, predict_video
 from flsl_d2.detection.predictor import Detections, Predictor, _corners
 from flsl_d2.detection.setup import CLASSES_FILE
-from flsl_d2.detection.yaml import load_yaml_config
+from flsl_d2.detection.yaml_training import load_yaml_config
 from flsl_d2.engine.config_files import load_lazy_config
 from flsl_d2.errors import InputError
 from flsl_d2.scenes import render_scene

@@ -15,7 +15,7 @@ from flsl_d2.annotations import register_coco_format
 from flsl_d2.detection import train
 from flsl_d2.detection.solver import build_yaml_optimizer
 from flsl_d2.detection.train import _ddp_options, run_lazy_detection
-from flsl_d2.detection.yaml import load_yaml_config, run_yaml_detection
+from flsl_d2.detection.yaml_training import load_yaml_config, run_yaml_detection
 from flsl_d2.engine.config_files import load_lazy_config
 from flsl_d2.errors import InputError
 from flsl_d2.modeling import FLSLViT

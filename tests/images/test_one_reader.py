@@ -19,7 +19,7 @@ from PIL import Image
 from test_reader import BAD, GOOD, encoded, orientation, smooth
 
 from flsl_d2.annotations import FLSLDatasetMapper, check_coco_files
-from flsl_d2.annotations.annotation_shapes import box_polygon
+from flsl_d2.annotations.shapes import box_polygon
 from flsl_d2.errors import InputError
 from flsl_d2.evaluation.labelled_images import LabelledImage
 from flsl_d2.images.reader import picture_size, read_image, read_rgb

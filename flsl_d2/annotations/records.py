@@ -3,7 +3,7 @@
 Detectron2's own loader leaves out, without saying which, every annotation whose polygons have less
 than three points, among them the boxes of exports that write ``[[]]`` or two corners; it takes
 file names as they are written; and neither it nor pycocotools reads a byte order mark. What this
-loader leaves out is what :mod:`flsl_d2.annotations.annotations` reports.
+loader leaves out is what :mod:`flsl_d2.annotations.checks` reports.
 """
 
 from __future__ import annotations
@@ -19,17 +19,18 @@ from detectron2.data import MetadataCatalog
 from detectron2.structures import BoxMode
 from pycocotools.coco import COCO
 
-from flsl_d2.annotations.annotation_entries import check_files, check_images
-from flsl_d2.annotations.annotation_shapes import (
+from flsl_d2.annotations.checks import check_coco_files, report_findings
+from flsl_d2.annotations.coco_file import read_coco
+from flsl_d2.annotations.entries import check_files, check_images
+from flsl_d2.annotations.findings import Findings, Use
+from flsl_d2.annotations.image_folder import ImageFolder, stays_inside
+from flsl_d2.annotations.shapes import (
     box_polygon,
     box_problem,
     is_side,
+    mask_area,
     usable_segmentation,
 )
-from flsl_d2.annotations.annotations import check_coco_files, report_findings
-from flsl_d2.annotations.coco_file import read_coco
-from flsl_d2.annotations.file_names import ImageFolder, stays_inside
-from flsl_d2.annotations.findings import Findings, Use
 from flsl_d2.errors import InputError
 
 
@@ -80,7 +81,7 @@ def _records(coco: dict[str, list[Any]], image_root: str, name: str) -> list[dic
     if name:
         MetadataCatalog.get(name).set(
             thing_classes=[str(category["name"]) for category in categories],
-            thing_dataset_id_to_contiguous_id=numbers,
+            thing_dataset_id_to_contiguous_id={whole(key): n for key, n in numbers.items()},
         )
     by_image: dict[Any, list[dict[str, Any]]] = defaultdict(list)
     for annotation in coco.get("annotations", ()):
@@ -91,7 +92,7 @@ def _records(coco: dict[str, list[Any]], image_root: str, name: str) -> list[dic
             "file_name": path,
             "height": int(image["height"]),
             "width": int(image["width"]),
-            "image_id": image["id"],
+            "image_id": whole(image["id"]),
             "annotations": [
                 _record(annotation, numbers, (int(image["height"]), int(image["width"])))
                 for annotation in by_image[image["id"]]
@@ -157,16 +158,20 @@ def read_coco_api(json_file: str) -> COCO:
     Raises:
         InputError: the file cannot be read.
     """
-    dataset: dict[str, Any] = dict(read_coco(json_file, ("images", "categories")))
+    read = read_coco(json_file, ("images", "categories"))
     sizes = {}
+    dataset: dict[str, Any] = {
+        "images": [{**image, "id": whole(image["id"])} for image in read["images"]],
+        "categories": [{**each, "id": whole(each["id"])} for each in read["categories"]],
+    }
     for image in dataset["images"]:
         if is_side(image["height"]) and is_side(image["width"]):
             image["height"], image["width"] = int(image["height"]), int(image["width"])
         sizes[image["id"]] = image["height"], image["width"]
-    if "annotations" in dataset:
+    if "annotations" in read:
         dataset["annotations"] = [
             _evaluated(annotation, sizes[annotation["image_id"]])
-            for annotation in dataset["annotations"]
+            for annotation in read["annotations"]
             if _is_used(annotation, sizes[annotation["image_id"]])
         ]
     api = COCO()
@@ -182,18 +187,18 @@ def _evaluated(annotation: dict[str, Any], size: tuple[int, int]) -> dict[str, A
     x, y, width, height = annotation["bbox"]
     area = annotation.get("area")
     if area is None:
-        area = width * height if segmentation is None else _mask_area(segmentation, size)
+        area = width * height if segmentation is None else mask_area(segmentation, size)
     if segmentation is None:
         segmentation = [box_polygon(x, y, x + width, y + height)]
     iscrowd = annotation.get("iscrowd") or 0
-    return {**annotation, "segmentation": segmentation, "area": area, "iscrowd": iscrowd}
+    ids = {
+        key: whole(annotation[key])
+        for key in ("id", "image_id", "category_id")
+        if key in annotation
+    }
+    return {**annotation, **ids, "segmentation": segmentation, "area": area, "iscrowd": iscrowd}
 
 
-def _mask_area(segmentation: Any, size: tuple[int, int]) -> float:
-    """Count the pixels of polygons, or of a run-length encoded mask."""
-    code = segmentation
-    if isinstance(segmentation, list):
-        code = pycocotools.mask.merge(pycocotools.mask.frPyObjects(segmentation, *map(int, size)))
-    elif isinstance(segmentation["counts"], list):
-        code = pycocotools.mask.frPyObjects(segmentation, *segmentation["size"])
-    return float(pycocotools.mask.area(code))
+def whole(an_id: Any) -> Any:
+    """Return an id such as 1.0 as a whole number, which compiled evaluators need."""
+    return int(an_id) if isinstance(an_id, float) and an_id.is_integer() else an_id

@@ -8,8 +8,8 @@ from typing import Any, NamedTuple
 import numpy as np
 import pycocotools.mask
 
-from flsl_d2.annotations.annotation_entries import Sizes
-from flsl_d2.annotations.annotation_shapes import usable_segmentation
+from flsl_d2.annotations.entries import Sizes
+from flsl_d2.annotations.shapes import usable_segmentation
 
 _MOST_COMPARED = 2000  # annotations, spread evenly over the file
 _FEWEST = 5  # annotations from which a convention can be concluded

@@ -10,8 +10,8 @@ from urllib.parse import quote
 import pytest
 
 from flsl_d2.annotations import Use, check_coco_files
-from flsl_d2.annotations.coco_records import load_coco, read_picture_files
-from flsl_d2.annotations.file_names import FoundFile, ImageFolder, stays_inside
+from flsl_d2.annotations.image_folder import FoundFile, ImageFolder, stays_inside
+from flsl_d2.annotations.records import load_coco, read_picture_files
 from flsl_d2.errors import InputError
 
 

@@ -8,7 +8,9 @@ from collections import Counter
 from collections.abc import Iterable, Sequence
 from typing import Any
 
-from flsl_d2.annotations.annotation_shapes import (
+from flsl_d2.annotations.findings import Findings, Use, name_of
+from flsl_d2.annotations.image_folder import ImageFolder, stays_inside
+from flsl_d2.annotations.shapes import (
     NO_MASK,
     NOT_A_BOX,
     OUTSIDE,
@@ -17,8 +19,6 @@ from flsl_d2.annotations.annotation_shapes import (
     is_side,
     segmentation_problem,
 )
-from flsl_d2.annotations.file_names import ImageFolder, stays_inside
-from flsl_d2.annotations.findings import Findings, Use, name_of
 
 Sizes = dict[Any, tuple[float, float]]  # image id -> height, width
 

@@ -20,7 +20,7 @@ from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
 from flsl_d2.annotations import Use, check_coco_files, check_registered_dataset
-from flsl_d2.annotations.annotation_shapes import runs_of_text
+from flsl_d2.annotations.shapes import runs_of_text
 from flsl_d2.errors import InputError
 from flsl_d2.scenes import make_scenes
 

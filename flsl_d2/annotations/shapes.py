@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
+import pycocotools.mask
 
 from flsl_d2.annotations.findings import Problem
 
@@ -169,3 +170,46 @@ def runs_of_text(text: str) -> list[int]:
     numbers -= np.where(negative, 1 << (5 * lengths), 0)
     numbers[1::2], numbers[2::2] = np.cumsum(numbers[1::2]), np.cumsum(numbers[2::2])
     return list(numbers.tolist())
+
+
+def mask_area(segmentation: Any, size: Size) -> float:
+    """Count the pixels of polygons, or of a run-length mask, by pycocotools' rule."""
+    code = segmentation
+    if isinstance(segmentation, list):
+        code = pycocotools.mask.merge(pycocotools.mask.frPyObjects(segmentation, *map(int, size)))
+    elif isinstance(segmentation["counts"], list):
+        code = pycocotools.mask.frPyObjects(segmentation, *segmentation["size"])
+    return float(pycocotools.mask.area(code))
+
+
+def encode_part(
+    part: np.ndarray, left: int, top: int, size: tuple[int, int]
+) -> tuple[tuple[float, float, float, float], dict[str, Any]]:
+    """Place the mask of a part into its picture.
+
+    Args:
+        part: (h, w) bool.
+        left: column of the part's first pixel in the picture.
+        top: row of it.
+        size: height and width of the picture.
+
+    Returns:
+        The box around the mask's pixels, and COCO's run-length mask of the picture.
+
+    Raises:
+        ValueError: no pixel lies in the picture.
+    """
+    whole = np.zeros(size, np.uint8, order="F")
+    rows, columns = np.nonzero(part)
+    rows, columns = rows + top, columns + left
+    inside = (rows >= 0) & (rows < size[0]) & (columns >= 0) & (columns < size[1])
+    if not inside.any():
+        raise ValueError("a mask without a pixel in its picture")
+    rows, columns = rows[inside], columns[inside]
+    whole[rows, columns] = 1
+    code = pycocotools.mask.encode(whole)
+    box = (
+        *(float(columns.min()), float(rows.min())),
+        *(float(columns.max() + 1), float(rows.max() + 1)),
+    )
+    return box, {"size": list(size), "counts": code["counts"].decode()}

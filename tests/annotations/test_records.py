@@ -18,8 +18,8 @@ from pycocotools.coco import COCO
 
 from flsl_d2.annotations import Use, check_coco_files
 from flsl_d2.annotations.coco_file import read_coco
-from flsl_d2.annotations.coco_records import load_coco, read_coco_api
 from flsl_d2.annotations.datasets import use_own_loader
+from flsl_d2.annotations.records import load_coco, read_coco_api
 from flsl_d2.errors import InputError
 from flsl_d2.scenes import make_scenes
 

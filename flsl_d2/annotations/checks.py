@@ -17,25 +17,22 @@ from typing import Any
 import numpy as np
 from detectron2.data import DatasetCatalog, MetadataCatalog
 
-from flsl_d2.annotations.annotation_entries import (
+from flsl_d2.annotations.coco_file import COCO_LISTS, read_coco
+from flsl_d2.annotations.conventions import find_other_convention
+from flsl_d2.annotations.entries import (
     AnnotationCheck,
     Sizes,
     check_categories,
     check_files,
     check_images,
 )
-from flsl_d2.annotations.annotation_shapes import NO_AREA, NO_MASK, OUTSIDE
-from flsl_d2.annotations.box_conventions import find_other_convention
-from flsl_d2.annotations.coco_file import COCO_LISTS, read_coco
-from flsl_d2.annotations.findings import Findings, Use
+from flsl_d2.annotations.findings import MAX_UNUSABLE_SHARE, Findings, Use
+from flsl_d2.annotations.shapes import NO_AREA, NO_MASK, OUTSIDE
 from flsl_d2.errors import InputError
 from flsl_d2.images.reader import picture_size
 
 logger = logging.getLogger(__name__)
 
-# COCO train2017 itself has a few boxes without width. A few are left out and do no harm; a larger
-# share is a mistake in whatever wrote the file.
-MAX_UNUSABLE_SHARE = 0.01
 BOX_PROBLEMS = (NO_AREA, OUTSIDE)
 # Opening takes 0.1 ms a file on a local disk; of larger data sets a part is opened.
 MAX_OPENED = 200_000

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from flsl_d2.detection.yaml import load_yaml_config
+from flsl_d2.detection.yaml_training import load_yaml_config
 from flsl_d2.errors import InputError
 
 
