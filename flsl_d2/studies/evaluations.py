@@ -186,6 +186,56 @@ _IDENTIFIED = (
 
 
 @dataclass(frozen=True)
+class DetectionTask:
+    """A detection config with its data, which are read once for all shares of the labels."""
+
+    config_file: str
+    overrides: Sequence[str] = ()
+    device: str = "cpu"
+
+    @cached_property
+    def config(self) -> DictConfig:
+        """Config with its overrides, and the user's own data registered."""
+        if is_yaml(self.config_file):
+            raise InputError(f"config file {self.config_file!r} is YAML; give a LazyConfig .py.")
+        cfg = load_lazy_config(self.config_file, [*self.overrides, f"train.device={self.device}"])
+        if OmegaConf.select(cfg, "model.backbone.net") is None or "dataloader" not in cfg:
+            raise InputError(
+                f"config file {self.config_file!r} has no model.backbone.net or no dataloader; "
+                "give a detection config such as configs/coco/mask_rcnn_flsl_vit_s16_1x.py."
+            )
+        use_own_data(cfg, eval_only=False)
+        return cfg
+
+    def names(self, split: str) -> list[str]:
+        """Return the data sets of ``train`` or ``test``."""
+        return names_of(self.config.dataloader[split].dataset.names)
+
+    @cached_property
+    def labelled(self) -> Records:
+        """Records to train on, after a check of all data."""
+        check_datasets(
+            self.names("train"),
+            self.names("test"),
+            OmegaConf.select(self.config, "model.roi_heads.num_classes"),
+            "model.roi_heads.num_classes=",
+        )
+        records: Records = instantiate(self.config.dataloader.train.dataset)
+        return records
+
+    @cached_property
+    def settings(self) -> dict[str, Any]:
+        """All that a result depends on but the encoder, the share and the seed."""
+        test = self.names("test")
+        return {
+            "config": result_settings(self.config, (*DETECTION_KEYS.no_effect, *_IDENTIFIED)),
+            "train": [data_identity(name) for name in self.names("train")],
+            # The names of several test sets are in those of their scores.
+            "test": [[name * (len(test) > 1), data_identity(name)] for name in test],
+        }
+
+
+@dataclass(frozen=True)
 class DetectionEvaluation:
     """Fine-tuning a detector from the encoder, and its AP, by ``python -m flsl_d2.detection``.
 
@@ -197,9 +247,7 @@ class DetectionEvaluation:
         share: part of the labelled images to train on, or their number; None for all.
     """
 
-    config_file: str
-    overrides: Sequence[str] = ()
-    device: str = "cpu"
+    task: DetectionTask
     detector: str = "detection"
     share: int | float | None = None
 
@@ -208,74 +256,36 @@ class DetectionEvaluation:
         """Name of the detector, with the number of labelled images where only some are used."""
         return self.detector if self.share is None else f"{self.detector} {self.count} images"
 
-    @cached_property
-    def _config(self) -> DictConfig:
-        cfg = load_lazy_config(self.config_file, [*self.overrides, f"train.device={self.device}"])
-        if OmegaConf.select(cfg, "model.backbone.net") is None or "dataloader" not in cfg:
-            raise InputError(
-                f"config file {self.config_file!r} has no model.backbone.net or no dataloader; "
-                "give a detection config such as configs/coco/mask_rcnn_flsl_vit_s16_1x.py."
-            )
-        use_own_data(cfg, eval_only=False)
-        return cfg
-
-    def check(self) -> None:
-        """Raise InputError for a config, overrides or data sets that cannot be used."""
-        if is_yaml(self.config_file):
-            raise InputError(f"config file {self.config_file!r} is YAML; give a LazyConfig .py.")
-        check_datasets(
-            self._names("train"),
-            self._names("test"),
-            OmegaConf.select(self._config, "model.roi_heads.num_classes"),
-            "model.roi_heads.num_classes=",
-        )
-        if self.share is not None:
-            count_of(self.share, len(self._labelled))
-
-    def _names(self, split: str) -> list[str]:
-        return names_of(self._config.dataloader[split].dataset.names)
-
     @property
     def shown_dataset(self) -> str:
         """First data set that AP is measured on."""
-        return self._names("test")[0]
+        return self.task.names("test")[0]
 
-    @cached_property
-    def _labelled(self) -> Records:
-        records: Records = instantiate(self._config.dataloader.train.dataset)
-        return records
-
-    @cached_property
+    @property
     def count(self) -> int:
         """Number of images to train on."""
-        total = len(self._labelled)
+        total = len(self.task.labelled)
         return total if self.share is None else count_of(self.share, total)
+
+    def check(self) -> None:
+        """Raise InputError for a config, overrides, data sets or a share that cannot be used."""
+        _ = self.count
 
     def write_draw(self, folder: Path, seed: int) -> str:
         """Write the names of the images that a seed draws, a line each; return what they are."""
-        chosen = drawn(self._labelled, self.count, seed)
+        chosen = drawn(self.task.labelled, self.count, seed)
         lines = sorted(record["file_name"] for record in chosen)
-        path = folder / f"{Path(self.config_file).stem}_{self.count}_images_seed_{seed}.txt"
+        path = folder / f"{Path(self.task.config_file).stem}_{self.count}_images_seed_{seed}.txt"
         write_text(path, "".join(f"{line}\n" for line in lines))
-        return f"{self.name}, seed {seed}: {describe_draw(self._labelled, chosen)}"
-
-    @cached_property
-    def _settings(self) -> dict[str, Any]:
-        test = self._names("test")
-        settings: dict[str, Any] = {
-            "config": result_settings(self._config, (*DETECTION_KEYS.no_effect, *_IDENTIFIED)),
-            "train": [data_identity(name) for name in self._names("train")],
-            # The names of several test sets are in those of their scores.
-            "test": [[name * (len(test) > 1), data_identity(name)] for name in test],
-        }
-        return settings if self.share is None else {**settings, "labelled images": self.count}
+        return f"{path.name}: {describe_draw(self.task.labelled, chosen)}"
 
     def job(self, encoder: EncoderFile) -> Job:
         """Make the job of an encoder."""
-        settings = {"encoder": dict(encoder.identity), **self._settings, "seed": encoder.seed}
-        few, node = [], "dataloader.train.dataset"
+        task, few, node = self.task, [], "dataloader.train.dataset"
+        settings = {"encoder": dict(encoder.identity), **task.settings, "seed": encoder.seed}
         if self.share is not None:
-            target = OmegaConf.select(self._config, node)._target_
+            settings["labelled images"] = self.count
+            target = OmegaConf.select(task.config, node)._target_
             loader = target if isinstance(target, str) else _full_name(target)
             few = [
                 f"+{node}.loader={loader}",
@@ -285,12 +295,12 @@ class DetectionEvaluation:
 
         def command(folder: Path, num_processes: int) -> list[str]:
             return [
-                *("-m", "flsl_d2.detection", "--config-file", self.config_file),
-                *("--resume", "--num-gpus", str(num_processes), *self.overrides, *few),
-                *encoder_overrides(encoder.path, self._config),
+                *("-m", "flsl_d2.detection", "--config-file", task.config_file),
+                *("--resume", "--num-gpus", str(num_processes), *task.overrides, *few),
+                *encoder_overrides(encoder.path, task.config),
                 f"train.output_dir={folder}",
                 f"train.seed={encoder.seed}",
-                f"train.device={self.device}",
+                f"train.device={task.device}",
             ]
 
         def outcome(folder: Path) -> Outcome:
@@ -347,20 +357,13 @@ def _timm_overrides(source: str, cfg: DictConfig) -> list[str]:
     return ["model.backbone=null", f"+model.backbone={pyramid}", "train.init_checkpoint=''"]
 
 
-def add_evaluation_options(parser: argparse.ArgumentParser, old_prefix: str = "") -> None:
-    """Add the options that choose evaluations, read by :func:`chosen_evaluations`.
-
-    Args:
-        old_prefix: start of earlier names of ``--train`` and ``--val``.
-    """
-    for name in ("--train", "--val"):
-        old_names = [f"--{old_prefix}{name[2:]}"] if old_prefix else []
-        add_option(parser, name, old_names)
+def add_evaluation_options(parser: argparse.ArgumentParser) -> None:
+    """Add the options that choose evaluations, read by :func:`chosen_evaluations`."""
+    for name in ("--train", "--val", "--max-images", "--short-side", "--davis-root"):
+        add_option(parser, name)
     default = ",".join(_DEFAULT_MEASURES)
     text = f"measures of frozen features, with --train and --val (default: {default})"
     add_option(parser, "--measures", help=text)
-    for name in ("--max-images", "--short-side", "--davis-root"):
-        add_option(parser, name)
     for name, text in (
         ("--detection", "detection config to fine-tune from each encoder; may be repeated"),
         ("--frozen-detection", "the same with the encoder's weights held fixed"),
@@ -402,9 +405,9 @@ def chosen_evaluations(args: argparse.Namespace, device: str) -> list[Evaluation
     ):
         for config in configs:
             title = f"{name} {Path(config).stem}" if len(configs) > 1 else name
-            overrides = [*args.detection_override, *more]
+            task = DetectionTask(config, [*args.detection_override, *more], device)
             for share in args.label_fraction or [None]:
-                evaluations.append(DetectionEvaluation(config, overrides, device, title, share))
+                evaluations.append(DetectionEvaluation(task, title, share))
     if args.label_fraction and not (args.detection or args.frozen_detection):
         raise InputError(
             "--label-fraction is for detectors; add --detection CONFIG.py or --frozen-detection."

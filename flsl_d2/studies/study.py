@@ -121,10 +121,10 @@ def run_study(
 def write_draws(evaluations: Sequence[Evaluation], seeds: Sequence[int], output: Path) -> None:
     """Write and print which labelled images the detectors of a share of them see."""
     writable_folder(output)
-    for evaluation in evaluations:
-        if isinstance(evaluation, DetectionEvaluation) and evaluation.share is not None:
-            for seed in seeds:
-                print(evaluation.write_draw(output / "subsets", seed), flush=True)
+    few = [e for e in evaluations if isinstance(e, DetectionEvaluation) and e.share is not None]
+    draws = [each.write_draw(output / "subsets", seed) for each in few for seed in seeds]
+    for draw in dict.fromkeys(draws):
+        print(draw, flush=True)
 
 
 def sections_of(
@@ -165,7 +165,7 @@ def sections_of(
         curves = plot_file(output / "plots", f"{evaluation.name}_curves")
         files = {label: folder / "metrics.json" for label, folder in folders.items()}
         overlaid_curves(files, _CURVES, curves, "Fine-tuning")
-        title = f"{evaluation.name}: {evaluation.config_file}"
+        title = f"{evaluation.name}: {evaluation.task.config_file}"
         sections += [section(title, {"curves": curves}, 1150), section("Detections", pictures)]
     return sections
 

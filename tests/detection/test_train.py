@@ -20,7 +20,7 @@ from flsl_d2.engine.config_files import load_lazy_config
 from flsl_d2.errors import InputError
 from flsl_d2.modeling import FLSLViT
 from flsl_d2.scenes import make_scenes
-from flsl_d2.studies.evaluations import DetectionEvaluation, EncoderFile
+from flsl_d2.studies.evaluations import DetectionEvaluation, DetectionTask, EncoderFile
 from flsl_d2.weights import write_encoder
 
 RECIPE = "demo/mask_rcnn_flsl_vit_scenes.py"
@@ -214,8 +214,11 @@ def test_evaluation_in_mixed_precision_is_a_switch(wanted, expected, tmp_path, m
 
 
 def test_a_comparison_measures_frozen_encoders_on_several_test_sets(encoder_file, tmp_path):
+    encoder = EncoderFile("a", encoder_file, {"sha256": "a"})
     fine_tuned, frozen = (
-        DetectionEvaluation(RECIPE, overrides).job(EncoderFile("a", encoder_file, {"sha256": "a"}))
+        DetectionEvaluation(DetectionTask(RECIPE, overrides)).job(
+            EncoderFile("a", encoder_file, {"sha256": "a"})
+        )
         for overrides in ((), ("model.backbone.net.frozen=true",))
     )
     assert fine_tuned.key != frozen.key

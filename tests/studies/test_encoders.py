@@ -17,7 +17,12 @@ from flsl_d2.engine.config_files import load_lazy_config
 from flsl_d2.errors import InputError
 from flsl_d2.modeling import FLSLViT
 from flsl_d2.studies.encoders import ComparedEncoder, read_encoders
-from flsl_d2.studies.evaluations import DetectionEvaluation, EncoderFile, encoder_overrides
+from flsl_d2.studies.evaluations import (
+    DetectionEvaluation,
+    DetectionTask,
+    EncoderFile,
+    encoder_overrides,
+)
 from flsl_d2.weights import build_encoder, write_encoder
 
 SMALL = {"img_size": 48, "patch_size": 8, "embed_dim": 32, "depth": 2, "num_heads": 2}
@@ -96,16 +101,17 @@ def test_the_detector_takes_the_architecture_of_the_weights(tmp_path, caplog):
     assert {key: same[key] for key in own} == own
     assert not [r for r in caplog.records if r.levelno >= logging.ERROR]
 
-    job = DetectionEvaluation(config).job(EncoderFile("a", path, {"sha256": "0"}))
+    plain = DetectionEvaluation(DetectionTask(config))
+    job = plain.job(EncoderFile("a", path, {"sha256": "0"}))
     command = job.command(Path("out"), 2)
     assert {"model.backbone.net.patch_size=8", "train.output_dir=out"} <= set(command)
     assert command[command.index("--num-gpus") + 1] == "2"
-    again = DetectionEvaluation(config, ["optimizer.lr=1e-3"])
+    again = DetectionEvaluation(DetectionTask(config, ["optimizer.lr=1e-3"]))
     keys = {
         job.key,
         again.job(EncoderFile("a", path, {"sha256": "0"})).key,
-        DetectionEvaluation(config).job(EncoderFile("b", path, {"sha256": "1"})).key,
-        DetectionEvaluation(config).job(EncoderFile("a", path, {"sha256": "0"}, seed=1)).key,
+        plain.job(EncoderFile("b", path, {"sha256": "1"})).key,
+        plain.job(EncoderFile("a", path, {"sha256": "0"}, seed=1)).key,
     }
     assert len(keys) == 4
 
@@ -166,4 +172,4 @@ def test_detection_configs_are_checked():
         ("configs/coco/mask_rcnn.py", "does not exist"),
     ):
         with pytest.raises(InputError, match=says):
-            DetectionEvaluation(config).check()
+            DetectionEvaluation(DetectionTask(config)).check()

@@ -16,7 +16,7 @@ from flsl_d2.engine.config_files import load_lazy_config
 from flsl_d2.errors import InputError
 from flsl_d2.modeling import FLSLViT
 from flsl_d2.scenes import make_scenes
-from flsl_d2.studies.evaluations import DetectionEvaluation, EncoderFile
+from flsl_d2.studies.evaluations import DetectionEvaluation, DetectionTask, EncoderFile
 from flsl_d2.studies.few_labels import count_of, describe_draw, drawn, few_labels, shares
 from flsl_d2.studies.identity import data_identity
 from flsl_d2.weights import write_encoder
@@ -88,7 +88,8 @@ def test_a_detector_sees_the_draw_alone(tmp_path):
     weights = tmp_path / "encoder.pth"
     write_encoder(FLSLViT(img_size=32, embed_dim=16, depth=1, num_heads=1), weights)
     config = "configs/demo/mask_rcnn_flsl_vit_scenes.py"
-    evaluation = DetectionEvaluation(config, share=3)
+    task = DetectionTask(config)
+    evaluation = DetectionEvaluation(task, share=3)
     evaluation.check()
     assert evaluation.name == "detection 3 images"
     text = evaluation.write_draw(tmp_path / "subsets", 5)
@@ -98,6 +99,6 @@ def test_a_detector_sees_the_draw_alone(tmp_path):
     overrides = [text for text in job.command(tmp_path / "out", 1) if "=" in text]
     records = instantiate(load_lazy_config(config, overrides).dataloader.train.dataset)
     assert sorted(r["file_name"] for r in records) == listed.read_text().splitlines()
-    others = [DetectionEvaluation(config, share=share) for share in (None, 4, 0.5)]
+    others = [DetectionEvaluation(task, share=share) for share in (None, 4, 0.5)]
     keys = {e.job(EncoderFile("a", str(weights), {"sha256": "0"}, seed=5)).key for e in others}
     assert len({*keys, job.key}) == 3  # half of eight are four
