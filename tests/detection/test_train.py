@@ -216,9 +216,7 @@ def test_evaluation_in_mixed_precision_is_a_switch(wanted, expected, tmp_path, m
 def test_a_comparison_measures_frozen_encoders_on_several_test_sets(encoder_file, tmp_path):
     encoder = EncoderFile("a", encoder_file, {"sha256": "a"})
     fine_tuned, frozen = (
-        DetectionEvaluation(DetectionTask(RECIPE, overrides)).job(
-            EncoderFile("a", encoder_file, {"sha256": "a"})
-        )
+        DetectionEvaluation(DetectionTask(RECIPE, overrides)).job(encoder)
         for overrides in ((), ("model.backbone.net.frozen=true",))
     )
     assert fine_tuned.key != frozen.key
