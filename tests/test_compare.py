@@ -146,13 +146,6 @@ def test_bad_input_is_one_sentence_before_any_run(compare, encoder_file, tmp_pat
     assert not (tmp_path / "out").exists()
 
 
-def test_help_explains(compare):
-    status, output, _ = compare("--help")
-    assert status == 0
-    for part in ("random:NAME", "--frozen-detection", "--seeds", "the same command"):
-        assert part in output
-
-
 @pytest.fixture(scope="module")
 def installed(wheel, tmp_path_factory) -> Path:
     """Folder with the package as its wheel installs it."""

@@ -189,10 +189,3 @@ def test_bad_input_is_one_sentence_before_any_run(sweep, tmp_path):
         assert part in errors, (arguments, errors)
         assert errors.count("\n") == 1, (arguments, errors)
     assert not (tmp_path / "out").exists()
-
-
-def test_help_explains(sweep):
-    status, output, _ = sweep("--help")
-    assert status == 0
-    for part in ("--grid", "--seeds", "schedules.intra_weight=0.01,0.03", "the same command"):
-        assert part in output

@@ -16,7 +16,12 @@ from flsl_d2.engine.config_files import load_lazy_config
 from flsl_d2.errors import InputError
 from flsl_d2.modeling import FLSLViT
 from flsl_d2.scenes import make_scenes
-from flsl_d2.studies.evaluations import DetectionEvaluation, DetectionTask, EncoderFile
+from flsl_d2.studies.evaluations import (
+    DetectionEvaluation,
+    DetectionTask,
+    EncoderFile,
+    FeatureEvaluation,
+)
 from flsl_d2.studies.few_labels import count_of, describe_draw, drawn, few_labels, shares
 from flsl_d2.studies.identity import data_identity
 from flsl_d2.weights import write_encoder
@@ -71,10 +76,17 @@ def test_data_are_known_by_content_and_not_by_path(tmp_path):
         register_coco_format(f"test_{name}", str(folder / "a.json"), str(folder / "images"))
         return data_identity(f"test_{name}")
 
+    def job_key() -> str:
+        evaluation = FeatureEvaluation("knn_segmentation", "test_first", "test_first")
+        return evaluation.job(EncoderFile("a", "a.pth", {"sha256": "0"})).key
+
     first = made("first", 1)
+    key = job_key()
     assert made("copy", 1) == first
     assert data_identity(f"{tmp_path}/copy/a.json:{tmp_path}/copy/images") == first
+    assert job_key() == key
     assert made("first", 2) != first  # the same path, edited
+    assert job_key() != key
     assert made("first", 1, size=8) != first
     (tmp_path / "classes" / "cat").mkdir(parents=True)
     before = data_identity(str(tmp_path / "classes"))
