@@ -44,7 +44,7 @@ $(STAMP): requirements.lock pyproject.toml setup.py flsl_d2/install_detectron2.p
 install: $(STAMP) ## set up the environment (.venv) and nothing else
 	@echo "The environment is in place: $(VENV)"
 
-demo: $(STAMP) ## pre-train, fine-tune and compare on a small data set of its own; no download, no GPU
+demo: $(STAMP) ## pre-train, measure and compare on a small data set of its own: minutes on a CPU, no download
 	@"$(BIN)/python" tools/demo.py
 
 test: $(STAMP) ## run the tests, in TEST_PROCESSES at a time

@@ -134,6 +134,10 @@ def test_bad_input_is_one_sentence_before_any_run(compare, encoder_file, tmp_pat
         ([*encoder, *detection, "model.roi_heads.num_classes=3"], "6 categories"),
         ([*encoder, "--davis-root", "/nowhere"], "/nowhere"),
         ([*encoder, *knn, *DATA, "--seeds", "-1"], "--seeds"),
+        ([*encoder, *knn, *DATA, "--cluster-option", "a=b"], "--cluster slurm"),
+        ([*encoder, *knn, *DATA, "--label-fraction", "0.1"], "add --detection"),
+        ([*encoder, *detection, "--label-fraction", "0.5,9"], "8 are labelled"),
+        ([*encoder, *detection, "--label-fraction", "0.5,4"], "two evaluations"),
         ([*encoder, *knn, *DATA, "--output", "/proc/no"], "'/proc/no' cannot be written"),
         (["--weights", "random", *knn, *DATA, "--output", "/proc/no"], "cannot be written"),
     ]

@@ -12,8 +12,9 @@ from typing import Any
 
 from detectron2.data import DatasetCatalog
 
-from flsl_d2.engine.command_line import add_option, named_weights
+from flsl_d2.engine.command_line import add_option, named_weights, number
 from flsl_d2.engine.launch import WorkerError
+from flsl_d2.errors import InputError
 from flsl_d2.evaluation import extract_tokens
 from flsl_d2.evaluation.features import frozen_encoder, read_for
 from flsl_d2.files import writable_folder, write_text
@@ -67,9 +68,8 @@ def add_study_options(parser: argparse.ArgumentParser, weights: str = ENCODERS) 
         help="parameter of submitit, such as slurm_partition=gpu or timeout_min=600; may be "
         "repeated",
     )
-    parser.add_argument(
-        "--pictures", type=int, default=3, help="images to show encoders on; 0: none (default: 3)"
-    )
+    text = "images to show encoders on; 0: none (default: 3)"
+    parser.add_argument("--pictures", type=number(int, 0), default=3, help=text)
 
 
 def place_of(args: argparse.Namespace, device: str) -> Machine | Cluster:
@@ -78,6 +78,8 @@ def place_of(args: argparse.Namespace, device: str) -> Machine | Cluster:
     Raises:
         InputError: GPUs that are not there, or a cluster that cannot be used.
     """
+    if args.cluster_option and not args.cluster:
+        raise InputError("--cluster-option is for --cluster; add --cluster slurm.")
     if args.cluster:
         given = (args.cluster_option, device, args.num_gpus, args.gpus_per_job)
         return Cluster(args.cluster, args.output, *given)
