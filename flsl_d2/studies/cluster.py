@@ -33,11 +33,7 @@ class Cluster:
     Args:
         name: one of :data:`CLUSTERS`.
         folder: results folder; submitit's files go to ``submitit`` in it.
-        options: ``KEY=VALUE`` each, parameters of submitit's executor such as
-            ``slurm_partition=gpu``, ``timeout_min=600``, ``cpus_per_task=16``.
-        device: ``cuda`` or ``cpu``.
-        num_gpus: see above.
-        gpus_per_job: number of GPUs, or processes, of each job.
+        options: ``KEY=VALUE`` each, parameters of submitit such as ``slurm_partition=gpu``.
 
     Raises:
         InputError: submitit is not installed, there is no Slurm here, or an unknown option.

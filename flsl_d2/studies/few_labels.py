@@ -55,9 +55,6 @@ def drawn(records: Records, count: int, seed: int) -> Records:
 
     The draw depends on neither the folder nor the order of the images, and a smaller one is a part
     of a larger one with the same seed.
-
-    Args:
-        records: Detectron2's records of the images.
     """
 
     def place(record: dict[str, Any]) -> bytes:
@@ -69,12 +66,9 @@ def drawn(records: Records, count: int, seed: int) -> Records:
 
 
 def few_labels(loader: str, count: int, draw: int, **arguments: Any) -> Records:
-    """Load a training set and draw some of its images; takes the loader's place in a config.
+    """Load a training set by the function named ``loader``, and draw ``count`` of its images.
 
-    Args:
-        loader: full name of the function that loads all records, with ``arguments``.
-        count: number of images to draw.
-        draw: seed of the draw.
+    Takes the loader's place in a config; ``draw`` is the seed.
     """
     return drawn(locate(loader)(**arguments), count, draw)
 

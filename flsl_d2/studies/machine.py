@@ -43,17 +43,14 @@ def jobs_at_a_time(num_gpus: int, gpus_per_job: int) -> int:
 
 
 class Machine:
-    """The machine of this process, shared among jobs.
+    """The machine of this process, shared among ``width`` jobs at a time.
 
     Attributes:
-        num_processes: ``--num-gpus`` of each job's command.
-        width: number of jobs at a time.
         shares: environment variables that keep each of them to its share.
 
     Args:
-        device: ``cuda`` or ``cpu``.
         num_gpus: number of GPUs to use, of those in CUDA_VISIBLE_DEVICES; on the CPU, processes.
-        gpus_per_job: number of GPUs of each job.
+        gpus_per_job: number of GPUs, or processes, of each job.
 
     Raises:
         InputError: counts or a device that this machine does not have.

@@ -101,12 +101,10 @@ def label_curves(
     """Draw AP against the number of labelled images: a curve for each row of the table.
 
     Args:
-        detectors: name of the detector, start of its columns' names, and number of images, for
-            each share of the images.
+        detectors: for each share, the detector, the start of its columns' names, number of images.
 
     Returns:
-        Rows of a table (encoder, detector, images, measure, mean, spread, seeds), and the figures
-        by measure.
+        Rows (encoder, detector, images, measure, mean, spread, seeds), and figures by measure.
     """
     columns = {
         (kind, detector, count): measure
@@ -192,14 +190,9 @@ def heat_maps(table: Table, measure: Measure, down: str, across: str, path: Path
 def overlaid_curves(
     files: Mapping[str, Path], keys: Mapping[str, str], path: Path, title: str
 ) -> bool:
-    """Draw the curves of several runs in one plot for each key.
+    """Draw the curves of several runs, metrics.json by label, in one plot for each key.
 
-    Args:
-        files: metrics.json of each run by its label; those that cannot be read are left out.
-        keys: keys of metrics.json, with the titles of their plots.
-
-    Returns:
-        Whether there was anything to draw.
+    Files that cannot be read are left out; false is returned if there is nothing to draw.
     """
     series = {}
     for label, file in files.items():

@@ -126,9 +126,6 @@ def run_jobs(
         place: where they run.
         on_end: function that is called with the records so far whenever a job has ended.
 
-    Returns:
-        Record of every job by its key.
-
     Raises:
         InputError: another process works in the folder, or it cannot be written.
         KeyboardInterrupt: after SIGINT or SIGTERM; the running jobs have been stopped and noted.

@@ -14,6 +14,7 @@ import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from detectron2.data import DatasetCatalog
 from matplotlib import get_data_path
@@ -87,7 +88,7 @@ def run_demo(
     weights = folder / "pretrain" / "teacher_backbone.pth"
     curves, clusters = folder / "pretraining_curves.png", folder / "clusters.png"
     loss_curves(folder / "pretrain" / "metrics.json", curves)
-    _draw_scenes(str(weights), clusters)
+    _draw_scenes(weights, clusters)
     stage("3/4 Frozen features, and detectors around the frozen encoder; untrained and of FLSL")
     command = [
         *("--weights", "untrained=random", "--weights", f"FLSL={weights}", "--seeds", SEEDS),
@@ -153,27 +154,32 @@ def _pretrain(folder: Path, processes: int, steps: int) -> None:
 def _draw_photograph(path: Path) -> None:
     """Draw what the encoder of the package groups in a photograph that Matplotlib ships."""
     image = read_rgb(str(Path(get_data_path(), "sample_data", "grace_hopper.jpg")))
-    encoder = build_encoder(SHIPPED).eval()
-    features = extract_tokens(encoder, image, 256)
     height, width = image.shape[:2]
-    token = token_at(width / 2, height / 4, (height, width), features.grid)
-    scale = DRAWN_SCALE / encoder.embed_dim**0.5
     title = "What the tokens of a photograph group: the encoder in this package"
-    encoder_figure([features], path, tokens=[token], scale=scale, title=title)
+    _draw(SHIPPED, [(image, width / 2, height / 4)], 256, path, title)
 
 
-def _draw_scenes(weights: str, path: Path) -> None:
+def _draw_scenes(weights: Path, path: Path) -> None:
     """Draw modes and clusters of some validation images, seen from the middle of an object."""
-    encoder = build_encoder(weights).eval()
-    records = [r for r in DatasetCatalog.get("flsl_scenes_val") if r["annotations"]][:4]
-    features, tokens = [], []
-    for record in records:
-        features.append(extract_tokens(encoder, read_rgb(record["file_name"]), IMAGE_SIZE[0]))
+    views = []
+    for record in [r for r in DatasetCatalog.get("flsl_scenes_val") if r["annotations"]][:4]:
         boxes = [annotation["bbox"] for annotation in record["annotations"]]
         x, y, w, h = max(boxes, key=lambda box: box[2] * box[3])
-        tokens.append(token_at(x + w / 2, y + h / 2, IMAGE_SIZE, features[-1].grid))
-    scale = DRAWN_SCALE / encoder.embed_dim**0.5
+        views.append((read_rgb(record["file_name"]), x + w / 2, y + h / 2))
     title = "What the pre-trained encoder's tokens group"
+    _draw(str(weights), views, IMAGE_SIZE[0], path, title)
+
+
+def _draw(
+    weights: str, views: Sequence[tuple[Any, float, float]], side: int, path: Path, title: str
+) -> None:
+    encoder = build_encoder(weights).eval()
+    features = [extract_tokens(encoder, image, side) for image, _, _ in views]
+    tokens = [
+        token_at(x, y, image.shape[:2], found.grid)
+        for (image, x, y), found in zip(views, features, strict=True)
+    ]
+    scale = DRAWN_SCALE / encoder.embed_dim**0.5
     encoder_figure(features, path, tokens=tokens, scale=scale, title=title)
 
 

@@ -35,15 +35,9 @@ class Axis:
 
 @dataclass(frozen=True)
 class Point:
-    """Setting of the grid with one seed.
+    """Setting of the grid with one seed: values as typed, and the overrides that make it.
 
-    Attributes:
-        values: value of each key of the grid, as typed.
-        seed: ``train.seed``.
-        overrides: changes to the config file that make this setting.
-        cfg: config with these overrides.
-        total_iters: number of steps of the run.
-        images: identity of the images by content: names, and sizes where that is quick.
+    ``images`` is the identity of the images by content: names, and sizes where that is quick.
     """
 
     values: dict[str, str]

@@ -108,7 +108,6 @@ def main(arguments: Sequence[str] | None = None) -> None:
     detection.add_argument("--model", choices=list(SIZES), default="b", help="ViT (default: b)")
     add_defaults(detection, ("--size", 1024, "side of the images in pixels"))
     detection.add_argument("--rel-pos", action="store_true", help="with relative positions")
-    detection.add_argument("--backbone-only", action="store_true", help="without the detector")
     _add_benchmark(
         benchmarks, "processes", benchmark_processes, "a step of several processes, under torchrun"
     )

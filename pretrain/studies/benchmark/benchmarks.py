@@ -332,12 +332,8 @@ def benchmark_scaling(args: argparse.Namespace) -> None:
 def pyramids(size: str, image_side: int, use_rel_pos: bool) -> dict[str, nn.Module]:
     """Build ViTDet's backbone by Detectron2 and by this project, with the same weights.
 
-    Both have windows of 14 tokens and four global blocks.
-
-    Args:
-        size: ``s``, ``b`` or ``l``, with patches of 16 pixels.
-        image_side: side in pixels of the square images that positions are made for.
-        use_rel_pos: whether attention has decomposed relative positions.
+    Both have patches of 16 pixels, windows of 14 tokens and four global blocks. ``use_rel_pos``
+    gives attention decomposed relative positions; ``image_side`` is in pixels.
     """
     depth = SIZES[size]["depth"]
     global_blocks = evenly_spread_blocks(depth)
@@ -388,17 +384,14 @@ def _noise_with_objects(batch: int, side: int, device: torch.device) -> list[dic
 
 
 class _Training:
-    """Forward and backward pass of a detector or, by all its outputs, of a backbone."""
+    """Forward and backward pass of a detector."""
 
     def __init__(self, model: nn.Module, inputs: Any, mixed: torch.autocast) -> None:
         self.model, self.inputs, self.mixed = model.train(), inputs, mixed
 
     def loss(self) -> Tensor:
         with self.mixed, EventStorage():  # the detector's heads write to the storage
-            out = self.model(self.inputs)
-            single = isinstance(self.inputs, Tensor)
-            terms = [o.float().square().mean() for o in out.values()] if single else out.values()
-            return torch.stack([*terms]).sum()
+            return torch.stack([*self.model(self.inputs).values()]).sum()
 
     def __call__(self) -> None:
         self.model.zero_grad(set_to_none=True)
@@ -411,18 +404,15 @@ def benchmark_detection(args: argparse.Namespace) -> None:
     precision = resolve_precision(args.precision, device.type)
     dtype = PRECISIONS[precision]
     mixed = torch.autocast(device.type, dtype or torch.bfloat16, enabled=dtype is not None)
-    inputs: Any = _noise_with_objects(args.batch_size, args.size, device)
-    if args.backbone_only:
-        inputs = torch.randn(args.batch_size, 3, args.size, args.size, device=device)
+    inputs = _noise_with_objects(args.batch_size, args.size, device)
 
     def build(name: str) -> Runner:
         torch.manual_seed(0)  # both get the same detector
-        model = pyramids(args.model, args.size, args.rel_pos)[name.partition(",")[0]]
-        if not args.backbone_only:
-            cfg = load_lazy_config("coco/mask_rcnn_flsl_vit_s16_1x.py", [])
-            backbone, cfg.model.backbone = model, None
-            model = instantiate(cfg.model)
-            model.backbone = backbone
+        backbone = pyramids(args.model, args.size, args.rel_pos)[name.partition(",")[0]]
+        cfg = load_lazy_config("coco/mask_rcnn_flsl_vit_s16_1x.py", [])
+        cfg.model.backbone = None
+        model = instantiate(cfg.model)
+        model.backbone = backbone
         model.to(device)
         if name.endswith("inference"):
             return torch.no_grad()(mixed(partial(model.eval(), inputs)))
@@ -446,9 +436,8 @@ def benchmark_detection(args: argparse.Namespace) -> None:
                 "GiB/image kept for backward": kept,
             }
         )
-    what = "backbone and pyramid" if args.backbone_only else "Mask R-CNN"
     title = (
-        f"{what}, ViT-{args.model.upper()}/16, {args.size} x {args.size}, batch {args.batch_size}, "
+        f"Mask R-CNN, ViT-{args.model.upper()}/16, side {args.size}, batch {args.batch_size}, "
         f"relative positions {'on' if args.rel_pos else 'off'}, {precision} on {device}, "
         f"{torch.get_num_threads()} thread(s), median of {args.repeats} in turn"
     )

@@ -33,10 +33,7 @@ DESCRIPTION = "Measure speed and memory on the GPUs of this machine."
 def benchmark_rows(images: str, num_gpus: int, reference: str = "") -> dict[str, list[str]]:
     """List the rows for a machine: arguments of ``python -m``, by name.
 
-    Args:
-        images: folder of JPEG files, or of shards; empty leaves out what reads files.
-        num_gpus: number of GPUs.
-        reference: Python file with a reference to compare with; empty for none.
+    Without a folder of images, what reads files is left out; a reference is a Python file.
     """
     module = "pretrain.studies.benchmark"
     step, images_option = f"{module} pretrain-step --device cuda --batch-size", ["--images", images]
@@ -66,13 +63,7 @@ def benchmark_rows(images: str, num_gpus: int, reference: str = "") -> dict[str,
 
 
 def run_rows(rows: Mapping[str, Sequence[str]], output: Path, seconds: float) -> int:
-    """Run rows, write ``results.json`` and ``results.md`` after each, and count failures.
-
-    Args:
-        rows: arguments after ``python -m`` by name.
-        output: folder to write to.
-        seconds: time limit of a row.
-    """
+    """Run rows, write ``results.json`` and ``results.md`` after each, and count failures."""
 
     def result_of(folder: Path) -> dict[str, Any]:
         found: dict[str, Any] = json.loads((folder / "row.json").read_text())

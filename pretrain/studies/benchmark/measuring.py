@@ -71,12 +71,7 @@ def time_in_turn(
     """Time functions in turn (A, B, A, B), so that other load on the machine affects all alike.
 
     On a GPU each function is first made and run alone, to measure its memory; functions that do
-    not fit are left out.
-
-    Args:
-        makers: functions that make the functions to time, by name.
-        repeats: number of measurements of each.
-        warmup: number of runs of each before the first measurement (compilation, caches, clocks).
+    not fit are left out. Each is run ``warmup`` times before its first measurement.
     """
     timings = {}
     peaks = {name: _peak_alone(make, device) for name, make in makers.items()}
@@ -121,9 +116,6 @@ def stored_for_backward(forward: Callable[[], Any], model: torch.nn.Module) -> i
 
     They are the part of a step's memory that grows with the batch, and can be counted on a CPU as
     well. Memory that several saved tensors share counts once.
-
-    Args:
-        model: model whose parameters and buffers do not count.
     """
     own = {t.untyped_storage().data_ptr() for t in [*model.parameters(), *model.buffers()]}
     seen: dict[int, int] = {}
