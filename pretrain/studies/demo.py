@@ -32,8 +32,7 @@ from flsl_d2.errors import InputError
 from flsl_d2.evaluation import extract_tokens
 from flsl_d2.images.reader import read_rgb
 from flsl_d2.scenes import make_scenes
-from flsl_d2.studies.compare import comparison_parser, run_comparison
-from flsl_d2.studies.study import section
+from flsl_d2.studies.compare import comparison_parser, run_comparison, section
 from flsl_d2.visualization import encoder_figure, loss_curves, token_at
 from flsl_d2.weights import build_encoder
 

@@ -22,12 +22,7 @@ from flsl_d2.engine.config_files import load_lazy_config
 from flsl_d2.engine.run_folder import PRETRAINING_KEYS
 from flsl_d2.errors import InputError
 from flsl_d2.files import write_text
-from flsl_d2.studies.encoders import read_encoders
-from flsl_d2.studies.evaluations import EncoderFile, Evaluation, chosen_evaluations
-from flsl_d2.studies.identity import file_sha256, result_settings
-from flsl_d2.studies.jobs import Job, Outcome, Record
-from flsl_d2.studies.plots import draw_measures, overlaid_curves, plot_file
-from flsl_d2.studies.study import (
+from flsl_d2.studies.compare import (
     ENCODERS,
     add_study_options,
     finish,
@@ -37,6 +32,11 @@ from flsl_d2.studies.study import (
     sections_of,
     write_draws,
 )
+from flsl_d2.studies.encoders import read_encoders
+from flsl_d2.studies.evaluations import EncoderFile, Evaluation, chosen_evaluations
+from flsl_d2.studies.identity import file_sha256, result_settings
+from flsl_d2.studies.jobs import Job, Outcome, Record
+from flsl_d2.studies.plots import draw_measures, overlaid_curves, plot_file
 from flsl_d2.studies.table import Subject, Table, results_table
 from flsl_d2.visualization.curves import read_metrics
 from pretrain.studies.grid import Point, grid_points, parse_axis, short_names
