@@ -96,24 +96,34 @@ def test_encoders_side_by_side_with_a_failed_row(compare, encoder_file, tmp_path
 
 
 @pytest.mark.slow
-def test_detection_with_two_seeds_on_two_processes(compare, encoder_file, tmp_path):
-    """Mask R-CNN of a few steps from two encoders: AP with spread, curves and detections."""
+def test_detection_with_two_seeds_and_few_labels_on_two_processes(compare, encoder_file, tmp_path):
+    """Mask R-CNN of a few steps from two encoders: AP by labelled images, curves, detections."""
     output = tmp_path / "out"
     status, said, errors = compare(
         *("--weights", "random", "--weights", f"small={encoder_file}", "--detection", DETECTION),
         *("--seeds", "0,1", "--output", str(output), "--num-gpus", "2"),
         *("--detection-override", "train.max_iter=30", "train.log_period=5"),
+        *("--label-fraction", "4,1.0"),
         "dataloader.train.total_batch_size=2",
         "model.roi_heads.box_predictor.test_score_thresh=0.0",
     )
     assert status == 0, said + errors
+    assert "4_images_seed_1.txt: 4 of 8 labelled images" in said
+    few, every = (
+        set((output / "subsets" / f"mask_rcnn_flsl_vit_scenes_{n}_images_seed_0.txt").open())
+        for n in (4, 8)
+    )
+    assert few < every
     for row in rows(output):
-        assert float(row["detection/box AP"]) >= 0
-        assert row["detection/box AP seeds"] == "2"
-        assert float(row["detection/box AP std"]) >= 0
+        for count in (4, 8):
+            assert float(row[f"detection {count} images/box AP"]) >= 0
+            assert row[f"detection {count} images/box AP seeds"] == "2"
+    with (output / "label_curves.csv").open() as stream:
+        assert {row["images"] for row in csv.DictReader(stream)} == {"4", "8"}
     assert "±" in (output / "table.md").read_text()
-    assert len(list((output / "pictures").glob("detection-*.png"))) == 2
-    assert cv2.imread(str(output / "plots" / "detection_curves.png")) is not None
+    assert len(list((output / "pictures").glob("detection*.png"))) == 2
+    for name in ("labels_box_AP", "detection_8_images_curves"):
+        assert cv2.imread(str(output / "plots" / f"{name}.png")) is not None
 
 
 def test_bad_input_is_one_sentence_before_any_run(compare, encoder_file, tmp_path):
