@@ -36,7 +36,7 @@ _NAMES = {
     "time": ("duration of an iteration", "seconds"),
     "data_time": ("waiting for data", "seconds an iteration"),
 }
-_NOT_SHOWN = ("iteration", "eta_seconds", "rank_data_time")
+_NOT_SHOWN = ("iteration", "eta_seconds", "progress", "rank_data_time")
 # Largest over smallest value above which the axis is logarithmic.
 _LOG_FACTOR = 30.0
 _FEW_VALUES = 20  # a curve of fewer values gets a dot for each

@@ -61,6 +61,8 @@ def save_figure(figure: Figure, path: str | os.PathLike[str]) -> None:
             formatter.set_useOffset(False)
             if abs(high - low) < _FLAT * max(abs(low), abs(high)):  # rounding is no curve
                 axis.set_view_interval(low - _FLAT * abs(low), high + _FLAT * abs(high), True)
+        else:  # labels that a caller has given
+            axis.set_major_formatter(lambda value, at, given=formatter: printable(given(value, at)))
         axis.get_ticklabels()  # makes the texts of the ticks
     texts = [text for text in figure.findobj(Text) if isinstance(text, Text)]
     fonts = families(text.get_text() for text in texts)
