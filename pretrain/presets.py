@@ -163,6 +163,7 @@ def _cpu_preset(num_images: int, _memory: float, _processes: int, batch_size: in
         *_common(num_images, batch, epochs, epochs * num_images / batch),
         ("train.max_iter=0", "the length is given in epochs"),
         ("train.health_period=250", "a run of minutes is judged more often"),
+        ("train.pictures_period=500", "what the tokens group, in pictures/"),
         (f"schedules.base_lr={1e-3 * 256 / batch:.3g}", "a peak of 0.001"),
     ]
     return Preset(CPU_CONFIG, "a small ViT for CPUs (128 wide, 6 blocks, patch 8)", tuple(changes))

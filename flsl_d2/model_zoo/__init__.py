@@ -46,8 +46,7 @@ def get_config(name: str) -> DictConfig | CfgNode:
     """Load a recipe: a LazyConfig, or for ``.yaml`` a CfgNode with this project's nodes.
 
     Args:
-        name: see :func:`get_config_file`. Recipes below ``pretrain/`` need a checkout, because a
-            wheel does not hold the package ``pretrain``.
+        name: see :func:`get_config_file`.
     """
     path = get_config_file(name)
     return load_yaml_config(path) if is_yaml(path) else load_lazy_config(path)

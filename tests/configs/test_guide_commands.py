@@ -35,7 +35,6 @@ ELSEWHERE = {
     "tools/sweep.py": "tests/test_sweep.py runs the sweep",
     "tools/convert_uavdt.py": "needs the data set; tests/annotations/test_uavdt.py makes one",
     "tools/install_detectron2.py": "changes the environment; tests/test_install.py tries it",
-    "flsl_d2.doctor": "tests/test_doctor.py runs it",
     "configs/uavdt": "needs the data set; tests/configs/test_every_config.py trains the recipe",
     "configs/pretrain/dino": "tests/pretrain/test_methods.py trains every recipe",
     "previous_stage": "tests/pretrain/test_previous_stage.py trains in stages",
