@@ -4,7 +4,15 @@ A YAML project adds ``flsl_d2.add_flsl_config(cfg)``; a LazyConfig project uses 
 ``flsl_d2.modeling``.
 """
 
+import os
+import sys
 from typing import TYPE_CHECKING, Any
+
+if "torch" not in sys.modules and "OMP_WAIT_POLICY" not in os.environ:
+    # Threads of OpenMP spin for milliseconds by default, which slows a CPU run down as soon as
+    # another process wants a core. The library reads this when PyTorch is loaded; here flsl_d2 is
+    # the program, and its child processes inherit it.
+    os.environ.setdefault("GOMP_SPINCOUNT", "300")
 
 try:
     import detectron2  # noqa: F401

@@ -6,7 +6,10 @@ import platform
 from collections.abc import Callable
 from typing import TypeVar
 
+import torch
+import torch.distributed as dist
 from detectron2.utils import comm
+from torch import Tensor
 
 from flsl_d2.errors import InputError, TrainingError
 
@@ -42,6 +45,31 @@ def checked_by_all(function: Callable[[], T]) -> T:
     if error is not None:
         raise error
     return result  # type: ignore[return-value]  # without an error there is a result
+
+
+class SlowAgreement:
+    """Whether any process says yes, exchanged while the processes go on.
+
+    Every process must ask equally often, and all get the same answer. With one process the answer
+    is its own; with several it is that of the question before.
+    """
+
+    def __init__(self) -> None:
+        self._answer: Tensor | None = None
+        self._work: dist.Work | None = None
+
+    def agreed_before(self, yes: bool) -> bool:
+        """Answer the question before, and ask again."""
+        if comm.get_world_size() == 1:
+            return yes
+        before = False
+        if self._work is not None and self._answer is not None:
+            self._work.wait()
+            before = bool(self._answer)
+        self._answer = torch.tensor(int(yes))
+        group = comm._get_global_gloo_group()
+        self._work = dist.all_reduce(self._answer, dist.ReduceOp.MAX, group, async_op=True)
+        return before
 
 
 def check_equal(value: str, what: str, remedy: str) -> None:

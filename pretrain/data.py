@@ -18,7 +18,7 @@ from flsl_d2.errors import InputError, TrainingError
 from flsl_d2.images.opening import MAX_PIXELS_LIMIT, printable
 from flsl_d2.images.reader import MAX_PIXELS, ImageFile, read_channels
 from flsl_d2.images.store import ImageStore, as_store
-from flsl_d2.modeling.transfer import to_device
+from flsl_d2.modeling.transfer import beside_computing, to_device
 from pretrain.device_views import (
     AugmentationBatch,
     augment_views,
@@ -116,9 +116,10 @@ class Batch:
         Returns:
             All views, and the views before augmentation if they were kept or are made here.
         """
-        views = [to_device(view, device) for view in self.views]
-        crops = [to_device(crop, device) for crop in self.crops]
-        queries = [to_device(indexes, device) for indexes in self.queries]
+        with beside_computing(device) as send:
+            views, crops, queries = (
+                [send(each) for each in part] for part in (self.views, self.crops, self.queries)
+            )
         if len(views) == 1:
             for box, flip, size in zip(self.boxes, self.flips, self.sizes, strict=True):
                 boxes = to_device(box, device)

@@ -7,17 +7,13 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-import numpy as np
 import torch
 from detectron2.engine import HookBase
 
-from flsl_d2.errors import TrainingError
-from flsl_d2.evaluation import extract_tokens
 from flsl_d2.evaluation.explained_variance import position_r2
-from flsl_d2.images.reader import ImageFile
-from flsl_d2.images.store import ImageStore, as_store
+from flsl_d2.images.store import ImageStore
 from flsl_d2.modeling import Encoder, FLSLViT
-from pretrain.hooks import beside_training, untouched_generators
+from pretrain.hooks import SampleImages, beside_training, untouched_generators
 from pretrain.monitor import CollapseWatch
 
 logger = logging.getLogger("pretrain")
@@ -126,8 +122,7 @@ class HealthReport(HookBase):
         num_images: int = 12,
         window: int = 20,
     ) -> None:
-        places = np.linspace(0, len(files) - 1, min(num_images, len(files))).round().astype(int)
-        self.files, self.places = as_store(files), list(dict.fromkeys(places.tolist()))
+        self.samples = SampleImages(files, num_images)
         self.watch, self.period, self.short_side, self.window = watch, period, short_side, window
         self.health: Health | None = None
         self._untrained: float | None = None
@@ -168,15 +163,10 @@ class HealthReport(HookBase):
         """Position R2 of some images; None where it cannot be measured."""
         if encoder is None:
             return None
-        features, training = [], encoder.training
+        training = encoder.training
         encoder.train(False)
         with beside_training(self.trainer):
-            for place in self.places:
-                try:
-                    image = ImageFile(self.files.source(place)).pixels()
-                except (OSError, TrainingError):
-                    continue  # the monitor names unreadable images
-                features.append(extract_tokens(encoder, image, self.short_side))
+            features = self.samples.features(encoder, self.short_side)
         encoder.train(training)
         if len(features) < 2:
             return None

@@ -7,7 +7,7 @@ import math
 import random
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +17,8 @@ from detectron2.engine import HookBase
 from detectron2.utils import comm
 
 from flsl_d2.engine.background import Background
+from flsl_d2.engine.checkpoints import EvaluationDue
+from flsl_d2.engine.stopping import Interrupted, StopRequest
 from flsl_d2.errors import TrainingError
 from flsl_d2.evaluation import TokenFeatures, extract_tokens
 from flsl_d2.evaluation.features import encoding_in
@@ -130,15 +132,20 @@ class ExportTeacher(HookBase):
         if error is not None:
             logger.error("%s Training goes on.", self._sentence(error))
 
-    def _sentence(self, error: Exception) -> str:
+    def _sentence(self, error: BaseException) -> str:
         return (
             f"the encoder cannot be written to '{self.path}' ({error}); make room and run again "
             "with --resume."
         )
 
 
+def interrupted_by(request: StopRequest | None) -> AbstractContextManager[None]:
+    """Return the context of work that a request to stop ends; none without requests."""
+    return nullcontext() if request is None else request.interrupting()
+
+
 class TimeShare:
-    """Bound of the time of work for which all GPUs wait.
+    """Limit blocking work to a share of the run's time.
 
     Args:
         max_share: largest share of the time; work that comes too early is to be left out.
@@ -184,6 +191,8 @@ class FeatureMeasures(HookBase):
         short_side: length in pixels that the shorter side of an image is resized to; the default
             is the resolution of pre-training, a quarter of the work of the final evaluation.
         max_share: see :class:`TimeShare`; scores after the last step are always taken.
+        request: requests to stop, which end a measurement at once; a resumed run measures first.
+        folder: output folder of the run.
 
     Raises:
         InputError: data or names cannot be used; raised when the hook is made, before training.
@@ -198,7 +207,10 @@ class FeatureMeasures(HookBase):
         max_images: int | None = 200,
         short_side: int = 224,
         max_share: float = 1.0,
+        request: StopRequest | None = None,
+        folder: str | Path = ".",
     ) -> None:
+        self.request, self._due = request, EvaluationDue(folder)
         self.measures, self.period, self.short_side = measures, period_iters, short_side
         self.share = TimeShare(max_share)
         self.data: tuple[LabelledDataset, LabelledDataset] | None = None
@@ -207,6 +219,13 @@ class FeatureMeasures(HookBase):
                 train, val, measures, max_images=max_images, short_side=short_side
             )
         comm.synchronize()
+
+    def before_train(self) -> None:
+        """Measure where the run that is resumed was stopped meanwhile."""
+        if self._due.is_left(self.trainer.start_iter):
+            if comm.is_main_process():
+                self._measure(self.trainer.method.exported_encoder())
+            comm.synchronize()
 
     def after_step(self) -> None:
         """Measure when due."""
@@ -227,13 +246,43 @@ class FeatureMeasures(HookBase):
     def _measure(self, encoder: FLSLViT | TimmBackbone) -> None:
         assert self.data is not None, "only the main process measures"
         device = str(next(encoder.parameters()).device)
-        with beside_training(self.trainer):
-            results, failures = measure_all(
-                encoder, *self.data, self.measures, device=device, short_side=self.short_side
-            )
+        try:
+            with beside_training(self.trainer), interrupted_by(self.request):
+                results, failures = measure_all(
+                    encoder, *self.data, self.measures, device=device, short_side=self.short_side
+                )
+        except Interrupted:
+            logger.info("The measurement is left, because a stop was requested.")
+            self._due.note()
+            return
+        self._due.clear()
         for name, reason in failures.items():
             logger.warning("%s was not measured: %s", name, reason)
         self.trainer.storage.put_scalars(smoothing_hint=False, **results)
+
+
+class SampleImages:
+    """Some images of a data set, spread evenly over it.
+
+    Args:
+        files: images of the data set.
+        number: number of images.
+    """
+
+    def __init__(self, files: ImageStore | Sequence[str], number: int) -> None:
+        places = np.linspace(0, len(files) - 1, min(number, len(files))).round().astype(int)
+        self.files, self.places = as_store(files), list(dict.fromkeys(places.tolist()))
+
+    def features(self, encoder: Any, short_side: int) -> list[TokenFeatures]:
+        """Encode the images that can be read; the monitor names the others."""
+        features = []
+        for place in self.places:
+            try:
+                image = ImageFile(self.files.source(place)).pixels()
+            except (OSError, TrainingError):
+                continue
+            features.append(extract_tokens(encoder, image, short_side))
+        return features
 
 
 class EncoderPictures(HookBase):
@@ -255,6 +304,7 @@ class EncoderPictures(HookBase):
             the modes of an image soon meet in one.
         num_iterations: number of mean-shift steps to the mode.
         max_share: see :class:`TimeShare`; the last page is always drawn.
+        request: requests to stop, which end the drawing at once.
     """
 
     def __init__(
@@ -267,10 +317,10 @@ class EncoderPictures(HookBase):
         scale: float = 1.0,
         num_iterations: int = 3,
         max_share: float = 1.0,
+        request: StopRequest | None = None,
     ) -> None:
-        places = np.linspace(0, len(files) - 1, min(num_images, len(files))).round().astype(int)
-        self.files = as_store(files)
-        self.places = [int(place) for place in places]
+        self.request = request
+        self.samples = SampleImages(files, num_images)
         self.folder, self.period, self.short_side = folder, period, short_side
         self.scale, self.num_iterations = scale, num_iterations
         self.share = TimeShare(max_share)
@@ -289,15 +339,19 @@ class EncoderPictures(HookBase):
 
     def _draw_or_log(self) -> None:
         try:
-            with beside_training(self.trainer):
+            with beside_training(self.trainer), interrupted_by(self.request):
                 self._draw()
+        except Interrupted:
+            return
         except Exception:
             if not self._has_failed:
                 logger.warning("Pictures cannot be drawn; the run goes on.", exc_info=True)
             self._has_failed = True
 
     def _draw(self) -> None:
-        features = self._features()
+        features = self.samples.features(self.trainer.method.exported_encoder(), self.short_side)
+        if not features:
+            raise OSError("none of its images can be read.")
         width = features[0].tokens.shape[1]
         path = self.folder / f"iter_{self.trainer.iter:07d}.png"
         encoder_figure(
@@ -309,17 +363,3 @@ class EncoderPictures(HookBase):
         )
         page = np.ascontiguousarray(read_rgb(str(path)).transpose(2, 0, 1))
         self.trainer.storage.put_image("teacher/tokens", page)
-
-    def _features(self) -> list[TokenFeatures]:
-        backbone = self.trainer.method.exported_encoder()
-        features = []
-        for place in self.places:
-            try:
-                image = ImageFile(self.files.source(place)).pixels()
-            except (OSError, TrainingError):
-                continue  # the monitor names unreadable images
-            features.append(extract_tokens(backbone, image, self.short_side))
-        if not features:
-            names = ", ".join(self.files[place] for place in self.places)
-            raise OSError(f"none of {names} can be read.")
-        return features

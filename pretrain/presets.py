@@ -32,6 +32,7 @@ from pathlib import Path
 import torch
 from detectron2.data import DatasetCatalog
 
+from flsl_d2.engine.launchers import started_processes
 from flsl_d2.errors import InputError
 from flsl_d2.images.store import ImageStore, open_images
 from flsl_d2.images.stored_values import find_channels
@@ -189,7 +190,7 @@ def _epochs(num_images: int, batch: int, epochs: int, steps: tuple[int, int]) ->
 
 def _power_of_two(number: float) -> int:
     """Largest power of two that does not exceed a number, at least 1."""
-    return 1 << max(math.floor(number).bit_length() - 1, 0)
+    return 1 << (max(math.floor(number), 1).bit_length() - 1)
 
 
 def use_images(args: argparse.Namespace) -> None:
@@ -218,8 +219,8 @@ def use_images(args: argparse.Namespace) -> None:
     files = open_images(**{"name" if named else "root": place})
     device = typed.setdefault("train.device", "cuda" if torch.cuda.is_available() else "cpu")
     batch = typed.get("dataloader.total_batch_size", "")
-    # Under torchrun the processes exist already, and the options are ignored.
-    processes = int(os.environ.get("WORLD_SIZE", args.num_gpus * args.num_machines))
+    # Under torchrun and srun the processes exist already.
+    processes = max(started_processes(), args.num_gpus * args.num_machines)
     preset = choose_preset(
         len(files),
         device_memory(device),
@@ -231,6 +232,6 @@ def use_images(args: argparse.Namespace) -> None:
     command = f"tools/pretrain_net.py --images {shlex.quote(args.images)}"
     args.config_file, args.opts = preset.config, [*preset.overrides, *given]
     args.preset = preset.config_text(command, given)
-    if os.environ.get("RANK", "0") == "0":
+    if os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0")) == "0":
         print(f"{len(files):,} images in {args.images}, so the preset is {preset.table()}")
         print(f"{kept} will hold it; key=value on the command line overrides it.", flush=True)

@@ -47,6 +47,7 @@ from pretrain.monitor import CollapseWatch, ConsoleProgress, Monitor
 from pretrain.optimizer import build_adamw
 from pretrain.presets import PRESET_FILE, use_images
 from pretrain.schedules import Schedules, set_run_length
+from pretrain.sharding import check_sharding
 from pretrain.step_numbers import BadNumbersError, step_files, write_bad_numbers
 from pretrain.stored_channels import (
     normalise_stored_values,
@@ -156,13 +157,12 @@ def _run(cfg: DictConfig, options: ResumeOptions, request: StopRequest, preset: 
     if initial is not None:
         method.start_from(initial)
     normalise_stored_values(method, cfg, files)
-    encoder, compile_mode = method.exported_encoder(), cfg.train.get("compile_mode", "default")
-    mode = resolve_compile(cfg.train.compile, compile_mode, cfg.train.device, encoder)
-    if cfg.train.get("sharding", "none") != "none":
-        raise InputError(
-            f"train.sharding is {cfg.train.sharding!r}, and only 'none' is left: each process has "
-            "the whole model; take the key out of the config."
-        )
+    compile_mode = cfg.train.get("compile_mode", "default")
+    encoder, changing = method.exported_encoder(), type(method).__name__
+    if not getattr(method, "changes_shapes", False):
+        changing = ""
+    mode = resolve_compile(cfg.train.compile, compile_mode, cfg.train.device, encoder, changing)
+    check_sharding(cfg.train.get("sharding", "none"))
     if mode:
         method.compile_blocks(mode=mode)
     method.check_run(
@@ -214,7 +214,8 @@ def _run(cfg: DictConfig, options: ResumeOptions, request: StopRequest, preset: 
         cfg.dataloader.get("prefetch_factor", 2),
         cfg.train.device,
     )
-    trainer.register_hooks(_hooks(cfg, checkpointer, trainer, monitor, files, max_iter, start_iter))
+    trainer.register_hooks(_hooks(cfg, checkpointer, trainer, monitor, files, request, start_iter))
+    request.step = lambda: trainer.iter + 1
     try:
         trainer.train(start_iter, max_iter)
     except BadNumbersError as error:
@@ -300,16 +301,19 @@ def _hooks(
     trainer: PretrainTrainer,
     monitor: Monitor,
     files: ImageStore,
-    max_iter: int,
+    request: StopRequest,
     start_iter: int,
 ) -> list[HookBase]:
     """Return the hooks in the order in which they run: a step is logged before it is saved."""
+    max_iter = trainer.schedules.total_iters
     output, period = Path(cfg.train.output_dir), cfg.train.log_period
     num_centroids = trainer.method.num_centroids
     watch = CollapseWatch()
-    registered: list[HookBase] = [FirstSteps(FIRST_STEPS, "pictures and scores", logger), watch]
+    registered: list[HookBase] = [watch]
+    if comm.is_main_process():
+        registered.append(FirstSteps(FIRST_STEPS, "pictures and scores", logger, period))
     if cfg.train.measures.val:
-        registered.append(FeatureMeasures(**cfg.train.measures))
+        registered.append(FeatureMeasures(**cfg.train.measures, request=request, folder=output))
     if comm.is_main_process():
         writers = [
             ConsoleProgress(max_iter, len(files) / monitor.total_batch_size, num_centroids),
@@ -326,6 +330,7 @@ def _hooks(
                 cfg.train.pictures_period,
                 cfg.views.global_size,
                 max_share=cfg.train.get("pictures_max_share", 1.0),
+                request=request,
             ),
             HealthReport(
                 files,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import random
 import shutil
@@ -27,6 +28,7 @@ from pretrain.step_numbers import StepNumbers, check_finite
 
 # Modes of torch.compile.
 COMPILE_MODES = ("default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs")
+logger = logging.getLogger("pretrain")
 PRECISIONS = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -44,21 +46,24 @@ def resolve_precision(precision: str, device: str) -> str:
     return precision
 
 
-def resolve_compile(setting: bool | str, mode: str, device: str, encoder: nn.Module) -> str:
+def resolve_compile(
+    setting: bool | str, mode: str, device: str, encoder: nn.Module, changing: str = ""
+) -> str:
     """Return the mode of ``torch.compile`` for the blocks; empty where they are not compiled.
 
     ``auto`` compiles blocks on a GPU, where they and a C compiler are there: a step of 64 images on
-    a GPU is bound by the 1,600 operations that Python starts for it.
+    a GPU is bound by the 1,665 operations that Python starts for it.
 
     Args:
         setting: ``train.compile``.
         mode: ``train.compile_mode``, one of :data:`COMPILE_MODES`.
         device: training device.
         encoder: the encoder.
+        changing: name of the method where its shapes change from step to step; else empty.
 
     Raises:
-        InputError: the setting is none of ``auto``, True and False, the mode is unknown, or it
-            records CUDA graphs and the device is a CPU.
+        InputError: the setting is none of ``auto``, True and False, the mode is unknown, it
+            records CUDA graphs and the device is a CPU, or the method's shapes change.
     """
     text = str(setting).lower()  # an override of a key that holds text is text
     if text not in ("auto", "true", "false"):
@@ -69,9 +74,16 @@ def resolve_compile(setting: bool | str, mode: str, device: str, encoder: nn.Mod
     # Triton compiles a small C file for each kernel.
     names = (os.environ.get("CC", "cc"), "gcc", "clang")
     compiler = any(shutil.which(name) for name in names)
-    chosen = text == "true" or (
-        text == "auto" and on_gpu and compiler and hasattr(encoder, "compile_blocks")
-    )
+    able = hasattr(encoder, "compile_blocks")
+    chosen = text == "true" or (text == "auto" and on_gpu and compiler and able)
+    if chosen and changing:
+        if text == "true":
+            raise InputError(
+                f"train.compile is True, and the shapes of {changing} change in each step, so that "
+                "all would be compiled anew; set train.compile=False."
+            )
+        logger.info("Blocks are not compiled, because the shapes of %s change.", changing)
+        return ""
     if chosen and records_graphs(mode) and not on_gpu:
         raise InputError(
             f"train.compile_mode is '{mode}', which records CUDA graphs, on device '{device}'; set "
@@ -222,6 +234,8 @@ class PretrainTrainer(SimpleTrainer):
         scalars = {name: loss.detach() for name, loss in losses.items()}
         scalars["grad_norm"] = grad_norm
         scalars.update((name, x) for name, x in self.monitored.items() if x.dim() == 0)
+        if self.scaler.is_enabled():
+            scalars["loss_scale"] = self.scaler._get_scale_async()  # get_scale would wait
         assert self.last_batch is not None
         counts = {
             "data_time": data_time,
@@ -235,7 +249,6 @@ class PretrainTrainer(SimpleTrainer):
         if self.stop_agreed or self.reads_now(self.iter + 1):
             self._read(numbers)
             self._unread = None
-        self._count_overflow()
 
     def _read(self, numbers: StepNumbers) -> None:
         """Wait for the numbers of a step, check them, and put them into the storage."""
@@ -245,25 +258,20 @@ class PretrainTrainer(SimpleTrainer):
         # The scaler leaves out a step whose gradients overflow, and only that one.
         exempt = ["grad_norm"] if self.scaler.is_enabled() else []
         check_finite(numbers.iteration, terms, exempt)
+        if self.scaler.is_enabled():
+            self.num_overflows += terms[0]["loss_scale"] < self.loss_scale
+            self.loss_scale = terms[0]["loss_scale"]
         if not comm.is_main_process():
             return
         self.storage.iter = numbers.iteration
         for name in terms[0]:
             self.storage.put_scalar(name, float(np.mean([rank[name] for rank in terms])))
         self.storage.put_scalar("data_time", max(counts["data_time"]))
+        if self.scaler.is_enabled():
+            self.storage.put_scalar("overflowed_steps", self.num_overflows, smoothing_hint=False)
         scheduled = {name: float(value) for name, value in asdict(numbers.values).items()}
         self.storage.put_scalars(**scheduled, smoothing_hint=False)
         self.storage.iter = self.iter
-
-    def _count_overflow(self) -> None:
-        if not self.scaler.is_enabled():
-            return
-        scale = self.scaler.get_scale()
-        self.num_overflows += scale < self.loss_scale
-        self.loss_scale = scale
-        self.storage.put_scalars(
-            loss_scale=scale, overflowed_steps=self.num_overflows, smoothing_hint=False
-        )
 
     def state_dict(self) -> dict[str, Any]:
         """Return iteration, hooks, optimiser, gradient scaler and counts."""

@@ -83,7 +83,7 @@ def test_two_processes_stop_when_asked_and_one_goes_on(folder, forked_workers):
     )
     process.send_signal(signal.SIGUSR1)  # to the parent alone, which passes it on
     assert process.wait(100) == soak.STOPPED, log.read_text()
-    assert "--resume continues" in log.read_text()
+    assert "it goes on with:" in log.read_text()
     assert "Traceback" not in log.read_text()
     output = folder / "stopped"
     last = (output / "last_checkpoint").read_text()

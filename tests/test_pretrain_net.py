@@ -130,7 +130,7 @@ def pretrain_as_rank(*arguments: str) -> None:
     assert end.value.code == 0
 
 
-def test_two_processes_do_what_one_does(images, tmp_path, monkeypatch):
+def test_two_processes_do_what_one_does(images, tmp_path, monkeypatch, forked_workers):
     common = ("train.max_iter=3", "model.backbone.drop_path_rate=0", "train.log_period=1")
     run(tmp_path / "one", images, *common)
     run(tmp_path / "launch", images, *common, options=("--num-gpus", "2"))

@@ -30,6 +30,7 @@ from flsl_d2.detection.train import launch_detection
 from flsl_d2.engine.command_line import add_defaults, add_option, described_parser, run_tool
 from flsl_d2.engine.config_files import load_lazy_config
 from flsl_d2.engine.gpus import check_device
+from flsl_d2.engine.launchers import started_processes
 from flsl_d2.errors import InputError
 from flsl_d2.files import writable_folder, write_text
 from flsl_d2.images.reader import channels_format, printable
@@ -53,6 +54,11 @@ EXAMPLES = """examples:
 
 
 def _finetune(args: argparse.Namespace) -> None:
+    if (count := started_processes()) > 1:
+        raise InputError(
+            f"{count} processes were started from outside, and each would prepare the data; start "
+            "this tool once and give it --num-gpus."
+        )
     output = Path(args.output).expanduser()
     if args.resume:
         if not (output / CONFIG_FILE).is_file():

@@ -49,6 +49,7 @@ from flsl_d2.engine.checkpoints import (
     KeepBest,
     LeaveWhenAsked,
     StopEarly,
+    StoppableEval,
 )
 from flsl_d2.engine.config_files import is_yaml, load_lazy_config
 from flsl_d2.engine.first_steps import FirstSteps
@@ -256,11 +257,11 @@ def _hooks(
         hooks.IterationTimer(),
         hooks.LRScheduler(scheduler=instantiate(cfg.lr_multiplier)),
         checkpoints,
-        hooks.EvalHook(settings.eval_period, lambda: _evaluate(cfg, model)),
+        StoppableEval(settings.eval_period, lambda: _evaluate(cfg, model), checkpoints, request),
     ]
     best = None
     if comm.is_main_process():
-        registered.append(FirstSteps(20, "evaluations", logger))
+        registered.append(FirstSteps(20, "evaluations", logger, settings.log_period))
         if settings.get("best_metric"):
             best = KeepBest(settings.eval_period, checkpointer, settings.best_metric)
             registered.append(best)

@@ -40,7 +40,7 @@ from flsl_d2.detection.setup import (
     start_run,
 )
 from flsl_d2.detection.solver import add_solver_config, build_yaml_optimizer
-from flsl_d2.engine.checkpoints import Checkpoints, LeaveWhenAsked
+from flsl_d2.engine.checkpoints import Checkpoints, LeaveWhenAsked, StoppableEval
 from flsl_d2.engine.config_files import resolve_config_path
 from flsl_d2.engine.first_steps import FirstSteps
 from flsl_d2.engine.overrides import unknown_keys_error
@@ -149,6 +149,7 @@ class DetectionTrainer(DefaultTrainer):
         for hook in super().build_hooks():
             if isinstance(hook, hooks.EvalHook):  # a checkpoint is written before its evaluation
                 registered.append(checkpoints)
+                hook = StoppableEval(hook._period, hook._func, checkpoints, self.request)
             if isinstance(hook, hooks.PeriodicWriter):
                 trackers = build_trackers(
                     self.cfg.TRAIN.TRACKERS, self.cfg.OUTPUT_DIR, flat_config(self.cfg)

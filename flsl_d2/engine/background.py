@@ -15,7 +15,7 @@ class Background:
 
     def __init__(self) -> None:
         self._thread: threading.Thread | None = None
-        self._error: Exception | None = None
+        self._error: BaseException | None = None
 
     @property
     def done(self) -> bool:
@@ -27,7 +27,7 @@ class Background:
         self._thread = threading.Thread(target=self._run, args=(function,))
         self._thread.start()
 
-    def wait(self) -> Exception | None:
+    def wait(self) -> BaseException | None:
         """Wait for the piece of work, if there is one; return the exception that it raised."""
         if self._thread is not None:
             self._thread.join()
@@ -37,5 +37,5 @@ class Background:
     def _run(self, function: Callable[[], object]) -> None:
         try:
             function()
-        except Exception as error:  # it is raised or logged where the result is taken
+        except BaseException as error:  # some of PyTorch's are no Exception
             self._error = error

@@ -4,17 +4,27 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 import re
+import time
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from detectron2.engine import HookBase, hooks
 from detectron2.utils import comm
 
+from flsl_d2.agreement import SlowAgreement, decided_by_main
 from flsl_d2.engine.background import Background
-from flsl_d2.engine.stopping import STOPPED, StopRequest, agreed_by_all
+from flsl_d2.engine.launch import leave
+from flsl_d2.engine.run_folder import unlock
+from flsl_d2.engine.stopping import (
+    STOPPED,
+    Interrupted,
+    StopRequest,
+    command_to_resume,
+)
 from flsl_d2.errors import TrainingError
 from flsl_d2.files import write_text
 from flsl_d2.weights.checkpointer import (
@@ -25,6 +35,8 @@ from flsl_d2.weights.checkpointer import (
 )
 
 BEST_FILE = "best.json"
+# Seconds that other processes give the main one to write its checkpoint.
+_TIME_FOR_MAIN = 15
 
 logger = logging.getLogger(__name__)
 
@@ -87,18 +99,38 @@ class Checkpoints(HookBase):
             self._save(f"model_{self.trainer.iter:07d}")
 
     def after_train(self) -> None:
-        """Wait for the checkpoint that is being written."""
+        """Wait for the checkpoint that is being written; let other runs into the folder."""
         self._take_result()
+        unlock(self.checkpointer.save_dir)
 
     def save_and_leave(self) -> None:
         """Write a checkpoint of this step and exit; every rank must call this."""
         self._save(f"model_{self.trainer.iter:07d}", last=True)
         comm.synchronize()  # no rank leaves before the file is complete
-        logger.info(
-            "Stopped on request after step %d; the same command with --resume continues.",
-            self.trainer.iter + 1,
-        )
+        self._log_stop()
         raise SystemExit(STOPPED)
+
+    def save_alone_and_leave(self) -> NoReturn:
+        """Write a checkpoint of this step on the main process, and exit without the others.
+
+        Processes that were interrupted anywhere cannot wait for each other.
+        """
+        if comm.get_world_size() > 1 and not comm.is_main_process():
+            time.sleep(_TIME_FOR_MAIN)  # the first process that ends may end the others
+            os._exit(STOPPED)
+        if self.trainer.iter < self.trainer.max_iter:
+            self._save(f"model_{self.trainer.iter:07d}", last=True)
+        self._log_stop()
+        if comm.get_world_size() > 1:
+            leave(STOPPED)
+        raise SystemExit(STOPPED)
+
+    def _log_stop(self) -> None:
+        logger.info(
+            "Stopped on request after step %d; it goes on with: %s",
+            self.trainer.iter + 1,
+            command_to_resume(),
+        )
 
     def finish(self) -> None:
         """Write the last checkpoint of a run that ends before its last step, on every rank."""
@@ -134,7 +166,7 @@ class Checkpoints(HookBase):
         if isinstance(error, OSError):
             self._log(self._sentence(self._written, error))
         elif error is not None:
-            raise error
+            raise RuntimeError(f"checkpoint {self._written} was not written") from error
 
     def _sentence(self, name: str, error: OSError) -> str:
         before = Path(self.checkpointer.get_checkpoint_file()).name
@@ -210,6 +242,72 @@ class KeepBest(hooks.BestCheckpointer):
             write_text(self.file, json.dumps(content))
 
 
+class StoppableEval(hooks.EvalHook):
+    """Detectron2's evaluation, except that a request to stop ends it within seconds.
+
+    The checkpoint of the step is written then, and a resumed run evaluates first.
+
+    Args:
+        eval_period: number of steps between two evaluations; 0 for one at the end.
+        evaluate: function that evaluates and returns scalars by name.
+        checkpoints: hook that writes the checkpoints.
+        request: requests to stop.
+    """
+
+    def __init__(
+        self,
+        eval_period: int,
+        evaluate: Callable[[], Any],
+        checkpoints: Checkpoints,
+        request: StopRequest,
+    ) -> None:
+        super().__init__(eval_period, evaluate)
+        self.checkpoints, self.request = checkpoints, request
+        self._due = EvaluationDue(checkpoints.checkpointer.save_dir)
+
+    def before_train(self) -> None:
+        """Evaluate where the run that is resumed was stopped in an evaluation."""
+        super().before_train()
+        # After the last step the run evaluates anyway.
+        begun = self.trainer.start_iter < self.trainer.max_iter
+        if begun and self._due.is_left(self.trainer.start_iter):
+            self._do_eval()
+
+    def _do_eval(self) -> None:
+        try:
+            with self.request.interrupting():
+                super()._do_eval()
+        except Interrupted:
+            self._due.note()
+            self.checkpoints.save_alone_and_leave()
+        self._due.clear()
+
+
+class EvaluationDue:
+    """File of a run's folder that says that a stopped run has an evaluation to do.
+
+    Args:
+        folder: output folder.
+    """
+
+    def __init__(self, folder: str | Path) -> None:
+        self._file = Path(folder, "evaluation_due")
+
+    def note(self) -> None:
+        """Note on the main process that an evaluation was left."""
+        if comm.is_main_process():
+            write_text(self._file, "The run was stopped in an evaluation; --resume evaluates.\n")
+
+    def clear(self) -> None:
+        """Note that it is done."""
+        if comm.is_main_process():
+            self._file.unlink(missing_ok=True)
+
+    def is_left(self, start_iter: int) -> bool:
+        """Whether a run that starts at a step has to evaluate first; equal on all processes."""
+        return bool(start_iter) and decided_by_main(self._file.is_file)
+
+
 class EndedEarly(BaseException):
     """End of training before the last step, which Detectron2 does not log as an error."""
 
@@ -253,8 +351,14 @@ class LeaveWhenAsked(HookBase):
 
     def __init__(self, checkpoints: Checkpoints, request: StopRequest) -> None:
         self.checkpoints, self.request = checkpoints, request
+        self._agreement = SlowAgreement()
+
+    def before_train(self) -> None:
+        """Tell the request which step is run."""
+        self.request.step = lambda: self.trainer.iter + 1
 
     def after_step(self) -> None:
-        """Leave if any rank was asked to stop."""
-        if agreed_by_all(self.request) and self.trainer.iter + 1 < self.trainer.max_iter:
+        """Leave if any rank was asked to stop; the ranks agree on it while they take a step."""
+        agreed = self._agreement.agreed_before(bool(self.request))
+        if agreed and self.trainer.iter + 1 < self.trainer.max_iter:
             self.checkpoints.save_and_leave()

@@ -1,33 +1,100 @@
-"""What a run costs, once its first steps are done."""
+"""Signs of life of training, and what a run costs once its first steps are done."""
 
 from __future__ import annotations
 
 import datetime
 import logging
+import multiprocessing
 import os
 import resource
 import sys
+import threading
+import traceback
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
 
 import torch
 from detectron2.engine import HookBase
+from tqdm import tqdm
+
+from flsl_d2.engine.progress import Pace, bar_below_log
+
+_PATIENCE_SECONDS = 60.0
+_STATES = {
+    "D": "waits for a disk or a server",
+    "R": "computes",
+    "S": "waits",
+    "T": "is stopped",
+    "Z": "has ended",
+}
 
 
 class FirstSteps(HookBase):
-    """Log the expected duration and the peak memory, once, after the first steps of this start.
+    """Show how far training is, and say after the first steps how long and how large it will be.
+
+    On a terminal a bar of tqdm stands below the log. Elsewhere the log gets a line with the fifth
+    step or after ten seconds, whichever is earlier, and then each minute in which the writers of
+    the run wrote none. A warning says after a minute that no batch has come, and why. It is
+    registered on the main process.
 
     Args:
-        steps: number of steps after which to log.
-        left_out: work that is not counted.
+        steps: number of steps after which the duration is logged.
+        left_out: work that is not counted in it.
         logger: logger of the run.
+        log_period: number of steps between two lines of the run's writers.
     """
 
-    def __init__(self, steps: int, left_out: str, logger: logging.Logger) -> None:
+    def __init__(
+        self, steps: int, left_out: str, logger: logging.Logger, log_period: int = 20
+    ) -> None:
         self.steps, self.left_out, self.logger = steps, left_out, logger
+        self.log_period = log_period
+        self._context = ExitStack()
+        self._bar: Any = None
+
+    def before_train(self) -> None:
+        """Start the bar, and the watch for the first batch."""
+        self._pace = Pace(self.trainer.max_iter, self.trainer.start_iter)
+        self._watch = threading.Timer(_PATIENCE_SECONDS, self._warn)
+        self._watch.daemon = True
+        self._watch.start()
+        if sys.stderr.isatty():
+            self._context.enter_context(bar_below_log())
+            self._bar = self._context.enter_context(
+                tqdm(
+                    total=self.trainer.max_iter,
+                    initial=self.trainer.start_iter,
+                    unit="step",
+                    leave=False,
+                    dynamic_ncols=True,
+                )
+            )
 
     def after_step(self) -> None:
-        """Log when the steps are done."""
-        if self.trainer.iter + 1 - self.trainer.start_iter != self.steps:
-            return
+        """Show the step, and log the expected duration when the steps are done."""
+        self._watch.cancel()
+        done = self.trainer.iter + 1
+        if self._bar is not None:
+            self._bar.update()
+        elif done % self.log_period == 0:
+            self._pace.postpone()
+        elif self._pace.due(done):
+            self.logger.info("training: %s", self._pace.text(done))
+        if done - self.trainer.start_iter == self.steps:
+            self._log_duration()
+
+    def after_train(self) -> None:
+        """Take the bar away."""
+        self._watch.cancel()
+        self._context.close()
+
+    def _warn(self) -> None:
+        self.logger.warning(
+            "No batch has come for %.0f s: %s.", _PATIENCE_SECONDS, "; ".join(what_waits())
+        )
+
+    def _log_duration(self) -> None:
         # The first steps start workers and choose kernels, so the median is taken.
         seconds = self.trainer.storage.history("time").median(self.steps)
         left = datetime.timedelta(
@@ -44,6 +111,26 @@ class FirstSteps(HookBase):
             self.left_out,
             _peak_memory(),
         )
+
+
+def what_waits() -> list[str]:
+    """Describe what the main thread and each data worker of this process do at the moment."""
+    frame = sys._current_frames().get(threading.main_thread().ident or 0)
+    at = traceback.extract_stack(frame)[-1]
+    found = [f"this process is in {at.name} ({at.filename}:{at.lineno})"]
+    for worker in multiprocessing.active_children():
+        try:
+            stat = Path(f"/proc/{worker.pid}/stat").read_text()
+            state = stat.rpartition(")")[2].split()[0]
+            links = [os.readlink(link) for link in Path(f"/proc/{worker.pid}/fd").iterdir()]
+        except OSError:
+            continue
+        files = [link for link in links if link.startswith("/") and Path(link).suffix]
+        reads = f", with {files[-1]} open" if files and not files[-1].startswith("/dev") else ""
+        found.append(f"data worker {worker.pid} {_STATES.get(state, state)}{reads}")
+    if len(found) == 1:
+        found.append("there are no data workers")
+    return found
 
 
 def _peak_memory() -> str:

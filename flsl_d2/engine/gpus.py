@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import math
 import os
 import re
 import shutil
 import subprocess
+from contextlib import suppress
+from pathlib import Path
 
 import torch
 
@@ -14,9 +17,39 @@ from flsl_d2.errors import InputError
 
 def usable_cores() -> int:
     """Count the CPU cores this process may use; a job may have fewer than the machine."""
-    if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
+    has_affinity = hasattr(os, "sched_getaffinity")
+    cores = len(os.sched_getaffinity(0)) if has_affinity else os.cpu_count() or 1
+    quota = _cpu_quota()
+    return max(min(cores, math.ceil(quota)), 1) if quota else cores
+
+
+def _cpu_quota(root: str = "/sys/fs/cgroup", own: str = "/proc/self/cgroup") -> float:
+    """Cores that the control groups of this process grant it (versions 1 and 2); 0 for no limit."""
+    quotas = []
+    with suppress(OSError, ValueError):
+        for line in Path(own).read_text().splitlines():
+            _, controllers, group = line.split(":", 2)
+            if controllers and "cpu" not in controllers.split(","):
+                continue
+            # Inside a container the files of its own group lie at the root.
+            top = Path(root, "cpu") if controllers else Path(root)
+            folder = top / group.strip("/")
+            for each in (folder, *folder.parents):
+                if each.is_relative_to(top):
+                    quotas.append(_quota_of(each))
+    return min((quota for quota in quotas if quota), default=0.0)
+
+
+def _quota_of(folder: Path) -> float:
+    with suppress(OSError, ValueError):
+        quota, period = (folder / "cpu.max").read_text().split()
+        return int(quota) / int(period) if quota != "max" else 0.0
+    with suppress(OSError, ValueError):
+        quota, period = (
+            (folder / f"cpu.cfs_{name}_us").read_text() for name in ("quota", "period")
+        )
+        return max(int(quota), 0) / int(period)
+    return 0.0
 
 
 def check_device(device: str, num_processes: int = 1) -> None:

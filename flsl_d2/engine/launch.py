@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import atexit
 import logging
+import multiprocessing.util
 import os
 import signal
 import sys
+import tempfile
 import traceback
 import warnings
 from collections.abc import Callable
@@ -29,6 +31,7 @@ from torch.multiprocessing.spawn import (
 
 from flsl_d2.engine.gpus import check_device, usable_cores
 from flsl_d2.engine.launchers import restart_store, slurm_variables, started_by_torchrun
+from flsl_d2.engine.liveness import SignsOfLife
 from flsl_d2.engine.stopping import STOP_SIGNALS, STOPPED, StopRequest, forwarding, signals_held
 from flsl_d2.errors import InputError, TrainingError
 
@@ -38,6 +41,11 @@ _REPORT_CHARS = 4000
 _KILLED = ("SIGKILL", "SIGSEGV", "SIGBUS")
 # Time for the other ranks to end by themselves after one has ended, and again after SIGTERM.
 _GRACE_SECONDS = 10
+# The same after a request to stop, which one of them may be writing a checkpoint for.
+_STOP_SECONDS = 60
+# Longest folder for temporary files whose sockets have valid addresses: at most 107 characters,
+# of which Python takes 32.
+_MOST_TMPDIR = 70
 # Time that ranks wait for each other, as in Detectron2: the first may evaluate alone meanwhile.
 _TIMEOUT = timedelta(minutes=30)
 # Start of the address of a store that the parent of the workers holds.
@@ -103,6 +111,7 @@ def launch(
         WorkerError: a worker raised another exception; the other workers have been ended.
         SystemExit: the workers stopped on request; the status is 75.
     """
+    use_short_sockets()
     if num_processes_per_machine * num_machines == 1 and not started_by_torchrun():
         os.environ.update(slurm_variables(os.environ))
     if started_by_torchrun():
@@ -133,9 +142,20 @@ def launch(
             _wait(workers, reports, stop)
 
 
+def use_short_sockets() -> None:
+    """Give the sockets of multiprocessing a short folder where that of TMPDIR is too long."""
+    if len(tempfile.gettempdir()) <= _MOST_TMPDIR:
+        return
+    kept, tempfile.tempdir = tempfile.tempdir, "/tmp"
+    try:
+        multiprocessing.util.get_temp_dir()  # private to this process, and kept until its end
+    finally:
+        tempfile.tempdir = kept
+
+
 def _wait(workers: ProcessContext, reports: Any, stop: StopRequest) -> None:
     try:
-        while not workers.join(grace_period=_GRACE_SECONDS):
+        while not workers.join(1, _STOP_SECONDS if stop else _GRACE_SECONDS):
             pass
     except (ProcessRaisedException, ProcessExitedException) as failure:
         ended_by = getattr(failure, "signal_name", None)
@@ -207,6 +227,9 @@ def _worker(
     reports: Any,
     args: tuple[Any, ...],
 ) -> None:
+    # Data workers are forked, as those of a run of one process: spawned ones would import
+    # everything again, and would not inherit that they ignore requests to stop.
+    mp.set_start_method("fork", force=True)
     # The parent blocked them while this process started; a run sets handlers of its own.
     signal.pthread_sigmask(signal.SIG_UNBLOCK, STOP_SIGNALS)
     # Workers end with a parent that is killed; otherwise they would go on writing to the folder of
@@ -245,14 +268,20 @@ def _join_group(backend: str, num_local: int, **options: Any) -> None:
 def _run_in_group(main_func: Callable[..., None], args: tuple[Any, ...]) -> int:
     """Run the function and leave the process group; return 0, or the status of a stop."""
     status = 0
+    store = dist.distributed_c10d._get_default_store()
+    signs = SignsOfLife(store, comm.get_rank(), comm.get_world_size())
     try:
         main_func(*args)
     except SystemExit as left:
         if left.code != STOPPED:
             raise
         status = STOPPED
+    except BaseException as error:
+        signs.fail(f"{type(error).__name__}: {error}"[:_REPORT_CHARS])
+        raise
     # All ranks leave together, so that no rank loses the sockets of another.
     comm.synchronize()
+    signs.end()
     dist.destroy_process_group()
     return status
 

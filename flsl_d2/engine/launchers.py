@@ -20,6 +20,11 @@ def started_by_torchrun() -> bool:
     return {"RANK", "WORLD_SIZE", "MASTER_ADDR"} <= os.environ.keys()
 
 
+def started_processes() -> int:
+    """Count the processes of this run that torchrun or ``srun`` has started; 1 where none has."""
+    return int({**slurm_variables(os.environ), **os.environ}.get("WORLD_SIZE", "1"))
+
+
 def restart_store(variables: Mapping[str, str], timeout: timedelta) -> Store | None:
     """Store in which ranks find each other, apart from that of the attempts before a restart.
 

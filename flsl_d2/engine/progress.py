@@ -9,7 +9,7 @@ from __future__ import annotations
 import logging
 import sys
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sized
 from contextlib import contextmanager
 from datetime import timedelta
 from typing import TypeVar
@@ -45,6 +45,10 @@ class Pace:
         self._last = now
         return True
 
+    def postpone(self) -> None:
+        """Count another report as one of these."""
+        self._last = time.monotonic()
+
     def text(self, done: int) -> str:
         """Return the number of items done, and the time that the rest takes."""
         seconds = (time.monotonic() - self._start) / max(done - self._first, 1)
@@ -68,7 +72,7 @@ def progress(
         total: number of items; by default their length, if they have one.
         unit: name of an item.
     """
-    if total is None and hasattr(items, "__len__"):
+    if total is None and isinstance(items, Sized):
         total = len(items)
     if sys.stderr.isatty():
         with bar_below_log():

@@ -5,14 +5,19 @@ The settings keep a folder from being continued as another run by accident.
 
 from __future__ import annotations
 
+import errno
+import fcntl
 import inspect
 import json
 import logging
+import os
+import platform
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from datetime import datetime, timezone
 from fnmatch import fnmatchcase
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 from detectron2.config import CfgNode, LazyConfig
 from detectron2.engine import hooks
@@ -28,6 +33,9 @@ from flsl_d2.files import writable_folder, write_text
 from flsl_d2.weights.checkpointer import BEST_WEIGHTS, checkpoint_files
 
 RUN_FILE = "run.json"
+LOCK_FILE = "run.lock"
+# The open files that hold the locks of this process; the system frees them when it ends.
+_LOCKS: dict[tuple[Path, int], TextIO] = {}
 _SHOWN = 12
 _OFF = ("0", "0.0", "", "None", "False", "[]")
 logger = logging.getLogger(__name__)
@@ -107,6 +115,40 @@ def prepare_output(folder: Path, key: str, loggers: list[str]) -> None:
     rank = comm.get_rank()
     writable_folder(folder, key)
     start_log(str(folder), rank, ("fvcore", "detectron2", *loggers))
+
+
+def _lock(folder: Path, key: str) -> None:
+    """Keep other runs out of a folder until the run or this process ends, however it ends."""
+    path = Path(folder, LOCK_FILE).absolute()
+    if (path, os.getpid()) in _LOCKS:
+        return
+    file = path.open("a+")
+    try:
+        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        if error.errno not in (errno.EACCES, errno.EAGAIN):
+            logger.warning("%s cannot be locked (%s); start no second run in it.", folder, error)
+            return
+        file.seek(0)
+        holder = file.read().strip() or "a process that gives no name"
+        file.close()
+        raise InputError(
+            f"{key} is '{folder}', to which another run writes ({holder}); wait for its end, stop "
+            f"it, or set another {key}."
+        ) from None
+    file.truncate(0)
+    since = datetime.now(timezone.utc).isoformat(" ", "seconds")
+    file.write(f"process {os.getpid()} on {platform.node()} since {since}\n")
+    file.flush()
+    _LOCKS[path, os.getpid()] = file
+
+
+def unlock(folder: str | Path) -> None:
+    """Let other runs write to a folder, where this process has locked it."""
+    file = _LOCKS.pop((Path(folder, LOCK_FILE).absolute(), os.getpid()), None)
+    if file is not None:
+        file.truncate(0)
+        file.close()
 
 
 def trim_metrics(path: str | Path, num_steps: int) -> int:
@@ -207,8 +249,8 @@ def check_and_keep_run(
         also: settings that decide the result and are not in the config.
 
     Raises:
-        InputError: the folder holds a run and ``resume`` was not given, or a run of other settings;
-            raised on all processes.
+        InputError: the folder holds a run and ``resume`` was not given, or a run of other settings,
+            or another process writes to it; raised on all processes.
     """
     settings = {**flat_config(cfg), **(also or {})}
     # Other machines may see another folder, so one process looks and decides for all.
@@ -223,6 +265,7 @@ def _check_and_keep(
     neutral: NeutralKeys,
     settings: Mapping[str, str],
 ) -> None:
+    _lock(folder, key)
     files = checkpoint_files(folder)
     if files and not options.resume and not options.overwrite:
         raise InputError(

@@ -58,6 +58,8 @@ class BaseMethod(nn.Module):
         min_images: least number of images that a process works off at a time.
         masks_tokens: whether the encoder gets tokens that are masked or dropped, which only
             ``FLSLViT`` takes.
+        changes_shapes: whether shapes change from step to step, so that no code can be compiled
+            once for all.
         needs_crops: see :class:`pretrain.methods.protocol.Method`.
         num_centroids: see :class:`pretrain.methods.protocol.Method`.
     """
@@ -66,6 +68,7 @@ class BaseMethod(nn.Module):
     min_global: ClassVar[int] = 1
     min_images: ClassVar[int] = 1
     masks_tokens: ClassVar[bool] = False
+    changes_shapes: ClassVar[bool] = False
     needs_crops: bool = False
     num_centroids: int = 0
 

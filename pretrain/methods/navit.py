@@ -52,6 +52,7 @@ class NaViT(FLSL):
     """
 
     views_type: ClassVar[type] = NativeViews
+    changes_shapes = True
     masks_tokens = True  # packing needs what masking needs: a plain ViT
 
     def __init__(

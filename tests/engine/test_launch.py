@@ -19,6 +19,7 @@ from detectron2.utils import comm
 from forked import FORK, ForkedJob, run_elastic
 from torch import nn
 
+from flsl_d2.engine import launch as launch_module
 from flsl_d2.engine.launch import WorkerError, launch, wrap_ddp
 from flsl_d2.engine.stopping import STOPPED
 from flsl_d2.errors import InputError, TrainingError
@@ -203,7 +204,8 @@ def test_workers_that_stop_as_asked_are_no_failure(forked_workers):
     assert left.value.code == STOPPED
 
 
-def test_training_that_cannot_go_on_keeps_its_sentence(forked_workers):
+def test_training_that_cannot_go_on_keeps_its_sentence(forked_workers, monkeypatch):
+    monkeypatch.setattr(launch_module, "_GRACE_SECONDS", 1)
     start = time.monotonic()
     with pytest.raises(TrainingError, match=r"^the loss is nan; lower it$"):
         launch(leave, 2, args=("broken",), device="cpu")

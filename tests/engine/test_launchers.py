@@ -108,7 +108,7 @@ def test_ddp_takes_the_gpu_of_the_model_not_the_local_rank(monkeypatch):
     [
         ("535.183", "13.0", "driver 535.183 is there, .* CUDA 13 needs driver 580 or newer"),
         ("580.65", None, "driver 580.65 is there, but this PyTorch is for CPUs"),
-        (None, "13.0", "PyTorch sees no GPU here; train on the CPU with train.device=cpu"),
+        (None, "13.0", "PyTorch sees no GPU here; use the CPU"),
     ],
 )
 def test_a_driver_that_pytorch_cannot_use_is_named(driver, cuda, expected, monkeypatch):

@@ -5,12 +5,25 @@ import signal
 import subprocess
 import sys
 import time
+from functools import partial
 from pathlib import Path
 
 import pytest
+from detectron2.engine import TrainerBase
 from forked import ForkedJob, run_forked
+from torch import nn
 
-from flsl_d2.engine.stopping import StopRequest, forwarding, signals_held, stop_requests
+from flsl_d2.engine import run_folder
+from flsl_d2.engine.checkpoints import Checkpoints, LeaveWhenAsked, StoppableEval
+from flsl_d2.engine.stopping import (
+    STOPPED,
+    StopRequest,
+    forwarding,
+    signals_held,
+    stop_requests,
+)
+from flsl_d2.errors import InputError
+from flsl_d2.weights import FLSLCheckpointer
 
 REPOSITORY = Path(__file__).parents[2]
 TRAINS = """
@@ -43,7 +56,7 @@ def test_a_request_is_noted_and_its_echo_is_not_a_second_one(number, tmp_path):
     lines = process.stdout.read().splitlines()
     assert process.wait(60) == 0
     assert lines[-1] in ("SIGTERM", "SIGUSR1")
-    assert sum("finishing the step" in line for line in lines) == 1
+    assert sum("saving the first step" in line for line in lines) == 1
 
 
 def test_an_echo_in_the_middle_of_the_handler_is_not_a_second_request():
@@ -124,6 +137,71 @@ def test_a_process_with_data_workers_ends(workers, tmp_path):
         "    raise SystemExit(75)\n"
     )
     assert run_forked([sys.executable, script]).returncode == 75
+
+
+def test_an_evaluation_is_left_at_once_and_caught_up(tmp_path):
+    """The checkpoint is that of the step; the resumed run evaluates before its first step."""
+    seen = []
+
+    class Steps(TrainerBase):
+        def run_step(self):
+            seen.append(self.iter)
+
+        def state_dict(self):
+            return {"iteration": self.iter}
+
+    def trainer(evaluate, request) -> Steps:
+        checkpointer = FLSLCheckpointer(nn.Linear(1, 1), str(tmp_path))
+        checkpoints = Checkpoints(checkpointer, 100)
+        run = Steps()
+        run.register_hooks(
+            [
+                checkpoints,
+                StoppableEval(3, evaluate, checkpoints, request),
+                LeaveWhenAsked(checkpoints, request),
+            ]
+        )
+        return run
+
+    def asked() -> None:
+        os.kill(os.getpid(), signal.SIGUSR1)
+        time.sleep(60)
+
+    with stop_requests() as request, pytest.raises(SystemExit) as stop:
+        trainer(asked, request).train(0, 9)
+    assert (stop.value.code, seen) == (STOPPED, [0, 1, 2])
+    assert [file.name for file in tmp_path.glob("*.pth")] == ["model_0000002.pth"]
+    with stop_requests() as request:
+        trainer(lambda: seen.append("evaluated"), request).train(3, 6)
+    assert seen == [0, 1, 2, "evaluated", 3, 4, 5, "evaluated"]
+
+
+def test_ctrl_c_saves_once_training_has_begun():
+    with stop_requests(), pytest.raises(KeyboardInterrupt):
+        signal.raise_signal(signal.SIGINT)
+    with stop_requests() as request:
+        request.step = lambda: 31
+        signal.raise_signal(signal.SIGINT)
+        assert request.signal_name == "SIGINT"
+    assert signal.getsignal(signal.SIGINT) == signal.default_int_handler
+
+
+def test_two_runs_do_not_share_a_folder(tmp_path):
+    lock = partial(run_folder._lock, tmp_path, "train.output_dir")
+    read, write = os.pipe()
+    child = os.fork()
+    if not child:
+        lock()
+        os.write(write, b"locked")
+        time.sleep(60)
+    assert os.read(read, 6) == b"locked"
+    with pytest.raises(InputError, match=f"process {child} on "):
+        lock()
+    os.kill(child, signal.SIGKILL)
+    os.waitpid(child, 0)
+    lock()
+    run_folder.unlock(tmp_path)
+    assert (tmp_path / run_folder.LOCK_FILE).read_text() == ""
 
 
 class Process:

@@ -258,14 +258,17 @@ def test_precision_follows_the_device():
 def test_blocks_are_compiled_by_default_on_a_gpu_alone(monkeypatch):
     encoder = small_model().exported_encoder()
 
-    def chosen(setting, device, model=encoder, mode="default"):
-        return resolve_compile(setting, mode, device, model)
+    def chosen(setting, device, model=encoder, mode="default", changing=""):
+        return resolve_compile(setting, mode, device, model, changing)
 
     assert not chosen("auto", "cpu")
     monkeypatch.setattr(shutil, "which", lambda name: f"/usr/bin/{name}")
     assert not chosen("auto", "cpu")
     assert chosen("auto", "cuda") == "default"
     assert not chosen("auto", "cuda", torch.nn.Linear(1, 1))  # it has no blocks
+    assert not chosen("auto", "cuda", changing="NaViT")
+    with pytest.raises(InputError, match="shapes of NaViT change"):
+        chosen(True, "cuda", changing="NaViT")
     monkeypatch.setattr(shutil, "which", lambda name: None)
     assert not chosen("auto", "cuda")
     assert chosen(True, "cpu") == "default"
