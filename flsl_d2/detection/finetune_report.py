@@ -246,7 +246,7 @@ def _outline(mask: np.ndarray | None, size: tuple[int, int]) -> list[list[int]]:
         return []
     small = cv2.resize(mask.astype(np.uint8), size, interpolation=cv2.INTER_AREA)
     contours, _ = cv2.findContours(small, cv2.RETR_CCOMP, cv2.CHAIN_APPROX_SIMPLE)
-    return [cv2.approxPolyDP(each, 0.7, True).ravel().tolist() for each in contours]
+    return [cv2.approxPolyDP(each, 0.7, True).astype(int).ravel().tolist() for each in contours]
 
 
 def _verdict(metrics: Path, kind: str) -> list[str]:

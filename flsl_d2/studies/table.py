@@ -334,5 +334,6 @@ def _measure(name: str) -> Measure:
     descriptive = last.startswith(_DESCRIPTIVE)
     is_feature_measure = name.partition("/")[0] in MEASURES
     direction = better(name) if is_feature_measure else "" if descriptive else "higher"
-    digits = 0 if last == "centroids_in_use" else 3 if descriptive else 2
+    digits = 1 if last.endswith("clusters") else 3 if descriptive else 2
+    digits = 0 if last == "centroids_in_use" else digits
     return Measure(name, direction, digits)

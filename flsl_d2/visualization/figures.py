@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import os
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -19,7 +19,7 @@ from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.text import Text
-from matplotlib.ticker import MaxNLocator, NullFormatter, ScalarFormatter
+from matplotlib.ticker import Formatter, MaxNLocator, NullFormatter, ScalarFormatter
 
 from flsl_d2.files import printable
 from flsl_d2.visualization.fonts import families, pillow_font
@@ -62,7 +62,7 @@ def save_figure(figure: Figure, path: str | os.PathLike[str]) -> None:
             if abs(high - low) < _FLAT * max(abs(low), abs(high)):  # rounding is no curve
                 axis.set_view_interval(low - _FLAT * abs(low), high + _FLAT * abs(high), True)
         else:  # labels that a caller has given
-            axis.set_major_formatter(lambda value, at, given=formatter: printable(given(value, at)))
+            axis.set_major_formatter(_printing(formatter))
         axis.get_ticklabels()  # makes the texts of the ticks
     texts = [text for text in figure.findobj(Text) if isinstance(text, Text)]
     fonts = families(text.get_text() for text in texts)
@@ -76,6 +76,10 @@ def save_figure(figure: Figure, path: str | os.PathLike[str]) -> None:
         warnings.filterwarnings("ignore", "Glyph .* missing from")  # families() has named them
         # savefig draws twice, and compresses for longer than it draws.
         FigureCanvasAgg(figure).print_png(path, pil_kwargs={"compress_level": 2})
+
+
+def _printing(formatter: Formatter) -> Callable[[float, int], str]:
+    return lambda value, place: printable(formatter(value, place))
 
 
 class Panel(NamedTuple):

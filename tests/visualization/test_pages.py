@@ -14,6 +14,7 @@ from hostile import HOSTILE, SURROGATES
 from flsl_d2.detection.finetune_report import Report, write_report
 from flsl_d2.detection.predictor import Detections
 from flsl_d2.evaluation import TokenFeatures
+from flsl_d2.studies.table import Cell, Measure, Row, Table
 from flsl_d2.visualization import describe_encoder, write_page
 from flsl_d2.visualization.html import render
 
@@ -85,13 +86,33 @@ def tokens(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
-@pytest.mark.parametrize("name", ["report", "tokens"])
+@pytest.fixture(scope="module")
+def study(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("c")
+    measures = [Measure(f"a measure with a long name {i}", "higher", 1) for i in range(9)]
+    rows = []
+    for i, name in enumerate((NAMES[3], "x" * 60, "<b>", "plain")):
+        cell = Cell((20.0 + i, 21.0 + i), ("why",) * (i == 3))
+        rows.append(Row({"encoder": name}, {measure.name: cell for measure in measures}))
+    cv2.imwrite(str(folder / "bars.png"), np.full((300, 900, 3), 255, np.uint8))
+    pictures = dict.fromkeys(NAMES[:3], folder / "bars.png")
+    section = {"title": "x" * 90, "texts": NAMES, "pictures": pictures, "width": 1150}
+    page = render(
+        "study.html.j2", title=NAMES[3], table=Table(rows, measures), intro=NAMES,
+        columns=["a", "b"], sections=[section], rows=[[name, "x" * 200] for name in NAMES],
+        versions={}, details=[],
+    )  # fmt: skip
+    (folder / "index.html").write_text(page)
+    return folder / "index.html"
+
+
+@pytest.mark.parametrize("name", ["report", "tokens", "study"])
 def test_a_page_fits_and_reads_in_every_window(
     name: str, request: pytest.FixtureRequest, browser: Browser
 ) -> None:
     """No error, no request, nothing wider than the window, contrast of 4.5, light and dark."""
     browser.open(request.getfixturevalue(name))
-    browser.wait("document.querySelector('canvas')")
+    browser.wait("document.querySelector('canvas, figure img')")
     for width in (1400, 390):
         for dark in (False, True):
             browser.resize(width, dark)
