@@ -218,6 +218,7 @@ class _Run:
             if child.seconds > (child.job.limit or math.inf) and not child.is_late:
                 child.is_late = True
                 child.process.ask_to_stop()
+                child.process.wait_for_end()
         for child in [child for child in self.running if child.process.status() is not None]:
             job = child.job
             record = self._record_of(child)
