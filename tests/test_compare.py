@@ -69,7 +69,7 @@ def test_encoders_side_by_side_with_a_failed_row(compare, encoder_file, tmp_path
     status, said, errors = compare(*given)
     assert status == 1, said + errors
     failed, cells = re.match(r"error: (\d+) of (\d+) cells of the table failed", errors).groups()
-    assert "one seed each" in said
+    assert "One seed each" in said
     assert 0 < int(failed) == int(cells) / 3  # one of three encoders
     assert "damaged is left out: weights" in said
     random, small, damaged = rows(output)

@@ -147,15 +147,17 @@ class Table:
             listed = ", ".join(names[:3]) + (f" and {len(names) - 3} more" * (len(names) > 3))
             cells = [self.rows[i].cell(measure) for i in (*first, *rest)]
             if not any(cell.std is not None for cell in cells):
-                text = "one seed each, so no spread tells a difference from noise (--seeds 0,1,2)"
+                text = (
+                    "one seed each, so no spread tells a difference from noise (give --seeds 0,1,2)"
+                )
             elif not rest:
-                text = "no difference beyond the spread"
+                text = "No difference beyond the spread"
             elif len(first) == 1:
                 text = f"{listed} is best, beyond the spread"
             else:
                 text = f"{listed} differ by no more than the spread, and are better than the rest"
             found.setdefault(text, []).append(measure.name)
-        return [" ".join(f"{', '.join(of)}: {text}.".split()) for text, of in found.items()]
+        return [" ".join(f"{text}: {', '.join(of)}.".split()) for text, of in found.items()]
 
     def notes(self, rows: Sequence[Row] | None = None) -> list[str]:
         """Say why cells have no number, in a line for each reason: rows, measures, reason."""
