@@ -147,9 +147,7 @@ class Table:
             listed = ", ".join(names[:3]) + (f" and {len(names) - 3} more" * (len(names) > 3))
             cells = [self.rows[i].cell(measure) for i in (*first, *rest)]
             if not any(cell.std is not None for cell in cells):
-                text = (
-                    "one seed each, so no spread tells a difference from noise (give --seeds 0,1,2)"
-                )
+                text = "One seed each, no spread that tells differences from noise (--seeds 0,1,2)"
             elif not rest:
                 text = "No difference beyond the spread"
             elif len(first) == 1:
