@@ -32,11 +32,10 @@ COMMANDS = {
     "benchmark": ("pretrain.studies.benchmark.__main__", "measure speed and memory"),
     "shards": ("flsl_d2.images.shards", "write images into tar files with an index"),
 }
-_WIDTH = max(map(len, COMMANDS)) + 2
 USAGE = "\n".join(
     [
         "usage: flsl-d2 COMMAND [options]      flsl-d2 COMMAND --help lists the options\n",
-        *(f"  {name:{_WIDTH}}{text}" for name, (_, text) in COMMANDS.items()),
+        *(f"  {name:20}{text}" for name, (_, text) in COMMANDS.items()),
     ]
 )
 RECIPES = """usage: flsl-d2 recipes [WORD ...]        list recipes whose name or title has all words
@@ -47,8 +46,7 @@ from flsl_d2.model_zoo import get_config
 
 _recipe = get_config({name!r})
 {keys}
-# What is set here takes precedence, for example:
-# train.max_iter = 1000
+# What is set here takes precedence, for example: train.max_iter = 1000
 '''
 
 
@@ -117,12 +115,5 @@ def main(arguments: list[str] | None = None) -> int:
         missing = (error.name or "").partition(".")[0]
         if missing not in ("torch", "torchvision", "detectron2", "psutil"):
             raise
-        return _fail(
-            f"`flsl-d2 {name}` needs {missing}, which is not installed; `flsl-d2 doctor` says "
-            "what is missing"
-        )
+        return _fail(f"`flsl-d2 {name}` needs {missing}, which is missing; run `flsl-d2 doctor`")
     return module.main() or 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())

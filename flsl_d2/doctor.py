@@ -31,13 +31,7 @@ WORKER_BYTES = 64 * 4 * 3 * 224 * 224
 
 
 class Finding(NamedTuple):
-    """One line of the report.
-
-    Attributes:
-        state: ``ok``, ``note`` (works, but could be better) or ``FAIL``.
-        topic: what was looked at.
-        text: what was found, and what to do.
-    """
+    """One line of the report: state, what was looked at, and what was found and is to be done."""
 
     state: str
     topic: str

@@ -191,13 +191,7 @@ def named_weights(text: str) -> tuple[str, str]:
 class _CollectLists(argparse.Action):
     """Collect the items of all lists that an option is given, each item once."""
 
-    def __call__(
-        self,
-        parser: argparse.ArgumentParser,
-        namespace: argparse.Namespace,
-        values: Any,
-        option_string: str | None = None,
-    ) -> None:
+    def __call__(self, parser: Any, namespace: Any, values: Any, option_string: Any = None) -> None:
         lists = values if self.nargs else [values]
         items = [*(getattr(namespace, self.dest) or []), *(i for part in lists for i in part)]
         setattr(namespace, self.dest, list(dict.fromkeys(items)))
@@ -206,13 +200,7 @@ class _CollectLists(argparse.Action):
 class _SetKey(argparse.Action):
     """Collect keys of the config, for a .py and for a YAML one, with their values."""
 
-    def __call__(
-        self,
-        parser: argparse.ArgumentParser,
-        namespace: argparse.Namespace,
-        values: Any,
-        option_string: str | None = None,
-    ) -> None:
+    def __call__(self, parser: Any, namespace: Any, values: Any, option_string: Any = None) -> None:
         namespace.keys = [*(namespace.keys or []), (*self.const, values)]
 
 
@@ -276,24 +264,15 @@ CONFIG_OPTIONS = {
 }
 
 
-def add_option(
-    parser: argparse.ArgumentParser, name: str, old_names: Sequence[str] = (), **changes: Any
-) -> None:
+def add_option(parser: argparse.ArgumentParser, name: str, **changes: Any) -> None:
     """Add an option of :data:`SHARED_OPTIONS` to a parser.
 
     Args:
         parser: parser of the tool.
         name: name of the option.
-        old_names: earlier names of the option, which still work and are not shown.
         changes: arguments of ``add_argument`` that differ for this tool.
     """
-    settings = SHARED_OPTIONS[name] | changes
-    parser.add_argument(name, **settings)
-    hidden = {"dest": name.strip("-").replace("-", "_"), "help": argparse.SUPPRESS}
-    for old_name in old_names:
-        parser.add_argument(
-            old_name, **(settings | hidden | {"default": argparse.SUPPRESS, "required": False})
-        )
+    parser.add_argument(name, **(SHARED_OPTIONS[name] | changes))
 
 
 def add_defaults(parser: argparse.ArgumentParser, *options: tuple[str, Any, str]) -> None:

@@ -54,7 +54,6 @@ def main(arguments: Sequence[str] | None = None) -> None:
         help="encoders to show side by side, and their names on the pages: files or URLs of any "
         "known layout, timm:NAME, or 'random' for untrained weights of the first file's shape",
     )
-    add("--names", nargs="+", default=[], help=argparse.SUPPRESS)  # older than NAME=FILE
     images = "image files, folders of images"
     add("--images", nargs="+", default=[], metavar="PATH", help=images)
     most = "most images of each folder and data set (default: %(default)s)"
@@ -77,7 +76,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         ("--dataset", "", "data set registered in Detectron2"),
     )
     args = parser.parse_args(arguments)
-    names = args.names or [name for name, _ in args.weights]
+    names = [name for name, _ in args.weights]
     run_tool(
         visualize,
         [source for _, source in args.weights],

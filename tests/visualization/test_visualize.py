@@ -67,7 +67,7 @@ def test_two_encoders_on_real_images(
     if not (datasets_root / "coco").is_dir():
         pytest.skip(f"no coco in {datasets_root}")
     ran = run_tool(
-        "visualize", "--weights", *weights.values(), "--names", "fine", "coarse",
+        "visualize", "--weights", f"fine={weights['model_final']}", f"coarse={weights['coarse']}",
         "--dataset", "coco_2017_val", "--max-images", "2", "--short-side", "96",
         "--iterations", "2", "--output", tmp_path,
     )  # fmt: skip
