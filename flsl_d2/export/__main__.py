@@ -18,9 +18,9 @@ from flsl_d2.export.formats import DETECTOR_FORMATS, FORMATS, WRITERS, silence_e
 from flsl_d2.export.graphs import DetectorGraph, EncoderGraph, SegmenterGraph, model_graph
 from flsl_d2.files import writable_folder
 from flsl_d2.modeling import FLSLViT
+from flsl_d2.modeling.encoder_state import LoadReport
 from flsl_d2.weights.loading import open_encoder
 from flsl_d2.weights.reading import split_weights_path
-from flsl_d2.weights.report import LoadReport
 from flsl_d2.weights.writing import timm_call, write_account
 
 DESCRIPTION = "Export an encoder or a whole detector, checked against its source, with a card."

@@ -5,6 +5,7 @@ Shape suffixes: B images of one size, N tokens of an image, T tokens of all imag
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator, Sequence
 from itertools import repeat
 from typing import Any, cast
@@ -34,6 +35,9 @@ from flsl_d2.modeling.positions import (
 # Positions that a pass may add to the patches: those of the table, those of
 # flsl_d2.modeling.positions.jittered_positions, or none.
 POSITIONS = ("own", "jittered", "none")
+
+# A child of Detectron2's logger, so that the line appears in projects that only set up that one.
+logger = logging.getLogger("detectron2.flsl_d2")
 
 # Arguments of FLSLViT that may be None, and what stands for None in a YAML node.
 NO_VALUE = {"global_block_indexes": [], "rel_pos_img_size": 0, "layer_scale_init": 0.0}
@@ -430,8 +434,13 @@ class FLSLViT(Backbone):
         unexpected: list[str],
         errors: list[str],
     ) -> None:
-        """Refuse, through PyTorch's own error list, weights that do not cover the whole encoder."""
-        fit_encoder_state(self, state_dict, prefix, errors)
+        """Check the encoder's part of a state dict, and refuse it through PyTorch's error list."""
+        try:
+            logger.info(fit_encoder_state(self, state_dict, prefix).line())
+        except InputError as error:
+            errors.append(str(error))
+            state_dict.clear()  # so that no part of it adds a line for each of its tensors
+            return
         super()._load_from_state_dict(
             state_dict, prefix, metadata, strict, missing, unexpected, errors
         )

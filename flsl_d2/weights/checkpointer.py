@@ -17,16 +17,10 @@ from torch import Tensor
 from flsl_d2.agreement import checked_by_all, decided_by_main
 from flsl_d2.errors import InputError
 from flsl_d2.files import UNFINISHED, replaced_file
-from flsl_d2.weights.loading import (
-    check_encoder_in_detector,
-    check_values,
-    encoders_of,
-    find_encoder_weights,
-    load_encoder,
-    unknown_layout,
-)
+from flsl_d2.modeling.encoder_state import LoadReport, check_values, fit_encoder_state, listed
+from flsl_d2.weights.encoders import find_encoder_weights, unknown_layout
+from flsl_d2.weights.loading import encoders_of, load_encoder
 from flsl_d2.weights.reading import local_weights_path, read_weights, split_weights_path
-from flsl_d2.weights.report import listed
 from flsl_d2.weights.weight_sets import plain_name, tensor_dicts
 
 logger = logging.getLogger(__name__)
@@ -190,8 +184,9 @@ class FLSLCheckpointer(SafeCheckpointer):
     A file that holds an encoder (``teacher_backbone.pth``, or a layout of
     :data:`flsl_d2.weights.sources.SOURCES`) goes into every ``FLSLViT`` of the model by exact
     name, with one line that says how many weights matched. Any other file is a checkpoint of the
-    model itself. Every file is read by :func:`flsl_d2.weights.read_weights`. A path may end in
-    ``?which=NAME`` to take one of several sets of encoder weights in a file.
+    model itself. Every file is read by :func:`flsl_d2.weights.read_weights` and checked by
+    :func:`flsl_d2.modeling.encoder_state.fit_encoder_state`. A path may end in ``?which=NAME`` to
+    take one of several sets of encoder weights in a file.
 
     Attributes:
         require_whole: refuse encoders, and checkpoints that do not cover the whole model, as
@@ -214,10 +209,10 @@ class FLSLCheckpointer(SafeCheckpointer):
                 ``require_whole``, the model).
         """
         self._path, self._which = split_weights_path(path or "")
-        if path:
-            local_weights_path(path)
+        # Folders stand for a file in them, and Detectron2 asks for files alone.
+        local = local_weights_path(path) if path else ""
         try:
-            return super().load(self._path, *args, **kwargs)
+            return super().load(local if Path(self._path).is_dir() else self._path, *args, **kwargs)
         finally:
             self._parsed_url_during_load = None  # Detectron2 leaves it set after an exception
 
@@ -234,44 +229,60 @@ class FLSLCheckpointer(SafeCheckpointer):
 
     def _load_file(self, filename: str) -> dict[str, Any]:
         content = read_weights(filename)
-        if filename.endswith(".pkl") and "__author__" not in content:
-            # Detectron2 takes such files for Caffe2's and renames their weights.
+        if "blobs" in content or "conv1_w" in content:  # Caffe2's, whose weights have other names
             blobs = _tensors(content.get("blobs", content))
             blobs = {name: blobs[name] for name in blobs if not name.endswith("_momentum")}
             return {"model": blobs, "__author__": "Caffe2", "matching_heuristics": True}
-        model_names = set(self.model.state_dict())
         encoders = encoders_of(self.model)
-        nested = content.get("model")
-        state = _tensors(nested if isinstance(nested, dict) else content)
+        prefix = encoders[0][0] if encoders else ""
+        state = self._state_of_model(content, prefix) if prefix or not encoders else None
+        if state is not None:
+            return {**content, "model": state}
         if encoders:
-            state = self._chosen_state(content, state, model_names, encoders[0][0])
-        # A checkpoint of the model has names outside the encoder, or the encoder's full names.
-        if encoders and not _is_of_model(state, model_names, encoders[0][0]):
-            weights = find_encoder_weights(content, self._which, self._path)
+            given = {} if encoders[0][1].architecture["final_norm"] else {"final_norm": False}
+            weights = find_encoder_weights(content, self._which, self._path, filename, given)
             if weights is not None:
                 return {"model": {}, "_encoder": weights}
-        if model_names.isdisjoint(state) and not content.get("matching_heuristics"):
-            raise InputError(unknown_layout(content, self._path))
-        return {**content, "model": state} if isinstance(nested, dict) else {"model": state}
+        if content.get("matching_heuristics"):
+            return content
+        raise InputError(unknown_layout(content, self._path))
 
-    def _chosen_state(
-        self,
-        content: dict[str, Any],
-        state: dict[str, Tensor],
-        model_names: set[str],
-        prefix: str,
-    ) -> dict[str, Tensor]:
-        """Find the model's tensors in other containers than ``model``, or those of ``which``."""
-        is_of_model = _is_of_model(state, model_names, prefix)
-        if is_of_model and not self._which:
-            return state
-        inner = _inner_state(content, f"{prefix}patch_embed.proj.weight", self._which)
-        if is_of_model and not inner:
-            raise InputError(
-                f"weights {self._path!r} hold no set of this model's weights {self._which!r}; "
-                f"leave which={self._which} out to take the one that they have."
-            )
-        return inner or state
+    def _state_of_model(self, content: dict[str, Any], prefix: str) -> dict[str, Tensor] | None:
+        """Find the model's own tensors, in any container and behind any common prefix.
+
+        Frameworks write a model as ``state_dict``, with ``model.`` before each name.
+
+        Args:
+            prefix: beginning of the names of the model's encoder; empty for a model without.
+
+        Returns:
+            The tensors by the model's names; None where the file holds none.
+        """
+        own = set(self.model.state_dict())
+        anchor = next((n for n in own if n.startswith(prefix)), "")
+        if prefix:
+            anchor = f"{prefix}patch_embed.proj.weight"
+        found = []
+        for containers, tensors in tensor_dicts(content):
+            plain = {plain_name(name): tensor for name, tensor in tensors.items()}
+            for name in plain:
+                if f".{name}".endswith(f".{anchor}"):
+                    before = name.removesuffix(anchor)
+                    state = {
+                        n.removeprefix(before): t for n, t in plain.items() if n.startswith(before)
+                    }
+                    found.append((containers, state))
+        if self._which and found:
+            named = [state for containers, state in found if self._which in containers]
+            if not named:
+                raise InputError(
+                    f"weights {self._path!r} hold no set of this model's weights {self._which!r}; "
+                    f"leave which={self._which} out to take the one that they have."
+                )
+            return named[0]
+        whole = [state for containers, state in found if containers in ((), ("model",))]
+        states = whole or [state for _, state in found]
+        return states[0] if states else None
 
     def _load_model(self, checkpoint: dict[str, Any]) -> Any:
         weights = checkpoint.pop("_encoder", None)
@@ -283,17 +294,23 @@ class FLSLCheckpointer(SafeCheckpointer):
         if weights is not None:
             checkpoint.pop("model")
             for _, encoder in encoders_of(self.model):
-                load_encoder(encoder, weights, self._path)
+                load_encoder(encoder, weights)
             return None  # Detectron2 would warn of the rest of the model, which starts as it is.
+        new = []
         for prefix, encoder in encoders_of(self.model):
-            check_encoder_in_detector(encoder, checkpoint["model"], prefix, self._path)
+            report = LoadReport(self._path, "detector")
+            fit_encoder_state(encoder, checkpoint["model"], prefix, report)
+            for note in report.resampled:
+                logger.info("encoder weights: %s.", note)
+            new += [prefix + name for name in report.new]
         own = self.model.state_dict()
         for name, tensor in checkpoint["model"].items():
             if name in own and isinstance(tensor, Tensor) and tensor.is_floating_point():
-                check_values(tensor, name, self._path)
+                check_values(tensor, name, LoadReport(self._path))
         result = super()._load_model(checkpoint)
         if self.require_whole and result is not None:
-            self._refuse_missing([*result.missing_keys, *(n for n, *_ in result.incorrect_shapes)])
+            shapes = (name for name, *_ in result.incorrect_shapes)
+            self._refuse_missing([*result.missing_keys, *shapes, *new])
         return result
 
     def _refuse_missing(self, missing: list[str]) -> None:
@@ -307,31 +324,4 @@ class FLSLCheckpointer(SafeCheckpointer):
 
 
 def _tensors(state: dict[str, Any]) -> dict[str, Tensor]:
-    return {
-        plain_name(str(name)): value for name, value in state.items() if isinstance(value, Tensor)
-    }
-
-
-def _inner_state(content: dict[str, Any], name: str, which: str | None) -> dict[str, Tensor]:
-    """Find the tensors among which one has this name behind any prefix, and take that off.
-
-    Frameworks write a model as ``state_dict``, with ``model.`` before each name.
-
-    Args:
-        which: key of the dict that is meant; None for any.
-    """
-    for containers, tensors in tensor_dicts(content):
-        if which and which not in containers:
-            continue
-        plain = {plain_name(each): tensor for each, tensor in tensors.items()}
-        for found in plain:
-            if f".{found}".endswith(f".{name}"):
-                prefix = found.removesuffix(name)
-                return {n.removeprefix(prefix): t for n, t in plain.items() if n.startswith(prefix)}
-    return {}
-
-
-def _is_of_model(state: dict[str, Tensor], model_names: set[str], prefix: str) -> bool:
-    if not prefix:  # the model is a bare encoder: its own names are an encoder's names
-        return False
-    return any(name in model_names for name in state if name.startswith(prefix))
+    return {str(name): value for name, value in state.items() if isinstance(value, Tensor)}

@@ -1,24 +1,28 @@
-"""Encoders from weight files: read, recognise, align, check, report."""
+"""The one entrance for weights: encoders from files, for tools, configs and checkpointers."""
 
 from __future__ import annotations
 
+import json
 import logging
 from collections.abc import Mapping
+from copy import deepcopy
+from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from flsl_d2.errors import InputError
 from flsl_d2.modeling import FLSLViT, InputFormat
-from flsl_d2.modeling.encoder_state import adapt_encoder_state
-from flsl_d2.weights.alignment import EncoderWeights, align
-from flsl_d2.weights.architecture import architecture_of, check_architecture, refuse_unsupported
-from flsl_d2.weights.foreign_names import foreign_network, to_timm_names
-from flsl_d2.weights.reading import read_weights, split_weights_path
-from flsl_d2.weights.report import LoadReport
-from flsl_d2.weights.sources import KNOWN_LAYOUTS, USUAL_HEADS, recognise
-from flsl_d2.weights.weight_sets import choose_set, find_weight_sets, tensor_dicts
+from flsl_d2.modeling.encoder_state import LoadReport, fit_encoder_state
+from flsl_d2.weights.encoders import (
+    EncoderWeights,
+    complete_architecture,
+    find_encoder_weights,
+    unknown_layout,
+)
+from flsl_d2.weights.reading import local_weights_path, read_weights, split_weights_path
+from flsl_d2.weights.sources import USUAL_HEADS
 
 # A child of Detectron2's logger, so that the line appears in projects that only set up that one.
 logger = logging.getLogger("detectron2.flsl_d2.checkpoint")
@@ -45,30 +49,22 @@ def build_encoder(path: str, which: str | None = None, **changes: Any) -> FLSLVi
 
 def open_encoder(path: str, which: str | None = None, **changes: Any) -> tuple[FLSLViT, LoadReport]:
     """Build the encoder as :func:`build_encoder` does, with the account of every weight."""
-    content = read_weights(path)
-    weights = find_encoder_weights(content, which or split_weights_path(path)[1], path)
-    if weights is None:
-        raise InputError(unknown_layout(content, path))
-    refuse_unsupported(weights, path)
-    arguments = {**architecture_of(weights), **changes}
-    missing = [key for key in ("embed_dim", "img_size", "depth") if key not in arguments]
-    if missing:
-        raise InputError(
-            f"weights {path!r} ({weights.source}) have no usable patch embedding or positions, "
-            f"so {', '.join(missing)} cannot be read off them; give a complete encoder."
-        )
-    arguments["num_heads"] = arguments.get("num_heads", USUAL_HEADS.get(arguments["embed_dim"]))
-    if arguments["num_heads"] is None:
-        raise InputError(
-            f"weights {path!r} ({weights.source}) do not tell their number of attention heads, "
-            f"and models of width {arguments['embed_dim']} differ in it; give num_heads."
-        )
+    arguments, stated_input, weights = _described(path, which, changes)
     if "num_heads" in changes:  # a number that is given wins over the source's usual one
-        weights.architecture.pop("num_heads", None)
+        weights.stated.pop("num_heads", None)
     encoder = FLSLViT(**arguments)
-    if stated := _stated_input(content, path):
-        encoder.input_format = stated
-    return encoder.eval(), load_encoder(encoder, weights, path)
+    encoder.input_format = stated_input
+    return encoder.eval(), load_encoder(encoder, weights)
+
+
+def encoder_arguments(path: str) -> tuple[dict[str, Any], InputFormat]:
+    """Return the arguments of ``FLSLViT`` for the encoder in a file, and the pixels that it takes.
+
+    Raises:
+        InputError: see :func:`build_encoder`.
+    """
+    arguments, stated_input, _ = _described(path, None, {})
+    return arguments, stated_input
 
 
 def input_format(path: str) -> InputFormat:
@@ -77,65 +73,68 @@ def input_format(path: str) -> InputFormat:
     Raises:
         InputError: see :func:`build_encoder`.
     """
-    return build_encoder(path).input_format
+    return encoder_arguments(path)[1]
 
 
-def _stated_input(content: Mapping[str, Any], path: str) -> InputFormat | None:
-    if not isinstance(content.get("input"), Mapping):
-        return None
+def _described(
+    path: str, which: str | None, changes: Mapping[str, Any]
+) -> tuple[dict[str, Any], InputFormat, EncoderWeights]:
+    content, local = read_weights(path), local_weights_path(path)
+    which = which or split_weights_path(path)[1]
+    weights = find_encoder_weights(content, which, path, local, changes)
+    if weights is None:
+        raise InputError(unknown_layout(content, path))
+    refuse_unsupported(weights)
+    report = weights.report
+    arguments = {**complete_architecture(weights), **changes}
+    missing = [key for key in ("embed_dim", "img_size", "depth") if key not in arguments]
+    if missing:
+        raise InputError(
+            f"{report.subject} ({report.source}) have no usable patch embedding or positions, so "
+            f"{', '.join(missing)} cannot be read off them; give a complete encoder."
+        )
+    arguments["num_heads"] = arguments.get("num_heads", USUAL_HEADS.get(arguments["embed_dim"]))
+    if arguments["num_heads"] is None:
+        raise InputError(
+            f"{report.subject} ({report.source}) do not tell their number of attention heads, and "
+            f"models of width {arguments['embed_dim']} differ in it; give num_heads."
+        )
+    return arguments, _stated_input(content, local, arguments["in_chans"], report), weights
+
+
+def _stated_input(
+    content: Mapping[str, Any], local: str, channels: int, report: LoadReport
+) -> InputFormat:
+    """Return the pixels that a file, or transformers' preprocessor config beside it, states."""
+    stated = content.get("input")
+    if stated is None:
+        try:
+            text = Path(local).with_name("preprocessor_config.json").read_text("utf-8-sig")
+            config = json.loads(text)
+            mean, std = ([255 * x for x in config[f"image_{key}"]] for key in ("mean", "std"))
+            return InputFormat.from_dict({"channels": 3, "bits": 8, "mean": mean, "std": std})
+        except (OSError, ValueError, KeyError, TypeError):
+            return InputFormat.default(channels)
     try:
-        return InputFormat.from_dict(content["input"])
+        return InputFormat.from_dict(stated)
     except ValueError as error:
         raise InputError(
-            f"weights {path!r} state an input format that is incomplete ({error}); export the "
+            f"{report.subject} state an input format that is incomplete ({error}); export the "
             "encoder again."
         ) from error
 
 
-def find_encoder_weights(
-    content: Mapping[str, Any], which: str | None = None, path: str = ""
-) -> EncoderWeights | None:
-    """Find an encoder in the content of a file, in the names of ``FLSLViT``.
-
-    Args:
-        content: result of :func:`flsl_d2.weights.read_weights`.
-        which: name of a set of weights, None for the default.
-
-    Returns:
-        None where no set of weights is that of a vision transformer.
+def refuse_unsupported(weights: EncoderWeights) -> None:
+    """Refuse weights of parts that no ``FLSLViT`` has.
 
     Raises:
-        InputError: there is no set of the name, or nothing says which of several to take.
+        InputError: the first such part by name, with one of its weights.
     """
-    sets = find_weight_sets(content)
-    if not sets:
-        return None
-    chosen = choose_set(sets, which, path)
-    layout, renamed = to_timm_names(chosen.tensors, chosen.file_names)
-    source, architecture = recognise(content, chosen, layout, renamed)
-    others = tuple(each.label for each in sets if each is not chosen)
-    weights = align(source, architecture, chosen, renamed, others)
-    is_transformer = any(name.startswith("blocks.") for name in weights.tensors)
-    return weights if is_transformer else None
-
-
-def unknown_layout(content: Mapping[str, Any], path: str) -> str:
-    """Say what was found in a file without a known encoder, and which layouts are known."""
-    dicts = list(tensor_dicts(content))
-    network = foreign_network([name for _, tensors in dicts for name in tensors])
-    if dicts:
-        containers, tensors = max(dicts, key=lambda item: len(item[1]))
-        names = list(tensors)
-        inside = f" under {' / '.join(containers)!r}" if containers else ""
-        shown = ", ".join(names[:3]) + (", ..." if len(names) > 3 else "")
-        found = f"{len(names)} tensors{inside}: {shown}"
-    else:
-        found = f"no tensors; keys: {', '.join(str(key) for key in list(content)[:5]) or 'none'}"
-    of = f" but {network}" if network else ""
-    return (
-        f"weights {path!r} hold no vision transformer in a known layout{of} ({found}); known are "
-        f"{KNOWN_LAYOUTS}."
-    )
+    if weights.unsupported:
+        raise InputError(
+            f"{weights.report.subject} ({weights.report.source}) have {weights.unsupported}, which "
+            "FLSLViT does not compute; give weights of a plain ViT, or use the model as timm:NAME."
+        )
 
 
 def encoders_of(model: nn.Module) -> list[tuple[str, FLSLViT]]:
@@ -144,12 +143,8 @@ def encoders_of(model: nn.Module) -> list[tuple[str, FLSLViT]]:
     return [(f"{name}." if name else "", module) for name, module in found]
 
 
-def load_encoder(encoder: FLSLViT, weights: EncoderWeights, path: str) -> LoadReport:
+def load_encoder(encoder: FLSLViT, weights: EncoderWeights) -> LoadReport:
     """Load weights into an encoder and log one line of how many matched.
-
-    Relative position tables that the weights lack keep their start value; at zero, as the encoder
-    makes them, they change nothing. Class tokens and registers are left out, with a reason, where
-    the encoder has ``num_prefix_tokens=0``.
 
     Args:
         encoder: changed in place, and only if everything fits.
@@ -158,91 +153,30 @@ def load_encoder(encoder: FLSLViT, weights: EncoderWeights, path: str) -> LoadRe
     Raises:
         InputError: the weights do not cover the encoder, or were made for another architecture.
     """
-    check_architecture(encoder, weights, path)
-    own = encoder.state_dict()
+    refuse_unsupported(weights)
     state = dict(weights.tensors)
-    origin = {name: weights.file_names.get(name, name) for name in state}
-    report = LoadReport(
-        path,
-        weights.source,
-        weights.location,
-        dropped=dict(weights.dropped),
-        note=weights.note,
-        other_sets=list(weights.other_sets),
-        encoder=encoder.architecture,
-    )
-    if "prefix_tokens" in state and "prefix_tokens" not in own:
-        state.pop("prefix_tokens")
-        report.dropped[origin["prefix_tokens"]] = (
-            "tokens beside the patches, with their positions; the encoder has num_prefix_tokens=0, "
-            "as windows require"
-        )
-    report.new = [name for name in own if name not in state and ".rel_pos_" in name]
-    report.unused = sorted([*weights.unused, *(origin[name] for name in set(state) - set(own))])
-    state.update({name: own[name] for name in report.new})
-    report.matched = {n: origin[n] for n in own if n in state and n not in report.new}
-    report.resampled = _adapt(encoder, state, "", path)
+    names = weights.file_names
+    report = fit_encoder_state(encoder, state, "", deepcopy(weights.report), weights.stated)
+    report.matched = {own: names.get(own, own) for own in report.matched}
+    report.dropped = {names.get(name, name): why for name, why in report.dropped.items()}
+    report.unused = sorted(names.get(name, name) for name in report.unused)
     with torch.no_grad():
-        for name, tensor in own.items():
+        for name, tensor in encoder.state_dict().items():
             tensor.copy_(state[name])
     logger.log(logging.WARNING if report.unused else logging.INFO, report.line())
-    _compare_positions(encoder, weights)
+    _compare_positions(encoder, weights.stated)
     return report
 
 
-def check_encoder_in_detector(
-    encoder: FLSLViT, state: dict[str, Tensor], prefix: str, path: str
-) -> None:
-    """Adapt a detector's state dict to its encoder in place (position tables of other sizes).
-
-    Raises:
-        InputError: the encoder is not covered, or was made for another architecture.
-    """
-    part = {n.removeprefix(prefix): t for n, t in state.items() if n.startswith(prefix)}
-    check_architecture(encoder, EncoderWeights("detector", part), path)
-    for note in _adapt(encoder, state, prefix, path):
-        logger.info("encoder weights: %s.", note)
-
-
-def _adapt(encoder: FLSLViT, state: dict[str, Tensor], prefix: str, path: str) -> list[str]:
-    try:
-        fit = adapt_encoder_state(encoder, state, prefix)
-    except InputError as error:
-        raise InputError(f"weights {path!r}: {error}") from error
-    if fit.unmatched:
-        raise InputError(f"weights {path!r} cover {fit.shortfall()}.")
-    for name in encoder.state_dict():
-        check_values(state[prefix + name], prefix + name, path)
-    return fit.notes
-
-
-def check_values(tensor: Tensor, name: str, path: str) -> None:
-    """Check that a tensor of a file can be a trained weight.
-
-    Raises:
-        InputError: its values are integers, infinite or NaN.
-    """
-    if not tensor.is_floating_point():
-        raise InputError(
-            f"weights {path!r} hold {name} as {tensor.dtype}, as quantised networks do; give the "
-            "floating-point weights."
-        )
-    if not tensor.float().isfinite().all():
-        raise InputError(
-            f"weights {path!r} hold infinite values or NaN in {name}, as training that diverged "
-            "leaves them; give an earlier checkpoint."
-        )
-
-
-def _compare_positions(encoder: FLSLViT, weights: EncoderWeights) -> None:
+def _compare_positions(encoder: FLSLViT, stated: Mapping[str, Any]) -> None:
     """Log that the encoder resamples positions in another way than the source does."""
     own = encoder.architecture
-    keys = [key for key in ("position_offset", "position_antialias") if key in weights.architecture]
-    if any(weights.architecture[key] != own[key] for key in keys):
+    keys = [key for key in ("position_offset", "position_antialias") if key in stated]
+    if any(stated[key] != own[key] for key in keys):
         logger.info(
             "encoder weights: the source resamples positions with %s, this encoder with %s; at "
             "other image sizes than %d features differ a little.",
-            ", ".join(f"{key}={weights.architecture[key]}" for key in keys),
+            ", ".join(f"{key}={stated[key]}" for key in keys),
             ", ".join(f"{key}={own[key]}" for key in keys),
             own["img_size"],
         )

@@ -1,13 +1,13 @@
-"""Reading weight files without running code from them, and saying what is wrong with a file."""
+"""Reading weight files: their content decides on the format, and no code in them is run."""
 
 from __future__ import annotations
 
-import argparse
 import json
+import logging
 import os
-import pathlib
 import re
 import zipfile
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 from urllib.parse import parse_qsl
@@ -20,28 +20,17 @@ from safetensors import safe_open
 from flsl_d2.errors import InputError
 from flsl_d2.files import describe_content
 from flsl_d2.weights import shipped  # noqa: F401  (makes flsl_d2:// an address)
-from flsl_d2.weights.plain_pickle import ForeignObjectError, read_plain_pickle
+from flsl_d2.weights.pickles import CommandError, read_archive, read_pickle_file
+
+logger = logging.getLogger(__name__)
 
 # Value of the key ``format`` in this project's encoder files.
 ENCODER_FORMAT = "flsl_d2 encoder"
-
-# Training scripts store their options in these: a plain container of attributes, NumPy's numbers,
-# and paths, which are read as pure ones because those cannot touch a disk.
-_PLAIN_CLASSES: list[Any] = [
-    argparse.Namespace,
-    *(
-        (getattr(pathlib, pure), f"{module}.{name}")
-        for pure in ("PurePosixPath", "PureWindowsPath")
-        for name in (pure, pure.removeprefix("Pure"))
-        for module in ("pathlib", "pathlib._local")
-    ),
-    *(
-        (np.float64(0).__reduce__()[0], f"{package}.multiarray.scalar")
-        for package in ("numpy.core", "numpy._core")
-    ),
-    np.dtype,
-    *{type(np.dtype(code)) for code in "?bhilqBHILQefd"},
-]
+# Files that stand for their folder, as Hugging Face's ``save_pretrained`` and a run write them.
+_IN_FOLDERS = (
+    *("model.safetensors", "model.safetensors.index.json"),
+    *("pytorch_model.bin", "pytorch_model.bin.index.json", "teacher_backbone.pth"),
+)
 
 
 def split_weights_path(path: str) -> tuple[str, str | None]:
@@ -64,8 +53,10 @@ def split_weights_path(path: str) -> tuple[str, str | None]:
 def local_weights_path(path: str) -> str:
     """Find the file on this machine for a path or URL; download it if need be.
 
+    A folder stands for the weights that Hugging Face's libraries or a run write into it.
+
     Raises:
-        InputError: there is no such file, it is a folder, or it is empty.
+        InputError: there is no such file, it is a folder without weights, or it is empty.
     """
     path, _ = split_weights_path(path)
     try:
@@ -76,7 +67,10 @@ def local_weights_path(path: str) -> str:
             f"weights {path!r} cannot be fetched ({reason}); check the address."
         ) from error
     if local.is_dir():
-        raise InputError(f"weights {path!r} is a folder; give the file in it.")
+        found = [name for name in _IN_FOLDERS if (local / name).is_file()]
+        if not found:
+            raise InputError(f"weights {path!r} is a folder; give the file in it.")
+        local = local / found[0]
     if not local.is_file():
         raise InputError(f"weights {path!r} do not exist; check the path.")
     if local.stat().st_size == 0:
@@ -87,42 +81,36 @@ def local_weights_path(path: str) -> str:
 def read_weights(path: str) -> dict[str, Any]:
     """Read a weight file into CPU memory without running code from it.
 
-    PyTorch files may hold tensors, plain containers, ``argparse.Namespace``, NumPy's numbers and
-    paths. Detectron2's ``.pkl`` files may hold plain containers, numbers and NumPy arrays. Arrays
-    become tensors.
+    Formats are those of ``torch.save`` (both), safetensors, NumPy's ``.npz``, Detectron2's pickles,
+    and the index of a file in several shards. Arrays become tensors; objects of other classes
+    than tensors and containers become plain dicts of their attributes, and their classes are
+    logged.
 
     Args:
-        path: ``.safetensors``, ``.pkl``, ``.npz``, or a file of ``torch.save`` by any other name;
-            URLs are fetched.
+        path: file by any name, or a URL.
 
     Returns:
         The file's outermost dict; for safetensors and ``.npz``, its tensors by name, or what
-        :func:`flsl_d2.weights.writing.write_encoder` was given.
+        :func:`flsl_d2.weights.write_encoder` was given.
 
     Raises:
-        InputError: the file is missing, empty or damaged, or holds other classes (named).
+        InputError: the file is missing, empty, damaged, one of several shards, or names a function
+            that runs commands.
     """
     path, _ = split_weights_path(path)
     local = local_weights_path(path)
+    _refuse_single_shard(path, Path(local))
+    unread: set[str] = set()
     try:
-        content = _read(local, Path(path).suffix)
+        content = _read(local, path, unread)
     except (InputError, MemoryError):
         raise
+    except CommandError as error:
+        raise InputError(
+            f"weights {path!r} name {error}, which runs commands and has no place in weights; "
+            "nothing was run, and you should not open this file with other programs."
+        ) from error
     except Exception as error:  # damaged files fail in every layer of the readers
-        classes = _foreign_classes(local, error)
-        if classes:
-            raise InputError(
-                f"weights {path!r} hold objects of the classes {', '.join(classes)}, which could "
-                "run code when read; save the tensors alone, e.g. model.state_dict()."
-            ) from error
-        if "TorchScript" in str(error):
-            raise InputError(
-                f"weights {path!r} are a TorchScript archive, which is a program; open it by "
-                "torch.jit.load and save its state_dict()."
-            ) from error
-        other = _other_content(local)
-        if other:
-            raise InputError(f"weights {path!r} cannot be read: the file is {other}.") from error
         raise InputError(
             f"weights {path!r} cannot be read ({_reason(error)}): the file is damaged, incomplete "
             "or not written by torch.save, safetensors, NumPy or Detectron2; download or write it "
@@ -133,33 +121,56 @@ def read_weights(path: str) -> dict[str, Any]:
             f"weights {path!r} hold a {type(content).__name__}, not a dict of tensors by name; "
             "save model.state_dict()."
         )
+    if unread:
+        logger.info(
+            "weights %r also hold objects of the classes %s, which were not built.",
+            path,
+            ", ".join(sorted(unread)),
+        )
     return content
 
 
-def _read(local: str, suffix: str) -> Any:
-    if suffix == ".safetensors":
+def _read(local: str, path: str, unread: set[str]) -> Any:
+    with open(local, "rb") as file:
+        start = file.read(256)
+    if start.startswith(b"PK\x03\x04"):
+        with zipfile.ZipFile(local) as archive:
+            names = archive.namelist()
+            if all(name.endswith(".npy") for name in names):
+                return _read_npz(local, path)
+            if any(name.split("/")[1:2] == ["code"] for name in names):
+                raise InputError(
+                    f"weights {path!r} are a TorchScript archive, which is a program; open it by "
+                    "torch.jit.load and save its state_dict()."
+                )
+            if not any(name.split("/")[1:] == ["data.pkl"] for name in names):
+                raise InputError(
+                    f"weights {path!r} cannot be read: the file is {describe_content(start)}."
+                )
+            content, classes = read_archive(archive)
+    elif start[8:9] == b"{" and int.from_bytes(start[:8], "little") < os.path.getsize(local):
         return _read_safetensors(local)
-    if suffix == ".pkl":
-        return read_plain_pickle(local)
-    if suffix == ".npz" or _is_numpy_archive(local):
+    elif start.lstrip()[:1] == b"{" and b'"' in start:
+        return _read_index(local, path)
+    elif described := describe_content(start):
+        raise InputError(f"weights {path!r} cannot be read: the file is {described}.")
+    else:
+        content, classes = read_pickle_file(local)
+    unread |= classes
+    return content
+
+
+def _read_npz(local: str, path: str) -> dict[str, Any]:
+    try:
         with np.load(local, allow_pickle=False) as archive:
             return {name: _from_numpy(archive[name]) for name in archive.files}
-    with torch.serialization.safe_globals(_PLAIN_CLASSES):
-        return torch.load(local, map_location="cpu", weights_only=True)
-
-
-def _other_content(path: str) -> str:
-    with open(path, "rb") as file:
-        start = file.read(256)
-    # A file of torch.save is a ZIP archive, too, and may be damaged.
-    return "" if start.startswith(b"PK") else describe_content(start)
-
-
-def _is_numpy_archive(path: str) -> bool:
-    if not zipfile.is_zipfile(path):
-        return False
-    with zipfile.ZipFile(path) as archive:
-        return all(name.endswith(".npy") for name in archive.namelist())
+    except ValueError as error:
+        if "Object arrays" not in str(error):
+            raise
+        raise InputError(
+            f"weights {path!r} hold an array of Python objects, which only running code could "
+            "read; save arrays of numbers alone."
+        ) from error
 
 
 def _from_numpy(array: np.ndarray) -> torch.Tensor:
@@ -178,17 +189,51 @@ def _read_safetensors(path: str) -> dict[str, Any]:
     return {"model": tensors, **known, "format": ENCODER_FORMAT}
 
 
-def _foreign_classes(path: str, error: Exception) -> list[str]:
-    """Names of the classes that the file's reader refused, as far as they can be found out."""
-    if isinstance(error, ForeignObjectError):
-        return [str(error)]
-    if "Object arrays" in str(error):
-        return ["object (in a NumPy array)"]
-    try:
-        with torch.serialization.safe_globals(_PLAIN_CLASSES):
-            return torch.serialization.get_unsafe_globals_in_checkpoint(path)
-    except Exception:  # the old file format, or a damaged file: the error has at most the first
-        return re.findall(r"(?i)unsupported global:? (?:global )?(\S+)", str(error))[:1]
+def _read_index(local: str, path: str) -> dict[str, Any]:
+    """Read all shards that an index (``*.index.json``) lists."""
+    content = json.loads(Path(local).read_text("utf-8-sig"))
+    shards = content.get("weight_map")
+    if not isinstance(shards, Mapping):
+        raise InputError(
+            f"weights {path!r} is a JSON file without weight_map, so it lists no shards; give the "
+            "file of the weights."
+        )
+    folder = path if Path(path).is_dir() else path.rpartition("/")[0]
+    state: dict[str, Any] = {}
+    for name in dict.fromkeys(shards.values()):
+        if "/" in name or "\\" in name:
+            raise InputError(f"the index {path!r} names {name!r}, which is not beside it.")
+        shard = f"{folder}/{name}" if folder else name
+        unread: set[str] = set()
+        state |= _read(local_weights_path(shard), shard, unread)
+    missing = [name for name in shards if name not in state]
+    if missing:
+        raise InputError(
+            f"the shards that the index {path!r} lists lack {len(missing)} of its "
+            f"{len(shards)} tensors, first {missing[0]!r}; download them again."
+        )
+    return state
+
+
+def _refuse_single_shard(path: str, local: Path) -> None:
+    """Refuse a file whose name, or an index beside it, says that it is one of several.
+
+    Raises:
+        InputError: it is.
+    """
+    indexes = []
+    for index in local.parent.glob("*.index.json"):
+        try:
+            if local.name in json.loads(index.read_text()).get("weight_map", {}).values():
+                indexes.append(index.name)
+        except (OSError, ValueError, AttributeError):
+            continue
+    numbered = re.search(r"-(\d{5})-of-(\d{5})\.", local.name)
+    if not indexes and (numbered is None or int(numbered[2]) < 2):
+        return
+    part = f"part {int(numbered[1])} of {int(numbered[2])}" if numbered else "one of several shards"
+    remedy = indexes[0] if indexes else "the index (*.index.json) beside all parts"
+    raise InputError(f"weights {path!r} are {part} of a model; give {remedy}.")
 
 
 def _reason(error: Exception) -> str:

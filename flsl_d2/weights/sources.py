@@ -16,13 +16,13 @@ import torch
 from torch import Tensor
 
 from flsl_d2.modeling.positions import sincos_positions
-from flsl_d2.weights.foreign_names import Renamed
 from flsl_d2.weights.reading import ENCODER_FORMAT
 from flsl_d2.weights.weight_sets import WeightSet
 
 KNOWN_LAYOUTS = (
     "this project's own, published FLSL, DINO, iBOT, SelfPatch, MAE, MoCo v3, DINOv2, DeiT, plain "
-    "ViTs of timm, transformers and Flax, Detectron2's ViTDet and Segment Anything"
+    "ViTs of timm, transformers, OpenMMLab, torchvision and Flax, Detectron2's ViTDet and Segment "
+    "Anything"
 )
 
 # How each project resamples its positions for images of another size.
@@ -40,9 +40,10 @@ _GAP_HEADS: dict[int, int | None] = {**USUAL_HEADS, 768: None}
 
 _PIXELS = (
     "models of this kind differ in the pixels that they expect: most take ImageNet's mean and "
-    "standard deviation, as FLSLViT is fed here, some (augreg, SigLIP, google/vit) 0.5 and 0.5"
+    "standard deviation, as is assumed here, some (augreg, SigLIP) 0.5 and 0.5"
 )
 _UNUSED_CLASS_TOKEN = {r"cls_token$": "stored by the published code, but unused"}
+_HEAD = "the projection head serves pre-training only"
 
 
 @dataclass(frozen=True)
@@ -61,15 +62,29 @@ class Candidate:
     state: Mapping[str, Tensor]
     layout: str
 
+    def has(self, *names: str) -> bool:
+        """Tell whether the set has one of the tensors."""
+        return any(name in self.state for name in names)
+
     def is_in(self, *containers: str) -> bool:
         """Tell whether the tensors lie in exactly these dicts, without a common prefix."""
         return self.chosen.containers == containers and not self.chosen.prefix
 
+    def is_run(self, key: str = "") -> bool:
+        """Tell whether the file has student or teacher, and this key beside them."""
+        pair = {"teacher", "student"} & set(self.chosen.components)
+        return bool(pair) and (not key or key in self.content)
+
     @property
-    def width(self) -> int:
-        """Width of the tokens."""
-        qkv = self.state.get("blocks.0.attn.qkv.weight")
-        return 0 if qkv is None else qkv.shape[-1]
+    def positions(self) -> Tensor | None:
+        """Table of positions (1, N, D), if there is one."""
+        table = self.state.get("pos_embed")
+        return table if table is not None and table.dim() == 3 else None
+
+    @property
+    def in_detector(self) -> bool:
+        """Whether the encoder sits in a detector as in ViTDet."""
+        return self.chosen.prefix.endswith("backbone.net.")
 
 
 @dataclass(frozen=True)
@@ -84,6 +99,7 @@ class Source:
         dropped: pattern of names under the encoder's prefix that are left out: reason.
         dropped_outside: the same for names outside the prefix.
         architecture_key: key of the file for the arguments of ``FLSLViT``.
+        norm: whether encoders of this source end with a norm; None where both occur.
         refusal: the part that ``FLSLViT`` does not compute; empty where it can be read.
         note: advice to users of such a file.
     """
@@ -95,108 +111,67 @@ class Source:
     dropped: Mapping[str, str] = field(default_factory=dict)
     dropped_outside: Mapping[str, str] = field(default_factory=dict)
     architecture_key: str = ""
+    norm: bool | None = True
     refusal: str = ""
     note: str = ""
 
 
-def recognise(
-    content: Mapping[str, Any], chosen: WeightSet, layout: str, renamed: Renamed
-) -> tuple[Source, dict[str, Any]]:
+def recognise(candidate: Candidate) -> tuple[Source, dict[str, Any]]:
     """Find the first entry of :data:`SOURCES` that fits; the last one fits everything.
 
     Returns:
         The entry, and the arguments of ``FLSLViT`` that it gives for this file.
     """
-    state = {name: tensor for name, (tensor, _) in renamed.items()}
-    candidate = Candidate(content, chosen, state, layout)
     source = next(source for source in SOURCES if source.fits(candidate))
     architecture = dict(source.positions)
-    if candidate.width in source.heads:
-        architecture["num_heads"] = source.heads[candidate.width]
+    qkv = candidate.state.get("blocks.0.attn.qkv.weight")
+    if qkv is not None and qkv.shape[-1] in source.heads:
+        architecture["num_heads"] = source.heads[qkv.shape[-1]]
     if source.architecture_key:
-        architecture.update(content.get(source.architecture_key) or {})
+        architecture.update(candidate.content.get(source.architecture_key) or {})
     return source, architecture
-
-
-def _of_run(key: str) -> Callable[[Candidate], bool]:
-    """Make a test for runs' checkpoints with this key beside teacher and student."""
-    return lambda file: key in file.content and bool({"teacher", "student"} & _keys(file))
-
-
-def _keys(file: Candidate) -> set[str]:
-    return set(file.chosen.components)
-
-
-def _says_rotary(file: Candidate) -> bool:
-    """Tell whether the options of a training script name a model with rotary positions."""
-    options = file.content.get("args")
-    names = [file.content.get("arch"), getattr(options, "model", None)]
-    return any("rope" in str(name) for name in names)
-
-
-def _is_square(count: int) -> bool:
-    return math.isqrt(count) ** 2 == count
 
 
 def _is_rotary(file: Candidate) -> bool:
     """Recognise timm's models with rotary positions: they alone call LayerScale ``gamma_1``."""
-    table = file.state.get("pos_embed")
-    without_class = table is not None and table.dim() == 3 and _is_square(table.shape[1])
-    from_timm = "blocks.0.gamma_1" in file.state and without_class and "cls_token" in file.state
-    return _says_rotary(file) or (from_timm and file.chosen.containers != ("model",))
-
-
-def _is_qwen(file: Candidate) -> bool:
-    table = file.state.get("pos_embed")
-    norms = ("norm.weight", "final_norm.weight", "fc_norm.weight")
-    plain = file.layout == "timm" and not _in_detector(file) and _is_own(file)
-    return (
-        plain
-        and table is not None
-        and table.shape[1:2] == (2304,)
-        and not any(name in file.state for name in norms)
-    )
+    options = file.content.get("args")
+    names = [file.content.get("arch"), options.get("model") if isinstance(options, dict) else None]
+    table = file.positions
+    from_timm = table is not None and math.isqrt(table.shape[1]) ** 2 == table.shape[1]
+    from_timm &= file.has("blocks.0.gamma_1") and file.has("cls_token")
+    says_so = any("rope" in str(name) for name in names)
+    return says_so or (from_timm and file.chosen.containers != ("model",))
 
 
 def _is_post_norm(file: Candidate) -> bool:
-    return (
-        "blocks.0.attn.qkv.bias" not in file.state
-        and "blocks.0.ls1.gamma" not in file.state
-        and "cls_token" not in file.state
-        and ("fc_norm.weight" in file.state or "norm.weight" in file.state)
-        and not _in_detector(file)
-    )
+    plain = not file.has("blocks.0.attn.qkv.bias", "blocks.0.ls1.gamma", "cls_token")
+    return plain and file.has("fc_norm.weight", "norm.weight") and not file.in_detector
 
 
 def _is_published_flsl(file: Candidate) -> bool:
     """Tell whether a class token stands beside fixed positions that leave it no place."""
-    table = file.state.get("pos_embed")
-    if "cls_token" not in file.state or table is None or table.dim() != 3:
-        return False
-    if not _is_square(table.shape[1]) or table.shape[-1] % 4:
+    table = file.positions
+    if not file.has("cls_token") or table is None or table.is_meta or table.shape[-1] % 4:
         return False
     side = math.isqrt(table.shape[1])
+    fixed = sincos_positions(table.shape[-1], side)
     # Half precision keeps three decimals.
-    return torch.allclose(table.float(), sincos_positions(table.shape[-1], side), atol=1e-3)
+    return side**2 == table.shape[1] and torch.allclose(table.float(), fixed, atol=1e-3)
 
 
 def _is_own(file: Candidate) -> bool:
     names = ("cls_token", "norm.weight", "fc_norm.weight", "reg_token", "register_tokens")
-    return not any(name in file.state for name in names)
+    return not file.has(*names)
 
 
 def _is_dinov2(file: Candidate) -> bool:
-    return "mask_token" in file.state and "blocks.0.ls1.gamma" in file.state
-
-
-def _in_detector(file: Candidate) -> bool:
-    return file.chosen.prefix.endswith("backbone.net.")
+    return file.has("mask_token") and file.has("blocks.0.ls1.gamma")
 
 
 def _is_timm(file: Candidate) -> bool:
     """Tell whether the file has what DINO's own backbones never have."""
     marks = ("head.weight", "fc_norm.weight", "reg_token", "blocks.0.ls1.gamma")
-    return "cls_token" not in file.state or any(mark in file.state for mark in marks)
+    return not file.has("cls_token") or file.has(*marks)
 
 
 _DINO: dict[str, Any] = {"positions": _DINO_POSITIONS, "heads": _HEADS}
@@ -204,6 +179,7 @@ _SIZED: dict[str, Any] = {"positions": _SIZED_POSITIONS, "heads": _HEADS}
 _TIMM: dict[str, Any] = {"positions": _TIMM_POSITIONS, "heads": USUAL_HEADS, "note": _PIXELS}
 _DETECTOR: dict[str, Any] = {
     "dropped_outside": {r"": "belongs to the detector"},
+    "norm": None,
     "note": "windows are read off relative positions; a detector without those keeps no trace of "
     "its windows, so give window_size to have them",
 }
@@ -218,12 +194,12 @@ SOURCES = (
     Source(
         "pre-training checkpoint of this project",
         lambda file: (
-            bool({"teacher", "student"} & _keys(file))
-            and (isinstance(file.content.get("encoder"), dict) or "final_norm.weight" in file.state)
+            file.is_run()
+            and (isinstance(file.content.get("encoder"), dict) or file.has("final_norm.weight"))
         ),
         architecture_key="encoder",
         dropped_outside={
-            r"(teacher|student)\.head\.": "the projection head serves pre-training only",
+            r"(teacher|student)\.head\.": _HEAD,
             r"": "belongs to the pre-training objective",
         },
     ),
@@ -234,69 +210,61 @@ SOURCES = (
         "token is timm's ViT with rotary positions; DeiT III's own files have the key 'model')",
     ),
     Source(
-        "Qwen3-VL's encoder",
-        _is_qwen,
-        refusal="rotary positions (48 x 48 positions without a class token or a last norm are the "
-        "marks of Qwen3-VL's encoder)",
+        "published FLSL checkpoint",
+        lambda file: file.is_run("flsl_loss"),
+        dropped=_UNUSED_CLASS_TOKEN,
+        **_DINO,
     ),
-    Source("published FLSL checkpoint", _of_run("flsl_loss"), dropped=_UNUSED_CLASS_TOKEN, **_DINO),
     Source(
         "SelfPatch checkpoint",
         lambda file: any(name.startswith("ca_head.") for name in file.chosen.outside),
+        norm=None,
         **_DINO,
     ),
-    Source("iBOT checkpoint", _of_run("ibot_loss"), **_DINO),
-    Source("DINO checkpoint", _of_run("dino_loss"), **_DINO),
+    Source("iBOT checkpoint", lambda file: file.is_run("ibot_loss"), **_DINO),
+    Source("DINO checkpoint", lambda file: file.is_run("dino_loss"), **_DINO),
     Source(
         "transformers, DINOv2 with registers",
-        lambda file: file.layout == "transformers" and "register_tokens" in file.state,
+        lambda file: file.layout == "transformers" and file.has("register_tokens"),
         _TIMM_POSITIONS,
         _HEADS,
     ),
-    Source(
-        "transformers",
-        lambda file: file.layout == "transformers",
-        note=_PIXELS,
-        **_SIZED,
-    ),
-    Source(
-        "Flax",
-        lambda file: file.layout == "Flax",
-        _TIMM_POSITIONS,
-        USUAL_HEADS,
-        note=_PIXELS,
-    ),
+    Source("transformers", lambda file: file.layout == "transformers", note=_PIXELS, **_SIZED),
+    Source("OpenMMLab", lambda file: file.layout == "OpenMMLab", **_SIZED),
+    Source("torchvision", lambda file: file.layout == "torchvision", **_SIZED),
+    Source("Flax", lambda file: file.layout == "Flax", **_TIMM),
     Source(
         "image encoder of Segment Anything",
         lambda file: file.layout == "SAM",
         _TIMM_POSITIONS,
         dropped={r"neck\.": "the neck follows after the encoder"},
         dropped_outside={r"(prompt_encoder|mask_decoder)\.": "belongs to prompts and masks"},
+        norm=None,
         note="the encoder ends before the neck; pixels are scaled by ImageNet's mean and standard "
         "deviation",
     ),
     Source(
         "MoCo v3 checkpoint",
-        lambda file: bool({"base_encoder", "momentum_encoder"} & _keys(file)),
+        lambda file: bool({"base_encoder", "momentum_encoder"} & set(file.chosen.components)),
         _SIZED_POSITIONS,
         {**_HEADS, 384: 12},
-        dropped={r"head\.": "the projection head serves pre-training only"},
+        dropped={r"head\.": _HEAD},
     ),
     Source(
         "DINOv2 with registers",
-        lambda file: _is_dinov2(file) and "register_tokens" in file.state,
+        lambda file: _is_dinov2(file) and file.has("register_tokens"),
         _TIMM_POSITIONS,
         _HEADS,
     ),
     Source("DINOv2", _is_dinov2, dropped_outside={r".*_loss\.": "belongs to the losses"}, **_DINO),
-    Source("MAE with its decoder", lambda file: "decoder_embed.weight" in file.state, **_SIZED),
+    Source("MAE with its decoder", lambda file: file.has("decoder_embed.weight"), **_SIZED),
     Source(
         "detector of this project",
-        lambda file: _in_detector(file) and "final_norm.weight" in file.state,
+        lambda file: file.in_detector and file.has("final_norm.weight"),
         architecture_key="encoder",
         **_DETECTOR,
     ),
-    Source("Detectron2's ViTDet", _in_detector, **_SIZED, **_DETECTOR),
+    Source("Detectron2's ViTDet", lambda file: file.in_detector, **_SIZED, **_DETECTOR),
     Source("state dict of an FLSLViT", _is_own),
     Source(
         "timm's ViT with residual post-norm",
@@ -307,8 +275,7 @@ SOURCES = (
     Source(
         "timm, without class token",
         lambda file: (
-            not {"cls_token", "reg_token", "attn_pool.latent", "blocks.0.ls1.gamma"}
-            & file.state.keys()
+            not file.has("cls_token", "reg_token", "attn_pool.latent", "blocks.0.ls1.gamma")
         ),
         _TIMM_POSITIONS,
         _GAP_HEADS,
@@ -316,7 +283,7 @@ SOURCES = (
     ),
     Source(
         "DeiT",
-        lambda file: file.is_in("model") and "head.weight" in file.state,
+        lambda file: file.is_in("model") and file.has("head.weight"),
         note="RoPE-ViT's models with axial frequencies have the same names and shapes as DeiT "
         "III's, and cannot be read",
         **_SIZED,

@@ -17,19 +17,28 @@ from flsl_d2.errors import InputError
 
 # Modules that PyTorch and Lightning put around others: DDP, torch.compile, FSDP, checkpointing.
 _WRAPPERS = {
-    "module",
-    "_orig_mod",
-    "_fsdp_wrapped_module",
-    "_checkpoint_wrapped_module",
-    "_forward_module",
+    *("module", "_orig_mod", "_forward_module"),
+    *("_fsdp_wrapped_module", "_checkpoint_wrapped_module"),
 }
-# The beginning of a patch embedding's name in the layouts of timm, transformers and Flax.
+# The beginning of a patch embedding's name in the layouts of timm, OpenMMLab, transformers,
+# torchvision and Flax.
 _PATCH_EMBEDDING = re.compile(
-    r"(?:^|.*?[./])(?=patch_embed\.proj\.|embeddings\.patch_embeddings\.projection\."
-    r"|embedding/kernel$)"
+    r"(?:^|.*?[./])(?=patch_embed\.proj(ection)?\.|embeddings\.patch_embeddings\.projection\."
+    r"|conv_proj\.|embedding/kernel$)"
 )
-# MoCo v3's own names for its student and its teacher.
-_SYNONYMS = {"base_encoder": "student", "momentum_encoder": "teacher"}
+# Whole words in the names of sets, the role that they stand for, and the order in which a set is
+# taken where nobody asks for one. It is that of the sources' own evaluations: the base encoder of
+# MoCo v3 and BYOL's online network, else the teacher (DINO) or target (I-JEPA), else the model
+# whose moving average lies beside it.
+_ROLES: dict[str, tuple[str, int]] = {
+    **dict.fromkeys(("base encoder", "online", "encoder q"), ("student", 0)),
+    **dict.fromkeys(("teacher", "target"), ("teacher", 1)),
+    **dict.fromkeys(("ema", "momentum", "averaged", "encoder k"), ("teacher", 3)),
+    "student": ("student", 4),
+}
+_RANK_WITHOUT_ROLE = 2
+# Dicts whose tensors have the names of weights and are something else.
+_OTHER_TENSORS = {"optimizer", "optimizers", "optim", "grad", "grads", "gradients"}
 _MAX_NESTING = 6
 
 
@@ -65,10 +74,17 @@ class WeightSet:
         """Containers and prefix as one text, for messages."""
         return " / ".join([*self.containers, *([f"{self.prefix}*"] if self.prefix else [])])
 
-    def has_key(self, key: str) -> bool:
-        """Tell whether ``which=key`` can mean this set."""
-        known = self.components
-        return key in (self.label, *known, *(_SYNONYMS.get(part) for part in known))
+    @property
+    def roles(self) -> list[tuple[str, int]]:
+        """Entries of :data:`_ROLES` for the words of the set's name, in the order of preference."""
+        names = [f" {' '.join(words(part))} " for part in self.components]
+        found = [role for key, role in _ROLES.items() if any(f" {key} " in name for name in names)]
+        return sorted(found, key=lambda role: role[1])
+
+
+def words(name: str) -> list[str]:
+    """Split a name like ``state_dict_ema`` or ``modelEMA`` into its words, in small letters."""
+    return [word.lower() for word in re.findall(r"[A-Z]+(?![a-z])|[A-Z]?[a-z]+|\d+", name)]
 
 
 def find_weight_sets(content: Mapping[str, Any]) -> list[WeightSet]:
@@ -79,6 +95,8 @@ def find_weight_sets(content: Mapping[str, Any]) -> list[WeightSet]:
     """
     found = []
     for containers, mapping in tensor_dicts(content):
+        if any(word in _OTHER_TENSORS for key in containers for word in words(key)):
+            continue
         names = _without_wrappers(mapping)
         matches = (_PATCH_EMBEDDING.match(name) for name in names)
         for prefix in dict.fromkeys(match[0] for match in matches if match):
@@ -88,47 +106,49 @@ def find_weight_sets(content: Mapping[str, Any]) -> list[WeightSet]:
             outside = {n: original for n, original in names.items() if not n.startswith(prefix)}
             tensors = {n: mapping[original] for n, original in inside.items()}
             found.append(WeightSet("", containers, prefix, tensors, inside, outside))
-    return _labelled(found)
+    if len(found) < 2:
+        return found
+    shared = set.intersection(*(set(each.components) for each in found))
+    labels = [".".join(p for p in each.components if p not in shared) or "model" for each in found]
+    if len(set(labels)) < len(labels):
+        labels = [".".join(each.components) or "model" for each in found]
+    return [replace(each, label=label) for label, each in zip(labels, found, strict=True)]
 
 
 def choose_set(sets: list[WeightSet], which: str | None, path: str) -> WeightSet:
     """Choose the set that is asked for, or the one that the file's own project evaluates.
 
-    That is the teacher; in MoCo v3 the base encoder; the model where its moving average (``ema``)
-    lies beside it.
+    Args:
+        which: label, a part of it, or a role (``student``, ``teacher``).
 
     Raises:
         InputError: there is no such set, or nothing says which of several to take.
     """
     labels = ", ".join(each.label for each in sets)
     if which is None:
-        chosen = _evaluated(sets)
-        if len(chosen) != 1:
-            raise InputError(
-                f"weights {path!r} hold {len(sets)} sets of encoder weights ({labels}); choose one "
-                "by which=NAME, e.g. "
-                f"{path.split('?')[0]}?which={sets[0].label}."
-            )
-        return chosen[0]
-    exact = [each for each in sets if each.label == which]
-    chosen = exact or [each for each in sets if each.has_key(which)]
-    if len(chosen) == 1:
-        return chosen[0]
+        order = [min((rank for _, rank in each.roles), default=_RANK_WITHOUT_ROLE) for each in sets]
+        chosen = [each for each, rank in zip(sets, order, strict=True) if rank == min(order)]
+        if len(chosen) == 1:
+            return chosen[0]
+        raise InputError(
+            f"weights {path!r} hold {len(sets)} sets of encoder weights ({labels}), and no name "
+            f"says which is the teacher or a moving average; choose one by which=NAME, e.g. "
+            f"{path.split('?')[0]}?which={chosen[0].label}."
+        )
+    for matches in (
+        lambda each: which == each.label,
+        lambda each: which in each.components,
+        lambda each: which in (role for role, _ in each.roles),
+    ):
+        chosen = [each for each in sets if matches(each)]
+        if len(chosen) == 1:
+            return chosen[0]
     remedy = (
         f"use which=NAME with one of {labels}"
         if len(sets) > 1
         else f"leave which={which} out to take the one set that they have"
     )
     raise InputError(f"weights {path!r} hold no set of encoder weights {which!r}; {remedy}.")
-
-
-def _evaluated(sets: list[WeightSet]) -> list[WeightSet]:
-    for key in ("base_encoder", "teacher"):
-        chosen = [each for each in sets if key in each.components]
-        if chosen:
-            return chosen
-    averaged = [each for each in sets if any("ema" in part.lower() for part in each.components)]
-    return [each for each in sets if each not in averaged] or averaged
 
 
 def plain_name(name: str) -> str:
@@ -139,14 +159,28 @@ def plain_name(name: str) -> str:
 def tensor_dicts(
     node: Mapping[Any, Any], containers: tuple[str, ...] = ()
 ) -> Iterator[tuple[tuple[str, ...], dict[str, Tensor]]]:
-    """Walk through nested dicts; yield the keys that lead to tensors, and the tensors by name."""
-    tensors = {str(name): value for name, value in node.items() if isinstance(value, Tensor)}
+    """Walk through nested dicts; yield the keys that lead to tensors, and the tensors by name.
+
+    A whole module, as ``torch.save(model)`` writes it, is one dict by the names of its state dict.
+    """
+    is_module = "_modules" in node and "_parameters" in node
+    named = _module_state(node) if is_module else node.items()
+    tensors = {str(name): value for name, value in named if isinstance(value, Tensor)}
     if tensors:
         yield containers, tensors
-    if len(containers) < _MAX_NESTING:
+    if len(containers) < _MAX_NESTING and not is_module:
         for key, value in node.items():
             if isinstance(value, Mapping):
                 yield from tensor_dicts(value, (*containers, str(key)))
+
+
+def _module_state(node: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
+    if isinstance(node, Mapping):
+        for part in ("_parameters", "_buffers"):
+            for name, value in (node.get(part) or {}).items():
+                yield f"{prefix}{name}", value
+        for name, child in (node.get("_modules") or {}).items():
+            yield from _module_state(child, f"{prefix}{name}.")
 
 
 def _without_wrappers(mapping: Mapping[str, Tensor]) -> dict[str, str]:
@@ -164,13 +198,3 @@ def _without_wrappers(mapping: Mapping[str, Tensor]) -> dict[str, str]:
             )
         names[name] = original
     return names
-
-
-def _labelled(sets: list[WeightSet]) -> list[WeightSet]:
-    if len(sets) < 2:
-        return sets
-    shared = set.intersection(*(set(each.components) for each in sets))
-    labels = [".".join(p for p in each.components if p not in shared) or "model" for each in sets]
-    if len(set(labels)) < len(labels):
-        labels = [".".join(each.components) or "model" for each in sets]
-    return [replace(each, label=label) for label, each in zip(labels, sets, strict=True)]

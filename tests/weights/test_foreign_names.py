@@ -6,6 +6,8 @@ libraries' own modules, and every weight is random.
 
 from __future__ import annotations
 
+import json
+
 import numpy as np
 import pytest
 import torch
@@ -128,8 +130,8 @@ def test_what_else_transformers_writes_is_refused_by_name(tmp_path):
     state = as_transformers(timm_vit(), dinov2=False)
     for name, says in (
         ("encoder.layer.0.mlp.weights_in.weight", "SwiGLU"),
-        ("embeddings.detection_tokens", "no place for"),
-        ("encoder.layer.0.lambda_1", "no place for"),
+        ("embeddings.detection_tokens", "a plain ViT lacks"),
+        ("encoder.layer.0.lambda_1", "a plain ViT lacks"),
     ):
         torch.save(state | {name: torch.ones(2)}, tmp_path / "a.pth")
         with pytest.raises(InputError, match=says) as error:
@@ -204,7 +206,7 @@ def test_flax(tmp_path, big_vision, stacked):
 
 def test_numpy_archives_with_objects_are_refused(tmp_path):
     np.savez(tmp_path / "a.npz", **{"embedding/kernel": np.array([{}], dtype=object)})
-    with pytest.raises(InputError, match="which could run code"):
+    with pytest.raises(InputError, match="which only running code"):
         read_weights(str(tmp_path / "a.npz"))
 
 
@@ -252,3 +254,81 @@ def test_segment_anything(tmp_path, original):
     assert report.unused == []
     accounted = [n for names in report.matched.values() for n in names.split(", ")]
     assert sorted([*accounted, *report.dropped]) == sorted(state)
+
+
+def as_mmpretrain(model: VisionTransformer, in_segmenter: bool) -> dict[str, Tensor]:
+    """Make the state dict of mmpretrain, or of mmsegmentation, whose attention is PyTorch's."""
+    out = {}
+    for name, tensor in model.state_dict().items():
+        for old, new in (
+            ("blocks.", "layers."),
+            ("norm1.", "ln1."),
+            ("norm2.", "ln2."),
+            ("patch_embed.proj", "patch_embed.projection"),
+            ("mlp.fc1", "ffn.layers.0.0"),
+            ("mlp.fc2", "ffn.layers.1"),
+            *(
+                [("attn.qkv.", "attn.attn.in_proj_"), ("attn.proj", "attn.attn.out_proj")]
+                if in_segmenter
+                else []
+            ),
+            ("ls1.gamma", "attn.gamma1.weight"),
+            ("ls2.gamma", "ffn.gamma2.weight"),
+        ):
+            name = name.replace(old, new)
+        out[name.replace("norm.", "ln1.") if name.startswith("norm.") else name] = tensor
+    return prefixed("backbone.", out)
+
+
+def as_torchvision(model: VisionTransformer) -> dict[str, Tensor]:
+    out = {}
+    for name, tensor in model.state_dict().items():
+        for old, new in (
+            ("blocks.", "encoder.layers.encoder_layer_"),
+            ("norm1", "ln_1"),
+            ("norm2", "ln_2"),
+            ("patch_embed.proj", "conv_proj"),
+            ("mlp.fc1", "mlp.0"),
+            ("mlp.fc2", "mlp.3"),
+            ("attn.qkv.", "self_attention.in_proj_"),
+            ("attn.proj", "self_attention.out_proj"),
+            ("cls_token", "class_token"),
+            ("pos_embed", "encoder.pos_embedding"),
+        ):
+            name = name.replace(old, new)
+        out[name.replace("norm.", "encoder.ln.") if name.startswith("norm.") else name] = tensor
+    return out | {"heads.head.weight": torch.ones(2)}
+
+
+@pytest.mark.parametrize("layout", ["mmpretrain", "mmsegmentation", "torchvision"])
+@torch.no_grad()
+def test_openmmlab_and_torchvision(tmp_path, layout):
+    model = timm_vit(**({"init_values": 0.1} if layout == "mmpretrain" else {}))
+    if layout == "torchvision":
+        state = as_torchvision(model)
+    else:
+        state = as_mmpretrain(model, layout == "mmsegmentation")
+        state["head.fc.weight"] = torch.ones(2)
+    torch.save({"meta": {"epoch": 3}, "state_dict": state}, tmp_path / "a.pth")
+    encoder, report = open_encoder(str(tmp_path / "a.pth"))
+    images = torch.randn(1, 3, 64, 64)
+    assert_same(encoder.forward_tokens(images), model.forward_features(images)[:, 1:])
+    accounted = [n for names in report.matched.values() for n in names.split(", ")]
+    assert sorted([*accounted, *report.dropped]) == sorted(state)
+
+
+def test_what_lies_beside_a_file_of_transformers_is_heeded(tmp_path):
+    state = as_transformers(timm_vit(), dinov2=False)
+    torch.save(state, tmp_path / "a.pth")
+    config = {"hidden_size": 192, "num_attention_heads": 12, "num_hidden_layers": 2}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    half = {"image_mean": [0.5] * 3, "image_std": [0.5] * 3}
+    (tmp_path / "preprocessor_config.json").write_text(json.dumps(half))
+    encoder = build_encoder(str(tmp_path / "a.pth"))
+    assert encoder.architecture["num_heads"] == 12
+    assert encoder.input_format.mean == (127.5,) * 3
+    (tmp_path / "config.json").write_text(json.dumps(config | {"num_hidden_layers": 4}))
+    with pytest.raises(InputError, match="lack the blocks 2, 3 of 4"):
+        build_encoder(str(tmp_path / "a.pth"))
+    (tmp_path / "config.json").write_text(json.dumps(config | {"hidden_size": 5}))
+    assert build_encoder(str(tmp_path / "a.pth")).architecture["num_heads"] == 3

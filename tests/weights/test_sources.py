@@ -122,9 +122,9 @@ def flat(**extra: Tensor) -> dict:
         ("blocks.1.attn.q_norm.weight", "normalised queries"),
         ("blocks.0.attn.relative_position_bias_table", "relative position biases"),
         ("norm_pre.weight", "CLIP"),
-        ("blocks.0.attn1.qkv.weight", "parallel"),
-        ("blocks.1.attn.sinks", "no place for"),
-        ("patch_embed.norm.weight", "no place for"),
+        ("blocks.0.attn1.qkv.weight", "a plain ViT lacks"),
+        ("blocks.1.attn.qkv.lora_A.weight", "merge them"),
+        ("patch_embed.norm.weight", "a plain ViT lacks"),
     ],
 )
 def test_what_the_encoder_does_not_compute_is_refused_by_name(tmp_path, name, says):

@@ -34,14 +34,14 @@ KINDS = {
     "vit_small_patch16_dinov3": "rotary",
     "vit_base_patch16_rpn_224": "norms after the residual branches",
     "vit_base_patch16_gap_224": "give num_heads",
-    "vit_base_patch16_18x2_224": "parallel blocks",
-    "vit_dlittle_patch16_reg1_gap_256": "differential attention",
+    "vit_base_patch16_18x2_224": "a plain ViT lacks",
+    "vit_dlittle_patch16_reg1_gap_256": "a plain ViT lacks",
     "vit_relpos_small_patch16_224": "relative position biases",
-    "eva02_tiny_patch14_224": "biases of queries and values",
-    "beit3_base_patch16_224": "norms inside",
+    "eva02_tiny_patch14_224": "a plain ViT lacks",
+    "beit3_base_patch16_224": "a plain ViT lacks",
     "vit_base_patch16_clip_quickgelu_224": "before the first block",
     "test_vit4": "RMSNorm",
-    "qwen3_vit_88m": "rotary positions",
+    "qwen3_vit_88m": "without a last norm",
 }
 OVERRIDES = ({"depth": 2}, {"depths": (1, 1, 1, 1)}, {})
 
@@ -92,7 +92,7 @@ def refusal_or_difference(name: str, path) -> str | float:
     if refused:
         if weights is None:
             return "no vision transformer in a known layout"
-        return next(iter(weights.unsupported.values()))
+        return weights.unsupported
     model = timm.create_model(name, num_classes=0, depth=2).eval().requires_grad_(False)
     randomise(model)
     torch.save(model.state_dict(), path)

@@ -1,0 +1,384 @@
+"""The encoder in the content of a file: its tensors by the names of ``FLSLViT``, and an account."""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from flsl_d2.errors import InputError
+from flsl_d2.modeling.encoder_state import LoadReport, architecture_of, listed
+from flsl_d2.modeling.positions import num_leading_positions
+from flsl_d2.weights.names import Renamed, foreign_network, to_timm_names
+from flsl_d2.weights.sources import KNOWN_LAYOUTS, Candidate, Source, recognise
+from flsl_d2.weights.weight_sets import WeightSet, choose_set, find_weight_sets, tensor_dicts
+
+# The name of the last norm in timm, and the one here; reversed, the pair exports.
+TIMM_NAMES = (("norm.", "final_norm."),)
+_NAMES = (*TIMM_NAMES, (".gamma_1", ".ls1.gamma"), (".gamma_2", ".ls2.gamma"))
+
+# Tokens beside those of the patches, in the order in which every source puts them.
+_PREFIX_TOKENS = ("cls_token", "dist_token", "reg_token", "register_tokens")
+
+# Reasons for leaving tensors out, by their names under the encoder's prefix.
+_DROPPED = {
+    r"(head|head_dist|pre_logits|((cls|distillation)_)?classifier)\.": "the classifier is not part "
+    "of the encoder",
+    r"(fc_norm|attn_pool|pooler|MAPHead_0)\.": "it pools the tokens for a classifier",
+    r"(mask_token|masked_embed)$": "masks patches in pre-training only",
+    r"decoder": "the decoder serves pre-training only",
+}
+# The same for names outside the prefix.
+_DROPPED_OUTSIDE = {
+    r"(.*\.)?(dino_head|ibot_head|ca_head|c_head|p_head|head|predictor|projector)\.": "the "
+    "projection head serves pre-training only",
+    **_DROPPED,
+}
+# Parts that FLSLViT does not compute, by the names of their weights.
+_UNSUPPORTED = {
+    r".*(lora_|base_layer\.)": "LoRA's factors (merge them into the weights first)",
+    r"rope": "rotary positions",
+    r"blocks\.\d+\.mlp\.(w12|w3|w1|w2|fc1_g|fc1_x)\b": "SwiGLU instead of an MLP",
+    r"blocks\.\d+\.attn\.([qk]_norm|norm_[qk])\b": "normalised queries and keys",
+    r"blocks\.\d+\.attn\.(relative_position|rel_pos\.)": "relative position biases",
+    r"norm_pre\b|pre_norm\b": "a norm before the first block (CLIP)",
+    r"(blocks|patch_embed|pos_embed_|embeddings|encoder|layers)": "weights that a plain ViT lacks",
+}
+_SUPPORTED = re.compile(
+    r"patch_embed\.proj\.(weight|bias)$"
+    r"|blocks\.\d+\.(norm[12]|attn\.(qkv|proj)|mlp\.fc[12])\.(weight|bias)$"
+    r"|blocks\.\d+\.(ls[12]\.gamma|attn\.rel_pos_[hw])$"
+)
+# Least similarity of neighbours that tells the shape of a grid of learned positions.
+_CLEAR_SIMILARITY = 0.3
+
+
+@dataclass(frozen=True)
+class EncoderWeights:
+    """An encoder's tensors by the names of ``FLSLViT``, with what is known about them.
+
+    Attributes:
+        tensors: name in ``FLSLViT``: tensor.
+        file_names: name in ``FLSLViT``: name or names in the file.
+        stated: arguments of ``FLSLViT`` that file and source tell beyond shapes.
+        report: account of the file, so far.
+        unsupported: the part that ``FLSLViT`` does not compute with one of its weights' names;
+            empty where there is none.
+    """
+
+    tensors: dict[str, Tensor]
+    file_names: dict[str, str]
+    stated: dict[str, Any]
+    report: LoadReport
+    unsupported: str = ""
+
+
+def find_encoder_weights(
+    content: Mapping[str, Any],
+    which: str | None = None,
+    path: str = "",
+    local: str = "",
+    given: Mapping[str, Any] | None = None,
+) -> EncoderWeights | None:
+    """Find an encoder in the content of a file, in the names of ``FLSLViT``.
+
+    Args:
+        content: result of :func:`flsl_d2.weights.read_weights`.
+        which: name of a set of weights, None for the default.
+        path: name of the file, for messages.
+        local: file on this machine; a ``config.json`` of transformers beside it is read.
+        given: arguments of ``FLSLViT`` that the user knows better than the file.
+
+    Returns:
+        None where no set of weights is that of a vision transformer.
+
+    Raises:
+        InputError: there is no set of the name, nothing says which of several to take, or the set
+            is a part of an encoder.
+    """
+    sets = find_weight_sets(content)
+    if not sets:
+        return None
+    chosen = choose_set(sets, which, path)
+    layout, renamed = to_timm_names(chosen.tensors, chosen.file_names)
+    if not any(name.startswith("blocks.") for name in renamed):
+        return None
+    state = {name: tensor for name, (tensor, _) in renamed.items()}
+    source, stated = recognise(Candidate(content, chosen, state, layout))
+    report = LoadReport(
+        path,
+        source.name,
+        chosen.location,
+        note=source.note,
+        other_sets=[each.label for each in sets if each is not chosen],
+    )
+    options = list(_options(content, local, state))
+    heads = next((o["num_attention_heads"] for o in options if "num_attention_heads" in o), None)
+    if isinstance(heads, int):
+        stated["num_heads"] = heads
+    given = given or {}
+    has_norm = False if given.get("final_norm") is False else source.norm and not source.refusal
+    _check_whole(state, options, bool(has_norm), report)
+    grid = _stated_grid(state, options)
+    weights = _aligned(source, stated, chosen, renamed, report, grid)
+    table = weights.tensors.get("pos_embed")
+    is_inferred = not source.architecture_key and "img_size" not in given
+    if is_inferred and table is not None and table.dim() == 3 and not weights.unsupported:
+        _check_grid(table, grid, report)
+    return weights
+
+
+def unknown_layout(content: Mapping[str, Any], path: str) -> str:
+    """Say what was found in a file without a known encoder, and which layouts are known."""
+    dicts = list(tensor_dicts(content))
+    network = foreign_network([name for _, tensors in dicts for name in tensors])
+    if dicts:
+        containers, tensors = max(dicts, key=lambda item: len(item[1]))
+        names = list(tensors)
+        inside = f" under {' / '.join(containers)!r}" if containers else ""
+        shown = ", ".join(names[:3]) + (", ..." if len(names) > 3 else "")
+        found = f"{len(names)} tensors{inside}: {shown}"
+    else:
+        found = f"no tensors; keys: {', '.join(str(key) for key in list(content)[:5]) or 'none'}"
+    of = f" but {network}" if network else ""
+    return (
+        f"weights {path!r} hold no vision transformer in a known layout{of} ({found}); known are "
+        f"{KNOWN_LAYOUTS}."
+    )
+
+
+def rename(name: str, pairs: Iterable[tuple[str, str]]) -> str:
+    """Replace the head (``norm.``) or the tail (``.gamma_1``) of a dotted name.
+
+    Args:
+        pairs: old and new heads (which end with a dot) and tails (which start with one).
+    """
+    for old, new in pairs:
+        if old.endswith(".") and name.startswith(old):
+            return new + name[len(old) :]
+        if old.startswith(".") and name.endswith(old):
+            return name[: -len(old)] + new
+    return name
+
+
+def _options(
+    content: Mapping[str, Any], local: str, state: Mapping[str, Tensor]
+) -> Iterator[Mapping[str, Any]]:
+    """Yield the options of a training script in a file, and transformers' config beside it."""
+    for key in ("args", "config", "cfg", "hyper_parameters", "model_args"):
+        if isinstance(content.get(key), Mapping):
+            yield content[key]
+    beside = Path(local).with_name("config.json") if local else None
+    if beside is not None and beside.is_file():
+        try:
+            config = json.loads(beside.read_text("utf-8-sig"))
+        except ValueError:
+            return
+        patches = state.get("patch_embed.proj.weight")
+        width = None if patches is None else patches.shape[0]
+        if isinstance(config, dict) and config.get("hidden_size") == width:
+            yield config
+
+
+def _check_whole(
+    state: Mapping[str, Tensor],
+    options: list[Mapping[str, Any]],
+    has_norm: bool,
+    report: LoadReport,
+) -> None:
+    """Refuse a part of an encoder, by evidence other than the shapes that are read off it.
+
+    Raises:
+        InputError: tensors are empty, blocks or the last norm are missing, or patches are not
+            square.
+    """
+    empty = [name for name, tensor in state.items() if not tensor.numel()]
+    if empty:
+        raise InputError(
+            f"{report.subject} hold empty tensors ({len(empty)}, first {empty[0]}), as DeepSpeed "
+            "and FSDP write where each process keeps a share; gather the whole weights first."
+        )
+    patches = state.get("patch_embed.proj.weight")
+    if patches is not None and patches.dim() == 4 and patches.shape[2] != patches.shape[3]:
+        size = " x ".join(map(str, patches.shape[2:]))
+        raise InputError(
+            f"{report.subject} have patches of {size} pixels, and FLSLViT has square ones; give "
+            "other weights, or use the model as timm:NAME."
+        )
+    numbers = {int(match[1]) for n in state if (match := re.match(r"blocks\.(\d+)\.", n))}
+    depths = [o["num_hidden_layers"] for o in options if "num_hidden_layers" in o]
+    depth = max(max(numbers, default=-1) + 1, *(d for d in depths if isinstance(d, int)), 0)
+    missing = sorted(set(range(depth)) - numbers)
+    if missing:
+        raise InputError(
+            f"{report.subject} lack the blocks {listed(map(str, missing))} of {depth}, so they are "
+            "a part of an encoder; give all parts, by their index if there is one."
+        )
+    norms = ("norm.weight", "final_norm.weight", "fc_norm.weight", "attn_pool.norm.weight")
+    if has_norm and not any(name in state for name in norms):
+        raise InputError(
+            f"{report.subject} ({report.source}) end after block {depth - 1} without a last norm, "
+            "so they are a part of an encoder; give all parts, by their index if there is one, or "
+            "final_norm=False for an encoder that has none."
+        )
+
+
+def _stated_grid(
+    state: Mapping[str, Tensor], options: list[Mapping[str, Any]]
+) -> tuple[int, int, int] | None:
+    """Find the image size that explains the rows of the position table.
+
+    Returns:
+        Rows and columns of patches, and the number of further rows before them; None where no
+        option explains the table.
+    """
+    table, patches = state.get("pos_embed"), state.get("patch_embed.proj.weight")
+    if table is None or patches is None or table.dim() != 3 or patches.dim() != 4:
+        return None
+    for option in options:
+        for key in ("img_size", "input_size", "image_size", "crop_size"):
+            size = option.get(key)
+            sides = [size, size] if isinstance(size, int) else list(size or [])[-2:]
+            if len(sides) == 2 and all(isinstance(side, int) for side in sides):
+                rows, columns = (side // patches.shape[2] for side in sides)
+                leading = table.shape[1] - rows * columns
+                if rows and columns and 0 <= leading <= 16:
+                    return rows, columns, leading
+    return None
+
+
+def _check_grid(table: Tensor, grid: tuple[int, int, int] | None, report: LoadReport) -> None:
+    """Refuse positions of a grid that is not square.
+
+    Without an option that says so, learned positions tell it themselves: those of neighbours in a
+    column are alike, and they lie one row apart in the table.
+
+    Raises:
+        InputError: the grid is not square, or looks as if it were not.
+    """
+    count = table.shape[1]
+    side = math.isqrt(count)
+    remedy = "; give img_size=SIDE where the images were square, or other weights."
+    if grid is not None and grid[0] != grid[1] and grid[0] * grid[1] == count:
+        found = f"{grid[0]} x {grid[1]} patches, as its options say"
+    elif side**2 != count:
+        found, remedy = f"{count} patches, which make no square", "; give other weights."
+    elif grid is None and (likely := _likely_columns(table, side)) != side:
+        found = f"{count // likely} x {likely} patches, as neighbours in it show"
+    else:
+        return
+    raise InputError(
+        f"{report.subject} have positions of a grid of {found}, and FLSLViT has square "
+        f"grids{remedy}"
+    )
+
+
+def _likely_columns(table: Tensor, side: int) -> int:
+    """Guess the columns of a grid: ``side``, unless other rows are clearly more alike."""
+    if table.is_meta or side < 4:
+        return side
+    rows = table[0].float()
+    rows = torch.nn.functional.normalize(rows - rows.mean(dim=0), dim=1)
+    alike = {
+        columns: float((rows[columns:] * rows[:-columns]).sum(dim=1).mean())
+        for columns in range(4, side * side // 2)
+        if side**2 % columns == 0 and side**2 // columns >= 4
+    }
+    best = max(alike, key=lambda columns: alike[columns])
+    clear = alike[best] > _CLEAR_SIMILARITY and alike[side] < alike[best] / 2
+    return best if clear else side
+
+
+def _aligned(
+    source: Source,
+    stated: dict[str, Any],
+    chosen: WeightSet,
+    renamed: Renamed,
+    report: LoadReport,
+    grid: tuple[int, int, int] | None,
+) -> EncoderWeights:
+    """Sort every tensor of a set into the encoder's, those dropped, and those unused."""
+    tensors: dict[str, Tensor] = {}
+    file_names: dict[str, str] = {}
+    for name, (tensor, original) in renamed.items():
+        reason = _reason(name, {**source.dropped, **_DROPPED})
+        if reason:
+            report.dropped[original] = reason
+        else:
+            own = rename(name, _NAMES)
+            tensors[own], file_names[own] = tensor, original
+    for name, original in chosen.outside.items():
+        others = [s for s in report.other_sets if set(s.split(".")) & set(name.split("."))]
+        reason = f"belongs to the set {others[0]!r}" if others else ""
+        reason = reason or _reason(name, source.dropped_outside) or _reason(name, _DROPPED_OUTSIDE)
+        if reason:
+            report.dropped[original] = reason
+        else:
+            report.unused.append(original)
+    _fold_prefix_tokens(tensors, file_names, report, grid)
+    unsupported = _unsupported_part(tensors, file_names)
+    if source.refusal:
+        unsupported = f"{source.refusal} ({file_names.get('blocks.0.norm1.weight', '')})"
+    return EncoderWeights(tensors, file_names, stated, report, unsupported)
+
+
+def _reason(name: str, reasons: Mapping[str, str]) -> str:
+    return next((reason for pattern, reason in reasons.items() if re.match(pattern, name)), "")
+
+
+def _fold_prefix_tokens(
+    tensors: dict[str, Tensor],
+    file_names: dict[str, str],
+    report: LoadReport,
+    grid: tuple[int, int, int] | None,
+) -> None:
+    """Make one tensor of class tokens and registers, each with its position if it has one."""
+    names = [n for n in _PREFIX_TOKENS if n in tensors and tensors[n].dim() == 3]
+    tokens = [tensors.pop(name) for name in names]
+    count = sum(token.shape[1] for token in tokens)
+    table = tensors.get("pos_embed")
+    leading = 0
+    if table is not None and table.dim() == 3:
+        leading = num_leading_positions(table.shape[1], max(count, 1))
+        if grid is not None and grid[2] <= max(count, 1):
+            leading = grid[2]
+        tensors["pos_embed"] = table[:, leading:]
+    if tokens:
+        prefix = torch.cat(tokens, dim=1).clone()
+        if table is not None and leading:
+            prefix[:, :leading] += table[:, :leading]
+        tensors["prefix_tokens"] = prefix
+        file_names["prefix_tokens"] = ", ".join(file_names.pop(name) for name in names)
+    elif leading:
+        report.dropped[f"{file_names['pos_embed']}[:, 0]"] = (
+            "the position of a class token that the file does not hold"
+        )
+
+
+def _unsupported_part(tensors: Mapping[str, Tensor], file_names: Mapping[str, str]) -> str:
+    """Name a part that ``FLSLViT`` does not compute, with one of its weights."""
+    found = {
+        name: _reason(name, _UNSUPPORTED)
+        for name in tensors
+        if not _SUPPORTED.match(name) and _reason(name, _UNSUPPORTED)
+    }
+    first, second = (tensors.get(f"blocks.0.mlp.fc{i}.weight") for i in (1, 2))
+    if first is not None and second is not None and first.shape[0] == 2 * second.shape[1]:
+        found["blocks.0.mlp.fc1.weight"] = "SwiGLU instead of an MLP"  # timm packs its two parts
+    if "blocks.0.norm1.weight" in tensors and "blocks.0.norm1.bias" not in tensors:
+        found["blocks.0.norm1.weight"] = "RMSNorm, or norms without bias,"
+    if "pos_embed" not in tensors and "blocks.0.attn.qkv.weight" in tensors and not found:
+        found["pos_embed"] = "no position table (rotary positions, relative ones or none)"
+    return next((f"{part} ({file_names.get(name, name)})" for name, part in found.items()), "")
+
+
+def complete_architecture(weights: EncoderWeights) -> dict[str, Any]:
+    """Collect every argument of ``FLSLViT`` that is known of the weights."""
+    return {**architecture_of(weights.tensors), **weights.stated}
