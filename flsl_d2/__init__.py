@@ -24,13 +24,20 @@ else:
 
 if TYPE_CHECKING:
     from flsl_d2.detection.predictor import Predictor
+    from flsl_d2.weights.configure import configure_from_weights
 
 __version__ = "0.1.0"
-__all__ = ["FLSLViT", "Predictor", "SimpleFeaturePyramid", "add_flsl_config"]
+__all__ = [
+    "FLSLViT",
+    "Predictor",
+    "SimpleFeaturePyramid",
+    "add_flsl_config",
+    "configure_from_weights",
+]
 
 
 def __getattr__(name: str) -> Any:
-    """Import :class:`Predictor` when it is used, because a project may need the backbones alone.
+    """Import what a project may do without when it is used: prediction, and reading weights.
 
     Raises:
         ImportError: Detectron2 is not installed, and a name of this package is used.
@@ -45,4 +52,8 @@ def __getattr__(name: str) -> Any:
         from flsl_d2.detection.predictor import Predictor
 
         return Predictor
+    if name == "configure_from_weights":
+        from flsl_d2.weights.configure import configure_from_weights
+
+        return configure_from_weights
     raise AttributeError(f"module 'flsl_d2' has no attribute {name!r}")

@@ -102,11 +102,11 @@ def test_a_stock_project_trains_from_the_encoder_and_says_how_much_it_loaded(few
     assert done.returncode == 0, done.stdout + done.stderr
     assert "TRAINED" in done.stdout
     count = len(FLSLViT(**ENCODER).state_dict())
-    assert f"all {count} encoder tensors loaded" in done.stdout
+    assert f"encoder weights: {count} of {count} matched" in done.stdout
 
 
 def test_a_stock_project_stops_at_an_encoder_of_another_width(few, tmp_path):
     done = run(few, tmp_path, **{**ENCODER, "embed_dim": 96})
     assert done.returncode != 0
-    assert "the checkpoint covers 0 of the encoder's" in done.stderr
+    assert "have no tensor that fits the encoder" in done.stderr
     assert "TRAINED" not in done.stdout

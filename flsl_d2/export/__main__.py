@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import tempfile
 from collections.abc import Sequence
@@ -14,10 +13,16 @@ from flsl_d2.detection.predictor import Predictor
 from flsl_d2.engine.command_line import add_option, described_parser, run_tool
 from flsl_d2.errors import InputError
 from flsl_d2.export.card import licence_of, run_facts, versions, write_card
-from flsl_d2.export.formats import DETECTOR_FORMATS, FORMATS, WRITERS, silence_exporters
+from flsl_d2.export.formats import (
+    DETECTOR_FORMATS,
+    FORMATS,
+    WRITERS,
+    silence_exporters,
+    usage,
+)
 from flsl_d2.export.graphs import DetectorGraph, EncoderGraph, SegmenterGraph, model_graph
 from flsl_d2.files import writable_folder
-from flsl_d2.modeling import FLSLViT
+from flsl_d2.modeling import FLSLViT, InputFormat
 from flsl_d2.modeling.encoder_state import LoadReport
 from flsl_d2.weights.loading import open_encoder
 from flsl_d2.weights.reading import split_weights_path
@@ -100,7 +105,8 @@ def export_model(
         if target.is_dir():
             target.rmdir()
         os.replace(part_file, target)
-    card = write_card(target, {**facts, "versions": versions()})
+    code = usage(graph, file_format, target)
+    card = write_card(target, {**facts, "versions": versions()}, code)
     if account is not None:
         print(account.table())
         if report is not None:
@@ -136,12 +142,13 @@ def _open(model: str, weights: str, part: str, which: str | None, num_heads: int
         encoders = [m for m in detector.modules() if isinstance(m, FLSLViT)]
         if not encoders:
             raise InputError(f"'{model}' holds no FLSLViT; export the whole detector.")
-        pixels: list[list[float]] = [
-            tensor.flatten().tolist()
-            for tensor in (detector.pixel_mean, detector.pixel_std)
-            if tensor.numel() != 3
-        ]
-        encoder_graph = EncoderGraph(encoders[0], *pixels)
+        mean, std = (t.flatten().tolist() for t in (detector.pixel_mean, detector.pixel_std))
+        if len(mean) != 3:  # of three channels the encoder has ImageNet's, by its pixel adapter
+            bits = 8 if max(mean) < 256 else 16
+            encoders[0].input_format = InputFormat(
+                len(mean), bits, tuple(mean), tuple(std), stated=True
+            )
+        encoder_graph = EncoderGraph(encoders[0])
         return encoder_graph, _encoder_facts(encoder_graph, model) | facts, None
     graph = model_graph(detector, predictor.input_format)
     resize = [str(step) for step in predictor.resize.augs]
@@ -179,11 +186,7 @@ def _encoder_graph(
     changes = {} if num_heads is None else {"num_heads": num_heads}
     encoder, account = open_encoder(file, which, **changes)
     facts = run_facts(folder)
-    settings = facts.get("config", {})
-    pixels = [
-        json.loads(settings.get(f"dataset.{name}") or "[]") for name in ("pixel_mean", "pixel_std")
-    ]
-    graph = EncoderGraph(encoder.eval(), *pixels)
+    graph = EncoderGraph(encoder.eval())
     facts = _encoder_facts(graph, file) | facts
     if folder is None:
         facts["initial_weights"] = {

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import platform
+import re
 from collections.abc import Mapping
 from importlib import metadata
 from pathlib import Path
@@ -48,7 +49,6 @@ def run_facts(folder: Path | None) -> dict[str, Any]:
     facts: dict[str, Any] = {"run": str(folder)}
     settings = _json(folder / RUN_FILE).get("settings", {})
     if settings:
-        facts["config"] = settings
         names = ("images", "dataset.name", "dataset.root")
         data = {key: settings[key] for key in names if settings.get(key)}
         data |= {k: v for k, v in settings.items() if k.endswith("dataset.names") and v}
@@ -78,9 +78,23 @@ def _json(file: Path) -> dict[str, Any]:
     return content if isinstance(content, dict) else {}
 
 
-def card_text(facts: Mapping[str, Any]) -> str:
-    """Write the facts as Markdown; groups are tables."""
-    lines = [f"# {facts['name']}", ""]
+def plain_text(value: Any) -> str:
+    """Write a value as one line that every UTF-8 file can hold."""
+    text = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
+    text = "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+    return text.encode("utf-8", "backslashreplace").decode()
+
+
+def _markdown(value: Any) -> str:
+    """Write a value so that no sign in it is Markdown or HTML."""
+    return re.sub(r"([\\`*_{}\[\]<>|~#$!&])", r"\\\1", plain_text(value)) or "-"
+
+
+def card_text(facts: Mapping[str, Any], code: str = "") -> str:
+    """Write the facts as Markdown: the code that uses the export, and tables of the groups."""
+    lines = [f"# {_markdown(facts['name'])}", ""]
+    if code:
+        lines += ["```python", code, "```", ""]
     plain = {k: v for k, v in facts.items() if not isinstance(v, Mapping)}
     groups = {"": plain} | {k: v for k, v in facts.items() if isinstance(v, Mapping)}
     for title, group in groups.items():
@@ -88,12 +102,11 @@ def card_text(facts: Mapping[str, Any]) -> str:
             lines += ["", f"## {title.replace('_', ' ').capitalize()}", ""]
         lines += ["| | |", "| --- | --- |"]
         for key, value in group.items():
-            text = value if isinstance(value, str) else json.dumps(value)
-            lines.append(f"| {key} | {' '.join(text.split())} |".replace("|  |", "| - |"))
+            lines.append(f"| {_markdown(key)} | {_markdown(value)} |")
     return "\n".join(lines) + "\n"
 
 
-def write_card(target: Path, facts: Mapping[str, Any]) -> Path:
+def write_card(target: Path, facts: Mapping[str, Any], code: str = "") -> Path:
     """Write the card of an export as Markdown and JSON; return the Markdown file.
 
     The card of a folder is its ``README.md``; that of ``model.onnx`` is ``model.onnx.md``.
@@ -103,7 +116,7 @@ def write_card(target: Path, facts: Mapping[str, Any]) -> Path:
     sums = {f.name: hashlib.sha256(f.read_bytes()).hexdigest() for f in files if f.is_file()}
     facts = {**facts, "sha256": sums}
     card = target / "README.md" if is_folder else target.with_name(f"{target.name}.md")
-    write_text(card, card_text(facts))
+    write_text(card, card_text(facts, code))
     data = target / "card.json" if is_folder else target.with_name(f"{target.name}.json")
     write_text(data, json.dumps(facts, indent=2) + "\n")
     return card

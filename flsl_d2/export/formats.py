@@ -23,11 +23,11 @@ from flsl_d2.export.graphs import (
     largest_difference,
     onnx_runner,
 )
-from flsl_d2.modeling.pixels import IMAGENET_MEAN, IMAGENET_STD
 from flsl_d2.weights import build_encoder
 from flsl_d2.weights.writing import (
     TIMM_MODEL,
     timm_arguments,
+    timm_call,
     timm_state,
     write_encoder,
     write_timm,
@@ -61,11 +61,21 @@ def write_onnx(graph: Models, path: Path, facts: Mapping[str, Any]) -> str:
             output_names=list(graph.outputs),
             dynamic_axes=axes,
         )
-    model = onnx.load(str(path))
-    texts = {k: v if isinstance(v, str) else json.dumps(v) for k, v in facts.items()}
-    onnx.helper.set_model_props(model, texts)
-    onnx.save(model, str(path))
+    add_metadata(onnx.load(str(path)), facts, path)
     return _check(graph, onnx_runner(str(path)), "onnxruntime")
+
+
+def add_metadata(model: Any, facts: Mapping[str, Any], path: Path) -> None:
+    """Save an ONNX model with facts as its metadata: texts as they are, all else as JSON."""
+    import onnx
+
+    texts = {
+        key: value if isinstance(value, str) else json.dumps(value) for key, value in facts.items()
+    }
+    # A file's name may have halves of characters, which ONNX cannot hold.
+    safe = {k: v.encode("utf-8", "backslashreplace").decode() for k, v in texts.items()}
+    onnx.helper.set_model_props(model, safe)
+    onnx.save(model, str(path))
 
 
 def write_torch(graph: Models, path: Path, facts: Mapping[str, Any]) -> str:
@@ -90,8 +100,7 @@ def write_safetensors(graph: Models, path: Path, facts: Mapping[str, Any]) -> st
     """Write the tensors by this project's names."""
     if isinstance(graph, EncoderGraph):
         write_encoder(graph.encoder, path)
-        pixels = graph.mean.flatten().tolist(), graph.std.flatten().tolist()
-        read = EncoderGraph(build_encoder(str(path)).eval(), *pixels)
+        read = EncoderGraph(build_encoder(str(path)).eval())
         return _check(graph, read, "this project's reader")
     state = {name: tensor.contiguous() for name, tensor in graph.model.state_dict().items()}
     texts = {name: json.dumps(value) for name, value in facts.items()}
@@ -129,11 +138,11 @@ def write_huggingface(graph: Models, path: Path, facts: Mapping[str, Any]) -> st
     path.mkdir()
     tensors = {name: t.detach().cpu().contiguous() for name, t in timm_state(encoder).items()}
     safetensors.torch.save_file(tensors, str(path / "model.safetensors"), {"format": "pt"})
-    side = arguments["img_size"]
+    side, white = arguments["img_size"], 2**encoder.input_format.bits - 1
     pixels = {
         "input_size": [arguments["in_chans"], side, side],
-        "mean": [value / 255 for value in IMAGENET_MEAN],
-        "std": [value / 255 for value in IMAGENET_STD],
+        "mean": [value / white for value in encoder.input_format.mean],
+        "std": [value / white for value in encoder.input_format.std],
         "interpolation": "bicubic",
         "num_classes": 0,
         "first_conv": "patch_embed.proj",
@@ -186,6 +195,37 @@ def _check(graph: Models, other: Callable[[Tensor], Any], program: str, sizes: i
     shapes = " and ".join("x".join(map(str, image.shape[-2:])) for image in images)
     what = {DetectorGraph: "objects", SegmenterGraph: "classes"}.get(type(graph), "images")
     return f"within {difference:.1e} of the source in {program} ({rows} {what}, {shapes} pixels)"
+
+
+def usage(graph: Models, file_format: str, target: Path) -> str:
+    """Return Python code that loads an export and runs it once."""
+    shape = tuple(graph.example(0).shape)
+    image = f"image = 255 * torch.rand{shape}  # or the pixels of a picture"
+    name, run = str(target), f"{', '.join(graph.outputs)}, = model(image)"
+    if file_format == "onnx":
+        return (
+            "import onnxruntime\nimport torch\n\n"
+            f"session = onnxruntime.InferenceSession({name!r})\n{image}\n"
+            f"{', '.join(graph.outputs)}, = session.run(None, {{'image': image.numpy()}})"
+        )
+    if file_format == "torch":
+        is_encoder = isinstance(graph, EncoderGraph)
+        load = "export.load({!r}).module()" if is_encoder else "jit.load({!r})"
+        return f"import torch\n\nmodel = torch.{load.format(name)}\n{image}\n{run}"
+    if not isinstance(graph, EncoderGraph):
+        return f"import safetensors.torch\n\nstate = safetensors.torch.load_file({name!r})"
+    mean, std = (each.flatten().tolist() for each in (graph.mean, graph.std))
+    pixels = f"pixels = (image - torch.tensor({mean}).view(-1, 1, 1)) / "
+    pixels += f"torch.tensor({std}).view(-1, 1, 1)"
+    if file_format in ("d2", "safetensors"):
+        load = f"from flsl_d2.weights import build_encoder\n\nmodel = build_encoder({name!r})"
+        return f"import torch\n{load}\n{image}\n{pixels}\ntokens = model.forward_tokens(pixels)"
+    load = f"model = timm.create_model({f'local-dir:{name}'!r}, pretrained=True)"
+    if file_format == "timm":
+        load = timm_call(graph.encoder, target)
+    imports = "import safetensors.torch\nimport timm\nimport torch"
+    tokens = "tokens = model.forward_features(pixels)[:, model.num_prefix_tokens :]"
+    return f"{imports}\n\n{load}\nmodel.eval()\n{image}\n{pixels}\n{tokens}"
 
 
 # For each format the endings of its files, empty for a folder, and the function that writes.

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -42,26 +42,21 @@ class EncoderGraph(Graph):
 
     Args:
         encoder: the encoder, in evaluation mode; ``final_norm`` is part of it.
-        mean: mean of each channel instead of the encoder's own.
-        std: standard deviation of each channel instead of the encoder's own.
     """
 
     outputs = ("features",)
     input_axes = {0: "batch", 2: "height", 3: "width"}
     output_axes = {0: "batch", 2: "rows", 3: "columns"}
 
-    def __init__(
-        self, encoder: FLSLViT, mean: Sequence[float] = (), std: Sequence[float] = ()
-    ) -> None:
+    def __init__(self, encoder: FLSLViT) -> None:
         super().__init__()
         self.encoder = encoder
         self.channels = encoder.input_format.channels
-        mean = mean or encoder.input_format.mean
-        std = std or encoder.input_format.std
         self.mean: Tensor
         self.std: Tensor
-        self.register_buffer("mean", torch.tensor(mean).view(-1, 1, 1), False)
-        self.register_buffer("std", torch.tensor(std).view(-1, 1, 1), False)
+        for name in ("mean", "std"):
+            values = torch.tensor(getattr(encoder.input_format, name))
+            self.register_buffer(name, values.view(-1, 1, 1), False)
         self.eval()  # exporters restore the mode of the whole, its parts included
 
     def forward(self, image: Tensor) -> tuple[Tensor, ...]:

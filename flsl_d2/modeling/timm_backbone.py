@@ -8,6 +8,9 @@ from __future__ import annotations
 
 import ast
 import difflib
+import re
+import urllib.error
+import urllib.request
 from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
@@ -19,6 +22,8 @@ from detectron2.config import CfgNode
 from detectron2.layers import ShapeSpec
 from detectron2.modeling import BACKBONE_REGISTRY, FPN, Backbone
 from detectron2.modeling.backbone.fpn import LastLevelMaxPool
+from huggingface_hub import try_to_load_from_cache
+from huggingface_hub.constants import ENDPOINT as HF_ENDPOINT
 from omegaconf import ListConfig
 from timm.data.config import resolve_model_data_config
 from torch import Tensor, nn
@@ -28,6 +33,8 @@ from flsl_d2.modeling.feature_pyramid import SimpleFeaturePyramid
 from flsl_d2.modeling.pixels import IMAGENET_MEAN, IMAGENET_STD, InputFormat, PixelAdapter
 
 TIMM_PREFIX = "timm:"
+# Bound of the wait for an answer of the Hugging Face Hub.
+_NETWORK_SECONDS = 5.0
 # Arguments by which timm's families take images of any size, in the order in which they are tried.
 _ANY_SIZE: tuple[dict[str, Any], ...] = (
     {"dynamic_img_size": True},
@@ -285,16 +292,48 @@ def _create(name: str, pretrained: bool, model_args: dict[str, Any]) -> nn.Modul
         close = difflib.get_close_matches(name.split(".")[0], known, n=3, cutoff=0.5)
         hint = f"did you mean {' or '.join(close)}?" if close else "see timm.list_models()."
         raise InputError(f"timm {timm.__version__} has no model '{name}'; {hint}")
+    if pretrained:
+        _check_network(name)
     errors: list[str] = []
     for any_size in _ANY_SIZE:
         try:
             return timm.create_model(name, pretrained=pretrained, **{**any_size, **model_args})
         except TypeError as error:  # an argument that this family does not take
             errors.append(str(error))
-        except (RuntimeError, OSError) as error:
+        except (RuntimeError, OSError, ValueError) as error:
             what = "; for random weights add ?pretrained=false" if pretrained else ""
             raise InputError(f"timm cannot build '{name}' ({_reason(error)}){what}.") from error
     raise InputError(f"timm cannot build '{name}' ({errors[-1]}); check the options after '?'.")
+
+
+def _check_network(name: str) -> None:
+    """Ask once for the Hugging Face Hub, which timm and its library ask for most of a minute.
+
+    Raises:
+        InputError: there is no answer, and the weights are not in this machine's cache.
+    """
+    config = timm.get_pretrained_cfg(name) if timm.is_model(name.split(".")[0]) else None
+    repository = config.hf_hub_id if config else re.sub("^hf[-_]hub:", "", name)
+    if not repository or name.startswith("local-dir:"):
+        return
+    files = [
+        "model.safetensors",
+        "pytorch_model.bin",
+        *filter(None, [config and config.hf_hub_filename]),
+    ]
+    if any(isinstance(try_to_load_from_cache(repository, file), str) for file in files):
+        return
+    try:
+        request = urllib.request.Request(HF_ENDPOINT, method="HEAD")
+        urllib.request.urlopen(request, timeout=_NETWORK_SECONDS).close()
+    except urllib.error.HTTPError:
+        return  # it answers
+    except OSError as error:
+        raise InputError(
+            f"the weights of timm's '{name}' are not in this machine's cache, and {HF_ENDPOINT} "
+            f"cannot be reached ({_reason(error)}); download them where there is a network, give "
+            "?weights=FILE, or add ?pretrained=false for random weights."
+        ) from error
 
 
 def _load(model: nn.Module, path: str) -> None:

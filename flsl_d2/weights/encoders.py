@@ -245,7 +245,10 @@ def _stated_grid(
     for option in options:
         for key in ("img_size", "input_size", "image_size", "crop_size"):
             size = option.get(key)
-            sides = [size, size] if isinstance(size, int) else list(size or [])[-2:]
+            sides = [size, size] if isinstance(size, int) else size
+            if not isinstance(sides, list | tuple):
+                continue
+            sides = sides[-2:]
             if len(sides) == 2 and all(isinstance(side, int) for side in sides):
                 rows, columns = (side // patches.shape[2] for side in sides)
                 leading = table.shape[1] - rows * columns

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 
 import onnx
@@ -10,14 +11,15 @@ import pytest
 import timm
 import torch
 from detectron2.config import LazyConfig, instantiate
+from hostile import HOSTILE, SURROGATES
 
 from flsl_d2.engine.config_files import load_lazy_config
 from flsl_d2.errors import InputError
 from flsl_d2.export import formats
 from flsl_d2.export.__main__ import export_model, main
-from flsl_d2.export.card import licence_of
+from flsl_d2.export.card import card_text, licence_of
 from flsl_d2.export.graphs import EncoderGraph, largest_difference, onnx_runner
-from flsl_d2.modeling import FLSLViT
+from flsl_d2.modeling import FLSLViT, InputFormat
 from flsl_d2.modeling.positions import _bicubic_by_matrices, resample_positions
 from flsl_d2.weights import write_encoder
 
@@ -78,6 +80,10 @@ def test_an_encoder_in_onnx_takes_any_size_and_batch(encoder, tmp_path, run_main
     assert largest_difference(graph, run, [pixels])[0] < 1e-4
     card = (tmp_path / "encoder.onnx.md").read_text()
     assert "| licence | unknown |" in card
+    assert len(card) < 5000
+    scope: dict = {}
+    exec(card.split("```python\n")[1].split("```")[0], scope)
+    assert scope["features"].shape == (2, 32, 4, 4)
     assert json.loads((tmp_path / "encoder.onnx.json").read_text())["sha256"]["encoder.onnx"]
 
 
@@ -92,6 +98,9 @@ def torch_encoder(path: Path) -> FLSLViT:
 def test_other_formats_of_an_encoder_are_checked(file_format, name, encoder, tmp_path, capsys):
     export_model(str(encoder), file_format, tmp_path / name)
     assert "within" in capsys.readouterr().out
+    scope: dict = {}
+    exec((tmp_path / f"{name}.md").read_text().split("```python\n")[1].split("```")[0], scope)
+    assert (scope.get("tokens", scope.get("features"))).shape[-1] in (4, 32)
     assert {p.name for p in tmp_path.iterdir()} == {name, f"{name}.md", f"{name}.json"}
 
 
@@ -158,10 +167,9 @@ def test_other_models_of_the_recipes_in_onnx(recipe, outputs, changes, tmp_path,
 def test_an_encoder_of_four_channels_is_normalised_as_it_was_trained(tmp_path):
     torch.manual_seed(0)
     encoder = FLSLViT(**SMALL, in_chans=4).eval()
+    mean, std = (1000.0, 2000.0, 500.0, 0.0), (300.0, 400.0, 100.0, 1.0)
+    encoder.input_format = InputFormat(4, 16, mean, std, stated=True)
     write_encoder(encoder, tmp_path / "teacher_backbone.pth")
-    mean, std = [1000.0, 2000.0, 500.0, 0.0], [300.0, 400.0, 100.0, 1.0]
-    settings = {"dataset.pixel_mean": str(mean), "dataset.pixel_std": str(std)}
-    (tmp_path / "run.json").write_text(json.dumps({"settings": settings}))
     export_model(str(tmp_path), "onnx", tmp_path / "a.onnx")
     pixels = torch.rand(1, 4, 64, 64) * 1000
     normal = (pixels - torch.tensor(mean).view(-1, 1, 1)) / torch.tensor(std).view(-1, 1, 1)
@@ -210,3 +218,19 @@ def test_nothing_is_left_of_an_export_that_differs(encoder, tmp_path, monkeypatc
 )
 def test_licences_follow_the_layout(layout, licence):
     assert licence_of(layout) == licence
+
+
+@pytest.mark.parametrize("text", [*HOSTILE, *SURROGATES])
+def test_texts_of_users_in_cards_and_in_onnx(text, tmp_path):
+    facts = {"name": text, "classes": [text], "data": {text: text}}
+    card = card_text(facts)
+    lines = card.splitlines()
+    assert len(lines) == 11
+    assert all(line.startswith(("#", "|")) or not line for line in lines)
+    assert not re.search(r"(?<!\\)[<`*]", card)
+    target = tmp_path / "a.onnx"
+    formats.add_metadata(
+        onnx.helper.make_model(onnx.helper.make_graph([], "g", [], [])), facts, target
+    )
+    found = {p.key: p.value for p in onnx.load(str(target)).metadata_props}
+    assert json.loads(found["classes"]) == [text]

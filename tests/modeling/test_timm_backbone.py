@@ -15,6 +15,7 @@ from flsl_d2 import add_flsl_config
 from flsl_d2.detection.solver import add_solver_config, build_yaml_optimizer
 from flsl_d2.engine.config_files import load_lazy_config
 from flsl_d2.errors import InputError
+from flsl_d2.modeling import timm_backbone
 from flsl_d2.modeling.timm_backbone import (
     TimmBackbone,
     build_timm_backbone,
@@ -247,3 +248,18 @@ def test_an_image_that_does_not_fit():
     net = TimmBackbone("resnet18", pretrained=False)
     with pytest.raises(InputError, match=r"40 x 64 pixels .* multiples of 32"):
         net(torch.zeros(1, 3, 40, 64))
+
+
+def test_a_hub_that_cannot_be_reached_is_asked_once(monkeypatch):
+    asked = []
+
+    def fail(request, timeout):
+        asked.append(timeout)
+        raise OSError("no route to host")
+
+    monkeypatch.setattr("urllib.request.urlopen", fail)
+    monkeypatch.setattr(timm_backbone, "try_to_load_from_cache", lambda *_: None)
+    for name in ("resnet18", "hf-hub:someone/vit"):
+        with pytest.raises(InputError, match="cannot be reached"):
+            TimmBackbone(name)
+    assert asked == [5.0, 5.0]

@@ -141,7 +141,7 @@ def test_timms_packed_swiglu_is_refused(tmp_path):
 def test_a_convolutional_stem_is_refused(tmp_path):
     state = {n: t for n, t in flat().items() if not n.startswith("patch_embed")}
     text = refusal(state | some("patch_embed.proj.0.weight", "patch_embed.proj.1.bias"), tmp_path)
-    assert "a convolutional stem" in text
+    assert "a plain ViT lacks" in text
 
 
 def test_other_networks_are_refused(tmp_path):
@@ -155,7 +155,7 @@ def test_incomplete_encoders_are_refused(tmp_path):
         refusal(state, tmp_path)
     wrong = flat()
     wrong["pos_embed"] = wrong["pos_embed"][:, :-2]
-    assert "not a square grid" in refusal(wrong, tmp_path)
+    assert "make no square" in refusal(wrong, tmp_path)
     wrong["pos_embed"] = torch.randn(192)
     refusal(wrong, tmp_path)
 
