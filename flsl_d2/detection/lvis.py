@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import importlib
 import importlib.util
 import os
 from collections.abc import Callable
 from functools import partial
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -83,12 +85,6 @@ class LVISEvaluator(Detectron2LVISEvaluator):
     def evaluate(self) -> dict[str, Any] | None:
         """Compute AP by IoU, size and frequency of the classes (APr, APc, APf), on rank 0."""
         # lvis 0.5.3, its last release, uses np.float, which numpy removed in 1.24.
-        numpy: Any = np
-        added = not hasattr(numpy, "float")
-        if added:
-            numpy.float = float
-        try:
-            return super().evaluate()
-        finally:
-            if added:
-                del numpy.float
+        module: Any = importlib.import_module("lvis.eval")
+        module.np = SimpleNamespace(**{**vars(np), "float": float})
+        return super().evaluate()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import io
 import os
 import re
@@ -30,9 +31,15 @@ _SIGNATURES = re.compile(
 _ORIENTATION = 0x0112  # EXIF tag
 TURNED = range(5, 9)  # orientations with rows and columns exchanged
 
-# Pillow warns of files that are odd and still readable. The filter is set once and not around each
-# call, because entering catch_warnings makes Python forget which warnings it has shown already.
-warnings.filterwarnings("ignore", module=r"PIL\.")
+
+@functools.cache
+def _quiet_pillow() -> None:
+    """Ignore Pillow's warnings of files that are odd and still readable, from the first one on.
+
+    The filter is set once and not around each call, because entering catch_warnings makes Python
+    forget which warnings it has shown already.
+    """
+    warnings.filterwarnings("ignore", module=r"PIL\.")
 
 
 def printable(text: str) -> str:
@@ -118,6 +125,7 @@ def open_picture(
     try:
         if max_pixels > MAX_PIXELS_LIMIT:
             Image.MAX_IMAGE_PIXELS = None
+        _quiet_pillow()
         image = Image.open(file, formats=_FORMATS)
     except UnidentifiedImageError:
         file.seek(0)

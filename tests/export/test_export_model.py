@@ -225,7 +225,7 @@ def test_texts_of_users_in_cards_and_in_onnx(text, tmp_path):
     facts = {"name": text, "classes": [text], "data": {text: text}}
     card = card_text(facts)
     lines = card.splitlines()
-    assert len(lines) == 11
+    assert len(lines) == 12
     assert all(line.startswith(("#", "|")) or not line for line in lines)
     assert not re.search(r"(?<!\\)[<`*]", card)
     target = tmp_path / "a.onnx"
