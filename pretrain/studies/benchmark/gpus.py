@@ -82,7 +82,8 @@ def run_rows(rows: Mapping[str, Sequence[str]], output: Path, seconds: float) ->
         return Job("row", name, settings, command, outcome, limit=seconds)
 
     def write(records: Mapping[str, Record]) -> None:
-        overview, details = [], []
+        overview: list[dict[str, Any]] = []
+        details: list[dict[str, Any]] = []
         for name, job in jobs.items():
             record = records.get(job.key, Record("not run yet"))
             result = result_of(output / "jobs" / job.key) if record.status == "done" else None
