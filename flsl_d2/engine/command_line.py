@@ -90,7 +90,7 @@ class _ToolParser(argparse.ArgumentParser):
         """Report a wrong command line, and exit with status 2."""
         words = re.findall(r"(?<=\s)--[a-z][\w-]*", message.partition("unrecognized")[2])
         close = [find for w in words for find in get_close_matches(w, self._option_strings(), n=1)]
-        hint = f": did you mean {', '.join(close)}?" if close else ";"
+        hint = f": did you mean {', '.join(dict.fromkeys(close))}?" if close else ";"
         self.exit(2, f"error: {printable(message)}{hint} --help lists the options.\n")
 
     def _option_strings(self) -> list[str]:

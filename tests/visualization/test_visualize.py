@@ -152,7 +152,7 @@ def test_bad_input_is_one_sentence_and_writes_nothing(
         ({"images": []}, "no images to draw"),
         ({"images": [str(tmp_path / "none.jpg")]}, "does not exist"),
         ({"images": [str(empty)]}, "without image files"),
-        ({"images": [str(broken)]}, r"broken.jpg' cannot be used"),
+        ({"images": [str(broken)]}, r"broken.jpg' cannot be"),
         ({"images": [], "dataset": "nothing_val"}, "nothing_val"),
         ({"points": [(120, 5)]}, r"--token 120,5 lies outside .*0.png', which is 120 x 90 pixels"),
         ({"points": [(float("nan"), 5)]}, "lies outside"),
