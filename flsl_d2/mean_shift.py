@@ -16,24 +16,19 @@ from torch import Tensor
 from flsl_d2.errors import InputError
 
 
-def attention(
-    queries: Tensor, tokens: Tensor, scale: float, log_kernel: Tensor | None = None
-) -> Tensor:
-    """Weights of one mean-shift step, ``softmax_j(scale * q_i . k_j + log_kernel_ij)``.
+def attention(queries: Tensor, tokens: Tensor, scale: float) -> Tensor:
+    """Weights of one mean-shift step, ``softmax_j(scale * q_i . k_j)``.
 
     Args:
         queries: (B, Q, D).
         tokens: (B, N, D).
         scale: inverse temperature, multiplies the dot product. The method's values are
             ``0.1 / sqrt(D)`` within a view and ``0.2 / sqrt(D)`` towards the teacher's view.
-        log_kernel: logarithm (B, Q, N) of a second kernel that the weights are multiplied by,
-            such as one of places; None for none.
 
     Returns:
         (B, Q, N), rows sum to 1.
     """
-    logits = scale * queries @ tokens.transpose(-2, -1)
-    return (logits if log_kernel is None else logits + log_kernel).softmax(dim=-1)
+    return (scale * queries @ tokens.transpose(-2, -1)).softmax(dim=-1)
 
 
 def sharpened_prior(attention_bqn: Tensor, sharpness: float = 1e4) -> Tensor:
@@ -65,13 +60,7 @@ def mix_attention(own: Tensor, prior: Tensor, weight: float) -> Tensor:
     return mixed / mixed.sum(dim=-1, keepdim=True)
 
 
-def mean_shift(
-    queries: Tensor,
-    tokens: Tensor,
-    scale: float,
-    num_iterations: int = 1,
-    log_kernel: Tensor | None = None,
-) -> Tensor:
+def mean_shift(queries: Tensor, tokens: Tensor, scale: float, num_iterations: int = 1) -> Tensor:
     """Modes of the queries: ``m_i = sum_j softmax_j(scale * q_i . k_j) k_j``, repeated.
 
     Args:
@@ -79,7 +68,6 @@ def mean_shift(
         tokens: (B, N, D), the fixed sample that the modes move over.
         scale: inverse temperature of the kernel, see :func:`attention`.
         num_iterations: 1 is the method's own step; more approach the modes of the density.
-        log_kernel: see :func:`attention`.
 
     Returns:
         (B, Q, D).
@@ -90,9 +78,8 @@ def mean_shift(
     if num_iterations < 1:
         raise InputError(f"num_iterations is {num_iterations}; mean-shift needs at least 1.")
     modes, tokens = queries[:, None], tokens[:, None]  # without an axis of heads it is not fused
-    mask = None if log_kernel is None else log_kernel[:, None].to(tokens.dtype)
     for _ in range(num_iterations):
-        modes = F.scaled_dot_product_attention(modes, tokens, tokens, mask, scale=scale)
+        modes = F.scaled_dot_product_attention(modes, tokens, tokens, scale=scale)
     return modes[:, 0]
 
 

@@ -99,9 +99,13 @@ def assert_equal(ours: torch.Tensor, reference: torch.Tensor, what: str) -> None
 
 
 def test_encodings(golden: Golden) -> None:
-    assert_equal(golden.model.teacher.tokens(golden["view0"]), golden["teacher_tokens"], "teacher")
+    assert_equal(
+        golden.model.teacher.backbone.forward_tokens(golden["view0"]),
+        golden["teacher_tokens"],
+        "teacher",
+    )
     for index in range(2):
-        tokens = golden.model.student.tokens(golden.group(index)[0])
+        tokens = golden.model.student.backbone.forward_tokens(golden.group(index)[0])
         assert_equal(tokens, golden[f"group{index}.enc_s"], f"student group {index}")
 
 

@@ -105,7 +105,6 @@ model = L(FLSL)(
         center_momentum=0.9,
         sinkhorn_steps=0,
     ),
-    norm_modes=False,
     # Training in stages: the teacher_backbone.pth of an earlier run, which must have the same
     # patch size, guides the attention towards the teacher's view; see schedules.mixture_bias.
     previous_stage=L(load_previous_stage)(weights="", num_blocks=None, scale=0.2, sharpness=1e4),
@@ -113,10 +112,7 @@ model = L(FLSL)(
     pack_views=True,
     # Against features that are a map of places (docs/METHOD.md); the published run is as here.
     partner="similarity",
-    teacher_positions=True,
     position_drop=0.0,
-    position_jitter="none",
-    place_bandwidth=0.0,
     position_share=1.0,
     image_share=1.0,
     token_share=1.0,

@@ -9,10 +9,6 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from flsl_d2.errors import InputError
-from flsl_d2.modeling.transfer import to_device
-
-# Largest shift, in sides of the grid, and largest scale of jittered positions.
-_MAX_SHIFT, _MAX_SCALE = 2.0, 1.5
 
 
 def sincos_positions(embed_dim: int, grid_size: int) -> Tensor:
@@ -59,33 +55,6 @@ def sincos_at(rows: Tensor, columns: Tensor, embed_dim: int) -> Tensor:
     by_column = encode(columns)[..., None, :, :].expand(shape)
     by_row = encode(rows)[..., :, None, :].expand(shape)
     return torch.cat([by_column, by_row], dim=-1)
-
-
-def jittered_positions(
-    num_images: int, grid: tuple[int, int], side: int, embed_dim: int, device: torch.device
-) -> Tensor:
-    """Sine-cosine positions that are shifted and scaled at random for each image and axis.
-
-    Token i of n along an axis gets the coordinate
-    ``s (i - (n - 1) / 2) G / n + (G - 1) / 2 + t`` with t uniform in -2 G to 2 G and log s uniform
-    in -log 1.5 to log 1.5, drawn from PyTorch's generator of the CPU. With s = 1 and t = 0 these
-    are the positions of the table. Neighbours stay neighbours, and the place in the view is lost.
-
-    Args:
-        grid: rows H and columns W of tokens.
-        side: G, side of the grid that the table of positions is made for.
-
-    Returns:
-        (B, H, W, D) float32.
-    """
-    scale = _MAX_SCALE ** (2 * torch.rand(2, num_images, 1) - 1)
-    shift = _MAX_SHIFT * side * (2 * torch.rand(2, num_images, 1) - 1)
-    scale, shift = to_device(scale, device), to_device(shift, device)
-    rows, columns = (
-        s * (torch.arange(n, device=device) - (n - 1) / 2) * side / n + (side - 1) / 2 + t
-        for n, s, t in zip(grid, scale, shift, strict=True)
-    )
-    return sincos_at(rows, columns, embed_dim)
 
 
 def grid_of_table(num_positions: int) -> int:

@@ -26,15 +26,12 @@ from flsl_d2.modeling.encoder import VIT_SIZES
 from flsl_d2.modeling.encoder_state import fit_encoder_state
 from flsl_d2.modeling.pixels import InputFormat, PixelAdapter
 from flsl_d2.modeling.positions import (
-    grid_of_table,
-    jittered_positions,
     resample_positions,
     sincos_positions,
 )
 
-# Positions that a pass may add to the patches: those of the table, those of
-# flsl_d2.modeling.positions.jittered_positions, or none.
-POSITIONS = ("own", "jittered", "none")
+# Positions that a pass may add to the patches: those of the table, or none.
+POSITIONS = ("own", "none")
 
 # A child of Detectron2's logger, so that the line appears in projects that only set up that one.
 logger = logging.getLogger("detectron2.flsl_d2")
@@ -342,11 +339,6 @@ class FLSLViT(Backbone):
         grid = (tokens.shape[1], tokens.shape[2])
         if positions == "none":
             return tokens.to(self.pos_embed.dtype)  # as precise as the sum with positions
-        if positions == "jittered":
-            side = grid_of_table(self.pos_embed.shape[1])
-            return tokens + jittered_positions(
-                len(tokens), grid, side, self.embed_dim, tokens.device
-            )
         return tokens + self.positions_of(grid)
 
     def positions_of(self, grid: tuple[int, int]) -> Tensor:

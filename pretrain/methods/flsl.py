@@ -21,12 +21,7 @@ from pretrain.methods.base import BaseMethod, feature_std
 from pretrain.methods.flsl_objective import FLSLLoss
 from pretrain.methods.flsl_switches import check_switches
 from pretrain.methods.masking import TokenDecoder
-from pretrain.methods.places import (
-    VarianceBound,
-    log_place_kernel,
-    places_of_tokens,
-    tokens_at,
-)
+from pretrain.methods.places import VarianceBound, token_centres, tokens_at
 from pretrain.methods.previous_stage import PreviousStage
 from pretrain.methods.protocol import Losses, Monitored, StepInputs
 from pretrain.schedules import StepValues
@@ -39,18 +34,11 @@ class EncoderWithHead(nn.Module):
     Args:
         backbone: the encoder.
         head: the head, which maps modes to centroids.
-        norm_modes: whether the final LayerNorm is applied to modes instead of tokens.
     """
 
-    def __init__(self, backbone: FLSLViT, head: FLSLHead, norm_modes: bool = False) -> None:
+    def __init__(self, backbone: FLSLViT, head: FLSLHead) -> None:
         super().__init__()
-        self.backbone, self.head, self.norm_modes = backbone, head, norm_modes
-
-    def tokens(self, images: Tensor, positions: str = "own") -> Tensor:
-        """Images (B, 3, H, W) to tokens (B, N, D)."""
-        if not isinstance(self.backbone, FLSLViT):
-            return self.backbone.forward_tokens(images)
-        return self.backbone.forward_tokens(images, self._num_blocks, positions)
+        self.backbone, self.head = backbone, head
 
     def packed_tokens(
         self,
@@ -58,18 +46,10 @@ class EncoderWithHead(nn.Module):
         positions: str = "own",
         kept: Sequence[Tensor | None] | None = None,
     ) -> list[Tensor]:
-        """:meth:`tokens` of images of several sizes, in one pass for a ``FLSLViT``."""
+        """Tokens (B, N, D) of images of several sizes, in one pass for a ``FLSLViT``."""
         if not isinstance(self.backbone, FLSLViT):
             return [self.backbone.forward_tokens(images) for images in batches]
-        return self.backbone.forward_packed(batches, self._num_blocks, positions, kept)
-
-    @property
-    def _num_blocks(self) -> int | None:
-        return self.backbone.depth if self.norm_modes else None  # a number leaves the norm out
-
-    def logits(self, modes: Tensor) -> Tensor:
-        """Modes (..., D) to logits (..., K)."""
-        return self.head(self.backbone.final_norm(modes) if self.norm_modes else modes)
+        return self.backbone.forward_packed(batches, None, positions, kept)
 
 
 class FLSL(BaseMethod):
@@ -81,7 +61,6 @@ class FLSL(BaseMethod):
         backbone: encoder of the student; the teacher is a copy without stochastic depth.
         head: projection head of the student.
         loss: the objective.
-        norm_modes: see :class:`EncoderWithHead`.
         previous_stage: teacher of an earlier run, whose attention is mixed into the teacher's;
             None for training in one stage.
         pack_views: whether student views of all sizes are encoded in one pass; see
@@ -92,18 +71,8 @@ class FLSL(BaseMethod):
             own token where the query's patch came from,
             ``m+_n = sum_j softmax_j(s_ca z+_n.z+_j) z+_j`` for each token n of the teacher, whose
             logits ``g_t(m+_n)`` are interpolated bilinearly in the teacher's grid.
-        teacher_positions: whether positions are added to the teacher's patches. Without them no
-            target depends on a place other than through the image, so that features which are a
-            map of places earn nothing.
         position_drop: probability that the student's patches get no positions in a step, drawn
-            from the step's seed. Without positions in the teacher it keeps the encoder usable
-            with positions and without.
-        position_jitter: whose positions are shifted and scaled at random for each image
-            (:func:`flsl_d2.modeling.positions.jittered_positions`): ``none``, ``teacher`` or
-            ``both``. A target then depends on a place by its neighbours alone.
-        place_bandwidth: standard deviation h, in sides of the teacher's view, of a Gaussian kernel
-            of places that every kernel of mean-shift is multiplied by
-            (:func:`pretrain.methods.places.log_place_kernel`); 0 for features alone, as published.
+            from the step's seed; keeps the encoder usable with positions and without.
         position_share: largest share of the variance of the targets' logits that a token's place
             in the teacher's view may explain (:class:`pretrain.methods.places.VarianceBound`); 1
             for no bound. It needs ``partner=place``.
@@ -128,20 +97,16 @@ class FLSL(BaseMethod):
         backbone: FLSLViT,
         head: FLSLHead,
         loss: FLSLLoss,
-        norm_modes: bool = False,
         previous_stage: PreviousStage | None = None,
         pack_views: bool = True,
         partner: str = "similarity",
-        teacher_positions: bool = True,
         position_drop: float = 0.0,
-        position_jitter: str = "none",
-        place_bandwidth: float = 0.0,
         position_share: float = 1.0,
         image_share: float = 1.0,
         token_share: float = 1.0,
         prediction_blocks: int = 0,
     ) -> None:
-        super().__init__(EncoderWithHead(backbone, head, norm_modes), has_teacher=True)
+        super().__init__(EncoderWithHead(backbone, head), has_teacher=True)
         num_centroids = len(head.last_layer.weight_v)
         if len(loss.log_prior) != num_centroids:
             raise InputError(
@@ -151,13 +116,9 @@ class FLSL(BaseMethod):
         check_switches(
             backbone,
             previous_stage,
-            norm_modes=norm_modes,
             pack_views=pack_views,
             partner=partner,
-            teacher_positions=teacher_positions,
             position_drop=position_drop,
-            position_jitter=position_jitter,
-            place_bandwidth=place_bandwidth,
             position_share=position_share,
             image_share=image_share,
             token_share=token_share,
@@ -174,16 +135,12 @@ class FLSL(BaseMethod):
         self.needs_crops = previous_stage is not None
         self.num_centroids = num_centroids
         self.partner, self.position_drop = partner, position_drop
-        self.token_share, self.place_bandwidth = token_share, place_bandwidth
-        self._uses_places = partner == "place" or place_bandwidth > 0
+        self.token_share = token_share
         self.variance_bound: VarianceBound | None = None
         if min(position_share, image_share) < 1:
             self.variance_bound = VarianceBound(
                 backbone.pos_embed.shape[1], num_centroids, position_share, image_share
             )
-        jittered = {"none": "own", "teacher": "jittered", "both": "jittered"}[position_jitter]
-        self.teacher_positions = jittered if teacher_positions else "none"
-        self.student_positions = "jittered" if position_jitter == "both" else "own"
         self.loss = loss
 
     def check_run(self, views: object, images: int) -> None:
@@ -208,13 +165,14 @@ class FLSL(BaseMethod):
         teacher_view, *student_views = [self.normalised(view) for view in inputs.views]
         queries = inputs.queries
         priors = self._priors(inputs) if self.previous_stage else [None] * len(queries)
-        places = inputs.places if self._uses_places else [None] * len(queries)
+        by_place = self.partner == "place"
+        places = inputs.places if by_place else [None] * len(queries)
         groups = _groups_of_one_size(student_views, queries, priors, places)
         student_tokens, splits = self._student_tokens(groups)
         # The teacher comes second, so that the student's draws do not depend on the teacher's.
         with torch.no_grad():
-            teacher_tokens = self.teacher.tokens(teacher_view, self.teacher_positions)  # (B, N, D)
-            if self.partner == "place":
+            teacher_tokens = self.teacher.backbone.forward_tokens(teacher_view)  # (B, N, D)
+            if by_place:
                 place_logits = self._place_logits(teacher_tokens, values.cross_scale * scale)
         parts = []
         for group, tokens, split in zip(groups, student_tokens, splits, strict=True):
@@ -222,40 +180,35 @@ class FLSL(BaseMethod):
             indexes, points = torch.cat(view_indexes) if split is None else split[0], tokens
             if split is None:
                 points = gather_tokens(tokens, indexes)  # (V * B, Q, D)
-            kernel = None
-            if self._uses_places:
+            if by_place:
                 num_tokens = tokens.shape[1] if split is None else sum(x.shape[1] for x in split)
-                grid = places_of_tokens(num_tokens, torch.cat(boxes))
+                grid = token_centres(num_tokens, torch.cat(boxes))
                 xy = gather_tokens(grid, indexes)
-                own = grid if split is None else xy  # all tokens that are encoded
-                kernel = log_place_kernel(xy, own, self.place_bandwidth)
-            modes = compared = mean_shift(points, tokens, values.self_scale * scale, 1, kernel)
+            modes = compared = mean_shift(points, tokens, values.self_scale * scale)
             if split is not None and self.decoder is not None:
                 predicted = self.decoder.predict_masked(tokens, self.mask_token, *split)
                 compared = torch.cat([modes, predicted], dim=1)
                 xy = gather_tokens(grid, torch.cat(split, dim=1))
             with torch.no_grad():
-                if self.partner == "place":
+                if by_place:
                     targets = tokens_at(place_logits.repeat(len(group), 1, 1), xy)
                 else:
                     keys = teacher_tokens.repeat(len(group), 1, 1)
-                    kernel = self._kernel_in_teacher(keys, xy) if self.place_bandwidth else None
                     targets = self._cross_modes(
                         points,
                         keys,
                         values.cross_scale * scale,
                         group_priors,
                         values.own_attention,
-                        kernel,
                     )
             parts.append([x.flatten(0, 1) for x in (points, modes, compared, targets)])
         points, modes, compared, targets = (torch.cat(part) for part in zip(*parts, strict=True))
         with torch.no_grad():
-            teacher_logits = targets if self.partner == "place" else self.teacher.logits(targets)
+            teacher_logits = targets if by_place else self.teacher.head(targets)
         losses, monitored = self.loss(
             points,
             modes,
-            self.student.logits(compared),
+            self.student.head(compared),
             teacher_logits,
             intra_weight=values.intra_weight,
             teacher_temp=values.teacher_temp,
@@ -280,25 +233,17 @@ class FLSL(BaseMethod):
         # Nothing is drawn without the switch, so that stochastic depth draws what it did.
         dropped = self.training and self.position_drop > 0
         drop = dropped and float(torch.rand(())) < self.position_drop
-        positions = "none" if drop else self.student_positions
+        positions = "none" if drop else "own"
         if self.pack_views:
             kept = [None if split is None else split[0] for split in splits]
             return self.student.packed_tokens(batches, positions, kept), splits
-        return [self.student.tokens(images, positions) for images in batches], splits
+        encoded = [self.student.packed_tokens([images], positions) for images in batches]
+        return [tokens for (tokens,) in encoded], splits
 
     def _place_logits(self, teacher_tokens: Tensor, scale: float) -> Tensor:
         """Logits (B, N, K) of the modes of the teacher's tokens (B, N, D) within its view."""
-        kernel = self._kernel_in_teacher(teacher_tokens) if self.place_bandwidth else None
-        modes = mean_shift(teacher_tokens, teacher_tokens, scale, 1, kernel)
-        logits = self.teacher.logits(modes)
+        logits = self.teacher.head(mean_shift(teacher_tokens, teacher_tokens, scale))
         return logits if self.variance_bound is None else self.variance_bound(logits)
-
-    def _kernel_in_teacher(self, teacher_tokens: Tensor, xy: Tensor | None = None) -> Tensor | None:
-        """Logarithm of the kernel of places from ``xy`` (B, Q, 2), or from every token, to all."""
-        whole = teacher_tokens.new_zeros(1, 4)
-        whole[:, 2:] = 1.0
-        places = places_of_tokens(teacher_tokens.shape[1], whole)
-        return log_place_kernel(places if xy is None else xy, places, self.place_bandwidth)
 
     def _cross_modes(
         self,
@@ -307,12 +252,11 @@ class FLSL(BaseMethod):
         scale: float,
         priors: Sequence[Tensor | None],
         own_attention: float,
-        log_kernel: Tensor | None = None,
     ) -> Tensor:
         """Modes in the teacher's view, with the previous stage's attention mixed in, if any."""
         if priors[0] is None:
-            return mean_shift(starts, keys, scale, 1, log_kernel)
-        own = attention(starts, keys, scale, log_kernel)
+            return mean_shift(starts, keys, scale)
+        own = attention(starts, keys, scale)
         prior = torch.cat([each for each in priors if each is not None])
         return mix_attention(own, prior.to(own.dtype), own_attention) @ keys
 

@@ -10,21 +10,15 @@ from pretrain.methods.previous_stage import PreviousStage
 
 # Ways to find the partner of a query in the teacher's view.
 PARTNERS = ("similarity", "place")
-# Networks whose positions are jittered.
-JITTERED = ("none", "teacher", "both")
 
 
 def check_switches(
     backbone: nn.Module,
     previous_stage: PreviousStage | None,
     *,
-    norm_modes: bool,
     pack_views: bool,
     partner: str,
-    teacher_positions: bool,
     position_drop: float,
-    position_jitter: str,
-    place_bandwidth: float,
     position_share: float,
     image_share: float,
     token_share: float,
@@ -41,11 +35,8 @@ def check_switches(
         "token_share": token_share,
     }
     of_tokens = {
-        "norm_modes": norm_modes,
         "previous_stage": previous_stage is not None,
-        "teacher_positions": not teacher_positions,
         "position_drop": position_drop > 0,
-        "position_jitter": position_jitter != "none",
         **{name: share < 1 for name, share in shares.items()},
     }
     if not isinstance(backbone, FLSLViT) and any(of_tokens.values()):
@@ -62,18 +53,9 @@ def check_switches(
         )
     if partner not in PARTNERS:
         raise InputError(f"model.partner is '{partner}'; use one of {', '.join(PARTNERS)}.")
-    if position_jitter not in JITTERED:
-        raise InputError(
-            f"model.position_jitter is '{position_jitter}'; use one of {', '.join(JITTERED)}."
-        )
     if not 0 <= position_drop <= 1:
         raise InputError(
             f"model.position_drop is {position_drop}, a probability; use a value from 0 to 1."
-        )
-    if place_bandwidth < 0:
-        raise InputError(
-            f"model.place_bandwidth is {place_bandwidth}, a standard deviation; use a value above "
-            "0, or 0 for no kernel of places."
         )
     for name, share in shares.items():
         if not 0 < share <= 1:

@@ -109,11 +109,11 @@ class NaViT(FLSL):
             parts.append((points[0], modes[0], cross_modes[0]))
         points, modes, cross_modes = (torch.cat(part) for part in zip(*parts, strict=True))
         with torch.no_grad():
-            teacher_logits = self.teacher.logits(cross_modes)
+            teacher_logits = self.teacher.head(cross_modes)
         losses, monitored = self.loss(
             points,
             modes,
-            self.student.logits(modes),
+            self.student.head(modes),
             teacher_logits,
             intra_weight=values.intra_weight,
             teacher_temp=values.teacher_temp,

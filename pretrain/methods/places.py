@@ -15,8 +15,8 @@ from flsl_d2.errors import InputError
 from pretrain.methods.flsl_objective import mean_over_ranks
 
 
-def places_of_tokens(num_tokens: int, places: Tensor) -> Tensor:
-    """Centres of a view's patches in the teacher's view.
+def token_centres(num_tokens: int, boxes: Tensor) -> Tensor:
+    """Centres of a view's patches in the teacher's view, or in the image.
 
     Token ``n`` of a view of G x G tokens has its centre at ``((n mod G) + 1/2) / G`` of the view's
     width and ``(floor(n / G) + 1/2) / G`` of its height; the view's box takes that into the
@@ -24,37 +24,17 @@ def places_of_tokens(num_tokens: int, places: Tensor) -> Tensor:
 
     Args:
         num_tokens: number N of tokens of the view, G * G.
-        places: (B, 4), see :class:`pretrain.methods.protocol.StepInputs`.
+        boxes: (B, 4), ``places`` of :class:`pretrain.methods.protocol.StepInputs`.
 
     Returns:
-        (B, N, 2): x and y as shares of the teacher's view.
+        (B, N, 2): x and y as shares.
     """
     side = math.isqrt(num_tokens)
-    indexes = torch.arange(num_tokens, device=places.device)
-    top, left, height, width = places[..., None].unbind(1)  # each (B, 1)
+    indexes = torch.arange(num_tokens, device=boxes.device)
+    top, left, height, width = boxes[..., None].unbind(1)  # each (B, 1)
     x = left + (indexes % side + 0.5) / side * width
     y = top + (indexes.div(side, rounding_mode="floor") + 0.5) / side * height
     return torch.stack([x, y], dim=-1)
-
-
-def log_place_kernel(queries: Tensor, tokens: Tensor, bandwidth: float) -> Tensor | None:
-    """Logarithm of a Gaussian kernel of places, ``-|x_i - x_j|^2 / (2 bandwidth^2)``.
-
-    Added to the logits of mean-shift it makes a joint kernel of features and places (Comaniciu and
-    Meer, TPAMI 2002, Sec. 4): a mode is the mean of tokens that are alike and near.
-
-    Args:
-        queries: (B, Q, 2) places.
-        tokens: (B, N, 2) places.
-        bandwidth: standard deviation in the unit of the places; 0 for no kernel of places.
-
-    Returns:
-        (B, Q, N); None without a kernel.
-    """
-    if not bandwidth:
-        return None
-    distances = queries[:, :, None] - tokens[:, None]
-    return distances.square().sum(dim=-1) / (-2 * bandwidth**2)
 
 
 def tokens_at(tokens: Tensor, xy: Tensor) -> Tensor:

@@ -5,7 +5,6 @@ Shape suffixes: B images, N tokens of a view, D width, M matches, F width of the
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 
 import torch
@@ -26,6 +25,7 @@ from pretrain.methods.base import (
     global_output,
     mlp,
 )
+from pretrain.methods.places import token_centres
 from pretrain.methods.protocol import Losses, Monitored, StepInputs
 from pretrain.schedules import StepValues
 
@@ -161,7 +161,7 @@ class VICRegL(BaseMethod):
         outputs = self.student.head(global_output(tokens)).float().chunk(len(views))
         maps = [self.student.local_head(view).float() for view in tokens]
         centres = [
-            token_centres(box, math.isqrt(view.shape[1])).flatten(1, 2)
+            token_centres(view.shape[1], box)
             for box, view in zip(inputs.places, tokens, strict=True)
         ]
         pairs = [(a, b) for a in range(inputs.num_global) for b in range(len(views)) if a != b]
@@ -207,20 +207,3 @@ def nearest_pairs(distances: Tensor, limit: int | None) -> tuple[Tensor, Tensor]
     count = distances.shape[1] if limit is None else limit
     kept = smallest.sort(dim=1).indices[:, :count].sort(dim=1).values
     return kept, nearest.gather(1, kept)
-
-
-def token_centres(boxes: Tensor, side: int) -> Tensor:
-    """Centres of a view's patches in the image, as shares of it.
-
-    Args:
-        boxes: (B, 4), ``places`` of :class:`pretrain.methods.protocol.StepInputs`.
-        side: number of tokens along each side of the view.
-
-    Returns:
-        (B, side, side, 2): x and y.
-    """
-    centres = (torch.arange(side, device=boxes.device) + 0.5) / side
-    top, left, height, width = boxes[..., None].unbind(1)
-    x = (left + centres * width)[:, None, :].expand(-1, side, -1)
-    y = (top + centres * height)[:, :, None].expand(-1, -1, side)
-    return torch.stack([x, y], dim=-1)

@@ -14,7 +14,7 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from flsl_d2.errors import InputError
-from flsl_d2.modeling import FLSLViT, positions
+from flsl_d2.modeling import FLSLViT
 from flsl_d2.modeling.attention import window_key_mask
 from flsl_d2.modeling.vit import evenly_spread_blocks
 from pretrain.studies.benchmark.measuring import stored_for_backward
@@ -361,30 +361,7 @@ def test_a_table_loaded_into_another_grid_is_the_one_of_images_of_that_size(offs
 
 
 class TestPositions:
-    """Positions of a pass: those of the table, jittered ones, none."""
-
-    def test_jittered_ones_without_jitter_are_those_of_the_table(self, monkeypatch):
-        monkeypatch.setattr(positions, "_MAX_SHIFT", 0.0)
-        monkeypatch.setattr(positions, "_MAX_SCALE", 1.0)
-        model = FLSLViT(img_size=64, **SMALL).eval()
-        images = torch.randn(2, 3, 64, 64)
-        # Coordinates of up to 3 in single precision.
-        torch.testing.assert_close(
-            model.embed(images, "jittered"), model.embed(images), rtol=1e-5, atol=1e-5
-        )
-
-    def test_jitter_shifts_and_scales_each_image_and_axis(self):
-        torch.manual_seed(0)
-        out = positions.jittered_positions(500, (3, 5), 4, 8, torch.device("cpu"))
-        assert out.shape == (500, 3, 5, 8)
-        # The first frequency is 1, so sine and cosine give the coordinate up to full turns.
-        for axis, along, n in ((0, 2, 5), (4, 1, 3)):  # the first half encodes the column
-            line = out.select(3 - along, 0)
-            angle = torch.atan2(line[..., axis], line[..., axis + 2])
-            step = (angle[:, 1] - angle[:, 0]).remainder(2 * torch.pi) * n / 4
-            assert step.min() > 1 / 1.5 - 1e-3
-            assert step.max() < 1.5 + 1e-3
-            assert step.std() > 0.1
+    """Positions of a pass: those of the table, or none."""
 
     def test_without_any_patches_do_not_know_their_place(self):
         model = FLSLViT(img_size=64, **SMALL).eval()

@@ -134,8 +134,8 @@ def test_navit():
         expected, _ = method.loss(
             points,
             modes,
-            student.logits(modes),
-            teacher.logits(cross_modes),
+            student.head(modes),
+            teacher.head(cross_modes),
             intra_weight=VALUES.intra_weight,
             teacher_temp=VALUES.teacher_temp,
         )

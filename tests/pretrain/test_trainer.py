@@ -180,18 +180,6 @@ def test_the_step_of_a_stop_is_read_before_its_checkpoint():
     assert [step for _, step in trainer.storage.history("loss").values()] == [1, 2, 3]
 
 
-def test_norm_on_modes_instead_of_tokens():
-    a, b = small_model(), small_model(norm_modes=True)
-    images = torch.randn(1, 3, 32, 32)
-    torch.testing.assert_close(
-        b.teacher.backbone.final_norm(b.teacher.tokens(images)), a.teacher.tokens(images)
-    )
-    modes = torch.randn(1, 5, 24)
-    torch.testing.assert_close(
-        b.teacher.logits(modes), a.teacher.logits(a.teacher.backbone.final_norm(modes))
-    )
-
-
 def test_weight_decay_spares_biases_and_norms():
     model = small_model()
     decayed, exempt = build_adamw(model).param_groups
