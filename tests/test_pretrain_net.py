@@ -178,7 +178,6 @@ def test_learns_on_real_images(datasets_root, tmp_path):
         ("train.precision=fp8", "'fp8'"),
         ("train.output_dir=/proc/no", "/proc/no"),
         ("train.device=cuda", "cuda"),
-        ("model.loss.prior=[0.5,0.5]", "2 shares for 32"),
         ("model.previous_stage.weights=/nowhere.pth", "/nowhere.pth"),
         ("schedules.mixture_bias=2", "mixture_bias is 2"),
     ],

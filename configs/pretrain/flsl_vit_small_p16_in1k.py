@@ -100,9 +100,6 @@ model = L(FLSL)(
         inter_weight=1.0,
         volume_weight=5.0,
         student_temp=0.1,
-        prior=None,
-        centering=False,
-        center_momentum=0.9,
         sinkhorn_steps=0,
     ),
     # Training in stages: the teacher_backbone.pth of an earlier run, which must have the same

@@ -108,9 +108,9 @@ class FLSL(BaseMethod):
     ) -> None:
         super().__init__(EncoderWithHead(backbone, head), has_teacher=True)
         num_centroids = len(head.last_layer.weight_v)
-        if len(loss.log_prior) != num_centroids:
+        if loss.num_centroids != num_centroids:
             raise InputError(
-                f"the head has {num_centroids} centroids and the loss {len(loss.log_prior)}; "
+                f"the head has {num_centroids} centroids and the loss {loss.num_centroids}; "
                 "set both to the same number."
             )
         check_switches(

@@ -13,8 +13,6 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from flsl_d2.errors import InputError
-
 # Number of probabilities, queries times centroids, that are computed at a time (16 MiB).
 _CHUNK = 2**22
 
@@ -56,18 +54,15 @@ def inter_view_loss(log_probs: Tensor, targets: Tensor) -> Tensor:
     return -(targets * log_probs).sum(dim=-1).mean()
 
 
-def volume_loss(mean_probs: Tensor, log_prior: Tensor) -> Tensor:
-    """Divergence that keeps clusters filled: ``KL(mean p || prior)``.
-
-    It is ``sum_k p_k (log p_k - log prior_k)``.
+def volume_loss(mean_probs: Tensor) -> Tensor:
+    """Divergence from uniform that keeps clusters filled: ``sum_k p_k (log p_k + log K)``.
 
     Args:
         mean_probs: (K,) mean assignment over all queries of all ranks.
-        log_prior: (K,) logarithm of the prior; uniform is ``-log K``.
     """
     # p log p is 0 at p = 0, but its logarithm is not finite there and would make it NaN.
     log_mean = mean_probs.clamp_min(torch.finfo(mean_probs.dtype).tiny).log()
-    return (mean_probs * (log_mean - log_prior)).sum()
+    return (mean_probs * (log_mean + math.log(len(mean_probs)))).sum()
 
 
 def mean_over_ranks(values: Tensor) -> Tensor:
@@ -84,24 +79,24 @@ def mean_over_ranks(values: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def sinkhorn_shift(logits: Tensor, log_prior: Tensor, temperature: float, num_steps: int) -> Tensor:
-    """Shift b of the teacher's logits under which the mean assignment approaches the prior.
+def sinkhorn_shift(logits: Tensor, temperature: float, num_steps: int) -> Tensor:
+    """Shift b of the teacher's logits under which the mean assignment approaches uniform.
 
     Sinkhorn-Knopp as in SwAV (arXiv 2006.09882) scales the columns of the assignment to their
     share and the rows to 1 in turn. The rows come last, so the result is a softmax of shifted
     logits, ``p+_ik = softmax_k(logits_ik / temperature + b_k)``, and a step of it is
-    ``b_k += log prior_k - log mean_i p+_ik``, the mean over the queries of all ranks.
+    ``b_k -= log K + log mean_i p+_ik``, the mean over the queries of all ranks.
 
     Args:
         logits: (Q, K).
-        log_prior: (K,) logarithm of the prior.
         temperature: tau_t.
         num_steps: number of steps; three are usual.
 
     Returns:
         b (K,).
     """
-    shift = torch.zeros_like(log_prior)
+    count = logits.shape[1]
+    shift = logits.new_zeros(count, dtype=torch.float32)
     rows = max(_CHUNK // logits.shape[1], 1)
     for _ in range(num_steps):
         parts = [
@@ -109,7 +104,7 @@ def sinkhorn_shift(logits: Tensor, log_prior: Tensor, temperature: float, num_st
             for part in logits.split(rows)
         ]
         mean = mean_over_ranks(torch.stack(parts).sum(dim=0) / len(logits))
-        shift = shift + log_prior - mean.clamp_min(torch.finfo(mean.dtype).tiny).log()
+        shift = shift - math.log(count) - mean.clamp_min(torch.finfo(mean.dtype).tiny).log()
     return shift
 
 
@@ -127,7 +122,7 @@ class FLSLLoss(nn.Module):
                 inter -= p_plus[i, k] * log(p[i, k]) / Q
                 mean[k] += p[i, k] / Q          # mean over ranks, too
         for k in range(K):
-            volume += mean[k] * (log(mean[k]) - log(prior[k]))
+            volume += mean[k] * (log(mean[k]) + log(K))
 
     Logits of more than 16 MiB are worked off a part of the queries at a time, and their softmaxes
     are computed again in the backward pass, so that nothing else of their size is kept.
@@ -137,16 +132,8 @@ class FLSLLoss(nn.Module):
         inter_weight: eta.
         volume_weight: gamma; 0 leaves the volume term out.
         student_temp: tau_s.
-        prior: K shares that sum to 1; None for uniform.
-        centering: whether a running mean is subtracted from the teacher's logits, as DINO does
-            (arXiv 2104.14294, Eq. 4), usually with ``volume_weight`` 0.
-        center_momentum: momentum of that running mean.
-        sinkhorn_steps: number of steps of :func:`sinkhorn_shift` that bring the mean of the targets
-            to the prior, usually with ``volume_weight`` 0; 0 leaves the targets as they are.
-
-    Raises:
-        InputError: the prior has another length, a share that is not positive, or a sum other
-            than 1.
+        sinkhorn_steps: number of steps of :func:`sinkhorn_shift` that even out the mean of the
+            targets, usually with ``volume_weight`` 0; 0 leaves the targets as they are.
     """
 
     def __init__(
@@ -155,19 +142,12 @@ class FLSLLoss(nn.Module):
         inter_weight: float = 1.0,
         volume_weight: float = 5.0,
         student_temp: float = 0.1,
-        prior: list[float] | None = None,
-        centering: bool = False,
-        center_momentum: float = 0.9,
         sinkhorn_steps: int = 0,
     ) -> None:
         super().__init__()
         self.inter_weight, self.volume_weight = inter_weight, volume_weight
-        self.student_temp = student_temp
-        self.center_momentum, self.sinkhorn_steps = center_momentum, sinkhorn_steps
-        self.log_prior: Tensor
-        self.center: Tensor | None
-        self.register_buffer("log_prior", _log_prior(prior, num_centroids), persistent=False)
-        self.register_buffer("center", torch.zeros(num_centroids) if centering else None)
+        self.student_temp, self.sinkhorn_steps = student_temp, sinkhorn_steps
+        self.num_centroids = num_centroids
 
     def forward(
         self,
@@ -195,12 +175,8 @@ class FLSLLoss(nn.Module):
             probabilities.
         """
         teacher_logits = teacher_logits.detach()
-        if self.center is not None:
-            teacher_logits = self._centered(teacher_logits.float(), self.center)
         if self.sinkhorn_steps:
-            shift = sinkhorn_shift(
-                teacher_logits, self.log_prior, teacher_temp, self.sinkhorn_steps
-            )
+            shift = sinkhorn_shift(teacher_logits, teacher_temp, self.sinkhorn_steps)
             teacher_logits = teacher_logits.float() + teacher_temp * shift
         intra = intra_view_loss(queries, modes)
         inter, mean_probs, mean_targets = self._compare(
@@ -208,7 +184,7 @@ class FLSLLoss(nn.Module):
         )
         volume = intra.new_zeros(())
         if self.volume_weight:
-            volume = volume_loss(mean_over_ranks(mean_probs), self.log_prior)
+            volume = volume_loss(mean_over_ranks(mean_probs))
         total = intra_weight * intra + self.inter_weight * inter + self.volume_weight * volume
         losses = {
             "loss": total,
@@ -217,7 +193,7 @@ class FLSLLoss(nn.Module):
             "loss_volume": volume,
         }
         monitored = {
-            "assigned": _counts(teacher_logits.argmax(dim=-1), len(self.log_prior)),
+            "assigned": _counts(teacher_logits.argmax(dim=-1), self.num_centroids),
             "mean_assignment": mean_targets,
         }
         return losses, monitored
@@ -243,31 +219,8 @@ class FLSLLoss(nn.Module):
             parts.append([mean * (len(part[0]) / count) for mean in means])
         return tuple(torch.stack(means).sum(dim=0) for means in zip(*parts, strict=True))
 
-    @torch.no_grad()
-    def _centered(self, teacher_logits: Tensor, center: Tensor) -> Tensor:
-        centered = teacher_logits - center
-        if self.training:
-            center.lerp_(mean_over_ranks(teacher_logits.mean(dim=0)), 1 - self.center_momentum)
-        return centered
-
 
 def _counts(labels: Tensor, num_labels: int) -> Tensor:
     """Count each label, without ``bincount``, which makes a GPU wait for the largest label."""
     counts = labels.new_zeros(num_labels)
     return counts.index_add_(0, labels, torch.ones_like(labels))
-
-
-def _log_prior(prior: list[float] | None, num_centroids: int) -> Tensor:
-    if prior is None:
-        return torch.full((num_centroids,), -math.log(num_centroids))
-    shares = torch.as_tensor(list(prior), dtype=torch.float64)
-    if len(shares) != num_centroids:
-        raise InputError(
-            f"the prior has {len(shares)} shares for {num_centroids} centroids; give one for each."
-        )
-    if not bool((shares > 0).all()) or abs(shares.sum().item() - 1) > 1e-6:
-        raise InputError(
-            f"the prior's smallest share is {shares.min().item():g} and its sum is "
-            f"{shares.sum().item():g}; shares must be positive and sum to 1."
-        )
-    return shares.log().float()

@@ -112,7 +112,6 @@ def run_step(cfg: DictConfig, folder) -> Dispatched:
         [],
         ["model.pack_views=False"],
         ["model.backbone.use_act_checkpoint=True"],
-        ["model.loss.centering=True"],
         ["views.on_device=augmentation", "train.accumulation_steps=2"],
         ["views.on_device=crops"],
         ["model.previous_stage.weights=previous.pth"],

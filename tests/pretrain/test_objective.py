@@ -12,7 +12,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from flsl_d2.errors import InputError
 from flsl_d2.modeling.vit import gather_tokens
 from pretrain.methods import flsl_objective as objective
 from pretrain.methods.flsl_objective import (
@@ -26,7 +25,7 @@ from pretrain.methods.flsl_objective import (
 from pretrain.studies.benchmark.measuring import stored_for_backward
 
 
-def by_loops(z, m, s_logits, t_logits, tau_s, tau_t, log_prior):
+def by_loops(z, m, s_logits, t_logits, tau_s, tau_t):
     """Execute the pseudocode of ``FLSLLoss``."""
     num_queries, num_centroids = s_logits.shape
     intra = inter = volume = 0.0
@@ -42,18 +41,16 @@ def by_loops(z, m, s_logits, t_logits, tau_s, tau_t, log_prior):
             inter -= q[k] * math.log(p[k]) / num_queries
             mean[k] += p[k] / num_queries
     for k in range(num_centroids):
-        volume += mean[k] * (math.log(mean[k]) - log_prior[k])
+        volume += mean[k] * (math.log(mean[k]) + math.log(num_centroids))
     return intra, inter, volume
 
 
-@pytest.mark.parametrize("prior", [None, [0.1, 0.2, 0.3, 0.15, 0.25]])
-def test_equals_its_pseudocode(prior):
+def test_equals_its_pseudocode():
     z, m = torch.randn(2, 7, 6, dtype=torch.float64)
     s_logits, t_logits = torch.rand(2, 7, 5, dtype=torch.float64) * 2 - 1
-    loss = FLSLLoss(5, inter_weight=0.7, volume_weight=3.0, student_temp=0.2, prior=prior)
+    loss = FLSLLoss(5, inter_weight=0.7, volume_weight=3.0, student_temp=0.2)
     losses, _ = loss(z, m, s_logits, t_logits, intra_weight=0.4, teacher_temp=0.05)
-    log_prior = [math.log(x) for x in prior or [1 / 5] * 5]
-    intra, inter, volume = by_loops(z, m, s_logits, t_logits, 0.2, 0.05, log_prior)
+    intra, inter, volume = by_loops(z, m, s_logits, t_logits, 0.2, 0.05)
     # The nested loops are in another order, in float32.
     assert losses["loss_intra"].item() == pytest.approx(intra, rel=1e-5)
     assert losses["loss_inter"].item() == pytest.approx(inter, rel=1e-5)
@@ -64,21 +61,21 @@ def test_equals_its_pseudocode(prior):
 
 @settings(deadline=None, max_examples=30)
 @given(st.integers(2, 50), st.integers(0, 10_000))
-def test_volume_is_zero_only_at_the_prior(num_centroids, seed):
+def test_volume_is_zero_only_where_it_is_uniform(num_centroids, seed):
     generator = torch.Generator().manual_seed(seed)
     uniform = torch.full((num_centroids,), 1 / num_centroids)
     # Rounding of float32.
-    assert volume_loss(uniform, uniform.log()).item() == pytest.approx(0, abs=1e-6)
+    assert volume_loss(uniform).item() == pytest.approx(0, abs=1e-6)
     other = torch.rand(num_centroids, generator=generator).softmax(0)
-    assert volume_loss(other, uniform.log()).item() >= -1e-6
+    assert volume_loss(other).item() >= -1e-6
     one = torch.zeros(num_centroids)
     one[0] = 1
-    assert volume_loss(one, uniform.log()).item() == pytest.approx(math.log(num_centroids))
+    assert volume_loss(one).item() == pytest.approx(math.log(num_centroids))
 
 
 def test_volume_survives_an_empty_centroid():
     mean = torch.tensor([0.5, 0.5, 0.0], requires_grad=True)
-    loss = volume_loss(mean, torch.full((3,), -math.log(3)))
+    loss = volume_loss(mean)
     loss.backward()
     assert torch.isfinite(loss)
     assert torch.isfinite(mean.grad).all()
@@ -101,37 +98,22 @@ def test_no_gradient_reaches_the_teacher():
     assert t_logits.grad is None
 
 
-def test_centering_follows_the_mean_in_training_only():
-    loss = FLSLLoss(3, volume_weight=0.0, centering=True, center_momentum=0.9)
-    t_logits = torch.tensor([[1.0, 2.0, 3.0], [3.0, 2.0, 1.0]])
-    arguments = (torch.randn(2, 4), torch.randn(2, 4), torch.randn(2, 3), t_logits, 0.03, 0.04)
-    losses, _ = loss(*arguments)
-    assert losses["loss_volume"].item() == 0
-    torch.testing.assert_close(loss.center, torch.tensor([0.2, 0.2, 0.2]))
-    _, monitored = loss.eval()(*arguments)
-    torch.testing.assert_close(loss.center, torch.tensor([0.2, 0.2, 0.2]))
-    targets = ((t_logits - 0.2) / 0.04).softmax(-1)
-    torch.testing.assert_close(monitored["mean_assignment"], targets.mean(0))
-    assert monitored["assigned"].tolist() == [1, 0, 1]
-
-
-@pytest.mark.parametrize("prior", [None, [0.1, 0.2, 0.3, 0.15, 0.25]])
-def test_sinkhorn_equals_scaling_columns_and_rows_in_turn(monkeypatch, prior):
+def test_sinkhorn_equals_scaling_columns_and_rows_in_turn(monkeypatch):
     monkeypatch.setattr(objective, "_CHUNK", 3 * 5)  # a remainder of one query, too
     logits = torch.randn(7, 5)
-    shares = torch.tensor(prior or [0.2] * 5)
+    shares = torch.full((5,), 0.2)
     assignment = (logits.double() / 0.3).exp()
     assignment /= assignment.sum(dim=1, keepdim=True)
     for num_steps in range(1, 101):
         assignment *= shares / assignment.mean(dim=0)
         assignment /= assignment.sum(dim=1, keepdim=True)
         if num_steps in (1, 3, 100):
-            shift = sinkhorn_shift(logits, shares.log(), 0.3, num_steps)
+            shift = sinkhorn_shift(logits, 0.3, num_steps)
             targets = (logits / 0.3 + shift).softmax(dim=-1)
             # Single precision, over as many steps.
             torch.testing.assert_close(targets.double(), assignment, rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(targets.mean(dim=0), shares, rtol=1e-3, atol=1e-4)
-    _, monitored = FLSLLoss(5, prior=prior, sinkhorn_steps=100)(
+    _, monitored = FLSLLoss(5, sinkhorn_steps=100)(
         torch.randn(7, 4), torch.randn(7, 4), logits, logits, 0.03, 0.3
     )
     # Sinkhorn's iteration ends after 100 rounds.
@@ -170,17 +152,8 @@ def test_recomputing_keeps_logits_once(monkeypatch):
     assert kept[False] > 2.5 * of_logits
 
 
-@pytest.mark.parametrize(
-    ("prior", "message"),
-    [([0.5, 0.5], "2 shares for 3"), ([0.5, 0.5, 0.5], "sum is 1.5"), ([1.5, -0.5, 0], "-0.5")],
-)
-def test_a_wrong_prior_is_named(prior, message):
-    with pytest.raises(InputError, match=message):
-        FLSLLoss(3, prior=prior)
-
-
 def test_the_mean_over_ranks_is_the_same_to_the_bit_on_each(monkeypatch):
-    """What ranks carry from step to step (the centre) would drift apart otherwise."""
+    """What ranks carry from step to step would drift apart otherwise."""
     ranks = torch.randn(2, 1000).softmax(dim=-1)
     monkeypatch.setattr(dist, "is_initialized", lambda: True)
     monkeypatch.setattr(dist, "get_world_size", lambda: 2)

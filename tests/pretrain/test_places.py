@@ -93,7 +93,7 @@ class Recorder(nn.Module):
 
     def __init__(self, num_centroids: int) -> None:
         super().__init__()
-        self.log_prior = torch.zeros(num_centroids)
+        self.num_centroids = num_centroids
 
     def forward(self, queries, modes, student_logits, teacher_logits, **_):
         self.targets = (teacher_logits / 0.04).softmax(dim=-1)

@@ -67,13 +67,7 @@ SWITCHES = {
     "model.loss.volume_weight=1.0": {"loss", *LEARNT},
     "model.loss.volume_weight=0.0": {"loss_volume", "loss", *LEARNT},
     "model.loss.student_temp=0.2": {"loss_inter", "loss_volume", "loss", *LEARNT},
-    "model.loss.centering=True": {"center", *TARGETS},
     "model.loss.sinkhorn_steps=3": TARGETS,
-    "model.loss.prior=[" + ",".join(["0.04"] * 8 + ["0.085"] * 8) + "]": {
-        "loss_volume",
-        "loss",
-        *LEARNT,
-    },
     "views.flip=1.0": {"views", "flips", *MODES},
     "views.photometry=0.5": {"views", *MODES},
     "model.partner=place": TARGETS,
@@ -115,8 +109,6 @@ def quantities(images: list[str], *overrides: str, at: int = 2) -> dict[str, obj
                 if "weight_g" not in name:
                     noise = torch.randn(parameter.shape, generator=generator)
                     parameter.add_(noise, alpha=0.3)
-        if model.loss.center is not None:
-            model.loss.center.normal_(generator=generator)
     views = instantiate(cfg.views)
     views.keep_crops = model.needs_crops
     loader = build_pretrain_loader(PretrainDataset(images, views), 4, 0, start_iter=at)
@@ -149,7 +141,6 @@ def quantities(images: list[str], *overrides: str, at: int = 2) -> dict[str, obj
     seen["centroid_gradients"] = {"": head["weight_v"].grad}
     seen["student"] = dict(model.student.named_parameters())
     seen["teacher"] = dict(model.teacher.named_parameters())
-    seen["center"] = [] if model.loss.center is None else [model.loss.center]
     return seen
 
 
@@ -191,7 +182,6 @@ def test_every_key_of_the_method_is_tested():
         "model.loss",
         "model.pack_views",  # changes speed and no result: test_golden, test_packing
         "model.loss.num_centroids",
-        "model.loss.center_momentum",
         "model.previous_stage",
     }
     groups = {"schedules": cfg.schedules, "model": cfg.model, "model.loss": cfg.model.loss}
