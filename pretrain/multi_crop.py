@@ -47,7 +47,7 @@ class MultiCropViews:
             ``grid``, a grid of 10 x 10 cells; or ``felzenszwalb`` (Felzenszwalb and Huttenlocher,
             IJCV 2004) by scikit-image, on the image with a shorter side of at most 224 pixels.
         segment_scale: scale of Felzenszwalb's segments; larger ones for a larger scale.
-        segment_size: least number of pixels of Felzenszwalb's segments.
+        segment_size: least number of pixels of Felzenszwalb's segments, in the whole image.
 
     Raises:
         InputError: an argument is out of range, or the patch does not divide a size.
@@ -157,14 +157,11 @@ class MultiCropViews:
         """Label the segments of an image: int64, at least as large as its grid of cells."""
         if self.segments == "grid":
             return np.arange(100).reshape(10, 10)
-        factor = 224 / min(pixels.shape[:2])
+        factor = min(224 / min(pixels.shape[:2]), 1.0)
         if factor < 1:
             pixels = cv2.resize(pixels, None, fx=factor, fy=factor, interpolation=cv2.INTER_AREA)
-        return np.asarray(
-            _segmentation().felzenszwalb(
-                pixels, self.segment_scale, sigma=0.8, min_size=self.segment_size
-            )
-        )
+        options = {"sigma": 0.8 * factor, "min_size": round(self.segment_size * factor**2)}
+        return np.asarray(_segmentation().felzenszwalb(pixels, self.segment_scale, **options))
 
     def _draw(self, rng: np.random.Generator, blur: float, solarise: float) -> Augmentation:
         """Draw an augmentation; the number of draws depends on no probability."""
