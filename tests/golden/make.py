@@ -132,8 +132,73 @@ def run_step(meta: dict[str, Any]) -> dict[str, np.ndarray]:
     return {**arrays, "__meta__": np.array(repr(meta))}
 
 
+def run_three_steps() -> dict[str, np.ndarray]:
+    """Run three steps with the published schedules, clipping, AdamW and moving average.
+
+    The lines around the published functions are those of ``main_flsl.train_one_epoch``.
+    """
+    import main_flsl
+    import utils
+
+    meta = dict(STEPS["step_patch12"], d=8, h=2, hid=8, bot=8, K=12, B=2, seed=3, clip=0.05)
+    epochs, steps = 4, 5  # steps of an epoch
+    schedules = {
+        "lr": utils.cosine_scheduler(0.01, 1e-6, epochs, steps, warmup_epochs=1),
+        "weight_decay": utils.cosine_scheduler(0.04, 0.4, epochs, steps),
+        "momentum": utils.cosine_scheduler(0.9, 1.0, epochs, steps),
+        "intra": utils.cosine_scheduler(0.3, 0.03, epochs, steps),
+        "self": utils.cosine_scheduler(0.1 / 8**0.5, 0.2 / 8**0.5, epochs, steps),
+        "cross": utils.cosine_scheduler(0.5 / 8**0.5, 0.7 / 8**0.5, epochs, steps),
+    }
+    generator = torch.Generator().manual_seed(meta["seed"])
+    random.seed(meta["seed"])
+    student, teacher = build_network(meta, generator), build_network(meta, generator)
+    teacher.requires_grad_(False)
+    out: dict[str, Any] = {f"schedule.{name}": values for name, values in schedules.items()}
+    for name, network in (("student", student), ("teacher", teacher)):
+        out |= {f"{name}.{key}": value.clone() for key, value in network.state_dict().items()}
+    loss = main_flsl.FLSLLoss(
+        meta["student_temp"], [meta["teacher_temp"]] * epochs, utils.NonEmptyPriorKL(meta["K"]),
+        coefficients=list(meta["coefficients"]),
+    )  # fmt: skip
+    optimizer = torch.optim.AdamW(utils.get_params_groups(student))
+    sampler = main_flsl.DataAugmentationFLSL(random_sampling=True)._sampling_mask
+    sides = [meta["img"], meta["img"], meta["loc"], meta["loc"]]
+    for number, at in enumerate((5, 6, 7)):
+        optimizer.param_groups[0]["weight_decay"] = schedules["weight_decay"][at]
+        for group in optimizer.param_groups:
+            group["lr"] = schedules["lr"][at]
+        loss.coefficients[0] = schedules["intra"][at]
+        views = [torch.randn(meta["B"], 3, side, side, generator=generator) for side in sides]
+        views = [view.round() for view in views]
+        masks = [torch.empty(0)]
+        for side, window in zip(sides[1:], (2, 3, 3), strict=True):
+            masks.append(torch.stack([sampler(side // 12, window) for _ in range(meta["B"])]))
+        with mock.patch.object(torch.Tensor, "cuda", lambda tensor, *_, **__: tensor):
+            total, _ = main_flsl.train_one_batch(
+                at, 1, student, teacher, loss, views, masks, [2, 4],
+                sa_temp_schedule=schedules["self"], ca_temp_schedule=schedules["cross"],
+                autocast=False,
+            )  # fmt: skip
+        optimizer.zero_grad()
+        total.backward()
+        utils.clip_gradients(student, meta["clip"])
+        optimizer.step()
+        momentum = schedules["momentum"][at]
+        with torch.no_grad():
+            for new, kept in zip(student.parameters(), teacher.parameters(), strict=True):
+                kept.mul_(momentum).add_((1 - momentum) * new)
+        out |= {f"step{number}.view{i}": view.half() for i, view in enumerate(views)}
+        out |= {f"step{number}.mask{i}": masks[i] for i in range(1, 4)}
+        out[f"step{number}.loss"] = total
+    for name, network in (("student", student), ("teacher", teacher)):
+        out |= {f"end.{name}.{key}": value for key, value in network.state_dict().items()}
+    arrays = {k: v.detach().numpy() if isinstance(v, Tensor) else v for k, v in out.items()}
+    return {**arrays, "__meta__": np.array(repr(meta))}
+
+
 def main() -> None:
-    """Write the files beside this script."""
+    """Write the files beside this script, and that of three steps in ``methods/``."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--published-code", type=Path, required=True, help="checkout of FLSL")
     parser.add_argument("--output", type=Path, default=HERE, help="folder of the files")
@@ -146,6 +211,8 @@ def main() -> None:
         path = arguments.output / f"{name}.npz"
         np.savez_compressed(path, **run_step(meta))
         print(f"{path}: {path.stat().st_size:,} bytes")
+    (arguments.output / "methods").mkdir(exist_ok=True)
+    np.savez_compressed(arguments.output / "methods/flsl.npz", **run_three_steps())
 
 
 if __name__ == "__main__":
