@@ -51,7 +51,7 @@ class Batch:
         sizes: side in pixels of each student view.
         crops: the views before augmentation, where they are kept; else empty.
         augmentations: for each view, where they are left to the device; else empty.
-        places: for each view (B, 4) float32, where they do not follow from the boxes; else empty.
+        regions: for each view (B, 4) float32, where they do not follow from the boxes; else empty.
         num_global: number of views, the first ones, that are global.
         segments: for each view (B, N) int64, the label of the segment at each token; or empty.
         grids: for each view (B, 2), rows and columns of tokens, where sizes differ; or empty.
@@ -67,7 +67,7 @@ class Batch:
     sizes: list[int] = field(default_factory=list)
     crops: list[Tensor] = field(default_factory=list)
     augmentations: list[AugmentationBatch] = field(default_factory=list)
-    places: list[np.ndarray] = field(default_factory=list)
+    regions: list[np.ndarray] = field(default_factory=list)
     num_global: int = 1
     segments: list[Tensor] = field(default_factory=list)
     grids: list[np.ndarray] = field(default_factory=list)
@@ -103,7 +103,7 @@ class Batch:
             queries=select(self.queries),
             boxes=select(self.boxes),
             flips=select(self.flips),
-            places=select(self.places),
+            regions=select(self.regions),
             segments=select(self.segments),
             grids=select(self.grids),
             crops=select(self.crops),
@@ -130,19 +130,19 @@ class Batch:
                 views.append(view)
         if self.augmentations:
             crops, views = views, augment_views(views, self.augmentations)
-        arrays = self.places or self._places()
-        places = [to_device(place, device) for place in arrays]
+        arrays = self.regions or self._regions()
+        regions = [to_device(region, device) for region in arrays]
         segments = [to_device(labels, device) for labels in self.segments]
-        return StepInputs(views, queries, places, crops, self.num_global, segments, self.grids)
+        return StepInputs(views, queries, regions, crops, self.num_global, segments, self.grids)
 
-    def _places(self) -> list[np.ndarray]:
-        """Compute ``StepInputs.places`` of each student view, float32."""
-        places = []
+    def _regions(self) -> list[np.ndarray]:
+        """Compute ``StepInputs.regions`` of each student view, float32."""
+        regions = []
         for box, flip in zip(self.boxes, self.flips, strict=True):
             top, left, height, width = (box / self.views[0].shape[-1]).T
             left, width = np.where(flip, left + width, left), np.where(flip, -width, width)
-            places.append(np.stack([top, left, height, width], axis=1).astype(np.float32))
-        return places
+            regions.append(np.stack([top, left, height, width], axis=1).astype(np.float32))
+        return regions
 
 
 class PretrainDataset(Dataset[tuple[Views, list[str]]]):
@@ -340,7 +340,7 @@ def collate(samples: list[tuple[Views, list[str]]]) -> Batch:
         sizes=views[0].sizes,
         crops=[_to_shared_memory(crops) for crops in stack("crops")],
         augmentations=[stack_augmentations(drawn) for drawn in per_view("augmentations")],
-        places=[np.stack(places) for places in per_view("places")],
+        regions=[np.stack(regions) for regions in per_view("regions")],
         num_global=views[0].num_global,
         segments=[_to_shared_memory(labels) for labels in stack("segments")],
         grids=[np.stack(grids) for grids in per_view("grids")],

@@ -147,10 +147,10 @@ class MultiCropViews:
             else:
                 views.augmentations.append(drawn)
             views.images.append(torch.from_numpy(view).permute(2, 0, 1))
-            views.places.append(place_of_box(box, mirrored, height, width))
+            views.regions.append(region_of_box(box, mirrored, height, width))
             if labels is not None:
-                place = views.places[-1]
-                views.segments.append(labels_of_tokens(labels, place, size // self.patch_size))
+                region = views.regions[-1]
+                views.segments.append(labels_of_tokens(labels, region, size // self.patch_size))
         return views
 
     def _labels(self, pixels: np.ndarray) -> np.ndarray:
@@ -180,18 +180,18 @@ class MultiCropViews:
         )
 
 
-def labels_of_tokens(labels: np.ndarray, place: np.ndarray, side: int) -> torch.Tensor:
+def labels_of_tokens(labels: np.ndarray, region: np.ndarray, side: int) -> torch.Tensor:
     """Labels at the centres of a view's patches.
 
     Args:
         labels: (H, W), labels of an image of any size.
-        place: (4,) of :func:`place_of_box`.
+        region: (4,) of :func:`region_of_box`.
         side: number of tokens along each side of the view.
 
     Returns:
         (side * side,) int64, row-major.
     """
-    top, left, rows, columns = place.astype(np.float64)
+    top, left, rows, columns = region.astype(np.float64)
     centres = (np.arange(side) + 0.5) / side
     y = ((top + centres * rows) * labels.shape[0]).astype(np.int64)
     x = ((left + centres * columns) * labels.shape[1]).astype(np.int64)
@@ -209,7 +209,7 @@ def _segmentation() -> Any:
         ) from None
 
 
-def place_of_box(
+def region_of_box(
     box: tuple[int, int, int, int], mirrored: bool, height: int, width: int
 ) -> np.ndarray:
     """Box of a view as shares of its image, as in :class:`pretrain.methods.protocol.StepInputs`.

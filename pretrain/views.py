@@ -41,7 +41,7 @@ class Views:
         sizes: side in pixels of each student view.
         crops: the images before augmentation, where they are kept; else empty.
         augmentations: for each view, where they are left to the device; else empty.
-        places: for each view (4,) float32, its place in the image, where views are cut from the
+        regions: for each view (4,) float32, its place in the image, where views are cut from the
             whole image; else empty. See :class:`pretrain.methods.protocol.StepInputs`.
         num_global: number of views, the first ones, that are global.
         segments: for each view (N,) int64, the label of the segment at each token, where segments
@@ -57,7 +57,7 @@ class Views:
     sizes: list[int]
     crops: list[Tensor] = field(default_factory=list)
     augmentations: list[Augmentation] = field(default_factory=list)
-    places: list[np.ndarray] = field(default_factory=list)
+    regions: list[np.ndarray] = field(default_factory=list)
     num_global: int = 1
     segments: list[Tensor] = field(default_factory=list)
     grids: list[np.ndarray] = field(default_factory=list)

@@ -166,8 +166,8 @@ class FLSL(BaseMethod):
         queries = inputs.queries
         priors = self._priors(inputs) if self.previous_stage else [None] * len(queries)
         by_place = self.partner == "place"
-        places = inputs.places if by_place else [None] * len(queries)
-        groups = _groups_of_one_size(student_views, queries, priors, places)
+        regions = inputs.regions if by_place else [None] * len(queries)
+        groups = _groups_of_one_size(student_views, queries, priors, regions)
         student_tokens, splits = self._student_tokens(groups)
         # The teacher comes second, so that the student's draws do not depend on the teacher's.
         with torch.no_grad():

@@ -24,7 +24,7 @@ def token_centres(num_tokens: int, boxes: Tensor) -> Tensor:
 
     Args:
         num_tokens: number N of tokens of the view, G * G.
-        boxes: (B, 4), ``places`` of :class:`pretrain.methods.protocol.StepInputs`.
+        boxes: (B, 4), ``regions`` of :class:`pretrain.methods.protocol.StepInputs`.
 
     Returns:
         (B, N, 2): x and y as shares.

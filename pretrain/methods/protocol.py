@@ -35,7 +35,7 @@ class StepInputs:
         views: images (B, 3, S, S) in 0 to 255; of nested views the teacher's first, of others the
             global ones first.
         queries: for each student view of nested views (B, Q) int64, the tokens that are queries.
-        places: (B, 4), top, left, height and width of a view's box as shares: of the teacher's
+        regions: (B, 4), top, left, height and width of a view's box as shares: of the teacher's
             view, for each student view of nested views; of the image, for each view of others. A
             mirrored view has its right side as ``left`` and a negative width, so that
             ``left + x * width`` holds for every view.
@@ -49,7 +49,7 @@ class StepInputs:
 
     views: list[Tensor]
     queries: list[Tensor]
-    places: list[Tensor] = field(default_factory=list)
+    regions: list[Tensor] = field(default_factory=list)
     crops: list[Tensor] = field(default_factory=list)
     num_global: int = 1
     segments: list[Tensor] = field(default_factory=list)

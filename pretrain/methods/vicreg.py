@@ -162,7 +162,7 @@ class VICRegL(BaseMethod):
         maps = [self.student.local_head(view).float() for view in tokens]
         centres = [
             token_centres(view.shape[1], box)
-            for box, view in zip(inputs.places, tokens, strict=True)
+            for box, view in zip(inputs.regions, tokens, strict=True)
         ]
         pairs = [(a, b) for a in range(inputs.num_global) for b in range(len(views)) if a != b]
         with full_precision(views[0]):

@@ -77,7 +77,7 @@ def train(name: str, rank: int, processes: int) -> tuple[list[float], dict[str, 
     part = StepInputs(
         [view[own] for view in inputs.views],
         [],
-        [place[own] for place in inputs.places],
+        [place[own] for place in inputs.regions],
         num_global=inputs.num_global,
         segments=[labels[own] for labels in inputs.segments],
     )

@@ -38,7 +38,7 @@ def test_places_tell_where_a_view_comes_from():
     for seed in range(4):
         views = cut(ramps(), np.random.default_rng(seed))
         assert [len(v[0]) for v in views.images] == [32, 32, 16, 16, 16]
-        for image, place in zip(views.images, views.places, strict=True):
+        for image, place in zip(views.images, views.regions, strict=True):
             top, left, height, width = place.tolist()
             side = image.shape[-1]
             middle = image[:, side // 2 - 1 : side // 2 + 1, side // 2 - 1 : side // 2 + 1]
@@ -58,7 +58,7 @@ def test_views_follow_from_the_generator_and_keep_their_draws_with_other_probabi
     again = MultiCropViews(**settings)(ramps(), np.random.default_rng(3))
     plain = MultiCropViews(**settings, **PLAIN)(ramps(), np.random.default_rng(3))
     assert all(map(torch.equal, first.images, again.images))
-    assert all(map(np.array_equal, first.places, plain.places))
+    assert all(map(np.array_equal, first.regions, plain.regions))
 
 
 def test_kinds_of_views_have_their_own_augmentation():

@@ -73,7 +73,7 @@ def test_a_query_and_its_place_show_the_same(monkeypatch, on_device, flip):
     samples = [(views(image, np.random.default_rng(seed)), []) for seed in range(8)]
     inputs = collate(samples).to_device(torch.device("cpu"))
     teacher, *students = [F.avg_pool2d(view.float(), 8).flatten(2).mT for view in inputs.views]
-    for patches, indexes, places in zip(students, inputs.queries, inputs.places, strict=True):
+    for patches, indexes, places in zip(students, inputs.queries, inputs.regions, strict=True):
         xy = gather_tokens(token_centres(patches.shape[1], places), indexes)
         seen = patches.gather(1, indexes[..., None].expand(-1, -1, 3))
         # Colours rise linearly, so interpolation between centres is exact up to rounding of two
@@ -347,7 +347,7 @@ def test_a_predicted_token_is_compared_with_the_target_of_its_place():
     with torch.no_grad():
         tokens = predicting.teacher.backbone.forward_tokens(predicting.normalised(inputs.views[0]))
         logits = predicting._place_logits(tokens, values.cross_scale / math.sqrt(8))
-    xy = gather_tokens(token_centres(16, inputs.places[0]), split[1])
+    xy = gather_tokens(token_centres(16, inputs.regions[0]), split[1])
     expected = (tokens_at(logits, xy)[0] / values.teacher_temp).softmax(dim=-1)
     # A temperature of 0.04 multiplies rounding of single precision by 25.
     torch.testing.assert_close(both[6:16], expected, rtol=1e-3, atol=1e-4)
