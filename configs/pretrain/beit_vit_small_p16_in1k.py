@@ -25,5 +25,9 @@ schedules.update(base_lr=1.5e-3 / 8, final_lr=1e-5, warmup_fraction=10 / 800)
 dataloader.total_batch_size = 2048
 
 train.update(
-    epochs=800, clip_norm=3.0, clip_mode="global", output_dir="./output/beit_vit_small_p16_in1k"
+    epochs=800,
+    betas=(0.9, 0.999),
+    clip_norm=3.0,
+    clip_mode="global",
+    output_dir="./output/beit_vit_small_p16_in1k",
 )

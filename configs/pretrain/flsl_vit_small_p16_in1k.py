@@ -156,6 +156,8 @@ train = dict(
     compile_mode="default",
     # Products of float32 matrices in TF32 on GPUs that have it; for precision="fp32".
     tf32=False,
+    # Momentums of AdamW.
+    betas=(0.9, 0.999),
     # Batch norm, of heads and of encoders that have it, over the batches of all processes.
     sync_bn=True,
     # Largest norm of a gradient, taken "per_tensor" (as published), "global" or not ("none").

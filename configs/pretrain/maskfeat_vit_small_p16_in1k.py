@@ -28,6 +28,7 @@ dataloader.total_batch_size = 2048
 
 train.update(
     epochs=300,
+    betas=(0.9, 0.999),
     clip_norm=0.02,
     clip_mode="global",
     output_dir="./output/maskfeat_vit_small_p16_in1k",

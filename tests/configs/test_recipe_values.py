@@ -130,7 +130,7 @@ def test_the_semantic_schedule_falls_linearly_to_0():
 # Recipe, the recipe whose values it takes where it names none, source, values. Sources are files
 # and lines of the authors' repositories at the commits of tests/golden/make_methods.py.
 METHOD_VALUES = """
-dino | | main_dino.py:82-105 | schedules.base_lr=5e-4 schedules.final_lr=1e-6 schedules.warmup_fraction=10/800 schedules.weight_decay=(0.04,0.4) schedules.frozen_last_layer_epochs=1 train.clip_norm=3.0 train.clip_mode=per_tensor model.backbone.drop_path_rate=0.1 dataloader.total_batch_size=1024
+dino | | main_dino.py:82-105 | schedules.base_lr=5e-4 schedules.final_lr=1e-6 schedules.warmup_fraction=10/800 schedules.weight_decay=(0.04,0.4) schedules.frozen_last_layer_epochs=1 train.clip_norm=3.0 train.clip_mode=per_tensor train.betas=(0.9,0.999) model.backbone.drop_path_rate=0.1 dataloader.total_batch_size=1024
 dino | | main_dino.py:55-61,108-115 | schedules.teacher_momentum=(0.996,1.0) views.num_global=2 views.num_local=8 views.global_scale=(0.4,1.0) views.local_scale=(0.05,0.4) model.head.num_centroids=65536
 dino | | README.md:188-197 | schedules.teacher_temp=(0.04,0.07) schedules.teacher_temp_epochs=30 model.head.learn_scale=True
 dino | | main_dino.py:357-460 | model.student_temp=0.1 model.center_momentum=0.9 views.flip=0.5 views.jitter=(0.4,0.4,0.2,0.1) views.jitter_probability=0.8 views.grey=0.2 views.blur=(1.0,0.1,0.5) views.solarise=(0.0,0.2,0.0)
@@ -142,11 +142,11 @@ ibot | dino | main_ibot.py:480-491; models/head.py | model.student_temp=0.1 mode
 selfpatch | dino | main_selfpatch.py:57-119 | schedules.warmup_fraction=10/300 schedules.teacher_temp=(0.04,0.04) train.epochs=300 views.global_scale=(0.25,1.0) views.local_scale=(0.05,0.25) model.head.num_centroids=65536 model.head.learn_scale=False model.patch_head.learn_scale=False model.patch_head.num_centroids=4096 model.num_neighbours=4
 selfpatch | dino | main_selfpatch.py:408-445 | model.patch_weight=0.1 model.student_temp=0.1 model.center_momentum=0.9 model.aggregation_depth=2 model.head.hidden_dim=2048 model.head.bottleneck_dim=256 model.patch_head.hidden_dim=2048 model.patch_head.bottleneck_dim=256
 mae | dino | PRETRAIN.md:9-15; main_pretrain.py | schedules.base_lr=1.5e-4 schedules.final_lr=0.0 schedules.warmup_fraction=40/800 schedules.weight_decay=(0.05,0.05) train.clip_mode=none dataloader.total_batch_size=4096 model.mask_share=0.75 model.backbone.drop_path_rate=0.0 model.normalise_pixels=True model.decoder_dim=512 model.decoder_depth=8 model.decoder_heads=16
-mae | dino | main_pretrain.py:123-128 | views.num_global=1 views.num_local=0 views.global_scale=(0.2,1.0) views.jitter_probability=0.0 views.grey=0.0 views.blur=(0.0,0.0,0.0) views.solarise=(0.0,0.0,0.0)
+mae | dino | main_pretrain.py:123-128,180 | train.betas=(0.9,0.95) views.num_global=1 views.num_local=0 views.global_scale=(0.2,1.0) views.jitter_probability=0.0 views.grey=0.0 views.blur=(0.0,0.0,0.0) views.solarise=(0.0,0.0,0.0)
 droppos | mae | PRETRAIN.md:9-30; main_pretrain.py:108 | schedules.warmup_fraction=10/800 train.clip_norm=5.0 train.clip_mode=per_tensor model.mask_share=0.75 model.drop_share=0.75 model.smoothing=1.0 model.attention_temp=0.1 model.decoder_dim=512 model.decoder_depth=2 model.decoder_heads=16
-beit | mae | beit/README.md:136-141; run_beit_pretraining.py:75,85 | schedules.base_lr=1.5e-3/8 schedules.final_lr=1e-5 schedules.warmup_fraction=10/800 train.clip_norm=3.0 train.clip_mode=global dataloader.total_batch_size=2048 model.backbone.drop_path_rate=0.1 model.mask_share=75/196 model.num_codes=8192 model.tokenizer=''
+beit | mae | beit/README.md:136-141; run_beit_pretraining.py:75,85 | schedules.base_lr=1.5e-3/8 schedules.final_lr=1e-5 schedules.warmup_fraction=10/800 train.clip_norm=3.0 train.clip_mode=global train.betas=(0.9,0.999) dataloader.total_batch_size=2048 model.backbone.drop_path_rate=0.1 model.mask_share=75/196 model.num_codes=8192 model.tokenizer=''
 beit | mae | beit/datasets.py:33-45 | views.jitter_probability=1.0 views.jitter=(0.4,0.4,0.4,0.0) views.global_scale=(0.08,1.0)
-maskfeat | mae | configs/masked_ssl/in1k_VIT_B_MaskFeat_PT.yaml | schedules.base_lr=2e-4 schedules.final_lr=1e-6 schedules.warmup_fraction=30/300 train.epochs=300 train.clip_norm=0.02 train.clip_mode=global dataloader.total_batch_size=2048 views.global_scale=(0.5,1.0) model.mask_share=0.4
+maskfeat | mae | configs/masked_ssl/in1k_VIT_B_MaskFeat_PT.yaml | schedules.base_lr=2e-4 schedules.final_lr=1e-6 schedules.warmup_fraction=30/300 train.epochs=300 train.clip_norm=0.02 train.clip_mode=global train.betas=(0.9,0.999) dataloader.total_batch_size=2048 views.global_scale=(0.5,1.0) model.mask_share=0.4
 maskfeat | mae | slowfast/models/masked.py:48-57 | model.num_orientations=9 model.cell_size=8
 rotation | mae | ours | train.epochs=100 views.flip=0.0 dataloader.total_batch_size=512
 context | mae | ours | train.epochs=100 views.flip=0.0 dataloader.total_batch_size=512 model.hidden_dim=4096
@@ -163,7 +163,15 @@ densecl | dino | configs/selfsup/densecl/densecl_imagenet_200ep.py | schedules.t
 detcon | moco_v3 | detcon_b_config.py; detcon_b.py:95; utils/losses.py:33 | schedules.teacher_momentum=(0.996,1.0) views.segments=felzenszwalb model.hidden_dim=4096 model.output_dim=256 model.num_segments=16 model.temperature=0.1
 detcon | moco_v3 | generate_fh_masks_for_imagenet.py:109-111 | views.segment_scale=1000.0 views.segment_size=1000
 """
-HELD = ("schedules.", "views.", "model.", "train.epochs", "train.clip", "dataloader.total_batch")
+HELD = (
+    "schedules.",
+    "views.",
+    "model.",
+    "train.epochs",
+    "train.clip",
+    "train.betas",
+    "dataloader.total_batch",
+)
 # What FLSL alone uses, and what describes the encoder or the machine.
 FREE = ("_target_", "intra_weight", "_scale.", "self_scale", "cross_scale", "mixture_bias")
 FREE += ("frozen_encoder", "schedules.total", "per_epoch", "on_device", "in_dim", "patch_size")
