@@ -208,6 +208,6 @@ def test_the_device_makes_the_views_of_the_cpu(on_device, tmp_path):
     for view, (ours, theirs) in enumerate(zip(finished.views, on_cpu.views, strict=True)):
         kept = ~solarised[view].solarise
         assert (ours.float() - theirs)[kept].abs().mean() < 1.5
-    for name in ("queries", "places"):
+    for name in ("queries", "regions"):
         assert all(map(torch.equal, getattr(finished, name), getattr(on_cpu, name)))
     assert any(flips.any() and not flips.all() for flips in batches[on_device].flips)
