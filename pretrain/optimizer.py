@@ -25,7 +25,8 @@ def build_adamw(model: nn.Module, betas: tuple[float, float] = (0.9, 0.999)) -> 
         {"params": [p for name, p in named if name not in exempt]},
         {"params": [p for name, p in named if name in exempt], "weight_decay": 0.0},
     ]
-    return torch.optim.AdamW(groups, lr=0.0, betas=betas, fused=True)
+    first, second = betas  # as a tuple, which a list of a config is not
+    return torch.optim.AdamW(groups, lr=0.0, betas=(first, second), fused=True)
 
 
 @torch.no_grad()

@@ -183,7 +183,7 @@ def _run(cfg: DictConfig, options: ResumeOptions, request: StopRequest, preset: 
     trainer = PretrainTrainer(
         wrap_ddp(model, **ddp_options(accumulation_steps)),
         None,
-        build_adamw(model, tuple(cfg.train.get("betas", (0.9, 0.999)))),
+        build_adamw(model, cfg.train.get("betas", (0.9, 0.999))),
         schedules,
         precision,
         cfg.train.clip_norm,
