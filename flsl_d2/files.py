@@ -94,7 +94,7 @@ def expand_home(value: Any) -> Any:
     return os.path.expanduser(value)
 
 
-def printable(text: object) -> str:
+def plain_line(text: object) -> str:
     """Replace what must not reach a terminal, a figure or a page as it is.
 
     White space of any kind becomes a blank; other control characters, lone surrogates and marks

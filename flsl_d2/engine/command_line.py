@@ -27,7 +27,7 @@ from flsl_d2.engine.launchers import started_by_torchrun
 from flsl_d2.engine.log_lines import quiet_libraries
 from flsl_d2.engine.stopping import STOPPED
 from flsl_d2.errors import InputError, TrainingError
-from flsl_d2.files import expand_home, printable
+from flsl_d2.files import expand_home, plain_line
 
 # Warnings of third parties that a user of the tools can do nothing about: the category and the
 # start of the message, without colons and commas, because they separate the fields and the
@@ -56,7 +56,7 @@ def run_tool(function: Callable[..., Any], *args: Any) -> None:
     try:
         function(*args)
     except (InputError, TrainingError) as error:
-        print(f"error: {printable(error)}", file=sys.stderr)
+        print(f"error: {plain_line(error)}", file=sys.stderr)
         status = 2 if isinstance(error, InputError) else 3
     except WorkerError as error:
         print(f"error: {error}", file=sys.stderr)
@@ -91,7 +91,7 @@ class _ToolParser(argparse.ArgumentParser):
         words = re.findall(r"(?<=\s)--[a-z][\w-]*", message.partition("unrecognized")[2])
         close = [find for w in words for find in get_close_matches(w, self._option_strings(), n=1)]
         hint = f": did you mean {', '.join(dict.fromkeys(close))}?" if close else ";"
-        self.exit(2, f"error: {printable(message)}{hint} --help lists the options.\n")
+        self.exit(2, f"error: {plain_line(message)}{hint} --help lists the options.\n")
 
     def _option_strings(self) -> list[str]:
         shown = (a for a in self._actions if a.help != argparse.SUPPRESS)

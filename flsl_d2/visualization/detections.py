@@ -18,7 +18,7 @@ from flsl_d2.annotations import check_registered_dataset
 from flsl_d2.annotations.datasets import use_own_loader
 from flsl_d2.errors import InputError
 from flsl_d2.evaluation.labelled_images import decode_mask
-from flsl_d2.files import printable
+from flsl_d2.files import plain_line
 from flsl_d2.images.reader import read_image
 from flsl_d2.visualization.figures import (
     SHORTER_SIDE,
@@ -159,7 +159,7 @@ def draw_objects(image: np.ndarray, objects: DrawnObjects, class_names: list[str
     for i in order[::-1]:
         number = objects.classes[i]
         name = class_names[number] if number < len(class_names) else str(number)
-        text = printable(name)
+        text = plain_line(name)
         if len(text) > _LONGEST_NAME:
             text = text[: _LONGEST_NAME - 1] + "…"
         if objects.scores is not None:

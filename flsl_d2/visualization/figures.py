@@ -21,7 +21,7 @@ from matplotlib.figure import Figure
 from matplotlib.text import Text
 from matplotlib.ticker import Formatter, MaxNLocator, NullFormatter, ScalarFormatter
 
-from flsl_d2.files import printable
+from flsl_d2.files import plain_line
 from flsl_d2.visualization.fonts import families, pillow_font
 
 COLOUR_MAP = "turbo"
@@ -68,7 +68,7 @@ def save_figure(figure: Figure, path: str | os.PathLike[str]) -> None:
     fonts = families(text.get_text() for text in texts)
     for text in texts:
         text.set_parse_math(False)
-        text.set_text("\n".join(map(printable, text.get_text().split("\n"))))
+        text.set_text("\n".join(map(plain_line, text.get_text().split("\n"))))
         if len(fonts) > 1:
             text.set_fontfamily(fonts)
     settings: dict[Any, Any] = {"text.parse_math": False, "font.family": fonts}
@@ -78,8 +78,8 @@ def save_figure(figure: Figure, path: str | os.PathLike[str]) -> None:
         FigureCanvasAgg(figure).print_png(path, pil_kwargs={"compress_level": 2})
 
 
-def _printing(formatter: Formatter) -> Callable[[float, int], str]:
-    return lambda value, place: printable(formatter(value, place))
+def _printing(formatter: Formatter) -> Callable[[float, float], str]:
+    return lambda value, place: plain_line(formatter(value, int(place)))
 
 
 class Panel(NamedTuple):
@@ -163,13 +163,13 @@ def _show(axes: Axes, image: np.ndarray, x: float, y: float, width: float, heigh
 
 def _text_inches(text: str, size: float) -> float:
     """Width of a text in inches."""
-    lines = [printable(line) for line in text.split("\n")]
+    lines = [plain_line(line) for line in text.split("\n")]
     return max(pillow_font(line, 100).getlength(line) * size / 7200 for line in lines)
 
 
 def _fitting(text: str, inches: float, size: float) -> str:
     """Cut the middle out of each line that is too long."""
-    lines = [printable(line) for line in text.split("\n")]
+    lines = [plain_line(line) for line in text.split("\n")]
     for number, line in enumerate(lines):
         keep = len(line)
         while keep > 4 and _text_inches(lines[number], size) > inches:

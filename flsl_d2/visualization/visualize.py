@@ -19,7 +19,7 @@ from flsl_d2.evaluation.features import (
     read_for,
     usable_device,
 )
-from flsl_d2.files import printable, writable_folder
+from flsl_d2.files import plain_line, writable_folder
 from flsl_d2.images.listing import find_images, image_files
 from flsl_d2.images.reader import preview
 from flsl_d2.modeling import Encoder, FLSLViT
@@ -217,7 +217,7 @@ def visualize(
     for name, encoder, head in encoders:
         features = [
             extract_tokens(encoder, read_for(encoder.input_format, file), short_side or None)
-            for file in progress(files, f"encoding with {printable(name)}")
+            for file in progress(files, f"encoding with {plain_line(name)}")
         ]
         described.append(describe_encoder(name, features, scales, head, scale))
     rows = [(i, *share) for i in range(len(files)) for share in shares[i]]
@@ -300,7 +300,7 @@ def _summary(encoder: DescribedEncoder, scale: float) -> str:
     r2 = [encoder.position_r2, encoder.colour_r2]
     position, colour = ("n/a" if value is None else f"{value:.2f}" for value in r2)
     return (
-        f"{printable(encoder.name)}: {number} clusters an image, the largest "
+        f"{plain_line(encoder.name)}: {number} clusters an image, the largest "
         f"{largest:.0%} of it; a token attends to {encoder.attended[scale]:.0%} of the image; "
         f"position R^2 {position}; colour R^2 {colour}; {encoder.groups_note}"
     )

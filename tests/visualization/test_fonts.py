@@ -12,7 +12,7 @@ import pytest
 from hostile import HOSTILE, SURROGATES, as_file_name
 from matplotlib.font_manager import findfont, fontManager
 
-from flsl_d2.files import printable
+from flsl_d2.files import plain_line
 from flsl_d2.visualization import fonts, loss_curves
 from flsl_d2.visualization.detections import DrawnObjects, draw_objects
 from flsl_d2.visualization.figures import Panel, label_plot, picture_table, plot_grid, save_figure
@@ -95,7 +95,7 @@ def test_fonts_are_found_by_their_characters(
 
 @pytest.mark.parametrize("text", NAMES)
 def test_what_is_printed_stays_on_its_line(text: str) -> None:
-    shown = printable(text)
+    shown = plain_line(text)
     assert "\n" not in shown
     assert "\x1b" not in shown
     assert "\u202e" not in shown
