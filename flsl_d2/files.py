@@ -194,3 +194,34 @@ def _sync_folder(folder: Path) -> None:
             os.fsync(descriptor)
         finally:
             os.close(descriptor)
+
+
+# Longest name of a file without suffix, in bytes of UTF-8; file systems allow 255 with it.
+_MAX_NAME = 180
+_UNSAFE = re.compile(r'[\x00-\x1f\x7f<>:"/\\|?*]')
+
+
+class OutputNames:
+    """Allocator of names in one output folder: each unique, short enough, and fit for any system.
+
+    Names that differ by letter case alone count as equal, because some file systems mix them up.
+    """
+
+    def __init__(self) -> None:
+        self._taken: set[str] = set()
+
+    def free(self, stem: str, suffix: str = "") -> str:
+        """Return a name for a stem that comes from a user's file; the suffix is left out again.
+
+        Args:
+            stem: name without suffix, of any characters and length.
+            suffix: suffix that the file will have.
+        """
+        plain = _UNSAFE.sub("_", printable(stem)).strip(" .") or "unnamed"
+        plain = plain.encode("utf-8", "replace")[:_MAX_NAME].decode("utf-8", "ignore").rstrip(" .")
+        name, count = plain, 1
+        while f"{name}{suffix}".casefold() in self._taken:
+            count += 1
+            name = f"{plain}-{count}"
+        self._taken.add(f"{name}{suffix}".casefold())
+        return name

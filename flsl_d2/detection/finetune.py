@@ -305,7 +305,7 @@ def _report(output: Path, cfg: Any) -> None:
         *(line.removeprefix("warning: ") for line in summary if line.startswith("warning: ")),
         f"Look at {output}/labels.png: are boxes and classes right?",
     ]
-    predictor = Predictor(output, device=cfg.train.device, score_threshold=0.0)
+    predictor = Predictor(output, device=cfg.train.device, score_threshold=0.0, trust_config=True)
     report = write_report(
         output, predictor, data.json_file, data.image_root, summary, hints,
         [_predict_command(output, None), _export_command(output)],

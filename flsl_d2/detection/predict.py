@@ -4,173 +4,223 @@ from __future__ import annotations
 
 import argparse
 import json
-from collections.abc import Sequence
+import logging
+from collections.abc import Callable, Iterator, Sequence
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
-import cv2
 import numpy as np
+from detectron2.utils.logger import setup_logger
 from PIL import Image
-from tqdm import tqdm
 
-from flsl_d2.detection.predictor import Detections, Predictor
+from flsl_d2.detection.detections import Detections
+from flsl_d2.detection.predictor import Predictor
 from flsl_d2.engine.command_line import add_option, described_parser, run_tool
+from flsl_d2.engine.progress import progress
 from flsl_d2.errors import InputError
-from flsl_d2.files import write_text
+from flsl_d2.files import OutputNames, write_text
 from flsl_d2.images.listing import find_images
+from flsl_d2.images.opening import MAX_PIXELS_LIMIT, holds_image, printable
 from flsl_d2.images.reader import preview
-from flsl_d2.visualization.figures import enlarge
+from flsl_d2.images.video import Frame, Video, is_video, written_video
 
-VIDEO_SUFFIXES = (".mp4", ".avi", ".mov", ".mkv", ".webm", ".m4v")
 EXAMPLES = """examples:
   every image of a folder, with the detector of a training run:
     tools/predict.py --model output/mask_rcnn --input photos --output output/predictions
   small objects in large pictures:
     tools/predict.py --model output/mask_rcnn --input aerial.tif --slice 800 --overlap 0.2
   a video:
-    tools/predict.py --model output/mask_rcnn --input street.mp4"""
+    tools/predict.py --model output/mask_rcnn --input street.mp4
+
+A folder's detector is built from its model.json, which holds names and numbers alone. The config
+of a folder without one may run any code, and is used with --trust-config alone."""
+
+logger = logging.getLogger(__name__)
 
 
 def predict_images(
-    predictor: Predictor, files: Sequence[str], output: str | Path, write_masks: bool = False
+    predictor: Predictor,
+    files: Sequence[str],
+    output: str | Path,
+    write_masks: bool = False,
+    names: OutputNames | None = None,
 ) -> int:
     """Write drawn pictures and a COCO results file of images.
 
     ``drawn/`` gets a PNG of each image, ``results.json`` the detections in COCO's results format,
     ``images.json`` the image of each ``image_id`` with the categories, and ``masks/`` a PNG of each
-    object where asked for. An image that cannot be read is reported and left out.
+    object where asked for. An image that cannot be read is reported and left out; one that cannot
+    be drawn is reported, and its detections are written all the same.
 
     Args:
         predictor: the detector.
-        files: image files.
+        files: image files or URLs.
         output: folder to write to.
         write_masks: write the masks, too.
+        names: names of the output folder that are taken.
 
     Returns:
         Number of images that could not be read.
     """
-    output = Path(output).expanduser()
-    (output / "drawn").mkdir(parents=True, exist_ok=True)
+    output, names = Path(output).expanduser(), names or OutputNames()
+    for folder in ("drawn", *["masks"] * write_masks):
+        (output / folder).mkdir(parents=True, exist_ok=True)
     results: list[dict[str, Any]] = []
     images: list[dict[str, Any]] = []
-    failed = 0
-    with tqdm(total=len(files), unit="image", disable=None) as progress:
-        for start in range(0, len(files), predictor.batch_size):
-            batch, pixels = [], []
-            for file in files[start : start + predictor.batch_size]:
-                try:
-                    pixels.append(predictor.read(file))
-                    batch.append(file)
-                except InputError as error:
-                    failed += 1
-                    progress.write(f"left out: {error}")
-            for file, image, found in zip(batch, pixels, predictor(pixels), strict=True):
-                number = len(images) + 1
-                height, width = image.shape[:2]
-                images.append({"id": number, "file_name": file, "height": height, "width": width})
-                results += found.coco_results(number, predictor.category_ids)
-                name = f"{number:06d}_{Path(file).stem}"
-                drawn = found.drawn_on(preview(image))
-                Image.fromarray(drawn).save(output / "drawn" / f"{name}.png")
-                if write_masks and found.masks is not None:
-                    _write_masks(output / "masks", name, found)
-            progress.update(len(files[start : start + predictor.batch_size]))
+    failed: list[str] = []
+
+    def read() -> Iterator[tuple[str, np.ndarray]]:
+        for file in files:
+            try:
+                yield file, predictor.read(file)
+            except InputError as error:
+                failed.append(file)
+                logger.warning("left out: %s", error)
+
+    pictures = progress(read(), "predicting", len(files))
+    while batch := list(islice(pictures, predictor.batch_size)):
+        found = predictor([pixels for _, pixels in batch])
+        for (file, pixels), each in zip(batch, found, strict=True):
+            number = len(images) + 1
+            height, width = pixels.shape[:2]
+            images.append({"id": number, "file_name": file, "height": height, "width": width})
+            results += each.coco_results(number, predictor.category_ids)
+            name = names.free(f"{number:06d}_{Path(file).stem}", "")
+            with_path = output / "drawn" / f"{name}.png"
+            _drawn(lambda: _save(each.drawn_on(preview(pixels)), with_path), file)  # noqa: B023
+            if write_masks and each.masks is not None:
+                _write_masks(output / "masks", name, each)
     write_text(output / "results.json", json.dumps(results))
-    pairs = zip(predictor.category_ids, predictor.class_names, strict=False)
-    categories = [{"id": id_, "name": name} for id_, name in pairs]
-    content = {"images": images, "categories": categories, "failed": failed}
+    content = {"images": images, "categories": _categories(predictor), "failed": len(failed)}
     write_text(output / "images.json", json.dumps(content, indent=1))
-    return failed
+    logger.info("%d detections in %d images.", len(results), len(images))
+    return len(failed)
 
 
-def predict_video(predictor: Predictor, video: str | Path, output: str | Path) -> Path:
-    """Write a video with the detections drawn into every frame.
+def predict_video(
+    predictor: Predictor, video: str | Path, output: str | Path, names: OutputNames | None = None
+) -> Path:
+    """Write a video with the detections drawn into every frame, and a file of the detections.
+
+    ``NAME_detections.mp4`` has the times of the video's own frames. ``NAME_detections.jsonl`` has a
+    line of JSON for each frame: its number, its time in seconds, and COCO's results. Frames that
+    are damaged are counted in a line of the log.
 
     Args:
         predictor: the detector.
-        video: file that OpenCV can decode.
+        video: file that FFmpeg can decode.
         output: folder to write to.
+        names: names of the output folder that are taken.
 
     Returns:
         The MP4 file written.
 
     Raises:
-        InputError: the video cannot be decoded, or this OpenCV cannot write MP4.
+        InputError: the video cannot be decoded, or this FFmpeg cannot write MP4.
     """
-    output = Path(output).expanduser()
-    reader, frame = _open_video(video)
+    output, source = Path(output).expanduser(), Video(video)
     output.mkdir(parents=True, exist_ok=True)
-    file = output / f"{Path(video).stem}_detections.mp4"
-    unfinished = file.with_suffix(".part.mp4")
-    height, width = enlarge(frame)[0].shape[:2]
-    rate = reader.get(cv2.CAP_PROP_FPS) or 25.0
-    code = cv2.VideoWriter.fourcc(*"mp4v")
-    writer = cv2.VideoWriter(str(unfinished), code, rate, (width, height))
-    if not writer.isOpened():
-        raise InputError(f"OpenCV cannot write '{file}'; install an OpenCV with FFmpeg.")
-    total = int(reader.get(cv2.CAP_PROP_FRAME_COUNT)) or None
+    name = (names or OutputNames()).free(f"{Path(video).stem}_detections", ".mp4")
+    size = Detections(np.zeros((0, 4)), np.zeros(0), np.zeros(0, int)).drawn_on(
+        np.zeros((*source.size, 3), np.uint8)
+    )
+    count = objects = 0
+    lines = output / f"{name}.jsonl"
+    with (
+        written_video(output / f"{name}.mp4", size.shape, source.rate) as writer,
+        lines.open("w", encoding="utf-8") as table,
+    ):
+        frames = progress(source, f"predicting {printable(name)}", source.total or None, "frame")
+        while batch := list(islice(frames, predictor.batch_size)):
+            found = predictor([frame.pixels for frame in batch])
+            for frame, each in zip(batch, found, strict=True):
+                table.write(_frame_line(predictor, frame, each))
+                drawn = _drawn(lambda: each.drawn_on(frame.pixels), f"frame {frame.number}")  # noqa: B023
+                writer.write(size if drawn is None else drawn, frame.time)
+                count, objects = count + 1, objects + len(each)
+    logger.info("%s: %d detections in %d frames.", printable(name), objects, count)
+    if source.damaged:
+        logger.warning(
+            "%s: %d damaged parts were passed over; %d frames could be decoded.",
+            printable(str(video)),
+            source.damaged,
+            count,
+        )
+    return output / f"{name}.mp4"
+
+
+def _frame_line(predictor: Predictor, frame: Frame, found: Detections) -> str:
+    results = found.coco_results(frame.number, predictor.category_ids)
+    for result, name in zip(results, found.names, strict=True):
+        result["category"] = name
+    line = {"frame": frame.number, "time": round(frame.time, 6), "detections": results}
+    return json.dumps(line) + "\n"
+
+
+def _drawn(draw: Callable[[], Any], what: str) -> Any:
+    """Draw; None and a line of the log where that fails, because results are worth more."""
     try:
-        with tqdm(total=total, unit="frame", disable=None) as progress:
-            frames = [frame]
-            while frames:
-                images = [np.ascontiguousarray(each[..., ::-1]) for each in frames]
-                for image, found in zip(images, predictor(images), strict=True):
-                    writer.write(np.ascontiguousarray(found.drawn_on(image)[..., ::-1]))
-                progress.update(len(frames))
-                read = [reader.read() for _ in range(predictor.batch_size)]
-                frames = [each for readable, each in read if readable]
-        writer.release()
-        unfinished.replace(file)
-    finally:
-        writer.release()
-        unfinished.unlink(missing_ok=True)
-    return file
+        return draw()
+    except Exception as error:
+        reason = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
+        logger.warning("'%s' could not be drawn (%s); its results stay.", printable(what), reason)
+        return None
 
 
-def _open_video(video: str | Path) -> tuple[cv2.VideoCapture, np.ndarray]:
-    """Open a video and decode its first frame, BGR."""
-    path = Path(video).expanduser()
-    if not path.is_file():
-        raise InputError(f"input '{video}' does not exist; check the path.")
-    reader = cv2.VideoCapture(str(path))
-    readable, frame = reader.read()
-    if not readable:
-        raise InputError(f"video '{video}' cannot be decoded; convert it to MP4 with H.264.")
-    return reader, frame
+def _save(pixels: np.ndarray, path: Path) -> None:
+    Image.fromarray(pixels).save(path)
 
 
-def _image_files(inputs: Sequence[str]) -> list[str]:
-    """List the images of files and folders, each once."""
-    files: list[str] = []
-    for text in inputs:
-        path = Path(text).expanduser()
-        if path.is_dir():
-            files += find_images(path)
-        elif path.is_file():
-            files.append(str(path))
-        else:
-            raise InputError(f"input '{text}' is neither a file nor a folder; check the path.")
-    return list(dict.fromkeys(files))
+def _categories(predictor: Predictor) -> list[dict[str, Any]]:
+    pairs = zip(predictor.category_ids, predictor.class_names, strict=False)
+    return [{"id": id_, "name": name} for id_, name in pairs]
 
 
 def _write_masks(folder: Path, name: str, found: Detections) -> None:
-    folder.mkdir(parents=True, exist_ok=True)
-    masks = [] if found.masks is None else list(found.masks)
-    for index, (mask, label) in enumerate(zip(masks, found.names, strict=True)):
-        safe = "".join(c if c.isalnum() else "_" for c in label)
-        Image.fromarray(mask.astype(np.uint8) * 255).save(folder / f"{name}_{index:03d}_{safe}.png")
+    names = OutputNames()
+    for index, (mask, label) in enumerate(zip(found.masks or (), found.names, strict=True)):
+        file = names.free(f"{name}_{index:03d}_{label}", ".png")
+        Image.fromarray(mask.astype(np.uint8) * 255).save(folder / f"{file}.png")
+
+
+def _inputs(inputs: Sequence[str]) -> tuple[list[str], list[str]]:
+    """Sort files, folders and URLs into images and videos, each once, by their content."""
+    images: list[str] = []
+    videos: list[str] = []
+    for text in inputs:
+        path = Path(text).expanduser()
+        if path.is_dir():
+            images += find_images(path)
+        elif "://" in text:
+            images.append(text)
+        elif not path.is_file():
+            raise InputError(f"input '{printable(text)}' does not exist; check the path.")
+        elif not holds_image(str(path)) and (_named_like_a_video(path) or is_video(str(path))):
+            videos.append(str(path))
+        else:
+            images.append(str(path))
+    if not images and not videos:
+        raise InputError(f"there is no image in {', '.join(inputs)}; name images or a video.")
+    return list(dict.fromkeys(images)), list(dict.fromkeys(videos))
+
+
+def _named_like_a_video(path: Path) -> bool:
+    return path.suffix.lower() in (".mp4", ".avi", ".mov", ".mkv", ".webm", ".m4v", ".mpg", ".ts")
 
 
 def _predict(args: argparse.Namespace) -> None:
-    for name, value in (("--batch-size", args.batch_size), ("--slice", args.slice + 1)):
-        if value < 1:
-            raise InputError(f"{name} is {value - (name == '--slice')}; give a larger number.")
-    videos = [text for text in args.input if text.lower().endswith(VIDEO_SUFFIXES)]
-    files = _image_files([text for text in args.input if text not in videos])
-    if not files and not videos:
-        raise InputError(f"there is no image in {', '.join(args.input)}; name images or a video.")
+    for name, value, least in (
+        ("--batch-size", args.batch_size, 1),
+        ("--slice", args.slice, 0),
+        ("--max-pixels", args.max_pixels, 1),
+    ):
+        if value < least:
+            raise InputError(f"{name} is {value}; give {least} or more.")
+    setup_logger(name="flsl_d2")
+    files, videos = _inputs(args.input)
     for video in videos:  # before the model is loaded and anything is written
-        _open_video(video)[0].release()
+        Video(video)
     predictor = Predictor(
         args.model,
         args.weights,
@@ -180,19 +230,23 @@ def _predict(args: argparse.Namespace) -> None:
         args.overlap,
         args.short_side,
         args.batch_size,
+        args.trust_config,
+        args.max_pixels,
     )
     if videos and predictor.channels:
         raise InputError(
             f"the detector takes images of {predictor.channels} channels, and a video has three; "
             "give images."
         )
+    names = OutputNames()
     if files:
-        failed = predict_images(predictor, files, args.output, args.masks)
+        failed = predict_images(predictor, files, args.output, args.masks, names)
         print(f"{len(files) - failed} images: {args.output}/drawn, {args.output}/results.json")
         if failed == len(files):
             raise InputError("none of the images could be read; see the lines above.")
     for video in videos:
-        print(predict_video(predictor, video, args.output))
+        written = predict_video(predictor, video, args.output, names)
+        print(f"{written}, {written.with_suffix('.jsonl')}")
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -203,7 +257,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     add = parser.add_argument
     add("--model", required=True, metavar="DIR", help="folder of a training run, or a config file")
     add_option(parser, "--weights", default="", help="detector weights (default: the run's best)")
-    add("--input", nargs="+", required=True, metavar="PATH", help="images, folders, videos")
+    add("--input", nargs="+", required=True, metavar="PATH", help="images, folders, videos, URLs")
     add_option(parser, "--output", default="output/predictions")
     add_option(parser, "--device")
     add("--batch-size", type=int, default=1, metavar="N", help="images at a time (%(default)s)")
@@ -225,7 +279,19 @@ def main(arguments: Sequence[str] | None = None) -> None:
         metavar="SHARE",
         help="share of a slice that the next one sees, too (default: %(default)s)",
     )
+    add(
+        "--max-pixels",
+        type=int,
+        default=MAX_PIXELS_LIMIT,
+        metavar="N",
+        help="larger images are left out (default: %(default)s); a pixel takes 3 bytes of memory",
+    )
     add("--masks", action="store_true", help="write the mask of each object as PNG")
+    add(
+        "--trust-config",
+        action="store_true",
+        help="run the LazyConfig of a folder without model.json; it may run any code",
+    )
     run_tool(_predict, parser.parse_args(arguments))
 
 

@@ -56,6 +56,7 @@ def export_model(
     which: str | None = None,
     report: str | None = None,
     num_heads: int | None = None,
+    trust_config: bool = False,
 ) -> Path:
     """Export a model; the output is whole and checked, or not there.
 
@@ -70,6 +71,7 @@ def export_model(
             several.
         report: JSON file for the account of every weight of an encoder's file.
         num_heads: number of attention heads of an encoder's file, which no tensor tells.
+        trust_config: see :class:`flsl_d2.Predictor`.
 
     Returns:
         Path of the card.
@@ -89,7 +91,7 @@ def export_model(
     writable_folder(target.parent, "--output")
     if target.resolve() == Path(split_weights_path(model)[0]).expanduser().resolve():
         raise InputError(f"the output '{target}' is the model; give another name.")
-    graph, facts, account = _open(model, weights, part, which, num_heads)
+    graph, facts, account = _open(model, weights, part, which, num_heads, trust_config)
     if report is not None and account is None:
         raise InputError("--report is for an encoder's file; leave it out for a detector.")
     if not isinstance(graph, EncoderGraph) and file_format not in DETECTOR_FORMATS:
@@ -123,7 +125,14 @@ def export_model(
 _Opened = tuple[EncoderGraph | DetectorGraph | SegmenterGraph, dict[str, Any], LoadReport | None]
 
 
-def _open(model: str, weights: str, part: str, which: str | None, num_heads: int | None) -> _Opened:
+def _open(
+    model: str,
+    weights: str,
+    part: str,
+    which: str | None,
+    num_heads: int | None,
+    trust_config: bool = False,
+) -> _Opened:
     """Build the graph of a model, describe its inputs and outputs, and account for its weights."""
     place = Path(model).expanduser()
     folder = place if place.is_dir() else None
@@ -135,7 +144,7 @@ def _open(model: str, weights: str, part: str, which: str | None, num_heads: int
         return _encoder_graph(model, None, which, num_heads)
     if which is not None or num_heads is not None:
         raise InputError("--which and --num-heads are for an encoder's file; leave them out.")
-    predictor = Predictor(model, weights, device="cpu")
+    predictor = Predictor(model, weights, device="cpu", trust_config=trust_config)
     detector: Any = predictor.model
     facts = run_facts(folder)
     if part == "encoder":
@@ -234,6 +243,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
         help="the whole model, or a detector's encoder (default: %(default)s)",
     )
     add_option(parser, "--output", required=True, metavar="FILE", help="file or folder to write")
+    parser.add_argument(
+        "--trust-config",
+        action="store_true",
+        help="run the LazyConfig of a detector's folder without model.json; it may run any code",
+    )
     _add_encoder_options(parser)
     args = parser.parse_args(arguments)
     run_tool(
@@ -246,6 +260,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         args.which,
         args.report,
         args.num_heads,
+        args.trust_config,
     )
 
 

@@ -245,9 +245,11 @@ def fitting_side(
     """
     encoding = pairs = 0.0
     for _, encoder, head in encoders:
-        extract_tokens(encoder, image, _PROBE)  # the first call is slower
+        channels = encoder.input_format.channels  # any values take the same time
+        probe = image if channels == 3 else np.repeat(image[..., :1], channels, axis=2)
+        extract_tokens(encoder, probe, _PROBE)  # the first call is slower
         start = time.monotonic()
-        features = extract_tokens(encoder, image, _PROBE)
+        features = extract_tokens(encoder, probe, _PROBE)
         middle = time.monotonic()
         describe_encoder("", [features], scales, head)
         encoding, pairs = encoding + middle - start, pairs + time.monotonic() - middle

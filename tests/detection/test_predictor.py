@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import json
+import os
+import shutil
 from functools import cache
 from pathlib import Path
 
 import cv2
 import detectron2.data.transforms as T
 import numpy as np
+import pycocotools.mask as mask_util
 import pytest
 import torch
 from detectron2.config import LazyConfig, instantiate
@@ -18,14 +21,19 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
+from flsl_d2.detection.description import MODEL_FILE, write_description
+from flsl_d2.detection.detections import Detections, MaskCrops
 from flsl_d2.detection.predict import main, predict_video
-from flsl_d2.detection.predictor import Detections, Predictor, _corners
+from flsl_d2.detection.predictor import Predictor
 from flsl_d2.detection.setup import CLASSES_FILE
+from flsl_d2.detection.slices import corners
 from flsl_d2.detection.yaml_training import load_yaml_config
 from flsl_d2.engine.config_files import load_lazy_config
 from flsl_d2.errors import InputError
+from flsl_d2.images.video import Video, VideoWriter
 from flsl_d2.scenes import render_scene
 from flsl_d2.weights import write_encoder
+from tests.hostile import HOSTILE, as_file_name
 
 NAMES = ["disc", "ring", "star", "triangle", "box", "cross"]
 
@@ -39,6 +47,7 @@ def run_folder(tmp_path_factory) -> Path:
         ["model.backbone.net.depth=1", "model.roi_heads.box_predictor.test_score_thresh=0.0"],
     )
     LazyConfig.save(cfg, str(folder / "config.yaml"))
+    write_description(cfg, folder)
     torch.manual_seed(0)
     model = instantiate(cfg.model)
     torch.nn.init.normal_(model.roi_heads.box_predictor.cls_score.weight, std=1.0)
@@ -94,7 +103,7 @@ def test_slices_cover_the_image_and_small_pictures_are_taken_whole(run_folder, s
     assert (np.diff(several.scores) <= 0).all()
     for overlap in (0.0, 0.2, 0.9):
         seen = np.zeros((96, 128), bool)
-        for top, left in _corners(96, 128, 64, overlap):
+        for top, left in corners(96, 128, 64, overlap):
             seen[top : top + 64, left : left + 64] = True
             assert top + 64 <= 96
             assert left + 64 <= 128
@@ -183,7 +192,7 @@ def test_both_kinds_of_configs_give_what_detectron2s_own_predictor_gives(scenes,
     for name in ("lazy", "yaml"):
         (tmp_path / name).mkdir()
         if name == "lazy":
-            LazyConfig.save(lazy, str(tmp_path / name / "config.yaml"))
+            write_description(lazy, tmp_path / name)
         else:
             (tmp_path / name / "config.yaml").write_text(yaml_cfg.dump())
         found.append(Predictor(tmp_path / name, file, "cpu", score_threshold=0.0)(scenes[0])[0])
@@ -236,26 +245,151 @@ def test_the_command_line_writes_pictures_results_and_masks(run_folder, scenes, 
     assert "2 images" in capsys.readouterr().out
 
 
-def test_a_video_keeps_its_frames(run_folder, tmp_path):
-    file = tmp_path / "clip.mp4"
-    writer = cv2.VideoWriter(str(file), cv2.VideoWriter.fourcc(*"mp4v"), 10.0, (128, 96))
-    for index in range(3):
-        writer.write(render_scene(np.random.default_rng(index), (128, 96)).image)
-    writer.release()
-    out = predict_video(Predictor(run_folder, device="cpu"), file, tmp_path / "out")
-    reader = cv2.VideoCapture(str(out))
-    frames = 0
-    while reader.read()[0]:
-        frames += 1
-    assert frames == 3
+def write_clip(path: Path, times: list[float], size: tuple[int, int] = (96, 128)) -> None:
+    writer = VideoWriter(path, size, 10.0)
+    for index, time in enumerate(times):
+        writer.write(render_scene(np.random.default_rng(index), size[::-1]).image, time)
+    writer.close()
+
+
+def predict(*arguments: object) -> int:
+    with pytest.raises(SystemExit) as ended:
+        main([*map(str, arguments), "--device", "cpu"])
+    return int(ended.value.code or 0)
+
+
+def test_a_video_keeps_its_times_and_every_frame_has_a_line(run_folder, tmp_path):
+    times = [0.0, 0.1, 0.9, 1.0, 2.5]
+    write_clip(tmp_path / "clip.bin", times)  # the content decides
+    predictor = Predictor(run_folder, device="cpu", score_threshold=0.2, batch_size=2)
+    out = predict_video(predictor, tmp_path / "clip.bin", tmp_path / "out")
+    written = Video(out)
+    assert [frame.time for frame in written] == pytest.approx(times, abs=1e-3)
+    assert written.size[0] >= 384
+    lines = [json.loads(line) for line in out.with_suffix(".jsonl").read_text().splitlines()]
+    assert [line["time"] for line in lines] == pytest.approx(times, abs=1e-3)
+    assert [line["frame"] for line in lines] == list(range(5))
+    frame = next(iter(Video(tmp_path / "clip.bin"))).pixels
+    alone = predictor(frame)[0]
+    assert len(lines[0]["detections"]) == len(alone) > 0
+    assert lines[0]["detections"][0]["category"] in NAMES
+
+
+def test_damaged_frames_are_counted_and_passed(run_folder, tmp_path, caplog):
+    write_clip(tmp_path / "clip.mp4", [i / 10 for i in range(20)])
+    content = bytearray((tmp_path / "clip.mp4").read_bytes())
+    start = content.index(b"mdat")
+    for place in range(start + 2000, start + 2600):
+        content[place] ^= 0x5A
+    (tmp_path / "clip.mp4").write_bytes(content)
+    out = predict_video(Predictor(run_folder, device="cpu"), tmp_path / "clip.mp4", tmp_path)
+    assert len(out.with_suffix(".jsonl").read_text().splitlines()) >= 10
+    assert "damaged parts were passed over" in caplog.text
+
+
+def test_inputs_of_one_name_and_hostile_names_have_outputs_of_their_own(run_folder, tmp_path):
+    inputs = []
+    for folder in ("a", "b"):
+        (tmp_path / folder).mkdir()
+        write_clip(tmp_path / folder / "front.mp4", [0.0, 0.1])
+        inputs.append(tmp_path / folder / "front.mp4")
+    for number, text in enumerate(HOSTILE):
+        inputs.append(tmp_path / "a" / f"{number} {as_file_name(text)}")
+        Image.new("RGB", (32, 32)).save(inputs[-1], "PNG")
+    out = tmp_path / "out"
+    assert predict("--model", run_folder, "--input", *inputs, "--output", out) == 0
+    assert len(list(out.glob("front*_detections.mp4"))) == 2
+    assert len(list(out.glob("front*_detections*.jsonl"))) == 2
+    drawn = list((out / "drawn").iterdir())
+    assert len(drawn) == len(HOSTILE)
+    assert all(len(os.fsencode(path.name)) < 255 and path.name.isprintable() for path in drawn)
+    assert not Path("ran.txt").exists()
+
+
+def test_results_are_written_though_drawing_fails(run_folder, scenes, tmp_path, monkeypatch):
+    def fail(*_):
+        raise ValueError("no font")
+
+    monkeypatch.setattr(Detections, "drawn_on", fail)
+    options = ("--score-threshold", "0.2", "--output", tmp_path / "out")
+    assert predict("--model", run_folder, "--input", *scenes, *options) == 0
+    assert json.loads((tmp_path / "out" / "results.json").read_text())
+
+
+def test_pictures_of_any_kind_are_taken(run_folder, scenes, tmp_path):
+    predictor = Predictor(run_folder, device="cpu", score_threshold=0.2)
+    pixels = np.asarray(Image.open(scenes[0]))
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    Image.fromarray(pixels).rotate(90, expand=True).save(tmp_path / "turned.png", exif=exif)
+    kinds = [scenes[0], Path(scenes[0]), pixels, Image.open(scenes[0]), f"file://{scenes[0]}"]
+    for kind in [*kinds, Image.open(tmp_path / "turned.png"), str(tmp_path / "turned.png")]:
+        np.testing.assert_array_equal(predictor(kind)[0].boxes, predictor(pixels)[0].boxes)
+    with pytest.raises(InputError, match="is a folder; give its files"):
+        predictor(str(tmp_path))
+    with pytest.raises(InputError, match="cannot be read"):
+        predictor("file:///nowhere/x.png")
+
+
+def test_a_folder_is_data(run_folder, scenes, tmp_path):
+    """A config of a folder is a program, which is run where the user trusts it alone."""
+    folder = tmp_path / "run"
+    shutil.copytree(run_folder, folder)
+    text = (folder / "config.yaml").read_text()
+    ran = tmp_path / "ran.txt"
+    hostile = f"{text}\nevil: !!python/object/apply:os.system ['touch {ran}']\n"
+    (folder / "config.yaml").write_text(hostile)
+    Predictor(folder, device="cpu")  # from model.json
+    (folder / MODEL_FILE).unlink()
+    with pytest.raises(InputError, match=r"--trust-config"):
+        Predictor(folder, device="cpu")
+    assert not ran.exists()
+    (folder / "config.yaml").write_text(text)
+    found = Predictor(folder, device="cpu", trust_config=True)(scenes[0])[0]
+    np.testing.assert_array_equal(
+        found.boxes, Predictor(run_folder, device="cpu")(scenes[0])[0].boxes
+    )
+
+
+@settings(max_examples=50)
+@given(st.integers(0, 2**32), st.integers(1, 12), st.integers(1, 12))
+def test_crops_are_the_masks(seed, height, width):
+    rng = np.random.default_rng(seed)
+    masks = rng.random((3, height, width)) < rng.choice([0.0, 0.2, 0.9, 1.0])
+    crops = MaskCrops.of_arrays(masks)
+    np.testing.assert_array_equal(np.asarray(crops), masks)
+    for code, mask in zip(crops.run_lengths(), masks, strict=True):
+        np.testing.assert_array_equal(mask_util.decode(code), mask)
+        assert code == {**(own := mask_util.encode(np.asfortranarray(mask, np.uint8))),
+                        "counts": own["counts"].decode()}  # fmt: skip
+    moved = crops.moved(2, 3, (height + 5, width + 4))
+    np.testing.assert_array_equal(moved[0][3 : 3 + height, 2 : 2 + width], masks[0])
+    assert np.asarray(moved).sum() == masks.sum()
+
+
+def test_many_masks_of_a_large_picture_take_little_memory():
+    """1,000 objects of 100 pixels a side in 8,000 x 8,000: 64 GB as masks of the whole picture."""
+    size, count = (8000, 8000), 1000
+    corners_of = np.random.default_rng(0).integers(0, 7900, (count, 2)).astype(np.float32)
+    boxes = np.concatenate([corners_of, corners_of + 100], axis=1)
+    masks = MaskCrops.of_predictions(torch.ones(count, 1, 28, 28), torch.tensor(boxes), size)
+    found = Detections(boxes, np.ones(count, np.float32), np.zeros(count, int), ["a"], masks)
+    assert sum(crop.pixels.nbytes for crop in masks.crops) < 20e6
+    assert mask_util.area(found.coco_results(1)[0]["segmentation"]) == pytest.approx(1e4, rel=0.05)
 
 
 @pytest.mark.parametrize(
     ("arguments", "sentence"),
     [
-        (["--input", "nowhere.jpg"], "neither a file nor a folder"),
+        (["--input", "nowhere.jpg"], "does not exist"),
         (["--input", "{tmp}"], "holds no image file"),
-        (["--input", "{scene}", "--model", "{tmp}"], "holds no config.yaml"),
+        (["--input", "{scene}", "--model", "{tmp}"], "no model.json and no config.yaml"),
+        (
+            ["--input", "{scene}", "--model", "{encoder}"],
+            "is an encoder and no detector",
+        ),
+        (["--input", "{scene}", "--model", "{scene}"], "is no folder of a run"),
+        (["--input", "{scene}", "--max-pixels", "0"], "--max-pixels is 0"),
         (["--input", "{clip}"], "cannot be decoded"),
         (["--input", "{scene}", "{clip}"], "cannot be decoded"),
         (["--input", "{tmp}.mp4"], "does not exist"),
@@ -275,8 +409,9 @@ def test_what_cannot_be_done_is_one_sentence(
     empty.mkdir()
     old = tmp_path / "old"
     old.mkdir()
-    text = (run_folder / "config.yaml").read_text()
-    (old / "config.yaml").write_text(text.replace("flsl_d2.FLSLViT", "flsl_d2.ViTOfOldTimes"))
+    content = json.loads((run_folder / MODEL_FILE).read_text())
+    content["model"]["backbone"]["net"]["shape_of_old_times"] = 3
+    (old / MODEL_FILE).write_text(json.dumps(content))
     for name in (CLASSES_FILE, "model_final.pth"):
         (old / name).symlink_to(run_folder / name)
     encoder = tmp_path / "encoder.pth"
@@ -294,6 +429,6 @@ def test_what_cannot_be_done_is_one_sentence(
 
 
 def test_a_folder_without_a_checkpoint(run_folder, tmp_path):
-    (tmp_path / "config.yaml").write_text((run_folder / "config.yaml").read_text())
+    shutil.copy(run_folder / MODEL_FILE, tmp_path)
     with pytest.raises(InputError, match="no checkpoint yet"):
         Predictor(tmp_path, device="cpu")

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
+from PIL import Image
 from tabulate import tabulate
 from tqdm import tqdm
 
@@ -28,6 +29,7 @@ from flsl_d2.evaluation.davis.measures import (
 from flsl_d2.evaluation.davis.propagation import Propagation, frame_size, segment_sequence
 from flsl_d2.evaluation.davis.sequences import (
     Sequence,
+    davis_palette,
     find_sequence,
     read_mask,
     sequence_names,
@@ -35,10 +37,12 @@ from flsl_d2.evaluation.davis.sequences import (
 )
 from flsl_d2.evaluation.features import RANDOM, frozen_encoder, usable_device
 from flsl_d2.files import writable_folder, write_text
+from flsl_d2.images.reader import preview
 from flsl_d2.modeling import Encoder
 
 logger = logging.getLogger("detectron2.flsl_d2.evaluation")
 
+_DRAWN_FRAMES = 4
 _COLUMNS = ("J&F", "J", "J rec.", "J dec.", "F", "F rec.", "F dec.")
 
 
@@ -186,7 +190,8 @@ def run_davis(
     content = {"settings": settings, **results.as_json()}
     write_text(json_file, json.dumps(content, indent=1, default=str) + "\n")
     print(results.table())
-    print(f"masks: {run.output / 'masks'}\nresults: {json_file}")
+    print(f"masks: {run.output / 'masks'}, drawn over frames: {run.output / 'drawn'}")
+    print(f"results: {json_file}")
     if results.failed:
         raise InputError(
             f"{len(results.failed)} of {len(results.failed) + len(results.objects)} sequences "
@@ -285,9 +290,22 @@ def _segment_and_write(
                 masks.append(mask)
                 progress.update()
         part.rename(folder)
+        _draw(run.output / "drawn" / f"{sequence.name}.jpg", sequence, masks)
     finally:
         shutil.rmtree(part, ignore_errors=True)
     return masks
+
+
+def _draw(path: Path, sequence: Sequence, masks: Ordered[np.ndarray]) -> None:
+    """Draw masks over some frames beside each other, an object a colour."""
+    chosen = np.unique(np.linspace(0, len(masks) - 1, _DRAWN_FRAMES).round().astype(int)).tolist()
+    pictures = []
+    for number in chosen:
+        frame, mask = preview(str(sequence.frames[number])), masks[number][..., None]
+        tinted = 0.5 * frame + 0.5 * davis_palette()[masks[number]]
+        pictures.append(np.where(mask > 0, tinted, frame).astype(np.uint8))
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.fromarray(np.concatenate(pictures, axis=1)).save(path, quality=90)
 
 
 def _report_failure(results: Results, name: str, error: InputError) -> None:

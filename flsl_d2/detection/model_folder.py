@@ -1,0 +1,154 @@
+"""The detector of a training run's folder, or of a config: its model, weights and classes.
+
+A LazyConfig, and the ``config.yaml`` that Detectron2 saves of it, may run any code. So a folder's
+detector is built from its ``model.json`` or from a YAML config of registry names, which hold names
+and numbers alone, unless the user trusts its config.
+"""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import Any
+
+import detectron2.data.transforms as T
+import yaml
+from detectron2.config import CfgNode, LazyConfig, instantiate
+from detectron2.data import MetadataCatalog
+from detectron2.modeling import build_model
+from omegaconf import DictConfig, OmegaConf
+from torch import nn
+
+from flsl_d2.detection.description import MODEL_FILE, read_description
+from flsl_d2.detection.setup import read_kept_classes
+from flsl_d2.detection.yaml_training import load_yaml_config
+from flsl_d2.engine.config_files import is_yaml, load_lazy_config
+from flsl_d2.errors import InputError
+from flsl_d2.weights import build_encoder
+from flsl_d2.weights.checkpointer import BEST_WEIGHTS
+
+
+def find_config(model: str | Path, trust_config: bool) -> DictConfig | CfgNode:
+    """Read the description of a detector.
+
+    Args:
+        model: output folder of a run, or a config file, which is run as the program that it is.
+        trust_config: whether the LazyConfig of a folder without ``model.json`` may be run.
+
+    Raises:
+        InputError: there is none, it describes no detector, or it would have to be trusted.
+    """
+    place = Path(model).expanduser()
+    if place.is_dir():
+        return _folder_config(place, trust_config)
+    if place.is_file() and place.suffix not in (".py", ".yaml", ".yml"):
+        raise InputError(f"'{model}' {_what_it_is(place)}")
+    return load_yaml_config(str(model)) if is_yaml(str(model)) else load_lazy_config(str(model))
+
+
+def _folder_config(folder: Path, trust_config: bool) -> DictConfig | CfgNode:
+    file = folder / "config.yaml"
+    encoders = sorted(folder.glob("teacher_backbone*"))
+    if encoders:
+        raise InputError(f"'{folder}' is a run of pre-training: '{encoders[0]}' {_TO_FINE_TUNE}")
+    if (folder / MODEL_FILE).is_file() and not trust_config:
+        return read_description(folder)
+    try:
+        text = file.read_text(encoding="utf-8", errors="replace")
+        if "\nMODEL:" in f"\n{text}":
+            return load_yaml_config(str(file))
+        if not trust_config:
+            raise InputError(
+                f"'{folder}' has no {MODEL_FILE}, and its config.yaml may run any code; where you "
+                "made the folder yourself, or trust its maker, give --trust-config "
+                "(trust_config=True)."
+            )
+        cfg = LazyConfig.load(str(file))
+    except FileNotFoundError as error:
+        raise InputError(
+            f"'{folder}' holds no {MODEL_FILE} and no config.yaml, so it is no output folder of "
+            "tools/finetune.py or tools/train_net.py; name one, or a config file with --weights."
+        ) from error
+    except InputError:
+        raise
+    except (OSError, ValueError, yaml.YAMLError) as error:
+        raise InputError(f"'{file}' cannot be read ({error}); restore it.") from error
+    if not isinstance(cfg, DictConfig) or "dataloader" not in cfg or "model" not in cfg:
+        raise InputError(f"'{file}' describes no detector; name the folder of a training run.")
+    return cfg
+
+
+_TO_FINE_TUNE = (
+    "is an encoder and no detector; fine-tune it with tools/finetune.py --weights FILE "
+    "--annotations FILE --images FOLDER, and give its output folder."
+)
+
+
+def _what_it_is(file: Path) -> str:
+    """Say what a file is that was given in place of a folder, and what to do."""
+    try:
+        build_encoder(str(file))
+    except InputError:
+        return (
+            "is no folder of a run and no config file; weights of a detector are given by "
+            "--weights beside the config or the folder that they belong to."
+        )
+    return _TO_FINE_TUNE
+
+
+def find_weights(folder: Path | None, cfg: DictConfig | CfgNode) -> str:
+    """Return the best weights of a folder, or those that a config names."""
+    if folder is None:
+        named = cfg.MODEL.WEIGHTS if isinstance(cfg, CfgNode) else cfg.train.init_checkpoint
+        if not named:
+            raise InputError("a config alone has no detector weights; give them with --weights.")
+        return str(named)
+    candidates = [folder / BEST_WEIGHTS, folder / "model_final.pth"]
+    last = folder / "last_checkpoint"
+    if last.is_file():
+        candidates.append(folder / last.read_text().strip())
+    found = next((file for file in candidates if file.is_file()), None)
+    if found is None:
+        raise InputError(f"'{folder}' holds no checkpoint yet; train first, or give --weights.")
+    return str(found)
+
+
+def build_detector(cfg: DictConfig | CfgNode, device: str) -> nn.Module:
+    """Build the detector of a config on a device."""
+    if isinstance(cfg, CfgNode):
+        cfg.MODEL.DEVICE = device
+        return build_model(cfg)
+    return instantiate(cfg.model).to(device)
+
+
+def preprocessing(cfg: DictConfig | CfgNode, short_side: int) -> tuple[str, T.AugmentationList]:
+    """Channel order of the model's input, and the resizing of its test data."""
+    own = T.ResizeShortestEdge([short_side] * 2, math.ceil(short_side * 1333 / 800))
+    if isinstance(cfg, CfgNode):
+        order = cfg.INPUT.FORMAT
+        resize = [T.ResizeShortestEdge([cfg.INPUT.MIN_SIZE_TEST] * 2, cfg.INPUT.MAX_SIZE_TEST)]
+    else:
+        order = OmegaConf.select(cfg, "model.input_format", default="BGR")
+        resize = list(instantiate(cfg.dataloader.test.mapper.augmentations))
+    return order, T.AugmentationList([own] if short_side else resize)
+
+
+def find_classes(
+    folder: Path | None, cfg: DictConfig | CfgNode
+) -> tuple[list[str], list[int], str]:
+    """Names and ids of the classes and the version that a run kept; else of its data set."""
+    if folder is not None:
+        kept = read_kept_classes(folder)
+        if kept is not None:
+            return kept
+    if isinstance(cfg, CfgNode):
+        given: Any = cfg.DATASETS.TEST or cfg.DATASETS.TRAIN
+    else:
+        given = OmegaConf.select(cfg, "dataloader.test.dataset.names") or OmegaConf.select(
+            cfg, "dataloader.train.dataset.names"
+        )
+    first = given if isinstance(given, str) else next(iter(given or []), "")
+    metadata = MetadataCatalog.get(first) if first else None
+    names = list(metadata.get("thing_classes", [])) if metadata else []
+    ids = metadata.get("thing_dataset_id_to_contiguous_id", {}) if metadata else {}
+    return names, sorted(ids, key=lambda id_: ids[id_]), ""
