@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, get_worker_info
 
 from flsl_d2.errors import InputError, TrainingError
-from flsl_d2.images.opening import MAX_PIXELS_LIMIT, printable
+from flsl_d2.images.opening import printable
 from flsl_d2.images.reader import MAX_PIXELS, ImageFile, read_channels
 from flsl_d2.images.store import ImageStore, as_store
 from flsl_d2.modeling.transfer import beside_computing, to_device
@@ -172,8 +172,8 @@ class PretrainDataset(Dataset[tuple[Views, list[str]]]):
     ) -> None:
         if on_error not in ("skip", "raise"):
             raise InputError(f"dataset.on_error is '{on_error}'; use 'skip' or 'raise'.")
-        if not 1 <= max_pixels <= MAX_PIXELS_LIMIT:
-            raise InputError(f"dataset.max_pixels is {max_pixels}; use 1 to {MAX_PIXELS_LIMIT}.")
+        if max_pixels < 1:
+            raise InputError(f"dataset.max_pixels is {max_pixels}; use 1 or more.")
         self.files = as_store(files)
         self.views, self.seed = views, seed
         self.on_error, self.max_pixels, self.channels = on_error, max_pixels, channels

@@ -22,7 +22,8 @@ from flsl_d2.annotations.objects import AnnotatedObject, AnnotatedPicture, simpl
 from flsl_d2.annotations.shapes import box_problem, mask_area
 from flsl_d2.errors import InputError
 from flsl_d2.images.listing import IMAGE_SUFFIXES, find_images
-from flsl_d2.images.reader import MAX_PIXELS_LIMIT, ImageFile, picture_size
+from flsl_d2.images.opening import MAX_PIXELS_LIMIT
+from flsl_d2.images.reader import ImageFile, picture_size
 
 _KNOWN = (
     "COCO (one .json), YOLO (a folder of .txt with data.yaml or classes.txt), Pascal VOC (a folder "

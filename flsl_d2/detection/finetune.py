@@ -33,7 +33,8 @@ from flsl_d2.engine.gpus import check_device
 from flsl_d2.engine.launchers import started_processes
 from flsl_d2.errors import InputError
 from flsl_d2.files import writable_folder, write_text
-from flsl_d2.images.reader import channels_format, printable
+from flsl_d2.images.opening import printable
+from flsl_d2.images.reader import channels_format
 from flsl_d2.images.stored_values import channel_statistics
 
 CONFIG_FILE = "finetune.py"

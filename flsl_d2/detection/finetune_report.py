@@ -23,7 +23,8 @@ import flsl_d2
 from flsl_d2.annotations.coco_file import read_coco
 from flsl_d2.annotations.records import load_coco, read_coco_api
 from flsl_d2.detection.coco_evaluator import evaluate_coco
-from flsl_d2.detection.predictor import Detections, Predictor
+from flsl_d2.detection.detections import Detections
+from flsl_d2.detection.predictor import Predictor
 from flsl_d2.engine.progress import progress
 from flsl_d2.errors import InputError
 from flsl_d2.files import write_text

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import detectron2.data.transforms as T
 import numpy as np
@@ -182,7 +183,8 @@ class Predictor:
         sizes = [image.shape[:2] for image in images]
         if getattr(type(self.model), "inference", None) is GeneralizedRCNN.inference:
             # Without Detectron2's last step, which makes a mask of the whole image of each object.
-            outputs = self.model.inference(inputs, do_postprocess=False)
+            model: Any = self.model
+            outputs = model.inference(inputs, do_postprocess=False)
         else:
             outputs = [output["instances"] for output in self.model(inputs)]
         return [self._detections(out, size) for out, size in zip(outputs, sizes, strict=True)]

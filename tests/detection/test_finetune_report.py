@@ -7,6 +7,7 @@ import json
 import numpy as np
 import pytest
 
+from flsl_d2.detection.detections import Detections
 from flsl_d2.detection.finetune_report import (
     CROWD,
     NOTHING,
@@ -16,7 +17,6 @@ from flsl_d2.detection.finetune_report import (
     _notes,
     _verdict,
 )
-from flsl_d2.detection.predictor import Detections
 
 
 def record(*objects: tuple[list[float], int], crowd: list[float] | None = None) -> dict:

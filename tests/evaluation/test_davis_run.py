@@ -358,6 +358,7 @@ def test_masks_are_as_the_server_wants_them(davis: Path) -> None:
     run = small_run(davis)
     evaluate_davis(tiny_encoder(), run)
     assert sorted(p.name for p in (run.output / "masks").iterdir()) == ["noise", "squares"]
+    assert Image.open(run.output / "drawn" / "squares.jpg").size == (4 * WIDTH, HEIGHT)
     paths = sorted((run.output / "masks" / "squares").iterdir())
     assert [path.name for path in paths] == [f"{i:05d}.png" for i in range(6)]
     for path in paths:

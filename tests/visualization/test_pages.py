@@ -11,8 +11,8 @@ import pytest
 from browser import CONTRAST, Browser
 from hostile import HOSTILE, SURROGATES
 
+from flsl_d2.detection.detections import Detections
 from flsl_d2.detection.finetune_report import Report, write_report
-from flsl_d2.detection.predictor import Detections
 from flsl_d2.evaluation import TokenFeatures
 from flsl_d2.studies.table import Cell, Measure, Row, Table
 from flsl_d2.visualization import describe_encoder, write_page
