@@ -198,7 +198,7 @@ def _sync_folder(folder: Path) -> None:
 
 # Longest name of a file without suffix, in bytes of UTF-8; file systems allow 255 with it.
 _MAX_NAME = 180
-_UNSAFE = re.compile(r'[\x00-\x1f\x7f<>:"/\\|?*]')
+_UNSAFE = re.compile(r'[<>:"/\\|?*]')
 
 
 class OutputNames:
@@ -217,7 +217,8 @@ class OutputNames:
             stem: name without suffix, of any characters and length.
             suffix: suffix that the file will have.
         """
-        plain = _UNSAFE.sub("_", printable(stem)).strip(" .") or "unnamed"
+        shown = "".join(c if c.isprintable() else "_" for c in stem)
+        plain = _UNSAFE.sub("_", shown).strip(" .") or "unnamed"
         plain = plain.encode("utf-8", "replace")[:_MAX_NAME].decode("utf-8", "ignore").rstrip(" .")
         name, count = plain, 1
         while f"{name}{suffix}".casefold() in self._taken:

@@ -1,11 +1,21 @@
 """Files that are whole or not there, and folders that are tried beforehand."""
 
+import errno
+import os
 from pathlib import Path
 
 import pytest
 
-from flsl_d2.errors import InputError
-from flsl_d2.files import expand_home, replaced_file, writable_folder, write_text
+from flsl_d2.errors import InputError, MachineError
+from flsl_d2.files import (
+    OutputNames,
+    expand_home,
+    machine_errors,
+    replaced_file,
+    writable_folder,
+    write_text,
+)
+from tests.hostile import HOSTILE, SURROGATES
 
 
 def test_readers_never_see_half(tmp_path: Path) -> None:
@@ -67,3 +77,21 @@ def test_the_home_folder_is_put_in_wherever_a_shell_does_not(monkeypatch) -> Non
     assert expand_home(["x=~/a", "~", 3]) == ["x=/home/me/a", "/home/me", 3]
     assert expand_home("a~b/~") == "a~b/~"
     assert expand_home(None) is None
+
+
+def test_names_of_outputs_are_unique_and_fit_for_any_system():
+    names = OutputNames()
+    stems = [*HOSTILE, *SURROGATES, "front", "Front", "front", ".", "", "x" * 300]
+    found = [names.free(stem, ".png") for stem in stems]
+    assert len({name.casefold() for name in found}) == len(found)
+    assert all(name.isprintable() and len(name.encode()) <= 200 for name in found)
+    assert not any(mark in name for name in found for mark in '/\\:*?"<>|')
+    assert names.free("front", ".mp4") == "front"  # another file
+
+
+@pytest.mark.parametrize("code", [errno.EMFILE, errno.EACCES, errno.EIO, errno.ESTALE])
+def test_errors_of_the_machine_are_told_from_those_of_a_file(code):
+    with pytest.raises(MachineError, match="says nothing about its content"), machine_errors("a"):
+        raise OSError(code, os.strerror(code))
+    with pytest.raises(OSError, match="No such file"), machine_errors("a"):
+        raise OSError(errno.ENOENT, os.strerror(errno.ENOENT))
