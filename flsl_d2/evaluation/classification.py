@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from typing import ClassVar
 
 import torch
@@ -11,6 +12,8 @@ from torch import Tensor
 from flsl_d2.errors import InputError
 from flsl_d2.evaluation.classifiers import NeighbourVotes, fit_linear
 from flsl_d2.evaluation.samples import Sample, Task
+
+logger = logging.getLogger("detectron2.flsl_d2.evaluation")
 
 
 class Classification:
@@ -22,7 +25,7 @@ class Classification:
     :func:`flsl_d2.evaluation.classifiers.fit_linear`.
 
     Raises:
-        InputError: images have no classes, fewer than two, or others in the two data sets.
+        InputError: images have no classes or fewer than two, or validation has others.
     """
 
     name = "classification"
@@ -36,12 +39,18 @@ class Classification:
                     f"the images of {dataset.name!r} have no classes; give a folder with a "
                     "subfolder of images for each class."
                 )
-        if train.image_classes != val.image_classes:
-            different = sorted({*train.image_classes} ^ {*val.image_classes})
+        unknown = sorted({*val.image_classes} - {*train.image_classes})
+        if unknown:
             raise InputError(
-                f"{train.name!r} and {val.name!r} have different classes ({different[0]!r} is in "
-                "one of them only); give two folders with the same subfolders."
+                f"{val.name!r} has images of {', '.join(unknown[:5])}, classes that {train.name!r} "
+                "does not have; give training images of every class."
             )
+        absent = sorted({*train.image_classes} - {*val.image_classes})
+        if absent:
+            logger.warning(
+                "%s holds no image of %s; the other classes are scored.", val.name, absent[:5]
+            )
+        self.numbers = [train.image_classes.index(name) for name in val.image_classes]
         self.num_classes = len(train.image_classes)
         if self.num_classes < 2:
             raise InputError(
@@ -69,7 +78,7 @@ class Classification:
         feature = sample.tokens.mean(dim=0, keepdim=True)
         linear = (feature.double() @ self.weight + self.bias)[0]
         scores = {**self.votes(feature), "linear": linear}
-        self.votes.count(scores, sample.image.record["image_class"])
+        self.votes.count(scores, self.numbers[sample.image.record["image_class"]])
 
     def results(self) -> dict[str, float]:
         """Return ``k10_top1``, ``linear_top1`` and so on, and ``top5`` from five classes up."""

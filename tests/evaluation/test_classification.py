@@ -125,6 +125,17 @@ def test_votes_equal_a_slow_count() -> None:
         assert found[name] == 100 * count / 20
 
 
+def test_classes_are_matched_by_name(tmp_path: Path, caplog) -> None:
+    train = write_folders(tmp_path / "train", 4, 0, ("blue", "green", "red"))
+    val = write_folders(tmp_path / "val", 2, 1, ("red",))
+    (val / "green").mkdir()
+    found = measure_features(
+        ColourEncoder(), str(train), str(val), ["classification"], short_side=24
+    )
+    assert found["classification/linear_top1"] == 100
+    assert "no image of ['blue', 'green']" in caplog.text
+
+
 def test_faults_are_sentences(tmp_path: Path) -> None:
     good = write_folders(tmp_path / "good", 2, 0)
     other = write_folders(tmp_path / "other", 2, 0, ("blue", "green"))
@@ -132,7 +143,7 @@ def test_faults_are_sentences(tmp_path: Path) -> None:
     loose = write_folders(tmp_path / "loose", 2, 0)
     cv2.imwrite(str(loose / "alone.png"), np.zeros((8, 8, 3), np.uint8))
     for train, val, message in (
-        (good, other, "'red' is in one of them only"),
+        (other, good, "has images of red, classes that"),
         (one, one, "has 1 class, and telling images apart takes 2"),
         (loose, good, r"in no folder of a class, for example alone\.png"),
         (tmp_path / "none", good, "not registered"),
