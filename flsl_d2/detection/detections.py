@@ -97,7 +97,9 @@ class MaskCrops(Sequence[np.ndarray]):
             columns[crop.top : crop.top + len(crop.pixels)] = crop.pixels
             flat = np.concatenate([[0], columns.ravel(order="F"), [0]])
             changes = np.flatnonzero(np.diff(flat)) + crop.left * height
-            ends = [0, *changes.tolist(), height * self.size[1]]
+            ends, total = [0, *changes.tolist()], height * self.size[1]
+            if ends[-1] < total or len(ends) == 1:
+                ends.append(total)
             counts = {"counts": np.diff(ends).tolist(), "size": list(self.size)}
             code = mask_util.frPyObjects(counts, *self.size)
             yield {"size": code["size"], "counts": code["counts"].decode()}
