@@ -38,17 +38,14 @@ def images(tmp_path_factory) -> list[str]:
     return files
 
 
-def build(
-    cfg, images: list[str], start: int = 0, batch: int = 4, base_lr: float = 0.05, steps: int = 4
-) -> PretrainTrainer:
-    """Trainer whose loader begins with step ``start``."""
-    values = {"iters_per_epoch": 2, "total_iters": steps, "base_lr": base_lr}
-    cfg.schedules.update(total_batch_size=batch, **values)
+def build(cfg, images: list[str], start: int = 0) -> PretrainTrainer:
+    """Trainer of four images a step, whose loader begins with step ``start``."""
+    cfg.schedules.update(total_batch_size=4, iters_per_epoch=2, total_iters=4, base_lr=0.05)
     torch.manual_seed(0)
     model = instantiate(cfg.model)
     views = instantiate(cfg.views)
-    model.check_run(views, batch)
-    loader = build_pretrain_loader(PretrainDataset(images, views), batch, 0, start_iter=start)
+    model.check_run(views, 4)
+    loader = build_pretrain_loader(PretrainDataset(images, views), 4, 0, start_iter=start)
     return PretrainTrainer(model, loader, build_adamw(model), instantiate(cfg.schedules))
 
 
