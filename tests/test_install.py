@@ -173,6 +173,7 @@ def test_everything_imported_is_declared(
     imported_as = {"hydra": "hydra-core", "PIL": "pillow", "yaml": "pyyaml"}
     imported_as |= {"faster_coco_eval": "faster-coco-eval", "skimage": "scikit-image"}
     imported_as |= {"sklearn": "scikit-learn", "faiss": "faiss-cpu"}
+    imported_as["huggingface_hub"] = "huggingface-hub"
     # Users install these two by hand: one is not kept up, the other brings an OpenCV of its own.
     by_hand = {"lvis", "supervision"}
     imported = imported_by(folder) - {"flsl_d2", "flsl_d2_cli", "pretrain"} - by_hand
