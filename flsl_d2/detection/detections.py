@@ -92,11 +92,12 @@ class MaskCrops(Sequence[np.ndarray]):
         """Yield COCO's compressed run lengths of each mask."""
         height = self.size[0]
         for crop in self.crops:
-            # Whole columns, because runs go down the columns of the image.
-            columns = np.zeros((height, crop.pixels.shape[1]), np.uint8, order="F")
-            columns[crop.top : crop.top + len(crop.pixels)] = crop.pixels
-            flat = np.concatenate([[0], columns.ravel(order="F"), [0]])
-            changes = np.flatnonzero(np.diff(flat)) + crop.left * height
+            # Runs go down the columns of the image; one that ends at the bottom may go on.
+            padded = np.pad(crop.pixels, ((1, 1), (0, 0))).T.astype(np.int8)
+            columns, rows = np.nonzero(np.diff(padded, axis=1))
+            changes = (crop.left + columns) * height + crop.top + rows
+            joined = np.flatnonzero(changes[1:] == changes[:-1])
+            changes = np.delete(changes, np.concatenate([joined, joined + 1]))
             ends, total = [0, *changes.tolist()], height * self.size[1]
             if ends[-1] < total or len(ends) == 1:
                 ends.append(total)
