@@ -99,6 +99,8 @@ def _adapted(encoder: FLSLViT, patch: int, channels: int) -> FLSLViT:
     weight = resample_patch_embed(state[name], [patch, patch])
     state[name] = adapt_input_conv(channels, weight)
     new.load_state_dict(state)
+    if channels == encoder.input_format.channels:
+        new.input_format = encoder.input_format
     return new
 
 

@@ -57,8 +57,10 @@ class InputFormat:
             raise ValueError(f"no input format: {values!r}")
         return cls(channels, bits, mean, std, True)
 
-    def as_dict(self) -> dict[str, Any]:
-        """Return plain values, for files."""
+    def as_dict(self) -> dict[str, Any] | None:
+        """Return plain values, for files; None for the default of other than three channels."""
+        if not self.stated and self.channels != 3:
+            return None
         values = asdict(self)
         del values["stated"]
         return {**values, "mean": list(self.mean), "std": list(self.std)}

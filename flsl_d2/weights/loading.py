@@ -107,7 +107,7 @@ def _stated_input(
 ) -> InputFormat:
     """Return the pixels that a file, or transformers' preprocessor config beside it, states."""
     stated = content.get("input")
-    if stated is None:
+    if not isinstance(stated, Mapping) or "channels" not in stated:
         try:
             text = Path(local).with_name("preprocessor_config.json").read_text("utf-8-sig")
             config = json.loads(text)
