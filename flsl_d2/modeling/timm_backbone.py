@@ -316,11 +316,8 @@ def _check_network(name: str) -> None:
     repository = config.hf_hub_id if config else re.sub("^hf[-_]hub:", "", name)
     if not repository or name.startswith("local-dir:"):
         return
-    files = [
-        "model.safetensors",
-        "pytorch_model.bin",
-        *filter(None, [config and config.hf_hub_filename]),
-    ]
+    own = config.hf_hub_filename if config else None
+    files = (own or "model.safetensors", "model.safetensors", "pytorch_model.bin")
     if any(isinstance(try_to_load_from_cache(repository, file), str) for file in files):
         return
     try:

@@ -14,7 +14,7 @@ import re
 import zipfile
 from collections import Counter
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import numpy as np
 import torch
@@ -178,7 +178,7 @@ class _Unpickler(pickle._Unpickler):
         storage: function from the key, type and number of values of a storage to its data.
     """
 
-    dispatch: dict[int, Any] = dict(pickle._Unpickler.dispatch)
+    dispatch: ClassVar[dict[int, Any]] = dict(pickle._Unpickler.dispatch)
     stack: Any
 
     def __init__(
