@@ -39,29 +39,20 @@ def register_benchmarks() -> None:
     """Register the benchmarks; names already taken stay as they are, and no file is read."""
     root = Path(datasets_root())
     voc = ("background", *CLASS_NAMES)
-    for split, labels in (
-        ("train", "SegmentationClass"),
-        ("trainaug", "SegmentationClassAug"),
-        ("val", "SegmentationClass"),
-    ):
-        loader = partial(load_voc, root / "VOC2012", split, labels)
+    for split in ("train", "trainaug", "val"):
+        loader = partial(load_voc, root / "VOC2012", split)
         _register(f"voc_2012_sem_seg_{split}", loader, voc, list(range(21)))
     ade = tuple(ADE20K_SEM_SEG_CATEGORIES)
     cityscapes = tuple(c["name"] for c in CITYSCAPES_CATEGORIES)
-    for split in ("train", "val"):
-        part = {"train": "training", "val": "validation"}[split]
+    ids = [_CITYSCAPES_IDS.get(value, IGNORED) for value in range(34)]
+    endings = "_leftImg8bit.png", "_gtFine_labelIds.png"
+    for split, part in (("train", "training"), ("val", "validation")):
         folder = root / "ADEChallengeData2016"
         loader = partial(load_pairs, folder / "images" / part, folder / "annotations" / part)
         _register(f"ade20k_150_{split}", loader, ade, [IGNORED, *range(150)])
         folder = root / "cityscapes"
-        loader = partial(
-            load_pairs,
-            folder / "leftImg8bit" / split,
-            folder / "gtFine" / split,
-            ("_leftImg8bit.png", "_gtFine_labelIds.png"),
-        )
-        values = [_CITYSCAPES_IDS.get(value, IGNORED) for value in range(34)]
-        _register(f"cityscapes_19_{split}", loader, cityscapes, values)
+        folders = folder / "leftImg8bit" / split, folder / "gtFine" / split
+        _register(f"cityscapes_19_{split}", partial(load_pairs, *folders, endings), cityscapes, ids)
         for name, classes in (("things12", _COCO_THINGS), ("stuff15", _COCO_STUFF)):
             loader = partial(load_coco_parts, root / "coco", split, f"coco_{name}_{split}", classes)
             _register(f"coco_{name}_{split}", loader, classes)
@@ -89,13 +80,12 @@ def _pair(image: Path, labels: Path) -> Record:
     return {"file_name": str(image), "sem_seg_file_name": str(labels)}
 
 
-def load_voc(folder: Path, split: str, labels: str) -> list[Record]:
+def load_voc(folder: Path, split: str) -> list[Record]:
     """Load VOC 2012: ``ImageSets/Segmentation/SPLIT.txt``, ``JPEGImages`` and label images."""
     names = (folder / "ImageSets" / "Segmentation" / f"{split}.txt").read_text().split()
-    return [
-        _pair(folder / "JPEGImages" / f"{name}.jpg", folder / labels / f"{name}.png")
-        for name in names
-    ]
+    images = folder / "JPEGImages"
+    labels = folder / ("SegmentationClassAug" if split == "trainaug" else "SegmentationClass")
+    return [_pair(images / f"{name}.jpg", labels / f"{name}.png") for name in names]
 
 
 def load_pairs(

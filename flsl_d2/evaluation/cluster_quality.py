@@ -1,19 +1,8 @@
 """Quality of clusters of an encoder's tokens: how well they match the objects of an image.
 
-Four ways to cluster the tokens of the last block are compared with the ground-truth masks:
-
-- **mean-shift**, :func:`flsl_d2.mean_shift.cluster`, with the kernel ``exp(width * cosine)``;
-- **k-means** of the same tokens, with as many clusters as mean-shift found in that image;
-- **raw attention**: the weights of the last block, averaged over heads. A token's row says where
-  it looks; the square roots of the rows (so that distances are Hellinger's) are grouped by k-means
-  into as many clusters. Left out for encoders whose last block has no global attention;
-- **tuned k-means** with one number of clusters for all images. Mean-shift's number may suit
-  k-means badly: it leaves many tokens alone, and k-means makes parts of like size.
-
-To make encoders comparable, tokens are centred by the mean of the training tokens and scaled to
-norm sqrt(D) before mean-shift and k-means. The kernel's width and the tuned number are chosen once,
-on a few training images, as those with the highest adjusted Rand index, and kept for all
-validation images.
+Clusters by mean-shift, by k-means and of the last block's attention weights are compared with the
+ground-truth masks; docs/EVALUATION.md describes them. Parameters are chosen on a few training
+images, by the adjusted Rand index, and kept for all validation images.
 """
 
 from __future__ import annotations

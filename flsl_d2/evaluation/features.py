@@ -99,11 +99,7 @@ def encoding_in(dtype: torch.dtype | None) -> Iterator[None]:
 
 
 def read_for(taken: InputFormat, path: str) -> np.ndarray:
-    """Read a picture as an encoder takes it: (H, W, 3) uint8 RGB, or (H, W, C) stored values.
-
-    Raises:
-        InputError: the file cannot be read, or has other channels or bits than the encoder takes.
-    """
+    """Read a picture as an encoder takes it: (H, W, 3) uint8 RGB, or (H, W, C) stored values."""
     if (taken.channels, taken.bits) == (3, 8):
         return read_image(path)
     try:

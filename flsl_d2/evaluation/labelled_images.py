@@ -104,9 +104,7 @@ class LabelledImage:
         """
         file_name = self.record.get("sem_seg_file_name")
         if file_name is None:
-            classes = np.array([0, *(a["category_id"] + 1 for a in self._annotations)])
-            if self.values is not None:
-                classes = self.values[classes]
+            classes = np.array(self._pixel_classes())
             return np.where(self.segments == IGNORED, IGNORED, classes[self.segments])
         if "height" in self.record and "width" in self.record:
             size = self.record["height"], self.record["width"]
@@ -164,11 +162,14 @@ class LabelledImage:
     @property
     def objects(self) -> list[tuple[np.ndarray, int]]:
         """Visible pixels (H, W) bool and class of pixels of every instance, crowds left out."""
-        visible = [
-            (self.segments == i + 1, annotation["category_id"] + 1)
-            for i, annotation in enumerate(self._annotations)
-        ]
+        classes = enumerate(self._pixel_classes()[1:], 1)
+        visible = [(self.segments == segment, category) for segment, category in classes]
         return [(mask, category) for mask, category in visible if mask.any()]
+
+    def _pixel_classes(self) -> list[int]:
+        """Classes of the background and of every instance."""
+        classes = [0, *(annotation["category_id"] + 1 for annotation in self._annotations)]
+        return classes if self.values is None else [int(self.values[each]) for each in classes]
 
     @property
     def _annotations(self) -> list[dict[str, Any]]:

@@ -128,10 +128,7 @@ def measure_features(
     train: str,
     val: str,
     measures: Sequence[str] | None = None,
-    seed: int = 0,
-    device: str = "cpu",
-    max_images: int | None = None,
-    **options: Any,
+    **settings: Any,
 ) -> dict[str, float]:
     """Measure a frozen encoder.
 
@@ -141,9 +138,9 @@ def measure_features(
             :func:`flsl_d2.evaluation.labelled_images.load_labelled`.
         val: data set that is scored.
         measures: names in `MEASURES`; by default :func:`suitable_measures` of ``train``.
-        seed: seed for everything that is drawn. The global generators are not touched.
-        max_images: bound of the images of each data set, drawn by the seed; None for all.
-        **options: fields of :class:`flsl_d2.evaluation.samples.Options`.
+        **settings: ``device``; ``seed`` for everything that is drawn (the global generators are
+            not touched); ``max_images``, bound of the images of each data set, drawn by the seed;
+            and fields of :class:`flsl_d2.evaluation.samples.Options`.
 
     Returns:
         ``{"knn_segmentation/mIoU": 41.2, ...}``, in percent where that is customary.
@@ -151,9 +148,7 @@ def measure_features(
     Raises:
         InputError: the first measure that these data, this encoder or options do not allow.
     """
-    results, failures = measure_all(
-        encoder, train, val, measures, seed, device, max_images, **options
-    )
+    results, failures = measure_all(encoder, train, val, measures, **settings)
     for name, reason in failures.items():
         raise InputError(f"{name}: {reason}")
     return results

@@ -10,12 +10,6 @@ from flsl_d2.errors import InputError
 from flsl_d2.evaluation.knn_box import BoxKnn, cell_tokens
 
 
-def test_cells_of_the_whole_image() -> None:
-    """14 x 14 tokens of 16 pixels: centres at 1/6, 1/2 and 5/6 of 224."""
-    expected = [14 * row + column for row in (2, 7, 11) for column in (2, 7, 11)]
-    assert cell_tokens((0, 0, 224, 224), (224, 224), (14, 14)) == expected
-
-
 def test_cells_of_a_box_in_a_resized_image() -> None:
     """Centres x 115, 145, 175 and y 60, 100, 140 of 400 x 300 on a grid of 20 x 15 (20 pixels)."""
     found = cell_tokens((100, 40, 190, 160), (300, 400), (15, 20))

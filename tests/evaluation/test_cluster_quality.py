@@ -92,15 +92,6 @@ def test_attention_rows_are_those_of_the_block(rel_pos: int | None) -> None:
     assert torch.allclose(rows.sum(dim=1), torch.ones(len(rows)), atol=1e-5)
 
 
-def test_prefix_tokens_are_left_out() -> None:
-    attention = Attention(16, 2)
-    tokens = torch.randn(1, 1, 3 + 10, 16)
-    rows = attention_rows(attention, tokens, 10)
-    everything = attention_rows(attention, tokens, 13)[3:, 3:]
-    # Rounding of float32.
-    assert torch.allclose(rows, everything / everything.sum(dim=1, keepdim=True), atol=1e-6)
-
-
 def test_raw_attention_is_left_out_where_the_last_block_has_no_global_attention() -> None:
     tiny = {"img_size": 64, "patch_size": 8, "embed_dim": 32, "depth": 2, "num_heads": 2}
     assert global_attention(FLSLViT(**tiny)) is not None

@@ -121,30 +121,6 @@ def test_rounding_does_not_choose_among_equals() -> None:
     torch.testing.assert_close(found, exact, atol=1e-5, rtol=0)
 
 
-def test_a_neighbour_beyond_the_radius_is_not_seen() -> None:
-    # In one row, the query's twin is 3 tokens away; everything else is orthogonal to it.
-    queries = torch.zeros(5, 2)
-    queries[:, 0] = 1
-    sources = torch.zeros(1, 5, 2)
-    sources[0, :, 1] = 1
-    sources[0, 3] = torch.tensor([1.0, 0.0])
-    labels = F.one_hot((torch.arange(5) == 3).long()).float()[None]
-    reached = propagate(queries, sources, labels, (1, 5), Propagation(radius=3, top_k=1))[0, 1]
-    unreached = propagate(queries, sources, labels, (1, 5), Propagation(radius=2, top_k=1))[0, 1]
-    assert (float(reached), float(unreached)) == (1.0, 0.0)
-
-
-def test_weights_follow_the_temperature() -> None:
-    queries = torch.tensor([[1.0, 0.0]])
-    sources = torch.tensor([[[1.0, 0.0]], [[0.6, 0.8]]])
-    labels = torch.tensor([[[1.0, 0.0]], [[0.0, 1.0]]])
-    for temperature in (0.1, 1.0):
-        setup = Propagation(temperature=temperature)
-        found = propagate(queries, sources, labels, (1, 1), setup)[0]
-        # The seven digits of a cosine in float32, over a temperature of 0.1.
-        assert float(found[0] / found[1]) == pytest.approx(math.exp(0.4 / temperature), rel=1e-4)
-
-
 def test_a_sharp_temperature_does_not_overflow() -> None:
     found = propagate(
         tokens(4, 8), tokens(1, 4, 8), soft_labels(1, 4, 2), (2, 2), Propagation(temperature=1e-4)
@@ -169,15 +145,6 @@ def test_context_is_the_first_frame_and_the_last_few() -> None:
         labels.append(expected)
         # The slow version is in float64.
         np.testing.assert_allclose(found[index - 1], expected, atol=1e-5)
-
-
-def test_without_context_only_the_first_frame_counts() -> None:
-    frames, first = tokens(4, 6, 8), soft_labels(6, 2)
-    setup = Propagation(radius=1, context=0)
-    found = list(propagate_through(frames, first, (2, 3), setup))
-    for frame, labels in zip(frames[1:], found, strict=True):
-        expected = propagate(frame, frames[:1], first[None], (2, 3), setup)
-        torch.testing.assert_close(labels, expected)
 
 
 def test_frames_are_taken_one_at_a_time() -> None:
