@@ -5,6 +5,8 @@ Shape suffixes: B images, N tokens, T patches of a batch, K codes, P side of a p
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
@@ -13,6 +15,7 @@ from torch import Tensor, nn
 from flsl_d2.errors import InputError
 from flsl_d2.evaluation.features import frozen_encoder
 from flsl_d2.modeling import Encoder, FLSLViT
+from flsl_d2.modeling.transfer import to_device
 from pretrain.methods.base import BaseMethod, feature_std
 from pretrain.methods.masking import MaskedNetworks, masks_of_share, patches_of
 from pretrain.methods.protocol import Losses, Monitored, StepInputs
@@ -37,6 +40,11 @@ class PatchTokens(nn.Module):
         self.counts: Tensor
         self.register_buffer("codes", torch.zeros(num_codes, width))
         self.register_buffer("counts", torch.zeros(num_codes))
+        self._begun = False  # known to Python, so that a step need not ask the device
+
+    def _load_from_state_dict(self, state: Any, prefix: str, *others: Any) -> None:
+        super()._load_from_state_dict(state, prefix, *others)
+        self._begun = bool(self.counts.any())
 
     @torch.no_grad()
     def forward(self, patches: Tensor) -> Tensor:
@@ -46,8 +54,9 @@ class PatchTokens(nn.Module):
         """
         patches = patches.float()
         together = dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
-        if self.training and not bool(self.counts.any()):
-            chosen = torch.randperm(len(patches))[: len(self.codes)].to(patches.device)
+        if self.training and not self._begun:
+            self._begun = True
+            chosen = to_device(torch.randperm(len(patches))[: len(self.codes)], patches.device)
             self.codes.copy_(patches[chosen])
             if together:
                 dist.broadcast(self.codes, 0)
@@ -120,8 +129,8 @@ class BEiT(BaseMethod):
         patch = self.student.backbone.patch_size
         codes = self.tokens(self._described(images).flatten(0, 1))
         mask = masks_of_share(len(images), images.shape[-1] // patch, self.mask_share)
-        masked = mask.flatten().nonzero()[:, 0].to(images.device, non_blocking=True)
-        tokens = self.student.masked_tokens(images, mask.to(images.device, non_blocking=True))
+        masked = to_device(mask.flatten().nonzero()[:, 0], images.device)
+        tokens = self.student.masked_tokens(images, to_device(mask, images.device))
         predicted = self.student.head(tokens.flatten(0, 1)[masked]).float()
         loss = F.cross_entropy(predicted, codes[masked])
         counts = torch.zeros(self.num_centroids, dtype=torch.int64, device=codes.device)

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from flsl_d2.modeling import FLSLViT
+from flsl_d2.modeling.transfer import to_device
 from pretrain.methods.base import BaseMethod, Networks, feature_std
 from pretrain.methods.protocol import Losses, Monitored, StepInputs
 from pretrain.schedules import StepValues
@@ -55,15 +56,17 @@ class Colorization(BaseMethod):
 def rgb_to_lab(images: Tensor) -> Tensor:
     """Convert sRGB (B, 3, H, W) in 0 to 1 to CIE Lab of the same shape (white D65, 2 degrees)."""
     linear = torch.where(images > 0.04045, ((images + 0.055) / 1.055).pow(2.4), images / 12.92)
-    matrix = images.new_tensor(
+    matrix = torch.tensor(
         [
             [0.412453, 0.357580, 0.180423],
             [0.212671, 0.715160, 0.072169],
             [0.019334, 0.119193, 0.950227],
-        ]
+        ],
+        dtype=images.dtype,
     )
-    white = images.new_tensor([0.95047, 1.0, 1.08883])
-    xyz = torch.einsum("ij,bjhw->bihw", matrix / white[:, None], linear)
+    white = torch.tensor([0.95047, 1.0, 1.08883], dtype=images.dtype)
+    to_xyz = to_device(matrix / white[:, None], images.device)
+    xyz = torch.einsum("ij,bjhw->bihw", to_xyz, linear)
     f = torch.where(xyz > 0.008856, xyz.clamp(min=1e-6).pow(1 / 3), 7.787 * xyz + 16 / 116)
     x, y, z = f.unbind(1)
     return torch.stack([116 * y - 16, 500 * (x - y), 200 * (y - z)], dim=1)

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from flsl_d2.modeling import FLSLViT
+from flsl_d2.modeling.transfer import to_device
 from pretrain.methods.base import Networks, feature_std
 from pretrain.methods.jigsaw import TileMethod
 from pretrain.methods.protocol import Losses, Monitored, StepInputs
@@ -44,9 +45,10 @@ class Context(TileMethod):
         """Compute the loss of a step; see :class:`pretrain.methods.protocol.Method`."""
         images = self.normalised(torch.cat(inputs.views[: inputs.num_global]))
         tiles = self.tiles(images)
-        drawn = torch.randint(8, (len(images),)).to(images.device)
+        drawn = to_device(torch.randint(8, (len(images),)), images.device)
         neighbours = drawn + (drawn >= 4)
-        pairs = torch.stack([tiles[:, 4], tiles[torch.arange(len(tiles)), neighbours]], dim=1)
+        rows = torch.arange(len(tiles), device=tiles.device)
+        pairs = torch.stack([tiles[:, 4], tiles[rows, neighbours]], dim=1)
         outputs, tokens = self.encode_tiles(pairs)
         logits = self.student.head(outputs.flatten(1)).float()
         right = (logits.argmax(dim=1) == drawn).float().mean()

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from flsl_d2.errors import InputError
 from flsl_d2.modeling import FLSLViT
+from flsl_d2.modeling.transfer import to_device
 from pretrain.methods.base import (
     BaseMethod,
     Networks,
@@ -93,7 +94,7 @@ class DetCon(BaseMethod):
         """Draw the labels (B, M) of segments from those of the tokens (B, N)."""
         areas = (labels[:, :, None] == labels[:, None, :]).sum(dim=-1)
         edges = (1 / areas).cumsum(dim=-1)  # a segment's tokens have 1 together
-        drawn = torch.rand(len(labels), self.num_segments).to(labels.device, non_blocking=True)
+        drawn = to_device(torch.rand(len(labels), self.num_segments), labels.device)
         token = torch.searchsorted(edges, drawn * edges[:, -1:]).clamp(max=labels.shape[1] - 1)
         return labels.gather(1, token)
 

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from flsl_d2.modeling import FLSLViT
 from flsl_d2.modeling.projection_head import FLSLHead
+from flsl_d2.modeling.transfer import to_device
 from pretrain.methods.base import (
     BaseMethod,
     encode_views,
@@ -76,9 +77,7 @@ class IBOT(BaseMethod):
         weights = (1 / covered)[:, None].expand(-1, teacher_tokens.shape[1])[mask.flatten(1)]
         # Indexes are made on the CPU, so that a GPU need not be waited for.
         masked = mask.flatten().nonzero()[:, 0]
-        mask, masked, weights = (
-            each.to(images.device, non_blocking=True) for each in (mask, masked, weights)
-        )
+        mask, masked, weights = (to_device(each, images.device) for each in (mask, masked, weights))
         student_tokens = self.student.masked_tokens(images, mask)
         outputs = [global_output([student_tokens])]
         if len(views) > count:

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from flsl_d2.errors import InputError
 from flsl_d2.modeling import FLSLViT
+from flsl_d2.modeling.transfer import to_device
 from pretrain.methods.base import BaseMethod, Networks, feature_std
 from pretrain.methods.protocol import Losses, Monitored, StepInputs
 from pretrain.schedules import StepValues
@@ -91,7 +92,7 @@ class Jigsaw(TileMethod):
         # Each tile by its own statistics, so that brightness and colour tell no neighbours.
         variance, mean = torch.var_mean(tiles, dim=(2, 3, 4), keepdim=True)
         tiles = (tiles - mean) / (variance + 1e-6).sqrt()
-        drawn = torch.randint(len(self.permutations), (len(images),)).to(images.device)
+        drawn = to_device(torch.randint(len(self.permutations), (len(images),)), images.device)
         order = self.permutations[drawn]
         shuffled = tiles.gather(1, order.view(*order.shape, 1, 1, 1).expand_as(tiles))
         outputs, tokens = self.encode_tiles(shuffled)

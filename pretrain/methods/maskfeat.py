@@ -13,10 +13,13 @@ from torch import Tensor, nn
 
 from flsl_d2.errors import InputError
 from flsl_d2.modeling import FLSLViT
+from flsl_d2.modeling.transfer import to_device
 from pretrain.methods.base import BaseMethod, feature_std, full_precision
 from pretrain.methods.masking import MaskedNetworks, masks_of_share
 from pretrain.methods.protocol import Losses, Monitored, StepInputs
 from pretrain.schedules import StepValues
+
+_SOBEL = torch.tensor([[1.0, 0.0, -1.0], [2.0, 0.0, -2.0], [1.0, 0.0, -1.0]])
 
 
 class MaskFeat(BaseMethod):
@@ -57,8 +60,8 @@ class MaskFeat(BaseMethod):
         images = self.normalised(torch.cat(inputs.views[: inputs.num_global]))
         side = images.shape[-1] // self.student.backbone.patch_size
         mask = masks_of_share(len(images), side, self.mask_share)
-        masked = mask.flatten().nonzero()[:, 0].to(images.device, non_blocking=True)
-        tokens = self.student.masked_tokens(images, mask.to(images.device, non_blocking=True))
+        masked = to_device(mask.flatten().nonzero()[:, 0], images.device)
+        tokens = self.student.masked_tokens(images, to_device(mask, images.device))
         predicted = self.student.head(tokens.flatten(0, 1)[masked]).float()
         loss = (predicted - self._targets(images)[masked]).pow(2).mean()
         return {"loss": loss}, {"feature_std": feature_std(tokens)}
@@ -86,7 +89,7 @@ def hog(images: Tensor, num_orientations: int = 9, cell_size: int = 8) -> Tensor
     """
     images = images.float()
     channels = images.shape[1]
-    sobel = images.new_tensor([[1, 0, -1], [2, 0, -2], [1, 0, -1]]).expand(channels, 1, 3, 3)
+    sobel = to_device(_SOBEL.to(images.dtype), images.device).expand(channels, 1, 3, 3)
     padded = F.pad(images, (1, 1, 1, 1), mode="reflect")
     with full_precision(images):
         columns = F.conv2d(padded, sobel, groups=channels)

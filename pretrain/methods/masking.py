@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from flsl_d2.errors import InputError
 from flsl_d2.modeling import FLSLViT
 from flsl_d2.modeling.positions import sincos_at
+from flsl_d2.modeling.transfer import to_device
 from flsl_d2.modeling.vit import gather_tokens
 from pretrain.methods.base import Networks
 
@@ -176,7 +177,7 @@ def random_split(
         Indexes (B, N - M) and (B, M); each part has at least one token.
     """
     count = min(max(round(share * num_tokens), 1), num_tokens - 1)
-    order = torch.rand(num_images, num_tokens).argsort(dim=1).to(device, non_blocking=True)
+    order = to_device(torch.rand(num_images, num_tokens).argsort(dim=1), device)
     return order[:, : num_tokens - count], order[:, num_tokens - count :]
 
 

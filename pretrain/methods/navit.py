@@ -16,6 +16,7 @@ from flsl_d2.errors import InputError
 from flsl_d2.mean_shift import mean_shift
 from flsl_d2.modeling import FLSLViT
 from flsl_d2.modeling.projection_head import FLSLHead
+from flsl_d2.modeling.transfer import to_device
 from pretrain.methods.base import feature_std
 from pretrain.methods.flsl import FLSL, EncoderWithHead
 from pretrain.methods.flsl_objective import FLSLLoss
@@ -101,7 +102,7 @@ class NaViT(FLSL):
             view, image = divmod(number, len(views[0]))
             window = self.windows[min(view, 1)]
             indexes = pooled_indexes(rng, inputs.grids[view + 1][image], window)
-            points = tokens[indexes.to(tokens.device, non_blocking=True)][None]
+            points = tokens[to_device(indexes, tokens.device)][None]
             modes = mean_shift(points, tokens[None], values.self_scale * scale)
             with torch.no_grad():
                 keys = teacher_tokens[image][None]

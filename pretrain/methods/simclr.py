@@ -5,10 +5,39 @@ Shape suffixes: B images, D width.
 
 from __future__ import annotations
 
-from torch import nn
+import math
+
+import torch
+import torch.distributed as dist
+import torch.distributed.nn.functional as dist_nn
+import torch.nn.functional as F
+from torch import Tensor, nn
 
 from flsl_d2.modeling import FLSLViT
-from pretrain.methods.base import Networks, TwoViewMethod, import_extra, mlp
+from pretrain.methods.base import Networks, TwoViewMethod, mlp
+
+
+class NTXentLoss(nn.Module):
+    """Cross-entropy of finding the other view of an image among all views of all processes.
+
+    Args:
+        temperature: tau.
+    """
+
+    def __init__(self, temperature: float) -> None:
+        super().__init__()
+        self.temperature = temperature
+
+    def forward(self, x: Tensor, y: Tensor) -> Tensor:
+        """Compare the outputs (B, D) of two views."""
+        own = F.normalize(torch.cat([x, y]), dim=1)
+        every, first = own, 0
+        if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
+            every, first = torch.cat(dist_nn.all_gather(own)), dist.get_rank() * len(own)
+        rows = torch.arange(len(own), device=own.device)
+        logits = own @ every.T / self.temperature
+        logits = logits.index_put((rows, first + rows), logits.new_full((), -math.inf))
+        return F.cross_entropy(logits, first + rows.roll(len(x)))
 
 
 class SimCLR(TwoViewMethod):
@@ -18,7 +47,7 @@ class SimCLR(TwoViewMethod):
     all k != i; z are the normalised outputs, j(i) the other view of the image of view i.
 
     The batch is that of all processes. The global output is the mean of the tokens. Batch norm
-    follows both layers of the head, behind the last one without a bias. The loss is lightly's.
+    follows both layers of the head, behind the last one without a bias.
 
     Args:
         backbone: the encoder.
@@ -38,4 +67,4 @@ class SimCLR(TwoViewMethod):
         head = mlp(*widths, norm=norm, last_bias=False).append(norm(output_dim))
         head[-1].register_parameter("bias", None)
         super().__init__(Networks(backbone, head))
-        self.loss = import_extra("lightly.loss").NTXentLoss(temperature, gather_distributed=True)
+        self.loss = NTXentLoss(temperature)
