@@ -7,7 +7,6 @@ everything together, as far as it matters to the use that is made of the data.
 
 from __future__ import annotations
 
-import difflib
 import logging
 import os
 from collections.abc import Mapping, Sequence
@@ -15,9 +14,8 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import numpy as np
-from detectron2.data import DatasetCatalog, MetadataCatalog
 
-from flsl_d2.annotations.coco_file import COCO_LISTS, read_coco
+from flsl_d2.annotations.coco_file import COCO_LISTS, read_coco, without_garbage_collection
 from flsl_d2.annotations.conventions import find_other_convention
 from flsl_d2.annotations.entries import (
     AnnotationCheck,
@@ -35,7 +33,7 @@ logger = logging.getLogger(__name__)
 
 BOX_PROBLEMS = (NO_AREA, OUTSIDE)
 # Opening takes 0.1 ms a file on a local disk; of larger data sets a part is opened.
-MAX_OPENED = 200_000
+MAX_OPENED = 20_000
 _OPENING_THREADS = 8
 
 
@@ -75,55 +73,15 @@ def check_coco_files(
     categories: dict[Any, str] = {}
     if use:
         categories = check_categories(coco["categories"], findings)
-        _check_annotations(coco.get("annotations"), sizes, categories, use, findings)
+        with without_garbage_collection():
+            coco.plain = _check_annotations(
+                coco.get("annotations"), sizes, categories, use, findings
+            )
     if open_pictures:
         _check_pictures(entries, files, image_root, sizes, findings)
     annotations = coco.get("annotations", ()) if use else ()
     report_findings(json_file, findings, MAX_UNUSABLE_SHARE * len(annotations), masks_off)
     return [categories[an_id] for an_id in sorted(categories)]
-
-
-def check_registered_name(name: str) -> None:
-    """Check that a data set of this name is registered.
-
-    Raises:
-        InputError: otherwise; similar names are listed.
-    """
-    if name in DatasetCatalog:
-        return
-    known = sorted(DatasetCatalog.list())
-    near = difflib.get_close_matches(name, known, n=4, cutoff=0.6)
-    near += [other for other in known if name and name in other and other not in near][:4]
-    hint = f"did you mean {', '.join(near)}" if near else f"{len(known)} other names are known"
-    raise InputError(
-        f"the data set {name!r} is not registered ({hint}): register your own before using it, "
-        f"with flsl_d2.annotations.register_coco_format({name!r}, json_file, image_root)."
-    )
-
-
-def check_registered_dataset(
-    name: str,
-    use: Use = Use.BOXES,
-    max_report: int = 10,
-    masks_off: str = "",
-    open_pictures: bool = False,
-) -> list[str]:
-    """Check that a data set's name is known, and its files where they are in COCO format.
-
-    The arguments are those of :func:`check_coco_files`.
-
-    Returns:
-        Names of the categories of a data set in COCO format; else empty.
-
-    Raises:
-        InputError: the name is not registered (names like it are listed), or the files are faulty.
-    """
-    check_registered_name(name)
-    metadata = MetadataCatalog.get(name)
-    json_file, image_root = metadata.get("json_file"), metadata.get("image_root")
-    if metadata.get("evaluator_type") == "coco" and json_file and image_root:
-        return check_coco_files(json_file, image_root, use, max_report, masks_off, open_pictures)
-    return []
 
 
 def _needed_lists(use: Use) -> tuple[str, ...]:
@@ -138,13 +96,25 @@ def _check_annotations(
     categories: Mapping[Any, str],
     use: Use,
     findings: Findings,
-) -> None:
+) -> bytearray | None:
     if annotations is None:  # a test set, which is detected on and not evaluated
-        return
+        return None
     check = AnnotationCheck(sizes, dict(categories), use, findings)
-    check.check(annotations)
-    if findings.lines("fault"):
-        return
+    plain = check.check(annotations)
+    if not findings.lines("fault"):
+        _check_whole(check, annotations, sizes, categories, use, findings)
+    return plain
+
+
+def _check_whole(
+    check: AnnotationCheck,
+    annotations: Sequence[Any],
+    sizes: Sizes,
+    categories: Mapping[Any, str],
+    use: Use,
+    findings: Findings,
+) -> None:
+    """Check what shows in all annotations together."""
     learned = bool(use & Use.BOXES)
     if learned and not annotations:
         findings.fault("empty list", "annotations")

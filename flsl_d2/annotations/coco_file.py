@@ -5,8 +5,11 @@ from __future__ import annotations
 import codecs
 import gc
 import json
+import logging
 import os
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 from detectron2.utils.file_io import PathManager
@@ -15,11 +18,25 @@ from flsl_d2.errors import InputError
 from flsl_d2.files import describe_content, write_text
 
 COCO_LISTS = ("images", "annotations", "categories")
-Coco = dict[str, list[Any]]  # the lists of a file
+
+
+class Coco(dict[str, list[Any]]):
+    """The lists of a file.
+
+    Attributes:
+        plain: for each annotation, whether the check found that nothing of it needs a second
+            look; None before the check.
+    """
+
+    plain: bytearray | None = None
+
+
+logger = logging.getLogger(__name__)
 
 # Contents of the files that were read or written last, so that checks, training, evaluation and
 # report parse a file once. Nobody changes them.
 _MOST_KEPT = 3
+LARGE = 64 * 2**20  # bytes of a file whose content is not kept longer than needed
 _SETTLED = 50_000_000  # nanoseconds; clocks of file systems tick every few milliseconds
 _kept: dict[tuple[int, ...], Coco] = {}
 
@@ -32,6 +49,18 @@ _OTHER_ENCODINGS = {
 }
 
 
+@contextmanager
+def without_garbage_collection() -> Iterator[None]:
+    """Context for code that makes millions of containers, of which collecting doubles the time."""
+    collecting = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if collecting:
+            gc.enable()
+
+
 def read_json(path: str | os.PathLike[str]) -> Any:
     """Read a JSON file in UTF-8, with or without a byte order mark.
 
@@ -42,6 +71,8 @@ def read_json(path: str | os.PathLike[str]) -> Any:
     try:
         with PathManager.open(path, "rb") as stream:
             data = stream.read()
+        if len(data) > LARGE:
+            logger.info("Reading %s (%d MB).", path, len(data) >> 20)
     except (FileNotFoundError, NotADirectoryError):
         raise InputError(
             f"the annotation file {path} does not exist: put it there or set "
@@ -75,9 +106,11 @@ def _decode(data: bytes, path: str) -> str:
 
 
 def _parse(text: str, path: str) -> Any:
-    # A large file makes millions of containers, and collecting garbage doubles the time.
-    collecting = gc.isenabled()
-    gc.disable()
+    with without_garbage_collection():
+        return _loads(text, path)
+
+
+def _loads(text: str, path: str) -> Any:
     try:
         return json.loads(text)
     except json.JSONDecodeError as error:
@@ -95,9 +128,6 @@ def _parse(text: str, path: str) -> Any:
         raise InputError(
             f"{path} is not JSON ({error}): name a file in COCO's instances format."
         ) from None
-    finally:
-        if collecting:
-            gc.enable()
 
 
 def read_coco(json_file: str | os.PathLike[str], needed: tuple[str, ...] = COCO_LISTS) -> Coco:
@@ -138,18 +168,25 @@ def _lists(content: Any, json_file: str | os.PathLike[str]) -> Coco:
             f"{json_file} holds a {type(content).__name__} and is not in COCO format: expected an "
             f"object with the lists {', '.join(COCO_LISTS)}."
         )
-    return {key: content[key] for key in COCO_LISTS if content.get(key) is not None}
+    return Coco({key: content[key] for key in COCO_LISTS if content.get(key) is not None})
 
 
-def write_coco(path: str | os.PathLike[str], content: Coco) -> None:
+def write_coco(path: str | os.PathLike[str], content: dict[str, list[Any]]) -> None:
     """Write a file, and keep its content for :func:`read_coco`."""
     write_text(os.fspath(path), json.dumps(content))
+    keep_coco(path, Coco(content))
+
+
+def keep_coco(path: str | os.PathLike[str], content: Coco) -> None:
+    """Keep the content of a file, such as one that was moved, for :func:`read_coco`."""
     _keep(_identity(path), content)
 
 
-def forget_coco() -> None:
-    """Free the contents that are kept."""
-    _kept.clear()
+def release_coco(json_file: str | os.PathLike[str]) -> None:
+    """Free the content of a large file, of which the last reader has taken what it needs."""
+    identity = _identity(json_file)
+    if identity and identity[2] > LARGE:
+        _kept.pop(identity, None)
 
 
 def _identity(path: str | os.PathLike[str]) -> tuple[int, ...]:

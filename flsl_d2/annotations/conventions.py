@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -51,7 +52,8 @@ def find_other_convention(annotations: Sequence[dict[str, Any]], sizes: Sizes) -
     Returns:
         The other convention; None where the boxes are as they should be.
     """
-    known = [a for a in annotations if np.isfinite(sizes.get(a["image_id"], (np.inf, 0))[0])]
+    unknown = (math.inf, 0.0)
+    known = [a for a in annotations if sizes.get(a["image_id"], unknown)[0] != math.inf]
     if len(known) < _FEWEST:
         return None
     places = np.linspace(0, len(known) - 1, min(len(known), _MOST_COMPARED)).astype(int)

@@ -109,7 +109,9 @@ def _recognise_file(path: Path) -> AnnotationSource:
     root = xml_formats.xml_root(path)
     if root == "annotations":
         return AnnotationSource("CVAT", path, (path,), Counter())
-    if root == "annotation" or _is_labelme(path):
+    with path.open("rb") as file:
+        has_shapes = b'"shapes"' in file.read(2**16)
+    if root == "annotation" or (has_shapes and _is_labelme(path)):
         raise InputError(f"'{path}' annotates one image; give the folder of all such files.")
     if root or path.suffix.lower() == ".xml":
         raise InputError(f"'{path}' is XML of an unknown format; known: {_KNOWN}.")

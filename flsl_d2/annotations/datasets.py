@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import os
 from functools import partial
 from pathlib import Path
@@ -9,6 +10,8 @@ from typing import Any
 
 from detectron2.data import DatasetCatalog, MetadataCatalog, get_detection_dataset_dicts
 
+from flsl_d2.annotations.checks import check_coco_files
+from flsl_d2.annotations.findings import Use
 from flsl_d2.annotations.imagenet_boxes import register_imagenet_boxes
 from flsl_d2.annotations.records import load_coco
 from flsl_d2.errors import InputError
@@ -26,6 +29,7 @@ _BUILTIN = {
     "objects365_train": ("objects365/annotations/zhiyuan_objv2_train.json", "objects365/train"),
     "objects365_val": ("objects365/annotations/zhiyuan_objv2_val.json", "objects365/val"),
 }
+_IMAGENET = "imagenet_boxes"
 
 
 def datasets_root() -> str:
@@ -81,6 +85,7 @@ def use_own_loader(name: str) -> None:
 
     Names with another loader are left as they are.
     """
+    register_known(name)
     if name not in DatasetCatalog:
         return
     if getattr(DatasetCatalog[name], "__module__", "") == "detectron2.data.datasets.coco":
@@ -103,14 +108,69 @@ def register_scenes(root: str | os.PathLike[str], name: str = "flsl_scenes") -> 
 def register_builtin(root: str | os.PathLike[str] | None = None) -> None:
     """Register the data sets that this package knows; names already taken stay as they are.
 
+    They are ``pennfudan_train/val``, ``flsl_scenes_train/val``, ``uavdt_train/test``,
+    ``objects365_train/val`` and ``imagenet_boxes_train/val``. The tools register one of them when
+    its name is used, so that a project that imports this one may have the names for itself.
+
     Args:
         root: folder of all data sets; that of :func:`datasets_root` by default.
     """
+    for name in (*_BUILTIN, _IMAGENET):
+        register_known(name, root)
+
+
+def register_known(name: str, root: str | os.PathLike[str] | None = None) -> None:
+    """Register one of the data sets of :func:`register_builtin`, unless its name is taken."""
     root = datasets_root() if root is None else os.fspath(root)
-    for name, (json_file, images) in _BUILTIN.items():
-        if name not in DatasetCatalog:
-            register_coco_format(name, os.path.join(root, json_file), os.path.join(root, images))
-    register_imagenet_boxes(os.path.join(root, "imagenet"))
+    if name.startswith(_IMAGENET):
+        register_imagenet_boxes(os.path.join(root, "imagenet"))
+    elif name in _BUILTIN and name not in DatasetCatalog:
+        json_file, images = _BUILTIN[name]
+        register_coco_format(name, os.path.join(root, json_file), os.path.join(root, images))
+
+
+def check_registered_name(name: str) -> None:
+    """Check that a data set of this name is registered.
+
+    Raises:
+        InputError: otherwise; similar names are listed.
+    """
+    register_known(name)
+    if name in DatasetCatalog:
+        return
+    known = sorted({*DatasetCatalog.list(), *_BUILTIN})
+    near = difflib.get_close_matches(name, known, n=4, cutoff=0.6)
+    near += [other for other in known if name and name in other and other not in near][:4]
+    hint = f"did you mean {', '.join(near)}" if near else f"{len(known)} other names are known"
+    raise InputError(
+        f"the data set {name!r} is not registered ({hint}): register your own before using it, "
+        f"with flsl_d2.annotations.register_coco_format({name!r}, json_file, image_root)."
+    )
+
+
+def check_registered_dataset(
+    name: str,
+    use: Use = Use.BOXES,
+    max_report: int = 10,
+    masks_off: str = "",
+    open_pictures: bool = False,
+) -> list[str]:
+    """Check that a data set's name is known, and its files where they are in COCO format.
+
+    The arguments are those of :func:`check_coco_files`.
+
+    Returns:
+        Names of the categories of a data set in COCO format; else empty.
+
+    Raises:
+        InputError: the name is not registered (names like it are listed), or the files are faulty.
+    """
+    check_registered_name(name)
+    metadata = MetadataCatalog.get(name)
+    json_file, image_root = metadata.get("json_file"), metadata.get("image_root")
+    if metadata.get("evaluator_type") == "coco" and json_file and image_root:
+        return check_coco_files(json_file, image_root, use, max_report, masks_off, open_pictures)
+    return []
 
 
 def register_files(
@@ -145,7 +205,7 @@ def register_files(
                 "registered (flsl_d2.annotations.register_coco_format)."
             )
     json_file, image_root = (os.path.expanduser(path) for path in (json_file, image_root))
-    name = f"{os.path.basename(json_file)}:{_digest(json_file)}"
+    name = f"{os.path.basename(json_file)}@{_digest(json_file)}"
     if name in DatasetCatalog:
         registered, other = _registered_files(name)
         if registered == json_file and other != image_root:
@@ -168,8 +228,9 @@ def _digest(path: str) -> str:
 def register_pair(name: str) -> None:
     """Register a data set that is named by its files, ``ANNOTATIONS.json:IMAGES``.
 
-    Any other name is left alone.
+    A name of :func:`register_builtin` is registered, too; any other is left alone.
     """
+    register_known(name)
     stem, separator, image_root = name.partition(".json:")
     if separator and name not in DatasetCatalog:
         json_file = os.path.expanduser(f"{stem}.json")

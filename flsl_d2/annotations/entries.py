@@ -23,6 +23,7 @@ from flsl_d2.annotations.shapes import (
 Sizes = dict[Any, tuple[float, float]]  # image id -> height, width
 
 _UNKNOWN = (math.inf, math.inf)
+_NUMBERS = {int, float}
 
 # Kinds of faults of which unknown image and category ids are mere consequences.
 _BAD_IMAGES = ("images without id", "images whose id", "images that are no")
@@ -209,20 +210,75 @@ class AnnotationCheck:
         self.learned: Counter[Any] = Counter()
         self.boxes: list[dict[str, Any]] = []
         self._ids: set[Any] = set()
+        self._seen: set[int] = set()
         self._images_known = bool(sizes) and not findings.has_fault(*_BAD_IMAGES)
         self._categories_known = bool(categories) and not findings.has_fault(*_BAD_CATEGORIES)
         self._needed = ["image_id", "category_id", "bbox"]
         if use & Use.EVALUATION:
             self._needed = ["id", *self._needed]  # area and iscrowd are computed where missing
 
-    def check(self, annotations: Sequence[Any]) -> None:
-        """Check all annotations."""
+    def check(self, annotations: Sequence[Any]) -> bytearray:
+        """Check all annotations.
+
+        Returns:
+            For each of them, whether it is plain; see :meth:`_is_plain`.
+        """
+        plain = bytearray(len(annotations))
         for index, annotation in enumerate(annotations):
-            if isinstance(annotation, dict):
-                self._check_one(annotation, index)
-            else:
+            if not isinstance(annotation, dict):
                 place = f"annotations[{index}]"
                 self.findings.fault("annotations that are no JSON object", place)
+            elif self._is_plain(annotation):
+                plain[index] = True
+            else:
+                self._check_one(annotation, index)
+        return plain
+
+    def _is_plain(self, annotation: dict[str, Any]) -> bool:
+        """Whether an annotation is as nearly all are, right for every use; count it if so."""
+        get = annotation.get
+        try:
+            own_id, category_id, iscrowd = get("id"), get("category_id"), get("iscrowd", 0)
+            if type(own_id) is not int or own_id <= 0 or type(iscrowd) is not int or iscrowd:
+                return False
+            if "keypoints" in annotation or get("ignore") or own_id in self._ids:
+                return False
+            area = get("area", 0)
+            if type(area) not in _NUMBERS or not 0 <= area < math.inf:
+                return False
+            box = annotation["bbox"]
+            x, y, width, height = box
+            most_height, most_width = self.sizes[get("image_id")]
+            if type(box) is not list or {type(x), type(y), type(width), type(height)} - _NUMBERS:
+                return False
+            if not (x >= 0 and y >= 0 and width >= 1 and height >= 1):
+                return False
+            if not (x + width <= most_width < math.inf and y + height <= most_height):
+                return False
+            polygons = annotation["segmentation"]
+            if type(polygons) is not list or not polygons:
+                return False
+            for polygon in polygons:
+                if type(polygon) is not list or len(polygon) < 6 or len(polygon) % 2:
+                    return False
+                if not math.isfinite(sum(polygon)):
+                    return False
+            if type(category_id) is not int or category_id not in self.categories:
+                return False
+        except (KeyError, TypeError, ValueError, OverflowError):
+            return False
+        self._ids.add(own_id)
+        self.annotated[category_id] += 1
+        self.learned[category_id] += 1
+        self.boxes.append(annotation)
+        key = hash((get("image_id"), category_id, x, y, width, height))
+        if key in self._seen:
+            self.findings.remark(
+                "annotations with class and box of another in their image, which count twice",
+                own_id,
+            )
+        self._seen.add(key)
+        return True
 
     def _check_one(self, annotation: dict[str, Any], index: int) -> None:
         findings, get = self.findings, annotation.get

@@ -87,6 +87,8 @@ def _object(
         findings.remark(f"shapes of the kind {kind}, not used", place)
         return None
     label = shape["label"]
+    if type(label) is int:
+        label = str(label)
     if not isinstance(label, str) or not label.strip():
         raise ValueError("it has no label")
     points = [(number(x), number(y)) for x, y in shape["points"]]

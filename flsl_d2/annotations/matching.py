@@ -10,6 +10,7 @@ from itertools import takewhile
 
 from flsl_d2.annotations.findings import Findings
 from flsl_d2.annotations.objects import AnnotatedPicture, simplified
+from flsl_d2.images.listing import IMAGE_SUFFIXES
 
 # Folders that separate pictures from annotations and say nothing about which belongs to which.
 _NEUTRAL = {"images", "image", "imgs", "img", "labels", "label", "annotations", "jpegimages", "xml"}
@@ -41,14 +42,16 @@ def match_pictures(
     parts = {file: _parts(file) for file in files}
     for file, names in parts.items():
         by_name[names[-1]].append(file)
-        by_stem[_stem(names[-1])].append(file)
+        by_stem[os.path.splitext(names[-1])[0]].append(file)
 
     def options_of(entry: AnnotatedPicture) -> _Options:
         tiers: dict[_Tier, list[str]] = defaultdict(list)
         for rank, name in enumerate(entry.names):
             wanted, plain = _parts(str(name)), os.path.basename(str(name).replace("\\", "/"))
             exact = by_name.get(wanted[-1], []) if isinstance(name, str) else []
-            stem = _stem(wanted[-1]) if isinstance(name, str) else wanted[-1]
+            stem, suffix = os.path.splitext(wanted[-1])
+            if not isinstance(name, str) or suffix not in IMAGE_SUFFIXES:
+                stem = wanted[-1]
             for file in dict.fromkeys([*exact, *by_stem.get(stem, [])]):
                 is_exact = file in exact
                 common = _common([*wanted[:-1], "."], [*parts[file][:-1], "."])
@@ -117,10 +120,6 @@ def _parts(path: str) -> list[str]:
     names = [simplified(part) for part in plain.split("/")]
     folders = [name for name in names[:-1] if name not in _NEUTRAL and name not in ("", "..", ".")]
     return [*folders, names[-1]]
-
-
-def _stem(name: str) -> str:
-    return os.path.splitext(name)[0]
 
 
 def _common(first: list[str], second: list[str]) -> int:

@@ -11,7 +11,6 @@ from __future__ import annotations
 import contextlib
 import io
 import os
-from collections import defaultdict
 from typing import Any
 
 import pycocotools.mask
@@ -20,7 +19,12 @@ from detectron2.structures import BoxMode
 from pycocotools.coco import COCO
 
 from flsl_d2.annotations.checks import check_coco_files, report_findings
-from flsl_d2.annotations.coco_file import read_coco
+from flsl_d2.annotations.coco_file import (
+    Coco,
+    read_coco,
+    release_coco,
+    without_garbage_collection,
+)
 from flsl_d2.annotations.entries import check_files, check_images
 from flsl_d2.annotations.findings import Findings, Use
 from flsl_d2.annotations.image_folder import ImageFolder, stays_inside
@@ -67,7 +71,11 @@ def load_coco(json_file: str, image_root: str, name: str = "") -> list[dict[str,
     """
     coco = read_coco(json_file, ("images", "categories"))
     try:
-        return _records(coco, image_root, name)
+        with without_garbage_collection():
+            records = _records(coco, image_root, name)
+        if name:  # a run that trains on it needs the content no more
+            release_coco(json_file)
+        return records
     except (KeyError, TypeError, ValueError, AttributeError, AssertionError) as error:
         check_coco_files(json_file, image_root, Use.BOXES)  # says what is wrong, in full
         raise InputError(
@@ -75,7 +83,7 @@ def load_coco(json_file: str, image_root: str, name: str = "") -> list[dict[str,
         ) from error
 
 
-def _records(coco: dict[str, list[Any]], image_root: str, name: str) -> list[dict[str, Any]]:
+def _records(coco: Coco, image_root: str, name: str) -> list[dict[str, Any]]:
     categories = sorted(coco["categories"], key=lambda category: category["id"])
     numbers = {category["id"]: number for number, category in enumerate(categories)}
     if name:
@@ -83,21 +91,33 @@ def _records(coco: dict[str, list[Any]], image_root: str, name: str) -> list[dic
             thing_classes=[str(category["name"]) for category in categories],
             thing_dataset_id_to_contiguous_id={whole(key): n for key, n in numbers.items()},
         )
-    by_image: dict[Any, list[dict[str, Any]]] = defaultdict(list)
-    for annotation in coco.get("annotations", ()):
-        by_image[annotation["image_id"]].append(annotation)
     images = sorted(coco["images"], key=lambda image: image["id"])
+    sizes = {image["id"]: (image["height"], image["width"]) for image in images}
+    annotations = coco.get("annotations", [])
+    plain = coco.plain if coco.plain is not None else bytes(len(annotations))
+    by_image: dict[Any, list[dict[str, Any]]] = {image["id"]: [] for image in images}
+    for annotation, is_plain in zip(annotations, plain, strict=True):
+        image_id = annotation["image_id"]
+        if is_plain:
+            record = {
+                "id": annotation["id"],
+                "iscrowd": 0,
+                "bbox": annotation["bbox"],
+                "bbox_mode": BoxMode.XYWH_ABS,
+                "category_id": numbers[annotation["category_id"]],
+                "segmentation": annotation["segmentation"],
+            }
+            by_image[image_id].append(record)
+        elif image_id in by_image and _is_used(annotation, sizes[image_id]):
+            height, width = sizes[image_id]
+            by_image[image_id].append(_record(annotation, numbers, (int(height), int(width))))
     return [
         {
             "file_name": path,
             "height": int(image["height"]),
             "width": int(image["width"]),
             "image_id": whole(image["id"]),
-            "annotations": [
-                _record(annotation, numbers, (int(image["height"]), int(image["width"])))
-                for annotation in by_image[image["id"]]
-                if _is_used(annotation, (image["height"], image["width"]))
-            ],
+            "annotations": by_image[image["id"]],
         }
         for image, path in zip(images, _paths(images, image_root), strict=True)
     ]

@@ -22,6 +22,7 @@ from flsl_d2.annotations.objects import (
     read_text,
 )
 from flsl_d2.errors import InputError
+from flsl_d2.images.listing import IMAGE_SUFFIXES
 
 NAME_FILES = ("data.yaml", "data.yml", "dataset.yaml", "classes.txt", "obj.names", "_classes.txt")
 # Shares beyond this are no rounding at the border but coordinates in pixels.
@@ -52,7 +53,7 @@ def read_yolo(
         InputError: there are no class names, a class without a name, or key points that
             ``data.yaml`` does not describe.
     """
-    names, settings, names_file = _class_names(path, files, names_file)
+    classes, settings, names_file = _class_names(path, files, names_file)
     shape = settings.get("kpt_shape")
     key_points = 0
     if shape is not None:
@@ -69,7 +70,10 @@ def read_yolo(
     corners: set[int] = set()
     for file, lines in texts.items():
         own = file.with_suffix("") if file.suffix.lower() == ".txt" else file
-        picture = AnnotatedPicture(str(file), [own, str(own)], in_shares=True)
+        names: list[str | Path] = [own]
+        if own.suffix.lower() in IMAGE_SUFFIXES:  # a.jpg.txt
+            names.append(str(own))
+        picture = AnnotatedPicture(str(file), names, in_shares=True)
         for index, line in enumerate(lines, 1):
             if not line.strip():
                 continue
@@ -85,15 +89,15 @@ def read_yolo(
             except ValueError as error:
                 findings.unusable("lines that are no object", f"{place} ({error})")
                 continue
-            if label not in names:
+            if label not in classes:
                 raise InputError(
                     f"'{file}' has class {label} in line {index}, and '{names_file}' has "
-                    f"{len(names)} class names; add the names or correct the numbers (they start "
+                    f"{len(classes)} class names; add the names or correct the numbers (they start "
                     "at 0)."
                 )
             if key_points:
                 findings.remark("objects with key points, which are not used", place)
-            picture.objects.append(_object(place, names[label], coordinates))
+            picture.objects.append(_object(place, classes[label], coordinates))
             if len(coordinates) > 4:
                 corners.add(len(coordinates) // 2)
         pictures.append(picture)

@@ -10,7 +10,6 @@ import uuid
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
-from unittest import mock
 
 from detectron2.data import MetadataCatalog
 from detectron2.evaluation import COCOEvaluator, coco_evaluation
@@ -108,5 +107,9 @@ class FLSLCOCOEvaluator(COCOEvaluator):
     def _eval_predictions(self, predictions: list[Any], img_ids: Any = None) -> None:
         self._use_fast_impl = self._fast and (_HAS_COMPILED or _HAS_FASTER)
         # Detectron2 has no argument for the class that it computes with.
-        with mock.patch.object(coco_evaluation, "COCOeval_opt", coco_eval):
+        own = coco_evaluation.COCOeval_opt
+        coco_evaluation.COCOeval_opt = coco_eval
+        try:
             super()._eval_predictions(predictions, img_ids)
+        finally:
+            coco_evaluation.COCOeval_opt = own

@@ -13,6 +13,7 @@ from typing import Any
 
 from detectron2.utils import comm
 
+from flsl_d2.annotations.coco_file import keep_coco, read_coco
 from flsl_d2.detection.finetune_data import OwnData, prepare_data
 from flsl_d2.detection.finetune_encoder import absolute_path, prepare_encoder
 from flsl_d2.detection.finetune_plan import (
@@ -186,8 +187,12 @@ def _prepare(args: argparse.Namespace, output: Path) -> None:
         load_lazy_config(str(staging / CONFIG_FILE))
         draw_labels(data.records, data.names, staging / "labels.png", "Labels of training images")
         writable_folder(output, "--output")
+        own = [path for path in (data.train, data.val) if path.is_relative_to(staging)]
+        contents = {output / path.relative_to(staging): read_coco(path) for path in own}
         for path in staging.iterdir():
             shutil.move(str(path), str(output))
+        for path, content in contents.items():
+            keep_coco(path, content)
     print("\n".join(lines))
     print(f"Look at {output}/labels.png: training starts with these labels.", flush=True)
 

@@ -16,7 +16,7 @@ from pathlib import Path
 
 from detectron2.data import DatasetCatalog, MetadataCatalog
 
-from flsl_d2.annotations.checks import check_registered_name
+from flsl_d2.annotations.datasets import check_registered_name
 from flsl_d2.annotations.records import read_picture_files
 from flsl_d2.errors import InputError, MachineError
 from flsl_d2.files import machine_errors

@@ -10,7 +10,7 @@ from detectron2.data import DatasetCatalog, MetadataCatalog
 from forked import run_tool
 from PIL import Image
 
-from flsl_d2.annotations import check_coco_files, register_coco_format
+from flsl_d2.annotations import check_coco_files, register_builtin, register_coco_format
 from flsl_d2.annotations.uavdt import convert_sequence, convert_uavdt
 from flsl_d2.errors import InputError
 
@@ -68,6 +68,7 @@ def test_both_splits_as_coco(root):
 
 def test_detectron2_reads_it_under_the_registered_layout(root):
     convert_uavdt(root)
+    register_builtin()
     registered = MetadataCatalog.get("uavdt_train")
     assert registered.json_file.endswith("uavdt/annotations/instances_train.json")
     assert registered.image_root.endswith("uavdt/UAV-benchmark-M")

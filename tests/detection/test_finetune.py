@@ -14,6 +14,7 @@ from omegaconf import OmegaConf
 from PIL import Image
 
 from flsl_d2 import Predictor
+from flsl_d2.annotations import coco_file
 from flsl_d2.detection import finetune
 from flsl_d2.detection.finetune import main
 from flsl_d2.engine.config_files import load_lazy_config
@@ -69,8 +70,14 @@ def arguments(scenes: Path, output: Path, **changed: str) -> list[str]:
 def test_a_run_leaves_detector_report_and_config_and_can_be_repeated(
     scenes, tmp_path, run_main, monkeypatch
 ):
+    parsed: list[str] = []
+    read = coco_file.read_json
+    monkeypatch.setattr(
+        coco_file, "read_json", lambda path: (parsed.append(str(path)), read(path))[1]
+    )
     status, out, err = run_main(main, *arguments(scenes, tmp_path / "a", val_share="0.34"))
     assert status == 0, err
+    assert parsed == [str(scenes / "all.json")]  # once, for checks, training, evaluation, report
     folder = tmp_path / "a"
     assert "from 14 pixels and 3 channels to 16 pixels" in out
     assert "4 images to train on" in out

@@ -44,7 +44,7 @@ def files(tmp_path):
     train = write(tmp_path / "train.json", {3: "nut", 1: "bolt"})
     test = write(tmp_path / "test.json", {1: "bolt", 3: "nut"})
     yield train, test, str(tmp_path)
-    for name in [name for name in DatasetCatalog if name.startswith(("train.json:", "test.json:"))]:
+    for name in [name for name in DatasetCatalog if name.startswith(("train.json@", "test.json@"))]:
         DatasetCatalog.remove(name)
         MetadataCatalog.remove(name)
 
