@@ -298,7 +298,7 @@ def test_inputs_of_one_name_and_hostile_names_have_outputs_of_their_own(run_fold
         Image.new("RGB", (32, 32)).save(inputs[-1], "PNG")
     out = tmp_path / "out"
     assert predict("--model", run_folder, "--input", *inputs, "--output", out) == 0
-    assert len(list(out.glob("front*_detections.mp4"))) == 2
+    assert len(list(out.glob("front_detections*.mp4"))) == 2
     assert len(list(out.glob("front*_detections*.jsonl"))) == 2
     drawn = list((out / "drawn").iterdir())
     assert len(drawn) == len(HOSTILE)
