@@ -18,7 +18,7 @@ from flsl_d2.agreement import checked_by_all, decided_by_main
 from flsl_d2.errors import InputError
 from flsl_d2.files import UNFINISHED, replaced_file
 from flsl_d2.modeling.encoder_state import LoadReport, check_values, fit_encoder_state, listed
-from flsl_d2.weights.encoders import find_encoder_weights, unknown_layout
+from flsl_d2.weights.encoder_weights import find_encoder_weights, unknown_layout
 from flsl_d2.weights.loading import encoders_of, load_encoder
 from flsl_d2.weights.reading import local_weights_path, read_weights, split_weights_path
 from flsl_d2.weights.weight_sets import plain_name, tensor_dicts

@@ -15,7 +15,7 @@ from torch import nn
 from flsl_d2.errors import InputError
 from flsl_d2.modeling import FLSLViT, InputFormat
 from flsl_d2.modeling.encoder_state import LoadReport, fit_encoder_state
-from flsl_d2.weights.encoders import (
+from flsl_d2.weights.encoder_weights import (
     EncoderWeights,
     complete_architecture,
     find_encoder_weights,

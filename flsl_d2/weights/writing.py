@@ -15,7 +15,7 @@ from flsl_d2.errors import InputError
 from flsl_d2.files import replaced_file, write_text
 from flsl_d2.modeling import FLSLViT
 from flsl_d2.modeling.encoder_state import LoadReport
-from flsl_d2.weights.encoders import TIMM_NAMES, rename
+from flsl_d2.weights.encoder_weights import TIMM_NAMES, rename
 from flsl_d2.weights.reading import ENCODER_FORMAT
 
 # All dimensions are given beside it, so the name can be that of any plain ViT of timm.

@@ -14,7 +14,8 @@ import torch
 from torch import nn
 
 from flsl_d2.errors import InputError
-from flsl_d2.weights.loading import find_encoder_weights, open_encoder
+from flsl_d2.weights.encoder_weights import find_encoder_weights
+from flsl_d2.weights.loading import open_encoder
 
 # Modules of timm with transformers on a grid of patches.
 MODULES = (

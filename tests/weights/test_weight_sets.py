@@ -13,7 +13,7 @@ from timm.models.vision_transformer import VisionTransformer
 
 from flsl_d2.errors import InputError
 from flsl_d2.weights import open_encoder, read_weights
-from flsl_d2.weights.loading import find_encoder_weights
+from flsl_d2.weights.encoder_weights import find_encoder_weights
 
 WRAPPERS = ("module.", "_orig_mod.", "_fsdp_wrapped_module.", "_checkpoint_wrapped_module.")
 PREFIXES = ("encoder.", "model.", "backbone.", "student_model.vit.")
