@@ -234,8 +234,9 @@ class PretrainTrainer(SimpleTrainer):
         scalars = {name: loss.detach() for name, loss in losses.items()}
         scalars["grad_norm"] = grad_norm
         scalars.update((name, x) for name, x in self.monitored.items() if x.dim() == 0)
-        if self.scaler.is_enabled():
-            scalars["loss_scale"] = self.scaler._get_scale_async()  # get_scale would wait
+        scale = self.scaler._get_scale_async() if self.scaler.is_enabled() else None
+        if scale is not None:
+            scalars["loss_scale"] = scale  # get_scale would wait for it
         assert self.last_batch is not None
         counts = {
             "data_time": data_time,
