@@ -56,9 +56,9 @@ def _configure_yaml(
 def _configure_lazy(
     cfg: DictConfig, file: str, arguments: dict[str, Any], pixels: InputFormat
 ) -> None:
-    backbone = cfg.model.get("backbone")
-    node = backbone if backbone is None else backbone.get("net", backbone)
-    target = "" if node is None else str(node.get("_target_"))
+    backbone: Any = cfg.model.get("backbone") or {}
+    node: Any = backbone.get("net", backbone)
+    target = str(node.get("_target_", ""))
     if not target.endswith(FLSLViT.__name__) and node.get("_target_") is not FLSLViT:
         raise InputError(
             f"the config's model.backbone is {target or 'missing'}, and weights set the shape of "
