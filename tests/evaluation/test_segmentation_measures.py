@@ -79,7 +79,8 @@ def test_nearest_in_parts_and_by_faiss_equals_at_once(monkeypatch) -> None:
             changed.setattr(f"flsl_d2.evaluation.classifiers.{name}", 50)
             indices, weights = nearest(queries, bank, 9, 0.07)
         assert torch.equal(whole[0], indices)
-        torch.testing.assert_close(whole[1], weights)
+        # The exponential of cosines over T = 0.07 magnifies rounding of float32.
+        torch.testing.assert_close(whole[1], weights, rtol=1e-3, atol=0)
 
 
 def test_patch_distributions_equal_a_slow_count() -> None:
