@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from flsl_d2.detection.predictor import Predictor
     from flsl_d2.weights.configure import configure_from_weights
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 __all__ = [
     "FLSLViT",
     "Predictor",
