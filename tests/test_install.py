@@ -162,7 +162,7 @@ def imported_by(folder: str) -> set[str]:
 @pytest.mark.parametrize(
     ("folder", "extras"),
     [
-        ("flsl_d2", {"cluster", "export", "evaluation", "formats", "remote"}),
+        ("flsl_d2", {"cluster", "export", "evaluation", "formats", "remote", "video"}),
         ("pretrain", {"pretrain", "methods"}),
     ],
 )

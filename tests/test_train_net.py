@@ -122,7 +122,7 @@ def test_lazy_config_to_ap_then_evaluated_then_resumed(few_images, encoder_file,
     resumed = run(few_images, "--config-file", PY, "--resume", *longer)
     assert "Resuming after step 2." in resumed
     assert "Starting training from iteration 2" in resumed
-    assert "encoder weights" not in resumed
+    assert f"matched ({encoder_file})" not in resumed
     checkpoint = torch.load(tmp_path / "model_final.pth", weights_only=True)
     assert checkpoint["iteration"] == 3
 

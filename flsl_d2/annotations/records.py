@@ -211,7 +211,7 @@ def _evaluated(annotation: dict[str, Any], size: tuple[int, int]) -> dict[str, A
     if segmentation is None:
         segmentation = [box_polygon(x, y, x + width, y + height)]
     iscrowd = annotation.get("iscrowd") or 0
-    ids = {
+    ids: dict[str, Any] = {
         key: whole(annotation[key])
         for key in ("id", "image_id", "category_id")
         if key in annotation

@@ -225,7 +225,8 @@ def _polygon(node, picture, place, findings):  # type: ignore[no-untyped-def]
 
 
 def _ellipse(node, picture, place, findings):  # type: ignore[no-untyped-def]
-    box, outline = ellipse(*_values(node, "cx", "cy", "rx", "ry"), _turn_of(node))
+    x, y, rx, ry = _values(node, "cx", "cy", "rx", "ry")
+    box, outline = ellipse(x, y, rx, ry, _turn_of(node))
     return box, [outline], None
 
 

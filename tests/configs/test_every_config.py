@@ -239,7 +239,7 @@ def test_detection_trains_a_step_and_evaluates(recipe, scenes, tmp_path):
     if recipe.startswith("uavdt"):
         assert {"uavdt/AP70", "uavdt/mAP50"} <= logged.keys()
     if recipe.startswith("coco") and recipe not in SEMANTIC:
-        assert cfg.dataloader.test.dataset.names.endswith("instances_val.json")
+        assert cfg.dataloader.test.dataset.names.startswith("instances_val.json@")
 
 
 # tests/pretrain/test_methods.py takes the steps of the other methods.

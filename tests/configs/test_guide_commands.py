@@ -19,6 +19,7 @@ from detectron2.config import LazyConfig, instantiate
 from detectron2.data.datasets.builtin_meta import COCO_CATEGORIES
 from forked import ROOT, run_forked
 
+from flsl_d2.detection.description import write_description
 from flsl_d2.engine.config_files import load_lazy_config
 from flsl_d2.images.shards import make_shards
 from flsl_d2.modeling import FLSLViT
@@ -35,6 +36,7 @@ ELSEWHERE = {
     "tools/sweep.py": "tests/test_sweep.py runs the sweep",
     "tools/convert_uavdt.py": "needs the data set; tests/annotations/test_uavdt.py makes one",
     "tools/install_detectron2.py": "changes the environment; tests/test_install.py tries it",
+    "--weights FILE": "needs a benchmark; tests/evaluation/test_protocols.py has its measures",
     "configs/uavdt": "needs the data set; tests/configs/test_every_config.py trains the recipe",
     "configs/pretrain/dino": "tests/pretrain/test_methods.py trains every recipe",
     "previous_stage": "tests/pretrain/test_previous_stage.py trains in stages",
@@ -180,6 +182,7 @@ def _write_weights(root: Path) -> None:
     cfg = load_lazy_config("coco/mask_rcnn_flsl_vit_s16_1x.py", [*DETECTION[:-2]])
     torch.save({"model": instantiate(cfg.model).state_dict()}, detector / "model_final.pth")
     LazyConfig.save(cfg, str(detector / "config.yaml"))
+    write_description(cfg, detector)
 
 
 @pytest.mark.parametrize("text", _parameters())

@@ -11,7 +11,7 @@ from flsl_d2.errors import InputError
 from flsl_d2.evaluation.cluster_quality import ClusterQuality, attention_rows
 from flsl_d2.evaluation.measures import measure_features
 from flsl_d2.evaluation.samples import encode_dataset, global_attention
-from flsl_d2.modeling import FLSLViT
+from flsl_d2.modeling import FLSLViT, InputFormat
 from flsl_d2.modeling.attention import Attention
 
 
@@ -112,7 +112,7 @@ class _Picture:
     def __init__(self) -> None:
         self.images = [self]
 
-    def read(self) -> np.ndarray:
+    def read(self, pixels: InputFormat) -> np.ndarray:
         return np.zeros((64, 80, 3), np.uint8)
 
 

@@ -13,6 +13,7 @@ import torch
 from detectron2.config import LazyConfig, instantiate
 from hostile import HOSTILE, SURROGATES
 
+from flsl_d2.detection.description import write_description
 from flsl_d2.engine.config_files import load_lazy_config
 from flsl_d2.errors import InputError
 from flsl_d2.export import formats
@@ -49,6 +50,7 @@ def detector(tmp_path_factory) -> Path:
     model = instantiate(cfg.model)
     torch.save({"model": model.state_dict()}, folder / "model_final.pth")
     LazyConfig.save(cfg, str(folder / "config.yaml"))
+    write_description(cfg, folder)
     (folder / "classes.json").write_text(json.dumps([f"class {i}" for i in range(6)]))
     settings = {"train.init_checkpoint": "start.pth", "dataloader.train.dataset.names": "scenes"}
     (folder / "run.json").write_text(json.dumps({"settings": settings}))
@@ -151,6 +153,7 @@ def test_other_models_of_the_recipes_in_onnx(recipe, outputs, changes, tmp_path,
     torch.manual_seed(0)
     torch.save({"model": instantiate(cfg.model).state_dict()}, tmp_path / "model_final.pth")
     LazyConfig.save(cfg, str(tmp_path / "config.yaml"))
+    write_description(cfg, tmp_path)
     target = tmp_path / "model.onnx"
     export_model(str(tmp_path), "onnx", target)
     assert "192x256 and 224x208 pixels" in capsys.readouterr().out
