@@ -8,8 +8,10 @@ from pathlib import Path
 
 import pytest
 import torch
+from detectron2.config import LazyConfig
 from forked import run_tool
 
+from flsl_d2.detection.description import read_description
 from flsl_d2.modeling import FLSLViT
 
 REPOSITORY = Path(__file__).parents[1]
@@ -108,6 +110,9 @@ def test_lazy_config_to_ap_then_evaluated_then_resumed(few_images, encoder_file,
     lines = (tmp_path / "metrics.json").read_text().splitlines()
     assert {"total_loss", "lr", "bbox/AP", "segm/AP"} <= set().union(*map(json.loads, lines))
     assert list(tmp_path.glob("events.out.tfevents*"))
+    (resize,) = read_description(tmp_path).dataloader.test.mapper.augmentations
+    (saved,) = LazyConfig.load(str(tmp_path / "config.yaml")).dataloader.test.mapper.augmentations
+    assert resize.short_edge_length == saved.short_edge_length == 128
     expected = predictions(tmp_path)
     assert expected
 

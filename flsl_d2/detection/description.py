@@ -46,10 +46,13 @@ def write_description(cfg: DictConfig, folder: str | Path) -> None:
         folder: output folder of the run.
     """
     try:
+        augmentations = _content(cfg, _AUGMENTATIONS)
+        if augmentations is None:  # a detector on pictures of another size finds something else
+            raise InputError(f"the config has no {_AUGMENTATIONS}")
         content = {
             "version": flsl_d2.__version__,
             "model": _plain(_content(cfg, "model")),
-            "augmentations": [_plain(each) for each in _content(cfg, _AUGMENTATIONS) or []],
+            "augmentations": [_plain(each) for each in augmentations],
         }
     except InputError as error:
         Path(folder, MODEL_FILE).unlink(missing_ok=True)

@@ -165,6 +165,8 @@ def run_lazy_detection(
         f"{classes}=",
         _MASKS_OFF if OmegaConf.select(cfg, "model.roi_heads.mask_in_features") else "",
     )
+    if not eval_only and comm.is_main_process():  # before objects take the place of the mappers
+        write_description(cfg, cfg.train.output_dir)
     for split in ("train", "test"):
         if OmegaConf.select(cfg, f"dataloader.{split}.mapper") is not None:
             node = cfg.dataloader[split]
@@ -211,7 +213,6 @@ def _train(cfg: DictConfig, model: nn.Module, resume: bool, request: StopRequest
     trainer.data_loader = instantiate(cfg.dataloader.train)
     if comm.is_main_process():
         keep_classes(cfg.train.output_dir, names_of(cfg.dataloader.train.dataset.names)[0])
-        write_description(cfg, cfg.train.output_dir)
     trainer.register_hooks(_hooks(cfg, wrapped, checkpointer, request))
     with suppress(EndedEarly):
         trainer.train(start_iter, cfg.train.max_iter)

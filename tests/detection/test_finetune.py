@@ -75,6 +75,7 @@ def test_a_run_leaves_detector_report_and_config_and_can_be_repeated(
     monkeypatch.setattr(
         coco_file, "read_json", lambda path: (parsed.append(str(path)), read(path))[1]
     )
+    monkeypatch.setattr(coco_file, "_SETTLED", -(10**12))  # the scenes were written just before
     status, out, err = run_main(main, *arguments(scenes, tmp_path / "a", val_share="0.34"))
     assert status == 0, err
     assert parsed == [str(scenes / "all.json")]  # once, for checks, training, evaluation, report
