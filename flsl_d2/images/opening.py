@@ -95,6 +95,11 @@ def holds_image(path: str) -> bool:
 
 
 def read_bytes(path: str, max_pixels: int) -> bytes:
+    """Read a whole image file.
+
+    Raises:
+        OSError: it is no regular file, or larger than an image of ``max_pixels`` can be.
+    """
     with open_regular(path) as file:
         size = os.fstat(file.fileno()).st_size
         if size > 8 * max_pixels + 2**20:  # 16-bit RGBA without compression
@@ -104,6 +109,7 @@ def read_bytes(path: str, max_pixels: int) -> bytes:
 
 @contextmanager
 def open_regular(path: str) -> Iterator[BinaryIO]:
+    """Open a regular file for reading; raise OSError for pipes, devices and folders."""
     # Without O_NONBLOCK, opening a named pipe waits for a writer.
     with open(os.open(path, os.O_RDONLY | os.O_NONBLOCK), "rb") as file:
         if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
@@ -112,6 +118,7 @@ def open_regular(path: str) -> Iterator[BinaryIO]:
 
 
 def check_size(height: int, width: int, max_pixels: int) -> None:
+    """Raise OSError where an image has more than ``max_pixels`` pixels."""
     if height * width > max_pixels:
         raise OSError(f"{width} x {height} pixels are more than max_pixels")
 
