@@ -265,7 +265,7 @@ def test_not_text(scenes: Path, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("content", "expected"),
     [
-        (gzip.compress(b"{}"), "is not JSON but compressed by gzip"),
+        (gzip.compress(b"{}", mtime=0), "is not JSON but compressed by gzip"),
         (b"version https://git-lfs.github.com/spec/v1\n", "is not JSON but a pointer of Git LFS"),
         (b"<!doctype html>", "is not JSON but a web page"),
     ],
