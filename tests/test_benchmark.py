@@ -15,8 +15,7 @@ from torch import nn
 
 from flsl_d2.engine.config_files import load_lazy_config
 from flsl_d2.errors import InputError
-from pretrain.studies.benchmark.__main__ import main
-from pretrain.studies.benchmark.benchmarks import overrides_of, peak_tflops
+from pretrain.studies.benchmark.__main__ import main, overrides_of
 from pretrain.studies.benchmark.gpus import benchmark_rows, run_rows
 from pretrain.studies.benchmark.measuring import (
     Timing,
@@ -135,12 +134,6 @@ def test_variants_can_be_joined():
     assert cfg.model.pack_views
 
 
-def test_a_cards_peak_is_found_by_its_name():
-    assert peak_tflops("NVIDIA H100 80GB HBM3") == 989
-    assert peak_tflops("NVIDIA A100-SXM4-80GB") == 312
-    assert peak_tflops("Some other card") is None
-
-
 def test_reference_module(tmp_path):
     path = tmp_path / "theirs.py"
     path.write_text("def make_views(path):\n    return path\n")
@@ -210,7 +203,7 @@ def test_detectors_are_compared(tmp_path, monkeypatch, run_main):
     def small(name: str, _: list[str]) -> DictConfig:
         return load_lazy_config(name, FEW_PROPOSALS)
 
-    monkeypatch.setattr("pretrain.studies.benchmark.benchmarks.load_lazy_config", small)
+    monkeypatch.setattr("pretrain.studies.benchmark.__main__.load_lazy_config", small)
     what = (
         "--model",
         "s",
@@ -231,7 +224,7 @@ def test_detectors_are_compared(tmp_path, monkeypatch, run_main):
 
 def test_growth_is_measured(tmp_path, monkeypatch, run_main):
     growth = {"views.num_local": (0, 2)}
-    monkeypatch.setattr("pretrain.studies.benchmark.benchmarks.GROWTH", growth)
+    monkeypatch.setattr("pretrain.studies.benchmark.__main__.GROWTH", growth)
     sizes = ("--batch-size", "2", "--batches", "2,3", "--json", str(tmp_path / "out.json"))
     status, _, errors = run_main(main, "scaling", *ONCE, *sizes, *TINY)
     assert status == 0, errors

@@ -21,8 +21,7 @@ from flsl_d2.annotations import register_scenes
 from flsl_d2.scenes import make_scenes
 from flsl_d2.visualization.curves import read_metrics
 from pretrain.run import run_pretraining
-from pretrain.studies.grid import Axis, grid_points
-from pretrain.studies.sweep import main
+from pretrain.studies.sweep import Axis, grid_points, main
 
 ROOT = Path(__file__).resolve().parents[1]
 CONFIG = "configs/demo/flsl_vit_scenes.py"

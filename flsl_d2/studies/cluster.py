@@ -105,8 +105,8 @@ class Cluster:
         """Submit a job, which writes to the log's file."""
         before = dict(os.environ)
         # Slurm and the local executor hand on the environment of the submission.
-        os.environ.update(module_search_path())
-        os.environ.update({"PYTHONUNBUFFERED": "1", "SUBMITIT_PREEMPT_SIGNAL": _SIGNAL})
+        os.environ |= module_search_path()
+        os.environ |= {"PYTHONUNBUFFERED": "1", "SUBMITIT_PREEMPT_SIGNAL": _SIGNAL}
         try:
             command = _Command([sys.executable, *arguments], os.path.abspath(log.name))
             job = self._executor.submit(command)

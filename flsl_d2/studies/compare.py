@@ -7,8 +7,6 @@ options, jobs, table and page from here.
 from __future__ import annotations
 
 import argparse
-import csv
-import io
 import json
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -43,7 +41,7 @@ from flsl_d2.studies.jobs import Record
 from flsl_d2.studies.machine import Machine
 from flsl_d2.studies.plots import draw_measures, label_curves, overlaid_curves, plot_file
 from flsl_d2.studies.runner import run_jobs
-from flsl_d2.studies.table import Subject, Table, results_table
+from flsl_d2.studies.table import Subject, Table, csv_text, results_table
 from flsl_d2.visualization import comparison_figure, describe_encoder
 from flsl_d2.visualization.detections import choose_records, detections_beside_ground_truth
 from flsl_d2.visualization.html import render
@@ -109,11 +107,7 @@ def add_study_options(parser: argparse.ArgumentParser, weights: str = ENCODERS) 
 
 
 def place_of(args: argparse.Namespace, device: str) -> Machine | Cluster:
-    """Return where the jobs of a command line run.
-
-    Raises:
-        InputError: GPUs that are not there, or a cluster that cannot be used.
-    """
+    """Return where the jobs of a command line run; InputError where that cannot be used."""
     if args.cluster_option and not args.cluster:
         raise InputError("--cluster-option is for --cluster; add --cluster slurm.")
     if args.cluster:
@@ -132,9 +126,8 @@ def run_study(
 ) -> tuple[dict[str, Record], Table]:
     """Run the jobs that are not done yet; the table is written anew whenever one has ended.
 
-    Args:
-        by_row: whether one row passes all stages before the next; otherwise all rows pass one
-            stage before the next, so that the first columns fill up early.
+    All rows pass one stage before the next, so that the first columns fill up early; ``by_row``,
+    one row passes all stages before the next.
     """
 
     def write(records: dict[str, Record]) -> Table:
@@ -142,10 +135,9 @@ def run_study(
         table.write(output)
         return table
 
-    pairs = [(subject, stage) for stage in stages for subject in subjects]
-    if by_row:
-        pairs = [(subject, stage) for subject in subjects for stage in stages]
-    jobs = [job for subject, stage in pairs for job in subject.jobs.get(stage, ())]
+    by_stage = [[subject.jobs.get(stage, ()) for stage in stages] for subject in subjects]
+    ordered = by_stage if by_row else zip(*by_stage, strict=True)
+    jobs = [job for group in ordered for own in group for job in own]
     count = len({job.key for job in jobs})
     print(f"{len(subjects)} rows x ({', '.join(stages)}): {count} jobs in {output}", flush=True)
     for subject in subjects:
@@ -178,14 +170,10 @@ def sections_of(
     sections = []
     few = [each for each in detectors if each.share is not None]
     if few:
-        rows, pictures = label_curves(
-            table, [(e.detector, e.name, e.count) for e in few], output / "plots"
-        )
-        stream = io.StringIO()
-        writer = csv.writer(stream, lineterminator="\n")
-        writer.writerow(("encoder", "detector", "images", "measure", "mean", "std", "seeds"))
-        writer.writerows(rows)
-        write_text(output / "label_curves.csv", stream.getvalue())
+        names = [(each.detector, each.name, each.count) for each in few]
+        rows, pictures = label_curves(table, names, output / "plots")
+        heading = ["encoder", "detector", "images", "measure", "mean", "std", "seeds"]
+        write_text(output / "label_curves.csv", csv_text([heading, *rows]))
         sections.append(section("AP by number of labelled images", pictures, 1150))
     for evaluation in [e for e in detectors if e.share is None] or few[-1:]:
         folders: dict[str, Path] = {}
@@ -198,8 +186,8 @@ def sections_of(
                 found = folders[job.label] / "inference" / "coco_instances_results.json"
                 if found.is_file():
                     path = pictures[job.label] = output / "pictures" / f"{job.key}.png"
-                    shown = evaluation.shown_dataset
-                    detections_beside_ground_truth(shown, str(found), path, num_pictures)
+                    dataset = evaluation.shown_dataset
+                    detections_beside_ground_truth(dataset, str(found), path, num_pictures)
         curves = plot_file(output / "plots", f"{evaluation.name}_curves")
         files = {label: folder / "metrics.json" for label, folder in folders.items()}
         overlaid_curves(files, _CURVES, curves, "Fine-tuning")
@@ -211,7 +199,7 @@ def sections_of(
 def section(
     title: str, pictures: Mapping[str, Path], width: int = 560, texts: Sequence[str] = ()
 ) -> dict[str, Any]:
-    """Make a section of the page: pictures by caption, each up to a width in pixels."""
+    """Make a section of a page: pictures by caption, each up to a width in pixels."""
     return {"title": title, "pictures": pictures, "width": width, "texts": texts}
 
 
@@ -246,25 +234,19 @@ def finish(
     subjects: Sequence[Subject],
     **values: Any,
 ) -> None:
-    """Write the page and print the table.
-
-    Args:
-        values: further values of ``study.html.j2``.
+    """Write the page, with further values of ``study.html.j2``, and print the table.
 
     Raises:
         WorkerError: some cells of the table failed; everything else is done and written.
     """
-    jobs = {
-        job.key: job for subject in subjects for stage in subject.jobs.values() for job in stage
-    }
-    details = [
-        (
-            f"{job.kind}: {job.label} ({records[key].status}, {records[key].seconds:.0f} s)",
-            json.dumps(dict(job.settings), indent=1),
-        )
-        for key, job in jobs.items()
-    ]
-    page = render("study.html.j2", table=table, versions=versions(), details=details, **values)
+    details = {}
+    for job in (job for subject in subjects for stage in subject.jobs.values() for job in stage):
+        record = records[job.key]
+        heading = f"{job.kind}: {job.label} ({record.status}, {record.seconds:.0f} s)"
+        details[job.key] = (heading, json.dumps(dict(job.settings), indent=1))
+    page = render(
+        "study.html.j2", table=table, versions=versions(), details=[*details.values()], **values
+    )
     write_text(output / "index.html", page)
     print(f"\n{table.markdown()}\ntables and index.html: {output}")
     cells = [row.cell(measure) for row in table.rows for measure in table.measures]
@@ -300,15 +282,8 @@ def run_comparison(
 ) -> None:
     """Run the jobs that are not done yet, and write the tables and the page.
 
-    Writes below ``output``: ``table.csv``, ``table.md``, ``table.tex``, ``index.html``,
-    ``plots/*.png``, ``pictures/*.png``, ``jobs/``, ``encoders/``, and with ``--label-fraction``
-    ``label_curves.csv`` and ``subsets/``.
-
-    Args:
-        title: title of the page.
-        intro: sentences above those on seeds.
-        first: sections of the page before the others (:func:`section`).
-        last: sections after them.
+    ``intro`` are sentences of the page above those on seeds, ``first`` and ``last`` sections
+    (:func:`section`) around the others. docs/COMPARE.md lists what is written below ``output``.
 
     Raises:
         InputError: no encoders or evaluations, or data that no encoder can be evaluated on.
@@ -339,9 +314,8 @@ def run_comparison(
         title=title,
         intro=[
             *intro,
-            "All encoders had the same data, budget and seeds "
-            f"({', '.join(map(str, args.seeds))}). With several seeds: mean ± standard deviation "
-            "of the sample.",
+            f"All encoders had the same data, budget and seeds ({','.join(map(str, args.seeds))}). "
+            "With several seeds: mean ± standard deviation of the sample.",
         ],
         sections=[
             *first,

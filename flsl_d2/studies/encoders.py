@@ -12,10 +12,11 @@ import torch
 
 from flsl_d2.errors import InputError
 from flsl_d2.evaluation.features import RANDOM, frozen_encoder
+from flsl_d2.files import file_sha256
 from flsl_d2.modeling import FLSLViT
 from flsl_d2.modeling.timm_backbone import TIMM_PREFIX, parse_timm_name
 from flsl_d2.studies.evaluations import EncoderFile, Evaluation
-from flsl_d2.studies.identity import file_sha256, sha256_of, versions
+from flsl_d2.studies.identity import sha256_of, versions
 from flsl_d2.studies.table import Subject
 from flsl_d2.weights import build_encoder, write_encoder
 from flsl_d2.weights.reading import local_weights_path, split_weights_path
@@ -80,10 +81,9 @@ def read_encoders(weights: Sequence[tuple[str, str]]) -> list[ComparedEncoder]:
     """Read every file once; a file that cannot be used is a failure of its encoder.
 
     Args:
-        weights: name and source of each; an empty name stands for that of the file. A source is a
-            file, a URL, ``timm:NAME``, ``random`` or ``random:NAME``. ``random`` has the
-            architecture of the first file of an ``FLSLViT`` that can be read, or of the file of
-            that name; without a file, it is a ViT-S/16.
+        weights: name (empty: that of the file) and source of each: a file, a URL, ``timm:NAME``, or
+            ``random`` with the architecture of the first ``FLSLViT`` that can be read (without
+            one, a ViT-S/16), or ``random:NAME`` with that of the file of this name.
 
     Raises:
         InputError: no encoders, two of one name, or an architecture of an unknown name.
@@ -96,9 +96,7 @@ def read_encoders(weights: Sequence[tuple[str, str]]) -> list[ComparedEncoder]:
     if repeated:
         raise InputError(f"two encoders are called {repeated[0]!r}; give each a name: NAME=FILE.")
     files = {name: _read(name, source) for name, source in pairs if not _is_random(source)}
-    return [
-        files[name] if name in files else _untrained(name, source, files) for name, source in pairs
-    ]
+    return [files.get(name) or _untrained(name, source, files) for name, source in pairs]
 
 
 def _is_random(source: str) -> bool:

@@ -52,6 +52,10 @@ class EncoderFile:
     needs: Job | None = None
     seed: int = 0
 
+    def job(self, kind: str, settings: Mapping[str, Any], command: Any, outcome: Any) -> Job:
+        """Make the job of an evaluation of this encoder."""
+        return Job(kind, self.label, settings, command, outcome, self.needs)
+
 
 class Evaluation(Protocol):
     """Something that is measured of an encoder; its name starts the names of its measures.
@@ -102,14 +106,8 @@ class FeatureEvaluation:
 
     def job(self, encoder: EncoderFile) -> Job:
         """Make the job of an encoder."""
-        settings = {
-            "encoder": dict(encoder.identity),
-            "measure": self.name,
-            **self._data,
-            "max_images": self.max_images,
-            "short_side": self.short_side,
-            "seed": encoder.seed,
-        }
+        settings = {"encoder": dict(encoder.identity), "measure": self.name, **self._data}
+        settings |= {"max_images": self.max_images, "short_side": self.short_side}
 
         def command(folder: Path, _num_processes: int) -> list[str]:
             (folder / "features.json").unlink(missing_ok=True)  # reasons of an earlier attempt
@@ -125,7 +123,7 @@ class FeatureEvaluation:
             content = json.loads((folder / "features.json").read_text())
             return Outcome(content["results"], content["failures"], content["omitted"])
 
-        return Job(self.name, encoder.label, settings, command, outcome, encoder.needs)
+        return encoder.job(self.name, settings | {"seed": encoder.seed}, command, outcome)
 
 
 @dataclass(frozen=True)
@@ -167,7 +165,7 @@ class DavisEvaluation:
             return Outcome({f"davis/{name}": 100 * value for name, value in means.items()})
 
         settings = {"encoder": dict(encoder.identity), "davis": self._data}
-        return Job(self.name, encoder.label, settings, command, outcome, encoder.needs)
+        return encoder.job(self.name, settings, command, outcome)
 
 
 # Names in tables of the keys that detection writes to metrics.json, in the order of the columns.
@@ -319,7 +317,7 @@ class DetectionEvaluation:
                 )
             return Outcome(values)
 
-        return Job(self.name, encoder.label, settings, command, outcome, encoder.needs)
+        return encoder.job(self.name, settings, command, outcome)
 
 
 def _full_name(function: Callable[..., Any]) -> str:
@@ -392,10 +390,20 @@ def chosen_evaluations(args: argparse.Namespace, device: str) -> list[Evaluation
         raise InputError(
             f"--measures {','.join(args.measures)} needs data; give --train NAME and --val NAME."
         )
-    measures = (args.measures or _DEFAULT_MEASURES) if args.val else ()
+    if not (args.detection or args.frozen_detection):
+        if args.label_fraction:
+            raise InputError(
+                "--label-fraction is for detectors; add --detection CONFIG.py or "
+                "--frozen-detection."
+            )
+        if args.detection_override:
+            raise InputError(
+                f"override {args.detection_override[0]!r} is for a detection config, and there is "
+                "none; add --detection CONFIG.py."
+            )
     evaluations: list[Evaluation] = [
         FeatureEvaluation(name, args.train, args.val, device, args.max_images, args.short_side)
-        for name in measures
+        for name in ((args.measures or _DEFAULT_MEASURES) if args.val else ())
     ]
     if args.davis_root:
         evaluations.append(DavisEvaluation(args.davis_root, device))
@@ -406,17 +414,8 @@ def chosen_evaluations(args: argparse.Namespace, device: str) -> list[Evaluation
         for config in configs:
             title = f"{name} {Path(config).stem}" if len(configs) > 1 else name
             task = DetectionTask(config, [*args.detection_override, *more], device)
-            for share in args.label_fraction or [None]:
-                evaluations.append(DetectionEvaluation(task, title, share))
-    if args.label_fraction and not (args.detection or args.frozen_detection):
-        raise InputError(
-            "--label-fraction is for detectors; add --detection CONFIG.py or --frozen-detection."
-        )
-    if args.detection_override and not (args.detection or args.frozen_detection):
-        raise InputError(
-            f"override {args.detection_override[0]!r} is for a detection config, and there is "
-            "none; add --detection CONFIG.py."
-        )
+            shares_of = args.label_fraction or [None]
+            evaluations += [DetectionEvaluation(task, title, share) for share in shares_of]
     for evaluation in evaluations:
         evaluation.check()
     names = [evaluation.name for evaluation in evaluations]

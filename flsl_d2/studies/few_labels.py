@@ -35,11 +35,7 @@ def shares(text: str) -> list[int | float]:
 
 
 def count_of(share: int | float, total: int) -> int:
-    """Return the number of images of a share, at least 1.
-
-    Raises:
-        InputError: there are not as many.
-    """
+    """Return the number of images of a share, at least 1; InputError if there are fewer."""
     if isinstance(share, float):
         return max(round(share * total), 1)
     if share > total:
@@ -75,10 +71,8 @@ def few_labels(loader: str, count: int, draw: int, **arguments: Any) -> Records:
 
 def describe_draw(records: Records, chosen: Records) -> str:
     """Say in a phrase what a draw has, and which classes it lacks."""
-    every, seen = (
-        [a["category_id"] for record in some for a in record.get("annotations", ())]
-        for some in (records, chosen)
-    )
+    both = (records, chosen)
+    every, seen = ([a["category_id"] for r in d for a in r.get("annotations", ())] for d in both)
     unseen = len({*every} - {*seen})
     missing = f"; no example of {unseen} class(es)" if unseen else ""
     return f"{len(chosen)} of {len(records)} labelled images with {len(seen)} objects{missing}"

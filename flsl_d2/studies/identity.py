@@ -20,7 +20,7 @@ from omegaconf import DictConfig
 import flsl_d2
 from flsl_d2.annotations.datasets import register_pair
 from flsl_d2.engine.run_folder import flat_config
-from flsl_d2.files import file_sha256 as file_sha256
+from flsl_d2.files import file_sha256
 
 # Metadata of registered data sets: files and folders of labels, which are read, and folders of
 # pictures, which are listed with their sizes.
@@ -42,10 +42,9 @@ def versions() -> dict[str, str]:
     # The repository around an installed package is someone else's.
     if (root / ".git").exists():
         with suppress(OSError, subprocess.SubprocessError):
-            done = subprocess.run(
-                describe, cwd=root, capture_output=True, text=True, timeout=10, check=True
-            )
-            found["commit"] = done.stdout.strip()
+            found["commit"] = subprocess.check_output(
+                describe, cwd=root, stderr=subprocess.DEVNULL, text=True, timeout=10
+            ).strip()
     return found
 
 
@@ -82,17 +81,16 @@ def data_identity(name: str) -> dict[str, str]:
         name: registered data set, ``ANNOTATIONS.json:IMAGES``, or folder of pictures by class.
     """
     register_pair(name)
-    if name not in MetadataCatalog.list():
-        folder = Path(name).expanduser()
-        return (
-            {"pictures": folder_sha256(folder, read=False)} if folder.is_dir() else {"name": name}
-        )
-    metadata, found = MetadataCatalog.get(name), {}
+    folder = Path(name).expanduser()
+    if name not in MetadataCatalog.list() and folder.is_dir():
+        return {"pictures": folder_sha256(folder, read=False)}
+    metadata = MetadataCatalog.get(name) if name in MetadataCatalog.list() else {}
+    found = {}
     for key in (*_LABELS, *_PICTURES):
-        path = Path(str(metadata.get(key) or "")).expanduser()
-        if metadata.get(key) and path.is_file():
+        path = Path(str(metadata.get(key) or "/nowhere")).expanduser()
+        if path.is_file():
             found[key] = file_sha256(path)
-        elif metadata.get(key) and path.is_dir():
+        elif path.is_dir():
             found[key] = folder_sha256(path, read=key in _LABELS)
     return found or {"name": name}
 
@@ -100,12 +98,8 @@ def data_identity(name: str) -> dict[str, str]:
 def result_settings(cfg: DictConfig, without: Iterable[str]) -> dict[str, str]:
     """Return the values of a config that a result depends on, for the settings of a job.
 
-    Args:
-        without: patterns (``fnmatch``) of keys that do not change the result.
+    ``without`` are patterns (``fnmatch``) of keys that do not change the result.
     """
     patterns = tuple(without)
-    return {
-        key: value
-        for key, value in flat_config(cfg).items()
-        if not any(fnmatchcase(key, pattern) for pattern in patterns)
-    }
+    pairs = flat_config(cfg).items()
+    return {k: v for k, v in pairs if not any(fnmatchcase(k, pattern) for pattern in patterns)}

@@ -30,8 +30,7 @@ class Job:
         label: description of the job among those of its kind, for people.
         settings: all that the result depends on, as JSON values: contents, not paths. Jobs of
             equal kind and settings are the same job, in this run of the tool and in later ones.
-        command: function that returns the arguments after ``python``, from the job's folder and
-            the number of processes that it may use.
+        command: arguments after ``python``, from the job's folder and its number of processes.
         outcome: function that reads the measurements from the job's folder.
         needs: job that has to be done first.
         limit: seconds after which the job is stopped and has failed; None for no limit.
@@ -56,12 +55,8 @@ class Job:
 class Record:
     """State of a job that was started; ``result.json`` in its folder.
 
-    Attributes:
-        status: ``done``, ``failed``, or ``interrupted``.
-        outcome: measurements; empty unless done or partly failed.
-        error: reason of the failure.
-        seconds: duration of all attempts together.
-        about: versions of the software of the last attempt.
+    ``status`` is ``done``, ``failed`` (``error`` is the reason) or ``interrupted``, ``seconds`` the
+    duration of all attempts, and ``about`` has the versions of the software of the last one.
     """
 
     status: str

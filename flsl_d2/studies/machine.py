@@ -8,7 +8,7 @@ import signal
 import site
 import subprocess
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import IO, Any
 
@@ -45,8 +45,7 @@ def jobs_at_a_time(num_gpus: int, gpus_per_job: int) -> int:
 class Machine:
     """The machine of this process, shared among ``width`` jobs at a time.
 
-    Attributes:
-        shares: environment variables that keep each of them to its share.
+    ``shares`` are environment variables that keep each of them to its share.
 
     Args:
         num_gpus: number of GPUs to use, of those in CUDA_VISIBLE_DEVICES; on the CPU, processes.
@@ -61,17 +60,16 @@ class Machine:
         check_device(device, num_gpus)
         self._running: dict[int, LocalProcess] = {}
         self.shares: list[dict[str, str]] = [{}] * self.width
-        if not device.startswith("cuda"):
-            if num_gpus > 1 and "OMP_NUM_THREADS" not in os.environ:
-                # Otherwise every process takes all cores, and they wait for one another.
-                threads = str(max(usable_cores() // num_gpus, 1))
-                self.shares = [{"OMP_NUM_THREADS": threads}] * self.width
-            return
-        listed = os.environ.get("CUDA_VISIBLE_DEVICES", "")
-        names = listed.split(",") if listed else [str(i) for i in range(num_gpus)]
-        starts = range(0, self.width * gpus_per_job, gpus_per_job)
-        parts = [",".join(names[start : start + gpus_per_job]) for start in starts]
-        self.shares = [{"CUDA_VISIBLE_DEVICES": part} for part in parts]
+        if device.startswith("cuda"):
+            listed = os.environ.get("CUDA_VISIBLE_DEVICES", "")
+            names = listed.split(",") if listed else [str(i) for i in range(num_gpus)]
+            starts = range(0, self.width * gpus_per_job, gpus_per_job)
+            parts = [",".join(names[start : start + gpus_per_job]) for start in starts]
+            self.shares = [{"CUDA_VISIBLE_DEVICES": part} for part in parts]
+        elif num_gpus > 1 and "OMP_NUM_THREADS" not in os.environ:
+            # Otherwise every process takes all cores, and they wait for one another.
+            threads = str(max(usable_cores() // num_gpus, 1))
+            self.shares = [{"OMP_NUM_THREADS": threads}] * self.width
 
     def _free(self) -> list[int]:
         running = {i for i, process in self._running.items() if process.status() is None}
@@ -86,17 +84,16 @@ class Machine:
     ) -> LocalProcess:
         """Start a process with a free share, which inherits the lock and writes to the log."""
         share = self._free()[0]
-        environment = {**os.environ, **module_search_path(), "PYTHONUNBUFFERED": "1"}
-        process = LocalProcess(arguments, environment | self.shares[share], log, lock)
-        self._running[share] = process
+        own = {**module_search_path(), "PYTHONUNBUFFERED": "1", **self.shares[share]}
+        process = self._running[share] = LocalProcess(arguments, own, log, lock)
         return process
 
 
 class LocalProcess:
-    """A job of this machine."""
+    """A job of this machine, with environment variables of its own."""
 
     def __init__(
-        self, arguments: Sequence[str], environment: Mapping[str, str], log: IO[Any], lock: int
+        self, arguments: Sequence[str], own: dict[str, str], log: IO[Any], lock: int
     ) -> None:
         # In a session of its own it gets Ctrl-C once, through ask_to_stop().
         self._process = subprocess.Popen(
@@ -104,7 +101,7 @@ class LocalProcess:
             stdin=subprocess.DEVNULL,
             stdout=log,
             stderr=subprocess.STDOUT,
-            env=environment,
+            env=os.environ | own,
             start_new_session=True,
             pass_fds=(lock,),
         )
@@ -113,18 +110,15 @@ class LocalProcess:
         """Return the exit status, negative for a signal; None while the job runs."""
         return self._process.poll()
 
-    def ask_to_stop(self) -> None:
-        """Send SIGTERM to the process and all that it started."""
-        self._send(signal.SIGTERM)
+    def ask_to_stop(self, number: int = signal.SIGTERM) -> None:
+        """Send a signal to the process and all that it started."""
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(self._process.pid, number)
 
     def wait_for_end(self) -> None:
         """Wait for the end after :meth:`ask_to_stop`; kill the process if it takes minutes."""
         try:
             self._process.wait(STOP_SECONDS)
         except subprocess.TimeoutExpired:
-            self._send(signal.SIGKILL)
+            self.ask_to_stop(signal.SIGKILL)
             self._process.wait()
-
-    def _send(self, number: int) -> None:
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(self._process.pid, number)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from statistics import mean
@@ -18,8 +19,7 @@ from flsl_d2.studies.table import Cell, Measure, Row, Table
 from flsl_d2.visualization.curves import read_metrics
 from flsl_d2.visualization.figures import label_plot, new_figure, plot_grid, save_figure
 
-_COLOUR = "#0072b2"
-_BEST_COLOUR = "#d55e00"
+_COLOUR, _BEST_COLOUR = "#0072b2", "#d55e00"
 _DASHES: tuple[Any, ...] = ("-", (0, (6, 2)), (0, (2, 1)), (0, (8, 2, 2, 2)))
 
 
@@ -50,20 +50,21 @@ def draw_measures(table: Table, folder: Path, axes: Sequence[str] = ()) -> dict[
 
 def bars(table: Table, measure: Measure, path: Path) -> None:
     """Draw a bar with its spread for each row that has the measure; the best are orange."""
-    rows = [row for row in table.rows if row.cell(measure).values]
-    best = [table.rows[i] for i in table.best(measure)]
-    figure = new_figure(7.5, 0.9 + 0.42 * len(rows))
+    best = table.best(measure)
+    shown = [(i, row) for i, row in enumerate(table.rows) if row.cell(measure).values]
+    figure = new_figure(7.5, 0.9 + 0.42 * len(shown))
     axes = figure.subplots()
     axes.set_title(_heading(measure), fontsize=11)
     axes.barh(
-        range(len(rows)),
-        [mean(row.cell(measure).values) for row in rows],
-        xerr=[row.cell(measure).std or 0.0 for row in rows],
-        color=[_BEST_COLOUR if row in best else _COLOUR for row in rows],
+        range(len(shown)),
+        [mean(row.cell(measure).values) for _, row in shown],
+        xerr=[row.cell(measure).std or 0.0 for _, row in shown],
+        color=[_BEST_COLOUR if i in best else _COLOUR for i, _ in shown],
         capsize=3,
         height=0.66,
     )
-    axes.set_yticks(range(len(rows)), [", ".join(row.labels.values()) for row in rows], fontsize=9)
+    names = [", ".join(row.labels.values()) for _, row in shown]
+    axes.set_yticks(range(len(shown)), names, fontsize=9)
     axes.invert_yaxis()
     axes.grid(axis="x", alpha=0.3)
     axes.tick_params(axis="x", labelsize=8)
@@ -77,10 +78,8 @@ def lines(table: Table, measure: Measure, axis: str, path: Path) -> None:
     axes.set_title(_heading(measure), fontsize=11)
     values = _values_of(table.rows, axis)
     for title, group in _groups(table, [axis]).items():
-        rows = [row for row in group if row.cell(measure).values]
-        rows.sort(key=lambda row: values.index(row.labels[axis]))
-        points = [(values.index(row.labels[axis]), row.cell(measure)) for row in rows]
-        _line(axes, points, title)
+        cells = [(values.index(row.labels[axis]), row.cell(measure)) for row in group]
+        _line(axes, sorted((each for each in cells if each[1].values), key=lambda e: e[0]), title)
     axes.set_xticks(range(len(values)), values)  # evenly spaced, because grids are seldom linear
     axes.set_xlabel(axis)
     axes.grid(alpha=0.3)
@@ -106,25 +105,21 @@ def label_curves(
     Returns:
         Rows (encoder, detector, images, measure, mean, spread, seeds), and figures by measure.
     """
-    columns = {
-        (kind, detector, count): measure
-        for detector, name, count in detectors
-        for measure in table.measures
-        if (kind := measure.name.removeprefix(f"{name}/")) != measure.name
-    }
+    kinds: defaultdict[str, defaultdict[str, list[tuple[int, Measure]]]]
+    kinds = defaultdict(lambda: defaultdict(list))
+    for detector, name, count in detectors:
+        for measure in table.measures:
+            if (kind := measure.name.removeprefix(f"{name}/")) != measure.name:
+                kinds[kind][detector].append((count, measure))
     values: list[list[object]] = []
     drawn = {}
-    for kind in dict.fromkeys(kind for kind, _, _ in columns):
-        names = list(dict.fromkeys(d for k, d, _ in columns if k == kind))
-        figure = new_figure(5.0 * len(names), 4.2)
-        panels = figure.subplots(1, len(names), sharey=True, squeeze=False)[0]
-        for axes, detector in zip(panels, names, strict=True):
-            shares = sorted(
-                (n, m) for (k, d, n), m in columns.items() if (k, d) == (kind, detector)
-            )
+    for kind, by_detector in kinds.items():
+        figure = new_figure(5.0 * len(by_detector), 4.2)
+        panels = figure.subplots(1, len(by_detector), sharey=True, squeeze=False)[0]
+        for axes, (detector, columns) in zip(panels, by_detector.items(), strict=True):
+            columns.sort(key=lambda column: column[0])
             for row in table.rows:
-                cells = [(count, row.cell(measure)) for count, measure in shares]
-                cells = [(count, cell) for count, cell in cells if cell.values]
+                cells = [(n, cell) for n, m in columns if (cell := row.cell(m)).values]
                 name = ", ".join(row.labels.values())
                 values += [
                     [name, detector, count, kind, cell.mean, cell.std, len(cell.values)]
@@ -133,7 +128,7 @@ def label_curves(
                 _line(axes, cells, name)
             axes.set_xscale("log")
             axes.xaxis.set_minor_locator(NullLocator())
-            axes.set_xticks([count for count, _ in shares], [str(count) for count, _ in shares])
+            axes.set_xticks([count for count, _ in columns], [str(count) for count, _ in columns])
             axes.set_xlabel("labelled images")
             axes.set_title(f"{detector}: {kind}", fontsize=11)
             axes.grid(alpha=0.3)
@@ -155,8 +150,7 @@ def heat_maps(table: Table, measure: Measure, down: str, across: str, path: Path
     means = [mean(cell.values) for cell in cells]
     noise = 4 * mean(cell.std or 0.0 for cell in cells)
     span = max(max(means) - min(means), noise, 0.02 * abs(mean(means)), 10.0**-measure.digits)
-    middle = (max(means) + min(means)) / 2
-    low, high = middle - span / 2, middle + span / 2
+    low = (max(means) + min(means) - span) / 2
     width, height = 1.6 + 1.1 * len(columns_of), 1.7 + 0.6 * len(rows_of)
     figure = new_figure(max(width * len(groups), 5.5), height)
     figure.suptitle(_heading(measure), fontsize=11)
@@ -164,25 +158,22 @@ def heat_maps(table: Table, measure: Measure, down: str, across: str, path: Path
     plots = figure.subplots(1, len(groups), squeeze=False)[0]
     for axes, (title, group) in zip(plots, groups.items(), strict=True):
         grid = np.full((len(rows_of), len(columns_of)), np.nan)
-        positions = [
-            (rows_of.index(row.labels[down]), columns_of.index(row.labels[across])) for row in group
-        ]
-        for row, position in zip(group, positions, strict=True):
-            grid[position] = row.cell(measure).mean if row.cell(measure).values else np.nan
-        axes.imshow(grid, "viridis", vmin=low, vmax=high, aspect="auto")
-        for row, (y, x) in zip(group, positions, strict=True):
+        for row in group:
+            y, x = rows_of.index(row.labels[down]), columns_of.index(row.labels[across])
+            cell = row.cell(measure)
+            grid[y, x] = np.nan if cell.mean is None else cell.mean
             bright = not grid[y, x] <= low + 0.6 * span  # or there is no number
-            text = row.cell(measure).text(measure.digits).replace(" ± ", "\n± ")
+            text = cell.text(measure.digits).replace(" ± ", "\n± ")
             colour = "black" if bright else "white"
             axes.text(x, y, text, ha="center", va="center", color=colour, fontsize=9)
             if row in best:
                 frame = Rectangle((x - 0.5, y - 0.5), 1, 1, fill=False, linewidth=4)
                 frame.set_edgecolor(_BEST_COLOUR)
                 axes.add_patch(frame)
+        axes.imshow(grid, "viridis", vmin=low, vmax=low + span, aspect="auto")
         axes.set_xticks(range(len(columns_of)), columns_of)
         axes.set_yticks(range(len(rows_of)), rows_of)
-        axes.set_xlabel(across)
-        axes.set_ylabel(down)
+        axes.set(xlabel=across, ylabel=down)
         axes.set_title(title, fontsize=9)
     save_figure(figure, path)
 
@@ -207,15 +198,11 @@ def overlaid_curves(
     figure, plots = plot_grid(len(keys), title, -(-len(series) // legend_columns))
     colours = colormaps["turbo"](np.linspace(0.05, 0.95, len(series)))
     for axes, (key, name) in zip(plots, keys.items(), strict=True):
-        for i, ((label, run), colour) in enumerate(zip(series.items(), colours, strict=True)):
-            # Dashes of different lengths keep curves apart that lie on one another.
-            dashes = _DASHES[i % len(_DASHES)]
+        for i, (label, run) in enumerate(series.items()):
             steps, values = run.get(key, ([], []))
-            marker = "o" if len(steps) == 1 else None
-            axes.plot(
-                steps, values, marker=marker, label=label, color=colour, linewidth=1.5,
-                linestyle=dashes,
-            )  # fmt: skip
+            # Dashes of different lengths keep curves apart that lie on one another.
+            style = {"color": colours[i], "linestyle": _DASHES[i % len(_DASHES)], "linewidth": 1.5}
+            axes.plot(steps, values, marker="o" * (len(steps) == 1), label=label, **style)
         label_plot(axes, name, "step")
     handles = plots[0].get_legend_handles_labels()
     figure.legend(*handles, loc="outside lower center", fontsize=8, ncols=legend_columns)
@@ -234,8 +221,8 @@ def _values_of(rows: Sequence[Row], name: str) -> list[str]:
 
 def _groups(table: Table, without: Sequence[str]) -> dict[str, list[Row]]:
     """Return the rows that have all labels in common but some, by these labels as text."""
-    groups: dict[str, list[Row]] = {}
+    groups: defaultdict[str, list[Row]] = defaultdict(list)
     for row in table.rows:
         shared = [f"{name}={value}" for name, value in row.labels.items() if name not in without]
-        groups.setdefault(", ".join(shared), []).append(row)
+        groups[", ".join(shared)].append(row)
     return groups

@@ -14,6 +14,7 @@ from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from statistics import mean
 from typing import Any
@@ -26,11 +27,11 @@ from flsl_d2.studies.jobs import Job, Record, read_record, write_record
 from flsl_d2.studies.machine import Machine
 
 _SIGNALS = (signal.SIGINT, signal.SIGTERM)
-_ERROR_CHARS = 600
-_PROGRESS_CHARS = 140
+_ERROR_CHARS, _PROGRESS_CHARS = 600, 140
 _ETA = re.compile(r"\beta\b:? |\d+%\|", re.IGNORECASE)  # a logged line, or tqdm's bar
-_POLL_SECONDS = 0.1
-_PROGRESS_SECONDS = 30.0
+_POLL_SECONDS, _PROGRESS_SECONDS = 0.1, 30.0
+
+_log = partial(print, flush=True)
 
 
 @contextmanager
@@ -83,22 +84,24 @@ class _Child:
     def seconds(self) -> float:
         return time.monotonic() - self.started
 
+    def stop(self) -> None:
+        self.process.ask_to_stop()
+        self.process.wait_for_end()
+
     def progress(self) -> str:
         """Return the last progress that it printed; empty if none."""
-        found = [(line, match) for line in self._lines() if (match := _ETA.search(line))]
-        return found[-1][0][found[-1][1].start() :][:_PROGRESS_CHARS] if found else ""
+        found = [line[match.start() :] for line in self._lines() if (match := _ETA.search(line))]
+        return found[-1][:_PROGRESS_CHARS] if found else ""
 
     def failure_reason(self) -> str:
         """Return the error that the process printed, or its last line and exit status."""
         lines = self._lines()
         starts = [i for i, line in enumerate(lines) if line.startswith("error: ")]
         if starts:
-            reason = " ".join(lines[starts[-1] :]).removeprefix("error: ")
-        else:
-            status = self.process.status() or 0
-            end = f"ended by signal {-status}" if status < 0 else f"exit status {status}"
-            reason = f"{lines[-1]} ({end})" if lines else end
-        return reason[:_ERROR_CHARS]
+            return " ".join(lines[starts[-1] :]).removeprefix("error: ")[:_ERROR_CHARS]
+        status = self.process.status() or 0
+        end = f"ended by signal {-status}" if status < 0 else f"exit status {status}"
+        return (f"{lines[-1]} ({end})" if lines else end)[:_ERROR_CHARS]
 
     def _lines(self) -> list[str]:
         """Return the last lines that this process printed, without empty ones."""
@@ -160,8 +163,9 @@ class _Run:
         self.running: list[_Child] = []
         self.numbers = {job.key: f"[{i}/{len(jobs)}]" for i, job in enumerate(jobs, start=1)}
         self.seconds_by_kind: defaultdict[str, list[float]] = defaultdict(list)
-        for job in [job for job in jobs if job.key in self.records]:
-            self.seconds_by_kind[job.kind].append(self.records[job.key].seconds)
+        for job in jobs:
+            if job.key in self.records:
+                self.seconds_by_kind[job.kind].append(self.records[job.key].seconds)
         if self.records:
             _log(f"{len(self.records)} of {len(jobs)} jobs are done already")
 
@@ -173,8 +177,7 @@ class _Run:
             if time.monotonic() - last_report_time > _PROGRESS_SECONDS:
                 last_report_time = time.monotonic()
                 for child in self.running:
-                    message = f"{child.progress()}{self._eta()}".strip()
-                    if message:
+                    if message := f"{child.progress()}{self._eta()}".strip():
                         _log(f"{self.numbers[child.job.key]} {message}")
             time.sleep(_POLL_SECONDS)
 
@@ -201,27 +204,22 @@ class _Run:
             elif self.place.has_room():
                 _log(f"{self.numbers[job.key]} {job.kind}: {job.label}{self._eta()}")
                 self.waiting.remove(job)
-                self._start(job)
-
-    def _start(self, job: Job) -> None:
-        folder = self.folder / job.key
-        try:
-            self.running.append(_Child(job, folder, self.place, self.lock))
-        except InputError as error:  # a file that the command is made from cannot be used
-            record = Record("failed", error=str(error), about=versions())
-            self.records[job.key] = record
-            write_record(folder, job, record)
-            _log(f"{self.numbers[job.key]} failed: {error}")
+                folder = self.folder / job.key
+                try:
+                    self.running.append(_Child(job, folder, self.place, self.lock))
+                except InputError as error:  # a file that the command is made from is unusable
+                    record = Record("failed", error=str(error), about=versions())
+                    self.records[job.key] = record
+                    write_record(folder, job, record)
+                    _log(f"{self.numbers[job.key]} failed: {error}")
 
     def _collect(self) -> None:
         for child in self.running:
             if child.seconds > (child.job.limit or math.inf) and not child.is_late:
                 child.is_late = True
-                child.process.ask_to_stop()
-                child.process.wait_for_end()
+                child.stop()
         for child in [child for child in self.running if child.process.status() is not None]:
-            job = child.job
-            record = self._record_of(child)
+            job, record = child.job, self._record_of(child)
             self.running.remove(child)
             self.records[job.key] = self._write(child, record)
             self.seconds_by_kind[job.kind].append(child.seconds)
@@ -232,18 +230,19 @@ class _Run:
     def _record_of(self, child: _Child) -> Record:
         """Read the results of a process that has ended; even a failed one may leave some."""
         status = child.process.status()
-        failed = Record("failed", error=child.failure_reason())
         if child.is_late:
             return Record("failed", error=f"stopped after its limit of {child.job.limit:g} s")
         try:
             outcome = child.job.outcome(child.folder)
         except (InputError, OSError, ValueError, KeyError, TypeError) as error:
             unreadable = f"its results cannot be read: {error}"
-            return failed if status else Record("failed", error=unreadable)
+            return Record("failed", error=child.failure_reason() if status else unreadable)
         if outcome.failures:
             reasons = "; ".join(f"{name}: {reason}" for name, reason in outcome.failures.items())
             return Record("failed", outcome, reasons)
-        return failed if status else Record("done", outcome)
+        if status:
+            return Record("failed", error=child.failure_reason())
+        return Record("done", outcome)
 
     def _write(self, child: _Child, record: Record) -> Record:
         seconds = self.earlier_seconds.get(child.job.key, 0.0) + child.seconds
@@ -263,7 +262,3 @@ class _Run:
 
 def _clock(seconds: float) -> str:
     return str(datetime.timedelta(seconds=round(seconds)))
-
-
-def _log(line: str) -> None:
-    print(line, flush=True)

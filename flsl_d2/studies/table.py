@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import io
+from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -17,7 +18,8 @@ from flsl_d2.files import write_text
 from flsl_d2.studies.jobs import Job, Record
 
 _MAX_COLUMNS = 8  # as many as a page of paper or a screen has room for
-_BOLD, _END = "\x01", "\x02"  # around cells in bold, until the format's own marks replace them
+# Until the format's own marks replace them: around cells in bold, and bars within cells.
+_BOLD, _END, _BAR = "\x01", "\x02", "\x03"
 
 
 @dataclass(frozen=True)
@@ -55,10 +57,8 @@ class Cell:
         failed = len(self.failures)
         if not self.values:
             return "failed" if failed else "n/a" * bool(self.omitted)
-        shown = f"{self.mean:.{digits}f}"
-        if self.std is not None:
-            shown += f" ± {self.std:.{digits}f}"
-        return shown + (f" ({failed} failed)" if failed else "")
+        spread = "" if self.std is None else f" ± {self.std:.{digits}f}"
+        return f"{self.mean:.{digits}f}{spread}" + (f" ({failed} failed)" if failed else "")
 
 
 def differ(one: Cell, other: Cell) -> bool | None:
@@ -121,9 +121,7 @@ class Table:
         rows without a value are in neither, and where neither high nor low is better both are
         empty.
         """
-        cells = {
-            i: row.cell(measure) for i, row in enumerate(self.rows) if row.cell(measure).values
-        }
+        cells = {i: c for i, row in enumerate(self.rows) if (c := row.cell(measure)).values}
         if not measure.better or len(cells) < 2:
             return [], []
         sign = 1 if measure.better == "higher" else -1
@@ -138,15 +136,14 @@ class Table:
 
     def verdicts(self) -> list[str]:
         """Say in a sentence for each measure what differs beyond the spread over the seeds."""
-        found: dict[str, list[str]] = {}
+        found: defaultdict[str, list[str]] = defaultdict(list)
         for measure in self.measures:
             first, rest = self.ranking(measure)
             if not first:
                 continue
             names = [self.rows[i].name for i in first]
             listed = ", ".join(names[:3]) + (f" and {len(names) - 3} more" * (len(names) > 3))
-            cells = [self.rows[i].cell(measure) for i in (*first, *rest)]
-            if not any(cell.std is not None for cell in cells):
+            if all(self.rows[i].cell(measure).std is None for i in (*first, *rest)):
                 text = "One seed each, no spread that tells differences from noise (--seeds 0,1,2)"
             elif not rest:
                 text = "No difference beyond the spread"
@@ -154,20 +151,20 @@ class Table:
                 text = f"{listed} is best, beyond the spread"
             else:
                 text = f"{listed} differ by no more than the spread, and are better than the rest"
-            found.setdefault(text, []).append(measure.name)
+            found[text].append(measure.name)
         return [" ".join(f"{text}: {', '.join(of)}.".split()) for text, of in found.items()]
 
     def notes(self, rows: Sequence[Row] | None = None) -> list[str]:
         """Say why cells have no number, in a line for each reason: rows, measures, reason."""
-        found: dict[tuple[str, str], tuple[list[str], list[str]]] = {}
+        # Keys of dictionaries, because each name is listed once and in order.
+        found: dict[tuple[str, str], tuple[dict[str, None], dict[str, None]]] = {}
         for row in self.rows if rows is None else rows:
             for measure in self.measures:
                 cell = row.cell(measure)
-                reasons = [("failed", reason) for reason in dict.fromkeys(cell.failures)]
-                for gap in [*reasons, *([("n/a", cell.omitted)] if cell.omitted else [])]:
-                    names, measures = found.setdefault(gap, ([], []))
-                    names += [row.name] * (row.name not in names)
-                    measures += [measure.name] * (measure.name not in measures)
+                gaps = [("failed", reason) for reason in cell.failures]
+                for gap in [*gaps, *([("n/a", cell.omitted)] if cell.omitted else [])]:
+                    names, measures = found.setdefault(gap, ({}, {}))
+                    names[row.name] = measures[measure.name] = None
         every = len(self.measures)
         return [
             " ".join(f"{kind}: {' | '.join(names)}: {of}: {reason}".split())
@@ -192,63 +189,64 @@ class Table:
         if few or self.label_names != ["encoder"]:
             return lines
         lines[0] = [Shown(text, "label") for text in ("measure", *(m.name for m in self.measures))]
-        for line in lines[1:]:
-            line[0] = Shown(line[0].text, "number")
+        lines[1:] = [[Shown(line[0].text, "number"), *line[1:]] for line in lines[1:]]
         return [list(line) for line in zip(*lines, strict=True)]
 
-    def _formatted(self, style: str, bar: str, bold: tuple[str, str], sign: str) -> str:
+    def _formatted(self, style: str, marks: Mapping[str, str]) -> str:
         lines = self.lines()
         align = ["left" if shown.kind == "label" else "right" for shown in lines[0]]
-        marks = {"best": (_BOLD, _END)}
         texts = [
             [
-                " ".join(shown.text.split()).replace("|", bar).join(marks.get(shown.kind, ("", "")))
+                " ".join(shown.text.split())
+                .replace("|", _BAR)
+                .join((_BOLD, _END) if shown.kind == "best" else ("", ""))
                 for shown in line
             ]
             for line in lines
         ]
         text = tabulate(texts[1:], texts[0], style, disable_numparse=True, colalign=align)
-        for mark, shown in zip((_BOLD, _END, "±"), (*bold, sign), strict=True):
+        for mark, shown in marks.items():
             text = text.replace(mark, shown)
         return text
 
     def markdown(self) -> str:
         """Return a GitHub table with the best in bold; verdicts and reasons of gaps below it."""
         below = [f"- {line}" for line in (*self.verdicts(), *self.notes())]
-        text = self._formatted("github", r"\|", ("**", "**"), "±")
+        text = self._formatted("github", {_BOLD: "**", _END: "**", _BAR: r"\|"})
         return "\n".join([text, *(["", *below] if below else [])]) + "\n"
 
     def latex(self) -> str:
         """Return a booktabs table with the best in bold; verdicts and gaps are comments."""
-        text = self._formatted("latex_booktabs", "\x03", (r"\textbf{", "}"), r"$\pm$")
-        text = text.replace("\x03", r"\textbar{}")
-        return (
-            "\n".join([text, *(f"% {line}" for line in (*self.verdicts(), *self.notes()))]) + "\n"
-        )
+        marks = {_BOLD: r"\textbf{", _END: "}", "±": r"$\pm$", _BAR: r"\textbar{}"}
+        below = [f"% {line}" for line in (*self.verdicts(), *self.notes())]
+        return "\n".join([self._formatted("latex_booktabs", marks), *below]) + "\n"
 
     def csv(self) -> str:
         """Return all numbers in full; with several seeds, also their spread and number."""
         about = list(dict.fromkeys(name for row in self.rows for name in row.about))
         several = any(len(cell.values) > 1 for row in self.rows for cell in row.cells.values())
         parts = ("", " std", " seeds") if several else ("",)
-        stream = io.StringIO()
-        writer = csv.writer(stream, lineterminator="\n")
         measures = [measure.name + part for measure in self.measures for part in parts]
-        writer.writerow([*self.label_names, *measures, *about, "failures"])
+        lines: list[list[object]] = [[*self.label_names, *measures, *about, "failures"]]
         for row in self.rows:
-            cells: list[object] = []
-            for measure in self.measures:
-                cell = row.cell(measure)
-                cells += (cell.mean, cell.std, len(cell.values))[: len(parts)]
-            failures = [note for note in self.notes([row]) if note.startswith("failed")]
-            rest = [*(row.about.get(name, "") for name in about), "; ".join(failures)]
-            writer.writerow([*row.labels.values(), *cells, *rest])
-        return stream.getvalue()
+            cells = [row.cell(measure) for measure in self.measures]
+            numbers = [n for c in cells for n in (c.mean, c.std, len(c.values))[: len(parts)]]
+            failures = "; ".join(note for note in self.notes([row]) if note.startswith("failed"))
+            facts = [row.about.get(name, "") for name in about]
+            lines.append([*row.labels.values(), *numbers, *facts, failures])
+        return csv_text(lines)
 
-    def write(self, folder: Path, name: str = "table") -> None:
-        """Write ``name.csv``, ``name.md`` and ``name.tex``."""
+    def write(self, folder: Path) -> None:
+        """Write ``table.csv``, ``table.md`` and ``table.tex``."""
         for suffix, text in (("csv", self.csv()), ("md", self.markdown()), ("tex", self.latex())):
-            write_text(folder / f"{name}.{suffix}", text)
+            write_text(folder / f"table.{suffix}", text)
+
+
+def csv_text(lines: Iterable[Sequence[object]]) -> str:
+    """Return lines as the text of a CSV file."""
+    stream = io.StringIO()
+    csv.writer(stream, lineterminator="\n").writerows(lines)
+    return stream.getvalue()
 
 
 def cell_of(records: Iterable[Record], name: str) -> Cell:
@@ -302,7 +300,7 @@ def results_table(
     Jobs without a record, by key, have not run yet, and their cells are empty. The stages give the
     order of the columns; the duration of those that are ``timed`` is a column as well.
     """
-    columns: dict[str, list[str]] = {stage: [] for stage in stages}
+    columns: dict[str, list[str]] = {}
     for stage in stages:
         jobs = [job for subject in subjects for job in subject.jobs.get(stage, ())]
         found = [records[job.key].outcome.values for job in jobs if job.key in records]
@@ -322,9 +320,9 @@ def results_table(
                 done = tuple(record.seconds for record in known if record.status == "done")
                 cells[f"{stage} seconds"] = Cell(done)
         rows.append(Row(subject.labels, cells, subject.about))
-    for stage in timed:
-        columns[stage].append(f"{stage} seconds")
-    return Table(rows, [_measure(name) for names in columns.values() for name in names])
+    seconds = {stage: [f"{stage} seconds"] for stage in timed}
+    shown = [name for stage in stages for name in (*columns[stage], *seconds.get(stage, ()))]
+    return Table(rows, [_measure(name) for name in shown])
 
 
 def _measure(name: str) -> Measure:
@@ -335,5 +333,4 @@ def _measure(name: str) -> Measure:
     is_feature_measure = name.partition("/")[0] in MEASURES
     direction = better(name) if is_feature_measure else "" if descriptive else "higher"
     digits = 1 if last.endswith("clusters") else 3 if descriptive else 2
-    digits = 0 if last == "centroids_in_use" else digits
-    return Measure(name, direction, digits)
+    return Measure(name, direction, 0 if last == "centroids_in_use" else digits)

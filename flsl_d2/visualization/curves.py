@@ -46,10 +46,8 @@ def read_metrics(metrics_json_path: str | os.PathLike[str]) -> tuple[Series, lis
     """Read metrics.json.
 
     A run that was killed leaves a torn last line, and one that resumes from a checkpoint repeats
-    iterations: torn lines are skipped, and the later line of a repeated iteration counts.
-
-    Returns:
-        For every key its iterations and values, and the iterations at which a run was resumed.
+    iterations: torn lines are skipped, and the later line of a repeated iteration counts. Returned
+    are the iterations and values of every key, and the iterations at which a run was resumed.
 
     Raises:
         InputError: the file does not exist, or has no metrics.
@@ -96,18 +94,16 @@ def _default_keys(series: Series) -> list[str]:
     Numbers that never change are left out, except AP. Keys of a group (``a/b``) that have no name
     are left out, too: an evaluation writes an AP for each class, dozens of plots of two points.
     """
-    order = {name: (place, name) for place, name in enumerate(_NAMES)}
-    last_loss = order["loss_volume"][0]
+    order = list(_NAMES)
+    last_loss = order.index("loss_volume") + 0.5
 
     def place(key: str) -> tuple[float, str]:
-        return order.get(key, (last_loss + 0.5 if "loss" in key else len(order), key))
+        if key in order:
+            return order.index(key), key
+        return last_loss if "loss" in key else len(order), key
 
-    shown = [
-        key
-        for key, (_, values) in series.items()
-        if (len(set(values)) > 1 or "/AP" in key)
-        and (key in _NAMES or ("/" not in key and key not in _NOT_SHOWN))
-    ]
+    changing = [k for k, (_, values) in series.items() if len(set(values)) > 1 or "/AP" in k]
+    shown = [k for k in changing if k in _NAMES or ("/" not in k and k not in _NOT_SHOWN)]
     return sorted(shown, key=place)
 
 

@@ -1,9 +1,10 @@
-"""Description of one encoder: what its pictures need, computed once for a set of images."""
+"""What pictures of one encoder need, computed once for a set of images; and similar patches."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -17,25 +18,60 @@ from flsl_d2.evaluation.partitions import kmeans
 from flsl_d2.mean_shift import mean_shift
 from flsl_d2.modeling.projection_head import FLSLHead
 from flsl_d2.visualization.maps import Grid, attended_share, cluster_labels
-from flsl_d2.visualization.patches import Patch, spread
 from flsl_d2.weights import read_weights
 from flsl_d2.weights.reading import split_weights_path
 
 # Times 1 / sqrt(D), as in the schedules of pre-training; 0.1 is the method's own within a view.
 CLUSTER_SCALES = (0.1, 0.3, 1.0, 2.0)
 _KMEANS_GROUPS, _KMEANS_TOKENS = 24, 4096
+_MIN_DISTANCE = 3  # cells; nearer patches of one image show the same thing twice
+
+
+class Patch(NamedTuple):
+    """A token of one of several images, and how well it fits."""
+
+    image: int
+    token: int
+    score: float
+
+
+def nearest_patches(
+    features: Sequence[TokenFeatures], image: int, token: int, count: int = 10
+) -> list[Patch]:
+    """Find the most similar tokens (cosine) in all other images, none of them side by side."""
+    query = F.normalize(features[image].tokens[token], dim=0)
+    found: list[Patch] = []
+    for i, each in enumerate(features):
+        if i != image:
+            cosine = F.normalize(each.tokens, dim=1) @ query
+            found += [Patch(i, j, score) for j, score in enumerate(cosine.tolist())]
+    found.sort(key=lambda patch: -patch.score)
+    return spread(found, [each.grid for each in features], count)
+
+
+def spread(
+    patches: Iterable[Patch], grids: Sequence[Grid], count: int, per_image: int | None = None
+) -> list[Patch]:
+    """Take patches in order, except those within 2 cells of one that was taken before.
+
+    At most ``count`` are taken, and at most ``per_image`` of one image; None for no bound.
+    """
+    taken: list[Patch] = []
+    for patch in patches:
+        if len(taken) == count:
+            break
+        columns = grids[patch.image][1]
+        row, column = divmod(patch.token, columns)
+        same_image = [divmod(other.token, columns) for other in taken if other.image == patch.image]
+        near = any(max(abs(row - r), abs(column - c)) < _MIN_DISTANCE for r, c in same_image)
+        if not near and (per_image is None or len(same_image) < per_image):
+            taken.append(patch)
+    return taken
 
 
 @dataclass(frozen=True)
 class PatchGroup:
-    """Tokens of several images that belong to one centroid.
-
-    Attributes:
-        number: index of the centroid.
-        count: number of its tokens.
-        num_images: number of images with such a token.
-        patches: its best tokens, best first.
-    """
+    """Tokens of one centroid: its index, their number, that of their images, the best tokens."""
 
     number: int
     count: int
@@ -48,14 +84,11 @@ class DescribedEncoder:
     """Tokens of some images by one encoder, and what they group.
 
     Attributes:
-        name: name of the encoder on pages.
         features: tokens of each image, float32 on the CPU.
         labels: for every scale (times sqrt(D)) the clusters of each image, (rows, columns).
         attended: for every scale the share of the image that a token attends to, mean over images.
-        groups: the most used centroids, or the largest groups of k-means.
-        groups_note: sentence that says which of both they are.
-        position_r2: see :func:`flsl_d2.evaluation.explained_variance.position_r2`.
-        colour_r2: see :func:`flsl_d2.evaluation.explained_variance.colour_r2`.
+        groups: the most used centroids, or the largest groups of k-means; ``groups_note`` says
+            which of both.
     """
 
     name: str
@@ -122,12 +155,8 @@ def describe_encoder(
 def read_head(path: str) -> FLSLHead | None:
     """Read the projection head of a pre-training checkpoint of this project or the published code.
 
-    Args:
-        path: see :func:`flsl_d2.weights.build_encoder`; the teacher's head is read, or the
-            student's where the path asks for the student.
-
-    Returns:
-        None for a file without such a head, for example ``teacher_backbone.pth``.
+    The teacher's is read, or the student's where the path asks for it. None is returned for a file
+    without such a head, for example ``teacher_backbone.pth``.
 
     Raises:
         InputError: the file cannot be read.
@@ -160,11 +189,8 @@ def assign_centroids(
 ) -> tuple[list[Tensor], list[Tensor]]:
     """Find the nearest centroid of each token's mode after one mean-shift step within its image.
 
-    Args:
-        token_sets: (N, D) of each image, with the final LayerNorm applied.
-
-    Returns:
-        For every image the indices of the centroids (N,) and the cosine similarities to them (N,).
+    Tokens are (N, D), with the final LayerNorm applied. For every image the indices of the
+    centroids (N,) and the cosine similarities to them (N,) are returned.
     """
     best = [head(mean_shift(t[None], t[None], scale)[0]).max(dim=-1) for t in token_sets]
     return [each.indices for each in best], [each.values for each in best]
@@ -173,13 +199,9 @@ def assign_centroids(
 def kmeans_groups(
     token_sets: Sequence[Tensor], num_groups: int = _KMEANS_GROUPS, seed: int = 0
 ) -> tuple[list[Tensor], list[Tensor]]:
-    """Group the L2-normalised tokens of all images by k-means.
+    """Group the L2-normalised tokens of all images by k-means; see :func:`assign_centroids`.
 
     Centres are found on at most 4,096 of the tokens; then every token goes to the nearest.
-
-    Returns:
-        For every image the indices of the groups (N,) and the cosine similarities to their
-        centres (N,).
     """
     sizes = [len(tokens) for tokens in token_sets]
     unit = F.normalize(torch.cat(list(token_sets)), dim=1)
@@ -202,10 +224,7 @@ def most_used_groups(
 ) -> list[PatchGroup]:
     """Choose the centroids with the most tokens, each with its best patches.
 
-    Args:
-        assigned: (N,) index of each token's centroid, for every image.
-        scores: (N,) how well each token fits its centroid, for every image.
-        per_image: bound of those from one image, so that a group shows whether it is found in many.
+    At most ``per_image`` are of one image, so that a group shows whether it is found in many.
     """
     number, score = torch.cat(list(assigned)), torch.cat(list(scores))
     image = torch.cat([torch.full((r * c,), i) for i, (r, c) in enumerate(grids)])

@@ -39,13 +39,10 @@ _LONGEST_NAME = 40  # characters
 
 @dataclass(frozen=True)
 class DrawnObjects:
-    """Objects of one image, ready to be drawn.
+    """Objects of one image, ready to be drawn; ground truth has no scores.
 
-    Attributes:
-        boxes: (M, 4) float, x0, y0, x1, y1 in pixels of the original image.
-        masks: M bool arrays (H, W), or None for each object without a mask.
-        classes: M contiguous class numbers.
-        scores: M scores in [0, 1], None for ground truth.
+    Boxes are (M, 4) float, x0, y0, x1, y1 in pixels of the original image; a mask is a bool array
+    (H, W), or None; classes are contiguous numbers.
     """
 
     boxes: np.ndarray
@@ -73,13 +70,9 @@ def found_objects(
     score_threshold: float,
     contiguous: dict[int, int] | None,
 ) -> DrawnObjects:
-    """Return the detections of a Detectron2 record from a score on.
+    """Return the detections of a Detectron2 record from a score on, out of COCO results.
 
-    Args:
-        results: COCO results.
-        record: the image.
-        score_threshold: lowest score.
-        contiguous: class number of each category id of the data set.
+    ``contiguous`` has the class number of each category id of the data set.
 
     Raises:
         InputError: the results are of another data set.
@@ -105,11 +98,7 @@ def found_objects(
 
 
 def read_results(path: str | os.PathLike[str]) -> list[dict[str, Any]]:
-    """Read a JSON file of COCO results.
-
-    Raises:
-        InputError: the file cannot be read.
-    """
+    """Read a JSON file of COCO results; InputError where it cannot be read."""
     try:
         with PathManager.open(os.fspath(path), "r") as stream:
             return json.load(stream)
@@ -132,13 +121,8 @@ def draw_objects(image: np.ndarray, objects: DrawnObjects, class_names: list[str
     """Draw masks, boxes and names on an image, enlarged first if it is small.
 
     Every object has a colour of its own, small objects lie above large ones, and a name stands
-    where it covers the least of other names and of objects.
-
-    Args:
-        objects: in pixels of that image.
-
-    Returns:
-        (H', W', 3) uint8 RGB, the shorter side at least 384 px.
+    where it covers the least of other names and of objects. The result is (H', W', 3) uint8 RGB,
+    the shorter side at least 384 px.
     """
     large, factor = enlarge(image)
     if not objects.classes:
@@ -182,24 +166,14 @@ def _ordered(box: np.ndarray) -> list[float]:
 def _free_place(
     box: np.ndarray, size: np.ndarray, taken: np.ndarray, boxes: np.ndarray, shape: tuple[int, ...]
 ) -> np.ndarray:
-    """Find the upper left corner of a name beside its box that covers the least.
+    """Find the upper left corner of a name of a size beside its box that covers the least.
 
-    Args:
-        box: (4,) of the object.
-        size: (2,) width and height of the name.
-        taken: (N, 4) names that are drawn already, which count ten times.
-        boxes: (M, 4) all objects.
-        shape: of the image.
+    Names that are drawn already, ``taken`` (N, 4), count ten times as much as objects (M, 4).
     """
     x0, y0, x1, y1 = _ordered(box)
     width, height = size
-    places = np.array(
-        [
-            (x, y)
-            for y in (y0 - height, y1, y0, y1 - height)
-            for x in (x0, x1 - width, (x0 + x1 - width) / 2)
-        ]
-    )
+    across, down = (x0, x1 - width, (x0 + x1 - width) / 2), (y0 - height, y1, y0, y1 - height)
+    places = np.array([(x, y) for y in down for x in across])
     places = np.clip(places, 0, np.maximum(np.array([shape[1], shape[0]]) - size, 0))
 
     def covered(others: np.ndarray) -> np.ndarray:
@@ -217,12 +191,11 @@ def detections_beside_ground_truth(
     num_images: int = 6,
     score_threshold: float = 0.5,
 ) -> None:
-    """Write a page with a row for each image: the image, its ground truth, the detections.
+    """Write a PNG with a row for each image: the image, its ground truth, the detections.
 
     Args:
         dataset_name: registered data set in COCO format.
         results: COCO results or their file.
-        path: PNG file to write.
         num_images: number of rows; the images are spread evenly over those with objects.
         score_threshold: detections with a lower score are not drawn.
 

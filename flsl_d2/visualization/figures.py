@@ -83,13 +83,10 @@ def _printing(formatter: Formatter) -> Callable[[float, float], str]:
 
 
 class Panel(NamedTuple):
-    """One picture of a table.
+    """One picture of a table, (H, W, 3) uint8, and a note below it.
 
-    Attributes:
-        image: (H, W, 3) uint8.
-        note: text below the picture.
-        span: values at the ends of the colour map, where the picture shows values; a colour scale
-            beside the picture names them.
+    ``span`` are the values at the ends of the colour map, where the picture shows values; a colour
+    scale beside the picture names them.
     """
 
     image: np.ndarray
@@ -105,12 +102,9 @@ def picture_table(
     labels: Sequence[str] = (),
     width: float = PANEL_INCHES,
 ) -> None:
-    """Write a page of pictures in rows and columns.
+    """Write a page of pictures in rows and columns, each of a width in inches.
 
-    Args:
-        rows: panels of each row; the tallest gives the height of the row, and each panel keeps
-            the proportions of its picture.
-        width: width of every picture in inches.
+    The tallest gives the height of its row, and each panel keeps the proportions of its picture.
     """
     num_columns = max(len(row) for row in rows)
     scaled = [
@@ -191,13 +185,9 @@ def _draw_scale(axes: Axes, span: tuple[float, float], x: float, y: float, heigh
 
 
 def plot_grid(count: int, title: str, num_legend_rows: int = 0) -> tuple[Figure, list[Axes]]:
-    """Make a figure with small plots, three in a row.
+    """Make a figure with small plots, three in a row; return both.
 
-    Args:
-        num_legend_rows: rows of a legend below the plots, to leave room for.
-
-    Returns:
-        The figure and the axes of its plots.
+    Room is left below the plots for a legend of ``num_legend_rows``.
     """
     columns = min(_PLOTS_ACROSS, count)
     rows = -(-count // columns)
@@ -233,14 +223,7 @@ def palette(count: int) -> np.ndarray:
 
 
 def enlarge(image: np.ndarray, shorter_side: int = SHORTER_SIDE) -> tuple[np.ndarray, float]:
-    """Enlarge a small image, so that text and lines on it can be read.
-
-    Args:
-        shorter_side: in pixels; larger images stay as they are.
-
-    Returns:
-        The image and the factor.
-    """
+    """Enlarge a small image, so that text on it can be read; return it and the factor."""
     factor = max(1.0, shorter_side / min(image.shape[:2]))
     if factor == 1.0:
         return image, factor
@@ -251,11 +234,9 @@ def enlarge(image: np.ndarray, shorter_side: int = SHORTER_SIDE) -> tuple[np.nda
 def overlay_masks(
     image: np.ndarray, masks: Sequence[np.ndarray], colours: np.ndarray, opacity: float = 0.45
 ) -> np.ndarray:
-    """Tint each mask and draw its outline; holes stay clear.
+    """Tint each mask, (h, w) bool, in its colour and draw its outline; holes stay clear.
 
-    Args:
-        masks: (h, w) bool each, of the image's aspect ratio; resized to the image.
-        colours: (M, 3) uint8, one for each mask.
+    Masks have the image's aspect ratio and are resized to it; colours are (M, 3) uint8.
     """
     height, width = image.shape[:2]
     out = image.copy()
@@ -273,11 +254,7 @@ def overlay_masks(
 def overlay_heat(
     image: np.ndarray, values: np.ndarray, low: float, high: float, colour_map: str = COLOUR_MAP
 ) -> np.ndarray:
-    """Lay values over the greyed image as colours.
-
-    Args:
-        values: (h, w) floats, one for each cell of the image.
-    """
+    """Lay values, (h, w) floats, one for each cell, over the greyed image as colours."""
     height, width = image.shape[:2]
     smooth = cv2.resize(values.astype(np.float32), (width, height), interpolation=cv2.INTER_LINEAR)
     share = np.clip((smooth - low) / max(high - low, 1e-12), 0, 1)
@@ -287,11 +264,7 @@ def overlay_heat(
 
 
 def mark_cell(image: np.ndarray, grid: tuple[int, int], cell: int) -> np.ndarray:
-    """Mark one cell of a grid over the image with a cross, white on black.
-
-    Raises:
-        ValueError: ``cell`` is not an index into the grid.
-    """
+    """Mark one cell of a grid over the image with a cross, white on black."""
     rows, columns = grid
     if not 0 <= cell < rows * columns:
         raise ValueError(f"cell {cell} is not one of the grid's {rows} x {columns} cells")

@@ -41,11 +41,7 @@ def render(template: str, **values: Any) -> str:
     """Fill in a template; all values are escaped.
 
     Templates have the functions ``source`` and ``script`` for style sheets and scripts of
-    ``page/``, the filter ``data_uri`` for paths of pictures and jinja2's ``tojson`` for data of
-    scripts.
-
-    Raises:
-        jinja2.UndefinedError: the template has a name without a value.
+    ``page/``, the filter ``data_uri`` for paths of pictures and jinja2's ``tojson`` for data.
     """
     environment = Environment(
         loader=FileSystemLoader(_PARTS),

@@ -1,4 +1,8 @@
-"""Maps of the tokens of one image: attention, modes, principal components and clusters."""
+"""Maps of the tokens of one image: attention, modes, principal components and clusters.
+
+A ``scale`` is that of attention and mean-shift, by default 0.1 / sqrt(D), the method's own within a
+view (arXiv 2306.06203, Sec. 5). Tokens are not normalised, and named by row-major indexes.
+"""
 
 from __future__ import annotations
 
@@ -21,27 +25,14 @@ _LEAST_RANGE = 0.05  # of cosines: smaller differences get no full contrast
 
 
 def token_at(x: float, y: float, size: tuple[float, float], grid: Grid) -> int:
-    """Return the row-major index of the token that covers a point.
-
-    Args:
-        x: distance of the point from the left, in pixels.
-        y: distance of the point from the top, in pixels.
-        size: height and width of the image in pixels.
-    """
+    """Return the token that covers a point, x from the left and y from the top of a (H, W)."""
     row = min(max(int(y * grid[0] / size[0]), 0), grid[0] - 1)
     column = min(max(int(x * grid[1] / size[1]), 0), grid[1] - 1)
     return row * grid[1] + column
 
 
 def attention_values(features: TokenFeatures, token: int, scale: float | None = None) -> np.ndarray:
-    """Attention of one token to all, (rows, columns), in multiples of the even share 1/N.
-
-    Args:
-        features: tokens of an image, not normalised.
-        token: row-major index.
-        scale: scale of the attention; by default 0.1 / sqrt(D), the method's value within a view
-            (arXiv 2306.06203, Sec. 5).
-    """
+    """Attention of one token to all, (rows, columns), in multiples of the even share 1/N."""
     tokens = features.on_cpu().tokens
     weights = attention(tokens[None, token : token + 1], tokens[None], _scale(scale, tokens))[0, 0]
     return (weights * len(tokens)).reshape(features.grid).numpy()
@@ -106,10 +97,7 @@ def pca_colours(token_sets: Sequence[Tensor]) -> list[np.ndarray]:
 
 
 def pca_rgb(features: TokenFeatures) -> np.ndarray:
-    """Picture of :func:`pca_colours` of one image, of its size: (H, W, 3) uint8.
-
-    Each cell has one flat colour, which shows the encoder's resolution.
-    """
+    """Picture of :func:`pca_colours` of one image: (H, W, 3) uint8, a flat colour for each cell."""
     (colours,) = pca_colours([features.on_cpu().tokens])
     return _enlarged_cells(colours.reshape(*features.grid, 3), features.image.shape[:2])
 
@@ -144,8 +132,7 @@ def cluster_overlay(image: np.ndarray, labels: np.ndarray) -> np.ndarray:
 
 def _enlarged_cells(cells: np.ndarray, size: Sequence[int]) -> np.ndarray:
     """(rows, columns, ...) to (H, W, ...): each pixel has the value of its cell."""
-    rows = np.arange(size[0]) * cells.shape[0] // size[0]
-    columns = np.arange(size[1]) * cells.shape[1] // size[1]
+    rows, columns = (np.arange(s) * n // s for s, n in zip(size, cells.shape[:2], strict=True))
     return cells[rows][:, columns]
 
 

@@ -5,12 +5,14 @@ from __future__ import annotations
 import os
 from collections.abc import Sequence
 
+import cv2
 import numpy as np
 
 from flsl_d2.evaluation import TokenFeatures
-from flsl_d2.visualization.described import DescribedEncoder
+from flsl_d2.visualization.described import DescribedEncoder, Patch, nearest_patches
 from flsl_d2.visualization.figures import Panel, enlarge, mark_cell, picture_table
 from flsl_d2.visualization.maps import (
+    Grid,
     attention_map,
     cluster_labels,
     cluster_overlay,
@@ -18,9 +20,9 @@ from flsl_d2.visualization.maps import (
     pca_rgb,
     token_at,
 )
-from flsl_d2.visualization.patches import Patch, crop_patch, nearest_patches
 
 _CROP_INCHES = 1.15
+_CONTEXT = 5  # patches that a crop shows across
 MAPS = ("pca", "attention", "mode", "clusters")
 
 Point = tuple[int, float, float]
@@ -42,13 +44,8 @@ def encoder_figure(
 ) -> None:
     """Write a row for every image: image, PCA, attention, similarity with the mode, clusters.
 
-    Args:
-        features: tokens of each image, not normalised.
-        tokens: for each image the token whose attention and mode are shown; the middle by default.
-        scale: scale of the attention; 0.1 / sqrt(D), the method's value within a view, by default.
-
-    Raises:
-        ValueError: tokens do not fill their grid.
+    ``tokens`` names for each image the token whose attention and mode are shown, by default that
+    in the middle; ``scale`` as in :mod:`flsl_d2.visualization.maps`.
     """
     rows = []
     for i, each in enumerate(features):
@@ -104,11 +101,7 @@ def comparison_figure(
 ) -> None:
     """Write a row for every point, with each kind of map for all encoders side by side.
 
-    Args:
-        encoders: with their tokens of the same images.
-        points: images and points to look from.
-        scale: scale of attention, mode and clusters, times sqrt(D); one of the encoders'.
-        maps: kinds of maps, of `MAPS`.
+    The encoders have tokens of the same images; ``scale`` is one of theirs, times sqrt(D).
     """
     names = {"pca": "PCA", "mode": f"mode, {_steps(num_iterations)}"}
     headings = [
@@ -139,10 +132,7 @@ def modes_figure(
     scale: float,
     num_iterations: int,
 ) -> None:
-    """Write a row for every point: the similarity with its mode after 1 to n mean-shift steps.
-
-    The scale of the attention is times sqrt(D).
-    """
+    """Write a row for every point: the similarity with its mode after 1 to n mean-shift steps."""
     steps, kernel = range(1, num_iterations + 1), scale / encoder.width**0.5
     rows = []
     for point in points:
@@ -182,6 +172,34 @@ def groups_figure(encoder: DescribedEncoder, path: str | os.PathLike[str]) -> No
     rows = [[_crop_panel(encoder, patch) for patch in group.patches] for group in encoder.groups]
     title = f"Most used centroids: {encoder.name}\n{encoder.groups_note}"
     picture_table(path, title, rows, labels=labels, width=_CROP_INCHES)
+
+
+def crop_patch(image: np.ndarray, grid: Grid, token: int, side: int = 96) -> np.ndarray:
+    """Cut out a token's patch, outlined, with two patches around it: (side, side, 3) uint8.
+
+    At the image's edge the patch is not in the middle.
+    """
+    height, width = image.shape[:2]
+    cell = (width / grid[1], height / grid[0])
+    extent = [min(_CONTEXT * c, size) for c, size in zip(cell, (width, height), strict=True)]
+    row, column = divmod(token, grid[1])
+    left, top = (
+        min(max((index + 0.5) * c - e / 2, 0), size - e)
+        for index, c, e, size in zip((column, row), cell, extent, (width, height), strict=True)
+    )
+    # The point (x, y) of the crop shows the point (left, top) + (x, y) / factor of the image.
+    factor = (side / extent[0], side / extent[1])
+    matrix = np.array([[factor[0], 0, -left * factor[0]], [0, factor[1], -top * factor[1]]])
+    matrix[:, 2] += (np.array(factor) - 1) / 2  # pixels have their centres at half-integers
+    crop = cv2.warpAffine(
+        image, matrix, (side, side), flags=cv2.INTER_LINEAR, borderMode=cv2.BORDER_REPLICATE
+    )
+    first = [round((column * cell[0] - left) * factor[0]), round((row * cell[1] - top) * factor[1])]
+    ends = ((column + 1) * cell[0] - left) * factor[0], ((row + 1) * cell[1] - top) * factor[1]
+    last = [min(round(end), side) - 1 for end in ends]
+    cv2.rectangle(crop, first, last, (0, 0, 0), 3)
+    cv2.rectangle(crop, first, last, (255, 255, 255), 1)
+    return crop
 
 
 def _crop_panel(encoder: DescribedEncoder, patch: Patch) -> Panel:

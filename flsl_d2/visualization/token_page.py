@@ -42,9 +42,7 @@ def write_page(
     """Write the page, and return its size in bytes.
 
     Args:
-        path: HTML file; it appears when it is complete.
         encoders: with their tokens of the same images, and with clusters at the same scales.
-        image_names: names that are shown below the images.
         points: for every image the token chosen at first, x and y as shares of width and height.
         scale: first scale of attention and clusters, times sqrt(D); one of the encoders'.
         num_iterations: end of the slider of mean-shift steps.
@@ -55,13 +53,8 @@ def write_page(
     turbo = matplotlib.colormaps[COLOUR_MAP](np.arange(256))[:, :3] * 255
     content = {
         "images": [
-            {
-                "name": name,
-                "width": image.shape[1],
-                "height": image.shape[0],
-                "jpeg": _jpeg(image),
-                "point": list(point),
-            }
+            {"name": name, "width": image.shape[1], "height": image.shape[0]}
+            | {"jpeg": _jpeg(image), "point": list(point)}
             for image, name, point in zip(images, image_names, points, strict=True)
         ],
         "encoders": [_encoder(each, points, scale, num_iterations) for each in encoders],
@@ -113,13 +106,8 @@ def _encoder(
         "colourR2": encoder.colour_r2,
         "groupsNote": encoder.groups_note,
         "groups": [
-            {
-                "number": group.number,
-                "count": group.count,
-                "numImages": group.num_images,
-                "patches": [list(patch) for patch in group.patches],
-            }
-            for group in encoder.groups
+            {"number": g.number, "count": g.count, "numImages": g.num_images, "patches": g.patches}
+            for g in encoder.groups
         ],
     }
 

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from flsl_d2.errors import InputError
 from flsl_d2.modeling import FLSLViT
-from pretrain.studies.grid import Axis, grid_points, parse_axis, short_names
+from pretrain.studies.sweep import Axis, grid_points, parse_axis, short_names
 
 CONFIG = "configs/pretrain/flsl_vit_small_p16_in1k.py"
 

@@ -16,7 +16,7 @@ from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.evaluation.coco_evaluation import instances_to_coco_json
 from detectron2.structures import Boxes, Instances
 
-from flsl_d2.annotations import register_scenes
+from flsl_d2.annotations import register_builtin, register_scenes
 from flsl_d2.errors import InputError
 from flsl_d2.evaluation.labelled_images import decode_mask
 from flsl_d2.scenes import CLASS_NAMES, make_scenes
@@ -160,6 +160,7 @@ def test_bad_requests(scenes: str, tmp_path: Path) -> None:
 def test_real_images(name: str, folder: str, datasets_root: Path, tmp_path: Path) -> None:
     if not (datasets_root / folder).is_dir():
         pytest.skip(f"no {folder} in {datasets_root}")
+    register_builtin(datasets_root)
     records = DatasetCatalog.get(name)
     category = {
         v: k for k, v in MetadataCatalog.get(name).thing_dataset_id_to_contiguous_id.items()

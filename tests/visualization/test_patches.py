@@ -8,8 +8,13 @@ import torch
 import torch.nn.functional as F
 
 from flsl_d2.evaluation import TokenFeatures
-from flsl_d2.visualization.described import kmeans_groups, most_used_groups
-from flsl_d2.visualization.patches import Patch, crop_patch, nearest_patches
+from flsl_d2.visualization.described import (
+    Patch,
+    kmeans_groups,
+    most_used_groups,
+    nearest_patches,
+)
+from flsl_d2.visualization.token_figures import crop_patch
 
 GRIDS = [(4, 6), (6, 6), (5, 4)]
 

@@ -16,8 +16,8 @@ from browser import Browser
 from flsl_d2.errors import InputError
 from flsl_d2.evaluation import TokenFeatures
 from flsl_d2.visualization import describe_encoder, write_page
+from flsl_d2.visualization.described import nearest_patches
 from flsl_d2.visualization.maps import attention_values, mode_similarity_values
-from flsl_d2.visualization.patches import nearest_patches
 
 SCALES = (0.1, 1.0)
 GRIDS = [(4, 6), (6, 6), (5, 4)]

@@ -19,8 +19,7 @@ from flsl_d2.evaluation import extract_tokens
 from flsl_d2.images.reader import read_rgb
 from flsl_d2.modeling import FLSLViT
 from flsl_d2.modeling.projection_head import FLSLHead
-from flsl_d2.visualization.__main__ import point
-from flsl_d2.visualization.visualize import chosen_encoders, chosen_images, visualize
+from flsl_d2.visualization.__main__ import chosen_encoders, chosen_images, point, visualize
 from flsl_d2.weights import FLSLCheckpointer, build_encoder
 from pretrain.methods.flsl import FLSL
 from pretrain.methods.flsl_objective import FLSLLoss
@@ -104,7 +103,7 @@ def test_tokens_are_chosen_in_pixels_of_the_original(
     files = [str(file) for file in sorted(photos.iterdir())[:2]]
     visualize(
         [weights["model_final"]], files, output=str(tmp_path), points=[(119, 0), (0, 89)],
-        short_side=48, num_iterations=1,
+        short_side=48, iterations=1,
     )  # fmt: skip
     data = embedded(tmp_path)
     assert [image["name"] for image in data["images"]] == ["0.png", "1.png"]
@@ -114,7 +113,7 @@ def test_tokens_are_chosen_in_pixels_of_the_original(
     overview = cv2.imread(str(tmp_path / "overview.png"))
     visualize(
         [weights["model_final"]], files[:1], output=str(tmp_path / "one"), short_side=0,
-        num_iterations=1,
+        iterations=1,
     )  # fmt: skip
     assert cv2.imread(str(tmp_path / "one" / "overview.png")).shape[0] < overview.shape[0] / 2
     assert not (tmp_path / "one" / "nearest_patches.png").exists()
@@ -161,7 +160,7 @@ def test_bad_input_is_one_sentence_and_writes_nothing(
         ({"names": ["a", "b"]}, "2 names for 1 weights"),
         ({"scale": 0.0}, "--scale is 0"),
         ({"scale": float("nan")}, "--scale is nan"),
-        ({"num_iterations": 0}, "--iterations is 0"),
+        ({"iterations": 0}, "--iterations is 0"),
         ({"device": "tpu0"}, "device 'tpu0'"),
         ({"output": str(broken / "x")}, "cannot be written"),
     ]

@@ -1,5 +1,5 @@
 // Attention, mean-shift and neighbours of one token, as flsl_d2.mean_shift and
-// flsl_d2.visualization.patches compute them. Tokens lie row by row in one Float32Array.
+// flsl_d2.visualization.described compute them. Tokens lie row by row in one Float32Array.
 "use strict";
 
 const Maths = (() => {

@@ -1,14 +1,14 @@
 """All benchmarks of a machine with GPUs, unattended: ``make gpu-benchmarks``.
 
 Each row is a job of its own (:mod:`flsl_d2.studies.runner`): one that fails or takes too long is a
-row that says so, the others follow, the results are up to date after every row, and the same
-command continues what was interrupted.
+row that says so, and the same command continues what was interrupted.
 """
 
 from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -24,8 +24,7 @@ from flsl_d2.studies.machine import Machine
 from flsl_d2.studies.runner import run_jobs
 from pretrain.studies.benchmark.measuring import machine, table
 
-BATCHES = (64, 256)
-PROCESSES = (1, 2, 4, 8)
+BATCHES, PROCESSES = (64, 256), (1, 2, 4, 8)
 VARIANTS = "eager,packed,compiled,graphs,eager+compiled,cropped on device"
 DESCRIPTION = "Measure speed and memory on the GPUs of this machine."
 
@@ -64,45 +63,48 @@ def benchmark_rows(images: str, num_gpus: int, reference: str = "") -> dict[str,
 
 def run_rows(rows: Mapping[str, Sequence[str]], output: Path, seconds: float) -> int:
     """Run rows, write ``results.json`` and ``results.md`` after each, and count failures."""
+    hardware = machine(torch.device("cuda" if torch.cuda.is_available() else "cpu"))
+    del hardware["date"]
 
     def result_of(folder: Path) -> dict[str, Any]:
         found: dict[str, Any] = json.loads((folder / "row.json").read_text())
         return found
 
-    def job_of(name: str, arguments: Sequence[str]) -> Job:
-        def command(folder: Path, _: int) -> list[str]:
-            return ["-m", *arguments, "--json", str(folder / "row.json")]
+    def command(arguments: Sequence[str], folder: Path, _num_processes: int) -> list[str]:
+        return ["-m", *arguments, "--json", str(folder / "row.json")]
 
-        def outcome(folder: Path) -> Outcome:
-            speeds = enumerate(row.get("images/s") for row in result_of(folder)["rows"])
-            return Outcome({f"{i} images/s": speed for i, speed in speeds if speed})
+    def outcome(folder: Path) -> Outcome:
+        speeds = enumerate(row.get("images/s") for row in result_of(folder)["rows"])
+        return Outcome({f"{i} images/s": speed for i, speed in speeds if speed})
 
-        # Figures of another machine, version or commit are other figures.
-        settings = {"arguments": list(arguments), "machine": hardware, **versions()}
-        return Job("row", name, settings, command, outcome, limit=seconds)
+    # Figures of another machine, version or commit are other figures.
+    jobs = {
+        name: Job(
+            "row",
+            name,
+            {"arguments": list(arguments), "machine": hardware, **versions()},
+            partial(command, arguments),
+            outcome,
+            limit=seconds,
+        )
+        for name, arguments in rows.items()
+    }
 
     def write(records: Mapping[str, Record]) -> None:
-        overview: list[dict[str, Any]] = []
         details: list[dict[str, Any]] = []
         for name, job in jobs.items():
             record = records.get(job.key, Record("not run yet"))
-            result = result_of(output / "jobs" / job.key) if record.status == "done" else None
-            status = record.error or record.status
-            overview.append({"row": name, "seconds": record.seconds, "status": status})
-            details.append({**overview[-1], "result": result})
+            row = {"row": name, "seconds": record.seconds, "status": record.error or record.status}
+            done = record.status == "done"
+            details.append(row | {"result": result_of(output / "jobs" / job.key) if done else None})
         write_text(output / "results.json", json.dumps(details, indent=1) + "\n")
-        parts = [
-            "# Benchmarks",
-            ", ".join(f"{k} {v}" for k, v in hardware.items()),
-            table(overview),
-        ]
+        overview = [{k: v for k, v in each.items() if k != "result"} for each in details]
+        about = ", ".join(f"{key} {value}" for key, value in hardware.items())
+        parts = ["# Benchmarks", about, table(overview)]
         for each in [each for each in details if each["result"]]:
             parts += [f"## {each['row']}", table(each["result"]["rows"])]
         write_text(output / "results.md", "\n\n".join(parts) + "\n")
 
-    hardware = machine(torch.device("cuda" if torch.cuda.is_available() else "cpu"))
-    del hardware["date"]
-    jobs = {name: job_of(name, arguments) for name, arguments in rows.items()}
     records = run_jobs(list(jobs.values()), output, Machine(), write)
     write(records)
     return sum(record.status != "done" for record in records.values())

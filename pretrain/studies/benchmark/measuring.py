@@ -58,8 +58,7 @@ class Timing:
         A load that slows the machine for a while slows both functions of a round.
         """
         pairs = zip(other.seconds, self.seconds, strict=False)
-        ratios = [reference / own for reference, own in pairs]
-        return statistics.median(ratios) if ratios else None
+        return statistics.median([a / b for a, b in pairs] or [0.0]) or None
 
 
 def time_in_turn(
@@ -73,10 +72,11 @@ def time_in_turn(
     On a GPU each function is first made and run alone, to measure its memory; functions that do
     not fit are left out. Each is run ``warmup`` times before its first measurement.
     """
-    timings = {}
     peaks = {name: _peak_alone(make, device) for name, make in makers.items()}
-    for name, make in makers.items():
-        timings[name] = Timing(None if peaks[name] is None else make(), [], peaks[name] or None)
+    timings = {
+        name: Timing(None if peaks[name] is None else make(), [], peaks[name] or None)
+        for name, make in makers.items()
+    }
     for number in tqdm(range(-warmup, repeats), desc="benchmark", unit="round", disable=None):
         for timing in timings.values():
             seconds = seconds_of(timing.function) if timing.function else 0.0
@@ -86,9 +86,9 @@ def time_in_turn(
 
 
 def _peak_alone(make: Callable[[], Callable[[], Any]], device: torch.device) -> int | None:
-    """Return the GPU memory of making a function and running it twice; None if it does not fit.
+    """Return the GPU memory of making and running a function; None if it does not fit, 0 on a CPU.
 
-    The second run counts because optimisers take their memory in the first one. 0 on a CPU.
+    It is run twice, because optimisers take their memory in the first step.
     """
     if device.type != "cuda":
         return 0
@@ -134,11 +134,7 @@ def stored_for_backward(forward: Callable[[], Any], model: torch.nn.Module) -> i
 
 
 def reference_function(path: str, name: str) -> Callable[..., Any]:
-    """Return a function of a Python file, which is run.
-
-    Raises:
-        InputError: the file does not exist, or has no such function.
-    """
+    """Return a function of a Python file, which is run; InputError if there is none."""
     content = runpy.run_path(path) if Path(path).is_file() else {}
     if name not in content:
         raise InputError(
@@ -165,23 +161,18 @@ def machine(device: torch.device) -> dict[str, Any]:
     }
 
 
-def prepared_device(args: argparse.Namespace) -> torch.device:
-    """Return the device of a command line, after setting the number of CPU threads."""
-    if args.threads:
-        torch.set_num_threads(args.threads)
-    return torch.device(args.device)
-
-
 def table(rows: Sequence[Mapping[str, Any]]) -> str:
     """Return rows, values by column, as a GitHub table."""
     return tabulate(rows, headers="keys", tablefmt="github", floatfmt=".4g", missingval="-")
 
 
 def report(
-    title: str, rows: Sequence[dict[str, Any]], device: torch.device, json_file: Any, **more: Any
+    title: str, rows: Sequence[dict[str, Any]], args: argparse.Namespace, **more: Any
 ) -> None:
-    """Print rows, values by column, under a title, and write them with the machine as JSON."""
+    """Print rows under a title, and write them with machine and arguments to ``args.json``."""
     print(f"{title}\n{table(rows)}")
-    if json_file:
-        text = json.dumps({"machine": machine(device), "rows": rows, **more}, indent=1)
-        write_text(json_file, text + "\n")
+    if args.json:
+        given = {key: str(value) for key, value in vars(args).items() if key != "function"}
+        about = {"machine": machine(torch.device(getattr(args, "device", "cpu")))}
+        content = about | {"rows": rows, "arguments": given} | more
+        write_text(args.json, json.dumps(content, indent=1) + "\n")

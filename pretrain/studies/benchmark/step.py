@@ -22,7 +22,7 @@ from pretrain.methods.flsl import FLSL
 from pretrain.optimizer import build_adamw
 from pretrain.studies.benchmark.measuring import stored_for_backward
 from pretrain.trainer import PretrainTrainer, records_graphs, resolve_compile, resolve_precision
-from pretrain.views import NestedViews, Views
+from pretrain.views import NestedViews
 
 
 def random_batch(views: NestedViews, batch_size: int, seed: int = 0) -> Batch:
@@ -30,12 +30,11 @@ def random_batch(views: NestedViews, batch_size: int, seed: int = 0) -> Batch:
     rng = np.random.default_rng(seed)
     image = rng.integers(0, 256, (views.global_size, views.global_size, 3), dtype=np.uint8)
     few = [views(image, rng) for _ in range(min(batch_size, 4))]
-
-    def augmented(sample: Views) -> Views:
-        # Each image has its own draws, so that every operation is applied to about its share.
-        return replace(sample, augmentations=[draw_augmentation(rng) for _ in sample.augmentations])
-
-    return collate([(augmented(few[i % len(few)]), []) for i in range(batch_size)])
+    samples = [few[i % len(few)] for i in range(batch_size)]
+    # Each image has its own draws, so that every operation is applied to about its share.
+    drawn = [[draw_augmentation(rng) for _ in each.augmentations] for each in samples]
+    pairs = zip(samples, drawn, strict=True)
+    return collate([(replace(each, augmentations=draws), []) for each, draws in pairs])
 
 
 def build_trainer(
@@ -97,7 +96,6 @@ class Step:
             self.batch.pin_memory()
         batches = itertools.repeat(self.batch)
         self.trainer = build_trainer(cfg, batch_size, device, precision, batches)
-        self.model: FLSL = self.trainer.model
 
     def __call__(self) -> None:
         """Run one step."""
@@ -108,7 +106,7 @@ class Step:
 
     def stored_bytes(self) -> int:
         """Count the bytes that the forward pass keeps for the backward pass."""
-        return stored_for_backward(self._forward, self.model)
+        return stored_for_backward(self._forward, self.trainer.model)
 
     def flops_per_image(self) -> float:
         """Count the floating-point operations of a step for one image, by PyTorch's counter."""
