@@ -24,14 +24,13 @@ Record = dict[str, Any]
 IGNORED = -1
 _VOID = 256 * [IGNORED]
 _CITYSCAPES_IDS = {c["id"]: i for i, c in enumerate(CITYSCAPES_CATEGORIES)}
-
-_COCO_THINGS = (
-    *("accessory", "animal", "appliance", "electronic", "food", "furniture", "indoor", "kitchen"),
-    *("outdoor", "person", "sports", "vehicle"),
+_COCO_THINGS = tuple(
+    "accessory animal appliance electronic food furniture indoor kitchen outdoor person sports "
+    "vehicle".split()
 )
-_COCO_STUFF = (
-    *("building", "ceiling", "floor", "food-stuff", "furniture-stuff", "ground", "plant"),
-    *("raw-material", "sky", "solid", "structural", "textile", "wall", "water", "window"),
+_COCO_STUFF = tuple(
+    "building ceiling floor food-stuff furniture-stuff ground plant raw-material sky solid "
+    "structural textile wall water window".split()
 )
 
 
@@ -42,16 +41,15 @@ def register_benchmarks() -> None:
     for split in ("train", "trainaug", "val"):
         loader = partial(load_voc, root / "VOC2012", split)
         _register(f"voc_2012_sem_seg_{split}", loader, voc, list(range(21)))
-    ade = tuple(ADE20K_SEM_SEG_CATEGORIES)
     cityscapes = tuple(c["name"] for c in CITYSCAPES_CATEGORIES)
     ids = [_CITYSCAPES_IDS.get(value, IGNORED) for value in range(34)]
     endings = "_leftImg8bit.png", "_gtFine_labelIds.png"
     for split, part in (("train", "training"), ("val", "validation")):
-        folder = root / "ADEChallengeData2016"
-        loader = partial(load_pairs, folder / "images" / part, folder / "annotations" / part)
-        _register(f"ade20k_150_{split}", loader, ade, [IGNORED, *range(150)])
-        folder = root / "cityscapes"
-        folders = folder / "leftImg8bit" / split, folder / "gtFine" / split
+        ade, city = root / "ADEChallengeData2016", root / "cityscapes"
+        loader = partial(load_pairs, ade / "images" / part, ade / "annotations" / part)
+        values = [IGNORED, *range(150)]
+        _register(f"ade20k_150_{split}", loader, tuple(ADE20K_SEM_SEG_CATEGORIES), values)
+        folders = city / "leftImg8bit" / split, city / "gtFine" / split
         _register(f"cityscapes_19_{split}", partial(load_pairs, *folders, endings), cityscapes, ids)
         for name, classes in (("things12", _COCO_THINGS), ("stuff15", _COCO_STUFF)):
             loader = partial(load_coco_parts, root / "coco", split, f"coco_{name}_{split}", classes)
@@ -83,9 +81,8 @@ def _pair(image: Path, labels: Path) -> Record:
 def load_voc(folder: Path, split: str) -> list[Record]:
     """Load VOC 2012: ``ImageSets/Segmentation/SPLIT.txt``, ``JPEGImages`` and label images."""
     names = (folder / "ImageSets" / "Segmentation" / f"{split}.txt").read_text().split()
-    images = folder / "JPEGImages"
     labels = folder / ("SegmentationClassAug" if split == "trainaug" else "SegmentationClass")
-    return [_pair(images / f"{name}.jpg", labels / f"{name}.png") for name in names]
+    return [_pair(folder / "JPEGImages" / f"{n}.jpg", labels / f"{n}.png") for n in names]
 
 
 def load_pairs(
@@ -140,8 +137,7 @@ def load_spair(folder: Path, split: str) -> list[Record]:
     if not files:
         raise InputError(f"{folder}/PairAnnotation/{split} has no pairs; put SPair-71k there.")
     records = []
-    for file in files:
-        content = json.loads(file.read_text())
+    for content in (json.loads(file.read_text()) for file in files):
         images = folder / "JPEGImages" / content["category"]
         pair = {"category": content["category"], "target_box": content["trg_bndbox"]}
         for which, key in (("source", "src"), ("target", "trg")):

@@ -7,7 +7,7 @@ images, by the adjusted Rand index, and kept for all validation images.
 
 from __future__ import annotations
 
-from typing import ClassVar
+from collections import defaultdict
 
 import numpy as np
 import torch
@@ -16,21 +16,16 @@ from torch import Tensor
 
 from flsl_d2.errors import InputError
 from flsl_d2.evaluation.labelled_images import IGNORED
-from flsl_d2.evaluation.partitions import (
-    adjusted_rand_index,
-    boundary_f_score,
-    enlarge_labels,
-    kmeans,
-)
-from flsl_d2.evaluation.samples import Sample, Task, global_attention
-from flsl_d2.evaluation.segmentation import check_labelled_pixels, patch_distributions
+from flsl_d2.evaluation.partitions import boundary_f_score, enlarge_labels, kmeans
+from flsl_d2.evaluation.samples import Measure, Sample, Task, global_attention
+from flsl_d2.evaluation.segmentation import check_pixel_classes, patch_distributions
 from flsl_d2.mean_shift import cluster
 from flsl_d2.modeling.attention import Attention
 
 _NUM_TUNING_IMAGES = 8
 
 
-class ClusterQuality:
+class ClusterQuality(Measure):
     """Adjusted Rand index and boundary F-score of clusters against ground-truth segments.
 
     Segments are the instances of an image and, as one more, what no instance covers; crowds and
@@ -41,69 +36,55 @@ class ClusterQuality:
     """
 
     name = "cluster_quality"
-    without_direction: ClassVar[tuple[str, ...]] = (
-        "clusters",
-        "kernel_width",
-        "tuned_clusters",
-        "ari_token_limit",
-        "ari_foreground_token_limit",
-        "boundary_f_token_limit",
+    without_direction = (
+        *("clusters", "kernel_width", "tuned_clusters"),
+        *("ari_token_limit", "ari_foreground_token_limit", "boundary_f_token_limit"),
     )
 
     def __init__(self, task: Task) -> None:
+        super().__init__(task)
         for dataset in (task.train, task.val):
-            check_labelled_pixels(dataset)
-        self.options, self.seed = task.options, task.seed
+            check_pixel_classes(dataset)
         self.attention = global_attention(task.encoder)
         order = np.random.default_rng(task.seed).permutation(len(task.train.images))
         self.tuning_indices = set(order[:_NUM_TUNING_IMAGES].tolist())
         self.tuning_samples: list[Sample] = []
-        self.token_sum: Tensor | None = None
-        self.num_tokens = 0
-        self.width, self.tuned_count = 0.0, 0
-        self.scores: dict[str, list[float]] = {}
+        self.token_sum, self.num_tokens = torch.zeros(1, dtype=torch.float64), 0
+        self.scores: dict[str, list[float]] = defaultdict(list)
 
     def observe_train(self, sample: Sample) -> None:
-        """Add to the mean token, and keep a few images to choose the parameters on."""
-        total = sample.tokens.double().sum(dim=0)
-        self.token_sum = total if self.token_sum is None else self.token_sum + total
+        self.token_sum = sample.tokens.double().sum(dim=0) + self.token_sum.to(sample.tokens.device)
         self.num_tokens += len(sample.tokens)
-        if sample.index in self.tuning_indices:
+        if sample.index in self.tuning_indices and (sample.image.segments > 0).any():
             self.tuning_samples.append(sample)
 
     def fit(self) -> None:
-        """Choose the kernel's width and the number of clusters of tuned k-means."""
-        if self.token_sum is None:
-            raise InputError("there is no training image; use more images.")
-        self.mean = (self.token_sum / self.num_tokens).float()
-        samples = [s for s in self.tuning_samples if _has_instances(s.image.segments)]
-        self.tuning_samples.clear()
-        if not samples:
+        if not self.tuning_samples:
             raise InputError(
                 "none of the training images drawn to choose the kernel's width on has a mask; "
                 "use more images."
             )
+        self.mean = (self.token_sum / self.num_tokens).float()
         widths = dict.fromkeys(self.options.kernel_widths, 0.0)
         counts = dict.fromkeys(self.options.cluster_counts, 0.0)
-        for sample in samples:
+        for sample in self.tuning_samples:
             tokens = self._normalised(sample.tokens)
             for width in widths:
-                widths[width] += self._rand_index(mean_shift_labels(tokens, width), sample)
+                widths[width] += _rand_index(_pixels(_mean_shift(tokens, width), sample), sample)
             for count in counts:
-                labels = kmeans(tokens, count, [self.seed, sample.index])
-                counts[count] += self._rand_index(labels, sample)
+                labels = kmeans(tokens, count, [self.task.seed, sample.index])
+                counts[count] += _rand_index(_pixels(labels, sample), sample)
+        self.tuning_samples.clear()
         self.width = max(widths, key=lambda width: widths[width])
         self.tuned_count = max(counts, key=lambda count: counts[count])
 
     def observe_val(self, sample: Sample) -> None:
-        """Cluster an image in every way and score the clusters."""
         truth = sample.image.segments
-        if not _has_instances(truth):
+        if not (truth > 0).any():
             return
         tokens = self._normalised(sample.tokens)
-        mean_shifted = mean_shift_labels(tokens, self.width)
-        count = int(mean_shifted.max()) + 1
-        seed = [self.seed, sample.index]
+        mean_shifted = _mean_shift(tokens, self.width)
+        count, seed = int(mean_shifted.max()) + 1, [self.task.seed, sample.index]
         shares, _ = patch_distributions(np.maximum(truth, 0), sample.grid, int(truth.max()) + 1)
         ways = {
             "mean_shift": mean_shifted,
@@ -114,12 +95,11 @@ class ClusterQuality:
             rows = attention_rows(self.attention, sample.attended, len(tokens))
             ways["attention"] = kmeans(rows.sqrt(), count, seed)
         ways["token_limit"] = torch.from_numpy(shares.argmax(axis=1))
-        self._add("clusters", count)
+        self.scores["clusters"].append(count)
         for way, labels in ways.items():
-            self._score(way, truth, self._pixels(labels, sample))
+            self._score(way, labels, sample)
 
     def results(self) -> dict[str, float]:
-        """Return means over the images, and the parameters that were chosen."""
         if not self.scores:
             raise InputError("no validation image has a mask; use others, or more.")
         means = {name: float(np.mean(values)) for name, values in self.scores.items()}
@@ -132,28 +112,31 @@ class ClusterQuality:
             return torch.ones_like(tokens)
         return F.normalize(centred, dim=1) * tokens.shape[1] ** 0.5
 
-    def _pixels(self, labels: Tensor, sample: Sample) -> np.ndarray:
-        return enlarge_labels(
-            labels.cpu().numpy().reshape(sample.grid), sample.image.segments.shape
-        )
+    def _score(self, way: str, labels: Tensor, sample: Sample) -> None:
+        from sklearn.metrics import adjusted_rand_score
 
-    def _rand_index(self, labels: Tensor, sample: Sample) -> float:
-        return adjusted_rand_index(*_known(sample.image.segments, self._pixels(labels, sample)))
-
-    def _score(self, way: str, truth: np.ndarray, predicted: np.ndarray) -> None:
-        self._add(f"ari_{way}", 100 * adjusted_rand_index(*_known(truth, predicted)))
+        truth, predicted = sample.image.segments, _pixels(labels, sample)
+        self.scores[f"ari_{way}"].append(100 * _rand_index(predicted, sample))
         inside = truth > 0
-        instances = truth[inside]
-        if instances.min() < instances.max():
-            score = adjusted_rand_index(instances, predicted[inside])
-            self._add(f"ari_foreground_{way}", 100 * score)
-        self._add(f"boundary_f_{way}", 100 * boundary_f_score(truth, predicted))
-
-    def _add(self, name: str, value: float) -> None:
-        self.scores.setdefault(name, []).append(value)
+        if truth[inside].min() < truth[inside].max():
+            score = adjusted_rand_score(truth[inside], predicted[inside])
+            self.scores[f"ari_foreground_{way}"].append(100 * score)
+        self.scores[f"boundary_f_{way}"].append(100 * boundary_f_score(truth, predicted))
 
 
-def mean_shift_labels(tokens: Tensor, width: float) -> Tensor:
+def _pixels(labels: Tensor, sample: Sample) -> np.ndarray:
+    return enlarge_labels(labels.cpu().numpy().reshape(sample.grid), sample.image.segments.shape)
+
+
+def _rand_index(predicted: np.ndarray, sample: Sample) -> float:
+    from sklearn.metrics import adjusted_rand_score  # takes a second to import
+
+    truth = sample.image.segments
+    known = truth != IGNORED
+    return adjusted_rand_score(truth[known], predicted[known])
+
+
+def _mean_shift(tokens: Tensor, width: float) -> Tensor:
     """Cluster tokens (N, D) of norm sqrt(D) by mean-shift with ``exp(width * cosine)``: (N,)."""
     return cluster(tokens, width / tokens.shape[1])[0]
 
@@ -179,12 +162,3 @@ def attention_rows(attention: Attention, attended: Tensor, num_tokens: int) -> T
     weights = (scale * q @ k.transpose(-2, -1)).softmax(dim=-1).mean(dim=1)[0]
     weights = weights[-num_tokens:, -num_tokens:]
     return weights / weights.sum(dim=1, keepdim=True)
-
-
-def _has_instances(segments: np.ndarray) -> bool:
-    return bool((segments > 0).any())
-
-
-def _known(truth: np.ndarray, predicted: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    known = truth != IGNORED
-    return truth[known], predicted[known]

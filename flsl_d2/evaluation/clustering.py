@@ -10,25 +10,20 @@ Shape suffixes: T tokens of all images, D width, K clusters, C classes.
 from __future__ import annotations
 
 from copy import copy
-from typing import ClassVar
 
 import numpy as np
 
 from flsl_d2.engine.progress import progress
 from flsl_d2.errors import InputError
 from flsl_d2.evaluation.labelled_images import IGNORED
-from flsl_d2.evaluation.samples import Task, WholeSets, encode_square, resize_labels, square_side
-from flsl_d2.evaluation.segmentation import (
-    Confusion,
-    check_labelled_pixels,
-    patch_distributions,
-)
+from flsl_d2.evaluation.samples import Measure, Task, encode_square, resize_labels, square_side
+from flsl_d2.evaluation.segmentation import Confusion, check_pixel_classes, patch_distributions
 
 _SIDE, _SCORED_SIDE = 448, 100  # pixels
 _PCA_WIDTH, _ITERATIONS, _RESTARTS = 50, 100, 5
 
 
-class Clustering(WholeSets):
+class Clustering(Measure):
     """Mean IoU of k-means clusters of all validation tokens, mean over seeds.
 
     Tokens of images of 448 pixels are standardised, reduced to 50 dimensions and clustered. With
@@ -38,47 +33,44 @@ class Clustering(WholeSets):
     """
 
     name = "clustering"
-    without_direction: ClassVar[tuple[str, ...]] = tuple(
+    prepares_images = True
+    without_direction = tuple(
         f"{part}mIoU{kind}_std" for part in ("", "foreground_") for kind in ("", "_many")
     )
 
     def __init__(self, task: Task) -> None:
-        check_labelled_pixels(task.val)
+        super().__init__(task)
+        self.classes = check_pixel_classes(task.val)
         try:
             import faiss  # noqa: F401
         except ImportError as error:
             raise InputError(
                 "clusters of a data set need faiss; pip install 'flsl-d2[evaluation]'."
             ) from error
-        self.task, self.options = task, task.options
-        self.num_classes = len(task.val.pixel_classes)
         self.side = square_side(task.encoder, task.options.side or _SIDE)
 
     def results(self) -> dict[str, float]:
         """Return ``mIoU`` (one to one), ``mIoU_many`` (many to one), and their deviations."""
-        images = self.task.val.images
+        encoder, images = self.task.encoder, self.task.val.images
         tokens, truths, inside = [], [], []
+        cells = self.side // encoder.patch_size
         for image in progress(map(copy, images), "encoding", len(images)):
-            tokens.append(encode_square(self.task.encoder, image.read(), self.side).cpu().numpy())
+            pixels = image.read(encoder.input_format)
+            tokens.append(encode_square(encoder, pixels, self.side).cpu().numpy())
             # Twice: the references resize to the input before they resize to 100 pixels.
             labels = resize_labels(image.semantic, self.side)
             truths.append(resize_labels(labels, _SCORED_SIDE))
-            cells = round(len(tokens[-1]) ** 0.5)
-            shares, labelled = patch_distributions(labels, (cells, cells), self.num_classes)
+            shares, labelled = patch_distributions(labels, (cells, cells), len(self.classes))
             inside.append((shares.argmax(axis=1) > 0) & labelled)
         return self.score(np.stack(tokens), np.stack(truths), np.stack(inside))
 
     def score(self, tokens: np.ndarray, truths: np.ndarray, inside: np.ndarray) -> dict[str, float]:
-        """Cluster tokens and match the clusters.
+        """Cluster tokens (I, N, D) of I images and match the clusters with classes (I, H, W).
 
-        Args:
-            tokens: (images, N, D) float32.
-            truths: (images, H, W) classes of pixels.
-            inside: (images, N) bool, tokens of the foreground.
+        Tokens of the foreground are (I, N) bool.
         """
-        everywhere = np.ones_like(inside)
-        scores = self._part("", tokens, truths, everywhere)
-        if self.task.val.pixel_classes[0] == "background" and inside.any():
+        scores = self._part("", tokens, truths, np.ones_like(inside))
+        if self.classes[0] == "background" and inside.any():
             truths = np.where(truths == 0, IGNORED, truths)
             scores |= self._part("foreground_", tokens, truths, inside)
         return scores
@@ -87,25 +79,21 @@ class Clustering(WholeSets):
         self, part: str, tokens: np.ndarray, truths: np.ndarray, inside: np.ndarray
     ) -> dict[str, float]:
         points, scores = reduce_width(tokens[inside]), {}
-        num_classes = self.num_classes - bool(part)
+        cells, side = round(inside.shape[1] ** 0.5), truths.shape[1]
+        num_classes = len(self.classes) - bool(part)
         for kind, count in (("", num_classes), ("_many", self.options.num_clusters)):
             values = []
             for seed in range(self.options.cluster_seeds):
                 clusters = np.full(inside.shape, count)  # one more: what is not clustered
                 clusters[inside] = cluster_points(points, count, seed)
-                values.append(self._mean_iou(clusters, truths, count, one_to_one=not kind))
+                confusion = Confusion(len(self.classes), count + 1)
+                for truth, labels in zip(truths, clusters, strict=True):
+                    confusion.add(truth, resize_labels(labels.reshape(cells, cells), side))
+                matched = match_clusters(confusion, one_to_one=not kind)
+                values.append(matched.mean_iou(self.options.as_reference))
             scores[f"{part}mIoU{kind}"] = float(np.mean(values))
             scores[f"{part}mIoU{kind}_std"] = float(np.std(values))
         return scores
-
-    def _mean_iou(
-        self, clusters: np.ndarray, truths: np.ndarray, count: int, one_to_one: bool
-    ) -> float:
-        cells, side = round(clusters.shape[1] ** 0.5), truths.shape[1]
-        confusion = Confusion(self.num_classes, count + 1)
-        for truth, labels in zip(truths, clusters, strict=True):
-            confusion.add(truth, resize_labels(labels.reshape(cells, cells), side))
-        return match_clusters(confusion, one_to_one).mean_iou(self.options.as_reference)
 
 
 def reduce_width(tokens: np.ndarray) -> np.ndarray:
@@ -123,11 +111,7 @@ def reduce_width(tokens: np.ndarray) -> np.ndarray:
 
 
 def cluster_points(points: np.ndarray, count: int, seed: int) -> np.ndarray:
-    """Cluster points (T, D) by faiss's k-means, which learns from at most 256 a cluster: (T,).
-
-    Raises:
-        InputError: there are fewer points than clusters.
-    """
+    """Cluster points (T, D) by faiss's k-means, which learns from at most 256 a cluster: (T,)."""
     import faiss
 
     if len(points) < count:
@@ -141,11 +125,9 @@ def cluster_points(points: np.ndarray, count: int, seed: int) -> np.ndarray:
 def match_clusters(confusion: Confusion, one_to_one: bool) -> Confusion:
     """Give every cluster a class, and count the pixels by true and by given class.
 
-    Args:
-        confusion: counts of (class, cluster); the last cluster is no cluster and stays class 0.
-        one_to_one: whether each class has one cluster (Hungarian, by IoU), and clusters that are
-            left over count as class 0; otherwise each cluster goes to the class of the most of its
-            pixels.
+    Either each class has one cluster (Hungarian, by IoU) and those left over count as class 0, or
+    each cluster goes to the class of the most of its pixels. The last one, which is no cluster,
+    stays class 0.
     """
     from scipy.optimize import linear_sum_assignment
 

@@ -8,7 +8,7 @@ tokens.
 from __future__ import annotations
 
 from collections import defaultdict
-from typing import Any, ClassVar
+from typing import Any
 
 import numpy as np
 import torch
@@ -18,15 +18,14 @@ from torch import Tensor
 
 from flsl_d2.engine.progress import progress
 from flsl_d2.errors import InputError
-from flsl_d2.evaluation.features import encode_images
-from flsl_d2.evaluation.samples import Task, WholeSets, square_side
-from flsl_d2.images.reader import read_image
+from flsl_d2.evaluation.features import encode_images, read_for
+from flsl_d2.evaluation.samples import Measure, Task, resample, square_side
 
 _CELLS = 64  # tokens along a side
 _TOLERANCE = 0.1  # of the longer side of the target's box
 
 
-class Correspondence(WholeSets):
+class Correspondence(Measure):
     """PCK@0.1: share of key points found within 0.1 of the longer side of the object's box.
 
     A point takes the token that covers it, and the token of the other image with the largest
@@ -35,15 +34,15 @@ class Correspondence(WholeSets):
     """
 
     name = "correspondence"
-    without_direction: ClassVar[tuple[str, ...]] = ()
+    prepares_images = True
 
     def __init__(self, task: Task) -> None:
+        super().__init__(task)
         self.pairs = [image.record["pair"] for image in task.val.images if "pair" in image.record]
         if not self.pairs:
             raise InputError(
                 f"{task.val.name!r} has no pairs of images with key points; use spair_71k_test."
             )
-        self.encoder = task.encoder
         side = task.options.side or _CELLS * task.encoder.patch_size
         self.side = square_side(task.encoder, side)
 
@@ -57,7 +56,7 @@ class Correspondence(WholeSets):
                 tokens, previous = {}, pair["category"]
             for file in (pair["source"], pair["target"]):
                 if file not in tokens:
-                    tokens[file] = self._encode(read_image(file))
+                    tokens[file] = self._encode(file)
             hits = match_points(tokens[pair["source"]], tokens[pair["target"]], pair, self.side)
             found[previous].append(hits)
         images = [hits.mean() for pairs in found.values() for hits in pairs]
@@ -68,13 +67,15 @@ class Correspondence(WholeSets):
             "pck_category": 100 * float(np.mean([hits.mean() for hits in categories])),
         }
 
-    def _encode(self, image: np.ndarray) -> Tensor:
-        scale, (x, y) = placement(image.shape[1], image.shape[0], self.side)
-        width, height = (round(length * scale) for length in (image.shape[1], image.shape[0]))
-        canvas = Image.new("RGB", (self.side, self.side))
-        resized = Image.fromarray(image).resize((width, height), Image.Resampling.LANCZOS)
-        canvas.paste(resized, (x, y))
-        return encode_images(self.encoder, np.array(canvas)[None])[0]
+    def _encode(self, file: str) -> Tensor:
+        image = read_for(self.task.encoder.input_format, file)
+        sides = image.shape[1], image.shape[0]
+        scale, (x, y) = placement(*sides, self.side)
+        width, height = (round(length * scale) for length in sides)
+        resized = resample(image, (width, height), Image.Resampling.LANCZOS)
+        canvas = np.zeros((self.side, self.side, image.shape[2]), resized.dtype)
+        canvas[y : y + height, x : x + width] = resized
+        return encode_images(self.task.encoder, canvas[None])[0]
 
 
 def placement(width: int, height: int, side: int) -> tuple[float, tuple[int, int]]:
@@ -86,11 +87,8 @@ def placement(width: int, height: int, side: int) -> tuple[float, tuple[int, int
 def match_points(source: Tensor, target: Tensor, pair: dict[str, Any], side: int) -> np.ndarray:
     """Find the key points of a pair again: which are right, (points,) bool.
 
-    Args:
-        source: tokens (N, D) of the first image, a square grid.
-        target: tokens (N, D) of the second image.
-        pair: record of :func:`flsl_d2.evaluation.benchmarks.load_spair`.
-        side: pixels of the square images.
+    Source and target are tokens (N, D) of square images with a side in pixels; the pair is that of
+    :func:`flsl_d2.evaluation.benchmarks.load_spair`.
     """
     cells = round(len(source) ** 0.5)
     placed = []

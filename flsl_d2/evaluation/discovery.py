@@ -9,8 +9,6 @@ Shape suffixes: N tokens of an image, D width.
 
 from __future__ import annotations
 
-from typing import ClassVar
-
 import cv2
 import numpy as np
 import torch
@@ -19,8 +17,8 @@ from torch import Tensor
 
 from flsl_d2.engine.progress import progress
 from flsl_d2.errors import InputError
-from flsl_d2.evaluation.features import encode_images
-from flsl_d2.evaluation.samples import Task, WholeSets, attention_inputs, global_attention
+from flsl_d2.evaluation.features import encode_images, resize_pixels
+from flsl_d2.evaluation.samples import Measure, Task, attention_inputs, global_attention
 from flsl_d2.mean_shift import cluster
 
 _LOST_SEEDS = 100
@@ -29,7 +27,7 @@ _KERNEL_WIDTH = 8.0  # of mean-shift: exp(8 * cosine) at the first step
 _MAX_SIDE = 1024  # pixels; no image of VOC or COCO is larger
 
 
-class Discovery(WholeSets):
+class Discovery(Measure):
     """CorLoc: share of the images in which the box found has IoU 0.5 or more with an object.
 
     Images keep their size, up to 1,024 pixels, and are padded with zeros to whole patches. Only
@@ -37,10 +35,11 @@ class Discovery(WholeSets):
     """
 
     name = "discovery"
-    without_direction: ClassVar[tuple[str, ...]] = ()
+    prepares_images = True
 
     def __init__(self, task: Task) -> None:
-        self.task, self.attention = task, global_attention(task.encoder)
+        super().__init__(task)
+        self.attention = global_attention(task.encoder)
         if self.attention is None:
             raise InputError(
                 "keys are read from an FLSLViT whose last block looks at all tokens, and this "
@@ -52,27 +51,29 @@ class Discovery(WholeSets):
 
     def results(self) -> dict[str, float]:
         """Return ``corloc_lost``, ``corloc_tokencut`` and ``corloc_mean_shift`` in percent."""
-        hits = {"lost": 0, "tokencut": 0, "mean_shift": 0}
+        encoder, hits = self.task.encoder, {"lost": 0, "tokencut": 0, "mean_shift": 0}
         for image in progress(self.images, "discovering objects"):
-            keys, tokens, grid, scale = self._encode(image.read())
-            size = image.record["height"], image.record["width"]
+            pixels = image.read(encoder.input_format)
+            size = pixels.shape[0], pixels.shape[1]
+            scale = min(_MAX_SIDE / max(size), 1.0)
+            if scale < 1:
+                small = round(size[0] * scale), round(size[1] * scale)
+                pixels = resize_pixels(pixels, small, cv2.INTER_AREA)
+            patch = encoder.patch_size
+            grid = (-(-pixels.shape[0] // patch), -(-pixels.shape[1] // patch))
+            keys, tokens = self._encode(pixels)
+            # COCO's boxes are rounded to pixels, as in the references; VOC's are whole.
+            true = np.round([each.box for each in image.boxes])
             for name, cells in zip(hits, find_objects(keys, tokens, grid), strict=True):
-                box = cells_to_box(cells, self.task.encoder.patch_size / scale, size)
-                # COCO's boxes are rounded to pixels, as in the references; VOC's are whole.
-                hits[name] += overlaps(box, np.round([each.box for each in image.boxes]))
+                hits[name] += overlaps(cells_to_box(cells, patch / scale, size), true)
         return {f"corloc_{name}": 100 * count / len(self.images) for name, count in hits.items()}
 
-    def _encode(self, pixels: np.ndarray) -> tuple[Tensor, Tensor, tuple[int, int], float]:
+    def _encode(self, pixels: np.ndarray) -> tuple[Tensor, Tensor]:
         assert self.attention is not None
-        scale = min(_MAX_SIDE / max(pixels.shape), 1.0)
-        if scale < 1:
-            pixels = cv2.resize(pixels, None, fx=scale, fy=scale, interpolation=cv2.INTER_AREA)
-        patch = self.task.encoder.patch_size
-        grid = (-(-pixels.shape[0] // patch), -(-pixels.shape[1] // patch))
         with attention_inputs(self.task.encoder) as inputs, torch.inference_mode():
             tokens = encode_images(self.task.encoder, pixels[None], pad=True)[0]
             keys = self.attention.qkv(inputs[0]).flatten(0, 2).chunk(3, dim=1)[1]
-        return keys[-len(tokens) :].float(), tokens, grid, scale
+        return keys[-len(tokens) :].float(), tokens
 
 
 def find_objects(
@@ -80,9 +81,7 @@ def find_objects(
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Find the cells (rows, columns) bool of an object by LOST, TokenCut and mean-shift.
 
-    Args:
-        keys: (N, D) of the last block's attention.
-        tokens: (N, D) of the last block.
+    The keys (N, D) and the tokens (N, D) are those of the last block.
     """
     affinity = keys @ keys.T
     seed, lost = expand_seed(affinity)

@@ -13,7 +13,6 @@ from __future__ import annotations
 import math
 from collections import defaultdict
 from collections.abc import Sequence
-from typing import ClassVar
 
 import cv2
 import numpy as np
@@ -22,7 +21,7 @@ from torch import Tensor
 
 from flsl_d2.errors import InputError
 from flsl_d2.evaluation.features import TokenFeatures
-from flsl_d2.evaluation.samples import Sample, Task
+from flsl_d2.evaluation.samples import Measure, Sample, Task
 
 _MAX_HALF_WAVES = 12
 _TOKENS_PER_FUNCTION = 10
@@ -94,8 +93,8 @@ def colour_r2(features: Sequence[TokenFeatures]) -> float | None:
 def held_out_r2(features: Sequence[TokenFeatures], functions: Sequence[Tensor]) -> float | None:
     """Share of the tokens' variance that a linear map of functions (N, F) of each image predicts.
 
-    The map is fitted to the tokens of all images but one and predicts those of the one; every
-    image is left out once. None for a single image, and for tokens that do not vary.
+    The map is fitted to all images but one and predicts the one; every image is left out once.
+    None for a single image, and for tokens that do not vary.
     """
     if len(features) < 2:
         return None
@@ -110,16 +109,17 @@ def held_out_r2(features: Sequence[TokenFeatures], functions: Sequence[Tensor]) 
     return 1 - error / deviation if deviation > 0 else None
 
 
-class ExplainedVariance:
+class ExplainedVariance(Measure):
     """R2 of tokens by the position and by the mean colour of their patches, in percent.
 
     The maps are fitted to all tokens of the training images and judged on the validation images.
     """
 
     name = "explained_variance"
-    without_direction: ClassVar[tuple[str, ...]] = ("position_r2", "colour_r2")
+    without_direction = ("position_r2", "colour_r2")
 
     def __init__(self, task: Task) -> None:
+        super().__init__(task)
         side = max(task.options.short_side // task.encoder.patch_size, 1)
         self.order = position_order([(side, side)], len(task.train.images) * side**2)
         self.sums: dict[str, Tensor] = {}
@@ -133,28 +133,22 @@ class ExplainedVariance:
         }
 
     def observe_train(self, sample: Sample) -> None:
-        """Add an image to the sums that the maps are fitted to."""
         tokens = sample.tokens.double().cpu()
         for name, functions in self._functions(sample).items():
             self.sums[name] = fit_sums(functions, tokens) + self.sums.get(name, 0.0)
 
     def fit(self) -> None:
-        """Solve for the maps."""
-        fits = {name: solve_fit(sums) for name, sums in self.sums.items()}
-        self.maps = {name: weights for name, (weights, _) in fits.items()}
-        self.mean = fits["position"][1]  # both fits have the same tokens
+        self.fits = {name: solve_fit(sums) for name, sums in self.sums.items()}
 
     def observe_val(self, sample: Sample) -> None:
-        """Predict an image's tokens."""
         tokens = sample.tokens.double().cpu()
         for name, functions in self._functions(sample).items():
-            error = tokens - functions @ self.maps[name]
-            self.errors[name] += float(error.square().sum())
-        self.deviation += float((tokens - self.mean).square().sum())
+            weights, mean = self.fits[name]
+            self.errors[name] += float((tokens - functions @ weights).square().sum())
+        self.deviation += float((tokens - mean).square().sum())  # both fits have the same tokens
         self.energy += float(tokens.square().sum())
 
     def results(self) -> dict[str, float]:
-        """Return ``position_r2`` and ``colour_r2``, in percent."""
         if self.deviation <= 1e-12 * self.energy:  # differences of rounding only
             raise InputError(
                 "all tokens of the validation images are the same, so there is no variance to "

@@ -42,12 +42,9 @@ def frozen_encoder(
 ) -> Encoder:
     """Build an encoder in evaluation mode, on the CPU, whose parameters take no gradient.
 
-    Args:
-        weights: file or URL, see :func:`flsl_d2.weights.build_encoder`; ``timm:NAME``, see
-            :func:`flsl_d2.modeling.timm_backbone.parse_timm_name`; or ``random`` for an untrained
-            ViT-S/16.
-        seed: seed for untrained weights. The global generators are not touched.
-        architecture: arguments of :class:`FLSLViT` for ``random``, in place of those of ViT-S/16.
+    The weights are a file or URL of :func:`flsl_d2.weights.build_encoder`, ``timm:NAME``, or
+    ``random``: an untrained ViT-S/16, or :class:`FLSLViT` of the ``architecture``, from the seed.
+    The global generators are not touched.
     """
     encoder: FLSLViT | TimmBackbone
     with torch.random.fork_rng(devices=[]):
@@ -63,12 +60,9 @@ def frozen_encoder(
 
 
 class TokenFeatures(NamedTuple):
-    """Tokens of one image.
+    """Tokens (N, D) of one image, row-major over the grid (rows, columns).
 
-    Attributes:
-        tokens: (N, D) float32, row-major over the grid, on the encoder's device.
-        grid: rows and columns of tokens, N = rows * columns.
-        image: (H, W, 3) uint8 RGB of what the encoder saw, H and W multiples of the patch size.
+    The image is what the encoder saw, (H, W, 3) uint8 RGB of whole patches.
     """
 
     tokens: Tensor
@@ -87,10 +81,7 @@ class TokenFeatures(NamedTuple):
 
 @contextmanager
 def encoding_in(dtype: torch.dtype | None) -> Iterator[None]:
-    """Encode images under autocast to a data type within the context; None for float32.
-
-    What is computed from the tokens stays in float32.
-    """
+    """Encode images under autocast to a data type within the context; tokens stay float32."""
     token = _encoding_dtype.set(dtype)
     try:
         yield
@@ -115,16 +106,17 @@ def read_for(taken: InputFormat, path: str) -> np.ndarray:
     return read_image(path, channels_format(taken.channels))
 
 
+def resize_pixels(image: np.ndarray, size: tuple[int, int], interpolation: int) -> np.ndarray:
+    """Resize an image (H, W, C) to a height and width by OpenCV, which drops a single channel."""
+    return cv2.resize(image, size[::-1], interpolation=interpolation).reshape(*size, -1)
+
+
 @torch.inference_mode()
 def encode_images(encoder: Encoder, images: np.ndarray, pad: bool = False) -> Tensor:
     """Normalise images (B, H, W, C) of the encoder's input format, and encode them.
 
-    Args:
-        pad: whether zeros are added at the right and the bottom up to whole patches; otherwise
-            the images must have whole patches.
-
-    Returns:
-        Tokens of the last block, (B, N, D) float32, on the encoder's device.
+    The images have whole patches, or ``pad`` adds zeros at the right and the bottom. Returns tokens
+    of the last block, (B, N, D) float32, on the encoder's device.
     """
     device = device_of(encoder)
     pixels = torch.from_numpy(images).to(device).permute(0, 3, 1, 2).float()
@@ -139,19 +131,12 @@ def encode_images(encoder: Encoder, images: np.ndarray, pad: bool = False) -> Te
 
 
 def extract_tokens(
-    encoder: Encoder,
-    image: np.ndarray,
-    short_side: int | None = 448,
-    max_long_side: int = 1333,
+    encoder: Encoder, image: np.ndarray, short_side: int | None = 448, max_long_side: int = 1333
 ) -> TokenFeatures:
-    """Encode one image to the tokens of the last block.
+    """Encode one image (H, W, C), as :func:`read_for` returns it, to tokens of the last block.
 
-    The image keeps its aspect ratio up to the rounding of both sides to whole patches.
-
-    Args:
-        image: (H, W, C) of the encoder's input format, as :func:`read_for` returns it.
-        short_side: pixels to resize the shorter side to; None keeps the size of the image.
-        max_long_side: bound of the longer side in pixels, where the image is resized.
+    Its shorter side is resized to so many pixels, or, for None, keeps its size. The aspect ratio
+    stays up to the rounding of both sides to whole patches.
     """
     channels = encoder.input_format.channels
     is_rgb = (channels, encoder.input_format.bits) == (3, 8)
@@ -161,16 +146,12 @@ def extract_tokens(
             f"the image is {image.dtype} of shape {image.shape}, and the encoder takes images of "
             f"{channels} channel(s); give {expected}."
         )
-    patch = encoder.patch_size
-    height, width = image.shape[:2]
+    patch, sides = encoder.patch_size, image.shape[:2]
     factor = 1.0
     if short_side is not None:
-        factor = min(short_side / min(height, width), max_long_side / max(height, width))
-    rows = max(round(height * factor / patch), 1)
-    columns = max(round(width * factor / patch), 1)
-    size = (columns * patch, rows * patch)
-    shrinks = size[0] < width
-    resized = cv2.resize(image, size, interpolation=cv2.INTER_AREA if shrinks else cv2.INTER_CUBIC)
-    resized = resized.reshape(*size[::-1], channels)
+        factor = min(short_side / min(sides), max_long_side / max(sides))
+    rows, columns = (max(round(side * factor / patch), 1) for side in sides)
+    interpolation = cv2.INTER_AREA if columns * patch < sides[1] else cv2.INTER_CUBIC
+    resized = resize_pixels(image, (rows * patch, columns * patch), interpolation)
     tokens = encode_images(encoder, resized[None])[0]
     return TokenFeatures(tokens, (rows, columns), preview(resized))

@@ -5,6 +5,7 @@ Shape suffixes: H x W pixels of the image as annotated.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -32,22 +33,12 @@ class LabelledBox(NamedTuple):
     box: tuple[float, float, float, float]
     category: int
 
-    @property
-    def area(self) -> float:
-        """Area in pixels."""
-        return (self.box[2] - self.box[0]) * (self.box[3] - self.box[1])
-
 
 class LabelledDataset(NamedTuple):
-    """A labelled data set, or a part of it.
+    """A labelled data set, or a part of it, by the name or the folder it was loaded from.
 
-    Attributes:
-        name: as registered, or the folder.
-        images: only those with labels.
-        box_classes: names of the classes of boxes; empty where there are none.
-        pixel_classes: names of the classes of pixels; empty where there are none. Those of
-            instances come after `background`, which is every pixel that no instance covers.
-        image_classes: names of the classes of whole images; empty where there are none.
+    It holds only images with labels. Names of classes are empty where there are none; those of
+    pixels of instances come after `background`, which is every pixel that no instance covers.
     """
 
     name: str
@@ -57,30 +48,25 @@ class LabelledDataset(NamedTuple):
     image_classes: tuple[str, ...] = ()
 
 
+@dataclass
 class LabelledImage:
     """One image and what its annotations say; files are read when they are asked for.
 
-    Args:
+    Attributes:
         record: Detectron2's standard dict of an image, and optionally ``image_class``, the index
             of the class of the whole image.
         dataset: name of the data set, for messages.
         num_pixel_classes: number of classes of pixels, background included.
         ignore_label: value of unlabelled pixels in a file of semantic labels.
-        values: class for each value of such a file, or for background and each class of boxes, or
-            `IGNORED`; None where they are the classes.
+        values: class for each value of such a file, or for background and each class of boxes;
+            None where they are the classes.
     """
 
-    def __init__(
-        self,
-        record: dict[str, Any],
-        dataset: str,
-        num_pixel_classes: int = 0,
-        ignore_label: int = 255,
-        values: np.ndarray | None = None,
-    ) -> None:
-        self.record, self.dataset = record, dataset
-        self.num_pixel_classes, self.ignore_label = num_pixel_classes, ignore_label
-        self.values = values
+    record: dict[str, Any]
+    dataset: str
+    num_pixel_classes: int = 0
+    ignore_label: int = 255
+    values: np.ndarray | None = None
 
     def read(self, taken: InputFormat | None = None) -> np.ndarray:
         """Read the image upright: (H, W, 3) uint8 RGB, or as an encoder takes it; or InputError."""
@@ -106,10 +92,8 @@ class LabelledImage:
         if file_name is None:
             classes = np.array(self._pixel_classes())
             return np.where(self.segments == IGNORED, IGNORED, classes[self.segments])
-        if "height" in self.record and "width" in self.record:
-            size = self.record["height"], self.record["width"]
-        else:
-            size = self.read().shape[:2]
+        has_size = "height" in self.record and "width" in self.record
+        size = (self.record["height"], self.record["width"]) if has_size else self.read().shape[:2]
         labels = read_labels(file_name, dtype="int64", size=size)
         labels[labels == self.ignore_label] = IGNORED
         if self.values is not None:
@@ -132,9 +116,8 @@ class LabelledImage:
         """
         if "annotations" not in self.record and "sem_seg_file_name" in self.record:
             return np.where(self.semantic == IGNORED, IGNORED, self.semantic + 1)
-        size = self.record["height"], self.record["width"]
-        painted = np.zeros(size, dtype=np.int64)
-        masks = [self._mask(annotation, size) for annotation in self._annotations]
+        painted = np.zeros((self.record["height"], self.record["width"]), dtype=np.int64)
+        masks = [self._mask(annotation) for annotation in self._annotations]
         crowds = [bool(annotation.get("iscrowd", 0)) for annotation in self._annotations]
         # Crowds are painted first and small masks last, so that small objects are in front.
         for i in sorted(range(len(masks)), key=lambda i: (not crowds[i], -masks[i].sum())):
@@ -157,7 +140,8 @@ class LabelledImage:
     @property
     def largest_box(self) -> LabelledBox | None:
         """The box of the largest area, if there is one."""
-        return max(self.boxes, key=lambda each: each.area, default=None)
+        areas = [(b.box[2] - b.box[0]) * (b.box[3] - b.box[1]) for b in self.boxes]
+        return self.boxes[areas.index(max(areas))] if areas else None
 
     @property
     def objects(self) -> list[tuple[np.ndarray, int]]:
@@ -169,13 +153,14 @@ class LabelledImage:
     def _pixel_classes(self) -> list[int]:
         """Classes of the background and of every instance."""
         classes = [0, *(annotation["category_id"] + 1 for annotation in self._annotations)]
-        return classes if self.values is None else [int(self.values[each]) for each in classes]
+        return classes if self.values is None else self.values[classes].tolist()
 
     @property
     def _annotations(self) -> list[dict[str, Any]]:
         return self.record.get("annotations", [])
 
-    def _mask(self, annotation: dict[str, Any], size: tuple[int, int]) -> np.ndarray:
+    def _mask(self, annotation: dict[str, Any]) -> np.ndarray:
+        size = self.record["height"], self.record["width"]
         mask = decode_mask(annotation.get("segmentation"), *size)
         if mask is None:
             raise InputError(
@@ -199,23 +184,16 @@ def decode_mask(segmentation: Any, height: int, width: int) -> np.ndarray | None
 def load_labelled(name: str, max_images: int | None = None, seed: int = 0) -> LabelledDataset:
     """Load a labelled data set and check its labels.
 
-    Args:
-        name: data set in Detectron2's catalog with boxes, masks or semantic labels; or
-            ``ANNOTATIONS.json:IMAGES``, a file in COCO format and the folder of its images; or a
-            folder with a subfolder of images for each class.
-        max_images: bound; more are thinned to a sample drawn by the seed, in their order.
-
-    Raises:
-        InputError: the name is not known, the files are faulty, or nothing is labelled.
+    The name is one of Detectron2's catalog; or ``ANNOTATIONS.json:IMAGES``, a file in COCO format
+    and the folder of its images; or a folder with a subfolder of images for each class. More than
+    ``max_images`` are thinned to a sample drawn by the seed, in their order.
     """
     if max_images is not None and max_images < 1:
         raise InputError(f"max_images is {max_images}; give at least 1, or None for all images.")
     register_pair(name)
     folder = Path(name).expanduser()
-    if name not in DatasetCatalog and folder.is_dir():
-        dataset = _load_class_folders(folder)
-    else:
-        dataset = _load_registered(name)
+    is_folder = name not in DatasetCatalog and folder.is_dir()
+    dataset = _load_class_folders(folder) if is_folder else _load_registered(name)
     if max_images is not None and len(dataset.images) > max_images:
         chosen = np.random.default_rng(seed).choice(len(dataset.images), max_images, replace=False)
         dataset = dataset._replace(images=[dataset.images[i] for i in sorted(chosen)])
@@ -224,22 +202,18 @@ def load_labelled(name: str, max_images: int | None = None, seed: int = 0) -> La
 
 def _load_class_folders(folder: Path) -> LabelledDataset:
     files = [Path(file) for file in find_images(folder)]
-    classes = sorted({file.relative_to(folder).parts[0] for file in files})
-    loose = [file for file in files if file.parent == folder]
-    if loose:
+    if loose := [file for file in files if file.parent == folder]:
         raise InputError(
             f"the folder '{folder}' holds images that are in no folder of a class, for example "
             f"{loose[0].name}; give a folder with a subfolder of images for each class."
         )
-    number = {name: index for index, name in enumerate(classes)}
+    names = [file.relative_to(folder).parts[0] for file in files]
+    classes = tuple(sorted(set(names)))
     images = [
-        LabelledImage(
-            {"file_name": str(file), "image_class": number[file.relative_to(folder).parts[0]]},
-            str(folder),
-        )
-        for file in files
+        LabelledImage({"file_name": str(file), "image_class": classes.index(name)}, str(folder))
+        for file, name in zip(files, names, strict=True)
     ]
-    return LabelledDataset(str(folder), images, image_classes=tuple(classes))
+    return LabelledDataset(str(folder), images, image_classes=classes)
 
 
 def _load_registered(name: str) -> LabelledDataset:
@@ -257,31 +231,25 @@ def _load_registered(name: str) -> LabelledDataset:
         ) from error
     metadata = MetadataCatalog.get(name)
     labels = ("annotations", "sem_seg_file_name", "pair")
-    records = [r for r in records if any(r.get(key) for key in labels)]
+    records = [record for record in records if any(record.get(key) for key in labels)]
     if not records:
         raise InputError(
             f"the data set {name!r} has no annotations, which every measure compares the features "
             "with; name one that is labelled."
         )
     box_classes = tuple(metadata.get("thing_classes", ()))
+    pixel_classes = ("background", *box_classes)
     if "sem_seg_file_name" in records[0] or metadata.get("label_values"):
         pixel_classes = tuple(metadata.get("stuff_classes", ()))
-    else:
-        pixel_classes = ("background", *box_classes)
-    _check_categories(name, records, len(box_classes))
+    for record in records:  # the check of COCO files does not see a user's own loader
+        for annotation in record.get("annotations", []):
+            if not 0 <= annotation["category_id"] < len(box_classes):
+                raise InputError(
+                    f"{record['file_name']} of {name!r} has an annotation of category "
+                    f"{annotation['category_id']}, but `thing_classes` in the metadata names "
+                    f"{len(box_classes)}; correct either."
+                )
     values = np.array(metadata.label_values) if metadata.get("label_values") else None
     settings = len(pixel_classes), metadata.get("ignore_label", 255), values
     images = [LabelledImage(record, name, *settings) for record in records]
     return LabelledDataset(name, images, box_classes, pixel_classes)
-
-
-def _check_categories(name: str, records: list[dict[str, Any]], count: int) -> None:
-    # The check of COCO files does not see a user's own loader.
-    for record in records:
-        for annotation in record.get("annotations", []):
-            if not 0 <= annotation["category_id"] < count:
-                raise InputError(
-                    f"{record['file_name']} of {name!r} has an annotation of category "
-                    f"{annotation['category_id']}, but `thing_classes` in the metadata names "
-                    f"{count}; correct either."
-                )

@@ -1,21 +1,19 @@
-"""Frozen-feature measures: their protocol, the registry, and running them together."""
+"""Frozen-feature measures: the registry, and running them together."""
 
 from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import fields
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, ClassVar, Protocol
+from typing import Any
 
 import yaml
 from tabulate import tabulate
 
 from flsl_d2.engine.progress import progress
 from flsl_d2.errors import InputError
-from flsl_d2.evaluation.classification import Classification
+from flsl_d2.evaluation.classification import BoxKnn, Classification
 from flsl_d2.evaluation.cluster_quality import ClusterQuality
 from flsl_d2.evaluation.clustering import Clustering
 from flsl_d2.evaluation.correspondence import Correspondence
@@ -23,75 +21,19 @@ from flsl_d2.evaluation.discovery import Discovery
 from flsl_d2.evaluation.explained_variance import ExplainedVariance
 from flsl_d2.evaluation.features import RANDOM, frozen_encoder, usable_device
 from flsl_d2.evaluation.in_context import InContext
-from flsl_d2.evaluation.knn_box import BoxKnn
 from flsl_d2.evaluation.labelled_images import LabelledDataset, load_labelled
-from flsl_d2.evaluation.samples import (
-    Options,
-    Sample,
-    Task,
-    WholeSets,
-    check_takes_rgb,
-    encode_dataset,
-    global_attention,
-)
+from flsl_d2.evaluation.samples import Measure, Options, Task, encode_dataset, global_attention
 from flsl_d2.evaluation.segmentation import KnnSegmentation, LinearSegmentation
 from flsl_d2.files import writable_folder, write_text
 from flsl_d2.modeling import Encoder
 
 logger = logging.getLogger(__name__)
 
-
-class Measure(Protocol):
-    """A measure of frozen features.
-
-    It is made from a :class:`flsl_d2.evaluation.samples.Task`, looks at every training image,
-    fits, looks at every validation image, and returns its scores. Several measures share one pass
-    over the images, so that each image is encoded once, and samples are not kept. A measure that
-    prepares images in its own way is a :class:`flsl_d2.evaluation.samples.WholeSets`. Every
-    method, the constructor included, may raise ``InputError`` where the data or the encoder do not
-    allow this measure.
-
-    Attributes:
-        name: name of the measure in :data:`MEASURES`, and start of the names of its scores.
-        without_direction: scores for which neither high nor low is better; all others are the
-            better the higher.
-    """
-
-    name: str
-    without_direction: ClassVar[tuple[str, ...]]
-
-    def __init__(self, task: Task) -> None: ...
-
-    def observe_train(self, sample: Sample) -> None:
-        """Take what is needed from a training image."""
-        ...
-
-    def fit(self) -> None:
-        """Learn from the training images, all of which were seen."""
-        ...
-
-    def observe_val(self, sample: Sample) -> None:
-        """Score a validation image."""
-        ...
-
-    def results(self) -> dict[str, float]:
-        """Return the scores over all validation images, without the measure's name."""
-        ...
-
-
 MEASURES: dict[str, type[Measure]] = {
     kind.name: kind
     for kind in (
-        BoxKnn,
-        KnnSegmentation,
-        LinearSegmentation,
-        ClusterQuality,
-        ExplainedVariance,
-        Classification,
-        InContext,
-        Clustering,
-        Discovery,
-        Correspondence,
+        *(BoxKnn, KnnSegmentation, LinearSegmentation, ClusterQuality, ExplainedVariance),
+        *(Classification, InContext, Clustering, Discovery, Correspondence),
     )
 }
 
@@ -100,7 +42,7 @@ def suitable_measures(dataset: LabelledDataset) -> list[str]:
     """Return the measures of one pass over the images that the labels of a data set allow."""
     if dataset.image_classes:
         return ["classification", "explained_variance"]
-    shared = [name for name, kind in MEASURES.items() if not issubclass(kind, WholeSets)]
+    shared = [name for name, kind in MEASURES.items() if not kind.prepares_images]
     return [name for name in shared if name != "classification"]
 
 
@@ -118,22 +60,17 @@ def omitted_scores(encoder: Encoder, measures: Sequence[str]) -> dict[str, str]:
     """Return the scores that have no meaning for an encoder, by full name, with the reason."""
     if "cluster_quality" not in measures or global_attention(encoder) is not None:
         return {}
-    scores = ("ari_attention", "ari_foreground_attention", "boundary_f_attention")
     reason = "attention weights are read from an FLSLViT whose last block looks at all tokens"
-    return dict.fromkeys((f"cluster_quality/{score}" for score in scores), reason)
+    scores = ("ari", "ari_foreground", "boundary_f")
+    return {f"cluster_quality/{score}_attention": reason for score in scores}
 
 
 def measure_features(
-    encoder: Encoder,
-    train: str,
-    val: str,
-    measures: Sequence[str] | None = None,
-    **settings: Any,
+    encoder: Encoder, train: str, val: str, measures: Sequence[str] | None = None, **settings: Any
 ) -> dict[str, float]:
-    """Measure a frozen encoder.
+    """Measure a frozen encoder, which is moved to the device and left in the mode it was in.
 
     Args:
-        encoder: moved to the device, and left in the mode it was in.
         train: data set that labels are learned from; see
             :func:`flsl_d2.evaluation.labelled_images.load_labelled`.
         val: data set that is scored.
@@ -171,15 +108,18 @@ def measure_all(
     """
     settings = _checked_options(measures, options)
     try:
-        datasets = [
+        train, val = (
             load_labelled(data, max_images, seed) if isinstance(data, str) else data
             for data in (train, val)
-        ]
+        )
     except InputError as error:
         return {}, dict.fromkeys(measures or MEASURES, str(error))
-    task = Task(encoder, datasets[0], datasets[1], settings, seed)
-    with _in_evaluation(encoder.to(device)):
+    was_training = encoder.training
+    task = Task(encoder.to(device).eval(), train, val, settings, seed)
+    try:
         return run_measures(task, measures or suitable_measures(task.train))
+    finally:
+        encoder.train(was_training)
 
 
 def prepare_measures(
@@ -190,21 +130,17 @@ def prepare_measures(
     max_images: int | None = None,
     **options: Any,
 ) -> tuple[LabelledDataset, LabelledDataset]:
-    """Check names and data before long work, and return the data sets to measure with.
-
-    See :func:`measure_features` for the arguments.
-    """
+    """Check names and data before long work, and return the data sets to measure with."""
     _checked_options(measures, options)
     return load_labelled(train, max_images, seed), load_labelled(val, max_images, seed)
 
 
 def run_measures(task: Task, names: Sequence[str]) -> tuple[dict[str, float], dict[str, str]]:
     """Run measures; return the scores by full name, and the reasons of measures that failed."""
-    running, failures = {}, {}
+    running: dict[str, Measure] = {}
+    failures: dict[str, str] = {}
     for name in names:
         try:
-            if issubclass(MEASURES[name], WholeSets):
-                check_takes_rgb(task.encoder)
             running[name] = MEASURES[name](task)
         except InputError as error:
             failures[name] = str(error)
@@ -222,7 +158,7 @@ def run_measures(task: Task, names: Sequence[str]) -> tuple[dict[str, float], di
     for dataset, observe in ((task.train, "observe_train"), (task.val, "observe_val")):
         if observe == "observe_val":
             call_each("fit")
-        if all(isinstance(measure, WholeSets) for measure in running.values()):
+        if all(measure.prepares_images for measure in running.values()):
             continue
         samples = encode_dataset(task.encoder, dataset, task.options.short_side)
         try:
@@ -240,9 +176,8 @@ def _checked_options(names: Sequence[str] | None, given: Mapping[str, Any]) -> O
     if unknown or (names is not None and not names):
         problem = f"there is no measure {unknown[0]!r}" if unknown else "no measure was named"
         raise InputError(f"{problem}; use some of {', '.join(MEASURES)}.")
-    known = [field.name for field in fields(Options)]
-    unknown = [name for name in given if name not in known]
-    if unknown:
+    known = vars(Options())
+    if unknown := [name for name in given if name not in known]:
         raise InputError(
             f"the measures have no option {unknown[0]!r}; there are {', '.join(known)}."
         )
@@ -251,30 +186,21 @@ def _checked_options(names: Sequence[str] | None, given: Mapping[str, Any]) -> O
 
 def read_options(texts: Sequence[str]) -> dict[str, Any]:
     """Read settings of protocols, each ``KEY=NUMBER`` or ``KEY=[NUMBER,NUMBER]``."""
-    known = {field.name: field.default for field in fields(Options)}
+    defaults = vars(Options())
     found: dict[str, Any] = {}
     for text in texts:
         key, _, value = text.partition("=")
-        several = isinstance(known.get(key), tuple)
+        several = isinstance(defaults.get(key), tuple)
         try:
             given = yaml.safe_load(value)
-            numbers = [v + 0 for v in (given if isinstance(given, list) and several else [given])]
+            values = given if several and isinstance(given, list) else [given]
+            numbers = tuple(v + 0 for v in values)
         except (yaml.YAMLError, TypeError) as error:
             raise InputError(
                 f"the option {text!r} has no number; give KEY=VALUE, such as side=224."
             ) from error
-        found[key] = tuple(numbers) if several else given
+        found[key] = numbers if several else given
     return found
-
-
-@contextmanager
-def _in_evaluation(encoder: Encoder) -> Iterator[None]:
-    was_training = encoder.training
-    encoder.train(False)
-    try:
-        yield
-    finally:
-        encoder.train(was_training)
 
 
 def report_features(
@@ -287,11 +213,8 @@ def report_features(
 ) -> None:
     """Measure an encoder, print the table and write scores, failures and settings as JSON.
 
-    Args:
-        **settings: ``seed``, ``device``, ``max_images`` and options of :func:`measure_features`.
-
-    Raises:
-        InputError: nothing can be measured; or, after the table, a measure has failed.
+    The settings are those of :func:`measure_features`. InputError where nothing can be measured,
+    or, after the table, a measure has failed.
     """
     if json_file is not None:
         writable_folder(json_file.absolute().parent)
@@ -321,14 +244,12 @@ def measures_table(
     omitted: Mapping[str, str],
 ) -> str:
     """Format scores by full name as a table with a line for each, and reasons below."""
-    lines: list[tuple[str, str, str]] = []
     values = {name: f"{value:.2f}" for name, value in results.items()}
     values |= dict.fromkeys(omitted, "n/a")
+    lines = []
     for measure in measures:
         scores = [("", "failed")] * (measure in failures)
-        scores += [
-            (n.split("/", 1)[1], v) for n, v in values.items() if n.startswith(f"{measure}/")
-        ]
+        scores += [(n[len(measure) + 1 :], v) for n, v in values.items() if f"{measure}/" in n]
         # The name of a measure stands in the first of its lines only.
         lines += [("" if i else measure, *score) for i, score in enumerate(scores)]
     columns = ("left", "left", "right")

@@ -1,4 +1,4 @@
-"""Partitions of an image: k-means, and how well one partition matches another.
+"""Partitions of an image: k-means, and how well the boundaries of one match those of another.
 
 A partition is an array of integers (H, W): pixels with the same number belong together, whichever
 number it is.
@@ -14,53 +14,28 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from flsl_d2.evaluation.labelled_images import IGNORED
+from flsl_d2.evaluation.benchmarks import IGNORED
 
 # Distance at which boundaries match, as a share of the diagonal (Martin et al., PAMI 2004).
 BOUNDARY_TOLERANCE = 0.0075
 
 
 def kmeans(
-    points: Tensor,
-    num_clusters: int,
-    seed: int | Sequence[int],
-    num_restarts: int = 3,
-    max_iterations: int = 50,
+    points: Tensor, num_clusters: int, seed: int | Sequence[int], num_restarts: int = 3
 ) -> Tensor:
-    """Cluster by scikit-learn's k-means, from k-means++ starts; the least distortion is kept.
+    """Cluster points (N, D) by scikit-learn's k-means, the best of k-means++ starts: (N,) int64.
 
-    Args:
-        points: (N, D).
-        num_clusters: K; with fewer distinct points some clusters stay empty.
-
-    Returns:
-        (N,) int64 in [0, K), on the device of the points.
+    With fewer distinct points than clusters some clusters stay empty.
     """
     from sklearn.cluster import KMeans
     from sklearn.exceptions import ConvergenceWarning
 
-    state = int(np.random.default_rng(seed).integers(2**32))
-    model = KMeans(
-        min(num_clusters, len(points)),
-        n_init=num_restarts,
-        max_iter=max_iterations,
-        random_state=state,
-    )
+    state, count = int(np.random.default_rng(seed).integers(2**32)), min(num_clusters, len(points))
+    model = KMeans(count, n_init=num_restarts, max_iter=50, random_state=state)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", ConvergenceWarning)  # fewer distinct points than clusters
         labels = model.fit_predict(points.detach().cpu().float().numpy())
     return torch.from_numpy(labels).to(points.device, torch.int64)
-
-
-def adjusted_rand_index(first: np.ndarray, second: np.ndarray) -> float:
-    """Measure the agreement of two partitions about pairs, corrected for chance.
-
-    The index (Hubert and Arabie, Comparing partitions, 1985) is 1 for equal partitions, 0 on
-    average for random ones. Both hold labels of the same shape.
-    """
-    from sklearn.metrics import adjusted_rand_score  # takes a second to import
-
-    return float(adjusted_rand_score(first.ravel(), second.ravel()))
 
 
 def boundaries(labels: np.ndarray) -> np.ndarray:
@@ -76,17 +51,11 @@ def boundaries(labels: np.ndarray) -> np.ndarray:
 
 
 def match_boundaries(found: np.ndarray, true: np.ndarray, tolerance: float) -> float:
-    """F, the harmonic mean of precision and recall of boundary pixels.
+    """F, the harmonic mean of precision and recall of boundary pixels (H, W) bool, 0 to 1.
 
     A pixel is matched if the other boundary has one within the tolerance, a share of the image's
-    diagonal that is rounded up to whole pixels; Euclidean distance, many to one.
-
-    Args:
-        found: (H, W) bool, predicted boundary.
-        true: (H, W) bool.
-
-    Returns:
-        0 to 1; 1 where neither has a boundary, 0 where only one has.
+    diagonal that is rounded up to whole pixels; Euclidean distance, many to one. F is 1 where
+    neither has a boundary, 0 where only one has.
     """
     if not found.any() or not true.any():
         return float(found.any() == true.any())
@@ -102,19 +71,13 @@ def match_boundaries(found: np.ndarray, true: np.ndarray, tolerance: float) -> f
 
 
 def _distance_to(edges: np.ndarray) -> np.ndarray:
-    """Distance of every pixel to the nearest edge, in pixels."""
     return cv2.distanceTransform((~edges).astype(np.uint8), cv2.DIST_L2, cv2.DIST_MASK_PRECISE)
 
 
-def boundary_f_score(
-    truth: np.ndarray, predicted: np.ndarray, tolerance: float = BOUNDARY_TOLERANCE
-) -> float:
-    """F of the boundaries between parts, see :func:`match_boundaries`.
-
-    Predictions do not count where the truth is `IGNORED`.
-    """
+def boundary_f_score(truth: np.ndarray, predicted: np.ndarray) -> float:
+    """F of the boundaries between parts; predictions do not count where the truth is `IGNORED`."""
     found = boundaries(predicted) & (truth != IGNORED)
-    return match_boundaries(found, boundaries(truth), tolerance)
+    return match_boundaries(found, boundaries(truth), BOUNDARY_TOLERANCE)
 
 
 def enlarge_labels(labels: np.ndarray, size: tuple[int, int]) -> np.ndarray:

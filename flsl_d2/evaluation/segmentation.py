@@ -5,10 +5,8 @@ Shape suffixes: N tokens of an image, D width, C classes, M patches of the bank,
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
 from collections import defaultdict
 from collections.abc import Sequence
-from typing import ClassVar
 
 import numpy as np
 import torch
@@ -18,69 +16,52 @@ from torch import Tensor
 from flsl_d2.errors import InputError
 from flsl_d2.evaluation.classifiers import fit_linear, retrieve
 from flsl_d2.evaluation.labelled_images import IGNORED, LabelledDataset
-from flsl_d2.evaluation.samples import Sample, Task
+from flsl_d2.evaluation.samples import Measure, Sample, Task
 
 _MAX_LISTED_CLASSES = 20
 _MEDIUM_AREA, _LARGE_AREA = 32**2, 96**2  # pixels, as in COCO's evaluation
 _ELONGATED = 2.0  # longer side over shorter side of an object's bounding box
 
 
-class PatchBank:
-    """Tokens with the share of each class among the pixels of their patch, at most ``size``.
+class TokenBank:
+    """Tokens of training images with the share of each class among the pixels of their patches."""
 
-    Every image gives the same number of patches, drawn uniformly among those with a labelled
-    pixel. The draw depends on the seed and the index of the image alone.
-    """
-
-    def __init__(self, dataset: LabelledDataset, size: int, seed: int) -> None:
-        self.num_classes = len(dataset.pixel_classes)
-        self.num_images, self.size, self.seed = len(dataset.images), size, seed
+    def __init__(self) -> None:
         self._tokens: list[Tensor] = []
         self._shares: list[Tensor] = []
 
-    def add(self, sample: Sample) -> None:
-        """Draw the patches of one image."""
-        first, last = (self.size * (sample.index + step) // self.num_images for step in (0, 1))
-        shares, labelled = patch_distributions(sample.image.semantic, sample.grid, self.num_classes)
-        candidates = np.flatnonzero(labelled)
-        wanted = min(last - first, len(candidates))
-        if not wanted:
-            return
-        generator = np.random.default_rng([self.seed, sample.index])
-        chosen = np.sort(generator.choice(candidates, wanted, replace=False))
-        self._tokens.append(sample.tokens[torch.as_tensor(chosen, device=sample.tokens.device)])
-        self._shares.append(torch.from_numpy(shares[chosen]))
+    def add(self, tokens: Tensor, shares: np.ndarray, chosen: np.ndarray) -> None:
+        """Add the chosen ones of an image's tokens (N, D) and shares (N, C)."""
+        index = torch.from_numpy(chosen)
+        self._tokens.append(tokens[index.to(tokens.device)])
+        self._shares.append(torch.from_numpy(shares)[index].to(tokens.device))
 
     def all(self) -> tuple[Tensor, Tensor]:
-        """Return tokens (M, D) and shares (M, C), on the device of the tokens.
-
-        Raises:
-            InputError: no patch has a label.
-        """
-        if not self._tokens:
+        """Return tokens (M, D) and shares (M, C); InputError where no patch had a label."""
+        if not any(len(part) for part in self._tokens):
             raise InputError("no pixel of the training images has a label; use other images.")
-        tokens = torch.cat(self._tokens)
-        return tokens, torch.cat(self._shares).to(tokens.device)
+        return torch.cat(self._tokens), torch.cat(self._shares)
+
+    def memory(self) -> tuple[Tensor, Tensor]:
+        """Return what :meth:`all` does, the tokens of unit length."""
+        tokens, shares = self.all()
+        return F.normalize(tokens, dim=1), shares
 
 
-def check_labelled_pixels(dataset: LabelledDataset) -> None:
-    """Raise InputError where a data set names no classes of pixels."""
-    if not dataset.pixel_classes:
+def check_pixel_classes(*datasets: LabelledDataset) -> tuple[str, ...]:
+    """Return the classes of pixels; InputError where a data set has none, or two differ."""
+    first, last = datasets[0], datasets[-1]
+    if first.pixel_classes != last.pixel_classes:
         raise InputError(
-            f"the data set {dataset.name!r} names no classes of pixels; give one with masks, or "
+            f"{first.name!r} has {len(first.pixel_classes)} pixel classes and {last.name!r} "
+            f"{len(last.pixel_classes)}, or other names; use two splits of one data set."
+        )
+    if not first.pixel_classes:
+        raise InputError(
+            f"the data set {first.name!r} names no classes of pixels; give one with masks, or "
             "set `stuff_classes` in its metadata."
         )
-
-
-def check_pixel_classes(train: LabelledDataset, val: LabelledDataset) -> tuple[str, ...]:
-    """Return the classes of pixels; InputError where the data sets differ, or have none."""
-    if train.pixel_classes != val.pixel_classes:
-        raise InputError(
-            f"{train.name!r} has {len(train.pixel_classes)} pixel classes and {val.name!r} "
-            f"{len(val.pixel_classes)}, or other names; use two splits of one data set."
-        )
-    check_labelled_pixels(train)
-    return train.pixel_classes
+    return first.pixel_classes
 
 
 def patch_distributions(
@@ -88,13 +69,12 @@ def patch_distributions(
 ) -> tuple[np.ndarray, np.ndarray]:
     """Count the share of each class in every patch of a grid, from labels (H, W).
 
-    Returns:
-        (N, C) float32 whose rows sum to 1, and (N,) bool: which patches have a labelled pixel
-        (the other rows are 0).
+    Returns (N, C) float32, and (N,) bool: which patches have a labelled pixel (others are 0).
     """
-    height, width = labels.shape
-    rows = (np.arange(height) * 2 + 1) * grid[0] // (2 * height)
-    columns = (np.arange(width) * 2 + 1) * grid[1] // (2 * width)
+    rows, columns = (
+        (np.arange(length) * 2 + 1) * count // (2 * length)
+        for length, count in zip(labels.shape, grid, strict=True)
+    )
     cells = rows[:, None] * grid[1] + columns
     labelled = labels != IGNORED
     counts = np.bincount(
@@ -138,11 +118,7 @@ class Confusion:
         return 100.0 * self.counts / np.maximum(true[:, None] + predicted - self.counts, 1)
 
     def mean_iou(self, all_classes: bool = False) -> float:
-        """Mean IoU in percent, over the classes that occur in the truth or over all.
-
-        Raises:
-            InputError: no pixel was counted.
-        """
+        """Mean IoU in percent, over the classes that occur in the truth or over all."""
         if not self.counts.any():
             raise InputError("no pixel of the validation images has a label; use other images.")
         counted = self.counts.any(axis=1) | all_classes
@@ -161,9 +137,7 @@ class Confusion:
 class ObjectRecall:
     """Share of an object's pixels that get its class, by size and by aspect ratio of the object.
 
-    Sizes are those of COCO, by the visible pixels of the image as annotated: small is below 32 x
-    32, large from 96 x 96 up. A bounding box at least twice as wide as high is wide, at least
-    twice as high as wide is tall, any other is square.
+    Sizes are COCO's, of the visible pixels as annotated; wide and tall are boxes from 2 : 1 up.
     """
 
     GROUPS = ("small", "medium", "large", "wide", "square", "tall")
@@ -172,12 +146,14 @@ class ObjectRecall:
         self._shares: dict[str, list[float]] = defaultdict(list)
 
     def add(self, objects: Sequence[tuple[np.ndarray, int]], predicted: np.ndarray) -> None:
-        """Add the objects of one image, with the predicted classes (H, W)."""
+        """Add the objects of one image (masks and classes), with the predicted classes (H, W)."""
         for mask, category in objects:
             area = np.count_nonzero(mask)
             size = "small" if area < _MEDIUM_AREA else "medium" if area < _LARGE_AREA else "large"
+            height, width = (np.ptp(np.flatnonzero(mask.any(axis=axis))) + 1 for axis in (1, 0))
+            wide, tall = width >= _ELONGATED * height, height >= _ELONGATED * width
             share = float((predicted[mask] == category).mean())
-            for group in (size, _aspect_group(mask)):
+            for group in (size, "wide" if wide else "tall" if tall else "square"):
                 self._shares[group].append(share)
 
     def results(self) -> dict[str, float]:
@@ -189,40 +165,30 @@ class ObjectRecall:
         }
 
 
-def _aspect_group(mask: np.ndarray) -> str:
-    height, width = (np.ptp(np.flatnonzero(mask.any(axis=axis))) + 1 for axis in (1, 0))
-    if width >= _ELONGATED * height:
-        return "wide"
-    return "tall" if height >= _ELONGATED * width else "square"
-
-
-class _Segmentation(ABC):
+class _Segmentation(Measure):
     """Measure that labels the tokens by what a bank of patches teaches, and scores the pixels."""
 
-    name: str
-    without_direction: ClassVar[tuple[str, ...]] = ()
-
     def __init__(self, task: Task) -> None:
+        super().__init__(task)
         self.classes = check_pixel_classes(task.train, task.val)
-        self.options = task.options
-        self.bank = PatchBank(task.train, task.options.bank_size, task.seed)
+        self.bank, self.recall = TokenBank(), ObjectRecall()
         self.confusion = Confusion(len(self.classes))
-        self.recall = ObjectRecall()
 
-    @abstractmethod
-    def fit(self) -> None:
-        """Learn from the bank."""
-
-    @abstractmethod
     def _scores(self, tokens: Tensor) -> Tensor:
-        """(N, D) tokens to scores (N, C) of the classes."""
+        raise NotImplementedError
 
     def observe_train(self, sample: Sample) -> None:
-        """Put patches into the bank."""
-        self.bank.add(sample)
+        # The draw depends on the seed and the index of the image alone.
+        count, size = len(self.task.train.images), self.options.bank_size
+        first, last = (size * (sample.index + step) // count for step in (0, 1))
+        labels = sample.image.semantic
+        shares, labelled = patch_distributions(labels, sample.grid, len(self.classes))
+        candidates = np.flatnonzero(labelled)
+        generator = np.random.default_rng([self.task.seed, sample.index])
+        chosen = generator.choice(candidates, min(last - first, len(candidates)), replace=False)
+        self.bank.add(sample.tokens, shares, np.sort(chosen))
 
     def observe_val(self, sample: Sample) -> None:
-        """Segment an image and count its pixels."""
         truth = sample.image.semantic
         size = (truth.shape[0], truth.shape[1])
         predicted = label_pixels(self._scores(sample.tokens), sample.grid, size)
@@ -231,7 +197,6 @@ class _Segmentation(ABC):
             self.recall.add(sample.image.objects, predicted)
 
     def results(self) -> dict[str, float]:
-        """Return ``mIoU``, ``pixel_accuracy``, the IoU of a few classes, and recall, in percent."""
         return self.confusion.results(self.classes) | self.recall.results()
 
 
@@ -240,36 +205,30 @@ class KnnSegmentation(_Segmentation):
 
     Each token takes the class shares of its k most similar bank patches (cosine), averaged with
     weights exp(cosine / T). The averages are resampled bilinearly to the pixels of the
-    annotations, and the largest wins. The bank holds at most ``bank_size`` patches of the training
-    images, see :class:`PatchBank`.
+    annotations, and the largest wins.
     """
 
     name = "knn_segmentation"
 
     def fit(self) -> None:
-        """Normalise the bank."""
-        tokens, self.shares = self.bank.all()
-        self.tokens = F.normalize(tokens, dim=1)
+        self.memory = self.bank.memory()
 
     def _scores(self, tokens: Tensor) -> Tensor:
-        k, temperature = self.options.num_neighbours, self.options.temperature
-        return retrieve(F.normalize(tokens, dim=1), self.tokens, self.shares, k, temperature)
+        return retrieve(tokens, self.memory, self.options.num_neighbours, self.options.temperature)
 
 
 class LinearSegmentation(_Segmentation):
     """Mean IoU of a linear classifier of tokens.
 
-    It learns the class shares of at most ``bank_size`` training patches (:class:`PatchBank`) from
-    their tokens, each channel standardised over the bank. Its logits are resampled bilinearly to
-    the pixels of the annotations, and the largest wins.
+    It learns the class shares of the bank's patches from their tokens, each channel standardised
+    over the bank. Its logits are resampled bilinearly to the pixels of the annotations, and the
+    largest wins.
     """
 
     name = "linear_segmentation"
 
     def fit(self) -> None:
-        """Train the layer."""
-        tokens, shares = self.bank.all()
-        self.weight, self.bias = fit_linear(tokens, shares, self.options.probe_steps)
+        self.weight, self.bias = fit_linear(*self.bank.all(), self.options.probe_steps)
 
     def _scores(self, tokens: Tensor) -> Tensor:
         return (tokens.double() @ self.weight + self.bias).float()

@@ -10,8 +10,8 @@ import pytest
 from flsl_d2.evaluation.davis.measures import boundary_accuracy, region_similarity, statistics
 
 
-def square(top: int, left: int, side: int = 20, shape: tuple[int, int] = (100, 100)) -> np.ndarray:
-    mask = np.zeros(shape, bool)
+def square(top: int, left: int, side: int = 20) -> np.ndarray:
+    mask = np.zeros((100, 100), bool)
     mask[top : top + side, left : left + side] = True
     return mask
 
@@ -22,7 +22,7 @@ def slow_j(mask: np.ndarray, truth: np.ndarray) -> float:
     return 1.0 if union == 0 else sum(a and b for a, b in pairs) / union
 
 
-def slow_boundary(mask: np.ndarray) -> list[tuple[int, int]]:
+def slow_boundary(mask: np.ndarray) -> np.ndarray:
     rows, columns = mask.shape
     found = []
     for y in range(rows):
@@ -31,21 +31,18 @@ def slow_boundary(mask: np.ndarray) -> list[tuple[int, int]]:
             inside = [(min(v, rows - 1), min(u, columns - 1)) for v, u in others]
             if any(mask[v, u] != mask[y, x] for v, u in inside):
                 found.append((y, x))
-    return found
+    return np.array(found)
 
 
 def slow_f(mask: np.ndarray, truth: np.ndarray) -> float:
     """By the distance of every boundary pixel to every other; no dilation."""
     tolerance = math.ceil(0.008 * math.sqrt(mask.shape[0] ** 2 + mask.shape[1] ** 2))
     found, true = slow_boundary(mask), slow_boundary(truth)
-    if not found and not true:
-        return 1.0
-    if not found or not true:
-        return 0.0
+    if not len(found) or not len(true):
+        return float(len(found) == len(true))
 
-    def share(of: list, near: list) -> float:
-        near_array = np.array(near)
-        hits = [((near_array - p) ** 2).sum(1).min() <= tolerance**2 for p in np.array(of)]
+    def share(of: np.ndarray, near: np.ndarray) -> float:
+        hits = [((near - p) ** 2).sum(1).min() <= tolerance**2 for p in of]
         return sum(hits) / len(hits)
 
     precision, recall = share(found, true), share(true, found)
@@ -74,25 +71,22 @@ def random_pair(rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
     return rng.random(shape) < rng.random(), truth
 
 
-@pytest.mark.parametrize("seed", range(80))
-def test_random_masks_against_the_slow_definitions(seed: int) -> None:
-    mask, truth = random_pair(np.random.default_rng(seed))
-    # The same counts, divided in another order.
-    assert region_similarity(mask, truth) == pytest.approx(slow_j(mask, truth), abs=1e-12)
-    assert boundary_accuracy(mask, truth) == pytest.approx(slow_f(mask, truth), abs=1e-12)
-
-
-def test_the_random_masks_are_not_all_easy() -> None:
-    scores = [boundary_accuracy(*random_pair(np.random.default_rng(s))) for s in range(80)]
-    assert sum(0.05 < score < 0.95 for score in scores) >= 25
+def test_random_masks_against_the_slow_definitions() -> None:
+    scores = []
+    for seed in range(60):
+        mask, truth = random_pair(np.random.default_rng(seed))
+        # The same counts, divided in another order.
+        assert region_similarity(mask, truth) == pytest.approx(slow_j(mask, truth), abs=1e-12)
+        scores.append(boundary_accuracy(mask, truth))
+        assert scores[-1] == pytest.approx(slow_f(mask, truth), abs=1e-12)
+    assert sum(0.05 < score < 0.95 for score in scores) >= 18  # they are not all easy
 
 
 def test_identical_disjoint_and_empty_masks() -> None:
     one, far, empty, full = square(10, 10), square(60, 60), square(0, 0, 0), square(0, 0, 100)
     for same in (one, empty, full):
         assert region_similarity(same, same) == boundary_accuracy(same, same) == 1.0
-    assert region_similarity(one, far) == boundary_accuracy(one, far) == 0.0
-    for a, b in ((one, empty), (empty, one)):
+    for a, b in ((one, far), (one, empty), (empty, one)):
         assert region_similarity(a, b) == boundary_accuracy(a, b) == 0.0
     # A mask that fills the image has no boundary, so it agrees with an empty one in F alone.
     assert region_similarity(full, empty) == 0.0
@@ -108,15 +102,11 @@ def test_the_tolerance_on_480p_is_8_pixels() -> None:
         assert boundary_accuracy(moved, top) == expected
 
 
-def test_recall_counts_values_above_one_half_only() -> None:
-    assert statistics([0.5, 0.51, 0.0, 1.0]).recall == 0.5
-    assert statistics([0.5, 0.51, 0.0, 1.0]).mean == pytest.approx(0.5025)
-
-
-def test_decay_of_a_constant_a_fall_and_a_rise() -> None:
-    assert statistics([0.7] * 10).decay == pytest.approx(0)
-    assert statistics(np.linspace(1, 0, 101)).decay == pytest.approx(0.75)
-    assert statistics(np.linspace(0, 1, 101)).decay == pytest.approx(-0.75)
+def test_mean_recall_and_decay() -> None:
+    # A value of one half is not recalled.
+    assert statistics(np.array([0.5, 0.51, 0.0, 1.0]))[:2].tolist() == [0.5025, 0.5]
+    for values, decay in (([0.7] * 10, 0), (np.linspace(1, 0, 101), 0.75)):
+        assert statistics(np.array(values))[2] == pytest.approx(decay)
 
 
 @pytest.mark.parametrize(
@@ -133,14 +123,7 @@ def test_decay_of_a_constant_a_fall_and_a_rise() -> None:
         (400, (1, 101), (300, 400)),
     ],
 )
-def test_which_frames_the_quarters_hold(
-    count: int, first: tuple[int, int], last: tuple[int, int]
-) -> None:
+def test_which_frames_the_quarters_hold(count: int, first: tuple, last: tuple) -> None:
     values = np.random.default_rng(count).random(count)
     expected = values[first[0] - 1 : first[1]].mean() - values[last[0] - 1 : last[1]].mean()
-    assert statistics(values).decay == pytest.approx(expected)
-
-
-def test_statistics_of_nothing_are_an_error() -> None:
-    with pytest.raises(ValueError, match="one or more"):
-        statistics([])
+    assert statistics(values)[2] == pytest.approx(expected)

@@ -5,13 +5,24 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from labelled_rectangles import dataset
 
 from flsl_d2.errors import InputError
-from flsl_d2.evaluation.explained_variance import ExplainedVariance, fit_sums, solve_fit
+from flsl_d2.evaluation import TokenFeatures
+from flsl_d2.evaluation.explained_variance import (
+    ExplainedVariance,
+    colour_r2,
+    patch_colours,
+    position_r2,
+)
 from flsl_d2.evaluation.samples import Options, Sample, Task
 from flsl_d2.modeling import FLSLViT
+from flsl_d2.modeling.positions import sincos_positions
+from flsl_d2.visualization.maps import attended_share
 
+GRID = (20, 20)
 GRIDS = [(8, 12), (12, 8), (9, 9), (8, 8)]
 PATCH = 8
 
@@ -77,17 +88,84 @@ def test_tokens_that_are_all_the_same(value: float) -> None:
         explained(lambda c, y, x: torch.full((*c.shape[:2], 4), value))
 
 
-def test_a_fit_without_an_image_is_the_fit_of_the_others() -> None:
-    torch.manual_seed(0)
-    images = [(torch.randn(20, 3).double(), torch.randn(20, 5).double()) for _ in range(3)]
-    for functions, _ in images:
-        functions[:, 0] = 1
-    first, *rest = [fit_sums(*image) for image in images]
-    others = rest[0] + rest[1]
-    weights, mean = solve_fit(first + others - first)
-    torch.testing.assert_close((weights, mean), solve_fit(others))
-    functions, tokens = (torch.cat(parts) for parts in zip(*images[1:], strict=True))
-    expected = torch.linalg.lstsq(functions, tokens).solution
-    # The ridge of 1e-9 of the mean of the diagonal.
-    torch.testing.assert_close(weights, expected, rtol=1e-6, atol=1e-6)
-    torch.testing.assert_close(mean, tokens.mean(dim=0))
+def features(token_sets, grids, images=None) -> list[TokenFeatures]:
+    images = images or [None] * len(grids)
+    return [TokenFeatures(*each) for each in zip(token_sets, grids, images, strict=True)]
+
+
+def test_position_r2_as_by_fitting_each_left_out_image() -> None:
+    torch.manual_seed(3)
+    grids = [(6, 9), (7, 6), (8, 8)]
+    sets = [torch.randn(rows * columns, 5) for rows, columns in grids]
+    sets[0][:, 0] += torch.linspace(-5, 5, 54)
+    order = 2  # (2 + 1)(2 + 2) / 2 = 6 functions for at least 10 times as many tokens
+    assert len(sets[0]) + len(sets[1]) == 96
+
+    def functions(rows: int, columns: int) -> np.ndarray:
+        return np.array(
+            [
+                [
+                    np.cos(np.pi * k * (r + 0.5) / rows) * np.cos(np.pi * m * (c + 0.5) / columns)
+                    for k in range(order + 1)
+                    for m in range(order + 1 - k)
+                ]
+                for r in range(rows)
+                for c in range(columns)
+            ]
+        )
+
+    error = deviation = 0.0
+    for i in range(3):
+        others = [j for j in range(3) if j != i]
+        fitted = np.concatenate([functions(*grids[j]) for j in others])
+        tokens = np.concatenate([sets[j].numpy() for j in others]).astype(float)
+        weights, *_ = np.linalg.lstsq(fitted, tokens, rcond=None)
+        own = sets[i].numpy().astype(float)
+        error += ((own - functions(*grids[i]) @ weights) ** 2).sum()
+        deviation += ((own - tokens.mean(axis=0)) ** 2).sum()
+    # The solver adds 1e-9 to the diagonal.
+    assert position_r2(features(sets, grids)) == pytest.approx(1 - error / deviation, abs=1e-6)
+
+
+@settings(max_examples=30, deadline=None)
+@given(
+    st.lists(st.tuples(st.integers(1, 7), st.integers(1, 7)), min_size=2, max_size=4),
+    st.integers(1, 9),
+    st.integers(0, 99),
+)
+def test_any_grids_give_a_number(grids: list[tuple[int, int]], width: int, seed: int) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    sets = [torch.randn(r * c, width, generator=generator) for r, c in grids]
+    value = position_r2(features(sets, grids))
+    assert value <= 1
+    assert np.isfinite(value)
+    shifted = [3.0 * tokens + 5.0 for tokens in sets]
+    # A large offset costs digits of float32.
+    assert position_r2(features(shifted, grids)) == pytest.approx(value, abs=1e-3)
+
+
+def test_r2_of_one_image_or_constant_tokens_is_none() -> None:
+    assert position_r2(features([torch.randn(400, 4)], [GRID])) is None
+    assert position_r2(features([torch.ones(400, 4)] * 2, [GRID] * 2)) is None
+
+
+def test_colour_explains_colours_and_not_positions() -> None:
+    rng = np.random.default_rng(0)
+    images = [rng.integers(0, 256, (80, 80, 3)).astype(np.uint8) for _ in range(3)]
+    colours = [patch_colours(image, GRID) for image in images]
+    expected = images[0].reshape(20, 4, 20, 4, 3).mean(axis=(1, 3)).reshape(-1, 3)
+    # OpenCV sums in float32, up to 255.
+    np.testing.assert_allclose(colours[0], expected, atol=1e-3)
+    mixed = [c @ torch.randn(3, 16, generator=torch.Generator().manual_seed(1)) for c in colours]
+    assert colour_r2(features(mixed, [GRID] * 3, images)) > 0.999
+    assert position_r2(features(mixed, [GRID] * 3)) < 0.02
+    table = sincos_positions(64, 20)[0]
+    assert colour_r2(features([table] * 3, [GRID] * 3, images)) < 0.02
+
+
+def test_attended_share() -> None:
+    far = 50 * torch.eye(16)
+    assert attended_share(far, scale=1.0) == pytest.approx(1 / 16)
+    assert attended_share(far, scale=1e-9) == pytest.approx(1.0)
+    halves = 50 * torch.eye(2).repeat_interleave(8, dim=0)
+    assert attended_share(halves, scale=1.0) == pytest.approx(0.5)

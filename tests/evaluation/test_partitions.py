@@ -10,24 +10,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from flsl_d2.evaluation.partitions import (
-    adjusted_rand_index,
     boundaries,
     boundary_f_score,
     enlarge_labels,
     kmeans,
 )
-
-
-def test_rand_index_known_answers() -> None:
-    halves = np.repeat([0, 1], 50)
-    assert adjusted_rand_index(halves, np.zeros(100)) == 0
-    assert adjusted_rand_index(halves, np.arange(100)) == 0
-    assert adjusted_rand_index(np.array([0, 0, 1, 2]), np.array([0, 0, 1, 1])) == pytest.approx(
-        4 / 7
-    )
-    generator = np.random.default_rng(0)
-    large = generator.integers(0, 3, (2, 2000, 2000))  # pairs of pairs beyond 64-bit integers
-    assert abs(adjusted_rand_index(*large)) < 1e-4
 
 
 def test_k_means() -> None:
@@ -36,7 +23,7 @@ def test_k_means() -> None:
     for seed in range(3):
         labels = kmeans(points, 5, [seed, 1])
         assert torch.equal(labels, kmeans(points, 5, [seed, 1]))
-        assert adjusted_rand_index(groups.numpy(), labels.numpy()) == 1
+        assert len(torch.stack([groups, labels]).unique(dim=1)[0]) == 5
     assert kmeans(torch.ones(4, 3), 2, 0).tolist() == [0, 0, 0, 0]
     assert len(kmeans(torch.eye(3), 9, 0).unique()) == 3
 

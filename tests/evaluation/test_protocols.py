@@ -17,10 +17,11 @@ from PIL import Image
 
 from flsl_d2.errors import InputError
 from flsl_d2.evaluation.benchmarks import load_spair
+from flsl_d2.evaluation.classifiers import retrieve
 from flsl_d2.evaluation.clustering import Clustering, cluster_points
 from flsl_d2.evaluation.correspondence import Correspondence, match_points
 from flsl_d2.evaluation.discovery import Discovery, cells_to_box, find_objects, overlaps
-from flsl_d2.evaluation.in_context import InContext, Memory
+from flsl_d2.evaluation.in_context import InContext, add_rare
 from flsl_d2.evaluation.labelled_images import (
     IGNORED,
     LabelledDataset,
@@ -35,7 +36,7 @@ from flsl_d2.evaluation.measures import (
     suitable_measures,
 )
 from flsl_d2.evaluation.samples import Options, Task
-from flsl_d2.evaluation.segmentation import Confusion
+from flsl_d2.evaluation.segmentation import Confusion, TokenBank, label_pixels
 from flsl_d2.modeling import FLSLViT
 
 REFERENCE = json.loads((Path(__file__).parents[1] / "golden" / "protocols.json").read_text())
@@ -51,14 +52,16 @@ def labels_of(patches: np.ndarray, shift: int = 3) -> np.ndarray:
 def test_in_context_retrieval_equals_open_hummingbird(part: str, per_image: int) -> None:
     torch.manual_seed(0)
     uniform = torch.rand(10, made.CELLS**2).numpy()  # as the reference draws them
-    memory = Memory(made.CLASSES, per_image, void_class=0)
-    patches = made.blocks(0, 10)
+    bank, patches = TokenBank(), made.blocks(0, 10)
     for index, tokens in enumerate(made.tokens(patches, 10)):
-        memory.add(torch.from_numpy(tokens), labels_of(patches)[index], uniform[index])
-    memory.join()
+        labels = np.maximum(labels_of(patches)[index], 0)  # void is class 0 there
+        size = made.CLASSES, per_image
+        add_rare(bank, torch.from_numpy(tokens), labels, *size, uniform[index])
     confusion, patches = Confusion(made.CLASSES), made.blocks(1, 6)
     for tokens, labels in zip(made.tokens(patches, 11), labels_of(patches), strict=True):
-        confusion.add(labels, memory.segment(torch.from_numpy(tokens), made.SIDE, 30, 0.02))
+        scores = retrieve(torch.from_numpy(tokens), bank.memory(), 30, 0.02)
+        grid = made.CELLS, made.CELLS
+        confusion.add(labels, label_pixels(scores, grid, labels.shape))
     # Ties of float32 at the 30th neighbour.
     assert confusion.mean_iou(True) == pytest.approx(REFERENCE["hummingbird"][part], abs=0.05)
 

@@ -10,13 +10,12 @@ from labelled_rectangles import GRID, WIDTH, dataset, run, samples
 
 from flsl_d2.errors import InputError
 from flsl_d2.evaluation.classifiers import WEIGHT_DECAY, fit_linear, nearest
-from flsl_d2.evaluation.samples import Task
+from flsl_d2.evaluation.samples import Options, Task
 from flsl_d2.evaluation.segmentation import (
     Confusion,
     KnnSegmentation,
     LinearSegmentation,
     ObjectRecall,
-    PatchBank,
     label_pixels,
     patch_distributions,
 )
@@ -153,19 +152,14 @@ def test_recall_of_objects_equals_a_slow_count() -> None:
 
 
 def test_bank_is_bounded_even_and_independent_of_order() -> None:
-    data = dataset(7)
-    banks = []
-    for order in (1, -1):
-        bank = PatchBank(data, 40, 5)
+    data, banks = dataset(7), []
+    for size, order in ((40, 1), (40, -1), (3, 1)):
+        measure = KnnSegmentation(Task(None, data, data, Options(bank_size=size), 5))
         for sample in samples(data)[::order]:
-            bank.add(sample)
-        banks.append(bank.all())
-    assert len(banks[0][0]) == 40
-    assert torch.equal(banks[0][0].sum(dim=0), banks[1][0].sum(dim=0))
-    small = PatchBank(data, 3, 5)
-    for sample in samples(data):
-        small.add(sample)
-    assert len(small.all()[0]) == 3
+            measure.observe_train(sample)
+        banks.append(measure.bank.all()[0])
+        assert len(banks[-1]) == size
+    assert torch.equal(banks[0].sum(dim=0), banks[1].sum(dim=0))
 
 
 def test_linear_probe_is_at_the_minimum_of_its_objective() -> None:

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import argparse
 import os
 from collections.abc import Sequence
+from dataclasses import fields
 from pathlib import Path
 
 from detectron2.utils.logger import setup_logger
@@ -31,18 +31,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """Segment the sequences that a command line names."""
     parser = described_parser(DESCRIPTION, EXAMPLES)
     add_option(parser, "--weights", required=True)
-    add_option(
-        parser,
-        "--davis-root",
-        default=Path(os.getenv("DETECTRON2_DATASETS", "datasets"), "DAVIS"),
-        help="with JPEGImages, Annotations and ImageSets (default: $DETECTRON2_DATASETS/DAVIS)",
-    )
-    add_option(
-        parser,
-        "--output",
-        default=Path("output/davis"),
-        help="gets masks/<sequence>/<frame>.png and results.json (default: %(default)s)",
-    )
+    root = Path(os.getenv("DETECTRON2_DATASETS", "datasets"), "DAVIS")
+    layout = "with JPEGImages, Annotations and ImageSets (default: $DETECTRON2_DATASETS/DAVIS)"
+    add_option(parser, "--davis-root", default=root, help=layout)
+    written = "gets masks/<sequence>/<frame>.png and results.json (default: %(default)s)"
+    add_option(parser, "--output", default=Path("output/davis"), help=written)
     add_option(parser, "--json", help="results (default: results.json in --output)")
     masks_only = "write masks and compute no scores"
     parser.add_argument("--masks-only", action="store_true", help=masks_only)
@@ -60,23 +53,19 @@ def main(arguments: Sequence[str] | None = None) -> None:
         ("--batch-size", 8, "frames encoded at once"),
         ("--seed", 0, "seed of untrained weights"),
     )
-    run_tool(_run, parser.parse_args(arguments))
-
-
-def _run(args: argparse.Namespace) -> None:
-    run = DavisRun(
-        root=args.davis_root,
-        output=args.output,
-        split=args.split,
-        year=args.year,
-        resolution=args.resolution,
-        short_side=args.short_side,
-        propagation=Propagation(args.radius, args.context, args.top_k, args.temperature),
-        batch_size=args.batch_size,
-        score=not args.masks_only,
-    )
+    settings = vars(parser.parse_args(arguments))
+    names = (field.name for field in fields(Propagation))
+    given = {name: settings.pop(name) for name in ("weights", "device", "json", "seed")}
+    kinds = {name: settings.pop(name) for name in names}
+    root, masks_only = settings.pop("davis_root"), settings.pop("masks_only")
     setup_logger()
-    run_davis(run, args.weights, args.device, args.json, args.seed)
+
+    def run() -> None:
+        propagation = Propagation(**kinds)
+        davis = DavisRun(root, score=not masks_only, propagation=propagation, **settings)
+        run_davis(davis, json_file=given.pop("json"), **given)
+
+    run_tool(run)
 
 
 if __name__ == "__main__":

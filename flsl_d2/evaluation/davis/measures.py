@@ -7,28 +7,11 @@ the image, quarters of a sequence) follows the benchmark's own evaluation of DAV
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import NamedTuple
-
 import numpy as np
 
 from flsl_d2.evaluation.partitions import match_boundaries
 
 _TOLERANCE = 0.008  # distance within which boundaries match, as a share of the diagonal
-
-
-class Statistics(NamedTuple):
-    """A measure over the frames of one object, or the average over objects; 0 to 1.
-
-    Attributes:
-        mean: mean over the frames.
-        recall: share of the frames above 0.5.
-        decay: mean of the first quarter of the frames minus mean of the last.
-    """
-
-    mean: float
-    recall: float
-    decay: float
 
 
 def region_similarity(mask: np.ndarray, truth: np.ndarray) -> float:
@@ -42,23 +25,16 @@ def boundary_accuracy(mask: np.ndarray, truth: np.ndarray) -> float:
     return match_boundaries(_boundary(mask), _boundary(truth), _TOLERANCE)
 
 
-def statistics(values: Sequence[float]) -> Statistics:
-    """Mean, recall and decay of a measure over the scored frames of one object, in order.
+def statistics(values: np.ndarray) -> np.ndarray:
+    """Mean, recall and decay over the scored frames, along the first axis: (3, ...).
 
-    The quarters overlap by the frame where they meet, as in the benchmark's evaluation.
-
-    Raises:
-        ValueError: ``values`` is empty or has several axes.
+    Recall is the share of the frames above 0.5, decay the mean of the first quarter minus that of
+    the last. The quarters overlap by the frame where they meet, as in the benchmark's evaluation.
     """
-    frames = np.asarray(values, dtype=np.float64)
-    if frames.ndim != 1 or not len(frames):
-        raise ValueError(f"values have shape {frames.shape}; give a sequence of one or more")
     # Halves round up; the small addend keeps them from rounding to even.
-    ends = np.round(np.linspace(1, len(frames), 5) + 1e-10).astype(int) - 1
-    first, last = frames[ends[0] : ends[1] + 1], frames[ends[3] : ends[4] + 1]
-    return Statistics(
-        float(frames.mean()), float((frames > 0.5).mean()), float(first.mean() - last.mean())
-    )
+    ends = np.round(np.linspace(1, len(values), 5) + 1e-10).astype(int) - 1
+    first, last = values[ends[0] : ends[1] + 1], values[ends[3] : ends[4] + 1]
+    return np.stack([values.mean(0), (values > 0.5).mean(0), first.mean(0) - last.mean(0)])
 
 
 def _boundary(mask: np.ndarray) -> np.ndarray:

@@ -9,7 +9,6 @@ from collections import deque
 from collections.abc import Generator, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from functools import partial
 from itertools import islice
 from pathlib import Path
 
@@ -22,8 +21,8 @@ from torch.nn import functional as F
 
 from flsl_d2.errors import InputError
 from flsl_d2.evaluation.davis.sequences import Sequence, read_mask
-from flsl_d2.evaluation.features import device_of, encode_images, read_for
-from flsl_d2.modeling import Encoder, InputFormat
+from flsl_d2.evaluation.features import device_of, encode_images, read_for, resize_pixels
+from flsl_d2.modeling import Encoder
 
 # Tokens that repeat, as in a still video, tie with the last of the nearest neighbours. All whose
 # cosine similarity is this close count, because rounding would choose among them otherwise.
@@ -45,9 +44,6 @@ class Propagation:
         context: number of past frames that give labels, in addition to the first one.
         top_k: number of neighbours, of all those frames together, that give labels.
         temperature: T of the neighbours' weights exp(cosine similarity / T).
-
-    Raises:
-        InputError: a value out of range.
     """
 
     radius: int = 12
@@ -56,32 +52,20 @@ class Propagation:
     temperature: float = 0.1
 
     def __post_init__(self) -> None:
-        for name, value, least in (
-            ("radius", self.radius, 0),
-            ("context", self.context, 0),
-            ("top_k", self.top_k, 1),
-        ):
-            if value < least:
-                raise InputError(f"{name} is {value}; give {least} or more.")
+        for name, least in (("radius", 0), ("context", 0), ("top_k", 1)):
+            if getattr(self, name) < least:
+                raise InputError(f"{name} is {getattr(self, name)}; give {least} or more.")
         if not 0 < self.temperature < float("inf"):
             raise InputError(f"temperature is {self.temperature}; give a number above 0.")
 
 
 def propagate_through(
-    frames: Iterable[Tensor],
-    first_labels: Tensor,
-    grid: tuple[int, int],
-    settings: Propagation,
+    frames: Iterable[Tensor], first_labels: Tensor, grid: tuple[int, int], settings: Propagation
 ) -> Iterator[Tensor]:
-    """Propagate labels to every frame after the first, each from the frames before it.
+    """Propagate labels (N, K) of the first frame to each later one, from the frames before it.
 
-    Args:
-        frames: tokens (N, D) of each frame, in order. Only the context is kept in memory.
-        first_labels: (N, K) labels of the tokens of the first frame.
-
-    Yields:
-        (N, K) float32 for each frame but the first. Rows sum to 1 where those of `first_labels`
-        do.
+    Of the frames' tokens (N, D) only the context is kept in memory. Yields (N, K) float32 for each
+    frame but the first; rows sum to 1 where those of `first_labels` do.
     """
     first: tuple[Tensor, Tensor] | None = None
     past: deque[tuple[Tensor, Tensor]] = deque(maxlen=settings.context)
@@ -183,18 +167,9 @@ def segment_sequence(
     """Segment all frames of a sequence; the mask of the first one is given.
 
     All objects are propagated at once. Memory holds one batch of frames and the tokens of the
-    context, in addition to the resized frames.
-
-    Args:
-        encoder: in evaluation mode; everything but reading and writing happens on its device.
-        settings: settings of the propagation; the protocol's by default.
-
-    Yields:
-        Mask (H, W) uint8 of each frame, of the sequence's own size; 0 is the background.
-
-    Raises:
-        InputError: a file cannot be decoded, the first mask has no object, or the encoder gives
-            numbers that are not finite.
+    context. Yields a mask (H, W) uint8 of each frame, of the sequence's own size; 0 is the
+    background. InputError where a file cannot be decoded, the first mask has no object, or the
+    encoder gives numbers that are not finite.
     """
     first_mask = read_mask(sequence.masks[0])
     if not first_mask.any():
@@ -207,9 +182,16 @@ def segment_sequence(
     if numbers[0]:  # no background
         numbers, ranks = np.append(0, numbers), ranks + 1
     ranks = ranks.reshape(first_mask.shape).astype(np.uint8)
-    first_labels = _token_labels(ranks, grid).to(device_of(encoder))
+    # Each token has the label at the centre of its patch, one-hot (N, 1 + objects).
+    small = Image.fromarray(ranks).resize(grid[::-1], Image.Resampling.NEAREST)
+    indexes = torch.from_numpy(np.array(small)).long().flatten()
+    first_labels = F.one_hot(indexes, int(ranks.max()) + 1).float().to(device_of(encoder))
+    taken = encoder.input_format
+
+    def read(path: Path) -> np.ndarray:
+        return resize_pixels(read_for(taken, str(path)), size, cv2.INTER_LINEAR)
+
     with ThreadPoolExecutor(_READING_THREADS) as pool:
-        read = partial(_read_resized, size=size, taken=encoder.input_format)
         tokens = _tokens(encoder, pool.map(read, sequence.frames), batch_size)
         for labels in propagate_through(tokens, first_labels, grid, settings or Propagation()):
             yield numbers.astype(np.uint8)[_mask_of(labels, grid, size, sequence.size)]
@@ -224,19 +206,6 @@ def _tokens(encoder: Encoder, images: Iterator[np.ndarray], batch_size: int) -> 
                 "the encoder's tokens are not finite numbers; check the weights it was given."
             )
         yield from tokens
-
-
-def _read_resized(path: Path, size: tuple[int, int], taken: InputFormat) -> np.ndarray:
-    frame = read_for(taken, str(path))
-    resized = cv2.resize(frame, size[::-1], interpolation=cv2.INTER_LINEAR)
-    return resized.reshape(*size, -1)
-
-
-def _token_labels(mask: np.ndarray, grid: tuple[int, int]) -> Tensor:
-    """Label each token by the centre of its patch, one-hot (N, 1 + objects)."""
-    small = Image.fromarray(mask).resize(grid[::-1], Image.Resampling.NEAREST)
-    indexes = torch.from_numpy(np.array(small)).long().flatten()
-    return F.one_hot(indexes, int(mask.max()) + 1).float()
 
 
 def _mask_of(

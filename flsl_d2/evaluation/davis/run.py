@@ -5,14 +5,13 @@ from __future__ import annotations
 import json
 import logging
 import shutil
-from collections.abc import Mapping
 from collections.abc import Sequence as Ordered
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 from PIL import Image
@@ -20,12 +19,7 @@ from tabulate import tabulate
 from tqdm import tqdm
 
 from flsl_d2.errors import InputError
-from flsl_d2.evaluation.davis.measures import (
-    Statistics,
-    boundary_accuracy,
-    region_similarity,
-    statistics,
-)
+from flsl_d2.evaluation.davis.measures import boundary_accuracy, region_similarity, statistics
 from flsl_d2.evaluation.davis.propagation import Propagation, frame_size, segment_sequence
 from flsl_d2.evaluation.davis.sequences import (
     Sequence,
@@ -46,64 +40,40 @@ _DRAWN_FRAMES = 4
 _COLUMNS = ("J&F", "J", "J rec.", "J dec.", "F", "F rec.", "F dec.")
 
 
-class Scores(NamedTuple):
-    """J and F of an object, or the average of several."""
-
-    region: Statistics
-    boundary: Statistics
-
-    @property
-    def both(self) -> float:
-        """J&F, the average of the two means."""
-        return (self.region.mean + self.boundary.mean) / 2
-
-    def as_json(self) -> dict[str, Any]:
-        """Return all numbers by the names that papers use."""
-        return {"J&F": self.both, "J": self.region._asdict(), "F": self.boundary._asdict()}
-
-
-def average(scores: Ordered[Scores]) -> Scores:
-    """Average each number over one or more objects."""
-    region = np.mean([each.region for each in scores], axis=0)
-    boundary = np.mean([each.boundary for each in scores], axis=0)
-    return Scores(Statistics(*region.tolist()), Statistics(*boundary.tolist()))
-
-
 @dataclass
 class Results:
     """Results of a run, in the order of the sequences.
 
     Attributes:
-        objects: scores of each sequence by the index of the object in the masks; empty where masks
-            were written without being scored.
+        objects: scores of each sequence by the index of the object in the masks, (2, 3): mean,
+            recall and decay of J and of F, 0 to 1; empty where masks were not scored.
         frames: number of frames of each sequence.
         failed: reason of each sequence that has no result.
     """
 
-    objects: dict[str, Mapping[int, Scores]] = field(default_factory=dict)
+    objects: dict[str, dict[int, np.ndarray]] = field(default_factory=dict)
     frames: dict[str, int] = field(default_factory=dict)
     failed: dict[str, str] = field(default_factory=dict)
 
-    def overall(self) -> Scores | None:
-        """Average over all objects of all sequences, as the benchmark does; None without any."""
-        every = [scores for objects in self.objects.values() for scores in objects.values()]
-        return average(every) if every else None
+    @property
+    def every(self) -> list[np.ndarray]:
+        """Scores of all objects of all sequences, over which the benchmark averages."""
+        return [scores for objects in self.objects.values() for scores in objects.values()]
 
     def as_json(self) -> dict[str, Any]:
-        """Return all numbers; measures are 0 to 1."""
-        overall = self.overall()
+        """Return all numbers by the names that papers use; measures are 0 to 1."""
         return {
-            "overall": overall.as_json() if overall else None,
+            "overall": _named(self.every) or None,
             "counts": {
-                "objects": sum(map(len, self.objects.values())),
+                "objects": len(self.every),
                 "sequences": len(self.objects),
                 "failed": len(self.failed),
             },
             "sequences": {
                 name: {
-                    **(average(list(objects.values())).as_json() if objects else {}),
+                    **_named(list(objects.values())),
                     "frames": self.frames[name],
-                    "objects": {str(i): scores.as_json() for i, scores in objects.items()},
+                    "objects": {str(i): _named([scores]) for i, scores in objects.items()},
                 }
                 for name, objects in self.objects.items()
             },
@@ -112,21 +82,28 @@ class Results:
 
     def table(self) -> str:
         """Format a row for each sequence and one overall, measures in percent, and failures."""
-
-        def row(name: str, objects: Ordered[Scores]) -> list[str]:
-            if not objects:
-                return [name, "", "masks written, not scored"]
-            mean = average(objects)
-            numbers = (mean.both, *mean.region, *mean.boundary)
-            return [name, str(len(objects)), *(f"{100 * number:.1f}" for number in numbers)]
-
-        rows = [row(name, list(objects.values())) for name, objects in self.objects.items()]
-        every = [scores for objects in self.objects.values() for scores in objects.values()]
-        rows += [row("overall", every)] if every else []
+        named = {name: list(objects.values()) for name, objects in self.objects.items()}
+        rows = []
+        for name, scores in [*named.items(), *([("overall", self.every)] if self.every else [])]:
+            values = ["", "masks written, not scored"]
+            if scores:
+                mean = np.mean(scores, axis=0)
+                numbers = 100 * np.array([mean[:, 0].mean(), *mean.flat])
+                values = [str(len(scores)), *(f"{number:.1f}" for number in numbers)]
+            rows.append([name, *values])
         table = tabulate(rows, ("sequence", "objects", *_COLUMNS), tablefmt="plain")
         failed = [f"{name} failed: {reason}" for name, reason in self.failed.items()]
         total = len(self.objects) + len(self.failed)
         return "\n".join([table, *failed, f"{len(self.objects)} of {total} sequences count."])
+
+
+def _named(scores: Ordered[np.ndarray]) -> dict[str, Any]:
+    """Average the scores (2, 3) of objects, and name the numbers; nothing of none."""
+    if not scores:
+        return {}
+    mean, names = np.mean(scores, axis=0), ("mean", "recall", "decay")
+    parts = {key: dict(zip(names, mean[i].tolist(), strict=True)) for i, key in enumerate("JF")}
+    return {"J&F": float(mean[:, 0].mean()), **parts}
 
 
 @dataclass(frozen=True)
@@ -137,16 +114,10 @@ class DavisRun:
         root: folder with JPEGImages, Annotations and ImageSets.
         output: folder that gets ``masks/<sequence>/<frame>.png``.
         split: list below ImageSets/<year>, such as ``val``.
-        year: folder of the lists.
         resolution: folder below JPEGImages and Annotations.
-        short_side: see :func:`flsl_d2.evaluation.davis.frame_size`.
-        propagation: settings of the propagation of labels.
         batch_size: number of frames that are encoded together; does not change the protocol.
         score: compare with the masks of all frames. Otherwise those of the first frames are
             enough, and the masks are only written, as for the benchmark's server.
-
-    Raises:
-        InputError: the batch size is below 1.
     """
 
     root: Path
@@ -167,11 +138,7 @@ class DavisRun:
 def run_davis(
     run: DavisRun, weights: str, device: str, json_file: Path | None = None, seed: int = 0
 ) -> Results:
-    """Evaluate a weight file, print the table and write the results as JSON.
-
-    Args:
-        json_file: file for results and settings; ``results.json`` in the output folder by default.
-        seed: seed for untrained weights.
+    """Evaluate a weight file, print the table and write results and settings as JSON.
 
     Raises:
         InputError: nothing can be evaluated; or, after all results are written, some sequences
@@ -211,13 +178,18 @@ def evaluate_davis(encoder: Encoder, run: DavisRun) -> Results:
     frame_size((run.short_side, run.short_side), run.short_side, encoder.patch_size)
     writable_folder(run.output / "masks")
     results, sequences = Results(), []
+
+    def report_failure(name: str, error: InputError) -> None:
+        results.failed[name] = str(error)
+        logger.warning("sequence %s failed: %s", name, error)
+
     for name in sequence_names(run.root, run.year, run.split, run.resolution):
         # A sequence that fails in this run must not keep the masks of an earlier run.
         shutil.rmtree(run.output / "masks" / name, ignore_errors=True)
         try:
             sequences.append(find_sequence(run.root, run.resolution, name, all_masks=run.score))
         except InputError as error:
-            _report_failure(results, name, error)
+            report_failure(name, error)
     with tqdm(total=sum(len(each.frames) for each in sequences), unit="frame") as progress:
         for number, sequence in enumerate(sequences, 1):
             progress.set_description(f"{sequence.name} ({number} of {len(sequences)})")
@@ -226,7 +198,7 @@ def evaluate_davis(encoder: Encoder, run: DavisRun) -> Results:
                 masks = _segment_and_write(encoder, sequence, run, progress)
                 scores = score_sequence(sequence, masks) if run.score else {}
             except InputError as error:
-                _report_failure(results, sequence.name, error)
+                report_failure(sequence.name, error)
                 progress.update(progress_before + len(sequence.frames) - progress.n)
             else:
                 results.objects[sequence.name] = scores
@@ -234,14 +206,14 @@ def evaluate_davis(encoder: Encoder, run: DavisRun) -> Results:
     return results
 
 
-def score_sequence(sequence: Sequence, masks: Ordered[np.ndarray]) -> dict[int, Scores]:
-    """Score each object of the first frame; the first and the last frame do not count.
+def score_sequence(sequence: Sequence, masks: Ordered[np.ndarray]) -> dict[int, np.ndarray]:
+    """Score each object of the first mask, by its number; the first and last frame do not count.
 
     The benchmark counts every number up to the largest, and an absent one as right. Its own data
     have no gaps; in other data absent numbers do not count, and the log says what does.
 
     Returns:
-        Scores by the number of the object in the first mask.
+        (2, 3) of each object: mean, recall and decay of J and of F.
     """
     objects = [number for number in np.unique(read_mask(sequence.masks[0])).tolist() if number]
     with ThreadPoolExecutor() as pool:  # OpenCV releases Python's lock
@@ -255,11 +227,8 @@ def score_sequence(sequence: Sequence, masks: Ordered[np.ndarray]) -> dict[int, 
             ", ".join(map(str, objects)),
             f"; {', '.join(map(str, later))} come later and are not" if later else "",
         )
-    values = np.array([values for values, _ in scored])  # (frames, objects, 2)
-    return {
-        number: Scores(*(statistics(values[:, i, j].tolist()) for j in (0, 1)))
-        for i, number in enumerate(objects)
-    }
+    values = statistics(np.array([values for values, _ in scored]))  # (3, objects, 2)
+    return {number: values[:, i].T for i, number in enumerate(objects)}
 
 
 def _score_frame(
@@ -281,10 +250,9 @@ def _segment_and_write(
     shutil.rmtree(part, ignore_errors=True)  # left by a run that was stopped
     part.mkdir()
     masks = []
+    settings = run.propagation, run.short_side, run.batch_size
     try:
-        with closing(
-            segment_sequence(encoder, sequence, run.propagation, run.short_side, run.batch_size)
-        ) as found:
+        with closing(segment_sequence(encoder, sequence, *settings)) as found:
             for frame, mask in zip(sequence.frames, found, strict=True):
                 write_indexed_png(part / f"{frame.stem}.png", mask)
                 masks.append(mask)
@@ -306,8 +274,3 @@ def _draw(path: Path, sequence: Sequence, masks: Ordered[np.ndarray]) -> None:
         pictures.append(np.where(mask > 0, tinted, frame).astype(np.uint8))
     path.parent.mkdir(parents=True, exist_ok=True)
     Image.fromarray(np.concatenate(pictures, axis=1)).save(path, quality=90)
-
-
-def _report_failure(results: Results, name: str, error: InputError) -> None:
-    results.failed[name] = str(error)
-    logger.warning("sequence %s failed: %s", name, error)

@@ -44,13 +44,9 @@ _LEAST_SCORED_FRAMES = 3  # the first and the last do not count
 
 @dataclass(frozen=True)
 class Sequence:
-    """A video all of whose files exist and have one size.
+    """A video all of whose files exist and have one size (height, width).
 
-    Attributes:
-        name: name of its folders.
-        frames: image files, in order.
-        masks: file for each frame, or for the first frame alone.
-        size: height and width in pixels.
+    There is a mask file for each frame, or for the first frame alone.
     """
 
     name: str
@@ -66,8 +62,8 @@ def sequence_names(root: Path, year: str, split: str, resolution: str) -> list[s
         InputError: the folder is not DAVIS's, the split does not exist, or its list is empty or
             has another format.
     """
-    images, lists = root / "JPEGImages" / resolution, root / "ImageSets" / year
-    for folder in (images, lists):
+    lists = root / "ImageSets" / year
+    for folder in (root / "JPEGImages" / resolution, lists):
         if not folder.is_dir():
             raise InputError(
                 f"'{root}' has no folder {folder.relative_to(root)}; give the folder that DAVIS "
@@ -93,10 +89,8 @@ def sequence_names(root: Path, year: str, split: str, resolution: str) -> list[s
 def find_sequence(root: Path, resolution: str, name: str, all_masks: bool = True) -> Sequence:
     """Find the files of a sequence, and check what can be checked without decoding pixels.
 
-    Every frame needs its mask; with ``all_masks=False`` only the first does.
-
-    Raises:
-        InputError: a frame or mask is missing, unreadable, or has another size.
+    Every frame needs its mask; with ``all_masks=False`` only the first does. InputError where a
+    frame or mask is missing, unreadable, or has another size.
     """
     frames = sorted((root / "JPEGImages" / resolution / name).glob("*.jpg"))
     folder = root / "Annotations" / resolution / name
@@ -135,9 +129,6 @@ def read_mask(path: Path) -> np.ndarray:
     Void pixels (255) count as background, as in the benchmark's evaluation. The greyscale masks of
     DAVIS 2016 have no other values than 0 and 255 and no palette in which 255 could be void: it is
     the object there, and read as 1.
-
-    Raises:
-        InputError: the file cannot be read, or its pixels are colours instead of indexes.
     """
     mask, has_palette = indexed_pixels(str(path))
     if mask.max(initial=0) > VOID:
@@ -162,7 +153,6 @@ def _check_numbers(frames: list[Path]) -> None:
 
 
 def _size(path: Path) -> tuple[int, int]:
-    """Height and width of an image file, without decoding its pixels."""
     try:
         return picture_size(str(path))[0]
     except OSError as error:
