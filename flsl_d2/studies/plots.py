@@ -31,7 +31,7 @@ def plot_file(folder: Path, name: str) -> Path:
 def draw_measures(table: Table, folder: Path, axes: Sequence[str] = ()) -> dict[str, Path]:
     """Draw each measure that any row has, except durations; return the files by measure.
 
-    ``axes`` are the label columns of a grid: none for bars, one for lines, more for heat maps.
+    ``axes`` are the label columns of a grid: from two on, heat maps are drawn instead of bars.
     """
     drawn = {}
     for measure in table.measures:
@@ -41,8 +41,6 @@ def draw_measures(table: Table, folder: Path, axes: Sequence[str] = ()) -> dict[
         path = drawn[measure.name] = plot_file(folder, measure.name)
         if len(axes) >= 2:
             heat_maps(table, measure, axes[0], axes[1], path)
-        elif axes:
-            lines(table, measure, axes[0], path)
         else:
             bars(table, measure, path)
     return drawn
@@ -65,26 +63,10 @@ def bars(table: Table, measure: Measure, path: Path) -> None:
     )
     names = [", ".join(row.labels.values()) for _, row in shown]
     axes.set_yticks(range(len(shown)), names, fontsize=9)
+    axes.set_ylabel(", ".join(table.label_names), fontsize=9)
     axes.invert_yaxis()
     axes.grid(axis="x", alpha=0.3)
     axes.tick_params(axis="x", labelsize=8)
-    save_figure(figure, path)
-
-
-def lines(table: Table, measure: Measure, axis: str, path: Path) -> None:
-    """Draw a measure against one key of the grid, a line for each setting of the other keys."""
-    figure = new_figure(6.0, 4.2)
-    axes = figure.subplots()
-    axes.set_title(_heading(measure), fontsize=11)
-    values = _values_of(table.rows, axis)
-    for title, group in _groups(table, [axis]).items():
-        cells = [(values.index(row.labels[axis]), row.cell(measure)) for row in group]
-        _line(axes, sorted((each for each in cells if each[1].values), key=lambda e: e[0]), title)
-    axes.set_xticks(range(len(values)), values)  # evenly spaced, because grids are seldom linear
-    axes.set_xlabel(axis)
-    axes.grid(alpha=0.3)
-    if len(table.label_names) > 1:
-        axes.legend(fontsize=8)
     save_figure(figure, path)
 
 

@@ -59,9 +59,7 @@ def run_demo(
 ) -> None:
     """Draw, pre-train, compare, and leave ``index.html``.
 
-    Args:
-        pretrain_iters: steps of pre-training.
-        detection_iters: steps of each detector, whose encoder is frozen.
+    Detectors take ``detection_iters`` steps each, around a frozen encoder.
 
     Raises:
         InputError: a run failed.
@@ -129,16 +127,12 @@ def _pretrain(folder: Path, processes: int, steps: int) -> None:
     arguments = ["--config-file", PRETRAIN_CONFIG, "--num-gpus", str(processes), "--overwrite"]
     arguments += [f"train.output_dir={folder / 'pretrain'}", f"train.max_iter={steps}"]
     _show("pretrain", arguments)
-    log = folder / "pretrain_console.txt"
+    log, command = folder / "pretrain_console.txt", [sys.executable, "-m", "pretrain", *arguments]
+    pipe = subprocess.PIPE
     with (
         log.open("w") as file,
         subprocess.Popen(
-            [sys.executable, "-m", "pretrain", *arguments],
-            cwd=ROOT,
-            env=os.environ,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
+            command, cwd=ROOT, env=os.environ, stdout=pipe, stderr=subprocess.STDOUT, text=True
         ) as process,
     ):
         for line in process.stdout or ():

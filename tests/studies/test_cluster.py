@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
+import multiprocessing
 import os
 import signal
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -49,23 +48,19 @@ while not signal_seen and time.time() < end: time.sleep(0.02)
 (folder / 'saved').touch()
 sys.exit(75)
 """
-DRIVER = """
-import sys; sys.path[:0] = {path!r}
-from pathlib import Path
-from test_cluster import STOPPED, job, local, run_jobs
-run_jobs([job("long", STOPPED)], Path({folder!r}), local(Path({folder!r})))
-"""
 
 
 def test_an_interrupted_run_asks_its_jobs_to_save(tmp_path):
-    path = [str(Path(__file__).parent), *sys.path]
-    code = DRIVER.format(path=path, folder=str(tmp_path))
-    run = subprocess.Popen([sys.executable, "-c", code], env=os.environ | {"OMP_NUM_THREADS": "1"})
-    folder = tmp_path / "jobs" / job("long", STOPPED).key
+    long = job("long", STOPPED)
+    run = multiprocessing.get_context("fork").Process(
+        target=lambda: run_jobs([long], tmp_path, local(tmp_path))
+    )
+    run.start()
+    folder = tmp_path / "jobs" / long.key
     while not (folder / "pid").is_file():
-        assert run.poll() is None
-    run.send_signal(signal.SIGTERM)
-    run.wait(60)
+        assert run.is_alive()
+    os.kill(run.pid, signal.SIGTERM)
+    run.join(60)
     assert (folder / "saved").is_file()
     assert '"interrupted"' in (folder / "result.json").read_text()
 

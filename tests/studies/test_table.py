@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import csv
 import io
+import itertools
+import re
 import shutil
 import subprocess
-from html.parser import HTMLParser
 
 import cv2
 import numpy as np
@@ -15,7 +16,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from flsl_d2.studies.jobs import Job, Outcome, Record
-from flsl_d2.studies.plots import bars, heat_maps, label_curves, lines, overlaid_curves
+from flsl_d2.studies.plots import bars, heat_maps, label_curves, overlaid_curves
 from flsl_d2.studies.table import Cell, Measure, Row, Subject, Table, cell_of, differ, results_table
 from flsl_d2.visualization.html import render
 
@@ -75,7 +76,6 @@ def test_nothing_is_best_within_the_spread(values, best, verdict):
 
 
 def test_low_may_be_better_and_a_loss_has_no_best():
-    assert table((1, 2), (10, 11), measure=Measure(AP.name, "lower")).best(AP) == [1]
     lower = Measure(AP.name, "lower")
     assert table((1, 2), (10, 11), measure=lower).best(lower) == [0]
     plain = Measure(AP.name)
@@ -195,20 +195,6 @@ def test_cells_take_values_and_reasons_from_records():
     assert cell_of(records[:1], "z").text(1) == "n/a"
 
 
-class Reader(HTMLParser):
-    """Collects tags, and what would be fetched from elsewhere."""
-
-    def __init__(self, page: str) -> None:
-        super().__init__()
-        self.tags: list[str] = []
-        self.sources: list[str] = []
-        self.feed(page)
-
-    def handle_starttag(self, tag, attributes):
-        self.tags.append(tag)
-        self.sources += [value for name, value in attributes if name in ("src", "href")]
-
-
 def test_a_page_needs_nothing_but_itself(tmp_path):
     bars(hostile(), AP, tmp_path / "bars.png")
     pictures = {f"one > two {HOSTILE}": tmp_path / "bars.png", "absent": tmp_path / "absent.png"}
@@ -223,30 +209,22 @@ def test_a_page_needs_nothing_but_itself(tmp_path):
         versions={"torch": "2", "timm": "1"},
         details=[("config", "a < b")],
     )
-    reader = Reader(page)
-    assert not {"b", "link"} & set(reader.tags)
-    assert "alert(1)</script>" not in page
-    assert [source[:22] for source in reader.sources] == ["data:image/png;base64,"]
+    assert not re.search("<(b|link)[ >]|alert\\(1\\)</script>", page)
+    assert re.findall(r'\s(?:src|href)="(.{22})', page) == ["data:image/png;base64,"]
     assert "is best, beyond the spread" in page
     assert "a &lt; b" in page
 
 
 @pytest.mark.parametrize("third", [{}, {"seed_of_views": ["0", "$1_2", "2"]}])
-def test_plots_of_a_grid_are_drawn(tmp_path, third):
-    def grid(keys: dict[str, list[str]]) -> Table:
-        combinations: list[dict[str, str]] = [{}]
-        for key, values in keys.items():
-            combinations = [{**c, key: value} for c in combinations for value in values]
-        rows = [Row(c, {AP.name: Cell((10.0 + i, 12.0 + i))}) for i, c in enumerate(combinations)]
-        rows[-1] = Row(rows[-1].labels, {AP.name: Cell(failures=("no memory",))})
-        return Table(rows, [AP])
-
-    lines(grid({"v": ["0.01", "0.03", "0.1"], **third}), AP, "v", tmp_path / "lines.png")
-    two = grid({"v": ["0.01", "0.03"], "gamma": ["1", "5", "9"], **third})
-    heat_maps(two, AP, "v", "gamma", tmp_path / "map.png")
-    for name in ("lines", "map"):
-        image = cv2.imread(str(tmp_path / f"{name}.png"))
-        assert len(np.unique(image.reshape(-1, 3), axis=0)) > 10
+def test_heat_maps_of_a_grid_are_drawn(tmp_path, third):
+    keys = {"v": ["0.01", "0.03"], "gamma": ["1", "5", "9"], **third}
+    labels = [dict(zip(keys, each, strict=True)) for each in itertools.product(*keys.values())]
+    cells = [Cell((10.0 + i, 12.0 + i)) for i in range(len(labels) - 1)]
+    cells.append(Cell(failures=("no memory",)))
+    rows = [Row(own, {AP.name: cell}) for own, cell in zip(labels, cells, strict=True)]
+    heat_maps(Table(rows, [AP]), AP, "v", "gamma", tmp_path / "map.png")
+    image = cv2.imread(str(tmp_path / "map.png"))
+    assert len(np.unique(image.reshape(-1, 3), axis=0)) > 10
 
 
 def test_curves_over_labels_have_a_panel_for_each_detector(tmp_path):

@@ -19,7 +19,7 @@ def write(path: Path, records: list[dict], tail: str = "") -> Path:
     return path
 
 
-def test_what_detectron2_writes_is_read(tmp_path: Path) -> None:
+def test_what_detectron2_writes_is_read(tmp_path):
     path = tmp_path / "metrics.json"
     writer = JSONWriter(str(path), window_size=1)
     with EventStorage(0) as storage:
@@ -35,19 +35,25 @@ def test_what_detectron2_writes_is_read(tmp_path: Path) -> None:
     assert resumed == []
 
 
-def test_torn_line_is_skipped(tmp_path: Path) -> None:
-    records = [{"iteration": i, "loss": 1.0 - i / 10} for i in range(3)]
-    path = write(tmp_path / "m.json", records, '{"iteration": 3, "lo')
-    assert read_metrics(path)[0] == {"loss": ([0, 1, 2], [1.0, 0.9, 0.8])}
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ('{"iteration": 0, "loss": 2}\n{"iteration": 3, "lo', {"loss": ([0], [2.0])}),
+        ('{"iteration": 1, "loss": 2}\n{"itera\n\n{"iteration": 2, "loss": 1}\n[3]\n',
+         {"loss": ([1, 2], [2.0, 1.0])}),
+        ('{"iteration": 1, "loss": NaN, "a": "x", "b": true, "c": null, "d": 4}\n',
+         {"d": ([1], [4.0])}),
+        ('{"iteration": 9, "loss": 1}\n{"iteration": 9, "bbox/AP": 30}\n',
+         {"loss": ([9], [1.0]), "bbox/AP": ([9], [30.0])}),
+    ],
+    ids=["torn at the end", "torn in the middle", "no numbers", "two lines of an iteration"],
+)  # fmt: skip
+def test_lines_that_are_read_in_part(text, expected, tmp_path):
+    (tmp_path / "m.json").write_text(text)
+    assert read_metrics(tmp_path / "m.json")[0] == expected
 
 
-def test_torn_line_in_the_middle(tmp_path: Path) -> None:
-    path = tmp_path / "m.json"
-    path.write_text('{"iteration": 1, "loss": 2}\n{"itera\n\n{"iteration": 2, "loss": 1}\n[3]\n')
-    assert read_metrics(path)[0]["loss"] == ([1, 2], [2.0, 1.0])
-
-
-def test_repeated_iterations_count_once(tmp_path: Path) -> None:
+def test_repeated_iterations_count_once(tmp_path):
     first = [{"iteration": i, "loss": 100.0 + i} for i in range(0, 60, 10)]
     second = [{"iteration": i, "loss": float(i)} for i in range(30, 90, 10)]
     series, resumed = read_metrics(write(tmp_path / "m.json", first + second))
@@ -56,25 +62,14 @@ def test_repeated_iterations_count_once(tmp_path: Path) -> None:
     assert resumed == [30]
 
 
-def test_a_run_from_the_start_replaces_all(tmp_path: Path) -> None:
+def test_a_run_from_the_start_replaces_all(tmp_path):
     runs = [[{"iteration": i, "loss": float(n)} for i in range(n, 5)] for n in (1, 2, 0)]
     series, resumed = read_metrics(write(tmp_path / "m.json", [r for run in runs for r in run]))
     assert series["loss"] == ([0, 1, 2, 3, 4], [0.0] * 5)
     assert resumed == [0]
 
 
-def test_lines_of_the_same_iteration_complete_each_other(tmp_path: Path) -> None:
-    records = [{"iteration": 9, "loss": 1.0}, {"iteration": 9, "bbox/AP": 30.0}]
-    assert set(read_metrics(write(tmp_path / "m.json", records))[0]) == {"loss", "bbox/AP"}
-
-
-def test_what_is_no_number_is_left_out(tmp_path: Path) -> None:
-    path = tmp_path / "m.json"
-    path.write_text('{"iteration": 1, "loss": NaN, "a": "x", "b": true, "c": null, "d": 4}\n')
-    assert read_metrics(path)[0] == {"d": ([1], [4.0])}
-
-
-def test_default_keys() -> None:
+def test_default_keys():
     varying, constant = ([0, 1], [1.0, 2.0]), ([0, 1], [1.0, 1.0])
     series = {
         "lr": varying, "loss_cls": varying, "total_loss": varying, "eta_seconds": varying,
@@ -83,7 +78,7 @@ def test_default_keys() -> None:
     assert _default_keys(series) == ["total_loss", "loss_cls", "bbox/AP", "lr", "new"]
 
 
-def test_page_is_drawn(tmp_path: Path) -> None:
+def test_page_is_drawn(tmp_path):
     records = [
         {"iteration": i, "loss": 5.0 / (i + 1), "loss_volume": 10.0 ** (-i / 10), "lr": 1e-3 * i}
         for i in (*range(0, 30), *range(20, 40))
@@ -92,20 +87,14 @@ def test_page_is_drawn(tmp_path: Path) -> None:
     loss_curves(path, tmp_path / "pictures" / "curves.png")
     page = cv2.imread(str(tmp_path / "pictures" / "curves.png"))
     assert page.std() > 10
-
-
-def test_a_single_line_is_enough(tmp_path: Path) -> None:
     loss_curves(write(tmp_path / "m.json", [{"iteration": 0, "loss": 0.0}]), tmp_path / "a.png")
-    assert (tmp_path / "a.png").stat().st_size > 1000
+    assert (tmp_path / "a.png").stat().st_size > 1000, "a single line is enough"
 
 
 @pytest.mark.parametrize("text", ["", "not json\n", '{"loss": 1}\n', '{"iteration": 3}\n'])
-def test_files_without_metrics(text: str, tmp_path: Path) -> None:
+def test_files_without_metrics(text, tmp_path):
     (tmp_path / "m.json").write_text(text)
     with pytest.raises(InputError, match="no metrics"):
         loss_curves(tmp_path / "m.json", tmp_path / "a.png")
-
-
-def test_bad_requests(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="cannot be read"):
         loss_curves(tmp_path / "none.json", tmp_path / "a.png")

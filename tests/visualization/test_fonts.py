@@ -25,7 +25,7 @@ def read(path: Path) -> np.ndarray:
     return cv2.imread(str(path)).astype(int)
 
 
-def test_every_text_reaches_every_place_of_a_figure(tmp_path: Path) -> None:
+def test_every_text_reaches_every_place_of_a_figure(tmp_path):
     rows = [[Panel(GREY, name), Panel(GREY, name[::-1])] for name in NAMES]
     picture_table(tmp_path / "a.png", "\n".join(NAMES[:3]), rows, NAMES[3:5], NAMES)
     assert read(tmp_path / "a.png").shape[1] < 2000, "a long name makes no wide figure"
@@ -45,7 +45,7 @@ def test_every_text_reaches_every_place_of_a_figure(tmp_path: Path) -> None:
         assert drawn.std() > 1
 
 
-def test_curves_of_hostile_keys_and_folders(tmp_path: Path) -> None:
+def test_curves_of_hostile_keys_and_folders(tmp_path):
     folder = tmp_path / as_file_name("cost $i_$3 $\\frac{$")
     folder.mkdir()
     lines = [{"iteration": i, **{f"{n} loss": i % 3 for n in HOSTILE[:9]}} for i in range(4)]
@@ -53,7 +53,7 @@ def test_curves_of_hostile_keys_and_folders(tmp_path: Path) -> None:
     loss_curves(folder / "metrics.json", folder / "curves.png")
 
 
-def test_a_formula_is_drawn_letter_by_letter(tmp_path: Path) -> None:
+def test_a_formula_is_drawn_letter_by_letter(tmp_path):
     pages = []
     for name in ("$i$", "$j$", "i"):
         picture_table(tmp_path / "a.png", "", [[Panel(GREY, name)]])
@@ -62,7 +62,7 @@ def test_a_formula_is_drawn_letter_by_letter(tmp_path: Path) -> None:
     assert (pages[0] != pages[2]).any(), "the dollars are drawn"
 
 
-def test_a_curve_of_rounding_is_flat_and_has_no_offset(tmp_path: Path) -> None:
+def test_a_curve_of_rounding_is_flat_and_has_no_offset(tmp_path):
     figure, (axes,) = plot_grid(1, "")
     axes.plot([0, 1, 2], [5.545, 5.545001, 5.545])
     save_figure(figure, tmp_path / "a.png")
@@ -71,9 +71,7 @@ def test_a_curve_of_rounding_is_flat_and_has_no_offset(tmp_path: Path) -> None:
     assert axes.yaxis.get_offset_text().get_text() == ""
 
 
-def test_fonts_are_found_by_their_characters(
-    caplog: pytest.LogCaptureFixture, tmp_path: Path
-) -> None:
+def test_fonts_are_found_by_their_characters(caplog, tmp_path):
     default = fonts._characters(findfont(fonts._DEFAULT))
     other = next(
         e.fname for e in fontManager.ttflist if e.name == "STIXGeneral" and e.style == "normal"
@@ -94,7 +92,7 @@ def test_fonts_are_found_by_their_characters(
 
 
 @pytest.mark.parametrize("text", NAMES)
-def test_what_is_printed_stays_on_its_line(text: str) -> None:
+def test_what_is_printed_stays_on_its_line(text):
     shown = plain_line(text)
     assert "\n" not in shown
     assert "\x1b" not in shown

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import pytest
 import torch
 import torch.nn.functional as F
@@ -20,7 +18,7 @@ WIDTH, CENTROIDS = 16, 24
 
 
 @pytest.fixture
-def model() -> FLSL:
+def model():
     backbone = FLSLViT(img_size=32, patch_size=8, embed_dim=WIDTH, depth=1, num_heads=2)
     model = FLSL(backbone, FLSLHead(WIDTH, CENTROIDS, 20, 12), FLSLLoss(CENTROIDS))
     torch.nn.init.normal_(model.teacher.head.last_layer.weight_v)
@@ -28,7 +26,7 @@ def model() -> FLSL:
     return model
 
 
-def test_the_teachers_head_is_read(model: FLSL, tmp_path: Path) -> None:
+def test_the_teachers_head_is_read(model, tmp_path):
     x = torch.randn(5, WIDTH)
     expected = model.teacher.head(x)
     for prefix in ("", "module."):
@@ -39,7 +37,7 @@ def test_the_teachers_head_is_read(model: FLSL, tmp_path: Path) -> None:
         torch.testing.assert_close(read_head(f"{path}?which=student")(x), model.student.head(x))
 
 
-def test_the_published_layout(model: FLSL, tmp_path: Path) -> None:
+def test_the_published_layout(model, tmp_path):
     head = {f"head.{name}": t for name, t in model.teacher.head.state_dict().items()}
     path = str(tmp_path / "published.pth")
     torch.save({"teacher": head, "flsl_loss": {}}, path)
@@ -51,16 +49,13 @@ def test_the_published_layout(model: FLSL, tmp_path: Path) -> None:
     # A head with normalisation layers in between is another one.
     torch.save({"teacher": {**head, "head.mlp.1.running_mean": x}, "flsl_loss": {}}, path)
     assert read_head(path) is None
-
-
-def test_encoders_alone_have_no_head(model: FLSL, tmp_path: Path) -> None:
     save_teacher_backbone(model, tmp_path / "teacher_backbone.pth")
     assert read_head(str(tmp_path / "teacher_backbone.pth")) is None
     with pytest.raises(InputError, match="do not exist"):
         read_head(str(tmp_path / "none.pth"))
 
 
-def test_each_token_gets_the_nearest_centroid_of_its_mode(model: FLSL) -> None:
+def test_each_token_gets_the_nearest_centroid_of_its_mode(model):
     head, scale = model.teacher.head, 0.3
     sets = [torch.randn(n, WIDTH) for n in (10, 15)]
     numbers, cosines = assign_centroids(head, sets, scale)

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import cv2
+import matplotlib.pyplot as plt
 import numpy as np
 import pytest
 import torch
@@ -27,7 +26,7 @@ WIDTH = 32
 
 
 @pytest.fixture
-def halves() -> tuple[torch.Tensor, np.ndarray]:
+def halves():
     """Tokens of two far groups, the left and the right half of the grid, and the group of each."""
     groups = np.tile(np.arange(GRID[1]) >= GRID[1] // 2, GRID[0]).astype(int)
     centres = torch.eye(2, WIDTH) * 40
@@ -35,7 +34,7 @@ def halves() -> tuple[torch.Tensor, np.ndarray]:
 
 
 @pytest.fixture
-def image() -> np.ndarray:
+def image():
     return np.random.default_rng(0).integers(0, 256, (90, 120, 3)).astype(np.uint8)
 
 
@@ -43,32 +42,28 @@ def of(tokens: torch.Tensor, image: np.ndarray | None = None) -> TokenFeatures:
     return TokenFeatures(tokens, GRID, np.zeros((6, 8, 3), np.uint8) if image is None else image)
 
 
-def test_attention_stays_in_the_tokens_group(halves: tuple[torch.Tensor, np.ndarray]) -> None:
+def test_attention_stays_in_the_tokens_group(halves):
     tokens, groups = halves
     values = attention_values(of(tokens), token=0)
     # Rounding of float32 in a softmax.
     np.testing.assert_allclose(values.sum(), len(tokens), rtol=1e-4)
     assert values[groups == 0].min() > 10 * values[groups == 1].max()
+    half = tokens.bfloat16().requires_grad_()
+    expected = attention_values(of(half.detach().float()), 5)
+    np.testing.assert_array_equal(attention_values(of(half), 5), expected)
 
 
-def test_mode_is_near_its_group_only(halves: tuple[torch.Tensor, np.ndarray]) -> None:
+def test_modes_and_clusters_are_of_the_groups(halves):
     tokens, groups = halves
-    last = len(tokens) - 1
-    values = mode_similarity_values(of(tokens), token=last)
+    values = mode_similarity_values(of(tokens), token=len(tokens) - 1)
     assert values[groups == 1].min() > 0.99
     assert values[groups == 0].max() < 0.2
-
-
-def test_clusters_are_the_groups(halves: tuple[torch.Tensor, np.ndarray]) -> None:
-    tokens, groups = halves
     labels = cluster_labels(of(tokens))
     assert labels.max() == 1
-    assert len({(int(a), int(b)) for a, b in zip(labels.ravel(), groups.ravel(), strict=True)}) == 2
+    assert len({*zip(labels.ravel().tolist(), groups.ravel().tolist(), strict=True)}) == 2
 
 
-def test_maps_are_pictures_of_the_images_size(
-    halves: tuple[torch.Tensor, np.ndarray], image: np.ndarray
-) -> None:
+def test_maps_are_pictures_of_the_images_size(halves, image):
     tokens, groups = halves
     pictures = (
         attention_map(of(tokens, image), 3).image,
@@ -81,18 +76,7 @@ def test_maps_are_pictures_of_the_images_size(
         assert picture.dtype == np.uint8
 
 
-def test_half_precision_tokens_with_a_gradient_do_too(
-    halves: tuple[torch.Tensor, np.ndarray],
-) -> None:
-    tokens, _ = halves
-    half = tokens.bfloat16().requires_grad_()
-    expected = attention_values(of(half.detach().float()), 5)
-    np.testing.assert_array_equal(attention_values(of(half), 5), expected)
-
-
-def test_pca_tells_groups_apart_and_does_not_flip(
-    halves: tuple[torch.Tensor, np.ndarray],
-) -> None:
+def test_pca_tells_groups_apart_and_does_not_flip(halves):
     tokens, groups = halves
     picture = pca_rgb(of(tokens)).astype(int)
     apart = picture[groups == 0][:, 0].mean() - picture[groups == 1][:, 0].mean()
@@ -102,7 +86,7 @@ def test_pca_tells_groups_apart_and_does_not_flip(
 
 
 @pytest.mark.parametrize("tokens", [torch.zeros(48, 32), torch.ones(48, 1), torch.randn(48, 2)])
-def test_collapsed_or_narrow_features_are_drawn(tokens: torch.Tensor, image: np.ndarray) -> None:
+def test_collapsed_or_narrow_features_are_drawn(tokens, image):
     features = of(tokens, image)
     assert np.isfinite(attention_values(features, 0)).all()
     assert pca_rgb(features).shape == image.shape
@@ -110,7 +94,7 @@ def test_collapsed_or_narrow_features_are_drawn(tokens: torch.Tensor, image: np.
     assert mode_similarity_map(features, 0).image.shape == image.shape
 
 
-def test_cluster_borders_lie_between_clusters(image: np.ndarray) -> None:
+def test_cluster_borders_lie_between_clusters(image):
     groups = np.zeros(GRID, int)
     groups[:, 4:] = 1
     picture = cluster_overlay(np.zeros_like(image), groups)
@@ -119,7 +103,7 @@ def test_cluster_borders_lie_between_clusters(image: np.ndarray) -> None:
     assert white.sum() == image.shape[0]
 
 
-def test_tokens_that_do_not_fill_the_grid() -> None:
+def test_tokens_that_do_not_fill_the_grid():
     with pytest.raises(ValueError, match="6 x 8"):
         attention_values(of(torch.zeros(47, 8)), 0)
     with pytest.raises(ValueError, match="cell 48"):
@@ -129,11 +113,11 @@ def test_tokens_that_do_not_fill_the_grid() -> None:
 @pytest.mark.parametrize(
     ("x", "y", "token"), [(0, 0, 0), (119.9, 89.9, 47), (500, -3, 7), (15, 15, 9), (60, 45, 28)]
 )
-def test_token_at(x: float, y: float, token: int) -> None:
+def test_token_at(x, y, token):
     assert token_at(x, y, (90, 120), GRID) == token
 
 
-def test_cross_is_where_the_token_is() -> None:
+def test_cross_is_where_the_token_is():
     marked = mark_cell(
         np.full((90, 120, 3), 128, np.uint8), GRID, token_at(100, 20, (90, 120), GRID)
     )
@@ -142,7 +126,7 @@ def test_cross_is_where_the_token_is() -> None:
     assert abs(rows.mean() - 22.5) <= 1
 
 
-def test_heat_is_strongest_where_values_are() -> None:
+def test_heat_is_strongest_where_values_are():
     values = np.zeros((4, 4))
     values[1, 2] = 1
     heat = overlay_heat(np.zeros((40, 40, 3), np.uint8), values, 0, 1, "gray")[..., 0]
@@ -150,7 +134,7 @@ def test_heat_is_strongest_where_values_are() -> None:
     assert np.unravel_index(heat.argmax(), heat.shape) == pytest.approx((14, 24), abs=2)
 
 
-def test_masks_keep_their_holes() -> None:
+def test_masks_keep_their_holes():
     mask = np.zeros((50, 50), bool)
     mask[5:45, 5:45] = True
     mask[15:35, 15:35] = False
@@ -160,30 +144,20 @@ def test_masks_keep_their_holes() -> None:
     assert drawn[4, 4].sum() == 0
 
 
-def test_only_small_images_are_enlarged() -> None:
+def test_only_small_images_are_enlarged():
     assert enlarge(np.zeros((100, 200, 3), np.uint8), 50)[1] == 1
     large, factor = enlarge(np.zeros((100, 200, 3), np.uint8), 384)
     assert (large.shape, factor) == ((384, 768, 3), 3.84)
 
 
-def test_encoder_figure_of_images_of_several_sizes(
-    halves: tuple[torch.Tensor, np.ndarray], image: np.ndarray, tmp_path: Path
-) -> None:
+def test_encoder_figure_of_images_of_several_sizes(halves, image, tmp_path):
     tokens, _ = halves
     upright = np.ascontiguousarray(image.transpose(1, 0, 2))
     path = tmp_path / "new" / "encoder.png"
     features = [of(tokens, image), TokenFeatures(tokens, GRID[::-1], upright)]
+    before = plt.get_fignums(), plt.get_backend()
     encoder_figure(features, path, tokens=[0, 47])
+    assert (plt.get_fignums(), plt.get_backend()) == before
     page = cv2.imread(str(path))
     assert page.shape[1] == 8 + 5 * 258 + 2 * 55
     assert page.std() > 30
-
-
-def test_encoder_figure_leaves_pyplot_alone(
-    halves: tuple[torch.Tensor, np.ndarray], image: np.ndarray, tmp_path: Path
-) -> None:
-    import matplotlib.pyplot as plt
-
-    before = plt.get_fignums(), plt.get_backend()
-    encoder_figure([of(halves[0], image)], tmp_path / "a.png")
-    assert (plt.get_fignums(), plt.get_backend()) == before

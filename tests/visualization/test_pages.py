@@ -8,7 +8,7 @@ from pathlib import Path
 import cv2
 import numpy as np
 import pytest
-from browser import CONTRAST, Browser
+from browser import CONTRAST
 from hostile import HOSTILE, SURROGATES
 
 from flsl_d2.detection.detections import Detections
@@ -67,12 +67,12 @@ def make_report(folder: Path, names: list[str], num_images: int, masks: bool = T
 
 
 @pytest.fixture(scope="module")
-def report(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def report(tmp_path_factory):
     return make_report(tmp_path_factory.mktemp("a") / "<i>run $x$", NAMES, 3 * len(NAMES)).page
 
 
 @pytest.fixture(scope="module")
-def tokens(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def tokens(tmp_path_factory):
     rng = np.random.default_rng(0)
     import torch
 
@@ -87,7 +87,7 @@ def tokens(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def study(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def study(tmp_path_factory):
     folder = tmp_path_factory.mktemp("c")
     measures = [Measure(f"a measure with a long name {i}", "higher", 1) for i in range(9)]
     rows = []
@@ -107,9 +107,7 @@ def study(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.parametrize("name", ["report", "tokens", "study"])
-def test_a_page_fits_and_reads_in_every_window(
-    name: str, request: pytest.FixtureRequest, browser: Browser
-) -> None:
+def test_a_page_fits_and_reads_in_every_window(name, request, browser):
     """No error, no request, nothing wider than the window, contrast of 4.5, light and dark."""
     browser.open(request.getfixturevalue(name))
     browser.wait("document.querySelector('canvas, figure img')")
@@ -124,7 +122,7 @@ def test_a_page_fits_and_reads_in_every_window(
     assert browser.run("typeof ran") == "undefined"
 
 
-def test_the_report_filters_and_enlarges(report: Path, browser: Browser) -> None:
+def test_the_report_filters_and_enlarges(report, browser):
     browser.open(report)
     count = "document.querySelectorAll('#pictures canvas').length"
     browser.wait("document.querySelector('canvas[data-drawn]')")
@@ -156,7 +154,7 @@ def test_the_report_filters_and_enlarges(report: Path, browser: Browser) -> None
     assert browser.errors == []
 
 
-def test_the_verdict_is_first_and_names_are_escaped(report: Path) -> None:
+def test_the_verdict_is_first_and_names_are_escaped(report):
     text = report.read_text()
     assert "mask AP still rises" in text
     assert text.index("mask AP still rises") < text.index("validation images")
@@ -167,7 +165,7 @@ def test_the_verdict_is_first_and_names_are_escaped(report: Path) -> None:
     assert 40 < figures["bbox/AP50"] <= 51
 
 
-def test_a_thousand_classes_make_a_small_page(tmp_path: Path) -> None:
+def test_a_thousand_classes_make_a_small_page(tmp_path):
     names = [f"class {i}" for i in range(1000)]
     report = make_report(tmp_path / "run", names, 40, masks=False)
     assert report.page.stat().st_size < 1e6
@@ -177,7 +175,7 @@ def test_a_thousand_classes_make_a_small_page(tmp_path: Path) -> None:
     assert list(tmp_path.glob("run/*.png"))
 
 
-def test_every_text_of_a_template_is_escaped() -> None:
+def test_every_text_of_a_template_is_escaped():
     for text in NAMES:
         page = render(
             "finetune.html.j2", title=text, notes=[text], data={"shown": [], "x": text},

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import cv2
 import numpy as np
 import pytest
@@ -11,7 +9,7 @@ import torch
 
 from flsl_d2.evaluation import TokenFeatures
 from flsl_d2.modeling.projection_head import FLSLHead
-from flsl_d2.visualization import DescribedEncoder, describe_encoder
+from flsl_d2.visualization import describe_encoder
 from flsl_d2.visualization.described import assign_centroids
 from flsl_d2.visualization.figures import enlarge
 from flsl_d2.visualization.token_figures import (
@@ -27,7 +25,7 @@ POINTS = [(0, 0.5, 0.5), (1, 0.1, 0.9), (1, 0.9, 0.1)]
 
 
 @pytest.fixture(scope="module")
-def features() -> list[TokenFeatures]:
+def features():
     torch.manual_seed(0)
     rng = np.random.default_rng(0)
     images = [rng.integers(0, 256, (r * 16, c * 16, 3)).astype(np.uint8) for r, c in GRIDS]
@@ -37,15 +35,15 @@ def features() -> list[TokenFeatures]:
 
 
 @pytest.fixture(scope="module")
-def encoder(features: list[TokenFeatures]) -> DescribedEncoder:
+def encoder(features):
     return describe_encoder("x", features, (1.0,))
 
 
-def test_points_are_shares_of_the_image(encoder: DescribedEncoder) -> None:
+def test_points_are_shares_of_the_image(encoder):
     assert [chosen_token(encoder, point) for point in POINTS] == [2 * 6 + 3, 5 * 4, 3]
 
 
-def test_all_pages(encoder: DescribedEncoder, tmp_path: Path) -> None:
+def test_all_pages(encoder, tmp_path):
     modes_figure(encoder, POINTS, tmp_path / "modes.png", 1.0, 2)
     nearest_figure(encoder, POINTS, tmp_path / "nearest.png", 3)
     groups_figure(encoder, tmp_path / "groups.png")
@@ -64,7 +62,7 @@ def test_all_pages(encoder: DescribedEncoder, tmp_path: Path) -> None:
     assert abs(left - page.shape[1]) <= 1  # the page ends where the columns do
 
 
-def test_some_maps_alone(encoder: DescribedEncoder, tmp_path: Path) -> None:
+def test_some_maps_alone(encoder, tmp_path):
     maps = ("pca", "clusters")
     comparison_figure([encoder], POINTS[:2], tmp_path / "a.png", 1.0, maps=maps)
     page = cv2.imread(str(tmp_path / "a.png"))
@@ -80,7 +78,7 @@ def test_some_maps_alone(encoder: DescribedEncoder, tmp_path: Path) -> None:
     assert np.abs(found - shown).max() < 12
 
 
-def test_a_head_gives_the_groups(features: list[TokenFeatures]) -> None:
+def test_a_head_gives_the_groups(features):
     torch.manual_seed(0)
     head = FLSLHead(8, 64, 16, 12).eval()
     torch.nn.init.normal_(head.mlp[2].bias)

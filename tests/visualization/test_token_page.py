@@ -7,11 +7,9 @@ import json
 import re
 from pathlib import Path
 
-import cv2
 import numpy as np
 import pytest
 import torch
-from browser import Browser
 
 from flsl_d2.errors import InputError
 from flsl_d2.evaluation import TokenFeatures
@@ -37,7 +35,7 @@ def features_of(width: int) -> list[TokenFeatures]:
 
 
 @pytest.fixture(scope="module")
-def page(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def page(tmp_path_factory):
     encoders = [
         describe_encoder(name, features_of(width), SCALES) for name, width in WIDTHS.items()
     ]
@@ -59,7 +57,7 @@ def decoded(text: str, kind: str) -> np.ndarray:
     return np.frombuffer(base64.b64decode(text), kind)
 
 
-def test_page_is_self_contained(page: Path) -> None:
+def test_page_is_self_contained(page):
     text = page.read_text(encoding="utf-8")
     outside = re.sub(r"[A-Za-z0-9+/=]{60,}", "", text)
     assert not re.search(r"https?:|[\"'(]//|@import|\burl\(|\bfetch\(|XMLHttp", outside)
@@ -70,7 +68,7 @@ def test_page_is_self_contained(page: Path) -> None:
     assert "default-src 'none'" in text
 
 
-def test_embedded_tokens_are_the_given_ones_as_float16(page: Path) -> None:
+def test_embedded_tokens_are_the_given_ones_as_float16(page):
     data = content(page)
     assert [image["name"] for image in data["images"]] == NAMES
     assert [encoder["name"] for encoder in data["encoders"]] == list(WIDTHS)
@@ -86,32 +84,15 @@ def test_embedded_tokens_are_the_given_ones_as_float16(page: Path) -> None:
             assert len(decoded(at["pca"], "u1")) == 3 * len(tokens)
 
 
-def test_embedded_images_are_the_given_ones(page: Path) -> None:
-    image = content(page)["images"][1]
-    encoded = np.frombuffer(base64.b64decode(image["jpeg"].split(",")[1]), np.uint8)
-    assert cv2.imdecode(encoded, cv2.IMREAD_COLOR).shape == (image["height"], image["width"], 3)
-
-
-def test_largest_cluster_first_and_groups_complete(page: Path) -> None:
-    for encoder in content(page)["encoders"]:
-        for at in encoder["images"]:
-            for labels in at["labels"]:
-                counts = np.bincount(decoded(labels, "<u2"))
-                assert (np.diff(counts) <= 0).all()
-        for group in encoder["groups"]:
-            assert 0 < group["count"] <= 80
-            assert len(group["patches"]) >= 1
-
-
 @pytest.mark.parametrize("value", [1e6, float("nan"), float("inf")])
-def test_tokens_that_a_page_cannot_hold_are_refused(value: float) -> None:
+def test_tokens_that_a_page_cannot_hold_are_refused(value):
     tokens = torch.randn(4, 8)
     tokens[2, 3] = value
     with pytest.raises(InputError, match="the tokens of 'x' reach"):
         describe_encoder("x", [TokenFeatures(tokens, (2, 2), np.zeros((32, 32, 3), np.uint8))])
 
 
-def test_a_single_token_makes_a_page(tmp_path: Path) -> None:
+def test_a_single_token_makes_a_page(tmp_path):
     image = np.zeros((8, 8, 3), np.uint8)
     encoder = describe_encoder("x", [TokenFeatures(torch.randn(1, 8), (1, 1), image)])
     write_page(tmp_path / "a.html", [encoder], ["a"], [(0.5, 0.5)])
@@ -141,7 +122,7 @@ data.encoders.map((encoder) => {
 """
 
 
-def test_browser_computes_what_python_does(page: Path, browser: Browser) -> None:
+def test_browser_computes_what_python_does(page, browser):
     browser.open(page)
     for name, results in zip(WIDTHS, browser.run(SCRIPT), strict=True):
         sets, scale = features_of(WIDTHS[name]), WIDTHS[name] ** -0.5
@@ -165,7 +146,7 @@ def test_browser_computes_what_python_does(page: Path, browser: Browser) -> None
     np.testing.assert_array_equal(np.array(values, np.float32), expected)
 
 
-def test_clicks_and_controls_of_the_page(page: Path, browser: Browser) -> None:
+def test_clicks_and_controls_of_the_page(page, browser):
     browser.open(page)
     browser.wait("document.getElementById('check').textContent")
     assert browser.run("document.getElementById('check').textContent").startswith("Checked against")
