@@ -1,7 +1,6 @@
 """Benchmarks of dense features in their own layouts, below the folder of all data sets.
 
-Label images are used as they are published; `label_values` of the metadata gives each of their
-values a class. SPair-71k has pairs of pictures with key points in place of labels.
+Label images are used as published; `label_values` of the metadata gives each value a class.
 """
 
 from __future__ import annotations
@@ -24,13 +23,13 @@ Record = dict[str, Any]
 IGNORED = -1
 _VOID = 256 * [IGNORED]
 _CITYSCAPES_IDS = {c["id"]: i for i, c in enumerate(CITYSCAPES_CATEGORIES)}
-_COCO_THINGS = tuple(
-    "accessory animal appliance electronic food furniture indoor kitchen outdoor person sports "
-    "vehicle".split()
+_COCO_THINGS = (
+    *("accessory", "animal", "appliance", "electronic", "food", "furniture", "indoor", "kitchen"),
+    *("outdoor", "person", "sports", "vehicle"),
 )
-_COCO_STUFF = tuple(
-    "building ceiling floor food-stuff furniture-stuff ground plant raw-material sky solid "
-    "structural textile wall water window".split()
+_COCO_STUFF = (
+    *("building", "ceiling", "floor", "food-stuff", "furniture-stuff", "ground", "plant"),
+    *("raw-material", "sky", "solid", "structural", "textile", "wall", "water", "window"),
 )
 
 
@@ -100,8 +99,7 @@ def load_pairs(
 def load_coco_parts(folder: Path, split: str, name: str, classes: tuple[str, ...]) -> list[Record]:
     """Load COCO 2017 with the supercategories of its things or of its stuff as classes.
 
-    Things are the instances; every pixel of none is ignored. Stuff is
-    ``annotations/stuff_SPLIT2017_pixelmaps``; things and `other` are ignored.
+    Pixels of nothing among them are ignored.
     """
     annotations, stuff = folder / "annotations", classes == _COCO_STUFF
     file = annotations / (f"stuff_{split}2017.json" if stuff else f"instances_{split}2017.json")
@@ -128,11 +126,7 @@ def load_coco_20k(folder: Path) -> list[Record]:
 
 
 def load_spair(folder: Path, split: str) -> list[Record]:
-    """Load the pairs of SPair-71k: ``PairAnnotation/SPLIT/*.json`` and ``JPEGImages``.
-
-    Each record has ``pair``: paths ``source`` and ``target``, ``*_points`` in pixels (x, y),
-    ``*_size`` (width, height), ``target_box`` (x0, y0, x1, y1), and ``category``.
-    """
+    """Load the pairs of SPair-71k, sides as (width, height) and points as (x, y) in pixels."""
     files = sorted((folder / "PairAnnotation" / split).glob("*.json"))
     if not files:
         raise InputError(f"{folder}/PairAnnotation/{split} has no pairs; put SPair-71k there.")

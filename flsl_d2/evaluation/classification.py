@@ -11,8 +11,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from flsl_d2.errors import InputError
-from flsl_d2.evaluation.classifiers import fit_linear, nearest
 from flsl_d2.evaluation.samples import Measure, Options, Sample, Task
+from flsl_d2.evaluation.segmentation import fit_linear, nearest
 
 logger = logging.getLogger("detectron2.flsl_d2.evaluation")
 
@@ -47,10 +47,7 @@ class NeighbourVotes:
         }
 
     def count(self, scores: Mapping[str, Tensor], truth: int) -> None:
-        """Count whether each classifier's scores (C,) of an image have its class on top.
-
-        The lowest of several classes with equal scores comes first.
-        """
+        """Count whether scores (C,) have the truth on top; the lowest of equal ones is first."""
         self.num_images += 1
         for name, score in scores.items():
             ranking = score.argsort(descending=True, stable=True).tolist()
@@ -89,12 +86,7 @@ class _Naming(Measure):
 
 
 class Classification(_Naming):
-    """Accuracy of the class of an image, from the mean of its tokens.
-
-    The k most similar training images (cosine) vote with weights exp(cosine / T), and the class
-    with the most votes is the answer of k-NN. The linear probe is multinomial logistic regression
-    on all training images, each channel standardised.
-    """
+    """Accuracy of the class of an image from its mean token, by k-NN and a linear probe."""
 
     name = "classification"
 
@@ -140,13 +132,10 @@ class Classification(_Naming):
 
 
 class BoxKnn(_Naming):
-    """Accuracy of naming the object in the largest box of an image.
+    """Accuracy of naming the object in the largest box of an image (arXiv 2306.06203).
 
-    The box is cut 3 x 3, and the token nearest to each cell's centre stands for the cell (FLSL,
-    arXiv 2306.06203, on ImageNet). The nine tokens of every training image are the bank, with the
-    class of their box. The k most similar bank tokens (cosine) of each of the nine tokens of a
-    validation image vote with weights exp(cosine / T), and the class with the most votes of all
-    nine is the answer. Images without a box are left out.
+    The token nearest to the centre of each of the box's 3 x 3 cells stands for the cell, and the
+    neighbours of all nine vote. Images without a box are left out.
     """
 
     name = "knn_box"
@@ -184,10 +173,7 @@ def _box_tokens(sample: Sample, box: tuple[float, float, float, float]) -> Tenso
 def cell_tokens(
     box: tuple[float, float, float, float], size: tuple[int, int], grid: tuple[int, int]
 ) -> list[int]:
-    """Return the tokens nearest to the centres of a box's 3 x 3 cells: nine row-major indices.
-
-    The box is x0, y0, x1, y1 in pixels of an image (H, W), and the grid has rows and columns.
-    """
+    """Return the nine tokens at the centres of the 3 x 3 cells of a box (x0, y0, x1, y1)."""
     shares = [(i + 0.5) / _CELLS for i in range(_CELLS)]
     # The token that covers a point is the one whose centre is nearest.
     columns, rows = (

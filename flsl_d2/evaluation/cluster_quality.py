@@ -1,9 +1,4 @@
-"""Quality of clusters of an encoder's tokens: how well they match the objects of an image.
-
-Clusters by mean-shift, by k-means and of the last block's attention weights are compared with the
-ground-truth masks; docs/EVALUATION.md describes them. Parameters are chosen on a few training
-images, by the adjusted Rand index, and kept for all validation images.
-"""
+"""Quality of clusters of an encoder's tokens: how well they match the objects of an image."""
 
 from __future__ import annotations
 
@@ -28,11 +23,9 @@ _NUM_TUNING_IMAGES = 8
 class ClusterQuality(Measure):
     """Adjusted Rand index and boundary F-score of clusters against ground-truth segments.
 
-    Segments are the instances of an image and, as one more, what no instance covers; crowds and
-    unlabelled pixels are left out. ``ari`` counts all of that, ``ari_foreground`` the pixels of
-    instances alone, in images with at least two. Images without any instance are left out.
-    ``token_limit`` is the score of a perfect clustering, each token in the segment that most of
-    its pixels belong to; it depends on the encoder's patch size alone.
+    Clusters are by mean-shift, by k-means and of the last block's attention weights. Parameters are
+    chosen on a few training images, by the adjusted Rand index, and kept for all validation images.
+    Images without any instance are left out.
     """
 
     name = "cluster_quality"
@@ -143,14 +136,9 @@ def _mean_shift(tokens: Tensor, width: float) -> Tensor:
 
 @torch.inference_mode()
 def attention_rows(attention: Attention, attended: Tensor, num_tokens: int) -> Tensor:
-    """Compute a block's attention weights between the tokens of patches, averaged over heads.
+    """Compute the attention weights between patches, averaged over heads: (N, N), rows sum to 1.
 
-    Args:
-        attended: input of the attention, (1, rows, columns, D); or (1, 1, P + N, D) with P prefix
-            tokens (class token, registers), whose share of the weights is left out.
-
-    Returns:
-        (N, N); row i holds the weights of token i and sums to 1.
+    The input of the block is that of :class:`Sample`; the share of prefix tokens is left out.
     """
     _, height, width, _ = attended.shape
     qkv = attention.qkv(attended).view(1, height * width, 3, attention.num_heads, -1)

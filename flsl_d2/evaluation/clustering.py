@@ -3,8 +3,6 @@
 The protocol of Leopart (arXiv 2204.13101, https://github.com/MkuuWaUjinga/leopart) and NeCo (arXiv
 2408.11054), whose figures it reproduces from the same tokens: k-means and PCA are faiss's, and
 their draws with them.
-
-Shape suffixes: T tokens of all images, D width, K clusters, C classes.
 """
 
 from __future__ import annotations
@@ -26,10 +24,7 @@ _PCA_WIDTH, _ITERATIONS, _RESTARTS = 50, 100, 5
 class Clustering(Measure):
     """Mean IoU of k-means clusters of all validation tokens, mean over seeds.
 
-    Tokens of images of 448 pixels are standardised, reduced to 50 dimensions and clustered. With
-    as many clusters as classes each cluster is matched with one class (Hungarian, by IoU), with
-    500 each goes to the class that it has the most precision for. IoU is counted at 100 x 100
-    pixels. No label is learned from; ``foreground_*`` clusters and counts the foreground alone.
+    No label is learned from; ``foreground_*`` clusters and counts the foreground alone.
     """
 
     name = "clustering"

@@ -28,9 +28,8 @@ _TOLERANCE = 0.1  # of the longer side of the target's box
 class Correspondence(Measure):
     """PCK@0.1: share of key points found within 0.1 of the longer side of the object's box.
 
-    A point takes the token that covers it, and the token of the other image with the largest
-    cosine is the answer (no window, no soft arg max), by its centre. Images are padded with black
-    to squares. Only the validation pairs count.
+    A point takes the token that covers it, and the centre of the token of the other image with the
+    largest cosine is the answer. Only the validation pairs count.
     """
 
     name = "correspondence"
@@ -87,8 +86,7 @@ def placement(width: int, height: int, side: int) -> tuple[float, tuple[int, int
 def match_points(source: Tensor, target: Tensor, pair: dict[str, Any], side: int) -> np.ndarray:
     """Find the key points of a pair again: which are right, (points,) bool.
 
-    Source and target are tokens (N, D) of square images with a side in pixels; the pair is that of
-    :func:`flsl_d2.evaluation.benchmarks.load_spair`.
+    Source and target are tokens (N, D) of square images with a side in pixels.
     """
     cells = round(len(source) ** 0.5)
     placed = []

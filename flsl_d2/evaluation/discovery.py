@@ -1,10 +1,8 @@
 """Object discovery: a box around one object of an image, without labels.
 
 LOST (arXiv 2109.14279, https://github.com/valeoai/LOST) and TokenCut (arXiv 2202.11539,
-https://github.com/YangtaoWANG95/TokenCut) find it in the keys of the last block; their boxes are
-reproduced from the same keys. Beside them stands the box of FLSL's own clusters.
-
-Shape suffixes: N tokens of an image, D width.
+https://github.com/YangtaoWANG95/TokenCut) find it in the keys (N, D) of the last block; their boxes
+are reproduced from the same keys. Beside them stands the box of FLSL's own clusters.
 """
 
 from __future__ import annotations
@@ -30,8 +28,7 @@ _MAX_SIDE = 1024  # pixels; no image of VOC or COCO is larger
 class Discovery(Measure):
     """CorLoc: share of the images in which the box found has IoU 0.5 or more with an object.
 
-    Images keep their size, up to 1,024 pixels, and are padded with zeros to whole patches. Only
-    the validation images count; those without a box are left out.
+    Only the validation images count; those without a box are left out.
     """
 
     name = "discovery"
@@ -76,20 +73,17 @@ class Discovery(Measure):
         return keys[-len(tokens) :].float(), tokens
 
 
-def find_objects(
-    keys: Tensor, tokens: Tensor, grid: tuple[int, int]
-) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Find the cells (rows, columns) bool of an object by LOST, TokenCut and mean-shift.
-
-    The keys (N, D) and the tokens (N, D) are those of the last block.
-    """
+def find_objects(keys: Tensor, tokens: Tensor, grid: tuple[int, int]) -> tuple[np.ndarray, ...]:
+    """Find the cells (rows, columns) bool of an object by LOST, TokenCut and mean-shift."""
     affinity = keys @ keys.T
     seed, lost = expand_seed(affinity)
-    return (
-        component(lost, seed, grid),
-        component(*normalised_cut(keys), grid),
-        component(mean_shift_cluster(tokens, seed), seed, grid),
-    )
+    width = tokens.shape[1]
+    centred = F.normalize(tokens - tokens.mean(dim=0), dim=1) * width**0.5
+    labels = cluster(centred, _KERNEL_WIDTH / width)[0]
+    own = (labels == labels[seed]).cpu().numpy()
+    cut, cut_seed = normalised_cut(keys)
+    parts = ((lost, seed), (cut, cut_seed), (own, seed))
+    return tuple(component(*part, grid) for part in parts)
 
 
 def expand_seed(affinity: Tensor) -> tuple[int, np.ndarray]:
@@ -118,14 +112,6 @@ def normalised_cut(keys: Tensor) -> tuple[np.ndarray, int]:
     vector = eigh(degrees - weights, degrees, subset_by_index=[1, 1])[1][:, 0]
     foreground, seed = vector > vector.mean(), int(np.abs(vector).argmax())
     return (foreground if foreground[seed] else ~foreground), seed
-
-
-def mean_shift_cluster(tokens: Tensor, seed: int) -> np.ndarray:
-    """Return the cluster (N,) bool of a token, by FLSL's mean-shift of the centred tokens."""
-    width = tokens.shape[1]
-    centred = F.normalize(tokens - tokens.mean(dim=0), dim=1) * width**0.5
-    labels = cluster(centred, _KERNEL_WIDTH / width)[0]
-    return (labels == labels[seed]).cpu().numpy()
 
 
 def component(cells: np.ndarray, seed: int, grid: tuple[int, int]) -> np.ndarray:

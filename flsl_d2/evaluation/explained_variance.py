@@ -1,11 +1,8 @@
 """Share of the tokens' variance that the position or the colour of a patch alone explains.
 
-Linear maps from a few functions of position or colour to the tokens are fitted to some images and
-judged on others by ``R2 = 1 - |error|^2 / |deviation from the mean of the fitted tokens|^2``.
-Features that hold little but position or colour can make a self-supervised loss fall although no
-object is learned.
-
-Shape suffixes: N tokens of an image, D width, F functions, the first of which is 1.
+Linear maps from functions (N, F) of position or colour, the first of which is 1, are fitted to some
+images and judged on others by ``R2 = 1 - |error|^2 / |deviation from the mean of the fitted|^2``.
+Features that hold little but these can make a self-supervised loss fall with no object learned.
 """
 
 from __future__ import annotations
@@ -62,10 +59,7 @@ def colour_functions(image: np.ndarray, grid: tuple[int, int]) -> Tensor:
 
 
 def fit_sums(functions: Tensor, tokens: Tensor) -> Tensor:
-    """Return the products of functions (N, F) with each other and with tokens (N, D): (F, F + D).
-
-    A least-squares fit needs no more; those of several images add and subtract.
-    """
+    """Return all that a least-squares fit to tokens needs, (F, F + D); sums of images add up."""
     return functions.T @ torch.cat([functions, tokens], dim=1)
 
 
@@ -110,10 +104,7 @@ def held_out_r2(features: Sequence[TokenFeatures], functions: Sequence[Tensor]) 
 
 
 class ExplainedVariance(Measure):
-    """R2 of tokens by the position and by the mean colour of their patches, in percent.
-
-    The maps are fitted to all tokens of the training images and judged on the validation images.
-    """
+    """R2 of tokens by the position and by the mean colour of their patches, in percent."""
 
     name = "explained_variance"
     without_direction = ("position_r2", "colour_r2")

@@ -113,10 +113,9 @@ def resize_pixels(image: np.ndarray, size: tuple[int, int], interpolation: int) 
 
 @torch.inference_mode()
 def encode_images(encoder: Encoder, images: np.ndarray, pad: bool = False) -> Tensor:
-    """Normalise images (B, H, W, C) of the encoder's input format, and encode them.
+    """Normalise and encode images (B, H, W, C) of the encoder's input format: (B, N, D) float32.
 
-    The images have whole patches, or ``pad`` adds zeros at the right and the bottom. Returns tokens
-    of the last block, (B, N, D) float32, on the encoder's device.
+    The images have whole patches, or ``pad`` adds zeros at the right and the bottom.
     """
     device = device_of(encoder)
     pixels = torch.from_numpy(images).to(device).permute(0, 3, 1, 2).float()
@@ -135,8 +134,7 @@ def extract_tokens(
 ) -> TokenFeatures:
     """Encode one image (H, W, C), as :func:`read_for` returns it, to tokens of the last block.
 
-    Its shorter side is resized to so many pixels, or, for None, keeps its size. The aspect ratio
-    stays up to the rounding of both sides to whole patches.
+    Its shorter side gets so many pixels (None: its own), and both are rounded to whole patches.
     """
     channels = encoder.input_format.channels
     is_rgb = (channels, encoder.input_format.bits) == (3, 8)

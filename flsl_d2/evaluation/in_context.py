@@ -2,8 +2,6 @@
 
 Balazevic et al., Towards In-context Scene Understanding (arXiv 2306.01667), as implemented by
 https://github.com/vpariza/open-hummingbird-eval, whose figures it reproduces from the same tokens.
-
-Shape suffixes: N tokens of an image, D width, C classes.
 """
 
 from __future__ import annotations
@@ -18,7 +16,6 @@ from torch import Tensor
 from torchvision.transforms import ColorJitter, Compose, RandomApply, RandomResizedCrop
 
 from flsl_d2.engine.progress import progress
-from flsl_d2.evaluation.classifiers import retrieve
 from flsl_d2.evaluation.labelled_images import IGNORED
 from flsl_d2.evaluation.samples import Measure, Task, encode_square, resize_labels, square_side
 from flsl_d2.evaluation.segmentation import (
@@ -27,6 +24,7 @@ from flsl_d2.evaluation.segmentation import (
     check_pixel_classes,
     label_pixels,
     patch_distributions,
+    retrieve,
 )
 
 logger = logging.getLogger(__name__)
@@ -42,10 +40,7 @@ _JITTER = Compose(
 class InContext(Measure):
     """Mean IoU of labels retrieved by cross-attention from a memory of training tokens.
 
-    Images are squares of 512 pixels, rounded down to whole patches. The memory holds tokens of
-    random crops of the training images, or of 1/8, 1/64 and 1/128 of them. Each token of a
-    validation image takes the class shares of its 30 nearest, weighed by the softmax of
-    cosine / 0.02; they are enlarged bilinearly to the square, where IoU is counted.
+    The memory holds tokens of random crops of the training images, or of a fraction of them.
     """
 
     name = "in_context"

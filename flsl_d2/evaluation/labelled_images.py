@@ -1,7 +1,4 @@
-"""Labelled data sets as the measures use them: images with classes of pixels, objects or images.
-
-Shape suffixes: H x W pixels of the image as annotated.
-"""
+"""Labelled data sets as the measures use them: images with classes of pixels, objects or images."""
 
 from __future__ import annotations
 
@@ -35,10 +32,9 @@ class LabelledBox(NamedTuple):
 
 
 class LabelledDataset(NamedTuple):
-    """A labelled data set, or a part of it, by the name or the folder it was loaded from.
+    """A labelled data set, or a part of it: the images with labels, and names of classes, if any.
 
-    It holds only images with labels. Names of classes are empty where there are none; those of
-    pixels of instances come after `background`, which is every pixel that no instance covers.
+    The class `background`, every pixel that no instance covers, comes before those of instances.
     """
 
     name: str
@@ -52,14 +48,9 @@ class LabelledDataset(NamedTuple):
 class LabelledImage:
     """One image and what its annotations say; files are read when they are asked for.
 
-    Attributes:
-        record: Detectron2's standard dict of an image, and optionally ``image_class``, the index
-            of the class of the whole image.
-        dataset: name of the data set, for messages.
-        num_pixel_classes: number of classes of pixels, background included.
-        ignore_label: value of unlabelled pixels in a file of semantic labels.
-        values: class for each value of such a file, or for background and each class of boxes;
-            None where they are the classes.
+    The record is Detectron2's standard dict, and optionally has ``image_class``, the index of the
+    class of the whole image. ``values`` are the class of each value of a label image, or of
+    background and each class of boxes; None where the values are classes.
     """
 
     record: dict[str, Any]
@@ -110,14 +101,21 @@ class LabelledImage:
     def segments(self) -> np.ndarray:
         """Ground-truth segment of every pixel, (H, W) int64, `IGNORED` where there is none.
 
-        Segment 0 is what no instance covers, and segment i + 1 is instance i. Where instances
-        overlap, the smaller one is in front. Crowds are ignored. In data without instances each
-        class is a segment.
+        Segment 0 is what no instance covers, and i + 1 is instance i; smaller ones are in front,
+        and crowds ignored. In data without instances each class is a segment.
         """
         if "annotations" not in self.record and "sem_seg_file_name" in self.record:
             return np.where(self.semantic == IGNORED, IGNORED, self.semantic + 1)
         painted = np.zeros((self.record["height"], self.record["width"]), dtype=np.int64)
-        masks = [self._mask(annotation) for annotation in self._annotations]
+        masks = []
+        for annotation in self._annotations:
+            mask = decode_mask(annotation.get("segmentation"), *painted.shape)
+            if mask is None:
+                raise InputError(
+                    f"the data set {self.dataset!r} has annotations without masks, for example in "
+                    f"{self.record['file_name']}; use one with masks or semantic labels."
+                )
+            masks.append(mask)
         crowds = [bool(annotation.get("iscrowd", 0)) for annotation in self._annotations]
         # Crowds are painted first and small masks last, so that small objects are in front.
         for i in sorted(range(len(masks)), key=lambda i: (not crowds[i], -masks[i].sum())):
@@ -158,16 +156,6 @@ class LabelledImage:
     @property
     def _annotations(self) -> list[dict[str, Any]]:
         return self.record.get("annotations", [])
-
-    def _mask(self, annotation: dict[str, Any]) -> np.ndarray:
-        size = self.record["height"], self.record["width"]
-        mask = decode_mask(annotation.get("segmentation"), *size)
-        if mask is None:
-            raise InputError(
-                f"the data set {self.dataset!r} has annotations without masks, for example in "
-                f"{self.record['file_name']}; use one with masks or semantic labels."
-            )
-        return mask
 
 
 def decode_mask(segmentation: Any, height: int, width: int) -> np.ndarray | None:

@@ -47,10 +47,7 @@ def suitable_measures(dataset: LabelledDataset) -> list[str]:
 
 
 def better(score: str) -> str:
-    """Return ``higher``, or nothing where neither high nor low is better or nobody knows.
-
-    The score is given by its full name, such as ``knn_segmentation/mIoU``.
-    """
+    """Return ``higher``, or nothing where neither is better, for a score's full name."""
     measure, _, key = score.partition("/")
     kind = MEASURES.get(measure)
     return "" if kind is None or key in kind.without_direction else "higher"
@@ -71,19 +68,15 @@ def measure_features(
     """Measure a frozen encoder, which is moved to the device and left in the mode it was in.
 
     Args:
-        train: data set that labels are learned from; see
-            :func:`flsl_d2.evaluation.labelled_images.load_labelled`.
+        train: data set that labels are learned from, see :func:`load_labelled`.
         val: data set that is scored.
         measures: names in `MEASURES`; by default :func:`suitable_measures` of ``train``.
-        **settings: ``device``; ``seed`` for everything that is drawn (the global generators are
-            not touched); ``max_images``, bound of the images of each data set, drawn by the seed;
-            and fields of :class:`flsl_d2.evaluation.samples.Options`.
+        **settings: ``device``; ``seed`` for everything that is drawn (the global generators are not
+            touched); ``max_images`` of each data set, drawn by the seed; and fields of
+            :class:`flsl_d2.evaluation.samples.Options`.
 
-    Returns:
-        ``{"knn_segmentation/mIoU": 41.2, ...}``, in percent where that is customary.
-
-    Raises:
-        InputError: the first measure that these data, this encoder or options do not allow.
+    Returns ``{"knn_segmentation/mIoU": 41.2, ...}``, in percent where that is customary, or raises
+    the InputError of the first measure that fails.
     """
     results, failures = measure_all(encoder, train, val, measures, **settings)
     for name, reason in failures.items():
@@ -103,8 +96,7 @@ def measure_all(
 ) -> tuple[dict[str, float], dict[str, str]]:
     """Measure like :func:`measure_features`, and return the reasons of measures that failed.
 
-    Data sets may be given as :func:`prepare_measures` has loaded them; ``max_images`` then has no
-    effect. Only a name that does not exist raises InputError.
+    Data sets may be those of :func:`prepare_measures`. Only an unknown name raises InputError.
     """
     settings = _checked_options(measures, options)
     try:
@@ -213,8 +205,7 @@ def report_features(
 ) -> None:
     """Measure an encoder, print the table and write scores, failures and settings as JSON.
 
-    The settings are those of :func:`measure_features`. InputError where nothing can be measured,
-    or, after the table, a measure has failed.
+    InputError where nothing can be measured, or, after the table, where a measure has failed.
     """
     if json_file is not None:
         writable_folder(json_file.absolute().parent)

@@ -1,8 +1,4 @@
-"""Partitions of an image: k-means, and how well the boundaries of one match those of another.
-
-A partition is an array of integers (H, W): pixels with the same number belong together, whichever
-number it is.
-"""
+"""Partitions of an image (H, W), whose numbers are names: k-means, and how boundaries match."""
 
 from __future__ import annotations
 
@@ -54,8 +50,7 @@ def match_boundaries(found: np.ndarray, true: np.ndarray, tolerance: float) -> f
     """F, the harmonic mean of precision and recall of boundary pixels (H, W) bool, 0 to 1.
 
     A pixel is matched if the other boundary has one within the tolerance, a share of the image's
-    diagonal that is rounded up to whole pixels; Euclidean distance, many to one. F is 1 where
-    neither has a boundary, 0 where only one has.
+    diagonal that is rounded up to whole pixels. F is 1 where neither has a boundary.
     """
     if not found.any() or not true.any():
         return float(found.any() == true.any())
@@ -83,9 +78,8 @@ def boundary_f_score(truth: np.ndarray, predicted: np.ndarray) -> float:
 def enlarge_labels(labels: np.ndarray, size: tuple[int, int]) -> np.ndarray:
     """Enlarge labels of tokens (rows, columns) to labels of pixels (H, W), with smooth borders.
 
-    Each part's indicator is resampled bilinearly and the largest wins, as for classes in
-    :func:`flsl_d2.evaluation.segmentation.label_pixels`; of equal shares the smallest label. The
-    cost does not grow with the number of parts, because only the four tokens around a pixel matter.
+    Each part's indicator is resampled bilinearly and the largest wins; of equal shares the smallest
+    label. Only the four tokens around a pixel matter, so many parts cost no more than few.
     """
     (top, bottom, low), (left, right, near) = map(_neighbours, labels.shape, size)
     corners = np.stack([labels[np.ix_(r, c)] for r in (top, bottom) for c in (left, right)])

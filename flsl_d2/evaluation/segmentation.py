@@ -1,12 +1,14 @@
 """Semantic segmentation from frozen tokens: k-NN and a linear probe.
 
-Shape suffixes: N tokens of an image, D width, C classes, M patches of the bank, H x W pixels.
+Shape suffixes: N tokens of an image, D width, C classes, M tokens of the bank, Q queries, K
+neighbours, H x W pixels.
 """
 
 from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Sequence
+from importlib.util import find_spec
 
 import numpy as np
 import torch
@@ -14,13 +16,78 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from flsl_d2.errors import InputError
-from flsl_d2.evaluation.classifiers import fit_linear, retrieve
 from flsl_d2.evaluation.labelled_images import IGNORED, LabelledDataset
 from flsl_d2.evaluation.samples import Measure, Sample, Task
 
+WEIGHT_DECAY = 1e-3
+_MAX_PAIRS = 2**25  # similarities held at once: 128 MiB of float32
+_LARGE_BANK = 2**17
 _MAX_LISTED_CLASSES = 20
 _MEDIUM_AREA, _LARGE_AREA = 32**2, 96**2  # pixels, as in COCO's evaluation
 _ELONGATED = 2.0  # longer side over shorter side of an object's bounding box
+
+
+def nearest(
+    queries: Tensor, bank: Tensor, num_neighbours: int, temperature: float
+) -> tuple[Tensor, Tensor]:
+    """Find the entries of a bank (M, D) most similar to queries (Q, D), all of unit length.
+
+    Returns indices (Q, K) by falling similarity, and weights exp(cosine / T), (Q, K).
+    """
+    if bank.device.type == "cpu" and len(bank) >= _LARGE_BANK and find_spec("faiss"):
+        import faiss  # about twice as fast as PyTorch there
+
+        found = faiss.knn(queries.numpy(), bank.numpy(), num_neighbours, faiss.METRIC_INNER_PRODUCT)
+        cosine, indices = map(torch.from_numpy, found)
+        return indices, (cosine / temperature).exp()
+    step = max(_MAX_PAIRS // len(bank), 1)
+    parts = [(part @ bank.T).topk(num_neighbours, dim=1) for part in queries.split(step)]
+    cosine = torch.cat([part.values for part in parts])
+    return torch.cat([part.indices for part in parts]), (cosine / temperature).exp()
+
+
+def retrieve(
+    tokens: Tensor, memory: tuple[Tensor, Tensor], num_neighbours: int, temperature: float
+) -> Tensor:
+    """Average the class shares of the memory's tokens nearest to each of (Q, D): (Q, C).
+
+    The weights exp(cosine / T), scaled to sum to 1, are those of cross-attention.
+    """
+    bank, shares = memory
+    k = min(num_neighbours, len(bank))
+    indices, weights = nearest(F.normalize(tokens, dim=1), bank, k, temperature)
+    return torch.einsum("nk,nkc->nc", weights / weights.sum(dim=1, keepdim=True), shares[indices])
+
+
+def fit_linear(tokens: Tensor, shares: Tensor, num_steps: int) -> tuple[Tensor, Tensor]:
+    """Fit multinomial logistic regression from tokens (M, D) to shares (M, C), by L-BFGS.
+
+    Minimises the mean cross-entropy plus ``WEIGHT_DECAY / 2`` times the squared weights of the
+    standardised channels, from weights of 0, so that nothing is drawn at random. Double precision
+    keeps rounding, which varies with the number of threads, out of the result. Returns weight (D,
+    C) and bias (C,), to be applied to tokens that are not standardised.
+    """
+    tokens, shares = tokens.double(), shares.double()
+    mean, std = tokens.mean(dim=0), tokens.std(dim=0, unbiased=False)
+    gain = torch.where(std > 1e-6 * std.amax().clamp(min=1e-12), 1 / std.clamp(min=1e-12), 0.0)
+    standardised = (tokens - mean) * gain
+    weight = tokens.new_zeros(tokens.shape[1], shares.shape[1], requires_grad=True)
+    bias = tokens.new_zeros(shares.shape[1], requires_grad=True)
+    solver = torch.optim.LBFGS(
+        [weight, bias], max_iter=num_steps, history_size=10, line_search_fn="strong_wolfe"
+    )
+
+    def objective() -> Tensor:
+        solver.zero_grad()
+        loss = F.cross_entropy(standardised @ weight + bias, shares)
+        loss = loss + WEIGHT_DECAY / 2 * weight.square().sum()
+        loss.backward()
+        return loss
+
+    with torch.enable_grad():
+        solver.step(objective)
+    fitted = weight.detach() * gain[:, None]
+    return fitted, bias.detach() - mean @ fitted
 
 
 class TokenBank:
@@ -201,12 +268,7 @@ class _Segmentation(Measure):
 
 
 class KnnSegmentation(_Segmentation):
-    """Mean IoU of labels voted by the nearest patches of a memory bank.
-
-    Each token takes the class shares of its k most similar bank patches (cosine), averaged with
-    weights exp(cosine / T). The averages are resampled bilinearly to the pixels of the
-    annotations, and the largest wins.
-    """
+    """Mean IoU of labels voted by the nearest patches of a memory bank."""
 
     name = "knn_segmentation"
 
@@ -218,12 +280,7 @@ class KnnSegmentation(_Segmentation):
 
 
 class LinearSegmentation(_Segmentation):
-    """Mean IoU of a linear classifier of tokens.
-
-    It learns the class shares of the bank's patches from their tokens, each channel standardised
-    over the bank. Its logits are resampled bilinearly to the pixels of the annotations, and the
-    largest wins.
-    """
+    """Mean IoU of a linear classifier of tokens, each channel standardised over the bank."""
 
     name = "linear_segmentation"
 

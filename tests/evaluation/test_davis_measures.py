@@ -7,7 +7,7 @@ import math
 import numpy as np
 import pytest
 
-from flsl_d2.evaluation.davis.measures import boundary_accuracy, region_similarity, statistics
+from flsl_d2.evaluation.davis.run import boundary_accuracy, region_similarity, statistics
 
 
 def square(top: int, left: int, side: int = 20) -> np.ndarray:

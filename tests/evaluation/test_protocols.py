@@ -17,7 +17,6 @@ from PIL import Image
 
 from flsl_d2.errors import InputError
 from flsl_d2.evaluation.benchmarks import load_spair
-from flsl_d2.evaluation.classifiers import retrieve
 from flsl_d2.evaluation.clustering import Clustering, cluster_points
 from flsl_d2.evaluation.correspondence import Correspondence, match_points
 from flsl_d2.evaluation.discovery import Discovery, cells_to_box, find_objects, overlaps
@@ -36,7 +35,7 @@ from flsl_d2.evaluation.measures import (
     suitable_measures,
 )
 from flsl_d2.evaluation.samples import Options, Task
-from flsl_d2.evaluation.segmentation import Confusion, TokenBank, label_pixels
+from flsl_d2.evaluation.segmentation import Confusion, TokenBank, label_pixels, retrieve
 from flsl_d2.modeling import FLSLViT
 
 REFERENCE = json.loads((Path(__file__).parents[1] / "golden" / "protocols.json").read_text())

@@ -9,14 +9,16 @@ import torch.nn.functional as F
 from labelled_rectangles import GRID, WIDTH, dataset, run, samples
 
 from flsl_d2.errors import InputError
-from flsl_d2.evaluation.classifiers import WEIGHT_DECAY, fit_linear, nearest
 from flsl_d2.evaluation.samples import Options, Task
 from flsl_d2.evaluation.segmentation import (
+    WEIGHT_DECAY,
     Confusion,
     KnnSegmentation,
     LinearSegmentation,
     ObjectRecall,
+    fit_linear,
     label_pixels,
+    nearest,
     patch_distributions,
 )
 
@@ -75,7 +77,7 @@ def test_nearest_in_parts_and_by_faiss_equals_at_once(monkeypatch) -> None:
     whole = nearest(queries, bank, 9, 0.07)
     for name in ("_MAX_PAIRS", "_LARGE_BANK"):
         with monkeypatch.context() as changed:
-            changed.setattr(f"flsl_d2.evaluation.classifiers.{name}", 50)
+            changed.setattr(f"flsl_d2.evaluation.segmentation.{name}", 50)
             indices, weights = nearest(queries, bank, 9, 0.07)
         assert torch.equal(whole[0], indices)
         # The exponential of cosines over T = 0.07 magnifies rounding of float32.

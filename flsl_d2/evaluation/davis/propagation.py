@@ -64,8 +64,7 @@ def propagate_through(
 ) -> Iterator[Tensor]:
     """Propagate labels (N, K) of the first frame to each later one, from the frames before it.
 
-    Of the frames' tokens (N, D) only the context is kept in memory. Yields (N, K) float32 for each
-    frame but the first; rows sum to 1 where those of `first_labels` do.
+    Only the context is kept in memory. Rows of the results sum to 1 where those of the first do.
     """
     first: tuple[Tensor, Tensor] | None = None
     past: deque[tuple[Tensor, Tensor]] = deque(maxlen=settings.context)
@@ -88,17 +87,11 @@ def propagate(
     settings: Propagation,
     max_pairs: int = _MAX_PAIRS,
 ) -> Tensor:
-    """Label one frame's tokens by their nearest neighbours in other frames.
+    """Label one frame's tokens (N, D) by their nearest neighbours in others (C, N, D): (N, K).
 
-    Args:
-        queries: (N, D), L2-normalised, row-major over the grid.
-        sources: (C, N, D) tokens of the other frames, L2-normalised.
-        labels: (C, N, K) labels of the sources.
-        max_pairs: bound of the similarities held at once; changes the memory, not the result.
-
-    Returns:
-        (N, K) average label of the ``top_k`` most similar tokens within the neighbourhood (and of
-        any that tie with the last of them), weighted by exp(similarity / temperature).
+    All tokens are of unit length. The result is the average label of the ``top_k`` most similar
+    tokens within the neighbourhood, and of any that tie with the last of them, weighted by
+    exp(similarity / temperature). ``max_pairs`` bounds the similarities held at once.
     """
     rows, columns = grid
     radius = settings.radius or max(grid)
@@ -106,44 +99,34 @@ def propagate(
     # (C, N, .) as (rows, C, columns, .): a band of rows is then one block of memory.
     sources = sources.unflatten(1, grid).transpose(0, 1).contiguous()
     labels = labels.unflatten(1, grid).transpose(0, 1).contiguous()
+
+    def apart(first: range, second: range) -> Tensor:
+        """Mark positions on one axis further apart than the radius, (first, second) bool."""
+        here, there = (torch.tensor(each, device=queries.device) for each in (first, second))
+        return (here[:, None] - there).abs() > radius
+
     found = []
     for start in range(0, rows, step):
         end = min(start + step, rows)
         low, high = max(start - radius, 0), min(end + radius, rows)
         similarity = queries[start * columns : end * columns] @ sources[low:high].flatten(0, 2).T
-        far = _apart(start, end, low, high, radius, queries.device)[:, None, :, None, None]
-        far = far | _apart(0, columns, 0, columns, radius, queries.device)[None, :, None, None, :]
+        far = apart(range(start, end), range(low, high))[:, None, :, None, None]
+        far = far | apart(range(columns), range(columns))[None, :, None, None, :]
         shape = (end - start, columns, high - low, sources.shape[1], columns)
         similarity.view(shape).masked_fill_(far, -torch.inf)
-        weights = _nearest_weights(similarity, settings)
+        nearest = similarity.topk(min(settings.top_k, similarity.shape[1]), dim=1).values
+        similarity.masked_fill_(similarity < nearest[:, -1:] - _TIE, -torch.inf)
+        weights = similarity.div_(settings.temperature).softmax(dim=1)
         found.append(weights @ labels[low:high].flatten(0, 2))
     return torch.cat(found)
-
-
-def _apart(start: int, end: int, low: int, high: int, radius: int, device: torch.device) -> Tensor:
-    """Mark positions on one axis further apart than the radius, (end - start, high - low) bool."""
-    here = torch.arange(start, end, device=device)[:, None]
-    there = torch.arange(low, high, device=device)
-    return (here - there).abs() > radius
-
-
-def _nearest_weights(similarity: Tensor, settings: Propagation) -> Tensor:
-    """Turn similarities (n, m), in place, into weights that sum to 1, zero beyond the nearest."""
-    top_k = min(settings.top_k, similarity.shape[1])
-    nearest = similarity.topk(top_k, dim=1).values
-    similarity.masked_fill_(similarity < nearest[:, -1:] - _TIE, -torch.inf)
-    return similarity.div_(settings.temperature).softmax(dim=1)
 
 
 def frame_size(size: tuple[int, int], short_side: int, patch_size: int) -> tuple[int, int]:
     """Size that a frame is resized to: whole patches, and the protocol's where the patch allows.
 
-    The shorter side becomes ``short_side``, cut to whole patches. The longer side keeps the aspect
-    ratio and is cut to a multiple of 64, or of the patch size where that does not divide 64:
-    480 x 854 becomes 480 x 832 with patches of 8 or 16, and 476 x 854 with patches of 14.
-
-    Raises:
-        InputError: the shorter side is smaller than a patch.
+    The longer side keeps the aspect ratio and is cut to a multiple of 64, or of the patch size
+    where that does not divide 64: 480 x 854 becomes 480 x 832 with patches of 16, and 476 x 854
+    with 14.
     """
     if short_side < patch_size:
         raise InputError(
@@ -164,12 +147,10 @@ def segment_sequence(
     short_side: int = 480,
     batch_size: int = 8,
 ) -> Generator[np.ndarray, None, None]:
-    """Segment all frames of a sequence; the mask of the first one is given.
+    """Segment all frames of a sequence by the mask of the first: yields masks (H, W) uint8.
 
-    All objects are propagated at once. Memory holds one batch of frames and the tokens of the
-    context. Yields a mask (H, W) uint8 of each frame, of the sequence's own size; 0 is the
-    background. InputError where a file cannot be decoded, the first mask has no object, or the
-    encoder gives numbers that are not finite.
+    All objects are propagated at once; 0 is the background. Memory holds one batch of frames and
+    the tokens of the context.
     """
     first_mask = read_mask(sequence.masks[0])
     if not first_mask.any():

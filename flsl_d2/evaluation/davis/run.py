@@ -1,4 +1,9 @@
-"""Evaluation of an encoder on a split of DAVIS: masks, scores and failures."""
+"""Evaluation of an encoder on a split of DAVIS: masks, scores and failures.
+
+J, F and their statistics are those of Perazzi et al. (CVPR 2016), Sec. 5. What the paper leaves
+open (tolerance, borders of the image, quarters of a sequence) follows the benchmark's own
+evaluation of DAVIS 2017.
+"""
 
 from __future__ import annotations
 
@@ -9,7 +14,6 @@ from collections.abc import Sequence as Ordered
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from dataclasses import asdict, dataclass, field
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +23,6 @@ from tabulate import tabulate
 from tqdm import tqdm
 
 from flsl_d2.errors import InputError
-from flsl_d2.evaluation.davis.measures import boundary_accuracy, region_similarity, statistics
 from flsl_d2.evaluation.davis.propagation import Propagation, frame_size, segment_sequence
 from flsl_d2.evaluation.davis.sequences import (
     Sequence,
@@ -30,25 +33,24 @@ from flsl_d2.evaluation.davis.sequences import (
     write_indexed_png,
 )
 from flsl_d2.evaluation.features import RANDOM, frozen_encoder, usable_device
+from flsl_d2.evaluation.partitions import match_boundaries
 from flsl_d2.files import writable_folder, write_text
 from flsl_d2.images.reader import preview
 from flsl_d2.modeling import Encoder
 
 logger = logging.getLogger("detectron2.flsl_d2.evaluation")
 
+_TOLERANCE = 0.008  # distance within which boundaries match, as a share of the diagonal
 _DRAWN_FRAMES = 4
 _COLUMNS = ("J&F", "J", "J rec.", "J dec.", "F", "F rec.", "F dec.")
 
 
 @dataclass
 class Results:
-    """Results of a run, in the order of the sequences.
+    """Results of a run, by sequence and in the order of the sequences.
 
-    Attributes:
-        objects: scores of each sequence by the index of the object in the masks, (2, 3): mean,
-            recall and decay of J and of F, 0 to 1; empty where masks were not scored.
-        frames: number of frames of each sequence.
-        failed: reason of each sequence that has no result.
+    The scores of an object, by its index in the masks, are (2, 3): mean, recall and decay of J and
+    of F, 0 to 1; there are none where masks are not scored.
     """
 
     objects: dict[str, dict[int, np.ndarray]] = field(default_factory=dict)
@@ -110,14 +112,8 @@ def _named(scores: Ordered[np.ndarray]) -> dict[str, Any]:
 class DavisRun:
     """Data and settings of an evaluation; the defaults are the protocol's.
 
-    Attributes:
-        root: folder with JPEGImages, Annotations and ImageSets.
-        output: folder that gets ``masks/<sequence>/<frame>.png``.
-        split: list below ImageSets/<year>, such as ``val``.
-        resolution: folder below JPEGImages and Annotations.
-        batch_size: number of frames that are encoded together; does not change the protocol.
-        score: compare with the masks of all frames. Otherwise those of the first frames are
-            enough, and the masks are only written, as for the benchmark's server.
+    With ``score=False`` the masks of the first frames are enough, and masks are only written, as
+    for the benchmark's server. The batch size does not change the protocol.
     """
 
     root: Path
@@ -140,9 +136,8 @@ def run_davis(
 ) -> Results:
     """Evaluate a weight file, print the table and write results and settings as JSON.
 
-    Raises:
-        InputError: nothing can be evaluated; or, after all results are written, some sequences
-            have failed.
+    InputError where nothing can be evaluated; or, after all is written, where some sequences
+    failed.
     """
     on = usable_device(device)
     sequence_names(run.root, run.year, run.split, run.resolution)
@@ -169,12 +164,7 @@ def run_davis(
 
 
 def evaluate_davis(encoder: Encoder, run: DavisRun) -> Results:
-    """Segment, write and score every sequence of a split; one that fails does not stop the others.
-
-    Raises:
-        InputError: the split cannot be found, nothing can be written, or the short side is
-            smaller than a patch.
-    """
+    """Segment, write and score every sequence of a split; one may fail without the others."""
     frame_size((run.short_side, run.short_side), run.short_side, encoder.patch_size)
     writable_folder(run.output / "masks")
     results, sequences = Results(), []
@@ -211,13 +201,16 @@ def score_sequence(sequence: Sequence, masks: Ordered[np.ndarray]) -> dict[int, 
 
     The benchmark counts every number up to the largest, and an absent one as right. Its own data
     have no gaps; in other data absent numbers do not count, and the log says what does.
-
-    Returns:
-        (2, 3) of each object: mean, recall and decay of J and of F.
     """
     objects = [number for number in np.unique(read_mask(sequence.masks[0])).tolist() if number]
+
+    def score(mask: np.ndarray, path: Path) -> tuple[list[tuple[float, float]], set[int]]:
+        truth = read_mask(path)
+        pairs = [(mask == number, truth == number) for number in objects]
+        values = [(region_similarity(*pair), boundary_accuracy(*pair)) for pair in pairs]
+        return values, set(np.unique(truth).tolist())
+
     with ThreadPoolExecutor() as pool:  # OpenCV releases Python's lock
-        score = partial(_score_frame, objects=objects)
         scored = list(pool.map(score, masks[1:-1], sequence.masks[1:-1]))
     later = sorted(set().union(*(found for _, found in scored)) - {0, *objects})
     if later or objects != list(range(1, len(objects) + 1)):
@@ -231,14 +224,33 @@ def score_sequence(sequence: Sequence, masks: Ordered[np.ndarray]) -> dict[int, 
     return {number: values[:, i].T for i, number in enumerate(objects)}
 
 
-def _score_frame(
-    mask: np.ndarray, path: Path, objects: list[int]
-) -> tuple[list[tuple[float, float]], set[int]]:
-    """J and F of each object in a frame, and the numbers in its true mask."""
-    truth = read_mask(path)
-    pairs = [(mask == number, truth == number) for number in objects]
-    values = [(region_similarity(*pair), boundary_accuracy(*pair)) for pair in pairs]
-    return values, set(np.unique(truth).tolist())
+def region_similarity(mask: np.ndarray, truth: np.ndarray) -> float:
+    """J, the intersection over union of two masks (H, W) bool; 1 where both are empty."""
+    union = np.count_nonzero(mask | truth)
+    return np.count_nonzero(mask & truth) / union if union else 1.0
+
+
+def boundary_accuracy(mask: np.ndarray, truth: np.ndarray) -> float:
+    """F of the boundaries of two masks (H, W) bool, within 0.8% of the image's diagonal."""
+    return match_boundaries(_boundary(mask), _boundary(truth), _TOLERANCE)
+
+
+def statistics(values: np.ndarray) -> np.ndarray:
+    """Mean, recall and decay over the scored frames, along the first axis: (3, ...).
+
+    Recall is the share of the frames above 0.5, decay the mean of the first quarter minus that of
+    the last. The quarters overlap by the frame where they meet, as in the benchmark's evaluation.
+    """
+    # Halves round up; the small addend keeps them from rounding to even.
+    ends = np.round(np.linspace(1, len(values), 5) + 1e-10).astype(int) - 1
+    first, last = values[ends[0] : ends[1] + 1], values[ends[3] : ends[4] + 1]
+    return np.stack([values.mean(0), (values > 0.5).mean(0), first.mean(0) - last.mean(0)])
+
+
+def _boundary(mask: np.ndarray) -> np.ndarray:
+    """Mark pixels that differ from a neighbour to the right, below, or both."""
+    padded = np.pad(mask, ((0, 1), (0, 1)), mode="edge")  # there is no boundary at the border
+    return (mask != padded[:-1, 1:]) | (mask != padded[1:, :-1]) | (mask != padded[1:, 1:])
 
 
 def _segment_and_write(

@@ -23,8 +23,7 @@ VOID = 255  # index of pixels that belong to nothing
 def davis_palette() -> np.ndarray:
     """Return the colours of PASCAL VOC, which DAVIS uses as well: (256, 3) uint8 RGB.
 
-    Bits 0, 3, 6 of an index make its red, 1, 4, 7 its green and 2, 5 its blue; the lowest bit of
-    the index becomes the highest of the colour.
+    Bits 0, 3, 6 of an index make its red, 1, 4, 7 its green and 2, 5 its blue, the lowest first.
     """
     bits = np.unpackbits(np.arange(256, dtype=np.uint8)[:, None], axis=1, bitorder="little")
     bits = np.pad(bits, ((0, 0), (0, 1)))  # (256, 9): index = 3 * place + channel
@@ -44,10 +43,7 @@ _LEAST_SCORED_FRAMES = 3  # the first and the last do not count
 
 @dataclass(frozen=True)
 class Sequence:
-    """A video all of whose files exist and have one size (height, width).
-
-    There is a mask file for each frame, or for the first frame alone.
-    """
+    """A video whose files exist and have one size (H, W), with masks of all frames or the first."""
 
     name: str
     frames: tuple[Path, ...]
@@ -56,12 +52,7 @@ class Sequence:
 
 
 def sequence_names(root: Path, year: str, split: str, resolution: str) -> list[str]:
-    """Return the names of the sequences of a split, in the order of its list.
-
-    Raises:
-        InputError: the folder is not DAVIS's, the split does not exist, or its list is empty or
-            has another format.
-    """
+    """Return the names of the sequences of a split, in the order of its list."""
     lists = root / "ImageSets" / year
     for folder in (root / "JPEGImages" / resolution, lists):
         if not folder.is_dir():
@@ -87,11 +78,7 @@ def sequence_names(root: Path, year: str, split: str, resolution: str) -> list[s
 
 
 def find_sequence(root: Path, resolution: str, name: str, all_masks: bool = True) -> Sequence:
-    """Find the files of a sequence, and check what can be checked without decoding pixels.
-
-    Every frame needs its mask; with ``all_masks=False`` only the first does. InputError where a
-    frame or mask is missing, unreadable, or has another size.
-    """
+    """Find the files of a sequence, and check what can be checked without decoding pixels."""
     frames = sorted((root / "JPEGImages" / resolution / name).glob("*.jpg"))
     folder = root / "Annotations" / resolution / name
     if not frames:
@@ -126,9 +113,8 @@ def find_sequence(root: Path, resolution: str, name: str, all_masks: bool = True
 def read_mask(path: Path) -> np.ndarray:
     """Read a mask, (H, W) uint8: 0 is the background, 1, 2, ... are the objects.
 
-    Void pixels (255) count as background, as in the benchmark's evaluation. The greyscale masks of
-    DAVIS 2016 have no other values than 0 and 255 and no palette in which 255 could be void: it is
-    the object there, and read as 1.
+    Void pixels (255) count as background, as in the benchmark's evaluation. In the greyscale masks
+    of DAVIS 2016, which have no palette and no other values than 0 and 255, 255 is the object.
     """
     mask, has_palette = indexed_pixels(str(path))
     if mask.max(initial=0) > VOID:
