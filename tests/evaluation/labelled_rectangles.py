@@ -30,12 +30,8 @@ def annotation(rectangle, category: int, **more) -> dict:
 
 def record(rectangles=RECTANGLES) -> dict:
     annotations = [annotation(*rectangle) for rectangle in rectangles]
-    return {
-        "file_name": "none.png",
-        "height": SIZE[0],
-        "width": SIZE[1],
-        "annotations": annotations,
-    }
+    size = {"height": SIZE[0], "width": SIZE[1]}
+    return {"file_name": "none.png", **size, "annotations": annotations}
 
 
 def dataset(count: int = 4, rectangles=RECTANGLES) -> LabelledDataset:
@@ -58,21 +54,14 @@ def perfect_tokens(image: LabelledImage) -> torch.Tensor:
 
 
 def samples(data: LabelledDataset, tokens_of=perfect_tokens) -> list[Sample]:
-    result = []
-    for index, image in enumerate(data.images):
-        attended = torch.randn(1, *GRID, WIDTH)
-        pixels = np.zeros((*SIZE, 3), dtype=np.uint8)
-        result.append(Sample(index, tokens_of(image), GRID, pixels, image, attended))
-    return result
+    pixels = np.zeros((*SIZE, 3), dtype=np.uint8)
+    return [
+        Sample(index, tokens_of(image), GRID, pixels, image, torch.randn(1, *GRID, WIDTH))
+        for index, image in enumerate(data.images)
+    ]
 
 
-def run(
-    kind,
-    tokens_of=perfect_tokens,
-    data: LabelledDataset | None = None,
-    with_attention: bool = True,
-    **options,
-) -> dict:
+def run(kind, tokens_of=perfect_tokens, data=None, with_attention=True, **options) -> dict:
     """Run all steps of a measure on tokens that are given."""
     data = dataset() if data is None else data
     encoder = FLSLViT(img_size=48, patch_size=8, embed_dim=WIDTH, depth=1, num_heads=2)

