@@ -41,9 +41,8 @@ class Finding(NamedTuple):
 def check_versions() -> Iterator[Finding]:
     """Compare the interpreter and the packages with what the project supports."""
     state = OK if sys.version_info >= (3, 10) else FAIL
-    yield Finding(
-        state, "Python", f"{platform.python_version()} on {platform.platform(True, True)}"
-    )
+    text = f"{platform.python_version()} on {platform.platform(True, True)}"
+    yield Finding(state, "Python", text)
     found = []
     for package in PACKAGES:
         try:
@@ -65,19 +64,17 @@ def check_detectron2() -> Iterator[Finding]:
     except ImportError as error:
         yield Finding(FAIL, "Detectron2", f"{error}; run flsl-d2 install-detectron2")
         return
-    yield Finding(
-        OK, "Detectron2", f"{detectron2.__version__} in {Path(detectron2.__file__).parent}"
-    )
+    where = Path(detectron2.__file__).parent
+    yield Finding(OK, "Detectron2", f"{detectron2.__version__} in {where}")
     try:
-        from detectron2 import _C  # noqa: F401
-    except ImportError:
-        yield Finding(
-            NOTE,
-            "Detectron2's operators",
+        importlib.import_module("detectron2._C")
+    except ImportError:  # none, or for another PyTorch
+        text = (
             "are not compiled: rotated boxes, deformable convolution and the fast COCO evaluator "
             "are missing, Mask R-CNN and plain evaluation work; build Detectron2 from source to "
-            "have them",
+            "have them"
         )
+        yield Finding(NOTE, "Detectron2's operators", text)
 
 
 def check_gpus() -> Iterator[Finding]:
@@ -98,9 +95,9 @@ def check_gpus() -> Iterator[Finding]:
         text = (
             f"{card.name}, {card.total_memory / 2**30:.0f} GiB, compute capability "
             f"{card.major}.{card.minor}, PyTorch for CUDA {torch.version.cuda}"
+            f"{', bf16' if card.major >= 8 else ', fp16, no bf16'}"
         )
         fits = 10 * card.major + card.minor >= oldest
-        text += ", bf16" if card.major >= 8 else ", fp16, no bf16"
         if not fits:
             text += f"; this PyTorch needs {oldest / 10:.1f}, install one for an older CUDA"
         yield Finding(OK if fits else FAIL, f"GPU {index}", text)
@@ -153,19 +150,14 @@ def check_datasets() -> Iterator[Finding]:
     known = {"coco/train2017": "COCO", "imagenet/train": "ImageNet", "lvis": "LVIS"}
     there = [name for place, name in known.items() if (root / place).is_dir()]
     text = f"{', '.join(there) or 'none of COCO, ImageNet, LVIS'} below '{root}'"
-    missing = (
-        f"DETECTRON2_DATASETS is '{root}', which is no folder; own files need no data set name"
-    )
-    yield Finding(OK, "data sets", text) if root.is_dir() else Finding(NOTE, "data sets", missing)
+    if not root.is_dir():
+        text = f"DETECTRON2_DATASETS is '{root}', no folder; own files need no data set name"
+    yield Finding(OK if root.is_dir() else NOTE, "data sets", text)
 
 
 CHECKS: tuple[Callable[[], Iterator[Finding]], ...] = (
-    check_versions,
-    check_detectron2,
-    check_gpus,
-    check_workers,
-    check_decoding,
-    check_datasets,
+    *(check_versions, check_detectron2, check_gpus),
+    *(check_workers, check_decoding, check_datasets),
 )
 
 

@@ -1,10 +1,9 @@
 """Install Detectron2 into the environment of the Python that runs this file.
 
 A Detectron2 that is there is kept. Otherwise the official source is compiled at a pinned commit,
-where a C++ compiler is present and the repository can be reached; otherwise a wheel pinned by its
-SHA-256 is installed, which has Detectron2's Python code without the compiled operators. The script
-needs only the standard library and pip. The packages that Detectron2 requires are the extra
-``detectron2`` of flsl-d2: ``pip install '.[detectron2]'``.
+or, without a C++ compiler or the repository, a wheel pinned by its SHA-256 is installed, which has
+the Python code alone. The script needs the standard library and pip. The packages that Detectron2
+requires are the extra ``detectron2`` of flsl-d2.
 """
 
 from __future__ import annotations
@@ -74,9 +73,8 @@ def compile_source(source: str) -> str | None:
 def install_wheel(folder: Path) -> None:
     """Install the package ``detectron2`` of the pinned wheel into a folder of its own.
 
-    The wheel also has a top-level package ``tools``, which would shadow others, operators compiled
-    for another PyTorch, and metadata that asks for numpy < 2. A ``.pth`` file puts the folder on
-    the path. It is written last: an installation that was interrupted counts as none.
+    The wheel also has a package ``tools``, operators for another PyTorch, and metadata that asks
+    for numpy < 2. The ``.pth`` file that puts the folder on the path is written last.
     """
     switch = folder.with_suffix(".pth")
     switch.unlink(missing_ok=True)
@@ -86,15 +84,8 @@ def install_wheel(folder: Path) -> None:
         pinned.write_text(f"{WHEEL} --hash=sha256:{WHEEL_SHA256}\n")
         # The wheel is tagged for Python 3.10, though its Python code runs on later ones.
         tags = ["--python-version=3.10", "--implementation=cp", "--abi=none", "--platform=any"]
-        options: list[str | Path] = [
-            "--only-binary=:all:",
-            "--require-hashes",
-            "-r",
-            pinned,
-            "--target",
-            folder,
-        ]
-        if not pip(*tags, *options):
+        hashed = ["--only-binary=:all:", "--require-hashes", "-r", str(pinned)]
+        if not pip(*tags, *hashed, "--target", folder):
             sys.exit(f"error: pip could not install {WHEEL}: check the access to the package index")
     for unwanted in [folder / "tools", *folder.glob("*.dist-info")]:
         shutil.rmtree(unwanted)

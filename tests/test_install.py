@@ -1,19 +1,11 @@
-"""Installation: Detectron2's script, the Makefile's refusals, the wheel and the lock file.
-
-The script runs in an environment of its own without a network. An empty module stands for PyTorch;
-a small wheel made here takes the place of the pinned one in a copy of the script.
-"""
+"""Installation: the Makefile's refusals, the wheel and the lock file."""
 
 from __future__ import annotations
 
 import ast
-import hashlib
-import importlib.util
-import os
 import re
 import subprocess
 import sys
-import venv
 import zipfile
 from collections.abc import Iterable
 from pathlib import Path
@@ -22,92 +14,22 @@ import pytest
 from packaging.requirements import Requirement
 
 ROOT = Path(__file__).resolve().parent.parent
-SCRIPT = ROOT / "flsl_d2" / "install_detectron2.py"
-PINNED_HASH = re.search(r'WHEEL_SHA256 = "(\w{64})"', SCRIPT.read_text()).group(1)
 
 
-def write_wheel(path: Path) -> str:
-    """Write a wheel shaped like the pinned one; return its SHA-256."""
-    info = "sal_detectron2-0.7.2.dist-info"
-    members = {
-        "detectron2/__init__.py": "import torch\n",
-        "detectron2/_C.cpython-310-x86_64-linux-gnu.so": "not a library",
-        "tools/__init__.py": "",
-        f"{info}/METADATA": "Metadata-Version: 2.1\nName: sal-detectron2\nVersion: 0.7.2\n",
-        f"{info}/WHEEL": "Wheel-Version: 1.0\nGenerator: test\nRoot-Is-Purelib: true\n"
-        "Tag: cp310-none-any\n",
-        f"{info}/RECORD": "",
-    }
-    with zipfile.ZipFile(path, "w") as archive:
-        for name, content in members.items():
-            archive.writestr(name, content)
-    return hashlib.sha256(path.read_bytes()).hexdigest()
-
-
-def test_the_pinned_wheel_is_installed_once_and_alone(tmp_path: Path) -> None:
-    """Nothing but Detectron2 comes onto the path, and a wheel of another hash is refused."""
-    venv.create(tmp_path / "my environment", with_pip=False, symlinks=True)
-    python = tmp_path / "my environment" / "bin" / "python"
-    site = next((tmp_path / "my environment").glob("lib/python*/site-packages"))
-    # pip comes from the environment of the tests: a copy of its own takes seconds to unpack.
-    (site / "pip").symlink_to(Path(importlib.util.find_spec("pip").origin).parent)
-    script, wheel = tmp_path / "install.py", tmp_path / "sal_detectron2-0.7.2-cp310-none-any.whl"
-    digest = write_wheel(wheel)
-
-    def install() -> subprocess.CompletedProcess[str]:
-        settings = {
-            "PIP_NO_INDEX": "1",
-            "PIP_FIND_LINKS": str(tmp_path),
-            "PATH": os.environ["PATH"],
-        }
-        command = [python, script, "--source", "none"]
-        return subprocess.run(command, env=settings, cwd=site, capture_output=True, text=True)
-
-    script.write_text(SCRIPT.read_text())
-    assert "needs PyTorch" in (refused := install()).stderr
-    assert refused.returncode == 1
-    (site / "torch.py").write_text("")
-    assert "HASHES" in (refused := install()).stderr
-    assert refused.returncode == 1
-    assert not (site / "detectron2-wheel.pth").exists()
-    script.write_text(SCRIPT.read_text().replace(PINNED_HASH, digest))
-    assert "installed the wheel" in (done := install()).stdout, done.stderr
-    folder = site / "detectron2-wheel"
-    assert [path.name for path in folder.iterdir()] == ["detectron2"]
-    assert not list((folder / "detectron2").glob("_C.*")), "it is compiled for another PyTorch"
-    wheel.unlink()
-    assert "kept the installation" in install().stdout
-
-
-def run_make(*arguments: str) -> subprocess.CompletedProcess[str]:
-    """Run make in the checkout."""
-    return subprocess.run(
-        ["make", "-C", ROOT, *arguments], capture_output=True, text=True, timeout=60
-    )
-
-
-def test_make_refuses_an_old_python(tmp_path: Path) -> None:
+def test_make_refuses_an_old_python_and_a_folder_of_other_things(tmp_path: Path) -> None:
     old = tmp_path / "python3.9"
     old.write_text("#!/bin/sh\nexit 1\n")
     old.chmod(0o755)
-    done = run_make("install", f"PYTHON={old}", f"VENV={tmp_path / 'venv'}")
-    assert done.returncode != 0
-    assert "error:" in done.stderr
-    assert "is not a Python 3.10 or newer" in done.stderr
-    assert not (tmp_path / "venv").exists()
-
-
-def test_make_does_not_take_a_folder_of_other_things(tmp_path: Path) -> None:
-    (tmp_path / "thesis.tex").write_text("")
-    done = run_make("install", f"PYTHON={sys.executable}", f"VENV={tmp_path}")
-    assert done.returncode != 0
-    assert "was not made here and is left as it is" in done.stderr
-    assert [path.name for path in tmp_path.iterdir()] == ["thesis.tex"]
+    for python, text in ((old, "is not a Python 3.10"), (sys.executable, "was not made here")):
+        command = ["make", "-C", ROOT, "install", f"PYTHON={python}", f"VENV={tmp_path}"]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=60)
+        assert done.returncode != 0
+        assert text in done.stderr
+    assert [path.name for path in tmp_path.iterdir()] == ["python3.9"]
 
 
 @pytest.fixture(scope="module")
 def built(wheel: Path) -> zipfile.ZipFile:
-    """Open the wheel."""
     return zipfile.ZipFile(wheel)
 
 

@@ -1,4 +1,4 @@
-"""Checks of a detection run's input, for configs of both kinds."""
+"""The data sets of a detection run: own files, checks, and mappers that name what fails."""
 
 from __future__ import annotations
 
@@ -6,15 +6,13 @@ import logging
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
-import torch
 from detectron2.data import DatasetMapper, MetadataCatalog
-from detectron2.evaluation import DatasetEvaluator
 from detectron2.utils import comm
-from torch import nn
-from torch.utils.data import DataLoader
+from omegaconf import DictConfig, OmegaConf
 
 from flsl_d2.annotations import Use, check_registered_dataset
-from flsl_d2.annotations.datasets import use_own_loader
+from flsl_d2.annotations.coco_file import read_coco
+from flsl_d2.annotations.datasets import register_files, use_own_loader
 from flsl_d2.detection.lvis import check_lvis_dataset
 from flsl_d2.errors import InputError
 from flsl_d2.images.labels import check_label_images
@@ -23,11 +21,53 @@ logger = logging.getLogger(__name__)
 
 # Checks of data sets that are not in COCO's format, by Detectron2's kind of evaluator.
 _OTHER_CHECKS = {"lvis": check_lvis_dataset, "sem_seg": check_label_images}
+# The key of a LazyConfig that holds the number of classes, by architecture.
+_CLASSES = ("model.roi_heads.num_classes", "model.sem_seg_head.num_classes", "model.num_classes")
 
 
 def names_of(names: str | Iterable[str]) -> list[str]:
     """List the data set names of a config, which may give one name or several."""
     return [names] if isinstance(names, str) else list(names)
+
+
+def num_classes_key(cfg: DictConfig) -> str | None:
+    """Return the key of a LazyConfig that holds the model's number of classes, if any."""
+    return next((key for key in _CLASSES if OmegaConf.select(cfg, key) is not None), None)
+
+
+def use_own_data(cfg: DictConfig, eval_only: bool) -> None:
+    """Register the files of ``dataloader.{train,test}.dataset.{json_file,image_root}``, if given.
+
+    They replace ``names`` in the config, and the model gets the number of their classes. With
+    training files alone nothing is evaluated, because the recipe's test set has other classes;
+    with ``eval_only`` that is an :class:`InputError`, as is half a pair.
+    """
+    own = {}
+    for split in ("train", "test"):
+        start = f"dataloader.{split}.dataset"
+        keys = (f"{start}.json_file", f"{start}.image_root")
+        json_file, image_root = (OmegaConf.select(cfg, key) or "" for key in keys)
+        if json_file or image_root:
+            own[split] = register_files(json_file, image_root, keys)
+            cfg.dataloader[split].dataset.names = own[split]
+    if not own:
+        return
+    key = num_classes_key(cfg)
+    if key is not None:
+        # What is wrong with single categories is found by the check of the whole file.
+        file = MetadataCatalog.get(next(iter(own.values()))).json_file
+        count = len(read_coco(file, ("categories",))["categories"])
+        if count != OmegaConf.select(cfg, key):
+            logger.info("%s is set to %d, the number of categories in the file.", key, count)
+            OmegaConf.update(cfg, key, count)
+    if "test" in own:
+        return
+    missing = "dataloader.test.dataset.json_file= and dataloader.test.dataset.image_root="
+    if eval_only:
+        raise InputError(f"--eval-only was given training files only; give {missing} as well.")
+    logger.warning("Training without evaluation; give %s as well to measure AP.", missing)
+    cfg.dataloader.pop("evaluator", None)
+    cfg.dataloader.test.dataset.names = []
 
 
 def check_datasets(
@@ -57,19 +97,19 @@ def check_datasets(
         first: tuple[str, list[str]] | None = None
         for name in dict.fromkeys([*train, *test]):
             use = (Use.BOXES if name in train else Use(0)) | (Use.MASKS if masks_off else Use(0))
-            if name in test:
-                use |= Use.EVALUATION
-            categories = check_registered_dataset(
-                name, use, masks_off=masks_off, open_pictures=True
-            )
-            other_check = _OTHER_CHECKS.get(MetadataCatalog.get(name).get("evaluator_type"))
-            if other_check:
-                other_check(name)
-            categories = categories or _known_categories(name)
-            if categories:
-                first = first or (name, categories)
-                _check_same_categories(*first, name, categories)
-            if num_classes is not None and categories and len(categories) != num_classes:
+            use |= Use.EVALUATION if name in test else Use(0)
+            found = check_registered_dataset(name, use, masks_off=masks_off, open_pictures=True)
+            metadata = MetadataCatalog.get(name)
+            kind = metadata.get("evaluator_type")
+            if kind in _OTHER_CHECKS:
+                _OTHER_CHECKS[kind](name)
+            known = "stuff_classes" if kind == "sem_seg" else "thing_classes"
+            categories = found or list(metadata.get(known) or [])
+            if not categories:
+                continue
+            first = first or (name, categories)
+            _check_same_categories(*first, name, categories)
+            if num_classes is not None and len(categories) != num_classes:
                 some = ", ".join(categories[:3]) + (", ..." if len(categories) > 3 else "")
                 raise InputError(
                     f"the data set {name!r} has {len(categories)} categories ({some}), but the "
@@ -90,12 +130,9 @@ def _check_same_categories(first: str, expected: list[str], name: str, found: li
 
 
 class CheckedMapper:
-    """A data set mapper whose exceptions name the image in one sentence.
+    """A data set mapper whose exceptions are an InputError that names the image.
 
     Detectron2's own mapper, which reads some images in another way, is named in a warning.
-
-    Args:
-        mapper: function from a record in Detectron2's format to what the model takes.
     """
 
     def __init__(self, mapper: Callable[[dict[str, Any]], Any]) -> None:
@@ -108,11 +145,7 @@ class CheckedMapper:
             )
 
     def __call__(self, record: dict[str, Any]) -> Any:
-        """Map a record.
-
-        Raises:
-            InputError: the mapper failed; the message names the image file and the reason.
-        """
+        """Map a record in Detectron2's format."""
         try:
             return self.mapper(record)
         except InputError:
@@ -120,93 +153,12 @@ class CheckedMapper:
         except Exception as error:
             file = record.get("file_name", f"number {record.get('image_id')}")
             raise InputError(
-                f"the image {file} or its annotations cannot be used ({_reason(error)}); correct "
+                f"the image {file} or its annotations cannot be used ({reason_of(error)}); correct "
                 "the file, or remove it from the data set."
             ) from error
 
 
-def check_test_set(
-    name: str, build: Callable[[], tuple[DataLoader[Any], DatasetEvaluator]]
-) -> None:
-    """Build the loader and the evaluator of a test set, and map its first image.
-
-    Called before training, so that a test set that cannot be evaluated is found before the first
-    step and not after the last one. Runs on every rank.
-
-    Args:
-        name: name of the test set, for the message.
-        build: function that builds the loader and the evaluator.
-
-    Raises:
-        InputError: the test set cannot be evaluated.
-    """
-    try:
-        loader, evaluator = build()
-        evaluator.reset()
-        if hasattr(loader.dataset, "__getitem__"):
-            loader.dataset[0]
-    except InputError:
-        raise
-    except Exception as error:
-        logger.debug("The test set %s failed.", name, exc_info=True)
-        raise InputError(
-            f"the test set {name!r} cannot be evaluated ({_reason(error)}); correct its files or "
-            "its evaluator, or train without evaluation."
-        ) from error
-
-
-def _reason(error: BaseException) -> str:
+def reason_of(error: BaseException) -> str:
     """Return the text of an exception in one line, with its type unless it is an OSError."""
     text = " ".join((getattr(error, "strerror", None) or str(error)).split())[:300].rstrip(".")
     return text if isinstance(error, OSError) and text else f"{type(error).__name__}: {text}"
-
-
-def check_batch(batch_size: int, key: str) -> None:
-    """Check that every process gets the same whole number of images.
-
-    Args:
-        batch_size: images of a step, of all processes together.
-        key: the config key of the batch size, for the message.
-
-    Raises:
-        InputError: the images cannot be shared equally.
-    """
-    world = comm.get_world_size()
-    if batch_size < 1 or batch_size % world:
-        raise InputError(
-            f"{key} is {batch_size}, which {world} process(es) cannot share equally; "
-            f"use a positive multiple of {world}."
-        )
-
-
-def mixed_precision(enabled: bool, device: str) -> bool:
-    """Whether to train in mixed precision; it is turned off on a CPU, with a line in the log."""
-    if enabled and not str(device).startswith("cuda"):
-        logger.info("Mixed precision is for GPUs only; training on %s in float32.", device)
-        return False
-    return enabled
-
-
-def describe_model(model: nn.Module) -> None:
-    """Log one line about a model, where Detectron2 prints all of its modules."""
-    parts = {
-        name: sum(p.numel() for p in part.parameters()) for name, part in model.named_children()
-    }
-    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    device = next(model.parameters(), torch.empty(0)).device
-    logger.info(
-        "%s on %s: %.1fM parameters, %.1fM trained (%s).",
-        type(model).__name__,
-        device,
-        sum(parts.values()) / 1e6,
-        trained / 1e6,
-        ", ".join(f"{name} {count / 1e6:.1f}M" for name, count in parts.items()),
-    )
-
-
-def _known_categories(name: str) -> list[str]:
-    """List the classes in a data set's metadata; empty where they are unknown."""
-    metadata = MetadataCatalog.get(name)
-    if metadata.get("evaluator_type") == "sem_seg":
-        return list(metadata.stuff_classes)
-    return list(metadata.get("thing_classes") or [])

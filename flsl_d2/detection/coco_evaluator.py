@@ -25,16 +25,11 @@ _HAS_COMPILED = _COMPILED is not COCOeval
 
 
 def coco_eval(truth: COCO, found: COCO, kind: str) -> COCOeval:
-    """Make the object that computes COCO's figures.
+    """Make the object that computes COCO's figures of ``bbox``, ``segm`` or ``keypoints``.
 
     Detectron2's compiled evaluator is taken where it was built, else ``faster-coco-eval`` (extra
     ``evaluation``) for boxes and masks, else pycocotools, which alone takes ids that are no
     numbers. The figures are the same.
-
-    Args:
-        truth: annotations.
-        found: detections, from ``truth.loadRes``.
-        kind: ``bbox``, ``segm`` or ``keypoints``.
     """
     if _HAS_COMPILED:
         return _COMPILED(truth, found, kind)
@@ -47,16 +42,10 @@ def coco_eval(truth: COCO, found: COCO, kind: str) -> COCOeval:
 
 
 def evaluate_coco(truth: COCO, results: Sequence[dict[str, Any]], kind: str) -> COCOeval | None:
-    """Evaluate detections without printing.
+    """Evaluate detections in COCO's results format as ``bbox`` or ``segm``, without printing.
 
-    Args:
-        truth: annotations; see :func:`flsl_d2.annotations.records.read_coco_api`.
-        results: detections in COCO's results format.
-        kind: ``bbox`` or ``segm``.
-
-    Returns:
-        The accumulated evaluation, whose ``stats`` and ``eval["precision"]`` hold the figures;
-        None without detections, which pycocotools cannot take.
+    ``stats`` and ``eval["precision"]`` of the result hold the figures; without detections, which
+    pycocotools cannot take, it is None.
     """
     if not results:
         return None
@@ -75,11 +64,6 @@ class FLSLCOCOEvaluator(COCOEvaluator):
 
     pycocotools, which Detectron2 reads annotations with, refuses a byte order mark and sizes such
     as 96.0, and takes polygons of two points for boxes.
-
-    Args:
-        dataset_name: registered data set in COCO format.
-        *arguments: further arguments of Detectron2's evaluator.
-        **keywords: likewise.
     """
 
     def __init__(self, dataset_name: str, *arguments: Any, **keywords: Any) -> None:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import inspect
 import json
 import logging
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -39,12 +40,7 @@ logger = logging.getLogger(__name__)
 
 
 def write_description(cfg: DictConfig, folder: str | Path) -> None:
-    """Write ``model.json`` of a LazyConfig's detector; log a line where it cannot be described.
-
-    Args:
-        cfg: config with ``model`` and the test data's ``mapper``.
-        folder: output folder of the run.
-    """
+    """Write ``model.json`` of a LazyConfig's detector; log a line where it cannot be described."""
     try:
         augmentations = _content(cfg, _AUGMENTATIONS)
         if augmentations is None:  # a detector on pictures of another size finds something else
@@ -62,14 +58,10 @@ def write_description(cfg: DictConfig, folder: str | Path) -> None:
 
 
 def read_description(folder: str | Path) -> DictConfig:
-    """Read ``model.json`` of a folder, and check everything that it names.
+    """Read ``model.json`` of a folder, and check that it names nothing but known models.
 
-    Returns:
-        A config with ``version``, ``model`` and ``dataloader.test.mapper.augmentations``, which
-        may be instantiated.
-
-    Raises:
-        InputError: no such file, or one that names more than models of known packages.
+    The config has ``version``, ``model`` and ``dataloader.test.mapper.augmentations``, and may be
+    instantiated.
     """
     file = Path(folder, MODEL_FILE)
     try:
@@ -97,12 +89,10 @@ def _plain(value: Any, depth: int = 0) -> Any:
     if depth > _MAX_DEPTH:
         raise InputError("it is nested too deeply")
     if isinstance(value, dict):
-        copied = {
-            str(key): _plain(each, depth + 1) for key, each in value.items() if key != "_target_"
+        return {
+            str(k): _target_name(each) if k == "_target_" else _plain(each, depth + 1)
+            for k, each in value.items()
         }
-        if "_target_" in value:
-            copied["_target_"] = _target_name(value["_target_"])
-        return copied
     if isinstance(value, list | tuple):
         return [_plain(each, depth + 1) for each in value]
     if isinstance(value, str) and "${" in value:
@@ -116,15 +106,10 @@ def _target_name(target: Any) -> str:
     """Return the full name of a class of models, or of a known function."""
     name = target if isinstance(target, str) else _convert_target_to_string(target)
     if name.startswith(("detectron2.", "flsl_d2.")) and "__" not in name:
-        found = _located(name)
+        found = None
+        with suppress(Exception):  # whatever importing a name that does not exist raises
+            found = locate(name)
         full = f"{getattr(found, '__module__', '')}.{getattr(found, '__qualname__', '')}"
         if full in _FUNCTIONS or (inspect.isclass(found) and full.startswith(_PACKAGES)):
             return full
     raise InputError(f"{name!r} is no part of a model of Detectron2 or flsl-d2")
-
-
-def _located(name: str) -> Any:
-    try:
-        return locate(name)
-    except Exception:  # whatever importing a name that does not exist raises
-        return None

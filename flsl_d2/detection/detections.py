@@ -30,11 +30,7 @@ class Crop(NamedTuple):
 class MaskCrops(Sequence[np.ndarray]):
     """Masks of an image as a sequence of (H, W) bool arrays, each made when it is asked for.
 
-    ``np.asarray`` makes all of them, (M, H, W).
-
-    Args:
-        crops: the masks inside their boxes.
-        size: height and width of the image.
+    ``np.asarray`` makes all of them, (M, H, W); ``size`` is the image's height and width.
     """
 
     def __init__(self, crops: Sequence[Crop], size: tuple[int, int]) -> None:
@@ -115,8 +111,7 @@ class Detections:
         scores: (M,) float32 in [0, 1].
         classes: (M,) int64, class numbers from 0.
         class_names: name of every class; empty where they are not known.
-        masks: M masks (H, W) bool; None for a detector without masks. An array (M, H, W) is cut
-            to boxes.
+        masks: M masks (H, W) bool, or an array (M, H, W); None for a detector without masks.
     """
 
     boxes: np.ndarray
@@ -154,14 +149,9 @@ class Detections:
         return self[self.scores >= score]
 
     def drawn_on(self, image: np.ndarray) -> np.ndarray:
-        """Draw masks, boxes, names and scores.
+        """Draw masks, boxes, names and scores on an image (H, W, 3) uint8 RGB.
 
-        Args:
-            image: (H, W, 3) uint8 RGB.
-
-        Returns:
-            (H', W', 3) uint8 RGB; a small image is enlarged first, and a large one is reduced to
-            4,096 pixels.
+        A small image is enlarged first, and a large one is reduced to 4,096 pixels.
         """
         from flsl_d2.visualization.detections import DrawnObjects, draw_objects
         from flsl_d2.visualization.figures import enlarge, palette
@@ -171,7 +161,7 @@ class Detections:
             factor = _MOST_DRAWN / max(canvas.shape[:2])
             size = [max(round(side * factor), 1) for side in canvas.shape[1::-1]]
             canvas = cv2.resize(canvas, size, interpolation=cv2.INTER_AREA)
-        canvas = canvas.copy() if canvas is image else np.ascontiguousarray(canvas)
+        canvas = canvas.copy()
         boxes = self.boxes * factor
         if self.masks is not None:
             sizes = np.prod(boxes[:, 2:] - boxes[:, :2], axis=1)
@@ -183,12 +173,8 @@ class Detections:
         return draw_objects(canvas, objects, list(self.class_names))
 
     def coco_results(self, image_id: int, category_ids: Sequence[int] = ()) -> list[dict[str, Any]]:
-        """Entries of a COCO results file.
-
-        Args:
-            image_id: number of the image.
-            category_ids: id of each class; class numbers plus 1 where empty.
-        """
+        """Entries of a COCO results file; without ids of the classes, their numbers plus 1."""
+        rows = zip(self.boxes.tolist(), self.classes.tolist(), self.scores.tolist(), strict=True)
         entries: list[dict[str, Any]] = [
             {
                 "image_id": image_id,
@@ -196,9 +182,7 @@ class Detections:
                 "bbox": [x0, y0, x1 - x0, y1 - y0],
                 "score": score,
             }
-            for (x0, y0, x1, y1), number, score in zip(
-                self.boxes.tolist(), self.classes.tolist(), self.scores.tolist(), strict=True
-            )
+            for (x0, y0, x1, y1), number, score in rows
         ]
         if self.masks is not None:
             for entry, code in zip(entries, self.masks.run_lengths(), strict=True):

@@ -11,8 +11,6 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-from detectron2.utils import comm
-
 from flsl_d2.annotations.coco_file import keep_coco, read_coco
 from flsl_d2.detection.finetune_data import OwnData, prepare_data
 from flsl_d2.detection.finetune_encoder import absolute_path, prepare_encoder
@@ -28,7 +26,14 @@ from flsl_d2.detection.finetune_plan import (
 from flsl_d2.detection.finetune_report import draw_labels, write_report
 from flsl_d2.detection.predictor import Predictor
 from flsl_d2.detection.train import launch_detection
-from flsl_d2.engine.command_line import add_defaults, add_option, described_parser, run_tool
+from flsl_d2.engine.command_line import (
+    add_defaults,
+    add_option,
+    described_parser,
+    parse_tool_arguments,
+    run_tool,
+    tool_argument_parser,
+)
 from flsl_d2.engine.config_files import load_lazy_config
 from flsl_d2.engine.gpus import check_device
 from flsl_d2.engine.launchers import started_processes
@@ -77,31 +82,14 @@ def _finetune(args: argparse.Namespace) -> None:
         _check_options(args, output)
         _prepare(args, output)
     cfg = load_lazy_config(str(output / CONFIG_FILE))
-    launch_detection(
-        argparse.Namespace(
-            config_file=str(output / CONFIG_FILE),
-            opts=[],
-            resume=args.resume,
-            eval_only=False,
-            allow_changes=False,
-            overwrite=False,
-            num_gpus=args.num_gpus,
-            num_machines=1,
-            machine_rank=0,
-            dist_url="auto",
-        )
-    )
+    parser = tool_argument_parser("", eval_only=True)
+    options = ["--config-file", str(output / CONFIG_FILE), "--num-gpus", str(args.num_gpus)]
+    launch_detection(parse_tool_arguments(parser, options + ["--resume"] * args.resume))
     _report(output, cfg)
 
 
 def _check_places(args: argparse.Namespace, output: Path) -> None:
-    """Check that the data of a run to be resumed are where its config says.
-
-    ``--images`` and ``--val-images`` name a new folder of the pictures, which the config gets.
-
-    Raises:
-        InputError: files that the config names are not there.
-    """
+    """Check that the data are where the config of a run says; put new folders of pictures in it."""
     config = output / CONFIG_FILE
     for split, folder in (("train", args.images), ("test", args.val_images or args.images)):
         if folder:
@@ -149,10 +137,7 @@ def _check_options(args: argparse.Namespace, output: Path) -> None:
 
 
 def _prepare(args: argparse.Namespace, output: Path) -> None:
-    """Check everything, then write the output folder: annotations, encoder, config, pictures.
-
-    Nothing is written there before all checks have passed.
-    """
+    """Write the output folder, once all checks have passed."""
     with TemporaryDirectory() as name:
         staging = Path(name)
         try:
@@ -163,29 +148,17 @@ def _prepare(args: argparse.Namespace, output: Path) -> None:
             args.weights, args.freeze, data.channels or 3, staging
         )
         device = find_device(args.device)
-        plan = make_plan(
-            data.facts,
-            device,
-            sizes,
-            args.max_iter,
-            args.short_side,
-            args.batch_size,
-            args.num_gpus,
-        )
+        wanted = args.max_iter, args.short_side, args.batch_size, args.num_gpus
+        plan = make_plan(data.facts, device, sizes, *wanted)
         warnings = anchor_warnings(data.facts, plan.short_side)
-        lines = [
-            *data.lines,
-            *encoder_lines,
-            *_plan_lines(plan, args, data),
-            *(f"warning: {warning}" for warning in warnings),
-        ]
+        lines = [*data.lines, *encoder_lines, *_plan_lines(plan, args, data)]
+        lines = [printable(line) for line in (*lines, *(f"warning: {w}" for w in warnings))]
         settings += _settings(args, data, plan, staging)
         recipe = _RECIPES["masks" if data.has_masks else "boxes"]
-        lines = [printable(line) for line in lines]
         write_text(staging / CONFIG_FILE, config_text(recipe, settings))
         write_text(staging / _SUMMARY_FILE, "\n".join(lines) + "\n")
         load_lazy_config(str(staging / CONFIG_FILE))
-        draw_labels(data.records, data.names, staging / "labels.png", "Labels of training images")
+        draw_labels(data.records, data.names, staging / "labels.png")
         writable_folder(output, "--output")
         own = [path for path in (data.train, data.val) if path.is_relative_to(staging)]
         contents = {output / path.relative_to(staging): read_coco(path) for path in own}
@@ -208,22 +181,17 @@ def _settings(
             return InFolder(path.relative_to(staging))
         return absolute_path(path)
 
-    net = "model.backbone.net"
-    resizing = "mapper.augmentations[0]"
+    train, test = (f"dataloader.{split}.mapper.augmentations[0]" for split in ("train", "test"))
     settings: list[tuple[str, Any, str]] = [
         ("dataloader.train.dataset.json_file", final(data.train), ""),
         ("dataloader.train.dataset.image_root", absolute_path(args.images), ""),
         ("dataloader.test.dataset.json_file", final(data.val), ""),
         ("dataloader.test.dataset.image_root", absolute_path(args.val_images or args.images), ""),
         ("model.roi_heads.num_classes", len(data.names), ""),
-        (
-            f"dataloader.train.{resizing}.short_edge_length",
-            plan.train_sides,
-            why.get("short_side", "--short-side"),
-        ),
-        (f"dataloader.train.{resizing}.max_size", plan.max_side, ""),
-        (f"dataloader.test.{resizing}.short_edge_length", plan.short_side, ""),
-        (f"dataloader.test.{resizing}.max_size", plan.max_side, ""),
+        (f"{train}.short_edge_length", plan.train_sides, why.get("short_side", "--short-side")),
+        (f"{train}.max_size", plan.max_side, ""),
+        (f"{test}.short_edge_length", plan.short_side, ""),
+        (f"{test}.max_size", plan.max_side, ""),
         ("dataloader.train.total_batch_size", plan.batch_size, why["batch_size"]),
         ("dataloader.train.num_workers", plan.workers, ""),
         ("dataloader.test.num_workers", plan.workers, ""),
@@ -243,7 +211,7 @@ def _settings(
     if not find_device(args.device).is_gpu:
         settings += _small_heads(data.has_masks)
     if plan.recompute:
-        settings.append((f"{net}.use_act_checkpoint", True, why["recompute"]))
+        settings.append(("model.backbone.net.use_act_checkpoint", True, why["recompute"]))
     if data.channels:
         files = [record["file_name"] for record in data.records]
         mean, std = channel_statistics(files, data.channels)
@@ -256,7 +224,7 @@ def _settings(
 
 
 def _small_heads(has_masks: bool) -> list[tuple[str, Any, str]]:
-    """List the settings of a pyramid and heads that a CPU trains in a third of the time."""
+    """List settings of a pyramid and heads that a CPU trains in a third of the time."""
     heads = "model.roi_heads"
     settings: list[tuple[str, Any, str]] = [
         ("model.backbone.out_channels", 128, "half the channels, for a CPU"),
@@ -297,12 +265,8 @@ def _plan_lines(plan: Plan, args: argparse.Namespace, data: OwnData) -> list[str
 
 def _report(output: Path, cfg: Any) -> None:
     """Evaluate the best weights, write the report and say how to go on."""
-    if not comm.is_main_process():
-        return
-    data = cfg.dataloader.test.dataset
-    summary = []
-    if (output / _SUMMARY_FILE).is_file():
-        summary = (output / _SUMMARY_FILE).read_text().splitlines()
+    data, plan = cfg.dataloader.test.dataset, output / _SUMMARY_FILE
+    summary = plan.read_text().splitlines() if plan.is_file() else []
     seen = cfg.train.max_iter * cfg.dataloader.train.total_batch_size
     hints = [
         f"The run has {cfg.train.max_iter} steps of {cfg.dataloader.train.total_batch_size} "
@@ -312,41 +276,26 @@ def _report(output: Path, cfg: Any) -> None:
         f"Look at {output}/labels.png: are boxes and classes right?",
     ]
     predictor = Predictor(output, device=cfg.train.device, score_threshold=0.0, trust_config=True)
+    predict = f"--model {output} --input IMAGES --output {output}/predictions"
+    predict = _command("predict.py", "flsl_d2.detection.predict", predict)
+    export = f"--model {output} --format onnx --output {output}/detector.onnx"
+    export = _command("export_model.py", "flsl_d2.export", export)
     report = write_report(
-        output, predictor, data.json_file, data.image_root, summary, hints,
-        [_predict_command(output, None), _export_command(output)],
-    )  # fmt: skip
-    values = ", ".join(
-        f"{name} {report.figures[name]:.1f}"
-        for name in ("bbox/AP", "bbox/AP50", "segm/AP", "segm/AP50")
-        if name in report.figures
+        output, predictor, data.json_file, data.image_root, summary, hints, [predict, export]
     )
-    print(f"{values} on the validation images.")
-    for note in report.notes:
-        print(note)
+    names = ("bbox/AP", "bbox/AP50", "segm/AP", "segm/AP50")
+    values = [f"{name} {report.figures[name]:.1f}" for name in names if name in report.figures]
+    print(f"{', '.join(values)} on the validation images.", *report.notes, sep="\n")
     print(f"Report: {report.page}")
-    print(f"Predict with: {_predict_command(output, report.score_threshold)}")
-    print(f"Export with: {_export_command(output)}")
+    print(f"Predict with: {predict} --score-threshold {report.score_threshold:.2f}")
+    print(f"Export with: {export}")
 
 
-def _tool_command(file: str, module: str) -> str:
-    """Beginning of a command, spelled as this tool was called."""
+def _command(file: str, module: str, options: str) -> str:
+    """Return a command, spelled as this tool was called."""
     tool = Path(sys.argv[0])
     called = tool.name == "finetune.py" and tool.parent.name == "tools"
-    return f"python {tool.with_name(file)}" if called else f"python -m {module}"
-
-
-def _export_command(output: Path) -> str:
-    """Command that exports the detector."""
-    command = _tool_command("export_model.py", "flsl_d2.export")
-    return f"{command} --model {output} --format onnx --output {output}/detector.onnx"
-
-
-def _predict_command(output: Path, threshold: float | None) -> str:
-    """Command that predicts with the detector."""
-    command = _tool_command("predict.py", "flsl_d2.detection.predict")
-    command += f" --model {output} --input IMAGES --output {output}/predictions"
-    return command if threshold is None else f"{command} --score-threshold {threshold:.2f}"
+    return f"python {tool.with_name(file) if called else f'-m {module}'} {options}"
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -357,31 +306,20 @@ def main(arguments: Sequence[str] | None = None) -> None:
         EXAMPLES,
     )
     add = parser.add_argument
-    add(
-        "--annotations",
-        default="",
-        metavar="PATH",
-        help="COCO .json; YOLO, Pascal VOC or LabelMe folder; CVAT .xml",
-    )
-    add("--images", default="", metavar="DIR", help="folder of the images")
-    add(
-        "--val-annotations",
-        default="",
-        metavar="PATH",
-        help="annotations to validate on (default: a part of --annotations is split off)",
-    )
-    add("--val-images", default="", metavar="DIR", help="their images (default: --images)")
+    for name, kind, text in (
+        ("--annotations", "PATH", "COCO .json; YOLO, Pascal VOC or LabelMe folder; CVAT .xml"),
+        ("--images", "DIR", "folder of the images"),
+        ("--val-annotations", "PATH", "to validate on (default: split off from --annotations)"),
+        ("--val-images", "DIR", "their images (default: --images)"),
+    ):
+        add(name, default="", metavar=kind, help=text)
     add_defaults(
         parser,
         ("--val-share", 0.2, "share of the images to split off"),
         ("--val-group", "", "regular expression; images with the same match stay together"),
     )
-    add_option(
-        parser,
-        "--weights",
-        default="",
-        help="encoder: file or URL of any known layout, timm:NAME, or 'random'",
-    )
+    encoder = "encoder: file or URL of any known layout, timm:NAME, or 'random'"
+    add_option(parser, "--weights", default="", help=encoder)
     add_option(parser, "--output", default="output/finetune")
     add("--task", choices=("boxes", "masks"), help="default: masks if the annotations have them")
     add("--freeze", action="store_true", help="leave the encoder as it is")

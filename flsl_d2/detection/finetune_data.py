@@ -26,12 +26,9 @@ class OwnData:
     """The two parts of the data.
 
     Attributes:
-        train: annotations to train on, in COCO's format.
-        val: annotations to validate on.
-        records: the training part in Detectron2's format.
+        train: annotations to train on, in COCO's format; ``val`` are those to validate on.
+        records: the training part in Detectron2's format; ``facts`` describe it.
         names: names of the classes.
-        has_masks: whether masks are learned.
-        facts: facts of the training part.
         lines: findings to print.
         channels: number of channels whose stored values are fed to the model; 0 for RGB.
     """
@@ -77,11 +74,10 @@ def prepare_data(args: argparse.Namespace, staging: Path) -> OwnData:
             "draw the missing ones to learn masks."
         )
     use = Use.BOXES | Use.MASKS if has_masks else Use.BOXES
-    check_coco_files(train, args.images, use, masks_off="--task boxes")
-    val_names = check_coco_files(
-        val, images_of_val, use | Use.EVALUATION, open_pictures=bool(args.val_annotations),
-        masks_off="--task boxes",
-    )  # fmt: skip
+    off = "--task boxes"
+    check_coco_files(train, args.images, use, masks_off=off)
+    both, opened = use | Use.EVALUATION, bool(args.val_annotations)
+    val_names = check_coco_files(val, images_of_val, both, masks_off=off, open_pictures=opened)
     if val_names != names:
         raise InputError(
             f"the classes of '{args.annotations}' ({', '.join(names)}) and of "
@@ -92,9 +88,8 @@ def prepare_data(args: argparse.Namespace, staging: Path) -> OwnData:
     num_val = sum(any(not a["iscrowd"] for a in r["annotations"]) for r in val_records)
     if not num_val:
         raise InputError(
-            f"no image of '{val if not args.val_annotations else args.val_annotations}' has an "
-            "object, so nothing can be measured; give other validation annotations or leave them "
-            "out."
+            f"no image of '{args.val_annotations or val}' has an object, so nothing can be "
+            "measured; give other validation annotations or leave them out."
         )
     lines += _data_lines(facts, len(val_records), how)
     files = [record["file_name"] for record in [*records, *val_records]]
@@ -109,9 +104,9 @@ def prepare_data(args: argparse.Namespace, staging: Path) -> OwnData:
 
 def _without_mask(records: Sequence[dict[str, Any]]) -> str:
     files = [
-        Path(record["file_name"]).name
-        for record in records
-        if any(not a["iscrowd"] and not a.get("segmentation") for a in record["annotations"])
+        Path(r["file_name"]).name
+        for r in records
+        if any(not a["iscrowd"] and not a.get("segmentation") for a in r["annotations"])
     ]
     return f"in {', '.join(files[:5])}" + (f" and {len(files) - 5} more" if len(files) > 5 else "")
 

@@ -24,16 +24,7 @@ def prepare_encoder(
     Patches whose side is no power of two, and images of other than three channels, need another
     patch embedding: its filters are resampled by the pseudo-inverse of resizing (FlexiViT, arXiv
     2212.08013), and repeated over the channels and scaled so that equal channels give what they
-    gave before. Both are timm's functions. The encoder is then written to the output folder.
-
-    Args:
-        weights: file or URL, ``timm:NAME`` or ``random``.
-        freeze: whether the encoder is not trained.
-        channels: number of channels of the images.
-        staging: folder to write to.
-
-    Raises:
-        InputError: the weights cannot be read, or cannot take images of these channels.
+    gave before. Both are timm's functions. The encoder is then written to the folder ``staging``.
     """
     frozen = [("model.backbone.net.frozen", True, "the encoder stays as it is")]
     if weights.startswith(TIMM_PREFIX):
@@ -44,20 +35,10 @@ def prepare_encoder(
             )
         net = build_timm_backbone(weights)
         timm_pyramid(net)  # refuses strides that are no powers of two
-        module = build_timm_backbone.__module__
+        start = f"{build_timm_backbone.__module__}."
+        node = {"_target_": f"{start}build_timm_backbone", "text": weights, "frozen": freeze}
         settings: list[tuple[str, Any, str]] = [
-            (
-                "model.backbone",
-                {
-                    "_target_": f"{module}.timm_pyramid",
-                    "net": {
-                        "_target_": f"{module}.build_timm_backbone",
-                        "text": weights,
-                        "frozen": freeze,
-                    },
-                },
-                "",
-            ),
+            ("model.backbone", {"_target_": f"{start}timm_pyramid", "net": node}, ""),
             ("optimizer.params.lr_factor_func", None, "layers are not decayed"),
         ]
         sizes = {"embed_dim": net.embed_dim, "depth": 12, "patch_size": net.patch_size}
@@ -78,11 +59,10 @@ def prepare_encoder(
     if weights == "random":
         file = ""
         lines.append("warning: the encoder is untrained, so expect little of a small data set.")
-    own = {k: v for k, v in FLSLViT().architecture.items() if k != "num_prefix_tokens"}
     settings = [
         (f"model.backbone.net.{key}", architecture[key], "")
-        for key in own
-        if architecture[key] != own[key]
+        for key, value in FLSLViT().architecture.items()
+        if key != "num_prefix_tokens" and architecture[key] != value
     ]
     settings.append(("train.init_checkpoint", file, ""))
     return lines, settings + (frozen if freeze else []), architecture
@@ -94,10 +74,8 @@ def _adapted(encoder: FLSLViT, patch: int, channels: int) -> FLSLViT:
     grid = architecture["img_size"] // encoder.patch_size
     changed = {"patch_size": patch, "in_chans": channels, "img_size": grid * patch}
     new = FLSLViT(**{**architecture, **changed})
-    state = encoder.state_dict()
-    name = "patch_embed.proj.weight"
-    weight = resample_patch_embed(state[name], [patch, patch])
-    state[name] = adapt_input_conv(channels, weight)
+    state, name = encoder.state_dict(), "patch_embed.proj.weight"
+    state[name] = adapt_input_conv(channels, resample_patch_embed(state[name], [patch, patch]))
     new.load_state_dict(state)
     if channels == encoder.input_format.channels:
         new.input_format = encoder.input_format

@@ -49,13 +49,7 @@ _GIB = 2**30
 
 @dataclass(frozen=True)
 class Device:
-    """The device of a run.
-
-    Attributes:
-        name: ``cuda`` or ``cpu``.
-        memory: bytes of its memory.
-        cores: number of CPU cores of this process.
-    """
+    """Name, bytes of memory and number of this process's CPU cores of a run's device."""
 
     name: str
     memory: float
@@ -63,7 +57,7 @@ class Device:
 
     @property
     def is_gpu(self) -> bool:
-        """Whether the device is a GPU."""
+        """Whether it is a GPU."""
         return not self.name.startswith("cpu")
 
 
@@ -81,15 +75,11 @@ class DataFacts:
     """Facts of the training data that the rules use.
 
     Attributes:
-        num_images: number of images with objects.
-        num_without: number of images without objects, which training leaves out.
-        num_objects: number of objects, crowds left out.
-        class_counts: number of objects by class name.
+        num_images: number of images with objects; ``num_without`` is that of the others.
+        num_objects: number of objects without crowds; ``max_objects`` is that of the fullest image.
         image_sizes: (N, 2) height and width of all images in pixels.
-        object_sizes: (M, 2) height and width of the objects in pixels of an image whose shorter
-            side is 1.
+        object_sizes: (M, 2) height and width in pixels of an image whose shorter side is 1.
         mask_share: share of the objects that have a mask.
-        max_objects: number of objects in the fullest image.
     """
 
     num_images: int
@@ -131,15 +121,9 @@ class Plan:
     """Settings of a run, with the reasons to print.
 
     Attributes:
-        short_side: shorter side of the images in pixels.
-        max_side: most pixels of the longer side.
-        batch_size: images of a step.
-        learning_rate: largest learning rate.
-        max_iter: number of steps.
+        short_side: shorter side of the images in pixels; ``max_side`` limits the longer one.
         warmup_length: share of the steps in which the learning rate rises.
-        eval_period: steps between two evaluations.
-        log_period: steps between two lines of the log.
-        workers: processes that read images.
+        eval_period: steps between two evaluations; ``log_period`` is that of the log.
         recompute: recompute the encoder's blocks in the backward pass.
         reasons: sentence by setting.
     """
@@ -177,17 +161,17 @@ def make_plan(
     batch_size: int = 0,
     num_processes: int = 1,
 ) -> Plan:
-    """Choose the settings by the rules of this module.
+    """Choose the settings by the rules of this module, those that are 0.
 
     Args:
         facts: facts of the training data.
         device: device to train on.
-        encoder: ``embed_dim``, ``depth`` and ``patch_size`` of the encoder.
-        max_iter: number of steps; 0 chooses it.
-        short_side: shorter side of the images in pixels; 0 chooses it.
-        batch_size: images of a step; 0 chooses it.
+        encoder: ``embed_dim``, ``depth`` and ``patch_size``.
+        max_iter: number of steps.
+        short_side: shorter side of the images in pixels.
+        batch_size: images of a step.
         num_processes: number of GPUs, each with the memory of the device, or of processes that
-            share the memory of a CPU. The batch is a multiple of it.
+            share the memory of a CPU; the batch is a multiple of it.
     """
     reasons = {}
     if not short_side:
@@ -219,11 +203,9 @@ def make_plan(
         learning_rate = float(f"{1e-4 * math.sqrt(batch_size / 16):.3g}")
         reasons["learning_rate"] = "1e-4 * sqrt(batch / 16)"
     epoch = facts.num_images / batch_size
-    if not max_iter and device.is_gpu:
-        epochs = min(max(12.0, 12 * math.sqrt(118_000 / facts.num_images)), 100)
-        max_iter = max(200, math.ceil(epochs * epoch))
-    elif not max_iter:
-        max_iter = min(max(math.ceil(12 * epoch), 400), 2000)
+    epochs = min(max(12.0, 12 * math.sqrt(118_000 / facts.num_images)), 100)
+    on_gpu, on_cpu = math.ceil(epochs * epoch), math.ceil(12 * epoch)
+    max_iter = max_iter or (max(200, on_gpu) if device.is_gpu else min(max(on_cpu, 400), 2000))
     reasons["max_iter"] = (
         f"{max_iter / epoch:.1f} epochs of {facts.num_images} images"
         if max_iter >= epoch
@@ -263,18 +245,10 @@ def anchor_warnings(
     """Say which objects the detector's anchors do not fit, with numbers and a remedy.
 
     An object fits if an anchor of the same centre has an IoU of at least 0.3 with it; the RPN
-    learns others by their single best anchor alone.
-
-    Args:
-        facts: facts of the training data.
-        short_side: shorter side of the images in pixels.
-        anchor_sides: sides of the square anchors in pixels, one a level.
-
-    Returns:
-        One sentence for each problem that concerns more than a twentieth of the objects.
+    learns others by their single best anchor alone. There is a sentence for each problem of more
+    than a twentieth of the objects.
     """
-    sizes = facts.object_sizes * short_side
-    if not len(sizes):
+    if not len(sizes := facts.object_sizes * short_side):
         return []
     fits = _best_anchor_iou(sizes, anchor_sides) >= _BACKGROUND_IOU
     sides = np.sqrt(sizes.prod(axis=1))
@@ -317,13 +291,27 @@ def anchor_warnings(
 
 def _best_anchor_iou(sizes: np.ndarray, anchor_sides: Sequence[int]) -> np.ndarray:
     """IoU of each object (M, 2) with the best anchor of the same centre."""
-    best = np.zeros(len(sizes))
-    for side in anchor_sides:
-        for ratio in ANCHOR_RATIOS:
-            anchor = np.array([side * math.sqrt(ratio), side / math.sqrt(ratio)])
-            overlap = np.minimum(sizes, anchor).prod(axis=1)
-            best = np.maximum(best, overlap / (sizes.prod(axis=1) + side**2 - overlap))
-    return best
+    roots = np.sqrt(ANCHOR_RATIOS)
+    anchors = np.multiply.outer(anchor_sides, np.stack([roots, 1 / roots], 1)).reshape(-1, 2)
+    overlap = np.minimum(sizes[:, None], anchors).prod(axis=2)
+    union = sizes.prod(axis=1)[:, None] + anchors.prod(axis=1) - overlap
+    return (overlap / union).max(axis=1)
+
+
+_CONFIG = '''"""Detector on own annotations.
+
+    tools/train_net.py --config-file THIS_FILE --resume
+"""
+
+from pathlib import Path
+
+from flsl_d2.model_zoo import get_config
+
+_folder = Path(__file__).absolute().parent
+_recipe = get_config({recipe!r})
+dataloader, lr_multiplier = _recipe["dataloader"], _recipe["lr_multiplier"]
+model, optimizer, train = _recipe["model"], _recipe["optimizer"], _recipe["train"]
+'''
 
 
 class InFolder(str):
@@ -331,30 +319,11 @@ class InFolder(str):
 
 
 def config_text(recipe: str, settings: Sequence[tuple[str, Any, str]]) -> str:
-    """Write a LazyConfig: a recipe and what differs from it, with the reasons as comments.
+    """Write a LazyConfig: a recipe, and key, plain value and reason of what differs from it.
 
     A value enters as its ``repr`` alone; keys, reasons and the rest are texts of this package.
-
-    Args:
-        recipe: name of the recipe below ``configs``.
-        settings: key, plain value and reason of each difference; an empty reason is left out.
     """
-    lines = [
-        '"""Detector on own annotations.',
-        "",
-        "    tools/train_net.py --config-file THIS_FILE --resume",
-        '"""',
-        "",
-        "from pathlib import Path",
-        "",
-        "from flsl_d2.model_zoo import get_config",
-        "",
-        "_folder = Path(__file__).absolute().parent",
-        f"_recipe = get_config({recipe!r})",
-        'dataloader, lr_multiplier = _recipe["dataloader"], _recipe["lr_multiplier"]',
-        'model, optimizer, train = _recipe["model"], _recipe["optimizer"], _recipe["train"]',
-        "",
-    ]
+    lines = [_CONFIG.format(recipe=recipe)]
     for key, value, reason in settings:
         lines += [f"# {reason[0].upper()}{reason[1:]}."] if reason else []
         lines.append(f"{key} = {literal(value)}")

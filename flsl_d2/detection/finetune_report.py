@@ -15,6 +15,7 @@ from typing import Any
 import cv2
 import numpy as np
 import torch
+from detectron2.structures import Boxes, pairwise_ioa
 from PIL import Image
 from pycocotools.cocoeval import COCOeval
 from torchvision.ops import box_iou
@@ -30,13 +31,12 @@ from flsl_d2.errors import InputError
 from flsl_d2.files import write_text
 from flsl_d2.images.reader import preview
 from flsl_d2.visualization.curves import loss_curves, read_metrics
-from flsl_d2.visualization.detections import draw_objects, ground_truth
+from flsl_d2.visualization.detections import choose_records, draw_objects, ground_truth
 from flsl_d2.visualization.figures import Panel, picture_table
 from flsl_d2.visualization.html import render
 
 NOTHING, CROWD = -1, -2
 _IOU = 0.5
-_LABELS_ACROSS = 4
 _MOST_CLASSES = 30  # in the page, those with the lowest AP; results.json has all
 _PICTURE_SIDES = {50: 640, 400: 384, math.inf: 224}  # longer side by the number of pictures
 _LOWEST_SCORE = 0.05  # of detections in the page
@@ -51,7 +51,6 @@ class Report:
         figures: value in percent by name, such as ``bbox/AP`` and ``bbox/AP-person``.
         score_threshold: score with the best F1 of boxes at an IoU of 0.5.
         notes: sentences about what limits the detector.
-        page: the HTML page.
     """
 
     figures: dict[str, float]
@@ -62,19 +61,12 @@ class Report:
 
 @dataclass(frozen=True)
 class _Compared:
-    """Detections of one image and its annotated objects, matched by boxes at an IoU of 0.5.
+    """Detections of one image and its annotated objects, matched by boxes at an IoU of 0.5."""
 
-    Attributes:
-        labels: (M,) classes found, by falling score.
-        scores: (M,) their scores.
-        match: (M,) index of each detection's object; `NOTHING` and `CROWD` are none.
-        truth: (T,) annotated classes.
-    """
-
-    labels: np.ndarray
-    scores: np.ndarray
-    match: np.ndarray
-    truth: np.ndarray
+    labels: np.ndarray  # (M,) classes found, by falling score
+    scores: np.ndarray  # (M,)
+    match: np.ndarray  # (M,) index of each detection's object; NOTHING and CROWD are none
+    truth: np.ndarray  # (T,) annotated classes
 
     @property
     def annotated(self) -> np.ndarray:
@@ -83,32 +75,15 @@ class _Compared:
         return np.concatenate([self.truth, none])[self.match]
 
 
-def draw_labels(
-    records: Sequence[dict[str, Any]],
-    class_names: Sequence[str],
-    path: Path,
-    title: str,
-    count: int = 8,
-) -> None:
-    """Draw annotated images, evenly spread, as a page of pictures.
-
-    Args:
-        records: records in Detectron2's format.
-        class_names: by class number.
-        path: PNG file to write.
-        title: heading of the page.
-        count: number of images.
-    """
-    having = [r for r in records if r["annotations"]] or list(records)
-    places = np.unique(np.linspace(0, len(having) - 1, min(count, len(having))).round().astype(int))
+def draw_labels(records: list[dict[str, Any]], class_names: list[str], path: Path) -> None:
+    """Draw eight annotated training images, evenly spread, as a PNG page of pictures."""
     panels = []
-    for place in places:
-        record = having[place]
-        image = preview(record["file_name"])
-        drawn = draw_objects(image, ground_truth(record), list(class_names))
+    for record in choose_records(records, 8):
+        drawn = draw_objects(preview(record["file_name"]), ground_truth(record), class_names)
         panels.append(Panel(drawn, Path(record["file_name"]).name))
-    rows = [panels[i : i + _LABELS_ACROSS] for i in range(0, len(panels), _LABELS_ACROSS)]
-    picture_table(path, title, rows)
+    picture_table(
+        path, "Labels of training images", [row for row in (panels[:4], panels[4:]) if row]
+    )
 
 
 def write_report(
@@ -128,7 +103,7 @@ def write_report(
     Args:
         folder: output folder of the run.
         predictor: the detector, with a score threshold of 0.
-        json_file: annotations of the validation images.
+        json_file: annotations of the validation images in ``image_root``.
         image_root: folder of the images.
         summary: lines about the run.
         hints: reasons why the detector may find little, for the case that it does.
@@ -149,10 +124,8 @@ def write_report(
     kinds = ["bbox", "segm"] if results and "segmentation" in results[0] else ["bbox"]
     evaluations = {kind: evaluate_coco(truth, results, kind) for kind in kinds}
     figures, threshold = _figures(evaluations, names), _best_threshold(compared)
-    notes = [
-        *_verdict(folder / "metrics.json", kinds[-1]),
-        *_notes(figures, compared, names, hints),
-    ]
+    notes = _verdict(folder / "metrics.json", kinds[-1])
+    notes += _notes(figures, compared, names, hints)
     written = {"figures": figures, "score_threshold": threshold, "notes": notes}
     write_text(folder / "results.json", json.dumps(written, indent=1))
     curves = {"training": folder / "curves.png", "labels": folder / "labels.png"}
@@ -223,11 +196,12 @@ def _picture(
     truth, chosen = ground_truth(record), np.flatnonzero(compared.scores >= _LOWEST_SCORE)
     masks = [None] * len(found) if found.masks is None else list(found.masks)
     drawn = zip(truth.classes, truth.boxes, truth.masks, strict=True)
+    jpeg = base64.b64encode(buffer.getvalue()).decode("ascii")
     return {
         "name": Path(record["file_name"]).name,
         "width": size[0],
         "height": size[1],
-        "jpeg": f"data:image/jpeg;base64,{base64.b64encode(buffer.getvalue()).decode('ascii')}",
+        "jpeg": f"data:image/jpeg;base64,{jpeg}",
         "truth": [[int(c), _corners(b, factor), _outline(m, size)] for c, b, m in drawn],
         "found": [
             [int(compared.labels[i]), _rounded(compared.scores[i], 3), int(compared.match[i]),
@@ -273,7 +247,13 @@ def _compare(record: dict[str, Any], found: Detections) -> _Compared:
     objects = [a for a in record["annotations"] if not a["iscrowd"]]
     crowds = [a for a in record["annotations"] if a["iscrowd"]]
     classes = np.array([a["category_id"] for a in objects], int)
-    overlap = _overlap(found.boxes, objects)
+    corners = torch.from_numpy(_corner_boxes(objects))
+    overlap = box_iou(torch.from_numpy(found.boxes).double(), corners).numpy()
+    # Share of each detection's box that lies in one crowd.
+    in_crowd = pairwise_ioa(
+        *(Boxes(torch.from_numpy(b)) for b in (_corner_boxes(crowds), found.boxes))
+    )
+    on_crowd = (in_crowd >= 0.5).any(dim=0).tolist()
     free = np.ones(len(objects), bool)
     match = np.full(len(found), NOTHING)
     for number, label in enumerate(found.classes.tolist()):
@@ -283,7 +263,7 @@ def _compare(record: dict[str, Any], found: Detections) -> _Compared:
             among = own if own.size else candidates
             match[number] = among[overlap[number][among].argmax()]
             free[match[number]] = False
-        elif _on_crowd(found.boxes[number], crowds):
+        elif on_crowd[number]:
             match[number] = CROWD
     return _Compared(found.classes, found.scores, match, classes)
 
@@ -310,21 +290,10 @@ def _figures(evaluations: dict[str, COCOeval | None], names: Sequence[str]) -> d
     return figures
 
 
-def _overlap(boxes: np.ndarray, objects: Sequence[dict[str, Any]]) -> np.ndarray:
+def _corner_boxes(objects: Sequence[dict[str, Any]]) -> np.ndarray:
     corners = np.array([a["bbox"] for a in objects], float).reshape(-1, 4)
     corners[:, 2:] += corners[:, :2]
-    return box_iou(torch.from_numpy(boxes).double(), torch.from_numpy(corners)).numpy()
-
-
-def _on_crowd(box: np.ndarray, crowds: Sequence[dict[str, Any]]) -> bool:
-    """Whether half of a box lies in a crowd."""
-    area = float(np.prod(box[2:] - box[:2]))
-    for crowd in crowds:
-        x, y, width, height = crowd["bbox"]
-        sides = np.minimum(box[2:], (x + width, y + height)) - np.maximum(box[:2], (x, y))
-        if float(np.prod(np.maximum(sides, 0))) >= 0.5 * area:
-            return True
-    return False
+    return corners
 
 
 def _best_threshold(compared: Sequence[_Compared]) -> float:

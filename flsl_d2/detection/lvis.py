@@ -20,11 +20,7 @@ from flsl_d2.errors import InputError
 
 
 def require_lvis() -> None:
-    """Check that the package lvis, with which Detectron2 reads and evaluates LVIS, is installed.
-
-    Raises:
-        InputError: the package is not installed.
-    """
+    """Raise InputError without the package lvis, with which Detectron2 reads and evaluates LVIS."""
     if importlib.util.find_spec("lvis") is None:
         # --no-deps, because lvis requires opencv-python, which overwrites any other build of cv2.
         raise InputError(
@@ -34,11 +30,7 @@ def require_lvis() -> None:
 
 
 def check_lvis_dataset(name: str) -> None:
-    """Check that the package lvis and a data set's files exist.
-
-    Raises:
-        InputError: the package, the annotation file or the image folder is missing.
-    """
+    """Raise InputError where the package lvis or a data set's files are missing."""
     require_lvis()
     metadata = MetadataCatalog.get(name)
     for path, what in ((metadata.json_file, "annotation file"), (metadata.image_root, "folder")):
@@ -52,29 +44,16 @@ def check_lvis_dataset(name: str) -> None:
 def federated_loss_weights(
     names: str | list[str], power: float = 0.5
 ) -> Callable[[], torch.Tensor]:
-    """Weights by which the federated loss (arXiv 2103.07461) draws the classes of an image.
+    """Return a function for the weights (K,) by which the federated loss draws an image's classes.
 
-    Args:
-        names: names of data sets whose metadata has ``class_image_count``.
-        power: exponent of the number of images that show a class.
-
-    Returns:
-        A function without arguments that returns the weights, (K,).
+    The weights (arXiv 2103.07461) are the numbers of images that show a class, to a power; they
+    are ``class_image_count`` of the metadata of the data sets.
     """
     return partial(get_fed_loss_cls_weights, names, power)
 
 
 class LVISEvaluator(Detectron2LVISEvaluator):
-    """Detectron2's evaluator of the same name, with a current numpy and 300 detections an image.
-
-    Args:
-        dataset_name: name of a data set with LVIS's annotation file in its metadata.
-        output_dir: folder of the predictions.
-        max_dets_per_image: number of detections that count in an image; LVIS's own is 300.
-
-    Raises:
-        InputError: the package lvis is not installed.
-    """
+    """Detectron2's evaluator of the same name, with a current numpy and LVIS's 300 detections."""
 
     def __init__(
         self, dataset_name: str, output_dir: str | None = None, max_dets_per_image: int = 300

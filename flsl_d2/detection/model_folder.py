@@ -19,6 +19,7 @@ from detectron2.modeling import build_model
 from omegaconf import DictConfig, OmegaConf
 from torch import nn
 
+from flsl_d2.detection.checks import names_of
 from flsl_d2.detection.description import MODEL_FILE, read_description
 from flsl_d2.detection.setup import read_kept_classes
 from flsl_d2.detection.yaml_training import load_yaml_config
@@ -27,22 +28,29 @@ from flsl_d2.errors import InputError
 from flsl_d2.weights import build_encoder
 from flsl_d2.weights.checkpointer import BEST_WEIGHTS
 
+_TO_FINE_TUNE = (
+    "is an encoder and no detector; fine-tune it with tools/finetune.py --weights FILE "
+    "--annotations FILE --images FOLDER, and give its output folder."
+)
+
 
 def find_config(model: str | Path, trust_config: bool) -> DictConfig | CfgNode:
-    """Read the description of a detector.
+    """Read the description of a detector from a run's folder or a config file, which is run.
 
-    Args:
-        model: output folder of a run, or a config file, which is run as the program that it is.
-        trust_config: whether the LazyConfig of a folder without ``model.json`` may be run.
-
-    Raises:
-        InputError: there is none, it describes no detector, or it would have to be trusted.
+    ``trust_config`` allows to run the LazyConfig of a folder without ``model.json``.
     """
     place = Path(model).expanduser()
     if place.is_dir():
         return _folder_config(place, trust_config)
     if place.is_file() and place.suffix not in (".py", ".yaml", ".yml"):
-        raise InputError(f"'{model}' {_what_it_is(place)}")
+        try:
+            build_encoder(str(place))
+        except InputError:
+            raise InputError(
+                f"'{model}' is no folder of a run and no config file; weights of a detector are "
+                "given by --weights beside the config or the folder that they belong to."
+            ) from None
+        raise InputError(f"'{model}' {_TO_FINE_TUNE}")
     return load_yaml_config(str(model)) if is_yaml(str(model)) else load_lazy_config(str(model))
 
 
@@ -76,24 +84,6 @@ def _folder_config(folder: Path, trust_config: bool) -> DictConfig | CfgNode:
     if not isinstance(cfg, DictConfig) or "dataloader" not in cfg or "model" not in cfg:
         raise InputError(f"'{file}' describes no detector; name the folder of a training run.")
     return cfg
-
-
-_TO_FINE_TUNE = (
-    "is an encoder and no detector; fine-tune it with tools/finetune.py --weights FILE "
-    "--annotations FILE --images FOLDER, and give its output folder."
-)
-
-
-def _what_it_is(file: Path) -> str:
-    """Say what a file is that was given in place of a folder, and what to do."""
-    try:
-        build_encoder(str(file))
-    except InputError:
-        return (
-            "is no folder of a run and no config file; weights of a detector are given by "
-            "--weights beside the config or the folder that they belong to."
-        )
-    return _TO_FINE_TUNE
 
 
 def find_weights(folder: Path | None, cfg: DictConfig | CfgNode) -> str:
@@ -137,18 +127,14 @@ def find_classes(
     folder: Path | None, cfg: DictConfig | CfgNode
 ) -> tuple[list[str], list[int], str]:
     """Names and ids of the classes and the version that a run kept; else of its data set."""
-    if folder is not None:
-        kept = read_kept_classes(folder)
-        if kept is not None:
-            return kept
+    if folder is not None and (kept := read_kept_classes(folder)) is not None:
+        return kept
     if isinstance(cfg, CfgNode):
         given: Any = cfg.DATASETS.TEST or cfg.DATASETS.TRAIN
     else:
-        given = OmegaConf.select(cfg, "dataloader.test.dataset.names") or OmegaConf.select(
-            cfg, "dataloader.train.dataset.names"
-        )
-    first = given if isinstance(given, str) else next(iter(given or []), "")
-    metadata = MetadataCatalog.get(first) if first else None
-    names = list(metadata.get("thing_classes", [])) if metadata else []
-    ids = metadata.get("thing_dataset_id_to_contiguous_id", {}) if metadata else {}
-    return names, sorted(ids, key=lambda id_: ids[id_]), ""
+        keys = (f"dataloader.{split}.dataset.names" for split in ("test", "train"))
+        given = next(filter(None, (OmegaConf.select(cfg, key) for key in keys)), [])
+    first = next(iter(names_of(given)), "")
+    metadata: Any = MetadataCatalog.get(first) if first else {}
+    ids = metadata.get("thing_dataset_id_to_contiguous_id", {})
+    return list(metadata.get("thing_classes", [])), sorted(ids, key=ids.__getitem__), ""

@@ -16,7 +16,7 @@ from PIL import Image
 
 from flsl_d2.detection.detections import Detections
 from flsl_d2.detection.predictor import Predictor
-from flsl_d2.engine.command_line import add_option, described_parser, run_tool
+from flsl_d2.engine.command_line import add_defaults, add_option, described_parser, run_tool
 from flsl_d2.engine.progress import progress
 from flsl_d2.errors import InputError
 from flsl_d2.files import OutputNames, write_text
@@ -36,6 +36,7 @@ EXAMPLES = """examples:
 A folder's detector is built from its model.json, which holds names and numbers alone. The config
 of a folder without one may run any code, and is used with --trust-config alone."""
 
+_VIDEOS = (".mp4", ".avi", ".mov", ".mkv", ".webm", ".m4v", ".mpg", ".ts")
 logger = logging.getLogger(__name__)
 
 
@@ -46,7 +47,7 @@ def predict_images(
     write_masks: bool = False,
     names: OutputNames | None = None,
 ) -> int:
-    """Write drawn pictures and a COCO results file of images.
+    """Write drawn pictures and a COCO results file of images; return how many cannot be read.
 
     ``drawn/`` gets a PNG of each image, ``results.json`` the detections in COCO's results format,
     ``images.json`` the image of each ``image_id`` with the categories, and ``masks/`` a PNG of each
@@ -59,9 +60,6 @@ def predict_images(
         output: folder to write to.
         write_masks: write the masks, too.
         names: names of the output folder that are taken.
-
-    Returns:
-        Number of images that could not be read.
     """
     output, names = Path(output).expanduser(), names or OutputNames()
     for folder in ("drawn", *["masks"] * write_masks):
@@ -87,12 +85,14 @@ def predict_images(
             images.append({"id": number, "file_name": file, "height": height, "width": width})
             results += each.coco_results(number, predictor.category_ids)
             name = names.free(f"{number:06d}_{Path(file).stem}", "")
-            with_path = output / "drawn" / f"{name}.png"
-            _drawn(lambda: _save(each.drawn_on(preview(pixels)), with_path), file)  # noqa: B023
+            path = output / "drawn" / f"{name}.png"
+            _drawn(lambda: Image.fromarray(each.drawn_on(preview(pixels))).save(path), file)  # noqa: B023
             if write_masks and each.masks is not None:
                 _write_masks(output / "masks", name, each)
     write_text(output / "results.json", json.dumps(results))
-    content = {"images": images, "categories": _categories(predictor), "failed": len(failed)}
+    pairs = zip(predictor.category_ids, predictor.class_names, strict=False)
+    categories = [{"id": id_, "name": name} for id_, name in pairs]
+    content = {"images": images, "categories": categories, "failed": len(failed)}
     write_text(output / "images.json", json.dumps(content, indent=1))
     logger.info("%d detections in %d images.", len(results), len(images))
     return len(failed)
@@ -101,20 +101,11 @@ def predict_images(
 def predict_video(
     predictor: Predictor, video: str | Path, output: str | Path, names: OutputNames | None = None
 ) -> Path:
-    """Write a video with the detections drawn into every frame, and a file of the detections.
+    """Write a video (MP4) with the detections drawn in, and a file of the detections.
 
     ``NAME_detections.mp4`` has the times of the video's own frames. ``NAME_detections.jsonl`` has a
     line of JSON for each frame: its number, its time in seconds, and COCO's results. Frames that
     are damaged are counted in a line of the log.
-
-    Args:
-        predictor: the detector.
-        video: file that FFmpeg can decode.
-        output: folder to write to.
-        names: names of the output folder that are taken.
-
-    Returns:
-        The MP4 file written.
 
     Raises:
         InputError: the video cannot be decoded, or this FFmpeg cannot write MP4.
@@ -141,12 +132,8 @@ def predict_video(
                 count, objects = count + 1, objects + len(each)
     logger.info("%s: %d detections in %d frames.", printable(name), objects, count)
     if source.damaged:
-        logger.warning(
-            "%s: %d damaged parts were passed over; %d frames could be decoded.",
-            printable(str(video)),
-            source.damaged,
-            count,
-        )
+        text = "%s: %d damaged parts were passed over; %d frames could be decoded."
+        logger.warning(text, printable(str(video)), source.damaged, count)
     return output / f"{name}.mp4"
 
 
@@ -168,15 +155,6 @@ def _drawn(draw: Callable[[], Any], what: str) -> Any:
         return None
 
 
-def _save(pixels: np.ndarray, path: Path) -> None:
-    Image.fromarray(pixels).save(path)
-
-
-def _categories(predictor: Predictor) -> list[dict[str, Any]]:
-    pairs = zip(predictor.category_ids, predictor.class_names, strict=False)
-    return [{"id": id_, "name": name} for id_, name in pairs]
-
-
 def _write_masks(folder: Path, name: str, found: Detections) -> None:
     names = OutputNames()
     for index, (mask, label) in enumerate(zip(found.masks or (), found.names, strict=True)):
@@ -196,17 +174,13 @@ def _inputs(inputs: Sequence[str]) -> tuple[list[str], list[str]]:
             images.append(text)
         elif not path.is_file():
             raise InputError(f"input '{printable(text)}' does not exist; check the path.")
-        elif not holds_image(str(path)) and (_named_like_a_video(path) or is_video(str(path))):
-            videos.append(str(path))
-        else:
+        elif holds_image(str(path)) or not (path.suffix.lower() in _VIDEOS or is_video(str(path))):
             images.append(str(path))
+        else:
+            videos.append(str(path))
     if not images and not videos:
         raise InputError(f"there is no image in {', '.join(inputs)}; name images or a video.")
     return list(dict.fromkeys(images)), list(dict.fromkeys(videos))
-
-
-def _named_like_a_video(path: Path) -> bool:
-    return path.suffix.lower() in (".mp4", ".avi", ".mov", ".mkv", ".webm", ".m4v", ".mpg", ".ts")
 
 
 def _predict(args: argparse.Namespace) -> None:
@@ -221,31 +195,23 @@ def _predict(args: argparse.Namespace) -> None:
     files, videos = _inputs(args.input)
     for video in videos:  # before the model is loaded and anything is written
         Video(video)
-    predictor = Predictor(
-        args.model,
-        args.weights,
-        args.device,
-        args.score_threshold,
-        args.slice,
-        args.overlap,
-        args.short_side,
-        args.batch_size,
-        args.trust_config,
-        args.max_pixels,
-    )
+    names = ("model", "weights", "device", "score_threshold", "overlap", "short_side")
+    names += ("batch_size", "trust_config", "max_pixels")
+    options = {name: getattr(args, name) for name in names}
+    predictor = Predictor(slice_side=args.slice, **options)
     if videos and predictor.channels:
         raise InputError(
             f"the detector takes images of {predictor.channels} channels, and a video has three; "
             "give images."
         )
-    names = OutputNames()
+    taken = OutputNames()
     if files:
-        failed = predict_images(predictor, files, args.output, args.masks, names)
+        failed = predict_images(predictor, files, args.output, args.masks, taken)
         print(f"{len(files) - failed} images: {args.output}/drawn, {args.output}/results.json")
         if failed == len(files):
             raise InputError("none of the images could be read; see the lines above.")
     for video in videos:
-        written = predict_video(predictor, video, args.output, names)
+        written = predict_video(predictor, video, args.output, taken)
         print(f"{written}, {written.with_suffix('.jsonl')}")
 
 
@@ -260,31 +226,16 @@ def main(arguments: Sequence[str] | None = None) -> None:
     add("--input", nargs="+", required=True, metavar="PATH", help="images, folders, videos, URLs")
     add_option(parser, "--output", default="output/predictions")
     add_option(parser, "--device")
-    add("--batch-size", type=int, default=1, metavar="N", help="images at a time (%(default)s)")
+    add_defaults(parser, ("--batch-size", 1, "images at a time"))
     add_option(parser, "--score-threshold")
     add_option(
         parser, "--short-side", default=0, help="shorter side in pixels; 0: the config's test size"
     )
-    add(
-        *("--slice", "--tile"),
-        type=int,
-        default=0,
-        metavar="PX",
-        help="cut larger images into slices of this side, for small objects",
-    )
-    add(
-        "--overlap",
-        type=float,
-        default=0.2,
-        metavar="SHARE",
-        help="share of a slice that the next one sees, too (default: %(default)s)",
-    )
-    add(
-        "--max-pixels",
-        type=int,
-        default=MAX_PIXELS_LIMIT,
-        metavar="N",
-        help="larger images are left out (default: %(default)s); a pixel takes 3 bytes of memory",
+    add_defaults(
+        parser,
+        ("--slice", 0, "side in pixels of slices of larger images, for small objects; 0: none"),
+        ("--overlap", 0.2, "share of a slice that the next one sees, too"),
+        ("--max-pixels", MAX_PIXELS_LIMIT, "larger images are left out; a pixel takes 3 bytes"),
     )
     add("--masks", action="store_true", help="write the mask of each object as PNG")
     add(

@@ -45,13 +45,12 @@ class Predictor:
         device: ``cuda`` or ``cpu``; empty takes a GPU where there is one.
         score_threshold: detections with a lower score are left out.
         slice_side: side in pixels of the slices that larger images are cut into, for small objects
-            in large pictures; 0 takes every image whole. The whole image is looked at as well.
-        overlap: share of a slice's side that the next slice sees, too. It should be as large as
-            the objects.
+            in large pictures, beside the whole image; 0 for none.
+        overlap: share of a slice's side that the next one sees, too; as large as the objects.
         short_side: pixels to resize the shorter side to; 0 takes the config's test size.
         batch_size: images or slices of a forward pass.
-        trust_config: whether a folder's LazyConfig, which may run any code, is used; without it
-            the detector is built from ``model.json``, or from a YAML config.
+        trust_config: use a folder's LazyConfig, which may run any code, in place of its
+            ``model.json``.
         max_pixels: files of more pixels are refused.
 
     Attributes:
@@ -106,15 +105,11 @@ class Predictor:
         self.model.eval()
 
     def __call__(self, images: Picture | Sequence[Picture]) -> list[Detections]:
-        """Detect objects in images.
+        """Detect objects in images of any sizes, in pixels of the upright image.
 
-        Args:
-            images: one image or several, of any sizes: files, URLs, pictures of Pillow, or
-                (H, W, 3) uint8 RGB arrays. They are turned upright by their EXIF orientation. A
-                detector of C channels takes (H, W, C) arrays of the values that it was trained on.
-
-        Returns:
-            Detections of each image, in pixels of the upright image.
+        Images are files, URLs, pictures of Pillow, or (H, W, 3) uint8 RGB arrays, and are turned
+        upright by their EXIF orientation. A detector of C channels takes (H, W, C) arrays of the
+        values that it was trained on.
 
         Raises:
             InputError: a file that cannot be read, or an array that is no image.
@@ -130,14 +125,7 @@ class Predictor:
         return found
 
     def read(self, image: Picture) -> np.ndarray:
-        """Read an image as the model takes it, upright; check an array.
-
-        Returns:
-            (H, W, 3) uint8 RGB, or (H, W, C) float32 for a detector of C channels.
-
-        Raises:
-            InputError: a file that cannot be read, or an array that is no image.
-        """
+        """Read an image as (H, W, 3) uint8 RGB, or (H, W, C) float32 for C channels, upright."""
         if isinstance(image, Image.Image):
             image = ImageOps.exif_transpose(image)
             image = np.array(image if self.channels else image.convert("RGB"))
@@ -202,10 +190,12 @@ class Predictor:
             found = detector_postprocess(found, *size)
             predicted = predicted[found.index] if predicted is not None else None
         boxes, masks = found.pred_boxes.tensor, None
-        if predicted is not None and is_small:
-            masks = MaskCrops.of_predictions(predicted, boxes, size)
-        elif predicted is not None:
-            masks = MaskCrops.of_arrays(predicted.numpy().astype(bool))
+        if predicted is not None:
+            masks = (
+                MaskCrops.of_predictions(predicted, boxes, size)
+                if is_small
+                else MaskCrops.of_arrays(predicted.numpy().astype(bool))
+            )
         return Detections(
             boxes.numpy().astype(np.float32),
             found.scores.numpy().astype(np.float32),

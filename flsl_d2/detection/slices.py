@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import itertools
+from collections.abc import Iterable
 
 import numpy as np
 
@@ -14,17 +15,11 @@ _SAME_OBJECT_IOU = 0.5
 _AT_BORDER = 2
 
 
-def corners(height: int, width: int, side: int, overlap: float) -> Iterator[tuple[int, int]]:
+def corners(height: int, width: int, side: int, overlap: float) -> Iterable[tuple[int, int]]:
     """Top and left of slices that cover the image; the last ones end at its border."""
     step = max(round(side * (1 - overlap)), 1)
-
-    def starts(length: int) -> list[int]:
-        last = max(length - side, 0)
-        return sorted({*range(0, last, step), last})
-
-    for top in starts(height):
-        for left in starts(width):
-            yield top, left
+    lasts = [max(length - side, 0) for length in (height, width)]
+    return itertools.product(*(sorted({*range(0, last, step), last}) for last in lasts))
 
 
 def ends_at_slice(
@@ -32,30 +27,17 @@ def ends_at_slice(
 ) -> np.ndarray:
     """Whether each box of a slice ends at a border that is not the image's, so may be a part."""
     (top, left), (height, width) = corner, size
-    ends = np.zeros(len(boxes), bool)
-    if left:
-        ends |= boxes[:, 0] < _AT_BORDER
-    if top:
-        ends |= boxes[:, 1] < _AT_BORDER
-    if left + width < image[1]:
-        ends |= boxes[:, 2] > width - _AT_BORDER
-    if top + height < image[0]:
-        ends |= boxes[:, 3] > height - _AT_BORDER
-    return ends
+    inner = [left > 0, top > 0, left + width < image[1], top + height < image[0]]
+    distance = np.abs(boxes - [0, 0, width, height])
+    return ((distance < _AT_BORDER) & inner).any(axis=1)
 
 
 def each_object_once(found: Detections, cut: np.ndarray) -> np.ndarray:
     """Choose one detection of each object: non-maximum suppression by class.
 
-    Boxes that end at a slice come after all others, and are left out where half of them lies in a
-    box that is kept: they are parts of objects that another slice or the whole image shows.
-
-    Args:
-        found: detections of the image and of all slices.
-        cut: (M,) bool, whether each may be a part.
-
-    Returns:
-        Indexes of the detections to keep, by falling score.
+    Boxes that end at a slice (``cut``, (M,) bool) come after all others, and are left out where
+    half of them lies in a box that is kept: they are parts of objects that another slice or the
+    whole image shows. Returns the indexes of the detections to keep, by falling score.
     """
     area = np.prod(found.boxes[:, 2:] - found.boxes[:, :2], axis=1)
     kept: list[int] = []

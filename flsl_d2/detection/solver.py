@@ -20,16 +20,10 @@ from flsl_d2.modeling import FLSLViT, TimmBackbone
 def layer_decay(decay_rate: float) -> Callable[[nn.Module], Callable[[str], float]]:
     """Learning rate factors of weights by depth (BEiT, arXiv 2106.08254; ViTDet, 2203.16527).
 
-    An ``FLSLViT`` of L blocks has ``decay_rate ** (L - i)`` for block i from 0, one step less for
-    the patch embedding, and 1 elsewhere. A model of timm has the layers into which timm groups it
+    The result maps a detector to a function from a weight's name to its factor, 1 outside the
+    encoder. An ``FLSLViT`` of L blocks has ``decay_rate ** (L - i)`` for block i from 0, one step
+    less for the patch embedding. A model of timm has the layers into which timm groups it
     (:meth:`flsl_d2.modeling.TimmBackbone.layer_factors`), whose stages count on from each other.
-
-    Args:
-        decay_rate: factor from one layer to the one before it; 1 for none.
-
-    Returns:
-        A function from a detector to a function from a weight's name to its factor, which is 1
-        outside the encoder.
     """
     return partial(_layer_factor, decay_rate)
 
@@ -39,12 +33,9 @@ def optimizer_params(
     lr_factor_func: Callable[[nn.Module], Callable[[str], float]] | None = None,
     **options: Any,
 ) -> list[dict[str, Any]]:
-    """Build the optimiser's groups of parameters, with a learning rate that depends on the model.
+    """Build groups of parameters by Detectron2's function of ``options``.
 
-    Args:
-        model: detector.
-        lr_factor_func: result of :func:`layer_decay`; None for the same rate everywhere.
-        **options: further arguments of Detectron2's ``get_default_optimizer_params``.
+    ``lr_factor_func`` is a result of :func:`layer_decay`, or None for the same rate everywhere.
     """
     factor = None if lr_factor_func is None else lr_factor_func(model)
     return get_default_optimizer_params(model, lr_factor_func=factor, **options)
@@ -73,17 +64,10 @@ def add_solver_config(cfg: CfgNode) -> None:
 
 
 def build_yaml_optimizer(cfg: CfgNode, model: nn.Module) -> torch.optim.Optimizer:
-    """Build the optimiser of a YAML config over the parameters that are trained.
+    """Build the optimiser of a YAML config (:func:`add_solver_config`) over what is trained.
 
     With ``SOLVER.OPTIMIZER: ADAMW``, betas are (0.9, 0.999) and learning rates follow
     :func:`layer_decay`.
-
-    Args:
-        cfg: config with the nodes of :func:`add_solver_config`.
-        model: detector.
-
-    Raises:
-        InputError: an unknown name of an optimiser.
     """
     solver = cfg.SOLVER
     if solver.OPTIMIZER == "SGD":

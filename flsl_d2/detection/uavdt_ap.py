@@ -27,18 +27,16 @@ def average_precision(
     truth: dict[Any, np.ndarray],
     iou_threshold: float,
 ) -> float:
-    """PASCAL VOC's average precision (2010 and later: the area under the precision envelope).
+    """PASCAL VOC's average precision in percent; nan where there are no boxes to find.
 
-    Detections are taken by falling score. A detection is right if the box of its image that it
-    overlaps most has an IoU of at least the threshold and was not found before.
+    It is that of 2010 and later, the area under the precision envelope. Detections are taken by
+    falling score. A detection is right if the box of its image that it overlaps most has an IoU of
+    at least the threshold and was not found before.
 
     Args:
         detections: boxes (N, 4) as x0 y0 x1 y1 and scores (N,), by image.
         truth: boxes (M, 4) by image.
         iou_threshold: smallest intersection over union of a right detection.
-
-    Returns:
-        AP in percent; nan where there are no boxes to find.
     """
     total = sum(len(boxes) for boxes in truth.values())
     if not total:
@@ -84,8 +82,7 @@ class UAVDTEvaluator(DatasetEvaluator):
     classes. Ignored regions are the annotations with ``iscrowd``, as ``tools/convert_uavdt.py``
     writes them. The results were not compared with the benchmark's MATLAB toolkit.
 
-    Args:
-        dataset_name: name of a data set in COCO format, written by UAVDT's converter.
+    The registered data set is in COCO's format.
     """
 
     def __init__(self, dataset_name: str) -> None:
@@ -93,18 +90,14 @@ class UAVDTEvaluator(DatasetEvaluator):
         coco = COCO(metadata.json_file)
         numbers = {category: i for i, category in enumerate(sorted(coco.cats))}
         self._classes = [coco.cats[category]["name"] for category in sorted(coco.cats)]
+        # Rows of x0, y0, x1, y1 and the class, by image.
         self._truth: dict[int, list[list[float]]] = defaultdict(list)
-        self._truth_classes: dict[int, list[int]] = defaultdict(list)
         self._ignored: dict[int, list[list[float]]] = defaultdict(list)
         for annotation in coco.dataset["annotations"]:
-            image = annotation["image_id"]
             left, top, width, height = annotation["bbox"]
-            box = [left, top, left + width, top + height]
-            if annotation["iscrowd"]:
-                self._ignored[image].append(box)
-            else:
-                self._truth[image].append(box)
-                self._truth_classes[image].append(numbers[annotation["category_id"]])
+            row = [left, top, left + width, top + height, numbers[annotation["category_id"]]]
+            rows = self._ignored if annotation["iscrowd"] else self._truth
+            rows[annotation["image_id"]].append(row)
         self.reset()
 
     def reset(self) -> None:
@@ -118,7 +111,7 @@ class UAVDTEvaluator(DatasetEvaluator):
             boxes, keep = instances.pred_boxes, slice(None)
             ignored = self._ignored.get(image["image_id"])
             if ignored and len(instances):
-                share = pairwise_ioa(_boxes(np.array(ignored)), _boxes(boxes.tensor.numpy()))
+                share = pairwise_ioa(_boxes(np.array(ignored)[:, :4]), _boxes(boxes.tensor.numpy()))
                 keep = (share.max(dim=0).values <= MAX_IGNORED_SHARE).numpy()
             values = (boxes.tensor, instances.scores, instances.pred_classes)
             self._detections.append((image["image_id"], *(v.numpy()[keep] for v in values)))
@@ -136,9 +129,7 @@ class UAVDTEvaluator(DatasetEvaluator):
             by_class = [self._ap(detections, threshold, k) for k in range(len(self._classes))]
             seen = [ap for ap in by_class if not np.isnan(ap)]
             results[f"m{name}"] = float(np.mean(seen)) if seen else float("nan")
-            results.update(
-                {f"{name}-{c}": ap for c, ap in zip(self._classes, by_class, strict=True)}
-            )
+            results |= {f"{name}-{c}": ap for c, ap in zip(self._classes, by_class, strict=True)}
         logger.info("UAVDT: %s", ", ".join(f"{k} {v:.2f}" for k, v in results.items()))
         return OrderedDict(uavdt=results)
 
@@ -146,11 +137,10 @@ class UAVDTEvaluator(DatasetEvaluator):
         """AP of one class, or of all classes as one, over the images that were processed."""
         found, truth = {}, {}
         for image, boxes, scores, classes in detections:
-            kept = np.ones(len(boxes), bool) if only_class is None else classes == only_class
-            found[image] = boxes[kept], scores[kept]
-            true_classes = np.array(self._truth_classes[image], int)
-            kept = np.ones(len(true_classes), bool)
+            rows = np.array(self._truth[image], float).reshape(-1, 5)
             if only_class is not None:
-                kept = true_classes == only_class
-            truth[image] = np.array(self._truth[image], float).reshape(-1, 4)[kept]
+                rows = rows[rows[:, 4] == only_class]
+                kept = classes == only_class
+                boxes, scores = boxes[kept], scores[kept]
+            found[image], truth[image] = (boxes, scores), rows[:, :4]
         return average_precision(found, truth, threshold)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import argparse
+import logging
 import os
 import tempfile
 from collections.abc import Sequence
@@ -13,13 +13,7 @@ from flsl_d2.detection.predictor import Predictor
 from flsl_d2.engine.command_line import add_option, described_parser, run_tool
 from flsl_d2.errors import InputError
 from flsl_d2.export.card import licence_of, run_facts, versions, write_card
-from flsl_d2.export.formats import (
-    DETECTOR_FORMATS,
-    FORMATS,
-    WRITERS,
-    silence_exporters,
-    usage,
-)
+from flsl_d2.export.formats import DETECTOR_FORMATS, FORMATS, WRITERS, usage
 from flsl_d2.export.graphs import DetectorGraph, EncoderGraph, SegmenterGraph, model_graph
 from flsl_d2.files import writable_folder
 from flsl_d2.modeling import FLSLViT, InputFormat
@@ -58,7 +52,7 @@ def export_model(
     num_heads: int | None = None,
     trust_config: bool = False,
 ) -> Path:
-    """Export a model; the output is whole and checked, or not there.
+    """Export a model; the output is whole and checked, or not there. Return the card's path.
 
     Args:
         model: output folder of a run of pre-training or detection, a weight file of an encoder in
@@ -67,14 +61,10 @@ def export_model(
         output: file to write, or folder for ``huggingface``.
         weights: detector weights instead of the last ones in the folder.
         part: ``whole``, or ``encoder`` for the encoder of a detector.
-        which: name of a set of weights (``student``, ``state_dict_ema``) in an encoder's file with
-            several.
+        which: set of weights (``student``, ``state_dict_ema``) of an encoder's file with several.
         report: JSON file for the account of every weight of an encoder's file.
         num_heads: number of attention heads of an encoder's file, which no tensor tells.
         trust_config: see :class:`flsl_d2.Predictor`.
-
-    Returns:
-        Path of the card.
 
     Raises:
         InputError: the model cannot be read, cannot have the format, or the exported copy differs.
@@ -99,7 +89,8 @@ def export_model(
             f"the model is a detector, and {file_format} is a format of encoders; use "
             f"{', '.join(DETECTOR_FORMATS)}, or --part encoder."
         )
-    silence_exporters()
+    for name in ("torch.onnx", "torch.fx._symbolic_trace"):  # lines about their own progress
+        logging.getLogger(name).setLevel(logging.ERROR)
     facts = {"name": target.name, "format": file_format, **facts}
     with tempfile.TemporaryDirectory(dir=target.parent, prefix=".export") as scratch:
         part_file = Path(scratch, target.name)
@@ -228,44 +219,28 @@ def _encoder_facts(graph: EncoderGraph, source: str) -> dict[str, Any]:
 def main(arguments: Sequence[str] | None = None) -> None:
     """Export the model that a command line names."""
     parser = described_parser(DESCRIPTION, EPILOG)
-    parser.add_argument(
+    add = parser.add_argument
+    add(
         "--model",
         required=True,
         metavar="DIR|FILE",
         help="output folder of a run, encoder file of any layout, or detection config",
     )
     add_option(parser, "--weights", default="", help="detector weights (default: the folder's)")
-    parser.add_argument("--format", required=True, choices=FORMATS, help="format to write")
-    parser.add_argument(
+    add("--format", required=True, choices=FORMATS, help="format to write")
+    add(
         "--part",
         choices=("whole", "encoder"),
         default="whole",
         help="the whole model, or a detector's encoder (default: %(default)s)",
     )
     add_option(parser, "--output", required=True, metavar="FILE", help="file or folder to write")
-    parser.add_argument(
+    add(
         "--trust-config",
         action="store_true",
         help="run the LazyConfig of a detector's folder without model.json; it may run any code",
     )
-    _add_encoder_options(parser)
-    args = parser.parse_args(arguments)
-    run_tool(
-        export_model,
-        args.model,
-        args.format,
-        args.output,
-        args.weights,
-        args.part,
-        args.which,
-        args.report,
-        args.num_heads,
-        args.trust_config,
-    )
-
-
-def _add_encoder_options(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
+    add(
         "--which",
         metavar="NAME",
         help="set of weights to take from an encoder's file with several, e.g. student or "
@@ -273,16 +248,17 @@ def _add_encoder_options(parser: argparse.ArgumentParser) -> None:
         "MoCo v3 the base encoder, which is its student; the model where its moving average lies "
         "beside it)",
     )
-    parser.add_argument(
-        "--report", metavar="FILE", help="JSON file for the account of an encoder's weights"
-    )
-    parser.add_argument(
+    add("--report", metavar="FILE", help="JSON file for the account of an encoder's weights")
+    add(
         "--num-heads",
         type=int,
         metavar="N",
         help="number of an encoder's attention heads, which no tensor tells (default: that of the "
         "published models of the same width)",
     )
+    options = vars(parser.parse_args(arguments))
+    options["file_format"] = options.pop("format")
+    run_tool(lambda: export_model(**options))
 
 
 if __name__ == "__main__":

@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import platform
 import re
 from collections.abc import Mapping
+from contextlib import suppress
 from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 import flsl_d2
 from flsl_d2.engine.run_folder import RUN_FILE
-from flsl_d2.files import write_text
+from flsl_d2.files import file_sha256, write_text
 
 _PACKAGES = ("torch", "detectron2", "timm", "onnx", "onnxruntime", "safetensors", "numpy")
 # Licences in the repositories of other projects, read in November 2026, by the beginning of the
@@ -35,10 +35,8 @@ def versions() -> dict[str, str]:
     """List the versions of what wrote the export."""
     found = {"flsl-d2": flsl_d2.__version__, "python": platform.python_version()}
     for package in _PACKAGES:
-        try:
+        with suppress(metadata.PackageNotFoundError):
             found[package] = metadata.version(package)
-        except metadata.PackageNotFoundError:
-            continue
     return found
 
 
@@ -47,7 +45,9 @@ def run_facts(folder: Path | None) -> dict[str, Any]:
     if folder is None:
         return {}
     facts: dict[str, Any] = {"run": str(folder)}
-    settings = _json(folder / RUN_FILE).get("settings", {})
+    settings: dict[str, Any] = {}
+    with suppress(OSError, ValueError, AttributeError):
+        settings = json.loads((folder / RUN_FILE).read_text()).get("settings", {})
     if settings:
         names = ("images", "dataset.name", "dataset.root")
         data = {key: settings[key] for key in names if settings.get(key)}
@@ -60,22 +60,12 @@ def run_facts(folder: Path | None) -> dict[str, Any]:
     rows = folder / "metrics.json"
     if rows.is_file():
         for line in rows.read_text().splitlines():
-            try:
+            with suppress(ValueError):  # a run that was killed leaves half a row
                 row = json.loads(line)
-            except ValueError:
-                continue  # a run that was killed leaves half a row
-            figures |= {k: v for k, v in row.items() if k.startswith((*_FIGURES, "iteration"))}
+                figures |= {k: v for k, v in row.items() if k.startswith((*_FIGURES, "iteration"))}
     if figures:
         facts["figures"] = figures
     return facts
-
-
-def _json(file: Path) -> dict[str, Any]:
-    try:
-        content = json.loads(file.read_text())
-    except (OSError, ValueError):
-        return {}
-    return content if isinstance(content, dict) else {}
 
 
 def plain_text(value: Any) -> str:
@@ -113,8 +103,7 @@ def write_card(target: Path, facts: Mapping[str, Any], code: str = "") -> Path:
     """
     is_folder = target.is_dir()
     files = [target] if target.is_file() else sorted(target.rglob("*"))
-    sums = {f.name: hashlib.sha256(f.read_bytes()).hexdigest() for f in files if f.is_file()}
-    facts = {**facts, "sha256": sums}
+    facts = {**facts, "sha256": {f.name: file_sha256(f) for f in files if f.is_file()}}
     card = target / "README.md" if is_folder else target.with_name(f"{target.name}.md")
     write_text(card, card_text(facts, code))
     data = target / "card.json" if is_folder else target.with_name(f"{target.name}.json")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import logging
 import warnings
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -69,9 +68,7 @@ def add_metadata(model: Any, facts: Mapping[str, Any], path: Path) -> None:
     """Save an ONNX model with facts as its metadata: texts as they are, all else as JSON."""
     import onnx
 
-    texts = {
-        key: value if isinstance(value, str) else json.dumps(value) for key, value in facts.items()
-    }
+    texts = {k: v if isinstance(v, str) else json.dumps(v) for k, v in facts.items()}
     # A file's name may have halves of characters, which ONNX cannot hold.
     safe = {k: v.encode("utf-8", "backslashreplace").decode() for k, v in texts.items()}
     onnx.helper.set_model_props(model, safe)
@@ -240,9 +237,3 @@ WRITERS: dict[str, tuple[tuple[str, ...], Writer]] = {
 }
 FORMATS = tuple(WRITERS)
 DETECTOR_FORMATS = ("onnx", "torch", "safetensors")
-
-
-def silence_exporters() -> None:
-    """Leave out the exporters' lines about their own progress."""
-    for name in ("torch.onnx", "torch.fx._symbolic_trace"):
-        logging.getLogger(name).setLevel(logging.ERROR)

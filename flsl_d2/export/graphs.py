@@ -24,40 +24,44 @@ class Graph(nn.Module):
 
     Attributes:
         outputs: names of the results.
-        input_axes: names of the dimensions of the input that may change, by their numbers.
-        output_axes: the same for the results, all of which have the same.
+        input_axes: names of the dimensions of the input that may change, by their numbers;
+            ``output_axes`` are those of every result.
     """
 
     outputs: tuple[str, ...]
     input_axes: dict[int, str]
     output_axes: dict[int, str]
 
+    def __init__(self, model: Any, input_format: str = "RGB") -> None:
+        super().__init__()
+        self.model, self.input_format = model, input_format
+        self.eval()  # exporters restore the mode of the whole, its parts included
+
     def example(self, number: int) -> Tensor:
         """Return random pixels; another number gives another size."""
-        raise NotImplementedError
+        return _pixels(number, (len(self.model.pixel_mean), 192 + 32 * number, 256 - 48 * number))
 
 
 class EncoderGraph(Graph):
-    """Pixels (B, C, H, W) to the map (B, D, H / patch, W / patch).
-
-    Args:
-        encoder: the encoder, in evaluation mode; ``final_norm`` is part of it.
-    """
+    """Pixels (B, C, H, W) to the map (B, D, H / patch, W / patch), ``final_norm`` included."""
 
     outputs = ("features",)
     input_axes = {0: "batch", 2: "height", 3: "width"}
     output_axes = {0: "batch", 2: "rows", 3: "columns"}
 
     def __init__(self, encoder: FLSLViT) -> None:
-        super().__init__()
-        self.encoder = encoder
+        super().__init__(encoder)
         self.channels = encoder.input_format.channels
         self.mean: Tensor
         self.std: Tensor
         for name in ("mean", "std"):
             values = torch.tensor(getattr(encoder.input_format, name))
             self.register_buffer(name, values.view(-1, 1, 1), False)
-        self.eval()  # exporters restore the mode of the whole, its parts included
+
+    @property
+    def encoder(self) -> FLSLViT:
+        """The encoder."""
+        return self.model
 
     def forward(self, image: Tensor) -> tuple[Tensor, ...]:
         """Encode images."""
@@ -76,20 +80,13 @@ class DetectorGraph(Graph):
 
     The results are boxes (M, 4) as x0, y0, x1, y1 in pixels of the image, scores (M,), classes
     (M,) and, for a detector with masks, the masks (M, S, S) within their boxes, in 0 to 1.
-
-    Args:
-        model: detector in evaluation mode, R-CNN or RetinaNet.
-        input_format: order of channels that it was trained with, ``RGB`` or ``BGR``, or the stored
-            values of several channels.
     """
 
     input_axes = {1: "height", 2: "width"}
     output_axes = {0: "objects"}
 
     def __init__(self, model: nn.Module, input_format: str) -> None:
-        super().__init__()
-        self.model, self.input_format = model, input_format
-        self.eval()
+        super().__init__(model, input_format)
         has_masks = bool(getattr(getattr(model, "roi_heads", None), "mask_on", False))
         self.outputs = ("boxes", "scores", "classes", *(["masks"] if has_masks else []))
 
@@ -98,11 +95,7 @@ class DetectorGraph(Graph):
         image = image.flip(0) if self.input_format == "BGR" else image
         with torch.no_grad(), patch_builtin_len():
             (found,) = self._found(image)
-        results: tuple[Tensor, ...] = (
-            found.pred_boxes.tensor,
-            found.scores,
-            found.pred_classes,
-        )
+        results: tuple[Tensor, ...] = (found.pred_boxes.tensor, found.scores, found.pred_classes)
         return (*results, found.pred_masks[:, 0]) if "masks" in self.outputs else results
 
     def _found(self, image: Tensor) -> Any:
@@ -115,27 +108,13 @@ class DetectorGraph(Graph):
         features = [maps[name] for name in model.head_in_features]
         return model.forward_inference(images, features, model.head(features))
 
-    def example(self, number: int) -> Tensor:
-        """Return a random picture of another size for each number."""
-        return _picture(self.model, number)
-
 
 class SegmenterGraph(Graph):
-    """RGB pixels (3, H, W) in 0 to 255 to the logits (K, H, W) of each class at each pixel.
-
-    Args:
-        model: semantic segmenter in evaluation mode.
-        input_format: order of channels that it was trained with.
-    """
+    """RGB pixels (3, H, W) in 0 to 255 to the logits (K, H, W) of each class at each pixel."""
 
     outputs = ("logits",)
     input_axes = {1: "height", 2: "width"}
     output_axes = {1: "height", 2: "width"}
-
-    def __init__(self, model: nn.Module, input_format: str) -> None:
-        super().__init__()
-        self.model, self.input_format = model, input_format
-        self.eval()
 
     def forward(self, image: Tensor) -> tuple[Tensor, ...]:
         """Segment an image."""
@@ -151,17 +130,9 @@ class SegmenterGraph(Graph):
             logits, _ = model.sem_seg_head(model.backbone(images.tensor))
         return (logits[0, :, :height, :width],)
 
-    def example(self, number: int) -> Tensor:
-        """Return a random picture of another size for each number."""
-        return _picture(self.model, number)
-
 
 def model_graph(model: nn.Module, input_format: str) -> DetectorGraph | SegmenterGraph:
-    """Return the graph of a model of Detectron2.
-
-    Raises:
-        InputError: none is known for its class.
-    """
+    """Return the graph of a model of Detectron2."""
     if isinstance(model, GeneralizedRCNN | DenseDetector):
         return DetectorGraph(model, input_format)
     if isinstance(model, SemanticSegmentor):
@@ -172,17 +143,13 @@ def model_graph(model: nn.Module, input_format: str) -> DetectorGraph | Segmente
     )
 
 
-def _picture(model: Any, number: int) -> Tensor:
-    return _pixels(number, (len(model.pixel_mean), 192 + 32 * number, 256 - 48 * number))
-
-
 def _pixels(seed: int, shape: tuple[int, ...]) -> Tensor:
     """Random blobs of several sizes, in which a detector finds more than in noise."""
     rng = np.random.default_rng(seed)
-    batch = np.prod(shape[:-3], dtype=int)
-    image = torch.zeros(int(batch), *shape[-3:])
+    batch = int(np.prod(shape[:-3], dtype=int))
+    image = torch.zeros(batch, *shape[-3:])
     for side in (2, 5, 12):
-        coarse = torch.from_numpy(rng.random((int(batch), shape[-3], side, side), dtype=np.float32))
+        coarse = torch.from_numpy(rng.random((batch, shape[-3], side, side), dtype=np.float32))
         image += nn.functional.interpolate(coarse, shape[-2:], mode="bilinear") / 3
     return (image * 255).clamp(0, 255).reshape(shape)
 
@@ -206,15 +173,9 @@ def largest_difference(
 ) -> tuple[float, int]:
     """Compare a graph with its copy in another program.
 
-    Args:
-        graph: the graph.
-        other: the copy.
-        images: pixels.
-
-    Returns:
-        The largest difference over all results, each relative to the largest value of its kind or
-        to 1, whichever is more, infinity where the numbers of objects or classes differ; and the
-        number of rows that were compared.
+    Returns the largest difference over all results, each relative to the largest value of its kind
+    or to 1, whichever is more, infinity where the numbers of objects or classes differ; and the
+    number of rows that were compared.
     """
     worst, rows = 0.0, 0
     for image in images:

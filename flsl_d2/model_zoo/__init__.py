@@ -30,24 +30,12 @@ def configs_folder() -> Path:
 
 
 def get_config_file(name: str) -> str:
-    """Find a recipe's file.
-
-    Args:
-        name: path relative to the ``configs`` folder, such as
-            ``coco/mask_rcnn_flsl_vit_s16_1x.py``.
-
-    Raises:
-        InputError: there is no such recipe; the message names the closest one.
-    """
+    """Find the file of a recipe such as ``coco/mask_rcnn_flsl_vit_s16_1x.py``."""
     return resolve_config_path(str(CONFIGS_FOLDER / name))
 
 
 def get_config(name: str) -> DictConfig | CfgNode:
-    """Load a recipe: a LazyConfig, or for ``.yaml`` a CfgNode with this project's nodes.
-
-    Args:
-        name: see :func:`get_config_file`.
-    """
+    """Load a recipe: a LazyConfig, or for ``.yaml`` a CfgNode with this project's nodes."""
     path = get_config_file(name)
     return load_yaml_config(path) if is_yaml(path) else load_lazy_config(path)
 
@@ -55,15 +43,8 @@ def get_config(name: str) -> DictConfig | CfgNode:
 def get_checkpoint_url(name: str) -> str:
     """Find the encoder that the package ships for a recipe, like Detectron2's function.
 
-    Args:
-        name: see :func:`get_config_file`.
-
-    Returns:
-        An address for ``train.init_checkpoint``, ``MODEL.WEIGHTS``, ``--weights`` and
-        :func:`flsl_d2.weights.build_encoder`.
-
-    Raises:
-        InputError: there is no encoder for this recipe.
+    The address is for ``train.init_checkpoint``, ``MODEL.WEIGHTS``, ``--weights`` and
+    :func:`flsl_d2.weights.build_encoder`.
     """
     address = f"{PREFIX}{Path(name).stem}.safetensors"
     if address not in shipped_encoders():

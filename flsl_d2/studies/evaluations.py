@@ -14,8 +14,7 @@ from detectron2.config import instantiate
 from detectron2.data import DatasetCatalog
 from omegaconf import DictConfig, OmegaConf
 
-from flsl_d2.detection.checks import check_datasets, names_of
-from flsl_d2.detection.own_data import use_own_data
+from flsl_d2.detection.checks import check_datasets, names_of, use_own_data
 from flsl_d2.engine.command_line import add_option
 from flsl_d2.engine.config_files import is_yaml, load_lazy_config
 from flsl_d2.engine.run_folder import DETECTION_KEYS

@@ -9,18 +9,10 @@ import pytest
 from detectron2.data import DatasetMapper
 from detectron2.data.common import DatasetFromList, MapDataset
 from PIL import Image
-from torch import nn
 from torch.utils.data import DataLoader
 
 from flsl_d2.annotations import FLSLDatasetMapper, register_coco_format
-from flsl_d2.detection.checks import (
-    CheckedMapper,
-    check_batch,
-    check_datasets,
-    check_test_set,
-    describe_model,
-    mixed_precision,
-)
+from flsl_d2.detection.checks import CheckedMapper, check_datasets
 from flsl_d2.errors import InputError
 
 
@@ -59,29 +51,6 @@ def test_missing_masks_matter_where_they_are_learnt_or_evaluated(split, register
     with pytest.raises(InputError, match=r"1 x annotations without a mask, .*: masks=off\): 2"):
         check_datasets(*sets, 2, "classes=", "masks=off")
     check_datasets(*sets, 2, "classes=")
-
-
-@pytest.mark.parametrize("size", [0, -2])
-def test_a_batch_holds_images(size):
-    check_batch(3, "batch")
-    with pytest.raises(InputError, match=f"batch is {size}"):
-        check_batch(size, "batch")
-
-
-def test_mixed_precision_is_for_gpus():
-    assert mixed_precision(True, "cuda")
-    assert mixed_precision(True, "cuda:1")
-    assert not mixed_precision(True, "cpu")
-    assert not mixed_precision(False, "cuda")
-
-
-def test_a_model_is_described_in_one_line(caplog):
-    model = nn.ModuleDict({"a": nn.Linear(999, 1000), "b": nn.Linear(1, 1)})
-    model["a"].requires_grad_(False)
-    with caplog.at_level("INFO"):
-        describe_model(model)
-    (record,) = caplog.records
-    assert "1.0M parameters, 0.0M trained (a 1.0M, b 0.0M)" in record.getMessage()
 
 
 def register(tmp_path, name: str, categories: dict[int, str]) -> str:
@@ -129,21 +98,3 @@ def test_a_mapper_that_fails_names_the_file_in_one_sentence(num_workers):
     sentence = r"^the image a\.png or its annotations cannot be used \(KeyError: 'bbox'\); [^\n]*$"
     with pytest.raises(InputError, match=sentence):
         next(iter(loader))
-
-
-class OneRecord:
-    def __init__(self, mapper):
-        self.dataset = MapDataset(DatasetFromList([{"file_name": "a.png"}]), mapper)
-
-
-class Evaluator:
-    def reset(self):
-        pass
-
-
-def test_a_test_set_is_tried():
-    check_test_set("a", lambda: (OneRecord(dict), Evaluator()))
-    with pytest.raises(InputError, match=r"a\.png"):
-        check_test_set("a", lambda: (OneRecord(CheckedMapper(broken_mapper)), Evaluator()))
-    with pytest.raises(InputError, match=r"test set 'a' cannot be evaluated \(AttributeError: "):
-        check_test_set("a", lambda: (OneRecord(dict), object()))

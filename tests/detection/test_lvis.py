@@ -13,7 +13,12 @@ from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.data.datasets.lvis import register_lvis_instances
 from detectron2.structures import Boxes, Instances
 
-from flsl_d2.detection.lvis import check_lvis_dataset, federated_loss_weights, require_lvis
+from flsl_d2.detection.lvis import (
+    LVISEvaluator,
+    check_lvis_dataset,
+    federated_loss_weights,
+    require_lvis,
+)
 from flsl_d2.errors import InputError
 
 NUM_CLASSES = 1203
@@ -26,22 +31,12 @@ def name(tmp_path):
         {"id": i, "name": f"c{i}", "frequency": "rcf"[i % 3], "synset": "", "synonyms": []}
         for i in range(1, NUM_CLASSES + 1)
     ]
-    image = {
-        "id": 1,
-        "coco_url": "http://images.cocodataset.org/train2017/000000000001.jpg",
-        "width": 100,
-        "height": 100,
-        "not_exhaustive_category_ids": [],
-        "neg_category_ids": [2],
-    }
-    annotation = {
-        "id": 1,
-        "image_id": 1,
-        "category_id": 1,
-        "bbox": [10, 10, 40, 40],
-        "area": 1600,
-        "segmentation": [[10, 10, 50, 10, 50, 50, 10, 50]],
-    }
+    url = "http://images.cocodataset.org/train2017/000000000001.jpg"
+    image = {"id": 1, "coco_url": url, "width": 100, "height": 100}
+    image |= {"not_exhaustive_category_ids": [], "neg_category_ids": [2]}
+    polygon = [10, 10, 50, 10, 50, 50, 10, 50]
+    annotation = {"id": 1, "image_id": 1, "category_id": 1, "bbox": [10, 10, 40, 40]}
+    annotation |= {"area": 1600, "segmentation": [polygon]}
     content = {"images": [image], "annotations": [annotation], "categories": categories}
     (tmp_path / "lvis.json").write_text(json.dumps(content))
     name = f"lvis_v1_{uuid.uuid4().hex}"
@@ -52,8 +47,6 @@ def name(tmp_path):
 
 
 def test_without_its_package_one_sentence_says_what_to_do(name, monkeypatch):
-    from flsl_d2.detection.lvis import LVISEvaluator
-
     monkeypatch.setattr(importlib.util, "find_spec", lambda _: None)
     for call in (require_lvis, lambda: check_lvis_dataset(name), lambda: LVISEvaluator(name)):
         with pytest.raises(InputError, match="pip install --no-deps lvis"):
@@ -78,8 +71,6 @@ def test_federated_weights_are_roots_of_the_image_counts():
 
 def test_the_evaluator_on_todays_numpy(name):
     pytest.importorskip("lvis", reason="LVIS's package is not installed")
-    from flsl_d2.detection.lvis import LVISEvaluator
-
     had_float = hasattr(np, "float")
     for box, expected in (([10.0, 10.0, 50.0, 50.0], 100.0), ([60.0, 60.0, 90.0, 90.0], 0.0)):
         evaluator = LVISEvaluator(name)

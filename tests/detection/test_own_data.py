@@ -9,7 +9,7 @@ import pytest
 from detectron2.config import instantiate
 from detectron2.data import DatasetCatalog, MetadataCatalog
 
-from flsl_d2.detection.own_data import use_own_data
+from flsl_d2.detection.checks import use_own_data
 from flsl_d2.engine.config_files import load_lazy_config
 from flsl_d2.errors import InputError
 
@@ -23,14 +23,8 @@ def write(path: Path, categories: dict[int, str], images: int = 2) -> str:
         ],
         "categories": [{"id": i, "name": name} for i, name in categories.items()],
         "annotations": [
-            {
-                "id": 1,
-                "image_id": 0,
-                "category_id": min(categories),
-                "bbox": [1, 1, 4, 4],
-                "area": 16,
-                "iscrowd": 0,
-            }
+            {"id": 1, "image_id": 0, "bbox": [1, 1, 4, 4], "area": 16, "iscrowd": 0}
+            | {"category_id": min(categories)}
         ],
     }
     path.write_text(json.dumps(content))
@@ -70,7 +64,7 @@ def test_two_overrides_and_nothing_else(files, caplog):
     assert model.roi_heads.box_predictor.cls_score.out_features == 3
 
 
-def test_training_and_evaluation(files):
+def test_training_and_evaluation(files, caplog):
     train, test, root = files
     overrides = lazy("train", train, root) + lazy("test", test, root)
     for recipe, key in (
@@ -79,23 +73,14 @@ def test_training_and_evaluation(files):
         ("coco/cascade_mask_rcnn_flsl_vit_b16_1x.py", "roi_heads.num_classes"),
     ):
         cfg = load_lazy_config(recipe, overrides)
-        use_own_data(cfg, eval_only=False)
+        with caplog.at_level("INFO"):
+            use_own_data(cfg, eval_only=False)
+        assert f"model.{key} is set to 2" in caplog.text
         *parents, last = key.split(".")
         node = cfg.model[parents[0]] if parents else cfg.model
         assert node[last] == 2
         assert cfg.dataloader.evaluator.dataset_name == cfg.dataloader.test.dataset.names
         assert len(instantiate(cfg.dataloader.test.dataset)) == 2
-
-
-def test_another_number_of_classes_is_replaced_and_the_same_is_kept_silent(files, caplog):
-    train, test, root = files
-    overrides = lazy("train", train, root) + lazy("test", test, root)
-    with caplog.at_level("INFO"):
-        use_own_data(load_lazy_config(RECIPE, [*overrides, "model.roi_heads.num_classes=2"]), False)
-    assert "the number of categories in the file" not in caplog.text
-    with caplog.at_level("INFO"):
-        use_own_data(load_lazy_config(RECIPE, overrides), False)
-    assert "model.roi_heads.num_classes is set to 2" in caplog.text
 
 
 def test_recipes_without_own_files_stay_as_they_are():

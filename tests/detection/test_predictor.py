@@ -384,10 +384,7 @@ def test_many_masks_of_a_large_picture_take_little_memory():
         (["--input", "nowhere.jpg"], "does not exist"),
         (["--input", "{tmp}"], "holds no image file"),
         (["--input", "{scene}", "--model", "{tmp}"], "no model.json and no config.yaml"),
-        (
-            ["--input", "{scene}", "--model", "{encoder}"],
-            "is an encoder and no detector",
-        ),
+        (["--input", "{scene}", "--model", "{encoder}"], "is an encoder and no detector"),
         (["--input", "{scene}", "--model", "{scene}"], "is no folder of a run"),
         (["--input", "{scene}", "--max-pixels", "0"], "--max-pixels is 0"),
         (["--input", "{clip}"], "cannot be decoded"),

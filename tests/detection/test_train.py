@@ -14,8 +14,8 @@ from omegaconf import DictConfig
 from flsl_d2.annotations import register_coco_format
 from flsl_d2.detection import train
 from flsl_d2.detection.solver import build_yaml_optimizer
-from flsl_d2.detection.train import _ddp_options, run_lazy_detection
-from flsl_d2.detection.yaml_training import load_yaml_config, run_yaml_detection
+from flsl_d2.detection.train import _ddp_options, run_lazy_detection, run_yaml_detection
+from flsl_d2.detection.yaml_training import load_yaml_config
 from flsl_d2.engine.config_files import load_lazy_config
 from flsl_d2.errors import InputError
 from flsl_d2.modeling import FLSLViT
@@ -121,8 +121,7 @@ def test_a_frozen_encoder_keeps_its_weights(kind, scenes, encoder_file, tmp_path
     after = weights(tmp_path / "a")
     assert all(torch.equal(after[f"backbone.net.{name}"], before[name]) for name in before)
     state = torch.load(tmp_path / "a" / "model_final.pth", weights_only=True)["trainer"]
-    optimizer = state.get("_trainer", state)["optimizer"]
-    trained = sum(len(group["params"]) for group in optimizer["param_groups"])
+    trained = sum(len(group["params"]) for group in state["optimizer"]["param_groups"])
     assert trained == len([n for n in after if not n.startswith(("backbone.net.", "pixel_"))])
     assert "bbox/AP" in metrics(tmp_path / "a")
 
@@ -177,6 +176,29 @@ def test_a_picture_that_breaks_off_is_one_sentence(scenes, tmp_path):
     assert "\n" not in str(error.value)
 
 
+def test_a_test_set_is_tried(scenes, tmp_path):
+    run = train._lazy_detection(config(tmp_path), eval_only=False)
+    loader, _ = run.build_test_set("runs_val")
+    run.build_test_set = lambda _: (loader, object())
+    with pytest.raises(InputError, match=r"test set 'a' cannot be evaluated \(AttributeError: "):
+        train._try_test_set(run, "a")
+
+
+@pytest.mark.parametrize("size", [0, -2])
+def test_a_batch_holds_images(size, scenes, tmp_path):
+    cfg = config(tmp_path, f"dataloader.train.total_batch_size={size}")
+    with pytest.raises(InputError, match=f"total_batch_size is {size}"):
+        run_lazy_detection(cfg, resume=False, eval_only=False)
+
+
+def test_a_model_is_described_in_one_line(caplog):
+    model = torch.nn.ModuleDict({"a": torch.nn.Linear(999, 1000), "b": torch.nn.Linear(1, 1)})
+    model["a"].requires_grad_(False)
+    with caplog.at_level("INFO"):
+        train._describe(model)
+    assert "1.0M parameters, 0.0M trained (a 1.0M, b 0.0M)" in caplog.text
+
+
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, None])
 def test_gradients_are_sent_in_float16_only_with_the_scaler(dtype, tmp_path):
     options = _ddp_options(config(tmp_path), dtype)
@@ -205,11 +227,12 @@ def test_evaluation_in_mixed_precision_is_a_switch(wanted, expected, tmp_path, m
         return nullcontext()
 
     monkeypatch.setattr(torch, "autocast", autocast)
-    monkeypatch.setattr(train, "_amp_dtype", lambda _: torch.bfloat16)
-    monkeypatch.setattr(train, "_test_sets", lambda _: [("val", None, None)])
     monkeypatch.setattr(train, "inference_on_dataset", lambda *_: {"bbox": {"AP": 1.0}})
-    cfg = config(tmp_path, f"train.amp.evaluation={wanted}")
-    assert train._evaluate(cfg, None) == {"bbox": {"AP": 1.0}}
+    amp = ("train.amp.enabled=true", "train.amp.dtype=bfloat16")
+    cfg = config(tmp_path, f"train.amp.evaluation={wanted}", *amp)
+    run = train._lazy_detection(cfg, eval_only=True)
+    run.build_test_set = lambda _: (None, None)
+    assert train._evaluate(run, None) == {"bbox": {"AP": 1.0}}
     assert used == expected
 
 

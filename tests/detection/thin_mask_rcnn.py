@@ -17,9 +17,7 @@ model.proposal_generator.update(
 )
 model.roi_heads.batch_size_per_image = 8
 model.roi_heads.box_head.update(
-    input_shape=ShapeSpec(channels=CHANNELS, height=7, width=7),
-    conv_dims=[CHANNELS],
-    fc_dims=[32],
+    input_shape=ShapeSpec(channels=CHANNELS, height=7, width=7), conv_dims=[CHANNELS], fc_dims=[32]
 )
 model.roi_heads.box_predictor.update(input_shape=ShapeSpec(channels=32), test_score_thresh=0.01)
 model.roi_heads.mask_head.update(

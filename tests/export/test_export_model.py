@@ -51,7 +51,8 @@ def detector(tmp_path_factory) -> Path:
     torch.save({"model": model.state_dict()}, folder / "model_final.pth")
     LazyConfig.save(cfg, str(folder / "config.yaml"))
     write_description(cfg, folder)
-    (folder / "classes.json").write_text(json.dumps([f"class {i}" for i in range(6)]))
+    kept = [{"id": i + 1, "name": f"class {i}"} for i in range(6)]
+    (folder / "classes.json").write_text(json.dumps({"version": "0", "categories": kept}))
     settings = {"train.init_checkpoint": "start.pth", "dataloader.train.dataset.names": "scenes"}
     (folder / "run.json").write_text(json.dumps({"settings": settings}))
     (folder / "metrics.json").write_text('{"iteration": 9, "bbox/AP": 12.5}\n{"iterat')
