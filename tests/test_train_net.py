@@ -247,10 +247,3 @@ def test_bad_input_is_one_sentence_and_status_2(few_images, encoder_file, boxes_
             assert "Traceback" not in errors, arguments
             if root is few_images:
                 assert errors.count("\n") == 1, arguments
-
-
-def test_help_explains_with_examples():
-    done = run_tool("train_net", "--help")
-    assert done.returncode == 0
-    for part in ("--eval-only", "--resume", "MODEL.WEIGHTS", "model.roi_heads.num_classes=1"):
-        assert part in done.stdout

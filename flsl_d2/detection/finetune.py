@@ -12,8 +12,12 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 from flsl_d2.annotations.coco_file import keep_coco, read_coco
-from flsl_d2.detection.finetune_data import OwnData, prepare_data
-from flsl_d2.detection.finetune_encoder import absolute_path, prepare_encoder
+from flsl_d2.detection.finetune_data import (
+    OwnData,
+    absolute_path,
+    prepare_data,
+    prepare_encoder,
+)
 from flsl_d2.detection.finetune_plan import (
     InFolder,
     Plan,
@@ -94,12 +98,9 @@ def _check_places(args: argparse.Namespace, output: Path) -> None:
     for split, folder in (("train", args.images), ("test", args.val_images or args.images)):
         if folder:
             key = f"dataloader.{split}.dataset.image_root"
+            line = f"{key} = {literal(absolute_path(folder))}"
             text = config.read_text("utf-8")
-            old = re.search(rf"(?m)^{re.escape(key)} = .*$", text)
-            if old is not None:
-                new = f"{key} = {literal(absolute_path(folder))}"
-                text = text[: old.start()] + new + text[old.end() :]
-            write_text(config, text)
+            write_text(config, re.sub(rf"(?m)^{re.escape(key)} = .*$", lambda _: line, text))  # noqa: B023
     cfg = load_lazy_config(str(config))
     for split in ("train", "test"):
         for key in ("json_file", "image_root"):
@@ -113,8 +114,7 @@ def _check_places(args: argparse.Namespace, output: Path) -> None:
 
 
 def _check_options(args: argparse.Namespace, output: Path) -> None:
-    given = {"--annotations": args.annotations, "--images": args.images, "--weights": args.weights}
-    missing = [name for name, value in given.items() if not value]
+    missing = [f"--{n}" for n in ("annotations", "images", "weights") if not getattr(args, n)]
     if missing:
         raise InputError(f"{', '.join(missing)} must be given; --help has examples.")
     if output.exists() and (not output.is_dir() or any(output.iterdir())):

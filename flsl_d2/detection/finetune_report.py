@@ -8,6 +8,7 @@ import json
 import math
 from collections import Counter
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -81,9 +82,8 @@ def draw_labels(records: list[dict[str, Any]], class_names: list[str], path: Pat
     for record in choose_records(records, 8):
         drawn = draw_objects(preview(record["file_name"]), ground_truth(record), class_names)
         panels.append(Panel(drawn, Path(record["file_name"]).name))
-    picture_table(
-        path, "Labels of training images", [row for row in (panels[:4], panels[4:]) if row]
-    )
+    rows = [row for row in (panels[:4], panels[4:]) if row]
+    picture_table(path, "Labels of training images", rows)
 
 
 def write_report(
@@ -104,7 +104,6 @@ def write_report(
         folder: output folder of the run.
         predictor: the detector, with a score threshold of 0.
         json_file: annotations of the validation images in ``image_root``.
-        image_root: folder of the images.
         summary: lines about the run.
         hints: reasons why the detector may find little, for the case that it does.
         commands: commands to go on with.
@@ -128,11 +127,10 @@ def write_report(
     notes += _notes(figures, compared, names, hints)
     written = {"figures": figures, "score_threshold": threshold, "notes": notes}
     write_text(folder / "results.json", json.dumps(written, indent=1))
-    curves = {"training": folder / "curves.png", "labels": folder / "labels.png"}
-    try:
-        loss_curves(folder / "metrics.json", curves["training"])
-    except InputError:
-        curves.pop("training")
+    curves = {"labels": folder / "labels.png"}
+    with suppress(InputError):
+        loss_curves(folder / "metrics.json", folder / "curves.png")
+        curves = {"training": folder / "curves.png", **curves}
     counts = Counter(int(label) for each in compared for label in each.truth)
     shown = sorted(counts, key=lambda c: figures.get(f"{kinds[-1]}/AP-{names[c]}", 0.0))
     shown = shown[:_MOST_CLASSES]
@@ -282,11 +280,9 @@ def _figures(evaluations: dict[str, COCOeval | None], names: Sequence[str]) -> d
         precision = np.asarray(evaluation.eval["precision"])[:, :, :, 0, -1]
         for number, name in enumerate(names):
             for label, part in (("AP", precision), ("AP50", precision[:1])):
-                values = part[:, :, number]
-                known = values[values > -1]
-                figures[f"{kind}/{label}-{name}"] = (
-                    100 * float(known.mean()) if known.size else math.nan
-                )
+                known = part[:, :, number][part[:, :, number] > -1]
+                mean = 100 * float(known.mean()) if known.size else math.nan
+                figures[f"{kind}/{label}-{name}"] = mean
     return figures
 
 

@@ -399,7 +399,7 @@ def _hooks(
             writers += build_trackers(run.trackers, run.output_dir, flat_config(cfg))
         registered.append(PeriodicWriter(writers, period=run.log_period))
     if run.patience:
-        registered.append(StopEarly(checkpoints, best, run.patience))
+        registered.append(StopEarly(checkpoints, best, run.patience, run.eval_period))
     return [*registered, LeaveWhenAsked(checkpoints, request)]
 
 

@@ -319,16 +319,22 @@ class StopEarly(HookBase):
         checkpoints: hook that writes the last checkpoint.
         best: hook that counts the evaluations; None on all ranks but the first.
         patience: number of evaluations without a better value after which training ends.
+        eval_period: number of steps between two evaluations.
 
     Raises:
         EndedEarly: training has ended, and its last checkpoint is written.
     """
 
-    def __init__(self, checkpoints: Checkpoints, best: KeepBest | None, patience: int) -> None:
-        self.checkpoints, self.best, self.patience = checkpoints, best, patience
+    def __init__(
+        self, checkpoints: Checkpoints, best: KeepBest | None, patience: int, eval_period: int
+    ) -> None:
+        self.checkpoints, self.best = checkpoints, best
+        self.patience, self.eval_period = patience, eval_period
 
     def after_step(self) -> None:
         """End training on all ranks when patience is exhausted."""
+        if self.eval_period < 1 or (self.trainer.iter + 1) % self.eval_period:
+            return
         exhausted = self.best is not None and self.best.without_gain >= self.patience
         if not comm.all_gather(exhausted)[0] or self.trainer.iter + 1 >= self.trainer.max_iter:
             return

@@ -152,14 +152,11 @@ def _open(
         return encoder_graph, _encoder_facts(encoder_graph, model) | facts, None
     graph = model_graph(detector, predictor.input_format)
     resize = [str(step) for step in predictor.resize.augs]
+    pixels = f"float32 ({_pixel_facts(len(detector.pixel_mean))}; any size; normalised inside"
     described = {
         "kind": "segmenter" if isinstance(graph, SegmenterGraph) else "detector",
         "source": model,
-        "input": {
-            "image": f"float32 ({_pixel_facts(len(detector.pixel_mean))}; any size; "
-            "normalised inside",
-            "resize": resize or "none",
-        },
+        "input": {"image": pixels, "resize": resize or "none"},
         "output": {name: _OUTPUTS[name] for name in graph.outputs},
         "classes": list(predictor.class_names),
     }
@@ -189,17 +186,16 @@ def _encoder_graph(
     graph = EncoderGraph(encoder.eval())
     facts = _encoder_facts(graph, file) | facts
     if folder is None:
-        facts["initial_weights"] = {
-            "file": file,
-            "layout": account.source,
-            "licence": licence_of(account.source),
-        }
+        source = account.source
+        weights = {"file": file, "layout": source, "licence": licence_of(source)}
+        facts["initial_weights"] = weights
     return graph, facts, account
 
 
 def _encoder_facts(graph: EncoderGraph, source: str) -> dict[str, Any]:
     encoder = graph.encoder
     patch = encoder.patch_size
+    rows, columns = f"height / {patch}", f"width / {patch}"
     return {
         "kind": "encoder",
         "source": source,
@@ -209,9 +205,7 @@ def _encoder_facts(graph: EncoderGraph, source: str) -> dict[str, Any]:
             "mean": ", ".join(f"{value:g}" for value in graph.mean.flatten().tolist()),
             "std": ", ".join(f"{value:g}" for value in graph.std.flatten().tolist()),
         },
-        "output": {
-            "features": f"float32 (batch, {encoder.embed_dim}, height / {patch}, width / {patch})"
-        },
+        "output": {"features": f"float32 (batch, {encoder.embed_dim}, {rows}, {columns})"},
         "architecture": encoder.architecture,
     }
 

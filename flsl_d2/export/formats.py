@@ -5,13 +5,14 @@ from __future__ import annotations
 import json
 import warnings
 from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import safetensors.torch
 import timm
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from flsl_d2.errors import InputError
 from flsl_d2.export.graphs import (
@@ -78,18 +79,16 @@ def add_metadata(model: Any, facts: Mapping[str, Any], path: Path) -> None:
 def write_torch(graph: Models, path: Path, facts: Mapping[str, Any]) -> str:
     """Write an encoder by ``torch.export``, a detector by ``torch.jit.trace``."""
     image = graph.example(0)
+    extra = {"facts.json": json.dumps(facts)}
     if isinstance(graph, EncoderGraph):
-        auto = torch.export.Dim.DYNAMIC
-        exported = torch.export.export(
-            graph, (image,), dynamic_shapes=(dict.fromkeys(graph.input_axes, auto),)
-        )
-        extra = {"facts.json": json.dumps(facts)}
+        shapes = (dict.fromkeys(graph.input_axes, torch.export.Dim.DYNAMIC),)
+        exported = torch.export.export(graph, (image,), dynamic_shapes=shapes)
         torch.export.save(exported, str(path), extra_files=extra)
         return _check(graph, torch.export.load(str(path)).module(), "torch.export")
     with warnings.catch_warnings(), torch.no_grad():
         warnings.simplefilter("ignore")
         traced = torch.jit.trace(graph, (image,), check_trace=False)
-        torch.jit.save(traced, str(path), _extra_files={"facts.json": json.dumps(facts)})
+        torch.jit.save(traced, str(path), _extra_files=extra)
         return _check(graph, torch.jit.load(str(path)), "TorchScript")
 
 
@@ -108,29 +107,20 @@ def write_safetensors(graph: Models, path: Path, facts: Mapping[str, Any]) -> st
     return f"{len(state)} tensors equal after reading them back"
 
 
-def write_detectron2(graph: Models, path: Path, facts: Mapping[str, Any]) -> str:
-    """Write an encoder as ``teacher_backbone.pth`` of a run, which Detectron2 projects load."""
-    _encoder(graph)
-    return write_safetensors(graph, path, facts)  # the suffix decides how tensors are written
-
-
-def write_timm_file(graph: Models, path: Path, facts: Mapping[str, Any]) -> str:
+def write_timm_file(graph: Any, path: Path, facts: Mapping[str, Any]) -> str:
     """Write an encoder's tensors by timm's names, for ``timm.create_model``."""
-    encoder = _encoder(graph)
+    encoder = graph.encoder
     write_timm(encoder, path)
     model = timm.create_model(TIMM_MODEL, **timm_arguments(encoder))
-    state = (
-        safetensors.torch.load_file(str(path))
-        if path.suffix == ".safetensors"
-        else torch.load(path, weights_only=True)
-    )
-    model.load_state_dict(state)
+    is_pickled = path.suffix == ".pth"
+    load = partial(torch.load, weights_only=True) if is_pickled else safetensors.torch.load_file
+    model.load_state_dict(load(str(path)))
     return _check_timm(graph, model)
 
 
-def write_huggingface(graph: Models, path: Path, facts: Mapping[str, Any]) -> str:
+def write_huggingface(graph: Any, path: Path, facts: Mapping[str, Any]) -> str:
     """Write a folder as timm's models have it on the Hugging Face Hub."""
-    encoder = _encoder(graph)
+    encoder = graph.encoder
     arguments = timm_arguments(encoder)
     path.mkdir()
     tensors = {name: t.detach().cpu().contiguous() for name, t in timm_state(encoder).items()}
@@ -146,33 +136,16 @@ def write_huggingface(graph: Models, path: Path, facts: Mapping[str, Any]) -> st
         "classifier": "head",
         "fixed_input_size": True,
     }
-    config = {
-        "architecture": TIMM_MODEL,
-        "num_classes": 0,
-        "num_features": encoder.embed_dim,
-        "model_args": arguments,
-        "pretrained_cfg": pixels,
-    }
+    config = {"architecture": TIMM_MODEL, "num_classes": 0, "num_features": encoder.embed_dim}
+    config |= {"model_args": arguments, "pretrained_cfg": pixels}
     (path / "config.json").write_text(json.dumps(config, indent=2) + "\n")
     return _check_timm(graph, timm.create_model(f"local-dir:{path}", pretrained=True))
 
 
-def _encoder(graph: Models) -> Any:
-    if not isinstance(graph, EncoderGraph):
-        raise InputError(
-            "the model is a detector, and d2, timm and huggingface are formats of encoders; use "
-            f"{', '.join(DETECTOR_FORMATS)}, or --part encoder."
-        )
-    return graph.encoder
-
-
-def _check_timm(graph: Models, model: nn.Module) -> str:
-    encoder = _encoder(graph)
-    model.eval()
-    forward: Any = model.forward_features
+def _check_timm(graph: Any, model: Any) -> str:
+    encoder, forward = graph.encoder, model.eval().forward_features
 
     def run(image: Tensor) -> tuple[Tensor]:
-        assert isinstance(graph, EncoderGraph)
         tokens = forward((image - graph.mean) / graph.std)
         side = encoder.architecture["img_size"] // encoder.patch_size
         tokens = tokens[:, encoder.num_prefix_tokens :].transpose(1, 2)
@@ -228,7 +201,7 @@ def usage(graph: Models, file_format: str, target: Path) -> str:
 # For each format the endings of its files, empty for a folder, and the function that writes.
 Writer = Callable[[Models, Path, Mapping[str, Any]], str]
 WRITERS: dict[str, tuple[tuple[str, ...], Writer]] = {
-    "d2": ((".pth",), write_detectron2),
+    "d2": ((".pth",), write_safetensors),  # the suffix decides how tensors are written
     "onnx": ((".onnx",), write_onnx),
     "torch": ((".pt2", ".ts", ".pt"), write_torch),
     "timm": ((".safetensors", ".pth"), write_timm_file),

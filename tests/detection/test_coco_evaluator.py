@@ -37,13 +37,9 @@ def random_data(seed: int, num_images: int, num_classes: int, crowd_share: float
             size = rng.choice([6, 20, 60, 150], 2) + rng.integers(0, 9, 2)
             box = [*corner.tolist(), *size.tolist()]
             label = int(rng.integers(1, num_classes + 1))
-            annotations.append(
-                {
-                    **{"id": len(annotations) + 1, "image_id": image_id, "category_id": label},
-                    **{"bbox": box, "segmentation": rle(box), "area": float(size.prod())},
-                    "iscrowd": int(rng.random() < crowd_share),
-                }
-            )
+            annotation = {"id": len(annotations) + 1, "image_id": image_id, "category_id": label}
+            annotation |= {"bbox": box, "segmentation": rle(box), "area": float(size.prod())}
+            annotations.append(annotation | {"iscrowd": int(rng.random() < crowd_share)})
             for _ in range(rng.integers(0, 4)):
                 moved = [
                     *np.clip(corner + rng.integers(-5, 6, 2), 0, SIDE).tolist(),
@@ -51,13 +47,10 @@ def random_data(seed: int, num_images: int, num_classes: int, crowd_share: float
                 ]
                 if rng.random() < 0.2:
                     label = int(rng.integers(1, num_classes + 1))
-                results.append(
-                    {
-                        **{"image_id": image_id, "category_id": label, "bbox": moved},
-                        # Two decimals, so that some scores are equal.
-                        **{"segmentation": rle(moved), "score": round(float(rng.random()), 2)},
-                    }
-                )
+                found = {"image_id": image_id, "category_id": label, "bbox": moved}
+                # Two decimals, so that some scores are equal.
+                score = round(float(rng.random()), 2)
+                results.append(found | {"segmentation": rle(moved), "score": score})
     api = COCO()
     api.dataset = {
         "images": [{"id": i + 1, "height": SIDE, "width": SIDE} for i in range(num_images)],

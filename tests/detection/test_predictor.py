@@ -24,9 +24,8 @@ from PIL import Image
 from flsl_d2.detection.description import MODEL_FILE, write_description
 from flsl_d2.detection.detections import Detections, MaskCrops
 from flsl_d2.detection.predict import main, predict_video
-from flsl_d2.detection.predictor import Predictor
+from flsl_d2.detection.predictor import Predictor, corners
 from flsl_d2.detection.setup import CLASSES_FILE
-from flsl_d2.detection.slices import corners
 from flsl_d2.detection.yaml_training import load_yaml_config
 from flsl_d2.engine.config_files import load_lazy_config
 from flsl_d2.errors import InputError
@@ -207,31 +206,11 @@ def test_both_kinds_of_configs_give_what_detectron2s_own_predictor_gives(scenes,
     np.testing.assert_allclose(found[1].boxes, expected.pred_boxes.tensor[order], rtol=1e-6)
 
 
-def test_results_are_cocos():
-    found = Detections(
-        np.array([[1, 2, 11, 22]], np.float32), np.array([0.5], np.float32), np.array([1]),
-        ["cat", "dog"], np.ones((1, 30, 40), bool),
-    )  # fmt: skip
-    (entry,) = found.coco_results(7, category_ids=[18, 21])
-    assert entry["image_id"] == 7
-    assert entry["category_id"] == 21
-    assert entry["bbox"] == [1, 2, 10, 20]
-    assert entry["segmentation"]["size"] == [30, 40]
-    assert found.names == ["dog"]
-
-
 def test_the_command_line_writes_pictures_results_and_masks(run_folder, scenes, tmp_path, capsys):
     bad = tmp_path / "bad.jpg"
     bad.write_bytes(b"no picture")
-    with pytest.raises(SystemExit) as ended:
-        main(
-            [
-                *("--model", str(run_folder), "--input", *scenes, scenes[0], str(bad), "--masks"),
-                *("--output", str(tmp_path / "out"), "--device", "cpu"),
-                *("--score-threshold", "0.2"),
-            ]
-        )
-    assert ended.value.code == 0
+    options = ("--masks", "--output", tmp_path / "out", "--score-threshold", "0.2")
+    assert predict("--model", run_folder, "--input", *scenes, scenes[0], bad, *options) == 0
     drawn = sorted((tmp_path / "out" / "drawn").iterdir())
     assert [file.name for file in drawn] == ["000001_scene 0.png", "000002_scene 1.png"]
     results = json.loads((tmp_path / "out" / "results.json").read_text())
@@ -394,18 +373,18 @@ def test_many_masks_of_a_large_picture_take_little_memory():
         (["--input", "{scene}", "--slice", "-1"], "--slice is -1"),
         (["--input", "{scene}", "--weights", "{encoder}"], "hold an encoder and no detector"),
         (["--input", "{scene}", "--model", "{old}"], "was made by flsl-d2 0.0.9"),
+        (["--input", "{scene}", "--model", "{new}"], "no checkpoint yet"),
     ],
 )
 def test_what_cannot_be_done_is_one_sentence(
     run_folder, scenes, tmp_path, capsys, arguments, sentence
 ):
-    clip = tmp_path / "clip" / "broken.mp4"
-    clip.parent.mkdir()
+    clip, empty, old, new = (tmp_path / name for name in ("clip", "empty", "old", "new"))
+    for folder in (clip, empty, old, new):
+        folder.mkdir()
+    clip /= "broken.mp4"
     clip.write_bytes(b"no video")
-    empty = tmp_path / "empty"
-    empty.mkdir()
-    old = tmp_path / "old"
-    old.mkdir()
+    shutil.copy(run_folder / MODEL_FILE, new)
     content = json.loads((run_folder / MODEL_FILE).read_text())
     content["model"]["backbone"]["net"]["shape_of_old_times"] = 3
     (old / MODEL_FILE).write_text(json.dumps(content))
@@ -414,18 +393,10 @@ def test_what_cannot_be_done_is_one_sentence(
     encoder = tmp_path / "encoder.pth"
     net = LazyConfig.load(str(run_folder / "config.yaml")).model.backbone.net
     write_encoder(instantiate(net), encoder)
-    values = {"tmp": str(empty), "scene": scenes[0], "clip": str(clip), "old": str(old)}
-    values["encoder"] = str(encoder)
+    values = {"tmp": empty, "scene": scenes[0], "clip": clip, "old": old, "new": new}
+    values["encoder"] = encoder
     filled = [text.format(**values) for text in arguments]
     out = tmp_path / "out"
-    with pytest.raises(SystemExit) as ended:
-        main(["--model", str(run_folder), "--output", str(out), "--device", "cpu", *filled])
-    assert ended.value.code == 2
+    assert predict("--model", run_folder, "--output", out, *filled) == 2
     assert sentence in capsys.readouterr().err
     assert not out.exists()
-
-
-def test_a_folder_without_a_checkpoint(run_folder, tmp_path):
-    shutil.copy(run_folder / MODEL_FILE, tmp_path)
-    with pytest.raises(InputError, match="no checkpoint yet"):
-        Predictor(tmp_path, device="cpu")

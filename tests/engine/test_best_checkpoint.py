@@ -25,7 +25,9 @@ class Counter(TrainerBase):
         checkpoints = Checkpoints(checkpointer, period=100)
         best = KeepBest(1, checkpointer, "bbox/AP")
         evaluate = hooks.EvalHook(1, lambda: {"bbox": {"AP": values[self.iter_done - 1]}})
-        self.register_hooks([checkpoints, evaluate, best, StopEarly(checkpoints, best, patience)])
+        self.register_hooks(
+            [checkpoints, evaluate, best, StopEarly(checkpoints, best, patience, 1)]
+        )
         self.best = best
 
     @property
