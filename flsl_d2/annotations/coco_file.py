@@ -84,7 +84,9 @@ def read_json(path: str | os.PathLike[str]) -> Any:
             f"the annotation file {path} cannot be read ({reason}): "
             "name a readable file in COCO format."
         ) from None
-    return _parse(_decode(data, path), path)
+    text = _decode(data, path)
+    del data  # as large as the text
+    return _parse(text, path)
 
 
 def _decode(data: bytes, path: str) -> str:

@@ -195,8 +195,8 @@ def _predict(args: argparse.Namespace) -> None:
     files, videos = _inputs(args.input)
     for video in videos:  # before the model is loaded and anything is written
         Video(video)
-    names = ("model", "weights", "device", "score_threshold", "overlap", "short_side")
-    names += ("batch_size", "trust_config", "max_pixels")
+    names = ["model", "weights", "device", "score_threshold", "overlap", "short_side"]
+    names += ["batch_size", "trust_config", "max_pixels"]
     options = {name: getattr(args, name) for name in names}
     predictor = Predictor(slice_side=args.slice, **options)
     if videos and predictor.channels:
