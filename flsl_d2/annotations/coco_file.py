@@ -1,8 +1,7 @@
-"""Reading of annotation files in COCO's instances format."""
+"""Reading of annotation files in COCO's instances format, each content once."""
 
 from __future__ import annotations
 
-import codecs
 import gc
 import json
 import logging
@@ -18,20 +17,16 @@ from flsl_d2.errors import InputError
 from flsl_d2.files import describe_content, write_text
 
 COCO_LISTS = ("images", "annotations", "categories")
+_EXPECTED = "name a file in COCO's instances format"
+logger = logging.getLogger(__name__)
 
 
 class Coco(dict[str, list[Any]]):
-    """The lists of a file.
+    """The lists of a file."""
 
-    Attributes:
-        plain: for each annotation, whether the check found that nothing of it needs a second
-            look; None before the check.
-    """
-
+    # For each annotation, whether the check found that nothing of it needs a second look.
     plain: bytearray | None = None
 
-
-logger = logging.getLogger(__name__)
 
 # Contents of the files that were read or written last, so that checks, training, evaluation and
 # report parse a file once. Nobody changes them.
@@ -39,14 +34,6 @@ _MOST_KEPT = 3
 LARGE = 64 * 2**20  # bytes of a file whose content is not kept longer than needed
 _SETTLED = 50_000_000  # nanoseconds; clocks of file systems tick every few milliseconds
 _kept: dict[tuple[int, ...], Coco] = {}
-
-# Little-endian UTF-32 begins with the mark of UTF-16.
-_OTHER_ENCODINGS = {
-    codecs.BOM_UTF32_LE: "UTF-32",
-    codecs.BOM_UTF32_BE: "UTF-32",
-    codecs.BOM_UTF16_LE: "UTF-16",
-    codecs.BOM_UTF16_BE: "UTF-16",
-}
 
 
 @contextmanager
@@ -62,7 +49,7 @@ def without_garbage_collection() -> Iterator[None]:
 
 
 def read_json(path: str | os.PathLike[str]) -> Any:
-    """Read a JSON file in UTF-8, with or without a byte order mark.
+    """Read a JSON file in UTF-8, UTF-16 or UTF-32, with or without a byte order mark.
 
     Raises:
         InputError: the file is missing, unreadable, cut off, or in another encoding.
@@ -71,8 +58,6 @@ def read_json(path: str | os.PathLike[str]) -> Any:
     try:
         with PathManager.open(path, "rb") as stream:
             data = stream.read()
-        if len(data) > LARGE:
-            logger.info("Reading %s (%d MB).", path, len(data) >> 20)
     except (FileNotFoundError, NotADirectoryError):
         raise InputError(
             f"the annotation file {path} does not exist: put it there or set "
@@ -84,62 +69,35 @@ def read_json(path: str | os.PathLike[str]) -> Any:
             f"the annotation file {path} cannot be read ({reason}): "
             "name a readable file in COCO format."
         ) from None
-    text = _decode(data, path)
-    del data  # as large as the text
-    return _parse(text, path)
-
-
-def _decode(data: bytes, path: str) -> str:
-    other = describe_content(data)
-    if other:
-        raise InputError(f"{path} is not JSON but {other}: name a file in COCO's instances format.")
-    for mark, encoding in _OTHER_ENCODINGS.items():
-        if data.startswith(mark):
-            raise InputError(
-                f"{path} is not JSON in UTF-8 but in {encoding}, as its byte order mark says: "
-                "save it in UTF-8."
-            )
+    if len(data) > LARGE:
+        logger.info("Reading %s (%d MB).", path, len(data) >> 20)
+    if other := describe_content(data):
+        raise InputError(f"{path} is not JSON but {other}: {_EXPECTED}.")
+    if not data or data.isspace():
+        raise InputError(f"{path} is not JSON, it is empty: copy it again.")
+    remedy = _EXPECTED
     try:
-        return data.decode("utf-8-sig")
+        with without_garbage_collection():
+            text = data.decode(json.detect_encoding(data), "surrogatepass")
+            del data  # as large as the text
+            return json.loads(text)
     except UnicodeDecodeError as error:
-        raise InputError(
-            f"{path} is not JSON ({error}): name a file in COCO's instances format, in UTF-8."
-        ) from None
-
-
-def _parse(text: str, path: str) -> Any:
-    with without_garbage_collection():
-        return _loads(text, path)
-
-
-def _loads(text: str, path: str) -> Any:
-    try:
-        return json.loads(text)
+        reason, remedy = error, f"{_EXPECTED}, in UTF-8"
     except json.JSONDecodeError as error:
-        if not text.strip():
-            raise InputError(f"{path} is not JSON, it is empty: copy it again.") from None
+        reason = error
         # A literal such as `false` is reported at its beginning.
-        cut = error.pos > len(text.rstrip()) - 5 or error.msg.startswith("Unterminated string")
-        remedy = (
-            "the file ends in the middle of an entry, copy or write it again"
-            if cut
-            else "name a file in COCO's instances format"
-        )
-        raise InputError(f"{path} is not JSON ({error}): {remedy}.") from None
+        if error.pos > len(error.doc.rstrip()) - 5 or error.msg.startswith("Unterminated string"):
+            remedy = "the file ends in the middle of an entry, copy or write it again"
     except (ValueError, RecursionError) as error:
-        raise InputError(
-            f"{path} is not JSON ({error}): name a file in COCO's instances format."
-        ) from None
+        reason = error
+    raise InputError(f"{path} is not JSON ({reason}): {remedy}.")
 
 
 def read_coco(json_file: str | os.PathLike[str], needed: tuple[str, ...] = COCO_LISTS) -> Coco:
     """Return the lists ``images``, ``annotations`` and ``categories`` of a file, not to be changed.
 
-    A file that was read or written before, and is the same on the disk, is not parsed again.
-
-    Args:
-        json_file: path of the file.
-        needed: lists that the file must have; others are included if they are there.
+    A file that was read or written before, and is the same on the disk, is not parsed again. Lists
+    that are not among the ``needed`` ones are included if they are there.
 
     Raises:
         InputError: the file cannot be read or lacks a list.
@@ -147,7 +105,13 @@ def read_coco(json_file: str | os.PathLike[str], needed: tuple[str, ...] = COCO_
     identity = _identity(json_file)
     content = _kept.get(identity)
     if content is None:
-        content = _lists(read_json(json_file), json_file)
+        lists = read_json(json_file)
+        if not isinstance(lists, dict):
+            raise InputError(
+                f"{json_file} holds a {type(lists).__name__} and is not in COCO format: expected "
+                f"an object with the lists {', '.join(COCO_LISTS)}."
+            )
+        content = Coco({key: lists[key] for key in COCO_LISTS if lists.get(key) is not None})
         # A file that is written this very moment may change without another time of change.
         if identity and time.time_ns() - identity[-1] > _SETTLED:
             _keep(identity, content)
@@ -159,18 +123,9 @@ def read_coco(json_file: str | os.PathLike[str], needed: tuple[str, ...] = COCO_
     if lacking:
         raise InputError(
             f"{json_file} is not in COCO format, it lacks the list{'s' * (len(lacking) > 1)} "
-            f"{', '.join(lacking)}: name a file in COCO's instances format."
+            f"{', '.join(lacking)}: {_EXPECTED}."
         )
     return content
-
-
-def _lists(content: Any, json_file: str | os.PathLike[str]) -> Coco:
-    if not isinstance(content, dict):
-        raise InputError(
-            f"{json_file} holds a {type(content).__name__} and is not in COCO format: expected an "
-            f"object with the lists {', '.join(COCO_LISTS)}."
-        )
-    return Coco({key: content[key] for key in COCO_LISTS if content.get(key) is not None})
 
 
 def write_coco(path: str | os.PathLike[str], content: dict[str, list[Any]]) -> None:

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
 import pycocotools.mask
 
-from flsl_d2.annotations.entries import Sizes
-from flsl_d2.annotations.shapes import usable_segmentation
+from flsl_d2.annotations.shapes import Size, compressed, usable_segmentation
 
 _MOST_COMPARED = 2000  # annotations, spread evenly over the file
 _FEWEST = 5  # annotations from which a convention can be concluded
@@ -26,34 +25,24 @@ Boxes = np.ndarray  # (N, 4) float64
 
 
 class Convention(NamedTuple):
-    """A way in which boxes are written.
+    """A way in which boxes are written."""
 
-    Attributes:
-        description: noun phrase that follows "boxes seem to be".
-        certain: whether the boxes fit their masks when read so; otherwise they only do not fit
-            as they are, which boxes of objects that are partly hidden need not.
-    """
-
-    description: str
+    description: str  # noun phrase that follows "boxes seem to be"
+    # Whether the boxes fit their masks when read so; otherwise they only do not fit as they are,
+    # which boxes of objects that are partly hidden need not.
     certain: bool
 
 
-def find_other_convention(annotations: Sequence[dict[str, Any]], sizes: Sizes) -> Convention | None:
-    """Find out how the boxes of a file seem to be meant, if not as x, y, width, height.
+def find_other_convention(
+    annotations: Sequence[dict[str, Any]], sizes: dict[Any, Size]
+) -> Convention | None:
+    """Find out how boxes, each of four numbers, seem to be meant, if not as x, y, width, height.
 
     Boxes are compared with the extents of their masks. Without masks, only two conventions leave
     traces in the boxes themselves: shares of the image, and corners, which taken for width and
     height reach over the border.
-
-    Args:
-        annotations: annotations with four numbers as ``bbox``.
-        sizes: height and width of every image id.
-
-    Returns:
-        The other convention; None where the boxes are as they should be.
     """
-    unknown = (math.inf, 0.0)
-    known = [a for a in annotations if sizes.get(a["image_id"], unknown)[0] != math.inf]
+    known = [a for a in annotations if sizes.get(a["image_id"], (math.inf,))[0] != math.inf]
     if len(known) < _FEWEST:
         return None
     places = np.linspace(0, len(known) - 1, min(len(known), _MOST_COMPARED)).astype(int)
@@ -67,18 +56,18 @@ def find_other_convention(annotations: Sequence[dict[str, Any]], sizes: Sizes) -
     if compared.sum() >= _FEWEST:
         masks = np.array([e for e in extents if e is not None], float)
         return _compare_with_masks(boxes[compared], limits[compared], masks)
-    return _look_like_corners(boxes, limits)
+    ordered = (boxes[:, 2:] > boxes[:, :2]).all() and (boxes[:, 2:] <= limits + _BORDER).all()
+    reaching = (boxes[:, :2] + boxes[:, 2:] > limits + _BORDER).any(axis=1).mean()
+    return Convention(_CORNERS, True) if ordered and reaching >= _REACHING_SHARE else None
 
 
-def _extents(annotation: dict[str, Any], size: tuple[float, float]) -> list[float] | None:
+def _extents(annotation: dict[str, Any], size: Size) -> list[float] | None:
     """Box x, y, width, height of a mask."""
     segmentation = usable_segmentation(annotation.get("segmentation"), size)
     if segmentation is None:
         return None
     if isinstance(segmentation, dict):
-        if isinstance(segmentation["counts"], list):
-            segmentation = pycocotools.mask.frPyObjects(segmentation, *segmentation["size"])
-        return list(pycocotools.mask.toBbox(segmentation))
+        return list(pycocotools.mask.toBbox(compressed(segmentation, size)))
     points = np.concatenate([np.reshape(polygon, (-1, 2)) for polygon in segmentation])
     (x0, y0), (x1, y1) = points.min(0), points.max(0)
     # A mask of no area, such as a line, says nothing about its box.
@@ -89,39 +78,23 @@ def _compare_with_masks(boxes: Boxes, limits: np.ndarray, masks: Boxes) -> Conve
     if np.median(_overlap(boxes, masks)) >= _OTHER:
         return None
     relative = np.tile(limits, 2)
-    readings: dict[str, Callable[[], tuple[Boxes, Boxes]]] = {
-        _CORNERS: lambda: (_from_corners(boxes), masks),
-        "the middle of the box instead of its upper left corner": lambda: (
-            boxes - np.pad(boxes[:, 2:] / 2, ((0, 0), (0, 2))),
-            masks,
-        ),
-        "y before x and height before width": lambda: (boxes[:, [1, 0, 3, 2]], masks),
-        "per cent of the image instead of pixels": lambda: (boxes * relative / 100, masks),
-        "pixels, while the masks are shares of the image from 0 to 1": lambda: (
-            boxes,
-            masks * relative,
-        ),
+    corners = np.concatenate([boxes[:, :2], boxes[:, 2:] - boxes[:, :2]], axis=1)
+    middle = boxes - np.pad(boxes[:, 2:] / 2, ((0, 0), (0, 2)))
+    readings = {
+        _CORNERS: (corners, masks),
+        "the middle of the box instead of its upper left corner": (middle, masks),
+        "y before x and height before width": (boxes[:, [1, 0, 3, 2]], masks),
+        "per cent of the image instead of pixels": (boxes * relative / 100, masks),
+        "pixels, while the masks are shares of the image from 0 to 1": (boxes, masks * relative),
     }
     for description, reading in readings.items():
-        if np.median(_overlap(*reading())) >= _SAME:
+        if np.median(_overlap(*reading)) >= _SAME:
             return Convention(description, True)
     scale = np.median(masks[:, 2:] / boxes[:, 2:], axis=0)
     if np.median(_overlap(boxes * np.tile(scale, 2), masks)) >= _SAME:
         sides = f"{1 / scale[0]:.3g} times as wide and {1 / scale[1]:.3g} times as high"
         return Convention(f"pixels of another picture, {sides}", True)
     return Convention("those of other objects or pictures", False)
-
-
-def _look_like_corners(boxes: Boxes, limits: np.ndarray) -> Convention | None:
-    ordered = (boxes[:, 2:] > boxes[:, :2]).all() and (boxes[:, 2:] <= limits + _BORDER).all()
-    reaching = (boxes[:, :2] + boxes[:, 2:] > limits + _BORDER).any(axis=1).mean()
-    if ordered and reaching >= _REACHING_SHARE:
-        return Convention(_CORNERS, True)
-    return None
-
-
-def _from_corners(boxes: Boxes) -> Boxes:
-    return np.concatenate([boxes[:, :2], boxes[:, 2:] - boxes[:, :2]], axis=1)
 
 
 def _overlap(first: Boxes, second: Boxes) -> np.ndarray:

@@ -51,16 +51,7 @@ def register_coco_format(
     """Register a data set in COCO format under a name for ``DATASETS.TRAIN`` or a dataloader.
 
     Nothing is read, so that the files need not exist before the data set is used. Registering the
-    same files again changes nothing.
-
-    Args:
-        name: new name.
-        json_file: path of annotations in COCO's instances format.
-        image_root: folder that the annotations' file names start from.
-        replace: whether a data set of the same name with other files is replaced.
-
-    Raises:
-        InputError: the name belongs to other files and ``replace`` is False.
+    same files again changes nothing; a name of other files is an InputError, or is replaced.
     """
     json_file, image_root = os.fspath(json_file), os.fspath(image_root)
     if name in DatasetCatalog:
@@ -81,10 +72,7 @@ def register_coco_format(
 
 
 def use_own_loader(name: str) -> None:
-    """Read a name that Detectron2's ``register_coco_instances`` registered by :func:`load_coco`.
-
-    Names with another loader are left as they are.
-    """
+    """Let :func:`load_coco` read a name that ``register_coco_instances`` registered."""
     register_known(name)
     if name not in DatasetCatalog:
         return
@@ -95,10 +83,7 @@ def use_own_loader(name: str) -> None:
 
 
 def register_scenes(root: str | os.PathLike[str], name: str = "flsl_scenes") -> None:
-    """Register the scenes of ``make_scenes(root)`` as ``{name}_train`` and ``{name}_val``.
-
-    The scenes need not exist yet. Another root replaces an earlier one.
-    """
+    """Register the scenes of ``make_scenes(root)`` as ``{name}_train`` and ``{name}_val``."""
     root = Path(root).expanduser()
     for split in ("train", "val"):
         annotations = root / "annotations" / f"instances_{split}.json"
@@ -120,21 +105,23 @@ def register_builtin(root: str | os.PathLike[str] | None = None) -> None:
 
 
 def register_known(name: str, root: str | os.PathLike[str] | None = None) -> None:
-    """Register one of the data sets of :func:`register_builtin`, unless its name is taken."""
+    """Register a name of :func:`register_builtin`, or ``ANNOTATIONS.json:IMAGES``, if it is new."""
     root = datasets_root() if root is None else os.fspath(root)
+    stem, separator, image_root = name.partition(".json:")
     if name.startswith(_IMAGENET):
         register_imagenet_boxes(os.path.join(root, "imagenet"))
-    elif name in _BUILTIN and name not in DatasetCatalog:
-        json_file, images = _BUILTIN[name]
-        register_coco_format(name, os.path.join(root, json_file), os.path.join(root, images))
+    elif name in DatasetCatalog:
+        return
+    elif name in _BUILTIN:
+        json_file, image_root = (os.path.join(root, part) for part in _BUILTIN[name])
+        register_coco_format(name, json_file, image_root)
+    elif separator:
+        json_file = os.path.expanduser(f"{stem}.json")
+        register_coco_format(name, json_file, os.path.expanduser(image_root))
 
 
 def check_registered_name(name: str) -> None:
-    """Check that a data set of this name is registered.
-
-    Raises:
-        InputError: otherwise; similar names are listed.
-    """
+    """Raise an InputError that lists similar names if no data set of this name is registered."""
     register_known(name)
     if name in DatasetCatalog:
         return
@@ -152,24 +139,17 @@ def check_registered_dataset(
     name: str,
     use: Use = Use.BOXES,
     max_report: int = 10,
-    masks_off: str = "",
-    open_pictures: bool = False,
+    **options: Any,
 ) -> list[str]:
-    """Check that a data set's name is known, and its files where they are in COCO format.
-
-    The arguments are those of :func:`check_coco_files`.
+    """Check that a data set's name is known, and its files as :func:`check_coco_files` does.
 
     Returns:
         Names of the categories of a data set in COCO format; else empty.
-
-    Raises:
-        InputError: the name is not registered (names like it are listed), or the files are faulty.
     """
     check_registered_name(name)
-    metadata = MetadataCatalog.get(name)
-    json_file, image_root = metadata.get("json_file"), metadata.get("image_root")
-    if metadata.get("evaluator_type") == "coco" and json_file and image_root:
-        return check_coco_files(json_file, image_root, use, max_report, masks_off, open_pictures)
+    json_file, image_root = _registered_files(name)
+    if MetadataCatalog.get(name).get("evaluator_type") == "coco" and json_file and image_root:
+        return check_coco_files(json_file, image_root, use, max_report, **options)
     return []
 
 
@@ -178,15 +158,8 @@ def register_files(
 ) -> str:
     """Register a data set under a name that identifies the content of its annotation file.
 
-    A run whose files have moved has the same name, and one with an edited file another.
-
-    Args:
-        json_file: path of annotations in COCO's instances format; ``~`` is the home folder.
-        image_root: folder that the annotations' file names start from.
-        keys: config keys of the two paths, for messages.
-
-    Returns:
-        The name to use wherever Detectron2 asks for one.
+    A run whose files have moved has the same name, and one with an edited file another. ``keys``
+    are the config keys of the two paths, for messages.
 
     Raises:
         InputError: only one of the two is given, lists are given, or the same annotations are in
@@ -205,7 +178,11 @@ def register_files(
                 "registered (flsl_d2.annotations.register_coco_format)."
             )
     json_file, image_root = (os.path.expanduser(path) for path in (json_file, image_root))
-    name = f"{os.path.basename(json_file)}@{_digest(json_file)}"
+    try:
+        digest = file_sha256(json_file)[:12]
+    except OSError:  # reported when the file is used
+        digest = "unreadable"
+    name = f"{os.path.basename(json_file)}@{digest}"
     if name in DatasetCatalog:
         registered, other = _registered_files(name)
         if registered == json_file and other != image_root:
@@ -217,26 +194,6 @@ def register_files(
     return name
 
 
-def _digest(path: str) -> str:
-    """Identify the content of a file; a file that cannot be read is reported when it is used."""
-    try:
-        return file_sha256(path)[:12]
-    except OSError:
-        return "unreadable"
-
-
-def register_pair(name: str) -> None:
-    """Register a data set that is named by its files, ``ANNOTATIONS.json:IMAGES``.
-
-    A name of :func:`register_builtin` is registered, too; any other is left alone.
-    """
-    register_known(name)
-    stem, separator, image_root = name.partition(".json:")
-    if separator and name not in DatasetCatalog:
-        json_file = os.path.expanduser(f"{stem}.json")
-        register_coco_format(name, json_file, os.path.expanduser(image_root))
-
-
 def detection_records(
     names: str | list[str],
     json_file: str = "",
@@ -244,16 +201,7 @@ def detection_records(
     filter_empty: bool = True,
     check_consistency: bool = True,
 ) -> list[dict[str, Any]]:
-    """Load the records of data sets by name, or of one given by its files.
-
-    Args:
-        names: one or several registered names; not used where the files are given.
-        filter_empty: whether images without usable annotations are left out.
-        check_consistency: whether the data sets must have the same classes.
-
-    Returns:
-        A list of dicts in Detectron2's data set format.
-    """
+    """Load the records of data sets by name, or of one given by its files."""
     if json_file or image_root:
         names = register_files(json_file, image_root)
     for name in [names] if isinstance(names, str) else names:

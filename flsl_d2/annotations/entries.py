@@ -3,24 +3,24 @@
 from __future__ import annotations
 
 import math
-import os
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from typing import Any
 
 from flsl_d2.annotations.findings import Findings, Use, name_of
-from flsl_d2.annotations.image_folder import ImageFolder, stays_inside
+from flsl_d2.annotations.matching import find_files, listed
 from flsl_d2.annotations.shapes import (
     NO_MASK,
     NOT_A_BOX,
     OUTSIDE,
+    Size,
     box_problem,
     is_number,
     is_side,
     segmentation_problem,
 )
 
-Sizes = dict[Any, tuple[float, float]]  # image id -> height, width
+Sizes = dict[Any, Size]  # image id -> height, width
 
 _UNKNOWN = (math.inf, math.inf)
 _NUMBERS = {int, float}
@@ -36,24 +36,23 @@ def _is_id(value: Any) -> bool:
     return is_number(value) and math.isfinite(value) and value == int(value)
 
 
-def _is_text(value: str) -> bool:
+def _encodes(text: str, errors: str = "strict") -> bool:
     """Whether a text can be written; JSON can hold half of a surrogate pair, and UTF-8 cannot."""
     try:
-        value.encode()
+        return b"\0" not in text.encode("utf-8", errors)
     except UnicodeEncodeError:
         return False
-    return True
 
 
 def _check_id_types(ids: Iterable[Any], of: str, findings: Findings) -> None:
     # Detectron2 sorts the ids, which numbers and texts together do not allow.
     kinds = {isinstance(an_id, str): an_id for an_id in ids}
     if len(kinds) > 1:
-        findings.fault(f"{of} with ids of which some are numbers and some texts", kinds[True])
+        findings.fault(f"{of} with mixed int and str ids", kinds[True])
 
 
-def _lacking(entry: dict[str, Any], fields: Iterable[str]) -> list[str]:
-    return [field for field in fields if entry.get(field) is None]
+def _lacking(entry: dict[str, Any], fields: Iterable[str]) -> str:
+    return ", ".join(field for field in fields if entry.get(field) is None)
 
 
 def check_images(images: Sequence[Any], use: Use, findings: Findings) -> tuple[Sizes, list[Any]]:
@@ -65,6 +64,7 @@ def check_images(images: Sequence[Any], use: Use, findings: Findings) -> tuple[S
     """
     sizes: Sizes = {}
     with_file: list[Any] = []
+    names: set[str] = set()
     if not images:
         findings.fault("empty list", "images")
     needed = ("id", "file_name", "height", "width") if use else ("file_name",)
@@ -73,13 +73,19 @@ def check_images(images: Sequence[Any], use: Use, findings: Findings) -> tuple[S
         if not isinstance(image, dict):
             findings.fault("images that are no JSON object", place)
             continue
-        lacking = _lacking(image, needed)
-        if lacking:
-            findings.fault(f"images without {', '.join(lacking)}", place)
-        name = name_of(image, index, "images")
-        file_name = image.get("file_name")
-        if file_name is not None and _is_file_name(file_name, name, findings):
-            with_file.append(image)
+        if lacking := _lacking(image, needed):
+            findings.fault(f"images without {lacking}", place)
+        name, file_name = name_of(image, index, "images"), image.get("file_name")
+        if file_name is not None:
+            if not isinstance(file_name, str) or not file_name:
+                findings.fault("images whose file_name is no text", name)
+            elif not _encodes(file_name, "surrogateescape"):
+                findings.fault("file_name that no file can have", ascii(file_name))
+            else:
+                with_file.append(image)
+                if file_name in names:
+                    findings.remark("images with the file_name of another, which count twice", name)
+                names.add(file_name)
         image_id = image.get("id")
         if not use or image_id is None:
             continue
@@ -90,7 +96,7 @@ def check_images(images: Sequence[Any], use: Use, findings: Findings) -> tuple[S
             findings.fault("images with an id that another has", image_id)
         height, width = image.get("height"), image.get("width")
         measured = is_side(height) and is_side(width)
-        if not measured and "height" not in lacking and "width" not in lacking:
+        if not measured and height is not None and width is not None:
             kind = "images whose height or width is no positive whole number"
             findings.fault(kind, f"{name} with height {height!r} and width {width!r}")
         sizes[image_id] = (height, width) if measured else _UNKNOWN  # type: ignore[assignment]
@@ -98,32 +104,9 @@ def check_images(images: Sequence[Any], use: Use, findings: Findings) -> tuple[S
     return sizes, with_file
 
 
-def _is_file_name(file_name: Any, name: object, findings: Findings) -> bool:
-    if not isinstance(file_name, str) or not file_name:
-        findings.fault("images whose file_name is no text", name)
-        return False
-    try:
-        possible = b"\0" not in os.fsencode(file_name)
-    except UnicodeEncodeError:  # half a surrogate pair, which JSON can hold
-        possible = False
-    if not possible:
-        findings.fault("file_name that no file can have", ascii(file_name))
-    return possible
-
-
 def check_files(entries: Sequence[Any], image_root: str, findings: Findings) -> dict[str, str]:
-    """Check that each image has its file.
-
-    Args:
-        entries: entries of ``images`` with a ``file_name`` that is text.
-        image_root: path of the image folder.
-        findings: extended by what is found.
-
-    Returns:
-        The file below the folder of every ``file_name`` that has one.
-    """
-    folder = ImageFolder(image_root)
-    if not folder.exists():
+    """Return the file below the folder of every ``file_name``; note those that have none."""
+    if listed(image_root) is None:
         findings.fault(
             "the image folder does not exist or may not be listed, create it or set "
             "DETECTRON2_DATASETS",
@@ -131,57 +114,43 @@ def check_files(entries: Sequence[Any], image_root: str, findings: Findings) -> 
         )
         return {}
     names = list(dict.fromkeys(entry["file_name"] for entry in entries))
-    files = {}
-    for name, (file_name, suggestion) in zip(names, folder.find(names), strict=True):
-        if file_name is not None:
-            files[name] = file_name
-            if file_name != name:
-                findings.remark(
-                    f"{{count}} of {len(names)} file names are spelled in another way than their "
-                    "files and are read all the same",
-                    f"{name} as {file_name}",
-                )
-            continue
-        example = f"{name} (did you mean {suggestion}?)" if suggestion else name
-        plain = name.replace("\\", "/")
-        if stays_inside(name):
+    files, meant = find_files(names, image_root)
+    for name in names:
+        if name not in files:
             findings.fault(
                 f"{{count}} of {len(names)} images are missing in {image_root}, put them "
                 "there or set DETECTRON2_DATASETS",
-                example,
+                f"{name} (did you mean {meant[name]}?)" if name in meant else name,
             )
-        elif ".." in plain.split("/") or (plain[:1] != "/" and plain[1:3] != ":/"):
-            findings.fault("file_name with .., which leaves the image folder", example)
-        else:
-            findings.fault("file_name that is absolute, make it relative to the folder", example)
+        elif files[name] != name:
+            findings.remark(
+                f"{{count}} of {len(names)} file names are spelled in another way than their files "
+                "and are read all the same",
+                f"{name} as {files[name]}",
+            )
     return files
 
 
 def check_categories(categories: Sequence[Any], findings: Findings) -> dict[Any, str]:
-    """Check the entries of ``categories``.
-
-    Returns:
-        The name of every id.
-    """
+    """Check the entries of ``categories``, and return the name of every id."""
     names: dict[Any, str] = {}
     if not categories:
         findings.fault("empty list", "categories")
     for index, category in enumerate(categories):
+        place = f"categories[{index}]"
         if not isinstance(category, dict) or _lacking(category, ("id", "name")):
-            findings.fault("categories without id or name", f"categories[{index}]")
-        elif not _is_text(str(category["name"])):
-            findings.fault("categories whose name has half a character", f"categories[{index}]")
+            findings.fault("categories without id or name", place)
+        elif not _encodes(str(category["name"])):
+            findings.fault("categories whose name has half a character", place)
         elif not _is_id(category["id"]):
-            findings.fault("categories whose id is no whole number", f"categories[{index}]")
+            findings.fault("categories whose id is no whole number", place)
         elif category["id"] in names:
             findings.fault("categories with an id that another has", category["id"])
         else:
             name = str(category["name"])
             if name in names.values():
-                findings.remark(
-                    "categories with a name that another has, which are learned as two classes",
-                    name,
-                )
+                kind = "categories with a name that another has, which are learned as two classes"
+                findings.remark(kind, name)
             names[category["id"]] = name
     _check_id_types(names, "categories", findings)
     return names
@@ -190,20 +159,13 @@ def check_categories(categories: Sequence[Any], findings: Findings) -> dict[Any,
 class AnnotationCheck:
     """Check of the entries of ``annotations`` against the images and categories.
 
-    Args:
-        sizes: height and width of every image id.
-        categories: name of every category id.
-        use: what the annotations are used for.
-        findings: extended by what is found; holds the faults of images and categories already.
-
-    Attributes:
-        annotated: number of annotations of each category id.
-        learned: number of these that training uses.
-        boxes: annotations whose box has an area.
+    ``findings`` holds the faults of images and categories already; ``masks_off`` are the overrides
+    that take masks out of a model. Attributes: ``annotated`` and ``learned`` count annotations by
+    category id, ``boxes`` are those whose box has an area.
     """
 
     def __init__(
-        self, sizes: Sizes, categories: dict[Any, str], use: Use, findings: Findings
+        self, sizes: Sizes, categories: dict[Any, str], use: Use, findings: Findings, masks_off: str
     ) -> None:
         self.sizes, self.categories, self.use, self.findings = sizes, categories, use, findings
         self.annotated: Counter[Any] = Counter()
@@ -213,16 +175,13 @@ class AnnotationCheck:
         self._seen: set[int] = set()
         self._images_known = bool(sizes) and not findings.has_fault(*_BAD_IMAGES)
         self._categories_known = bool(categories) and not findings.has_fault(*_BAD_CATEGORIES)
-        self._needed = ["image_id", "category_id", "bbox"]
-        if use & Use.EVALUATION:
-            self._needed = ["id", *self._needed]  # area and iscrowd are computed where missing
+        # area and iscrowd are computed where missing
+        self._needed = ["id"] * bool(use & Use.EVALUATION) + ["image_id", "category_id", "bbox"]
+        self._remedy = f", while the model learns masks (for boxes alone: {masks_off})"
+        self._remedy *= bool(masks_off)
 
     def check(self, annotations: Sequence[Any]) -> bytearray:
-        """Check all annotations.
-
-        Returns:
-            For each of them, whether it is plain; see :meth:`_is_plain`.
-        """
+        """Check all annotations; return for each of them whether it :meth:`_is_plain`."""
         plain = bytearray(len(annotations))
         for index, annotation in enumerate(annotations):
             if not isinstance(annotation, dict):
@@ -239,57 +198,56 @@ class AnnotationCheck:
         get = annotation.get
         try:
             own_id, category_id, iscrowd = get("id"), get("category_id"), get("iscrowd", 0)
-            if type(own_id) is not int or own_id <= 0 or type(iscrowd) is not int or iscrowd:
-                return False
-            if "keypoints" in annotation or get("ignore") or own_id in self._ids:
-                return False
-            area = get("area", 0)
-            if type(area) not in _NUMBERS or not 0 <= area < math.inf:
-                return False
-            box = annotation["bbox"]
+            area, box, polygons = get("area", 0), annotation["bbox"], annotation["segmentation"]
             x, y, width, height = box
             most_height, most_width = self.sizes[get("image_id")]
-            if type(box) is not list or {type(x), type(y), type(width), type(height)} - _NUMBERS:
-                return False
-            if not (x >= 0 and y >= 0 and width >= 1 and height >= 1):
-                return False
-            if not (x + width <= most_width < math.inf and y + height <= most_height):
-                return False
-            polygons = annotation["segmentation"]
-            if type(polygons) is not list or not polygons:
+            plain = (
+                (type(own_id) is int and own_id > 0 and type(iscrowd) is int and not iscrowd)
+                and not ("keypoints" in annotation or get("ignore") or get("attributes"))
+                and own_id not in self._ids
+                and (type(area) in _NUMBERS and 0 <= area < math.inf)
+                and (type(category_id) is int and category_id in self.categories)
+                and type(box) is list
+                and {type(x), type(y), type(width), type(height)} <= _NUMBERS
+                and (x >= 0 and y >= 0 and width >= 1 and height >= 1)
+                and (x + width <= most_width < math.inf and y + height <= most_height)
+                and (type(polygons) is list and bool(polygons))
+            )
+            if not plain:
                 return False
             for polygon in polygons:
                 if type(polygon) is not list or len(polygon) < 6 or len(polygon) % 2:
                     return False
                 if not math.isfinite(sum(polygon)):
                     return False
-            if type(category_id) is not int or category_id not in self.categories:
-                return False
         except (KeyError, TypeError, ValueError, OverflowError):
             return False
         self._ids.add(own_id)
         self.annotated[category_id] += 1
         self.learned[category_id] += 1
         self.boxes.append(annotation)
-        key = hash((get("image_id"), category_id, x, y, width, height))
+        self._remark_duplicate(own_id, get("image_id"), category_id, box)
+        return True
+
+    def _remark_duplicate(self, own_id: object, *annotated: Any) -> None:
+        *ids, box = annotated
+        key = hash((*ids, *box))
         if key in self._seen:
             self.findings.remark(
                 "annotations with class and box of another in their image, which count twice",
                 own_id,
             )
         self._seen.add(key)
-        return True
 
     def _check_one(self, annotation: dict[str, Any], index: int) -> None:
         findings, get = self.findings, annotation.get
         name = name_of(annotation, index, "annotations")
-        if None in [get(field) for field in self._needed]:
-            lacking = ", ".join(_lacking(annotation, self._needed))
+        if lacking := _lacking(annotation, self._needed):
             findings.fault(f"annotations without {lacking}", f"annotations[{index}]")
         if self.use & Use.EVALUATION:
             self._check_evaluated(annotation, index, name)
         size = self._check_references(annotation, name)
-        iscrowd = get("iscrowd")
+        iscrowd, category_id, box = get("iscrowd"), get("category_id"), get("bbox")
         if iscrowd is not None and (isinstance(iscrowd, (str, list)) or iscrowd not in (0, 1)):
             findings.fault("annotations whose iscrowd is neither 0 nor 1", name)
         if get("ignore"):
@@ -298,23 +256,28 @@ class AnnotationCheck:
                 "or write iscrowd 1",
                 name,
             )
-        problem = box_problem(get("bbox"), size) if get("bbox") is not None else NOT_A_BOX
-        if problem is not None and get("bbox") is not None:
+        attributes = get("attributes")
+        if isinstance(attributes, dict) and attributes.get("rotation"):
+            kind = "annotations with a rotation, which is not used; draw the box around the object"
+            findings.remark(kind, name)
+        problem = box_problem(box, size) if box is not None else NOT_A_BOX
+        if problem is not None and box is not None:
             findings.problem(problem, name)
         if self.use & Use.MASKS:
             # Training leaves out crowds, whose masks only the evaluation looks at.
             mask_problem = segmentation_problem(get("segmentation"), size)
             needed = self.use & Use.EVALUATION or not iscrowd or mask_problem != NO_MASK
             if mask_problem is not None and needed:
-                findings.problem(mask_problem, name)
-        category_id = get("category_id")
+                findings.problem(mask_problem, name, self._remedy * (mask_problem == NO_MASK))
         if not isinstance(category_id, (list, dict)):
             self.annotated[category_id] += 1
             self.learned[category_id] += problem is None and not iscrowd
+            if problem is None and not iscrowd and _is_id(get("image_id")):
+                self._remark_duplicate(name, get("image_id"), category_id, box)
         if problem in (None, OUTSIDE):
             self.boxes.append(annotation)
 
-    def _check_references(self, annotation: dict[str, Any], name: object) -> tuple[float, float]:
+    def _check_references(self, annotation: dict[str, Any], name: object) -> Size:
         image_id, category_id = annotation.get("image_id"), annotation.get("category_id")
         size = self.sizes.get(image_id) if _is_id(image_id) else None
         if size is None and image_id is not None and self._images_known:
@@ -331,19 +294,15 @@ class AnnotationCheck:
 
     def _check_evaluated(self, annotation: dict[str, Any], index: int, name: object) -> None:
         findings, area, own_id = self.findings, annotation.get("area"), annotation.get("id")
+        place = f"annotations[{index}]"
         if area is not None and not (is_number(area) and 0 <= area < math.inf):
             findings.fault("annotations whose area is no number from 0 up", name)
-        if own_id is None:
-            return
-        if isinstance(own_id, str) or not _is_id(own_id):
-            findings.fault("annotations whose id is no whole number", f"annotations[{index}]")
-        elif own_id in self._ids:
+        if own_id is not None and (isinstance(own_id, str) or not _is_id(own_id)):
+            findings.fault("annotations whose id is no whole number", place)
+        elif own_id is not None and own_id in self._ids:
             findings.fault("annotations with an id that another has", name)
-        else:
+        elif own_id is not None:
             self._ids.add(own_id)
             if own_id == 0:
-                findings.remark(
-                    "annotations with id 0, which COCO's evaluation counts as not found: start at "
-                    "1",
-                    f"annotations[{index}]",
-                )
+                kind = "annotations with id 0, which COCO's evaluation counts as not found: start "
+                findings.remark(f"{kind}at 1", place)

@@ -9,7 +9,6 @@ Layout below the folder of ImageNet, as the official archives unpack::
 from __future__ import annotations
 
 import os
-import xml.etree.ElementTree as ET
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -17,6 +16,8 @@ from typing import Any
 from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.structures import BoxMode
 
+from flsl_d2.annotations.findings import Findings
+from flsl_d2.annotations.formats import read_voc
 from flsl_d2.errors import InputError
 
 
@@ -25,12 +26,8 @@ def register_imagenet_boxes(
 ) -> None:
     """Register ``{name}_train`` and ``{name}_val`` below a folder of ImageNet.
 
-    Nothing is read: the files need not exist before the data set is used.
-
-    Args:
-        root: the folder with ``train``, ``val`` and ``annotations``.
-        name: beginning of the registered names.
-        replace: whether data sets that have the names already are replaced; otherwise they stay.
+    Nothing is read: the files need not exist before the data set is used. Data sets that have the
+    names already stay, or are replaced.
     """
     root = Path(root).expanduser()
     for split in ("train", "val"):
@@ -58,10 +55,6 @@ def load_imagenet_boxes(
 ) -> tuple[list[dict[str, Any]], list[str]]:
     """Load the images that have both a picture and an XML file with a box.
 
-    Args:
-        image_root: ``<wnid>/<image>.JPEG``, or ``<image>.JPEG`` without folders.
-        annotation_root: ``<wnid>/<image>.xml``, or ``<image>.xml`` without folders.
-
     Returns:
         Detectron2's standard dicts, sorted by file, and the names of the classes: the WordNet ids
         that are folders of ``train`` beside ``image_root``, so that splits agree; without them,
@@ -79,69 +72,35 @@ def load_imagenet_boxes(
                 "archive there, or set DETECTRON2_DATASETS."
             )
     pictures = {path.stem: path for path in sorted(image_root.rglob("*.JPEG"))}
-    entries = [
-        (pictures[path.stem], *_read_xml(path))
-        for path in sorted(annotation_root.rglob("*.xml"))
-        if path.stem in pictures
-    ]
-    if not entries:
+    files = [file for file in sorted(annotation_root.rglob("*.xml")) if file.stem in pictures]
+    if not files:
         raise InputError(
             f"none of the XML files below {annotation_root} has its picture (same name, .JPEG) "
             f"below {image_root}; name folders that belong together."
         )
-    wnids = _class_names(image_root, entries)
-    index = {wnid: i for i, wnid in enumerate(wnids)}
-    records = []
-    for image_id, (picture, size, boxes) in enumerate(entries):
-        unknown = next((wnid for wnid, _ in boxes if wnid not in index), None)
-        if unknown is not None:
-            raise InputError(
-                f"the boxes of {picture.name} name the class {unknown!r}, which is none of the "
-                f"{len(index)} folders of {image_root.parent / 'train'}; correct the XML file."
-            )
-        annotations = [
-            {"bbox": box, "bbox_mode": BoxMode.XYXY_ABS, "category_id": index[wnid]}
-            for wnid, box in boxes
-        ]
-        records.append(
-            {
-                "file_name": str(picture),
-                "image_id": image_id,
-                "height": size[0],
-                "width": size[1],
-                "annotations": annotations,
-            }
-        )
-    return records, wnids
-
-
-_Entry = tuple[Path, tuple[int, int], list[tuple[str, list[float]]]]
-
-
-def _class_names(image_root: Path, entries: list[_Entry]) -> list[str]:
+    findings = Findings()
+    entries = read_voc(annotation_root, files, findings)
+    lines = findings.report(f"{annotation_root} (ImageNet's boxes)")
+    if len(entries) < len(files):
+        raise InputError(f"{annotation_root} holds no ImageNet box annotations: {lines[0]}.")
     train = image_root.parent / "train"
     folders = [path.name for path in train.iterdir() if path.is_dir()] if train.is_dir() else []
-    return sorted(folders or {wnid for _, _, boxes in entries for wnid, _ in boxes})
-
-
-def _read_xml(path: Path) -> tuple[tuple[int, int], list[tuple[str, list[float]]]]:
-    """Read height and width, and the WordNet id and corners of every box."""
-    try:
-        tree = ET.parse(path).getroot()
-        size = int(_text(tree, "size/height")), int(_text(tree, "size/width"))
-        boxes = []
-        for entry in tree.iter("object"):
-            corners = [_text(entry, f"bndbox/{key}") for key in ("xmin", "ymin", "xmax", "ymax")]
-            boxes.append((_text(entry, "name").strip(), [float(x) for x in corners]))
-    except (ET.ParseError, ValueError) as error:
-        raise InputError(
-            f"{path} is not an ImageNet box annotation ({error}); replace it by the official XML."
-        ) from error
-    return size, boxes
-
-
-def _text(tree: ET.Element, path: str) -> str:
-    text = tree.findtext(path)
-    if text is None:
-        raise ValueError(f"it has no {path}")
-    return text
+    wnids = sorted(folders or {each.label for entry in entries for each in entry.objects})
+    index = {wnid: i for i, wnid in enumerate(wnids)}
+    records = []
+    for image_id, (file, entry) in enumerate(zip(files, entries, strict=True)):
+        unknown = [each.label for each in entry.objects if each.label not in index]
+        if unknown or entry.size is None:
+            reason = f"names the class {unknown[0]!r}" if unknown else "states no size"
+            raise InputError(
+                f"{file} {reason}; expected ImageNet's official XML, with a size and classes that "
+                f"are among the {len(index)} folders of {train}."
+            )
+        record: dict[str, Any] = {"file_name": str(pictures[file.stem]), "image_id": image_id}
+        record["height"], record["width"] = entry.size
+        record["annotations"] = [
+            {"bbox": [*o.box], "bbox_mode": BoxMode.XYXY_ABS, "category_id": index[o.label]}
+            for o in entry.objects
+        ]
+        records.append(record)
+    return records, wnids

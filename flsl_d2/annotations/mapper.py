@@ -34,14 +34,7 @@ class FLSLDatasetMapper(DatasetMapper):
     recompute_boxes: bool
 
     def __call__(self, dataset_dict: dict[str, Any]) -> dict[str, Any]:
-        """Read and transform one image with its annotations.
-
-        Returns:
-            The input of Detectron2's models.
-
-        Raises:
-            InputError: the image or an annotation cannot be used.
-        """
+        """Read and transform one image with its annotations."""
         record = copy.deepcopy(dataset_dict)
         try:
             return self._map(record)
@@ -83,7 +76,11 @@ class FLSLDatasetMapper(DatasetMapper):
         settings = self.instance_mask_format, self.recompute_boxes
         if self.use_instance_mask:
             for annotation in annotations:
-                _ensure_mask(annotation)
+                segmentation = annotation.get("segmentation")
+                if segmentation is None or (isinstance(segmentation, list) and not segmentation):
+                    box, mode = [*annotation["bbox"]], annotation["bbox_mode"]
+                    corners = BoxMode.convert(box, mode, BoxMode.XYXY_ABS)
+                    annotation["segmentation"] = [box_polygon(*corners)]
             learned = [a["segmentation"] for a in annotations if not a.get("iscrowd")]
             if any(not isinstance(segmentation, list) for segmentation in learned):
                 self.instance_mask_format = "bitmask"
@@ -104,10 +101,3 @@ class FLSLDatasetMapper(DatasetMapper):
             except Exception:
                 return f" with the annotation {annotation.get('id', index)}"
         return ""
-
-
-def _ensure_mask(annotation: dict[str, Any]) -> None:
-    segmentation = annotation.get("segmentation")
-    if segmentation is None or (isinstance(segmentation, list) and not segmentation):
-        box = BoxMode.convert(list(annotation["bbox"]), annotation["bbox_mode"], BoxMode.XYXY_ABS)
-        annotation["segmentation"] = [box_polygon(*box)]

@@ -1,4 +1,8 @@
-"""The one matcher of annotations with picture files: one to one, whole paths before bare names."""
+"""The one matcher of annotations with picture files: one to one, whole paths before bare names.
+
+Annotation tools on other systems write names with backslashes, with the path of another machine,
+quoted as in a URL, or in another Unicode form or letter case than the file.
+"""
 
 from __future__ import annotations
 
@@ -7,67 +11,81 @@ import os
 from collections import defaultdict
 from collections.abc import Sequence
 from itertools import takewhile
+from pathlib import Path
+from typing import NamedTuple
+from urllib.parse import unquote
+
+from detectron2.utils.file_io import PathManager
 
 from flsl_d2.annotations.findings import Findings
 from flsl_d2.annotations.objects import AnnotatedPicture, simplified
-from flsl_d2.images.listing import IMAGE_SUFFIXES
+from flsl_d2.images.opening import IMAGE_SUFFIXES
 
 # Folders that separate pictures from annotations and say nothing about which belongs to which.
 _NEUTRAL = {"images", "image", "imgs", "img", "labels", "label", "annotations", "jpegimages", "xml"}
 
-_Tier = tuple[int, int, bool, bool]  # rank of the name, minus common parts, by stem, other spelling
+# Rank of the name, minus common parts without and with neutral folders, by stem, other spelling.
+_Tier = tuple[int, int, int, bool, bool]
 _Options = list[tuple[_Tier, list[str]]]
+_Failures = dict[int, tuple[str, list[str]]]
 
 
-def match_pictures(
-    annotated: Sequence[AnnotatedPicture], files: Sequence[str], findings: Findings
-) -> dict[str, AnnotatedPicture]:
-    """Find the picture file of each entry of annotations.
+def match_names(
+    entries: Sequence[Sequence[str | Path]], files: Sequence[str], roots: tuple[str, str] = ("", "")
+) -> tuple[dict[str, int], _Failures]:
+    """Find the file of each entry, of which several names are given, most trusted first.
 
-    A name fits a file if their last parts are the same, in any letter case and Unicode form; the
-    file with the most common parts is meant. A path without a suffix fits files of any suffix. A
-    more trusted name is decided before a less trusted one, and more common parts before fewer. An
-    entry that fits several files equally, entries that claim the same file, and entries without a
-    file get nothing and are noted, as are the files without an entry.
-
-    Args:
-        annotated: entries.
-        files: absolute paths of picture files.
-        findings: extended by what is found.
+    A name fits a file if their last parts are the same, in any letter case and Unicode form; a
+    ``Path`` fits files of any suffix. A more trusted name is decided before a less trusted one,
+    more common parts before fewer, and the same suffix before another. An entry that fits several
+    files equally, entries that claim the same file, and entries without a file get nothing. Below
+    the ``roots`` of entries and files, a folder that both sides have contradicts another one: the
+    name ``cam1/a`` does not mean ``cam2/a.png``, while ``xmls/a`` may mean ``pictures/a.png``.
 
     Returns:
-        The entry of each file that has one, in the order of the files.
+        The entry of each file that has one; and for each other entry why it has none, and the files
+        that may be meant.
     """
     by_name, by_stem = defaultdict(list), defaultdict(list)
-    parts = {file: _parts(file) for file in files}
-    for file, names in parts.items():
-        by_name[names[-1]].append(file)
-        by_stem[os.path.splitext(names[-1])[0]].append(file)
+    below = [_split(f"{root}/x").telling for root in roots]
+    wanted_of = [[_split(str(name), below[0]) for name in names] for names in entries]
+    paths = {file: _split(file, below[1]) for file in files}
+    ours = {folder for names in wanted_of for name in names for folder in name.below}
+    theirs = {folder for path in paths.values() for folder in path.below}
+    for file, path in paths.items():
+        by_name[path.last].append(file)
+        by_stem[os.path.splitext(path.last)[0]].append(file)
 
-    def options_of(entry: AnnotatedPicture) -> _Options:
+    def options_of(names: Sequence[str | Path], split: Sequence[_Path]) -> _Options:
         tiers: dict[_Tier, list[str]] = defaultdict(list)
-        for rank, name in enumerate(entry.names):
-            wanted, plain = _parts(str(name)), os.path.basename(str(name).replace("\\", "/"))
-            exact = by_name.get(wanted[-1], []) if isinstance(name, str) else []
-            stem, suffix = os.path.splitext(wanted[-1])
+        for rank, (name, wanted) in enumerate(zip(names, split, strict=True)):
+            plain = os.path.basename(str(name).replace("\\", "/"))
+            exact = by_name.get(wanted.last, []) if isinstance(name, str) else []
+            stem, suffix = os.path.splitext(wanted.last)
             if not isinstance(name, str) or suffix not in IMAGE_SUFFIXES:
-                stem = wanted[-1]
+                stem = wanted.last
             for file in dict.fromkeys([*exact, *by_stem.get(stem, [])]):
-                is_exact = file in exact
-                common = _common([*wanted[:-1], "."], [*parts[file][:-1], "."])
+                first, second = _difference(wanted, paths[file])
+                if first in theirs or second in ours:
+                    rejected.append(file)
+                    continue
                 own = os.path.basename(file)
-                differs = plain != (own if is_exact else os.path.splitext(own)[0])
-                tiers[rank, -common, not is_exact, is_exact and differs].append(file)
+                differs = plain != (own if file in exact else os.path.splitext(own)[0])
+                common = _common(wanted.telling, paths[file].telling)
+                whole = _common(wanted.folders, paths[file].folders)
+                tiers[rank, -common, -whole, file not in exact, differs].append(file)
         return sorted(tiers.items())
 
-    claimed: dict[str, AnnotatedPicture] = {}
+    claimed: dict[str, int] = {}
     doubled: set[str] = set()
-    heap = [(options[0][0], i, options) for i, entry in enumerate(annotated)
-            if (options := options_of(entry))]  # fmt: skip
-    found = {i for _, i, _ in heap}
-    for i, entry in enumerate(annotated):
-        if i not in found:
-            findings.remark("annotations without a picture, not used", _example(entry))
+    failures: _Failures = {}
+    heap = []
+    for i, names in enumerate(entries):
+        rejected: list[str] = []
+        if options := options_of(names, wanted_of[i]):
+            heap.append((options[0][0], i, options))
+        else:
+            failures[i] = "annotations without a picture", rejected
     heapq.heapify(heap)
     while heap:
         tier = heap[0][0]
@@ -75,54 +93,140 @@ def match_pictures(
         while heap and heap[0][0] == tier:
             _, i, options = heapq.heappop(heap)
             free = [file for file in options[0][1] if file not in claimed and file not in doubled]
-            entry = annotated[i]
             if len(free) > 1:
-                shown = ", ".join(sorted(free)[:3])
-                _lose(findings, entry, "annotations that fit several pictures", shown)
+                failures[i] = "annotations that fit several pictures", sorted(free)
             elif free:
-                claims[free[0]].append(entry)
+                claims[free[0]].append(i)
             elif len(options) > 1:
                 heapq.heappush(heap, (options[1][0], i, options[1:]))
             else:
-                file = options[0][1][0]
-                other = f"which {claimed[file].place} has" if file in claimed else "claimed twice"
-                _lose(
-                    findings, entry, "annotations of a picture that others have", f"{file}, {other}"
-                )
-        for file, entries in claims.items():
-            if len(entries) == 1:
-                claimed[file] = entries[0]
+                failures[i] = "annotations of a picture that others have", options[0][1]
+        for file, same in claims.items():
+            if len(same) == 1:
+                claimed[file] = same[0]
                 continue
             doubled.add(file)
-            for entry in entries:
-                _lose(findings, entry, "annotations that claim the same picture", file)
+            failures |= {i: ("annotations that claim the same picture", [file]) for i in same}
+    return claimed, failures
+
+
+def match_pictures(
+    annotated: Sequence[AnnotatedPicture],
+    files: Sequence[str],
+    findings: Findings,
+    roots: tuple[str, str],
+) -> dict[str, AnnotatedPicture]:
+    """Return the entry of each picture file that has one, in the order of the files.
+
+    Entries without a picture, pictures without an entry and matches by the name alone are noted.
+    """
+    claimed, failures = match_names([entry.names for entry in annotated], files, roots)
+    below = [_split(f"{root}/x").telling for root in roots]
+    for file, i in claimed.items():
+        path = _split(file, below[1])
+        names = (_split(str(name), below[0]) for name in annotated[i].names)
+        if all(any(_difference(name, path)) for name in names):
+            kind = "annotations whose picture lies in another folder, matched by the name alone"
+            findings.remark(kind, f"{annotated[i].place} with {file}")
+    for i, (kind, meant) in sorted(failures.items()):
+        entry = annotated[i]
+        without = kind == "annotations without a picture"
+        why = f" ({'not ' * without}{', '.join(meant[:3])})" if meant else ""
+        if not entry.objects or without:
+            note = f"{entry.place} with {len(entry.objects)} objects{why}"
+            findings.remark(f"{kind}, not used", note)
+            continue
+        for each in entry.objects:
+            findings.unusable(f"objects of {kind}", f"{each.place}{why}")
+    doubled = {file for kind, meant in failures.values() for file in meant if "claim" in kind}
     for file in files:
         if file not in claimed and file not in doubled:
             findings.remark("pictures without annotations, not used", file)
-    return {file: claimed[file] for file in files if file in claimed}
+    return {file: annotated[claimed[file]] for file in files if file in claimed}
 
 
-def _lose(findings: Findings, entry: AnnotatedPicture, kind: str, why: str) -> None:
-    """Note the objects of an entry that gets no picture as left out."""
-    for each in entry.objects:
-        findings.unusable(f"objects of {kind}", f"{each.place} ({why})")
-    if not entry.objects:
-        findings.remark(kind, f"{entry.place} ({why})")
+def find_files(names: Sequence[str], root: str) -> tuple[dict[str, str], dict[str, str]]:
+    """Find the picture of each name below a folder.
+
+    A name that a file has is believed. Others are matched with the remaining files, of which those
+    in a contradicting folder are not used. Nothing outside the folder is found, whatever the name.
+
+    Returns:
+        The file below the folder of each name that has one; and for other names a file that may
+        be meant.
+    """
+    listings: dict[str, set[str]] = {}
+    found: dict[str, str] = {}
+    for name in names:
+        folder, base = os.path.split(name)
+        if folder not in listings:
+            listings[folder] = listed(root, folder) or set()
+        if base in listings[folder]:
+            found[name] = name
+    rest = [name for name in dict.fromkeys(names) if name not in found]
+    if not rest:
+        return found, {}
+    taken = set(found.values())
+    files = [file for file in _walked(root) if file not in taken]
+    claimed, failures = match_names([[name, unquote(name)] for name in rest], files)
+    meant = {rest[i]: options[0] for i, (_, options) in failures.items() if options}
+    for file, i in claimed.items():
+        if not any(_difference(_split(unquote(rest[i])), _split(file))):
+            found[rest[i]] = file
+        else:
+            meant[rest[i]] = file
+    return found, meant
 
 
-def _example(entry: AnnotatedPicture) -> str:
-    return f"{entry.place} with {len(entry.objects)} objects"
+def listed(root: str, folder: str = "") -> set[str] | None:
+    """Names in a folder below the root; None if it is not there or may not be listed."""
+    if folder.startswith("/") or ".." in folder.split("/"):
+        return None  # after a link, .. is the parent of the link's target
+    try:
+        return set(PathManager.ls(os.path.join(root, folder)))
+    except (OSError, ValueError):
+        return None
 
 
-def _parts(path: str) -> list[str]:
-    """Parts of a path in simplified spelling, without folders that say nothing."""
+def _walked(root: str) -> list[str]:
+    """Files below a folder; links are followed, and each folder is entered once."""
+    files, entered = [], set()
+    for folder, folders, names in os.walk(root, followlinks=True):
+        status = os.stat(folder)
+        if (status.st_dev, status.st_ino) in entered:
+            folders.clear()
+            continue
+        entered.add((status.st_dev, status.st_ino))
+        folders.sort()
+        files += [os.path.relpath(os.path.join(folder, name), root) for name in sorted(names)]
+    return files
+
+
+class _Path(NamedTuple):
+    """Parts of a path in simplified spelling."""
+
+    below: list[str]  # telling folders below the root
+    telling: list[str]  # folders without neutral ones
+    folders: list[str]
+    last: str
+
+
+def _split(path: str, root: Sequence[str] = ()) -> _Path:
     plain = os.path.normpath(path.replace("\\", "/").strip())
-    names = [simplified(part) for part in plain.split("/")]
-    folders = [name for name in names[:-1] if name not in _NEUTRAL and name not in ("", "..", ".")]
-    return [*folders, names[-1]]
+    *folders, last = (simplified(part) for part in plain.split("/"))
+    folders = [folder for folder in folders if folder not in ("", "..", ".")]
+    telling = [folder for folder in folders if folder not in _NEUTRAL]
+    inside = telling[: len(root)] == [*root]
+    return _Path(telling[len(root) :] if inside else telling, telling, folders, last)
+
+
+def _difference(first: _Path, second: _Path) -> tuple[str | None, str | None]:
+    """Last folders below the roots in which two paths differ."""
+    both = zip(reversed(first.below), reversed(second.below), strict=False)
+    return next(((a, b) for a, b in both if a != b), (None, None))
 
 
 def _common(first: list[str], second: list[str]) -> int:
-    """Count the last parts that two paths have in common."""
+    """Count the last folders that two paths have in common."""
     both = zip(reversed(first), reversed(second), strict=False)
     return sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], both))

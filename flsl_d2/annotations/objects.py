@@ -5,64 +5,64 @@ from __future__ import annotations
 import math
 import os
 import unicodedata
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+
+import numpy as np
 
 from flsl_d2.annotations.findings import Findings
 from flsl_d2.errors import InputError
 
 Box = tuple[float, float, float, float]  # x0, y0, x1, y1
-# Corners of the polygon that stands for a circle or an ellipse.
-_ROUND_CORNERS = 64
+_ROUND_CORNERS = 64  # corners of the polygon that stands for a circle or an ellipse
+TURNED = "rotated boxes, replaced by the upright boxes around them"
 
 
 @dataclass(slots=True)
 class AnnotatedObject:
-    """One object.
+    """One object."""
 
-    Attributes:
-        place: file and line or number of the object, for messages.
-        label: name of the class.
-        box: corners in pixels, or in shares of the picture.
-        polygons: outlines x0, y0, x1, y1, ... in the unit of the box; empty without any.
-        mask: COCO's run-length mask of the whole picture, if there is one.
-    """
-
-    place: str
+    place: str  # file and line or number of the object, for messages
     label: str
-    box: Box
-    polygons: list[list[float]] = field(default_factory=list)
-    mask: dict[str, Any] | None = None
+    box: Box  # in pixels, or in shares of the picture
+    polygons: list[list[float]] = field(default_factory=list)  # x0, y0, x1, y1, ...
+    mask: dict[str, Any] | None = None  # COCO's run-length mask of the whole picture
+    group: str = ""  # number of the object whose parts several shapes are
 
 
 @dataclass(slots=True)
 class AnnotatedPicture:
-    """A picture that annotations describe, before it is looked for.
+    """A picture that annotations describe, before it is looked for."""
 
-    Attributes:
-        place: annotation file, and entry in it, for messages.
-        names: names that the picture may have, most trusted first: paths with suffix, or a
-            ``Path`` without its suffix, which any suffix fits.
-        objects: its objects.
-        size: height and width that the annotations state.
-        in_shares: whether coordinates are shares of the picture from 0 to 1.
-    """
-
-    place: str
+    place: str  # annotation file, and entry in it, for messages
+    # Most trusted first: paths with suffix, or a Path without its suffix, which any suffix fits.
     names: list[str | Path]
     objects: list[AnnotatedObject] = field(default_factory=list)
-    size: tuple[int, int] | None = None
-    in_shares: bool = False
+    size: tuple[int, int] | None = None  # height and width that the annotations state
+    in_shares: bool = False  # coordinates are shares of the picture from 0 to 1
+
+    def add(
+        self, place: str, make: Callable[[], AnnotatedObject | None], findings: Findings
+    ) -> None:
+        """Add what ``make`` returns, or note why the object cannot be read."""
+        try:
+            made = make()
+        except InputError:  # of the whole file
+            raise
+        except (ValueError, LookupError, TypeError, AttributeError, OSError) as error:
+            plain = type(error) is ValueError
+            reason = f"it has no {error}" if isinstance(error, KeyError) else str(error)
+            name = "" if plain or isinstance(error, KeyError) else f"{type(error).__name__}: "
+            findings.unusable("objects that cannot be read", f"{place} ({name}{reason})")
+        else:
+            if made is not None:
+                self.objects.append(made)
 
 
 def read_text(path: Path) -> str:
-    """Read a text file in UTF-8, with or without a byte order mark.
-
-    Raises:
-        InputError: the file cannot be read, or is in another encoding.
-    """
+    """Read a text file in UTF-8, with or without a byte order mark."""
     try:
         return path.read_text(encoding="utf-8-sig")
     except UnicodeDecodeError as error:
@@ -74,20 +74,30 @@ def read_text(path: Path) -> str:
 
 
 def number(text: object) -> float:
-    """Return a finite number.
-
-    Raises:
-        ValueError: the text is none.
-    """
-    if not isinstance(text, str | int | float) or isinstance(text, bool):
-        raise ValueError(f"{text!r} is no number")
+    """Return a finite number; anything else is a ValueError."""
     try:
-        value = float(text)
-    except (ValueError, OverflowError):
-        raise ValueError(f"{str(text)[:40]!r} is no number") from None
+        value = math.nan if isinstance(text, bool) else float(text)  # type: ignore[arg-type]
+    except (TypeError, ValueError, OverflowError):
+        value = math.nan
     if not math.isfinite(value):
         raise ValueError(f"{str(text)[:40]!r} is no number")
     return value
+
+
+def label_of(text: object) -> str:
+    """Return the name of a class; a missing or empty one is a ValueError."""
+    if type(text) not in (str, int) or not str(text).strip():
+        raise ValueError("it has no label")
+    return str(text).strip()
+
+
+def stated_size(height: object, width: object) -> tuple[int, int] | None:
+    """Return the stated size of a picture; tools write 0 or nothing where they do not know it."""
+    try:
+        size = int(number(height)), int(number(width))
+    except ValueError:
+        return None
+    return size if min(size) > 0 else None
 
 
 def simplified(name: str) -> str:
@@ -95,19 +105,19 @@ def simplified(name: str) -> str:
     return unicodedata.normalize("NFC", unicodedata.normalize("NFC", name).casefold())
 
 
-def box_of(points: Iterable[Sequence[float]]) -> Box:
-    """Return the upright box around points (x, y)."""
-    xs, ys = zip(*points, strict=True)
-    return min(xs), min(ys), max(xs), max(ys)
+def box_of(points: Sequence[Sequence[float]] | Sequence[float]) -> Box:
+    """Return the upright box around points (x, y), or x0, y0, x1, y1, ..."""
+    corners = np.reshape(np.asarray(points, float), (-1, 2))
+    (x0, y0), (x1, y1) = corners.min(0).tolist(), corners.max(0).tolist()
+    return x0, y0, x1, y1
 
 
 def turned(box: Box, radians: float) -> Box:
     """Return the upright box around one that is turned clockwise about its centre."""
     x0, y0, x1, y1 = box
-    half_width, half_height = abs(x1 - x0) / 2, abs(y1 - y0) / 2
     sine, cosine = abs(math.sin(radians)), abs(math.cos(radians))
-    dx = half_width * cosine + half_height * sine
-    dy = half_width * sine + half_height * cosine
+    dx = abs(x1 - x0) / 2 * cosine + abs(y1 - y0) / 2 * sine
+    dy = abs(x1 - x0) / 2 * sine + abs(y1 - y0) / 2 * cosine
     x, y = (x0 + x1) / 2, (y0 + y1) / 2
     return x - dx, y - dy, x + dx, y + dy
 
@@ -117,18 +127,11 @@ def ellipse(
 ) -> tuple[Box, list[float]]:
     """Return the box around an ellipse, and a polygon for it."""
     sine, cosine = math.sin(radians), math.cos(radians)
-    points: list[float] = []
-    for step in range(_ROUND_CORNERS):
-        angle = 2 * math.pi * step / _ROUND_CORNERS
-        u, v = rx * math.cos(angle), ry * math.sin(angle)
-        points += [x + u * cosine - v * sine, y + u * sine + v * cosine]
+    angle = np.linspace(0, 2 * np.pi, _ROUND_CORNERS, endpoint=False)
+    u, v = rx * np.cos(angle), ry * np.sin(angle)
+    points = np.stack([x + u * cosine - v * sine, y + u * sine + v * cosine], axis=1)
     dx, dy = math.hypot(rx * cosine, ry * sine), math.hypot(rx * sine, ry * cosine)
-    return (x - dx, y - dy, x + dx, y + dy), points
-
-
-def pairs(values: Sequence[float]) -> list[Sequence[float]]:
-    """Split x0, y0, x1, y1, ... into points."""
-    return [values[i : i + 2] for i in range(0, len(values), 2)]
+    return (x - dx, y - dy, x + dx, y + dy), points.ravel().tolist()
 
 
 def names_of(file: Path, stated: object) -> list[str | Path]:
@@ -146,22 +149,18 @@ def trust_names(pictures: Sequence[AnnotatedPicture], findings: Findings) -> Non
     or renamed state an old picture; so where most files agree with what they state, the name of
     the file is trusted in the others, and else what they state.
     """
-    both = [picture for picture in pictures if len(picture.names) == 2]
 
     def agrees(picture: AnnotatedPicture) -> bool:
-        own, stated = picture.names
-        plain = os.path.basename(str(stated))
-        same = {simplified(plain), simplified(os.path.splitext(plain)[0])}
-        return simplified(os.path.basename(str(own))) in same
+        own, stated = (simplified(os.path.basename(str(name))) for name in picture.names)
+        return own in (stated, os.path.splitext(stated)[0])
 
-    agreeing = {id(picture) for picture in both if agrees(picture)}
-    for picture in both:
-        if id(picture) in agreeing:
+    both = [picture for picture in pictures if len(picture.names) == 2]
+    agreeing = [agrees(picture) for picture in both]
+    for picture, same in zip(both, agreeing, strict=True):
+        if same or 2 * sum(agreeing) < len(both):
             picture.names.reverse()
-        elif 2 * len(agreeing) >= len(both):
+        else:
             findings.remark(
                 "files that state another picture than their own name, which is trusted",
                 f"{picture.place} with {os.path.basename(str(picture.names[1]))}",
             )
-        else:
-            picture.names.reverse()

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -20,19 +19,20 @@ _MAX_CHARACTERS = 7
 _LEAST_SIDE = 0.01
 _MAX_SIDE = 10**6  # pixels; a longer side cannot be the size of a picture
 
-NOT_A_BOX = Problem("annotations whose bbox is not four numbers x, y, width, height", True)
-NO_AREA = Problem("annotations whose box has no area", False)
-OUTSIDE = Problem("annotations whose box is outside its image", False)
-NO_MASK = Problem("annotations without a mask", False)
-EMPTY_MASK = Problem("annotations whose run-length mask is empty", False)
-ODD_POLYGON = Problem("annotations with a polygon of odd length", False)
-NOT_A_POLYGON = Problem("annotations whose polygon is not a list of numbers", True)
-NOT_A_MASK = Problem("annotations whose segmentation is neither list nor mask", True)
-NO_COUNTS = Problem("annotations whose run-length mask lacks size or counts", True)
-NO_MASK_SIZE = Problem("annotations whose run-length mask has a size that is none", True)
-OTHER_SIZE = Problem("annotations whose run-length mask has another size than its image", True)
-NO_MASK_TEXT = Problem("annotations whose run-length mask is no text that COCO writes", True)
-NOT_FILLING = Problem("annotations whose run-length mask does not fill its image", True)
+NOT_A_BOX = Problem("annotations whose bbox is not four numbers x, y, width, height", fatal=True)
+NO_AREA = Problem("annotations whose box has no area")
+OUTSIDE = Problem("annotations whose box is outside its image")
+NO_MASK = Problem("annotations without a mask", of_mask=True)
+_EMPTY_MASK = Problem("annotations whose run-length mask is empty", of_mask=True)
+_ODD_POLYGON = Problem("annotations with a polygon of odd length", of_mask=True)
+_NOT_A_POLYGON = Problem("annotations whose polygon is not a list of numbers", fatal=True)
+_NOT_A_MASK = Problem("annotations whose segmentation is neither list nor mask", fatal=True)
+_RUN_LENGTH = "annotations whose run-length mask"
+_NO_COUNTS = Problem(f"{_RUN_LENGTH} lacks size or counts", fatal=True)
+_INVALID_SIZE = Problem(f"{_RUN_LENGTH} has an invalid size", fatal=True)
+_OTHER_SIZE = Problem(f"{_RUN_LENGTH} has another size than its image", fatal=True)
+_INVALID_TEXT = Problem(f"{_RUN_LENGTH} is no text that COCO writes", fatal=True)
+_NOT_FILLING = Problem(f"{_RUN_LENGTH} does not fill its image", fatal=True)
 
 
 def is_number(value: object) -> bool:
@@ -48,50 +48,28 @@ def is_side(value: Any) -> bool:
 
 
 def box_problem(box: Any, size: Size) -> Problem | None:
-    """Find the reason why a box cannot be learned, None if it can.
-
-    Args:
-        box: COCO's x and y of the upper left corner, width and height, in pixels.
-        size: height and width of the image.
-    """
+    """Find the reason why a box (x, y, width, height, in pixels) cannot be learned, if any."""
     if not isinstance(box, (list, tuple)) or len(box) != 4 or not all(map(is_number, box)):
         return NOT_A_BOX
     x, y, width, height = box
     if not (math.isfinite(x + y + width + height) and min(width, height) >= _LEAST_SIDE):
         return NO_AREA
     inside = min(x + width, size[1]) - max(x, 0), min(y + height, size[0]) - max(y, 0)
-    if min(inside) < _LEAST_SIDE:
-        return OUTSIDE
-    return None
+    return OUTSIDE if min(inside) < _LEAST_SIDE else None
 
 
 def box_polygon(x0: float, y0: float, x1: float, y1: float) -> list[float]:
-    """Write a box that is given by two corners as a polygon."""
+    """Write a box (two corners) as a polygon."""
     return [x0, y0, x1, y0, x1, y1, x0, y1]
 
 
-def has_mask(segmentation: Any) -> bool:
-    """Whether a segmentation says more than a box: ``[]``, ``[[]]`` and two corners do not."""
-    if isinstance(segmentation, (list, tuple)):
-        flat = any(is_number(part) for part in segmentation)
-        return flat or any(not isinstance(part, list) or len(part) > 4 for part in segmentation)
-    return segmentation is not None
-
-
 def segmentation_problem(segmentation: Any, size: Size) -> Problem | None:
-    """Find the reason why a segmentation cannot be learned as a mask, None if it can.
-
-    Args:
-        segmentation: polygons, or a run-length mask as list or text.
-        size: height and width of the image.
-    """
-    if not has_mask(segmentation):
-        return NO_MASK
+    """Find the reason why polygons or a run-length mask cannot be learned as a mask, if any."""
     if isinstance(segmentation, dict):
         return _mask_problem(segmentation, size)
-    if not isinstance(segmentation, (list, tuple)):
-        return NOT_A_MASK
-    return _polygons_problem(segmentation)
+    if isinstance(segmentation, (list, tuple)):
+        return _polygons_problem(segmentation)
+    return NO_MASK if segmentation is None else _NOT_A_MASK
 
 
 def usable_segmentation(segmentation: Any, size: Size) -> Any:
@@ -103,56 +81,52 @@ def usable_segmentation(segmentation: Any, size: Size) -> Any:
     return [p for p in segmentation if len(p) >= 6 and len(p) % 2 == 0]
 
 
-def _polygons_problem(polygons: Sequence[Any]) -> Problem | None:
+def _polygons_problem(polygons: list[Any] | tuple[Any, ...]) -> Problem | None:
+    # [], [[]] and two corners say no more than a box.
+    flat = any(map(is_number, polygons))
+    if not flat and not any(not isinstance(each, list) or len(each) > 4 for each in polygons):
+        return NO_MASK
     usable = False
     for polygon in polygons:
-        if not isinstance(polygon, (list, tuple)):
-            return NOT_A_POLYGON
         try:
-            finite = math.isfinite(math.fsum(polygon))
+            finite = isinstance(polygon, (list, tuple)) and math.isfinite(math.fsum(polygon))
         except (TypeError, ValueError, OverflowError):
             finite = False
         if not finite:
-            return NOT_A_POLYGON
+            return _NOT_A_POLYGON
         usable |= len(polygon) >= 6 and len(polygon) % 2 == 0
-    return None if usable else ODD_POLYGON
+    return None if usable else _ODD_POLYGON
 
 
 def _mask_problem(mask: dict[str, Any], size: Size) -> Problem | None:
     counts, mask_size = mask.get("counts"), mask.get("size")
     if not isinstance(counts, (list, str)) or not isinstance(mask_size, list):
-        return NO_COUNTS
+        return _NO_COUNTS
     if len(mask_size) != 2 or not all(type(side) is int and side > 0 for side in mask_size):
-        return NO_MASK_SIZE
+        return _INVALID_SIZE
     if math.isfinite(size[0]) and tuple(mask_size) != tuple(size):
-        return OTHER_SIZE
+        return _OTHER_SIZE
     try:
         runs = runs_of_text(counts) if isinstance(counts, str) else counts
     except ValueError:
-        return NO_MASK_TEXT
+        return _INVALID_TEXT
     # pycocotools does not check runs before it writes them into memory.
     whole = all(type(run) is int and run >= 0 for run in runs)
     if not whole or sum(runs) != mask_size[0] * mask_size[1]:
-        return NOT_FILLING
-    return None if sum(runs[1::2]) else EMPTY_MASK
+        return _NOT_FILLING
+    return None if sum(runs[1::2]) else _EMPTY_MASK
 
 
 def runs_of_text(text: str) -> list[int]:
-    """Decode the runs of a mask in COCO's compressed text form.
+    """Decode ``counts`` of a mask in COCO's compressed text form (pycocotools' ``maskApi.c``).
 
-    The form, as in pycocotools' ``maskApi.c``: a character is 48 plus six bits, of which the lowest
-    five are part of a number, least significant part first, and the sixth says that another
-    follows; the highest bit of a number's last part is its sign; from the fourth number on, each
-    is the difference to the run two before.
-
-    Args:
-        text: ``counts`` of a mask.
+    A character is 48 plus six bits, of which the lowest five are part of a number, least
+    significant part first, and the sixth says that another follows; the highest bit of a number's
+    last part is its sign; from the fourth number on, each is the difference to the run two before.
 
     Returns:
-        The runs of 0 and 1 in turn, column by column. They may be negative in a faulty text.
-
-    Raises:
-        ValueError: a character, or an end, that the form does not have.
+        The runs of 0 and 1 in turn, column by column. They may be negative in a faulty text; a
+        character or an end that the form does not have is a ValueError.
     """
     bits = np.frombuffer(text.encode("ascii"), np.uint8).astype(np.int64) - 48
     if not len(bits):
@@ -172,44 +146,37 @@ def runs_of_text(text: str) -> list[int]:
     return list(numbers.tolist())
 
 
-def mask_area(segmentation: Any, size: Size) -> float:
-    """Count the pixels of polygons, or of a run-length mask, by pycocotools' rule."""
+def compressed(segmentation: Any, size: Size) -> dict[str, Any]:
+    """Return polygons or a run-length mask as pycocotools' compressed mask, by its rule."""
     code = segmentation
     if isinstance(segmentation, list):
         code = pycocotools.mask.merge(pycocotools.mask.frPyObjects(segmentation, *map(int, size)))
     elif isinstance(segmentation["counts"], list):
         code = pycocotools.mask.frPyObjects(segmentation, *segmentation["size"])
-    return float(pycocotools.mask.area(code))
+    return dict(code)
+
+
+def mask_area(segmentation: Any, size: Size) -> float:
+    """Count the pixels of polygons, or of a run-length mask."""
+    return float(pycocotools.mask.area(compressed(segmentation, size)))
 
 
 def encode_part(
     part: np.ndarray, left: int, top: int, size: tuple[int, int]
 ) -> tuple[tuple[float, float, float, float], dict[str, Any]]:
-    """Place the mask of a part into its picture.
-
-    Args:
-        part: (h, w) bool.
-        left: column of the part's first pixel in the picture.
-        top: row of it.
-        size: height and width of the picture.
+    """Place a part (h, w) of bool into a picture of this height and width.
 
     Returns:
-        The box around the mask's pixels, and COCO's run-length mask of the picture.
-
-    Raises:
-        ValueError: no pixel lies in the picture.
+        The box around the mask's pixels, and COCO's run-length mask of the picture. No pixel in the
+        picture is a ValueError.
     """
-    whole = np.zeros(size, np.uint8, order="F")
     rows, columns = np.nonzero(part)
     rows, columns = rows + top, columns + left
     inside = (rows >= 0) & (rows < size[0]) & (columns >= 0) & (columns < size[1])
     if not inside.any():
         raise ValueError("a mask without a pixel in its picture")
-    rows, columns = rows[inside], columns[inside]
-    whole[rows, columns] = 1
+    whole = np.zeros(size, np.uint8, order="F")
+    whole[rows[inside], columns[inside]] = 1
     code = pycocotools.mask.encode(whole)
-    box = (
-        *(float(columns.min()), float(rows.min())),
-        *(float(columns.max() + 1), float(rows.max() + 1)),
-    )
-    return box, {"size": list(size), "counts": code["counts"].decode()}
+    x, y, width, height = pycocotools.mask.toBbox(code).tolist()
+    return (x, y, x + width, y + height), {"size": [*size], "counts": code["counts"].decode()}

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 import re
-from collections import defaultdict
+from collections import Counter, defaultdict
 from typing import Any
 
 from flsl_d2.errors import InputError
@@ -42,14 +42,11 @@ def split_by_image(
     for annotation in coco["annotations"]:
         if not annotation.get("iscrowd"):
             classes_of[annotation["image_id"]].add(annotation["category_id"])
-    remaining: dict[Any, int] = defaultdict(int)
     group_classes = {
         name: set().union(*(classes_of[image_id] for image_id in members))
         for name, members in groups.items()
     }
-    for classes in group_classes.values():
-        for category in classes:
-            remaining[category] += 1
+    remaining = Counter(each for classes in group_classes.values() for each in classes)
     order = sorted(groups)
     random.Random(seed).shuffle(order)
     # Groups with boxes come first, so that the validation part has some.
@@ -61,8 +58,7 @@ def split_by_image(
         if too_many or any(remaining[category] < 2 for category in group_classes[name]):
             continue
         held_out.update(groups[name])
-        for category in group_classes[name]:
-            remaining[category] -= 1
+        remaining.subtract(group_classes[name])
         if len(held_out) >= wanted:
             break
     if not any(classes_of[image_id] for image_id in held_out):
@@ -71,7 +67,17 @@ def split_by_image(
             "validation part and keep every class in training; give --val-annotations, or more "
             "images."
         )
-    return _part(coco, held_out, False), _part(coco, held_out, True)
+    train, val = (
+        {
+            "images": [i for i in coco["images"] if (i["id"] in held_out) is validation],
+            "annotations": [
+                a for a in coco["annotations"] if (a["image_id"] in held_out) is validation
+            ],
+            "categories": coco["categories"],
+        }
+        for validation in (False, True)
+    )
+    return train, val
 
 
 def _groups(images: list[Any], pattern: str) -> dict[str, list[Any]]:
@@ -89,13 +95,3 @@ def _groups(images: list[Any], pattern: str) -> dict[str, list[Any]]:
         key = f"image {name}" if match is None else f"group {match[1 if compiled.groups else 0]}"
         groups[key].append(image["id"])
     return groups
-
-
-def _part(coco: Coco, held_out: set[Any], validation: bool) -> Coco:
-    return {
-        "images": [i for i in coco["images"] if (i["id"] in held_out) is validation],
-        "annotations": [
-            a for a in coco["annotations"] if (a["image_id"] in held_out) is validation
-        ],
-        "categories": coco["categories"],
-    }

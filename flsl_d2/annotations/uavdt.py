@@ -9,7 +9,6 @@ splits.
 
 from __future__ import annotations
 
-import json
 import logging
 import os
 from collections import Counter, defaultdict
@@ -19,6 +18,7 @@ from typing import Any, NamedTuple
 from PIL import Image
 from tqdm import tqdm
 
+from flsl_d2.annotations.coco_file import write_coco
 from flsl_d2.annotations.datasets import datasets_root
 from flsl_d2.errors import InputError
 
@@ -26,7 +26,6 @@ CATEGORIES = {1: "car", 2: "truck", 3: "bus"}
 IMAGES = "UAV-benchmark-M"
 _TRUTH = ("UAV-benchmark-MOTD_v1.0/GT", "GT")
 _SPLITS = ("train", "test")
-_TRUTH_FIELDS, _IGNORE_FIELDS = 9, 6
 
 logger = logging.getLogger(__name__)
 
@@ -60,8 +59,7 @@ def convert_uavdt(root: str | os.PathLike[str] | None = None) -> dict[str, Path]
                 f"the folder {folder} does not exist; unpack UAV-benchmark-M, "
                 f"UAV-benchmark-MOTD_v1.0 and M_attr into {root}."
             )
-    sequences = {split: _sequences(root, split) for split in _SPLITS}
-    _check_sequences(sequences, root, truth)
+    sequences = {split: _sequences(root, truth, split) for split in _SPLITS}
     return {split: _convert_split(root, truth, split, sequences[split]) for split in _SPLITS}
 
 
@@ -71,25 +69,18 @@ def convert_sequence(
     """Convert one sequence to COCO entries, of images without vehicles as well.
 
     Boxes are cut at the image's border. An ignored region becomes an annotation with ``iscrowd``
-    in each category, which COCO's evaluation ignores and training leaves out.
-
-    Args:
-        folder: folder of the pictures ``img000001.jpg`` and so on, named after the sequence.
-
-    Raises:
-        InputError: a line cannot be read.
+    in each category, which COCO's evaluation ignores and training leaves out. The folder has the
+    pictures ``img000001.jpg`` and so on, ``truth`` the text files.
     """
     boxes: dict[int, list[tuple[list[int], int, int]]] = defaultdict(list)
     left_out: Counter[str] = Counter()
-    for frame, _, *box, _, _, category in _lines(
-        truth / f"{folder.name}_gt_whole.txt", _TRUTH_FIELDS
-    ):
+    for frame, _, *box, _, _, category in _lines(truth / f"{folder.name}_gt_whole.txt", 9):
         if category in CATEGORIES:
             boxes[frame].append((box, category, 0))
         else:
             left_out[f"of category {category}"] += 1
     ignore_file = truth / f"{folder.name}_gt_ignore.txt"
-    for frame, _, *box in _lines(ignore_file, _IGNORE_FIELDS) if ignore_file.is_file() else ():
+    for frame, _, *box in _lines(ignore_file, 6) if ignore_file.is_file() else ():
         boxes[frame] += [(box, category, 1) for category in CATEGORIES]
     images: list[dict[str, Any]] = []
     annotations: list[dict[str, Any]] = []
@@ -99,9 +90,10 @@ def convert_sequence(
         number = first_image + len(images)
         name = f"{folder.name}/{picture.name}"
         images.append({"id": number, "file_name": name, "width": width, "height": height})
-        for region, category, crowd in boxes.pop(int(picture.stem[-6:]), ()):
-            clipped = _clipped(region, width, height)
-            if clipped is None:
+        for (left, top, w, h), category, crowd in boxes.pop(int(picture.stem[-6:]), ()):
+            x, y = max(left, 0), max(top, 0)
+            w, h = min(left + w, width) - x, min(top + h, height) - y
+            if min(w, h) <= 0:
                 left_out["outside their image"] += 1
                 continue
             annotations.append(
@@ -109,8 +101,8 @@ def convert_sequence(
                     "id": first_annotation + len(annotations),
                     "image_id": number,
                     "category_id": category,
-                    "bbox": clipped,
-                    "area": clipped[2] * clipped[3],
+                    "bbox": [x, y, w, h],
+                    "area": w * h,
                     "iscrowd": crowd,
                 }
             )
@@ -118,59 +110,46 @@ def convert_sequence(
     return Converted(images, annotations, +left_out)
 
 
-def _sequences(root: Path, split: str) -> list[str]:
-    files = (root / "M_attr" / split).glob("*_attr.txt")
-    return sorted(file.name.partition("_")[0].strip() for file in files)
-
-
-def _check_sequences(sequences: dict[str, list[str]], root: Path, truth: Path) -> None:
-    for split, names in sequences.items():
-        if not names:
+def _sequences(root: Path, truth: Path, split: str) -> list[str]:
+    folder = root / "M_attr" / split
+    names = sorted(file.name.partition("_")[0].strip() for file in folder.glob("*_attr.txt"))
+    if not names:
+        raise InputError(
+            f"{folder} names no sequence (it has no file such as M0101_attr.txt); unpack M_attr "
+            "again."
+        )
+    pictures = [name for name in names if not any((root / IMAGES / name).glob("*.jpg"))]
+    texts = [name for name in names if not (truth / f"{name}_gt_whole.txt").is_file()]
+    for missing, what in ((pictures, root / IMAGES), (texts, truth)):
+        if missing:
             raise InputError(
-                f"{root / 'M_attr' / split} names no sequence (it has no file such as "
-                "M0101_attr.txt); unpack M_attr again."
+                f"{what} lacks {len(missing)} of the {len(names)} sequences of {split} "
+                f"({', '.join(missing[:5])}); unpack all of UAVDT."
             )
-        pictures = [name for name in names if not any((root / IMAGES / name).glob("*.jpg"))]
-        texts = [name for name in names if not (truth / f"{name}_gt_whole.txt").is_file()]
-        for missing, what in ((pictures, root / IMAGES), (texts, truth)):
-            if missing:
-                raise InputError(
-                    f"{what} lacks {len(missing)} of the {len(names)} sequences of {split} "
-                    f"({', '.join(missing[:5])}); unpack all of UAVDT."
-                )
+    return names
 
 
 def _convert_split(root: Path, truth: Path, split: str, names: list[str]) -> Path:
-    images: list[dict[str, Any]] = []
-    annotations: list[dict[str, Any]] = []
-    left_out: Counter[str] = Counter()
+    total = Converted([], [], Counter())
     for name in tqdm(names, desc=f"UAVDT {split}", unit="sequence"):
-        converted = convert_sequence(
-            root / IMAGES / name, truth, len(images) + 1, len(annotations) + 1
-        )
-        images += converted.images
-        annotations += converted.annotations
-        left_out += converted.left_out
-    content = {
-        "info": {"description": f"UAVDT detection, {split}"},
-        "images": images,
-        "annotations": annotations,
-        "categories": [{"id": i, "name": name} for i, name in CATEGORIES.items()],
-    }
+        first = len(total.images) + 1, len(total.annotations) + 1
+        converted = convert_sequence(root / IMAGES / name, truth, *first)
+        total.images.extend(converted.images)
+        total.annotations.extend(converted.annotations)
+        total.left_out.update(converted.left_out)
     path = root / "annotations" / f"instances_{split}.json"
-    path.parent.mkdir(exist_ok=True)
-    unfinished = path.with_suffix(".unfinished")
-    unfinished.write_text(json.dumps(content))
-    unfinished.replace(path)
-    regions = sum(a["iscrowd"] for a in annotations) // len(CATEGORIES)
+    categories = [{"id": i, "name": name} for i, name in CATEGORIES.items()]
+    content = {"images": total.images, "annotations": total.annotations, "categories": categories}
+    write_coco(path, content)
+    crowds = sum(a["iscrowd"] for a in total.annotations)
     logger.info(
         "%s: %d images, %d vehicles, %d ignored regions.",
         path,
-        len(images),
-        len(annotations) - regions * len(CATEGORIES),
-        regions,
+        len(total.images),
+        len(total.annotations) - crowds,
+        crowds // len(CATEGORIES),
     )
-    for what, count in left_out.items():
+    for what, count in total.left_out.items():
         logger.warning("%s: left out %d boxes %s.", path, count, what)
     return path
 
@@ -192,10 +171,3 @@ def _lines(path: Path, fields: int) -> list[list[int]]:
             )
         rows.append(row)
     return rows
-
-
-def _clipped(box: list[int], width: int, height: int) -> list[int] | None:
-    """Cut a box (left, top, width, height) at the border of its image; None if nothing is left."""
-    left, top = max(box[0], 0), max(box[1], 0)
-    right, bottom = min(box[0] + box[2], width), min(box[1] + box[3], height)
-    return [left, top, right - left, bottom - top] if right > left and bottom > top else None

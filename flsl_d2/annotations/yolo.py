@@ -6,7 +6,9 @@ where ``data.yaml`` has ``kpt_shape``, as Ultralytics documents the format.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,36 +20,32 @@ from flsl_d2.annotations.objects import (
     AnnotatedPicture,
     box_of,
     number,
-    pairs,
     read_text,
 )
 from flsl_d2.errors import InputError
-from flsl_d2.images.listing import IMAGE_SUFFIXES
+from flsl_d2.images.opening import IMAGE_SUFFIXES
 
-NAME_FILES = ("data.yaml", "data.yml", "dataset.yaml", "classes.txt", "obj.names", "_classes.txt")
+NAME_FILES = (
+    *("data.yaml", "data.yml", "dataset.yaml", "classes.txt", "obj.names", "_classes.txt"),
+    "_darknet.labels",
+)
 # Shares beyond this are no rounding at the border but coordinates in pixels.
 _FURTHEST_SHARE = 1.5
 
 
 def is_yolo_line(line: str) -> bool:
     """Whether a line looks like an object."""
-    words = line.split()
     try:
-        return len(words) >= 5 and number(words[0]) >= 0 and len([number(w) for w in words]) > 4
+        values = [number(word) for word in line.split()]
     except ValueError:
         return False
+    return len(values) >= 5 and values[0] >= 0
 
 
 def read_yolo(
     path: Path, files: Sequence[Path], findings: Findings, names_file: Path | None = None
 ) -> list[AnnotatedPicture]:
-    """Read label files.
-
-    Args:
-        path: folder of the labels.
-        files: label files.
-        findings: extended by what cannot be used.
-        names_file: file with the class names; looked for beside the labels by default.
+    """Read label files; class names are looked for beside the labels unless a file is named.
 
     Raises:
         InputError: there are no class names, a class without a name, or key points that
@@ -55,52 +53,58 @@ def read_yolo(
     """
     classes, settings, names_file = _class_names(path, files, names_file)
     shape = settings.get("kpt_shape")
-    key_points = 0
-    if shape is not None:
-        try:
-            key_points = int(shape[0]) * int(shape[1])
-        except (TypeError, ValueError, LookupError):
-            raise InputError(
-                f"'{names_file}' has the kpt_shape {shape!r}; give two numbers, such as [17, 3]."
-            ) from None
+    try:
+        key_points = 0 if shape is None else int(shape[0]) * int(shape[1])
+    except (TypeError, ValueError, LookupError):
+        raise InputError(
+            f"'{names_file}' has the kpt_shape {shape!r}; give two numbers, such as [17, 3]."
+        ) from None
     texts = {file: read_text(file).splitlines() for file in files}
     if not key_points:
         _check_key_points(texts, names_file)
     pictures = []
     corners: set[int] = set()
+    used: set[int] = set()
+
+    def read_line(line: str, place: str) -> AnnotatedObject:
+        label, values = _parse(line.split(), key_points)
+        if max(map(abs, values)) > _FURTHEST_SHARE:
+            raise ValueError("coordinates that are no shares of the picture from 0 to 1")
+        if len(values) == 5:
+            findings.remark("objects with a confidence, which is not used", place)
+        if not classes.get(label):
+            raise InputError(
+                f"{place} has class {label}, and '{names_file}' has {len(classes)} class names and "
+                "none for it; add the names or correct the numbers (they start at 0)."
+            )
+        used.add(label)
+        if key_points:
+            findings.remark("objects with key points, which are not used", place)
+        if len(values) > 5:
+            corners.add(len(values) // 2)
+            return AnnotatedObject(place, classes[label], box_of(values), [values])
+        x, y, width, height = values[:4]
+        box = (x - width / 2, y - height / 2, x + width / 2, y + height / 2)
+        return AnnotatedObject(place, classes[label], box)
+
     for file, lines in texts.items():
         own = file.with_suffix("") if file.suffix.lower() == ".txt" else file
-        names: list[str | Path] = [own]
-        if own.suffix.lower() in IMAGE_SUFFIXES:  # a.jpg.txt
-            names.append(str(own))
+        with_suffix = own.suffix.lower() in IMAGE_SUFFIXES  # a.jpg.txt
+        names: list[str | Path] = [own, str(own)] if with_suffix else [own]
         picture = AnnotatedPicture(str(file), names, in_shares=True)
         for index, line in enumerate(lines, 1):
-            if not line.strip():
-                continue
             place = f"{file} line {index}"
-            try:
-                label, rest = _parse(line.split(), key_points)
-                coordinates = rest[: -key_points or None]
-                if max(map(abs, coordinates)) > _FURTHEST_SHARE:
-                    raise ValueError("coordinates that are no shares of the picture from 0 to 1")
-                if len(rest) == 5 and not key_points:
-                    coordinates = rest[:4]
-                    findings.remark("objects with a confidence, which is not used", place)
-            except ValueError as error:
-                findings.unusable("lines that are no object", f"{place} ({error})")
-                continue
-            if label not in classes:
-                raise InputError(
-                    f"'{file}' has class {label} in line {index}, and '{names_file}' has "
-                    f"{len(classes)} class names; add the names or correct the numbers (they start "
-                    "at 0)."
-                )
-            if key_points:
-                findings.remark("objects with key points, which are not used", place)
-            picture.objects.append(_object(place, classes[label], coordinates))
-            if len(coordinates) > 4:
-                corners.add(len(coordinates) // 2)
+            if line.strip():
+                picture.add(place, partial(read_line, line, place), findings)
         pictures.append(picture)
+    for label in sorted(classes.keys() - used):
+        findings.remark("classes without an object, not learned from these labels", classes[label])
+    for name, count in Counter(classes.values()).items():
+        if count > 1:
+            findings.remark("class names that several numbers have, learned as one class", name)
+    if settings.get("nc", len(classes)) != len(classes):
+        sentence = f"'{names_file}' has nc {settings['nc']!r} and {len(classes)} names"
+        findings.whole_file("remark", sentence)
     if corners == {4}:
         findings.whole_file(
             "remark",
@@ -111,6 +115,7 @@ def read_yolo(
 
 
 def _parse(words: list[str], key_points: int) -> tuple[int, list[float]]:
+    """Read the class number and the coordinates of a line, without its key points."""
     label, *rest = [number(word) for word in words]
     if label != int(label) or label < 0:
         raise ValueError(f"{words[0]!r} is no class number")
@@ -119,15 +124,7 @@ def _parse(words: list[str], key_points: int) -> tuple[int, list[float]]:
             raise ValueError(f"{len(words)} numbers; expected {5 + key_points} with key points")
     elif len(rest) not in (4, 5) and (len(rest) < 6 or len(rest) % 2):
         raise ValueError(f"{len(words)} numbers; expected 5, or a class and a polygon")
-    return int(label), rest
-
-
-def _object(place: str, label: str, values: list[float]) -> AnnotatedObject:
-    if len(values) == 4:
-        x, y, width, height = values
-        box = (x - width / 2, y - height / 2, x + width / 2, y + height / 2)
-        return AnnotatedObject(place, label, box)
-    return AnnotatedObject(place, label, box_of(pairs(values)), [values])
+    return int(label), rest[: -key_points or None]
 
 
 def _check_key_points(texts: dict[Path, list[str]], names_file: Path) -> None:
@@ -151,19 +148,17 @@ def _class_names(
     """Names by number, the settings of a YAML file, and the file."""
     folders = [path, path.parent, *dict.fromkeys(file.parent for file in files)]
     candidates = [folder / name for name in NAME_FILES for folder in folders]
-    for file in [given] if given else candidates:
-        if not file.is_file():
-            continue
+    for file in [given] if given else filter(Path.is_file, candidates):
         text = read_text(file)
-        if file.suffix in (".txt", ".names"):
+        if file.suffix.lower() not in (".yaml", ".yml"):
             lines = [line.strip() for line in text.rstrip().splitlines()]
             return dict(enumerate(lines)), {}, file
         try:
             settings = yaml.safe_load(text)
             names = settings["names"]
-            numbered = names.items() if isinstance(names, dict) else enumerate(names)
             if isinstance(names, str):
                 raise TypeError("names is one text")
+            numbered = names.items() if isinstance(names, dict) else enumerate(names)
             return {int(key): str(name).strip() for key, name in numbered}, settings, file
         except KeyError:
             continue  # a YAML file of something else

@@ -76,6 +76,7 @@ def check_datasets(
     num_classes: int | None,
     classes_key: str,
     masks_off: str = "",
+    image_format: str = "",
 ) -> None:
     """Check data sets: their files, their number of classes, and that they have the same classes.
 
@@ -87,6 +88,7 @@ def check_datasets(
         num_classes: number of classes of the model; None where it has no such number.
         classes_key: the config key of that number, as an override begins.
         masks_off: overrides that remove the masks from the model; empty where it learns none.
+        image_format: format in which the model reads pictures; empty for any.
 
     Raises:
         InputError: a data set cannot be used; the message names it and what is wrong.
@@ -98,7 +100,9 @@ def check_datasets(
         for name in dict.fromkeys([*train, *test]):
             use = (Use.BOXES if name in train else Use(0)) | (Use.MASKS if masks_off else Use(0))
             use |= Use.EVALUATION if name in test else Use(0)
-            found = check_registered_dataset(name, use, masks_off=masks_off, open_pictures=True)
+            found = check_registered_dataset(
+                name, use, masks_off=masks_off, open_pictures=True, image_format=image_format
+            )
             metadata = MetadataCatalog.get(name)
             kind = metadata.get("evaluator_type")
             if kind in _OTHER_CHECKS:

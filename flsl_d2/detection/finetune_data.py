@@ -101,6 +101,9 @@ def prepare_data(args: argparse.Namespace, staging: Path) -> OwnData:
     lines += _data_lines(facts, len(val_records), how)
     files = [record["file_name"] for record in [*records, *val_records]]
     channels, bits = find_channels(files)
+    if not channels:
+        for path, root in ((train, args.images), (val, images_of_val)):
+            check_coco_files(path, root, Use.PICTURES, open_pictures=True, image_format="RGB")
     if channels:
         lines.append(
             f"Images of {channels} channels and {bits} bits: their stored values are used, "

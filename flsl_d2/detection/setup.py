@@ -51,6 +51,7 @@ class Detection:
         precision: of mixed precision; None for float32.
         evaluation_precision: the same for evaluation.
         prepare: called when the config is kept and the data sets are checked.
+        image_format: format in which pictures are read; empty for any.
         ddp: arguments of DistributedDataParallel.
     """
 
@@ -80,6 +81,7 @@ class Detection:
     log_period: int = 20
     best_metric: str = ""
     patience: int = 0
+    image_format: str = ""
     ddp: dict[str, Any] = field(default_factory=lambda: {"broadcast_buffers": False})
 
 

@@ -171,6 +171,7 @@ def _lazy_detection(cfg: DictConfig, eval_only: bool) -> Detection:
         device=settings.device,
         weights=settings.init_checkpoint,
         train_names=names_of(cfg.dataloader.train.dataset.names),
+        image_format=OmegaConf.select(cfg, "dataloader.train.mapper.image_format") or "",
         test_names=names_of(test) if test and "evaluator" in cfg.dataloader else [],
         num_classes=OmegaConf.select(cfg, classes) if classes else None,
         batch_size=cfg.dataloader.train.total_batch_size,
@@ -264,7 +265,8 @@ def _run(
         logger.info("Mixed precision is for GPUs only; training on %s in float32.", run.device)
         run.precision = run.evaluation_precision = None
     keys = run.keys
-    check_datasets(train, run.test_names, run.num_classes, keys["classes"], keys["masks_off"])
+    model_keys = keys["classes"], keys["masks_off"]
+    check_datasets(train, run.test_names, run.num_classes, *model_keys, run.image_format)
     run.prepare()
     if eval_only:
         model = run.build_model()

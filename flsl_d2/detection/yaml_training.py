@@ -120,6 +120,7 @@ def yaml_detection(cfg: CfgNode) -> Detection:
         device=cfg.MODEL.DEVICE,
         weights=cfg.MODEL.WEIGHTS,
         train_names=cfg.DATASETS.TRAIN,
+        image_format=cfg.INPUT.FORMAT,
         test_names=cfg.DATASETS.TEST,
         num_classes=cfg.MODEL[node].NUM_CLASSES if node else None,
         batch_size=cfg.SOLVER.IMS_PER_BATCH,

@@ -13,7 +13,7 @@ from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.structures import BoxMode
 
 from flsl_d2.annotations import check_registered_dataset
-from flsl_d2.annotations.datasets import register_pair, use_own_loader
+from flsl_d2.annotations.datasets import register_known, use_own_loader
 from flsl_d2.errors import InputError
 from flsl_d2.evaluation.benchmarks import IGNORED as IGNORED
 from flsl_d2.evaluation.benchmarks import register_benchmarks
@@ -178,7 +178,7 @@ def load_labelled(name: str, max_images: int | None = None, seed: int = 0) -> La
     """
     if max_images is not None and max_images < 1:
         raise InputError(f"max_images is {max_images}; give at least 1, or None for all images.")
-    register_pair(name)
+    register_known(name)
     folder = Path(name).expanduser()
     is_folder = name not in DatasetCatalog and folder.is_dir()
     dataset = _load_class_folders(folder) if is_folder else _load_registered(name)

@@ -20,12 +20,8 @@ from flsl_d2.annotations.datasets import check_registered_name
 from flsl_d2.annotations.records import read_picture_files
 from flsl_d2.errors import InputError, MachineError
 from flsl_d2.files import machine_errors
-from flsl_d2.images.opening import holds_image, printable
+from flsl_d2.images.opening import IMAGE_SUFFIXES, holds_image, printable
 
-IMAGE_SUFFIXES = {
-    *(".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".bmp", ".tif", ".tiff", ".webp", ".ppm", ".pgm"),
-    ".gif",
-}
 # Formats of cameras and phones that the reader does not know.
 _UNREAD_SUFFIXES = {".heic", ".heif", ".avif", ".jp2", ".jxl", ".dng", ".cr2", ".nef", ".arw"}
 # After so many files of a suffix that hold no image, others of it are not opened.

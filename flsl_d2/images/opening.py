@@ -19,6 +19,10 @@ from PIL import Image, ImageFile, UnidentifiedImageError
 from flsl_d2.errors import MachineError
 from flsl_d2.files import describe_content, machine_errors
 
+IMAGE_SUFFIXES = {
+    *(".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".bmp", ".tif", ".tiff", ".webp", ".ppm", ".pgm"),
+    ".gif",
+}
 MAX_PIXELS_LIMIT = 178_000_000  # Pillow refuses more as a decompression bomb
 
 # Nothing else is tried on a file, whatever its first bytes say: Pillow hands PostScript, for one,

@@ -149,10 +149,11 @@ def preview(image: str | np.ndarray) -> np.ndarray:
     return (255 * np.clip((shown - low) / max(high - low, 1e-6), 0, 1)).astype(np.uint8)
 
 
-def picture_size(path: str) -> tuple[tuple[int, int], tuple[int, int]]:
+def picture_size(path: str, channels: str = "") -> tuple[tuple[int, int], tuple[int, int]]:
     """Height and width of an image file when it is upright, and as they are stored.
 
-    Only the header is read, unless the file is odd.
+    Only the header is read, unless the file is odd. Files that cannot be read in the image format
+    ``channels`` are refused; empty takes those that any format takes.
 
     Raises:
         OSError: the header shows that the file cannot be read; the text is the reason.
@@ -168,7 +169,8 @@ def picture_size(path: str) -> tuple[tuple[int, int], tuple[int, int]]:
             shape = ImageFile(path, MAX_PIXELS_LIMIT).shape
         except OSError:
             stored = _stored_format(path)
-            if stored is None or stored.is_plain:
+            as_colours = bool(channels) and not channels_of(channels)
+            if stored is None or stored.is_plain or as_colours:
                 raise
             shape = stored.size
         return shape, shape

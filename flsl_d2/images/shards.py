@@ -18,8 +18,8 @@ import numpy as np
 from flsl_d2.engine.command_line import add_defaults, described_parser, run_tool
 from flsl_d2.errors import InputError
 from flsl_d2.files import replaced_file, writable_folder
-from flsl_d2.images.listing import IMAGE_SUFFIXES, find_images
-from flsl_d2.images.opening import printable
+from flsl_d2.images.listing import find_images
+from flsl_d2.images.opening import IMAGE_SUFFIXES, printable
 from flsl_d2.images.store import (
     SHARDS_INDEX,
     ImageNames,

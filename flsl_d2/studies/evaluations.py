@@ -216,6 +216,7 @@ class DetectionTask:
             self.names("test"),
             OmegaConf.select(self.config, "model.roi_heads.num_classes"),
             "model.roi_heads.num_classes=",
+            image_format=OmegaConf.select(self.config, "dataloader.train.mapper.image_format"),
         )
         records: Records = instantiate(self.config.dataloader.train.dataset)
         return records

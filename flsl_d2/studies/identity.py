@@ -18,7 +18,7 @@ from detectron2.data import MetadataCatalog
 from omegaconf import DictConfig
 
 import flsl_d2
-from flsl_d2.annotations.datasets import register_pair
+from flsl_d2.annotations.datasets import register_known
 from flsl_d2.engine.run_folder import flat_config
 from flsl_d2.files import file_sha256
 
@@ -80,7 +80,7 @@ def data_identity(name: str) -> dict[str, str]:
     Args:
         name: registered data set, ``ANNOTATIONS.json:IMAGES``, or folder of pictures by class.
     """
-    register_pair(name)
+    register_known(name)
     folder = Path(name).expanduser()
     if name not in MetadataCatalog.list() and folder.is_dir():
         return {"pictures": folder_sha256(folder, read=False)}

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gzip
 import json
 import logging
 import time
@@ -16,8 +15,6 @@ import pytest
 from detectron2.data import DatasetCatalog
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from pycocotools.coco import COCO
-from pycocotools.cocoeval import COCOeval
 
 from flsl_d2.annotations import Use, check_coco_files, check_registered_dataset
 from flsl_d2.annotations.shapes import runs_of_text
@@ -86,16 +83,12 @@ FAULTS: dict[str, tuple[Callable[[Coco], Any], str]] = {
     "image size true": (image(lambda i: i.update(height=True)), "height or width is no positive"),
     "image size huge": (image(lambda i: i.update(height=10**400)), "height or width is no posi"),
     "file name number": (image(lambda i: i.update(file_name=3)), "file_name is no text"),
-    "absolute": (image(lambda i: i.update(file_name="/etc/passwd")), "absolute.*: /etc/passwd"),
-    "outside": (image(lambda i: i.update(file_name="a/../../x.jpg")), "leaves the image folder"),
-    "up and down": (
-        image(lambda i: i.update(file_name="a/../x.jpg")), "leaves the image folder: a/../x.jpg"),
-    "outside, backslashes": (
-        image(lambda i: i.update(file_name="..\\..\\x.jpg")), "leaves the image folder"),
+    "absolute": (image(lambda i: i.update(file_name="/etc/passwd")), "missing in .*: /etc/passwd"),
+    "outside": (image(lambda i: i.update(file_name="a/../../x.jpg")), "missing in .*: a/../../x"),
     "nul in name": (image(lambda i: i.update(file_name="a\0/b.jpg")), "no file can have: 'a"),
     "half a character": (image(lambda i: i.update(file_name="\ud800/b")), "no file can have: '.u"),
     "long name": (image(lambda i: i.update(file_name="a" * 999 + "/b")), "images are missing in"),
-    "image ids of two kinds": (image(lambda i: i.update(id="2")), "are numbers and some texts: 2"),
+    "image ids of two kinds": (image(lambda i: i.update(id="2")), "mixed int and str ids: 2"),
     "endless height": (image(lambda i: i.update(height=1e999)), "no positive whole number: 2"),
     "half a pixel": (image(lambda i: i.update(width=64.5)), "no positive whole number: 2"),
     "nan width": (image(lambda i: i.update(width=float("nan"))), "no positive whole number: 2"),
@@ -104,7 +97,7 @@ FAULTS: dict[str, tuple[Callable[[Coco], Any], str]] = {
     "category twice": (lambda c: c["categories"].append(c["categories"][0]), "id that another has"),
     "category unnamed": (lambda c: c["categories"][0].pop("name"), "categories without id or name"),
     "category ids of two kinds": (
-        lambda c: c["categories"].append({"id": "x", "name": "y"}), "categories with ids of which"),
+        lambda c: c["categories"].append({"id": "x", "name": "y"}), "categories with mixed"),
     "annotation no object": (lambda c: c["annotations"].append("x"), "no JSON object"),
     "annotation id twice": (annotation(lambda a: a.update(id=1)), "annotations with an id that"),
     "annotation id 0 twice": (
@@ -144,11 +137,11 @@ FAULTS: dict[str, tuple[Callable[[Coco], Any], str]] = {
     "mask of floats": (
         annotation(lambda a: a.update(segmentation={**RLE, "counts": [4096.0]})), "not fill"),
     "mask of one side": (
-        annotation(lambda a: a.update(segmentation={**RLE, "size": [64]})), "size that is none"),
+        annotation(lambda a: a.update(segmentation={**RLE, "size": [64]})), "invalid size"),
     "mask of float size": (
-        annotation(lambda a: a.update(segmentation={**RLE, "size": [64.0, 64.0]})), "size that is"),
+        annotation(lambda a: a.update(segmentation={**RLE, "size": [64.0, 64.0]})), "invalid size"),
     "mask of no size, unknown image": (
-        annotation(lambda a: a.update(image_id=999, segmentation={**RLE, "size": []})), "is none"),
+        annotation(lambda a: a.update(image_id=999, segmentation={**RLE, "size": []})), "invalid"),
     "mask text too long": (
         annotation(lambda a: a.update(segmentation=text_mask(64, 65))), "does not fill"),
     "mask text of other size": (
@@ -247,43 +240,31 @@ def test_examples_are_counted_and_cut(coco: Coco, scenes: Path, tmp_path: Path) 
     assert "DETECTRON2_DATASETS" in message
 
 
-@pytest.mark.parametrize(
-    ("content", "expected"),
-    [("", "is not JSON"), ("{", "is not JSON"), ("[1]", "holds a list"), ("null", "NoneType")],
-)
-def test_not_coco(content: str, expected: str, scenes: Path, tmp_path: Path) -> None:
-    with pytest.raises(InputError, match=expected):
-        check(content, scenes, tmp_path)
+REMARKS: dict[str, tuple[Callable[[Coco], Any], str]] = {
+    "two classes of one name": (
+        lambda c: c["categories"][1].update(name=c["categories"][0]["name"]),
+        "1 x categories with a name that another has"),
+    # COCO's evaluation counts a perfect detection of it as a false one.
+    "id 0": (annotation(lambda a: a.update(id=0)), "1 x annotations with id 0"),
+    "duplicate mask": (
+        lambda c: c["annotations"].append({**c["annotations"][1], "id": 999}),
+        "1 x annotations with class and box of another in their image, which count twice: 999"),
+    "duplicate polygon": (
+        lambda c: c["annotations"].extend(
+            {**c["annotations"][1], "id": i, "bbox": [2, 2, 9, 9], "segmentation": [box]}
+            for i, box in ((998, [2, 2, 11, 2, 11, 11]), (999, [2, 2, 11, 2, 11, 11]))),
+        "1 x annotations with class and box of another in their image, which count twice: 999"),
+}  # fmt: skip
 
 
-def test_not_text(scenes: Path, tmp_path: Path) -> None:
-    (tmp_path / "x.json").write_bytes(b"\xff\xfe\x00\x80")
-    with pytest.raises(InputError, match="is not JSON"):
-        check_coco_files(tmp_path / "x.json", scenes)
-
-
-@pytest.mark.parametrize(
-    ("content", "expected"),
-    [
-        (gzip.compress(b"{}", mtime=0), "is not JSON but compressed by gzip"),
-        (b"version https://git-lfs.github.com/spec/v1\n", "is not JSON but a pointer of Git LFS"),
-        (b"<!doctype html>", "is not JSON but a web page"),
-    ],
-)
-def test_what_a_file_is_instead_is_named(
-    content: bytes, expected: str, scenes: Path, tmp_path: Path
+@pytest.mark.parametrize("kind", REMARKS)
+def test_what_a_user_should_know_is_remarked_on(
+    kind: str, coco: Coco, scenes: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    (tmp_path / "x.json").write_bytes(content)
-    with pytest.raises(InputError, match=expected):
-        check_coco_files(tmp_path / "x.json", scenes)
-
-
-def test_two_classes_of_one_name_are_remarked_on(
-    coco: Coco, scenes: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
-    coco["categories"][1]["name"] = coco["categories"][0]["name"]
+    change, expected = REMARKS[kind]
+    change(coco)
     check(coco, scenes, tmp_path)
-    assert "1 x categories with a name that another has" in caplog.text
+    assert expected in caplog.text
 
 
 def test_missing_paths(scenes: Path, tmp_path: Path) -> None:
@@ -293,13 +274,6 @@ def test_missing_paths(scenes: Path, tmp_path: Path) -> None:
         check_coco_files(tmp_path, scenes / "train")
     with pytest.raises(InputError, match=r"image folder does not exist.*nowhere"):
         check_coco_files(scenes / "annotations/instances_train.json", tmp_path / "nowhere")
-
-
-def test_images_in_folders_of_their_own(coco: Coco, scenes: Path, tmp_path: Path) -> None:
-    for entry in coco["images"]:
-        entry["file_name"] = f"train/{entry['file_name']}"
-    (tmp_path / "a.json").write_text(json.dumps(coco))
-    check_coco_files(tmp_path / "a.json", scenes)
 
 
 def test_image_lists_without_annotations(coco: Coco, scenes: Path, tmp_path: Path) -> None:
@@ -322,7 +296,7 @@ ONLY_PICTURES = {
     fault
     for fault in FAULTS
     if fault in ("no image", "image no object", "image with null", "no images key")
-    or fault.startswith(("images no", "no keys", "file name", "absolute", "outside", "up and"))
+    or fault.startswith(("images no", "no keys", "file name", "absolute", "outside"))
     or fault.startswith(("nul in", "half a char", "long name", "missing"))
 }
 
@@ -417,12 +391,6 @@ def test_nothing_left_to_learn(
     assert "nothing is evaluated" in caplog.text
 
 
-def test_masks_as_text_pass(coco: Coco, scenes: Path, tmp_path: Path) -> None:
-    for entry in coco["annotations"]:
-        entry["segmentation"] = text_mask(64, 64)
-    check(coco, scenes, tmp_path)
-
-
 def runs_by_counting(pixels: np.ndarray) -> list[int]:
     runs, value = [0], 0
     for pixel in pixels.flatten(order="F"):
@@ -454,59 +422,6 @@ def test_any_text_gives_runs_or_is_refused(text: str) -> None:
         return
     assert len(runs) <= len(text)
     assert all(isinstance(run, int) for run in runs)
-
-
-def test_names_may_begin_with_dots(coco: Coco, scenes: Path, tmp_path: Path) -> None:
-    for folder in ("..a", "...", "b"):
-        (tmp_path / folder).mkdir()
-        (tmp_path / folder / "..x.jpg").touch()
-    coco["images"] = coco["images"][:3]
-    coco["annotations"] = [a for a in coco["annotations"] if a["image_id"] <= 3]
-    for entry, name in zip(
-        coco["images"], ("..a/..x.jpg", ".../..x.jpg", "b/..x.jpg"), strict=True
-    ):
-        entry["file_name"] = name
-    (tmp_path / "a.json").write_text(json.dumps(coco))
-    check_coco_files(tmp_path / "a.json", tmp_path)
-
-
-def test_links_that_the_user_made_are_followed(coco: Coco, scenes: Path, tmp_path: Path) -> None:
-    (tmp_path / "linked").symlink_to(scenes / "train")
-    for entry in coco["images"]:
-        entry["file_name"] = f"linked/{entry['file_name']}"
-    (tmp_path / "a.json").write_text(json.dumps(coco))
-    check_coco_files(tmp_path / "a.json", tmp_path)
-
-
-def test_id_0_is_remarked_on(
-    coco: Coco, scenes: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
-    coco["annotations"][0]["id"] = 0
-    with caplog.at_level(logging.WARNING):
-        check(coco, scenes, tmp_path)
-    assert "1 x annotations with id 0" in caplog.text
-
-
-@pytest.mark.parametrize(("annotation_id", "expected"), [(1, 1.0), (0, 0.0)])
-def test_why_id_0_matters(annotation_id: int, expected: float, capsys) -> None:
-    """COCO's own evaluation of a perfect detection."""
-    entry = {"id": annotation_id, "image_id": 1, "category_id": 1, "bbox": [1, 1, 40, 40],
-             "area": 1600, "iscrowd": 0}  # fmt: skip
-    truth = COCO()
-    truth.dataset = {"images": [{"id": 1, "height": 64, "width": 64}], "annotations": [entry],
-                     "categories": [{"id": 1, "name": "x"}]}  # fmt: skip
-    truth.createIndex()
-    found = truth.loadRes([{"image_id": 1, "category_id": 1, "bbox": [1, 1, 40, 40], "score": 1.0}])
-    evaluation = COCOeval(truth, found, "bbox")
-    evaluation.evaluate()
-    evaluation.accumulate()
-    evaluation.summarize()
-    assert evaluation.stats[0] == pytest.approx(expected)
-
-
-def test_nested_without_end(scenes: Path, tmp_path: Path) -> None:
-    with pytest.raises(InputError, match="is not JSON"):
-        check("[" * 200_000, scenes, tmp_path)
 
 
 def test_unknown_name_lists_near_ones() -> None:
@@ -565,5 +480,3 @@ def test_real_files_pass(
         pytest.skip(f"no {root / json_file}")
     check_coco_files(root / json_file, root / image_root)
     assert caplog.records == []
-    with pytest.raises(InputError, match="images are missing in"):
-        check_coco_files(root / json_file, root)

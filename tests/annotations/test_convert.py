@@ -144,7 +144,7 @@ def test_what_cannot_be_converted_is_one_sentence(images, tmp_path):
     with pytest.raises(InputError, match="no class names"):
         convert_to_coco(recognise_annotations(labels), images)
     (labels / "classes.txt").write_text("nut\n")
-    with pytest.raises(InputError, match="has class 1 in line 1"):
+    with pytest.raises(InputError, match="line 1 has class 1"):
         convert_to_coco(recognise_annotations(labels), images)
     (labels / "classes.txt").write_text("bolt\nnut\n")
     (tmp_path / "other").mkdir()

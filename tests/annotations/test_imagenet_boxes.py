@@ -89,12 +89,15 @@ def test_faults_are_sentences(root: Path) -> None:
     xml.write_text(xml.read_text().replace("n01<", "n99<"))
     with pytest.raises(InputError, match="class 'n99'"):
         load_imagenet_boxes(root / "train", root / "annotations" / "train")
-    xml.write_text("<annotation><object></object></annotation>")
-    with pytest.raises(InputError, match="not an ImageNet box annotation"):
-        load_imagenet_boxes(root / "train", root / "annotations" / "train")
-    xml.write_text("no xml")
-    with pytest.raises(InputError, match="not an ImageNet box annotation"):
-        load_imagenet_boxes(root / "train", root / "annotations" / "train")
+    for text, message in (
+        ("<annotation><object></object></annotation>", "no label"),
+        ("<annotation></annotation>", "states no size"),
+        ("<x/>", "no ImageNet box annotations"),
+        ("no xml", "not whole XML"),
+    ):
+        xml.write_text(text)
+        with pytest.raises(InputError, match=message):
+            load_imagenet_boxes(root / "train", root / "annotations" / "train")
 
 
 def test_a_users_own_name_is_left_alone(root: Path, registered: None) -> None:

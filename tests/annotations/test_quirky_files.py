@@ -135,7 +135,7 @@ def run(coco: Coco, kinds: list[str], encoding: str, use: Use, crops: bool, fold
             if not use:
                 assert len(image_files(name=name)) == len(coco["images"])
                 return "pictures"
-            check_registered_dataset(name, use, open_pictures=True)
+            check_registered_dataset(name, use, open_pictures=True, image_format="BGR")
             checked = True
             if use & Use.BOXES:
                 objects = train(name, bool(use & Use.MASKS), crops)

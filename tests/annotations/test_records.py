@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import codecs
 import copy
+import gzip
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -19,6 +20,7 @@ from pycocotools.coco import COCO
 from flsl_d2.annotations import Use, check_coco_files
 from flsl_d2.annotations.coco_file import read_coco
 from flsl_d2.annotations.datasets import use_own_loader
+from flsl_d2.annotations.objects import ellipse
 from flsl_d2.annotations.records import load_coco, read_coco_api
 from flsl_d2.errors import InputError
 from flsl_d2.scenes import make_scenes
@@ -35,7 +37,13 @@ def scenes(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def coco(scenes: Path) -> Coco:
-    return json.loads((scenes / "annotations/instances_train.json").read_text())
+    """The scenes with an ellipse in each box as its polygon."""
+    content = json.loads((scenes / "annotations/instances_train.json").read_text())
+    for entry in content["annotations"]:
+        x, y, w, h = entry["bbox"]
+        polygon = ellipse(x + w / 2, y + h / 2, w / 2, h / 2)[1]
+        entry.update(segmentation=[polygon], area=np.pi / 4 * w * h)
+    return content
 
 
 def write(content: Coco, tmp_path: Path) -> str:
@@ -121,7 +129,7 @@ def test_a_missing_area_and_iscrowd_are_computed(coco: Coco, tmp_path: Path) -> 
     expected[0] = width * height, 0
     found = read_coco_api(write(coco, tmp_path)).dataset["annotations"]
     for entry, (area, iscrowd) in zip(found, expected, strict=True):
-        # Polygons of the drawn scenes follow the mask within its rim.
+        # The polygon's pixels are more than its area.
         assert entry["area"] == pytest.approx(area, rel=0.15)
         assert entry["iscrowd"] == iscrowd
 
@@ -160,9 +168,10 @@ def test_names_that_detectron2_registered_get_our_loader(
         MetadataCatalog.remove("test_own")
 
 
-def test_a_byte_order_mark_is_read(coco: Coco, scenes: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("encoding", ["utf-8-sig", "utf-16", "utf-32-le"])
+def test_any_unicode_is_read(encoding: str, coco: Coco, scenes: Path, tmp_path: Path) -> None:
     path = tmp_path / "a.json"
-    path.write_bytes(codecs.BOM_UTF8 + json.dumps(coco).encode())
+    path.write_bytes(json.dumps(coco).encode(encoding))
     assert read_coco(path)["annotations"] == coco["annotations"]
     check_coco_files(path, scenes / "train", Use.BOXES | Use.EVALUATION)
     assert len(load_coco(str(path), str(scenes / "train"))) == 12
@@ -174,13 +183,17 @@ def test_a_byte_order_mark_is_read(coco: Coco, scenes: Path, tmp_path: Path) -> 
         (lambda text: text[:-1].encode(), r"not JSON \(.*the file ends in the middle"),
         (lambda text: text[:-200].encode(), r"not JSON \(.*the file ends in the middle"),
         (lambda text: text[: text.index("_") + 1].encode(), "the file ends in the middle"),
-        (lambda text: text.encode("utf-16"), "not JSON in UTF-8 but in UTF-16"),
-        (lambda text: text.encode("utf-32"), "not JSON in UTF-8 but in UTF-32"),
         (lambda text: (text[:-2] + ',"x":"é"}').encode("latin-1"), "not JSON .*in UTF-8"),
         (lambda text: b"", "not JSON, it is empty"),
         (lambda text: b"  \n", "not JSON, it is empty"),
         (lambda text: text.replace(":", "=", 1).encode(), r"not JSON \(.*COCO's instances"),
         (lambda text: b"[]", "holds a list"),
+        (lambda text: b"null", "holds a NoneType"),
+        (lambda text: b"[" * 200_000, "is not JSON"),
+        (lambda text: b"\xff\xfe\x00\x80", "is not JSON"),
+        (lambda text: gzip.compress(b"{}", mtime=0), "is not JSON but compressed by gzip"),
+        (lambda text: b"version https://git-lfs.github.com/spec/v1\n", "a pointer of Git LFS"),
+        (lambda text: b"<!doctype html>", "is not JSON but a web page"),
     ],
 )
 def test_files_that_are_no_json_are_named_so(
