@@ -193,6 +193,7 @@ class FeatureMeasures(HookBase):
         max_share: see :class:`TimeShare`; scores after the last step are always taken.
         request: requests to stop, which end a measurement at once; a resumed run measures first.
         folder: output folder of the run.
+        **options: fields of :class:`flsl_d2.evaluation.samples.Options`, such as ``side=224``.
 
     Raises:
         InputError: data or names cannot be used; raised when the hook is made, before training.
@@ -209,14 +210,16 @@ class FeatureMeasures(HookBase):
         max_share: float = 1.0,
         request: StopRequest | None = None,
         folder: str | Path = ".",
+        **options: Any,
     ) -> None:
         self.request, self._due = request, EvaluationDue(folder)
-        self.measures, self.period, self.short_side = measures, period_iters, short_side
+        self.measures, self.period = measures, period_iters
+        self.options = {"short_side": short_side, **options}
         self.share = TimeShare(max_share)
         self.data: tuple[LabelledDataset, LabelledDataset] | None = None
         if comm.is_main_process():
             self.data = prepare_measures(
-                train, val, measures, max_images=max_images, short_side=short_side
+                train, val, measures, max_images=max_images, **self.options
             )
         comm.synchronize()
 
@@ -249,7 +252,7 @@ class FeatureMeasures(HookBase):
         try:
             with beside_training(self.trainer), interrupted_by(self.request):
                 results, failures = measure_all(
-                    encoder, *self.data, self.measures, device=device, short_side=self.short_side
+                    encoder, *self.data, self.measures, device=device, **self.options
                 )
         except Interrupted:
             logger.info("The measurement is left, because a stop was requested.")

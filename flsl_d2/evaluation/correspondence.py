@@ -1,8 +1,7 @@
 """Semantic correspondence on SPair-71k: key points found again in another picture of a class.
 
 The protocol of https://github.com/Junyi42/sd-dino (arXiv 2305.15347) for plain features, whose
-figures it reproduces from the same tokens, at the resolution of DINOv3 (arXiv 2508.10104): 64 x 64
-tokens.
+figures it reproduces from the same tokens, at 64 x 64 tokens.
 """
 
 from __future__ import annotations

@@ -93,15 +93,14 @@ class InContext(Measure):
     def _crop(self, index: int, seed: int) -> tuple[Tensor, np.ndarray]:
         """Encode a random crop of a training image, and cut its labels: (N, D), (side, side).
 
-        Colours are jittered in 8-bit images of 1 or 3 channels.
+        Colours are jittered, stored values of other channels or bits not.
         """
         encoder, image = self.task.encoder, copy(self.task.train.images[index])
         pixels = image.read(encoder.input_format)
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
-            if pixels.dtype == np.uint8 and pixels.shape[2] in (1, 3):
-                picture = Image.fromarray(pixels if pixels.shape[2] == 3 else pixels[..., 0])
-                pixels = np.asarray(_JITTER(picture)).reshape(pixels.shape)
+            if pixels.dtype == np.uint8:
+                pixels = np.asarray(_JITTER(Image.fromarray(pixels)))
             top, left, height, width = RandomResizedCrop.get_params(
                 torch.empty(1, *pixels.shape[:2]), list(_CROP_AREA), list(_CROP_RATIO)
             )

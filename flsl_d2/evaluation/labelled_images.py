@@ -11,6 +11,7 @@ import numpy as np
 import pycocotools.mask as coco_mask
 from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.structures import BoxMode
+from detectron2.utils.file_io import PathManager
 
 from flsl_d2.annotations import check_registered_dataset
 from flsl_d2.annotations.datasets import register_known, use_own_loader
@@ -21,6 +22,7 @@ from flsl_d2.evaluation.features import read_for
 from flsl_d2.images.labels import read_labels
 from flsl_d2.images.listing import find_images
 from flsl_d2.images.opening import printable
+from flsl_d2.images.reader import picture_size
 from flsl_d2.modeling import InputFormat
 
 
@@ -83,8 +85,10 @@ class LabelledImage:
         if file_name is None:
             classes = np.array(self._pixel_classes())
             return np.where(self.segments == IGNORED, IGNORED, classes[self.segments])
-        has_size = "height" in self.record and "width" in self.record
-        size = (self.record["height"], self.record["width"]) if has_size else self.read().shape[:2]
+        if "height" in self.record and "width" in self.record:
+            size = self.record["height"], self.record["width"]
+        else:
+            size = picture_size(PathManager.get_local_path(self.record["file_name"]))[0]
         labels = read_labels(file_name, dtype="int64", size=size)
         labels[labels == self.ignore_label] = IGNORED
         if self.values is not None:

@@ -129,7 +129,7 @@ def attention_inputs(encoder: Encoder) -> Iterator[list[Tensor]]:
     latest: list[Tensor] = []
 
     def keep(_module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
-        latest[:] = inputs[:1]
+        latest[:] = [inputs[0].float()]  # lower precision within autocast
 
     attention = global_attention(encoder)
     handle = attention.register_forward_pre_hook(keep) if attention is not None else None

@@ -20,6 +20,7 @@ from flsl_d2.evaluation.benchmarks import load_spair
 from flsl_d2.evaluation.clustering import Clustering, cluster_points
 from flsl_d2.evaluation.correspondence import Correspondence, match_points
 from flsl_d2.evaluation.discovery import Discovery, cells_to_box, find_objects, overlaps
+from flsl_d2.evaluation.features import encoding_in
 from flsl_d2.evaluation.in_context import InContext, add_rare
 from flsl_d2.evaluation.labelled_images import (
     IGNORED,
@@ -36,7 +37,7 @@ from flsl_d2.evaluation.measures import (
 )
 from flsl_d2.evaluation.samples import Options, Task
 from flsl_d2.evaluation.segmentation import Confusion, TokenBank, label_pixels, retrieve
-from flsl_d2.modeling import FLSLViT
+from flsl_d2.modeling import FLSLViT, InputFormat
 
 REFERENCE = json.loads((Path(__file__).parents[1] / "golden" / "protocols.json").read_text())
 CLASSES = ("background", *"abcde")
@@ -190,6 +191,38 @@ def test_objects_are_discovered_and_padding_is_no_object(benchmarks: Path) -> No
     assert cells_to_box(np.ones((8, 12), bool), 8, (60, 90)) == (0, 0, 90, 60)
     assert overlaps((0, 0, 2, 2), np.array([[0, 0, 1, 2], [5, 5, 6, 6]]))
     assert not overlaps((0, 0, 2, 2), np.array([[1, 1, 3, 3]]))
+
+
+def test_an_encoder_of_16_bits_and_one_channel(tmp_path: Path) -> None:
+    """Pictures are read in the encoder's format; an RGB reader would refuse or clip them."""
+    encoder, images = tiny_encoder(in_chans=1), []
+    encoder.input_format = InputFormat(1, 16, (9000.0,), (6000.0,), True)
+    encoder.blocks[-1].attn.qkv.weight.data *= 20
+    for index in range(4):
+        labels = np.zeros((60, 90), np.uint8)
+        labels[10:50, 10 + index : 50] = 1 + index % 2
+        noise = np.random.default_rng(index).integers(0, 3000, labels.shape)
+        name = str(tmp_path / f"{index}.png")
+        Image.fromarray((8000 * labels.astype(int) + noise).astype(np.uint16)).save(name)
+        Image.fromarray(labels).save(tmp_path / f"labels_{index}.png")
+        box = {"bbox": [10 + index, 10, 40 - index, 40], "bbox_mode": 1, "category_id": 0}
+        pair = {"category": "thing", "target_box": [0, 0, 90, 60]}
+        for which in ("source", "target"):
+            pair |= {which: name, f"{which}_points": [[20, 20], [70, 9]], f"{which}_size": (90, 60)}
+        record = {"file_name": name, "sem_seg_file_name": str(tmp_path / f"labels_{index}.png")}
+        images.append(LabelledImage({**record, "annotations": [box], "pair": pair}, "made", 3))
+    data = LabelledDataset("made", images, ("thing",), ("background", "a", "b"))
+    names = ("in_context", "clustering", "discovery", "correspondence", "knn_segmentation")
+    options = {"side": 64, "fractions": (1,), "num_clusters": 4, "cluster_seeds": 1}
+    found = [{}, {}]
+    for dtype, scores in zip((None, torch.bfloat16), found, strict=True):
+        with encoding_in(dtype):
+            measured, failures = measure_all(encoder, data, data, names, short_side=64, **options)
+        assert not failures
+        scores |= measured
+    assert found[0]["correspondence/pck_point"] == 100
+    assert found[0]["in_context/mIoU"] > 60
+    assert set(found[0]) == set(found[1])
 
 
 def test_a_picture_finds_its_own_points(benchmarks: Path) -> None:
