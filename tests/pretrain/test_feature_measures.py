@@ -78,3 +78,10 @@ def test_storage_gets_nothing_where_everything_fails(datasets_root: Path) -> Non
     trainer, _ = trained([hook])
     assert isinstance(trainer.storage, EventStorage)
     assert not [name for name in trainer.storage.histories() if name.startswith("knn_box")]
+
+
+def test_published_protocols_are_measured_with_their_options(datasets_root: Path) -> None:
+    options = {"side": 48, "fractions": (1,), "num_clusters": 4, "cluster_seeds": 1}
+    hook = FeatureMeasures(*PENN, ["in_context", "clustering"], max_images=2, **options)
+    trainer, _ = trained([hook])
+    assert {"in_context/mIoU", "clustering/foreground_mIoU"} < set(trainer.storage.histories())
