@@ -20,8 +20,10 @@ def test_make_refuses_an_old_python_and_a_folder_of_other_things(tmp_path: Path)
     old = tmp_path / "python3.9"
     old.write_text("#!/bin/sh\nexit 1\n")
     old.chmod(0o755)
-    for python, text in ((old, "is not a Python 3.10"), (sys.executable, "was not made here")):
-        command = ["make", "-C", ROOT, "install", f"PYTHON={python}", f"VENV={tmp_path}"]
+    cases = ((old, tmp_path / "new", "is not a Python 3.10"),
+             (sys.executable, tmp_path, "was not made here"))  # fmt: skip
+    for python, folder, text in cases:
+        command = ["make", "-C", ROOT, "install", f"PYTHON={python}", f"VENV={folder}"]
         done = subprocess.run(command, capture_output=True, text=True, timeout=60)
         assert done.returncode != 0
         assert text in done.stderr

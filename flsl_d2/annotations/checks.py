@@ -16,7 +16,12 @@ from typing import Any
 
 import numpy as np
 
-from flsl_d2.annotations.coco_file import COCO_LISTS, read_coco, without_garbage_collection
+from flsl_d2.annotations.coco_file import (
+    COCO_LISTS,
+    Heartbeat,
+    read_coco,
+    without_garbage_collection,
+)
 from flsl_d2.annotations.conventions import find_other_convention
 from flsl_d2.annotations.entries import (
     AnnotationCheck,
@@ -134,7 +139,8 @@ def _check_pictures(
         present = [present[i] for i in places]
     paths = [os.path.join(image_root, files[entry["file_name"]]) for entry in present]
     with ThreadPoolExecutor(_OPENING_THREADS) as pool:
-        opened = pool.map(partial(_size_or_reason, image_format=image_format), paths)
+        sizes_of = pool.map(partial(_size_or_reason, image_format=image_format), paths)
+        opened = map(Heartbeat("Opening pictures"), sizes_of)
         for entry, result in zip(present, opened, strict=True):
             name, an_id = entry["file_name"], entry.get("id")
             if isinstance(result, str):

@@ -36,6 +36,24 @@ _SETTLED = 50_000_000  # nanoseconds; clocks of file systems tick every few mill
 _kept: dict[tuple[int, ...], Coco] = {}
 
 
+class Heartbeat:
+    """Function that returns its argument, and logs a line after every ten seconds of its calls."""
+
+    seconds, every = 10.0, 1024  # the clock is looked at in every so many calls
+
+    def __init__(self, what: str) -> None:
+        self._what, self._count = what, 0
+        self._due = time.monotonic() + self.seconds
+
+    def __call__(self, entry: Any) -> Any:
+        """Count an entry."""
+        self._count += 1
+        if self._count % self.every == 0 and time.monotonic() >= self._due:
+            self._due = time.monotonic() + self.seconds
+            logger.info("%s: %d entries so far.", self._what, self._count)
+        return entry
+
+
 @contextmanager
 def without_garbage_collection() -> Iterator[None]:
     """Context for code that makes millions of containers, of which collecting doubles the time."""
@@ -80,7 +98,7 @@ def read_json(path: str | os.PathLike[str]) -> Any:
         with without_garbage_collection():
             text = data.decode(json.detect_encoding(data), "surrogatepass")
             del data  # as large as the text
-            return json.loads(text)
+            return json.loads(text, object_hook=Heartbeat("Reading") if len(text) > LARGE else None)
     except UnicodeDecodeError as error:
         reason, remedy = error, f"{_EXPECTED}, in UTF-8"
     except json.JSONDecodeError as error:

@@ -7,6 +7,7 @@ from collections import Counter
 from collections.abc import Iterable, Sequence
 from typing import Any
 
+from flsl_d2.annotations.coco_file import Heartbeat
 from flsl_d2.annotations.findings import Findings, Use, name_of
 from flsl_d2.annotations.matching import find_files, listed
 from flsl_d2.annotations.shapes import (
@@ -183,7 +184,7 @@ class AnnotationCheck:
     def check(self, annotations: Sequence[Any]) -> bytearray:
         """Check all annotations; return for each of them whether it :meth:`_is_plain`."""
         plain = bytearray(len(annotations))
-        for index, annotation in enumerate(annotations):
+        for index, annotation in enumerate(map(Heartbeat("Checking annotations"), annotations)):
             if not isinstance(annotation, dict):
                 place = f"annotations[{index}]"
                 self.findings.fault("annotations that are no JSON object", place)

@@ -19,7 +19,13 @@ from detectron2.structures import BoxMode
 from pycocotools.coco import COCO
 
 from flsl_d2.annotations.checks import check_coco_files
-from flsl_d2.annotations.coco_file import Coco, read_coco, release_coco, without_garbage_collection
+from flsl_d2.annotations.coco_file import (
+    Coco,
+    Heartbeat,
+    read_coco,
+    release_coco,
+    without_garbage_collection,
+)
 from flsl_d2.annotations.entries import check_files, check_images
 from flsl_d2.annotations.findings import Findings, Use
 from flsl_d2.annotations.matching import find_files
@@ -86,6 +92,7 @@ def _records(coco: Coco, image_root: str, name: str) -> list[dict[str, Any]]:
     sizes = {image["id"]: (image["height"], image["width"]) for image in images}
     annotations = coco.get("annotations", [])
     plain = coco.plain if coco.plain is not None else bytes(len(annotations))
+    annotations = map(Heartbeat("Loading annotations"), annotations)
     for annotation, is_plain in zip(annotations, plain, strict=True):
         image_id = annotation["image_id"]
         if not is_plain and (image_id not in by_image or not _is_used(annotation, sizes[image_id])):

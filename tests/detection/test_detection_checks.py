@@ -11,7 +11,7 @@ from detectron2.data.common import DatasetFromList, MapDataset
 from PIL import Image
 from torch.utils.data import DataLoader
 
-from flsl_d2.annotations import FLSLDatasetMapper, register_coco_format
+from flsl_d2.annotations import FLSLDatasetMapper, coco_file, register_coco_format
 from flsl_d2.detection.checks import CheckedMapper, check_datasets
 from flsl_d2.errors import InputError
 
@@ -38,6 +38,16 @@ def registered(tmp_path, request) -> str:
 def test_a_fitting_data_set_passes(registered):
     check_datasets([registered], [registered], 2, "classes=")
     check_datasets([registered], [], None, "classes=")
+
+
+def test_long_checks_give_signs_of_life(registered, caplog, monkeypatch):
+    monkeypatch.setattr(coco_file, "LARGE", 0)
+    monkeypatch.setattr(coco_file.Heartbeat, "seconds", 0.0)
+    monkeypatch.setattr(coco_file.Heartbeat, "every", 1)
+    with caplog.at_level("INFO"):
+        check_datasets([registered], [], 2, "classes=")
+    for what in ("Reading: 5", "Checking annotations: 2", "Opening pictures: 1"):
+        assert f"{what} entries so far" in caplog.text
 
 
 def test_another_number_of_classes_names_both_and_the_override(registered):
