@@ -92,8 +92,8 @@ def _records(coco: Coco, image_root: str, name: str) -> list[dict[str, Any]]:
     sizes = {image["id"]: (image["height"], image["width"]) for image in images}
     annotations = coco.get("annotations", [])
     plain = coco.plain if coco.plain is not None else bytes(len(annotations))
-    annotations = map(Heartbeat("Loading annotations"), annotations)
-    for annotation, is_plain in zip(annotations, plain, strict=True):
+    counted = map(Heartbeat("Loading annotations"), annotations)
+    for annotation, is_plain in zip(counted, plain, strict=True):
         image_id = annotation["image_id"]
         if not is_plain and (image_id not in by_image or not _is_used(annotation, sizes[image_id])):
             continue
