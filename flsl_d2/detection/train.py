@@ -359,8 +359,14 @@ def _resume_or_start(
 ) -> int:
     """Load the last checkpoint with the state of training, or the starting weights alone."""
     found = resume and checkpointer.has_checkpoint()
-    if weights or found:
-        checkpointer.resume_or_load(weights, resume=resume)
+    try:
+        if weights or found:
+            checkpointer.resume_or_load(weights, resume=resume)
+    except KeyError as error:  # such as a YAML run of 0.2, on Detectron2's DefaultTrainer
+        raise InputError(
+            f"the last checkpoint in '{checkpointer.save_dir}' has no {error} of this trainer; "
+            "continue with the version that wrote it, or start anew from its weights."
+        ) from error
     if found:
         # The checkpoint holds the number of the step that had just been done.
         logger.info("Resuming after step %d.", trainer.iter + 1)
