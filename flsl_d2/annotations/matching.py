@@ -6,11 +6,10 @@ quoted as in a URL, or in another Unicode form or letter case than the file.
 
 from __future__ import annotations
 
-import heapq
 import os
 from collections import defaultdict
 from collections.abc import Sequence
-from itertools import takewhile
+from itertools import takewhile, zip_longest
 from pathlib import Path
 from typing import NamedTuple
 from urllib.parse import unquote
@@ -26,39 +25,38 @@ _NEUTRAL = {"images", "image", "imgs", "img", "labels", "label", "annotations", 
 
 # Rank of the name, minus common parts without and with neutral folders, by stem, other spelling.
 _Tier = tuple[int, int, int, bool, bool]
-_Options = list[tuple[_Tier, list[str]]]
-_Failures = dict[int, tuple[str, list[str]]]
 
 
 def match_names(
     entries: Sequence[Sequence[str | Path]], files: Sequence[str], roots: tuple[str, str] = ("", "")
-) -> tuple[dict[str, int], _Failures]:
+) -> tuple[dict[str, int], dict[int, tuple[str, list[str]]]]:
     """Find the file of each entry, of which several names are given, most trusted first.
 
     A name fits a file if their last parts are the same, in any letter case and Unicode form; a
     ``Path`` fits files of any suffix. A more trusted name is decided before a less trusted one,
     more common parts before fewer, and the same suffix before another. An entry that fits several
     files equally, entries that claim the same file, and entries without a file get nothing. Below
-    the ``roots`` of entries and files, a folder that both sides have contradicts another one: the
-    name ``cam1/a`` does not mean ``cam2/a.png``, while ``xmls/a`` may mean ``pictures/a.png``.
+    the ``roots`` of entries and files, a folder that both sides have contradicts another or none:
+    ``cam1/a`` means neither ``cam2/a.png`` nor ``a.png``; ``xmls/a`` may mean ``photos/a.png``.
 
     Returns:
         The entry of each file that has one; and for each other entry why it has none, and the files
         that may be meant.
     """
-    by_name, by_stem = defaultdict(list), defaultdict(list)
     below = [_split(f"{root}/x").telling for root in roots]
     wanted_of = [[_split(str(name), below[0]) for name in names] for names in entries]
     paths = {file: _split(file, below[1]) for file in files}
     ours = {folder for names in wanted_of for name in names for folder in name.below}
     theirs = {folder for path in paths.values() for folder in path.below}
+    by_name, by_stem = defaultdict(list), defaultdict(list)
     for file, path in paths.items():
         by_name[path.last].append(file)
         by_stem[os.path.splitext(path.last)[0]].append(file)
-
-    def options_of(names: Sequence[str | Path], split: Sequence[_Path]) -> _Options:
-        tiers: dict[_Tier, list[str]] = defaultdict(list)
-        for rank, (name, wanted) in enumerate(zip(names, split, strict=True)):
+    options: dict[_Tier, dict[int, list[str]]] = defaultdict(lambda: defaultdict(list))
+    failures: dict[int, tuple[str, list[str]]] = {}
+    for i, names in enumerate(entries):
+        meant: dict[str, bool] = {}  # file: whether no folder contradicts
+        for rank, (name, wanted) in enumerate(zip(names, wanted_of[i], strict=True)):
             plain = os.path.basename(str(name).replace("\\", "/"))
             exact = by_name.get(wanted.last, []) if isinstance(name, str) else []
             stem, suffix = os.path.splitext(wanted.last)
@@ -66,47 +64,36 @@ def match_names(
                 stem = wanted.last
             for file in dict.fromkeys([*exact, *by_stem.get(stem, [])]):
                 first, second = _difference(wanted, paths[file])
-                if first in theirs or second in ours:
-                    rejected.append(file)
-                    continue
+                fits = first not in theirs and second not in ours
+                meant[file] = fits or meant.get(file, False)
                 own = os.path.basename(file)
                 differs = plain != (own if file in exact else os.path.splitext(own)[0])
                 common = _common(wanted.telling, paths[file].telling)
                 whole = _common(wanted.folders, paths[file].folders)
-                tiers[rank, -common, -whole, file not in exact, differs].append(file)
-        return sorted(tiers.items())
-
+                if fits:
+                    options[rank, -common, -whole, file not in exact, differs][i].append(file)
+        kind = "annotations of a picture that others have"
+        kind = kind if any(meant.values()) else "annotations without a picture"
+        failures[i] = kind, [*meant]
     claimed: dict[str, int] = {}
-    doubled: set[str] = set()
-    failures: _Failures = {}
-    heap = []
-    for i, names in enumerate(entries):
-        rejected: list[str] = []
-        if options := options_of(names, wanted_of[i]):
-            heap.append((options[0][0], i, options))
-        else:
-            failures[i] = "annotations without a picture", rejected
-    heapq.heapify(heap)
-    while heap:
-        tier = heap[0][0]
+    contested: set[str] = set()
+    pending = set(failures)
+    for tier in sorted(options):
         claims = defaultdict(list)
-        while heap and heap[0][0] == tier:
-            _, i, options = heapq.heappop(heap)
-            free = [file for file in options[0][1] if file not in claimed and file not in doubled]
+        for i in sorted(pending & options[tier].keys()):
+            free = [file for file in options[tier][i] if file not in contested]
             if len(free) > 1:
                 failures[i] = "annotations that fit several pictures", sorted(free)
+                pending.remove(i)
             elif free:
                 claims[free[0]].append(i)
-            elif len(options) > 1:
-                heapq.heappush(heap, (options[1][0], i, options[1:]))
-            else:
-                failures[i] = "annotations of a picture that others have", options[0][1]
         for file, same in claims.items():
+            contested.add(file)
+            pending -= {*same}
+            failures |= {i: ("annotations that claim the same picture", [file]) for i in same}
             if len(same) == 1:
                 claimed[file] = same[0]
-                continue
-            doubled.add(file)
-            failures |= {i: ("annotations that claim the same picture", [file]) for i in same}
+                del failures[same[0]]
     return claimed, failures
 
 
@@ -125,7 +112,7 @@ def match_pictures(
     for file, i in claimed.items():
         path = _split(file, below[1])
         names = (_split(str(name), below[0]) for name in annotated[i].names)
-        if all(any(_difference(name, path)) for name in names):
+        if all(all(_difference(name, path)) for name in names):
             kind = "annotations whose picture lies in another folder, matched by the name alone"
             findings.remark(kind, f"{annotated[i].place} with {file}")
     for i, (kind, meant) in sorted(failures.items()):
@@ -171,7 +158,7 @@ def find_files(names: Sequence[str], root: str) -> tuple[dict[str, str], dict[st
     claimed, failures = match_names([[name, unquote(name)] for name in rest], files)
     meant = {rest[i]: options[0] for i, (_, options) in failures.items() if options}
     for file, i in claimed.items():
-        if not any(_difference(_split(unquote(rest[i])), _split(file))):
+        if not all(_difference(_split(unquote(rest[i])), _split(file))):
             found[rest[i]] = file
         else:
             meant[rest[i]] = file
@@ -220,10 +207,10 @@ def _split(path: str, root: Sequence[str] = ()) -> _Path:
     return _Path(telling[len(root) :] if inside else telling, telling, folders, last)
 
 
-def _difference(first: _Path, second: _Path) -> tuple[str | None, str | None]:
-    """Last folders below the roots in which two paths differ."""
-    both = zip(reversed(first.below), reversed(second.below), strict=False)
-    return next(((a, b) for a, b in both if a != b), (None, None))
+def _difference(first: _Path, second: _Path) -> tuple[str, str]:
+    """Last folders below the roots in which two paths differ; empty where one has no more."""
+    both = zip_longest(reversed(first.below), reversed(second.below), fillvalue="")
+    return next(((a, b) for a, b in both if a != b), ("", ""))
 
 
 def _common(first: list[str], second: list[str]) -> int:
