@@ -147,7 +147,8 @@ def convert_to_coco(
     else:
         annotated = _READERS[source.kind](source.path, source.files, findings)
     total = sum(len(picture.objects) for picture in annotated) + findings.unusable_count
-    matched = match_pictures(annotated, files, findings, (str(source.path), str(root)))
+    roots = str(source.path) if source.path.is_dir() else "", str(root)
+    matched = match_pictures(annotated, files, findings, roots, source.files)
     content = _coco(matched, root, labels, findings)
     place = f"{source.path} ({source.kind})"
     notes = findings.report(place, MAX_UNUSABLE_SHARE * total)

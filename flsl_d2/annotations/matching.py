@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 from collections import defaultdict
 from collections.abc import Sequence
-from itertools import takewhile, zip_longest
+from itertools import chain, takewhile, zip_longest
 from pathlib import Path
 from typing import NamedTuple
 from urllib.parse import unquote
@@ -28,7 +28,10 @@ _Tier = tuple[int, int, int, bool, bool]
 
 
 def match_names(
-    entries: Sequence[Sequence[str | Path]], files: Sequence[str], roots: tuple[str, str] = ("", "")
+    entries: Sequence[Sequence[str | Path]],
+    files: Sequence[str],
+    roots: tuple[str, str] = ("", ""),
+    others: Sequence[Path] = (),
 ) -> tuple[dict[str, int], dict[int, tuple[str, list[str]]]]:
     """Find the file of each entry, of which several names are given, most trusted first.
 
@@ -38,6 +41,7 @@ def match_names(
     files equally, entries that claim the same file, and entries without a file get nothing. Below
     the ``roots`` of entries and files, a folder that both sides have contradicts another or none:
     ``cam1/a`` means neither ``cam2/a.png`` nor ``a.png``; ``xmls/a`` may mean ``photos/a.png``.
+    ``others`` are more files of the entries' side.
 
     Returns:
         The entry of each file that has one; and for each other entry why it has none, and the files
@@ -46,8 +50,11 @@ def match_names(
     below = [_split(f"{root}/x").telling for root in roots]
     wanted_of = [[_split(str(name), below[0]) for name in names] for names in entries]
     paths = {file: _split(file, below[1]) for file in files}
-    ours = {folder for names in wanted_of for name in names for folder in name.below}
-    theirs = {folder for path in paths.values() for folder in path.below}
+    known = [*(_split(str(file), below[0]) for file in others), *chain(*wanted_of)]
+    ours = {folder for name in known for folder in name.below or []}
+    if any(roots) and any(name.below == [] for name in known):
+        ours.add("")  # a file in no folder is told from those in folders
+    theirs = {folder for path in paths.values() for folder in path.below or []}
     by_name, by_stem = defaultdict(list), defaultdict(list)
     for file, path in paths.items():
         by_name[path.last].append(file)
@@ -64,7 +71,7 @@ def match_names(
                 stem = wanted.last
             for file in dict.fromkeys([*exact, *by_stem.get(stem, [])]):
                 first, second = _difference(wanted, paths[file])
-                fits = first not in theirs and second not in ours
+                fits = first == second or (first not in theirs and second not in ours)
                 meant[file] = fits or meant.get(file, False)
                 own = os.path.basename(file)
                 differs = plain != (own if file in exact else os.path.splitext(own)[0])
@@ -102,12 +109,13 @@ def match_pictures(
     files: Sequence[str],
     findings: Findings,
     roots: tuple[str, str],
+    others: Sequence[Path] = (),
 ) -> dict[str, AnnotatedPicture]:
     """Return the entry of each picture file that has one, in the order of the files.
 
     Entries without a picture, pictures without an entry and matches by the name alone are noted.
     """
-    claimed, failures = match_names([entry.names for entry in annotated], files, roots)
+    claimed, failures = match_names([entry.names for entry in annotated], files, roots, others)
     below = [_split(f"{root}/x").telling for root in roots]
     for file, i in claimed.items():
         path = _split(file, below[1])
@@ -192,7 +200,7 @@ def _walked(root: str) -> list[str]:
 class _Path(NamedTuple):
     """Parts of a path in simplified spelling."""
 
-    below: list[str]  # telling folders below the root
+    below: list[str] | None  # telling folders below the root; None for a path outside it
     telling: list[str]  # folders without neutral ones
     folders: list[str]
     last: str
@@ -204,11 +212,13 @@ def _split(path: str, root: Sequence[str] = ()) -> _Path:
     folders = [folder for folder in folders if folder not in ("", "..", ".")]
     telling = [folder for folder in folders if folder not in _NEUTRAL]
     inside = telling[: len(root)] == [*root]
-    return _Path(telling[len(root) :] if inside else telling, telling, folders, last)
+    return _Path(telling[len(root) :] if inside else None, telling, folders, last)
 
 
 def _difference(first: _Path, second: _Path) -> tuple[str, str]:
     """Last folders below the roots in which two paths differ; empty where one has no more."""
+    if first.below is None or second.below is None:
+        return "", ""
     both = zip_longest(reversed(first.below), reversed(second.below), fillvalue="")
     return next(((a, b) for a, b in both if a != b), ("", ""))
 
