@@ -159,7 +159,9 @@ def _class_names(
             if isinstance(names, str):
                 raise TypeError("names is one text")
             numbered = names.items() if isinstance(names, dict) else enumerate(names)
-            return {int(key): str(name).strip() for key, name in numbered}, settings, file
+            # JSON, which is read as YAML, may write a character as two halves.
+            texts = {int(k): str(v).encode("utf-16", "surrogatepass") for k, v in numbered}
+            return {k: text.decode("utf-16").strip() for k, text in texts.items()}, settings, file
         except KeyError:
             continue  # a YAML file of something else
         except (yaml.YAMLError, TypeError, ValueError) as error:
