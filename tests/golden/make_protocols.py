@@ -86,14 +86,12 @@ class Extractor:
     eval_spatial_resolution, d_model = made.CELLS, made.WIDTH
 
     def to(self, device: str) -> Extractor:
-        """Return itself."""
         return self
 
     def eval(self) -> None:
         """Do nothing."""
 
     def forward_features(self, images: Images) -> tuple[torch.Tensor, None]:
-        """Return the tokens."""
         return images.tokens, None
 
 
@@ -104,7 +102,6 @@ class Images:
         self.tokens, self.shape = tokens, (len(tokens), 3, made.SIDE, made.SIDE)
 
     def to(self, device: str) -> Images:
-        """Return itself."""
         return self
 
 
