@@ -6,18 +6,19 @@ import json
 import math
 import re
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.functional import normalize
 
 from flsl_d2.errors import InputError
-from flsl_d2.modeling.encoder_state import LoadReport, architecture_of, listed
+from flsl_d2.modeling.encoder_state import LoadReport, listed
 from flsl_d2.modeling.positions import num_leading_positions
-from flsl_d2.weights.names import Renamed, foreign_network, to_timm_names
-from flsl_d2.weights.sources import KNOWN_LAYOUTS, Candidate, Source, recognise
+from flsl_d2.weights.names import foreign_network, to_timm_names
+from flsl_d2.weights.sources import KNOWN_LAYOUTS, Source, recognise
 from flsl_d2.weights.weight_sets import WeightSet, choose_set, find_weight_sets, tensor_dicts
 
 # The name of the last norm in timm, and the one here; reversed, the pair exports.
@@ -56,6 +57,7 @@ _SUPPORTED = re.compile(
     r"|blocks\.\d+\.(norm[12]|attn\.(qkv|proj)|mlp\.fc[12])\.(weight|bias)$"
     r"|blocks\.\d+\.(ls[12]\.gamma|attn\.rel_pos_[hw])$"
 )
+_LAST_NORMS = ("norm.weight", "final_norm.weight", "fc_norm.weight", "attn_pool.norm.weight")
 # Least similarity of neighbours that tells the shape of a grid of learned positions.
 _CLEAR_SIMILARITY = 0.3
 
@@ -69,15 +71,12 @@ class EncoderWeights:
         file_names: name in ``FLSLViT``: name or names in the file.
         stated: arguments of ``FLSLViT`` that file and source tell beyond shapes.
         report: account of the file, so far.
-        unsupported: the part that ``FLSLViT`` does not compute with one of its weights' names;
-            empty where there is none.
     """
 
     tensors: dict[str, Tensor]
     file_names: dict[str, str]
     stated: dict[str, Any]
     report: LoadReport
-    unsupported: str = ""
 
 
 def find_encoder_weights(
@@ -101,36 +100,36 @@ def find_encoder_weights(
 
     Raises:
         InputError: there is no set of the name, nothing says which of several to take, or the set
-            is a part of an encoder.
+            is a part of an encoder or has a part that ``FLSLViT`` does not compute.
     """
     sets = find_weight_sets(content)
     if not sets:
         return None
-    chosen = choose_set(sets, which, path)
+    chosen, given = choose_set(sets, which, path), given or {}
     layout, renamed = to_timm_names(chosen.tensors, chosen.file_names)
     if not any(name.startswith("blocks.") for name in renamed):
         return None
-    state = {name: tensor for name, (tensor, _) in renamed.items()}
-    source, stated = recognise(Candidate(content, chosen, state, layout))
-    report = LoadReport(
-        path,
-        source.name,
-        chosen.location,
-        note=source.note,
-        other_sets=[each.label for each in sets if each is not chosen],
+    file = replace(
+        chosen,
+        layout=layout,
+        tensors={name: tensor for name, (tensor, _) in renamed.items()},
+        file_names={name: original for name, (_, original) in renamed.items()},
     )
-    options = list(_options(content, local, state))
+    source, stated = recognise(file)
+    others = [each.label for each in sets if each is not chosen]
+    report = LoadReport(path, source.name, file.location, note=source.note, other_sets=others)
+    options = list(_options(file, local))
     heads = next((o["num_attention_heads"] for o in options if "num_attention_heads" in o), None)
     if isinstance(heads, int):
         stated["num_heads"] = heads
-    given = given or {}
-    has_norm = False if given.get("final_norm") is False else source.norm and not source.refusal
-    _check_whole(state, options, bool(has_norm), report)
-    grid = _stated_grid(state, options)
-    weights = _aligned(source, stated, chosen, renamed, report, grid)
+    needs_norm = source.norm and not source.refusal and given.get("final_norm") is not False
+    _check_whole(file.tensors, options, bool(needs_norm), report)
+    grid = _stated_grid(file, options)
+    weights = EncoderWeights(*_sorted(file, source, report), stated, report)
+    _fold_prefix_tokens(weights, grid)
+    _refuse_unsupported(weights, source.refusal)
     table = weights.tensors.get("pos_embed")
-    is_inferred = not source.architecture_key and "img_size" not in given
-    if is_inferred and table is not None and table.dim() == 3 and not weights.unsupported:
+    if not source.architecture_key and "img_size" not in given and table is not None:
         _check_grid(table, grid, report)
     return weights
 
@@ -139,14 +138,12 @@ def unknown_layout(content: Mapping[str, Any], path: str) -> str:
     """Say what was found in a file without a known encoder, and which layouts are known."""
     dicts = list(tensor_dicts(content))
     network = foreign_network([name for _, tensors in dicts for name in tensors])
+    found = f"no tensors; keys: {', '.join(str(key) for key in list(content)[:5]) or 'none'}"
     if dicts:
         containers, tensors = max(dicts, key=lambda item: len(item[1]))
-        names = list(tensors)
         inside = f" under {' / '.join(containers)!r}" if containers else ""
-        shown = ", ".join(names[:3]) + (", ..." if len(names) > 3 else "")
-        found = f"{len(names)} tensors{inside}: {shown}"
-    else:
-        found = f"no tensors; keys: {', '.join(str(key) for key in list(content)[:5]) or 'none'}"
+        shown = ", ".join(list(tensors)[:3]) + (", ..." if len(tensors) > 3 else "")
+        found = f"{len(tensors)} tensors{inside}: {shown}"
     of = f" but {network}" if network else ""
     return (
         f"weights {path!r} hold no vision transformer in a known layout{of} ({found}); known are "
@@ -155,11 +152,7 @@ def unknown_layout(content: Mapping[str, Any], path: str) -> str:
 
 
 def rename(name: str, pairs: Iterable[tuple[str, str]]) -> str:
-    """Replace the head (``norm.``) or the tail (``.gamma_1``) of a dotted name.
-
-    Args:
-        pairs: old and new heads (which end with a dot) and tails (which start with one).
-    """
+    """Replace a dotted name's head (old and new end with a dot) or tail (they start with one)."""
     for old, new in pairs:
         if old.endswith(".") and name.startswith(old):
             return new + name[len(old) :]
@@ -168,37 +161,28 @@ def rename(name: str, pairs: Iterable[tuple[str, str]]) -> str:
     return name
 
 
-def _options(
-    content: Mapping[str, Any], local: str, state: Mapping[str, Tensor]
-) -> Iterator[Mapping[str, Any]]:
+def _options(file: WeightSet, local: str) -> Iterator[Mapping[str, Any]]:
     """Yield the options of a training script in a file, and transformers' config beside it."""
     for key in ("args", "config", "cfg", "hyper_parameters", "model_args"):
-        if isinstance(content.get(key), Mapping):
-            yield content[key]
-    beside = Path(local).with_name("config.json") if local else None
-    if beside is not None and beside.is_file():
-        try:
-            config = json.loads(beside.read_text("utf-8-sig"))
-        except ValueError:
-            return
-        patches = state.get("patch_embed.proj.weight")
-        width = None if patches is None else patches.shape[0]
-        if isinstance(config, dict) and config.get("hidden_size") == width:
-            yield config
+        if isinstance(file.content.get(key), Mapping):
+            yield file.content[key]
+    try:
+        config = json.loads(Path(local).with_name("config.json").read_text("utf-8-sig"))
+    except (OSError, ValueError):
+        return
+    patches = file.tensors.get("patch_embed.proj.weight")
+    width = None if patches is None else patches.shape[0]
+    if isinstance(config, dict) and config.get("hidden_size") == width:
+        yield config
 
 
 def _check_whole(
     state: Mapping[str, Tensor],
     options: list[Mapping[str, Any]],
-    has_norm: bool,
+    needs_norm: bool,
     report: LoadReport,
 ) -> None:
-    """Refuse a part of an encoder, by evidence other than the shapes that are read off it.
-
-    Raises:
-        InputError: tensors are empty, blocks or the last norm are missing, or patches are not
-            square.
-    """
+    """Refuse a part of an encoder, by evidence other than the shapes that are read off it."""
     empty = [name for name, tensor in state.items() if not tensor.numel()]
     if empty:
         raise InputError(
@@ -221,8 +205,7 @@ def _check_whole(
             f"{report.subject} lack the blocks {listed(map(str, missing))} of {depth}, so they are "
             "a part of an encoder; give all parts, by their index if there is one."
         )
-    norms = ("norm.weight", "final_norm.weight", "fc_norm.weight", "attn_pool.norm.weight")
-    if has_norm and not any(name in state for name in norms):
+    if needs_norm and not any(name in state for name in _LAST_NORMS):
         raise InputError(
             f"{report.subject} ({report.source}) end after block {depth - 1} without a last norm, "
             "so they are a part of an encoder; give all parts, by their index if there is one, or "
@@ -231,41 +214,37 @@ def _check_whole(
 
 
 def _stated_grid(
-    state: Mapping[str, Tensor], options: list[Mapping[str, Any]]
+    file: WeightSet, options: list[Mapping[str, Any]]
 ) -> tuple[int, int, int] | None:
-    """Find the image size that explains the rows of the position table.
+    """Find the image size in the options that explains the rows of the position table.
 
     Returns:
-        Rows and columns of patches, and the number of further rows before them; None where no
-        option explains the table.
+        Rows and columns of patches, and the number of further rows before them, if any option
+        explains the table.
     """
-    table, patches = state.get("pos_embed"), state.get("patch_embed.proj.weight")
-    if table is None or patches is None or table.dim() != 3 or patches.dim() != 4:
+    table, patches = file.positions, file.tensors.get("patch_embed.proj.weight")
+    if table is None or patches is None or patches.dim() != 4:
         return None
-    for option in options:
-        for key in ("img_size", "input_size", "image_size", "crop_size"):
-            size = option.get(key)
-            sides = [size, size] if isinstance(size, int) else size
-            if not isinstance(sides, list | tuple):
-                continue
-            sides = sides[-2:]
-            if len(sides) == 2 and all(isinstance(side, int) for side in sides):
-                rows, columns = (side // patches.shape[2] for side in sides)
-                leading = table.shape[1] - rows * columns
-                if rows and columns and 0 <= leading <= 16:
-                    return rows, columns, leading
+    keys = ("img_size", "input_size", "image_size", "crop_size")
+    for size in (option[key] for option in options for key in keys if key in option):
+        sides = [size, size] if isinstance(size, int) else size
+        sides = sides[-2:] if isinstance(sides, list | tuple) else ()
+        if len(sides) == 2 and all(isinstance(side, int) for side in sides):
+            rows, columns = (side // patches.shape[2] for side in sides)
+            leading = table.shape[1] - rows * columns
+            if rows and columns and 0 <= leading <= 16:
+                return rows, columns, leading
     return None
 
 
 def _check_grid(table: Tensor, grid: tuple[int, int, int] | None, report: LoadReport) -> None:
-    """Refuse positions of a grid that is not square.
+    """Refuse positions of a grid that is not square, or looks as if it were not.
 
     Without an option that says so, learned positions tell it themselves: those of neighbours in a
     column are alike, and they lie one row apart in the table.
-
-    Raises:
-        InputError: the grid is not square, or looks as if it were not.
     """
+    if table.dim() != 3:
+        return
     count = table.shape[1]
     side = math.isqrt(count)
     remedy = "; give img_size=SIDE where the images were square, or other weights."
@@ -288,7 +267,7 @@ def _likely_columns(table: Tensor, side: int) -> int:
     if table.is_meta or side < 4:
         return side
     rows = table[0].float()
-    rows = torch.nn.functional.normalize(rows - rows.mean(dim=0), dim=1)
+    rows = normalize(rows - rows.mean(dim=0), dim=1)
     alike = {
         columns: float((rows[columns:] * rows[:-columns]).sum(dim=1).mean())
         for columns in range(4, side * side // 2)
@@ -299,59 +278,42 @@ def _likely_columns(table: Tensor, side: int) -> int:
     return best if clear else side
 
 
-def _aligned(
-    source: Source,
-    stated: dict[str, Any],
-    chosen: WeightSet,
-    renamed: Renamed,
-    report: LoadReport,
-    grid: tuple[int, int, int] | None,
-) -> EncoderWeights:
-    """Sort every tensor of a set into the encoder's, those dropped, and those unused."""
+def _sorted(
+    file: WeightSet, source: Source, report: LoadReport
+) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """Return the encoder's tensors and their names in the file; enter all others in the report."""
     tensors: dict[str, Tensor] = {}
     file_names: dict[str, str] = {}
-    for name, (tensor, original) in renamed.items():
-        reason = _reason(name, {**source.dropped, **_DROPPED})
-        if reason:
-            report.dropped[original] = reason
+    for name, tensor in file.tensors.items():
+        if reason := _reason(name, {**source.dropped, **_DROPPED}):
+            report.dropped[file.file_names[name]] = reason
         else:
             own = rename(name, _NAMES)
-            tensors[own], file_names[own] = tensor, original
-    for name, original in chosen.outside.items():
+            tensors[own], file_names[own] = tensor, file.file_names[name]
+    for name, original in file.outside.items():
         others = [s for s in report.other_sets if set(s.split(".")) & set(name.split("."))]
         reason = f"belongs to the set {others[0]!r}" if others else ""
-        reason = reason or _reason(name, source.dropped_outside) or _reason(name, _DROPPED_OUTSIDE)
-        if reason:
+        if reason := reason or _reason(name, {**source.dropped_outside, **_DROPPED_OUTSIDE}):
             report.dropped[original] = reason
         else:
             report.unused.append(original)
-    _fold_prefix_tokens(tensors, file_names, report, grid)
-    unsupported = _unsupported_part(tensors, file_names)
-    if source.refusal:
-        unsupported = f"{source.refusal} ({file_names.get('blocks.0.norm1.weight', '')})"
-    return EncoderWeights(tensors, file_names, stated, report, unsupported)
+    return tensors, file_names
 
 
 def _reason(name: str, reasons: Mapping[str, str]) -> str:
     return next((reason for pattern, reason in reasons.items() if re.match(pattern, name)), "")
 
 
-def _fold_prefix_tokens(
-    tensors: dict[str, Tensor],
-    file_names: dict[str, str],
-    report: LoadReport,
-    grid: tuple[int, int, int] | None,
-) -> None:
+def _fold_prefix_tokens(weights: EncoderWeights, grid: tuple[int, int, int] | None) -> None:
     """Make one tensor of class tokens and registers, each with its position if it has one."""
+    tensors, file_names = weights.tensors, weights.file_names
     names = [n for n in _PREFIX_TOKENS if n in tensors and tensors[n].dim() == 3]
     tokens = [tensors.pop(name) for name in names]
-    count = sum(token.shape[1] for token in tokens)
-    table = tensors.get("pos_embed")
-    leading = 0
+    most = max(sum(token.shape[1] for token in tokens), 1)
+    table, leading = tensors.get("pos_embed"), 0
     if table is not None and table.dim() == 3:
-        leading = num_leading_positions(table.shape[1], max(count, 1))
-        if grid is not None and grid[2] <= max(count, 1):
-            leading = grid[2]
+        stated = grid is not None and grid[2] <= most
+        leading = grid[2] if grid and stated else num_leading_positions(table.shape[1], most)
         tensors["pos_embed"] = table[:, leading:]
     if tokens:
         prefix = torch.cat(tokens, dim=1).clone()
@@ -360,18 +322,16 @@ def _fold_prefix_tokens(
         tensors["prefix_tokens"] = prefix
         file_names["prefix_tokens"] = ", ".join(file_names.pop(name) for name in names)
     elif leading:
-        report.dropped[f"{file_names['pos_embed']}[:, 0]"] = (
+        weights.report.dropped[f"{file_names['pos_embed']}[:, 0]"] = (
             "the position of a class token that the file does not hold"
         )
 
 
-def _unsupported_part(tensors: Mapping[str, Tensor], file_names: Mapping[str, str]) -> str:
-    """Name a part that ``FLSLViT`` does not compute, with one of its weights."""
-    found = {
-        name: _reason(name, _UNSUPPORTED)
-        for name in tensors
-        if not _SUPPORTED.match(name) and _reason(name, _UNSUPPORTED)
-    }
+def _refuse_unsupported(weights: EncoderWeights, refusal: str) -> None:
+    """Refuse a part that ``FLSLViT`` does not compute, and name one of its weights."""
+    tensors = weights.tensors
+    strange = [name for name in tensors if not _SUPPORTED.match(name)]
+    found = {name: part for name in strange if (part := _reason(name, _UNSUPPORTED))}
     first, second = (tensors.get(f"blocks.0.mlp.fc{i}.weight") for i in (1, 2))
     if first is not None and second is not None and first.shape[0] == 2 * second.shape[1]:
         found["blocks.0.mlp.fc1.weight"] = "SwiGLU instead of an MLP"  # timm packs its two parts
@@ -379,9 +339,11 @@ def _unsupported_part(tensors: Mapping[str, Tensor], file_names: Mapping[str, st
         found["blocks.0.norm1.weight"] = "RMSNorm, or norms without bias,"
     if "pos_embed" not in tensors and "blocks.0.attn.qkv.weight" in tensors and not found:
         found["pos_embed"] = "no position table (rotary positions, relative ones or none)"
-    return next((f"{part} ({file_names.get(name, name)})" for name, part in found.items()), "")
-
-
-def complete_architecture(weights: EncoderWeights) -> dict[str, Any]:
-    """Collect every argument of ``FLSLViT`` that is known of the weights."""
-    return {**architecture_of(weights.tensors), **weights.stated}
+    if refusal:
+        found = {"blocks.0.norm1.weight": refusal}
+    for name, part in found.items():
+        raise InputError(
+            f"{weights.report.subject} ({weights.report.source}) have {part} "
+            f"({weights.file_names.get(name, name)}), which FLSLViT does not compute; give weights "
+            "of a plain ViT, or use the model as timm:NAME."
+        )

@@ -14,13 +14,8 @@ from torch import nn
 
 from flsl_d2.errors import InputError
 from flsl_d2.modeling import FLSLViT, InputFormat
-from flsl_d2.modeling.encoder_state import LoadReport, fit_encoder_state
-from flsl_d2.weights.encoder_weights import (
-    EncoderWeights,
-    complete_architecture,
-    find_encoder_weights,
-    unknown_layout,
-)
+from flsl_d2.modeling.encoder_state import LoadReport, architecture_of, fit_encoder_state
+from flsl_d2.weights.encoder_weights import EncoderWeights, find_encoder_weights, unknown_layout
 from flsl_d2.weights.reading import local_weights_path, read_weights, split_weights_path
 from flsl_d2.weights.sources import USUAL_HEADS
 
@@ -63,8 +58,7 @@ def encoder_arguments(path: str) -> tuple[dict[str, Any], InputFormat]:
     Raises:
         InputError: see :func:`build_encoder`.
     """
-    arguments, stated_input, _ = _described(path, None, {})
-    return arguments, stated_input
+    return _described(path, None, {})[:2]
 
 
 def input_format(path: str) -> InputFormat:
@@ -84,26 +78,25 @@ def _described(
     weights = find_encoder_weights(content, which, path, local, changes)
     if weights is None:
         raise InputError(unknown_layout(content, path))
-    refuse_unsupported(weights)
-    report = weights.report
-    arguments = {**complete_architecture(weights), **changes}
+    arguments = {**architecture_of(weights.tensors), **weights.stated, **changes}
+    subject = f"{weights.report.subject} ({weights.report.source})"
     missing = [key for key in ("embed_dim", "img_size", "depth") if key not in arguments]
     if missing:
         raise InputError(
-            f"{report.subject} ({report.source}) have no usable patch embedding or positions, so "
-            f"{', '.join(missing)} cannot be read off them; give a complete encoder."
+            f"{subject} have no usable patch embedding or positions, so {', '.join(missing)} "
+            "cannot be read off them; give a complete encoder."
         )
     arguments["num_heads"] = arguments.get("num_heads", USUAL_HEADS.get(arguments["embed_dim"]))
     if arguments["num_heads"] is None:
         raise InputError(
-            f"{report.subject} ({report.source}) do not tell their number of attention heads, and "
-            f"models of width {arguments['embed_dim']} differ in it; give num_heads."
+            f"{subject} do not tell their number of attention heads, and models of width "
+            f"{arguments['embed_dim']} differ in it; give num_heads."
         )
-    return arguments, _stated_input(content, local, arguments["in_chans"], report), weights
+    return arguments, _stated_input(content, local, arguments["in_chans"], subject), weights
 
 
 def _stated_input(
-    content: Mapping[str, Any], local: str, channels: int, report: LoadReport
+    content: Mapping[str, Any], local: str, channels: int, subject: str
 ) -> InputFormat:
     """Return the pixels that a file, or transformers' preprocessor config beside it, states."""
     stated = content.get("input")
@@ -119,22 +112,9 @@ def _stated_input(
         return InputFormat.from_dict(stated)
     except ValueError as error:
         raise InputError(
-            f"{report.subject} state an input format that is incomplete ({error}); export the "
-            "encoder again."
+            f"{subject} state an input format that is incomplete ({error}); export the encoder "
+            "again."
         ) from error
-
-
-def refuse_unsupported(weights: EncoderWeights) -> None:
-    """Refuse weights of parts that no ``FLSLViT`` has.
-
-    Raises:
-        InputError: the first such part by name, with one of its weights.
-    """
-    if weights.unsupported:
-        raise InputError(
-            f"{weights.report.subject} ({weights.report.source}) have {weights.unsupported}, which "
-            "FLSLViT does not compute; give weights of a plain ViT, or use the model as timm:NAME."
-        )
 
 
 def encoders_of(model: nn.Module) -> list[tuple[str, FLSLViT]]:
@@ -144,18 +124,12 @@ def encoders_of(model: nn.Module) -> list[tuple[str, FLSLViT]]:
 
 
 def load_encoder(encoder: FLSLViT, weights: EncoderWeights) -> LoadReport:
-    """Load weights into an encoder and log one line of how many matched.
-
-    Args:
-        encoder: changed in place, and only if everything fits.
-        weights: result of :func:`find_encoder_weights`.
+    """Load weights into an encoder, only if everything fits, and log how many matched.
 
     Raises:
         InputError: the weights do not cover the encoder, or were made for another architecture.
     """
-    refuse_unsupported(weights)
-    state = dict(weights.tensors)
-    names = weights.file_names
+    state, names = dict(weights.tensors), weights.file_names
     report = fit_encoder_state(encoder, state, "", deepcopy(weights.report), weights.stated)
     report.matched = {own: names.get(own, own) for own in report.matched}
     report.dropped = {names.get(name, name): why for name, why in report.dropped.items()}
@@ -164,13 +138,7 @@ def load_encoder(encoder: FLSLViT, weights: EncoderWeights) -> LoadReport:
         for name, tensor in encoder.state_dict().items():
             tensor.copy_(state[name])
     logger.log(logging.WARNING if report.unused else logging.INFO, report.line())
-    _compare_positions(encoder, weights.stated)
-    return report
-
-
-def _compare_positions(encoder: FLSLViT, stated: Mapping[str, Any]) -> None:
-    """Log that the encoder resamples positions in another way than the source does."""
-    own = encoder.architecture
+    own, stated = encoder.architecture, weights.stated
     keys = [key for key in ("position_offset", "position_antialias") if key in stated]
     if any(stated[key] != own[key] for key in keys):
         logger.info(
@@ -180,3 +148,4 @@ def _compare_positions(encoder: FLSLViT, stated: Mapping[str, Any]) -> None:
             ", ".join(f"{key}={own[key]}" for key in keys),
             own["img_size"],
         )
+    return report

@@ -1,4 +1,4 @@
-"""Conversion of other libraries' names and shapes of vision transformers to timm's.
+"""Other libraries' names and shapes of vision transformers, changed to timm's.
 
 Sources: ``modeling_vit.py``, ``modeling_dinov2.py`` and ``modeling_dinov2_with_registers.py`` of
 huggingface/transformers; ``vision_transformer.py`` of open-mmlab/mmpretrain and mmsegmentation;
@@ -9,7 +9,7 @@ huggingface/transformers; ``vision_transformer.py`` of open-mmlab/mmpretrain and
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 
 import torch
 from torch import Tensor
@@ -19,6 +19,24 @@ Renamed = dict[str, tuple[Tensor, str]]
 
 # For each library the beginning of its patch embedding's name, and replacements in timm's favour.
 _LIBRARIES: dict[str, tuple[str, dict[str, str]]] = {
+    "Flax": (
+        "embedding/kernel",
+        {
+            r"^embedding/": "patch_embed.proj/",
+            r"^cls$": "cls_token",
+            r"^(Transformer/posembed_input/)?pos_embedding$": "pos_embed",
+            r"^Transformer/encoder_norm/": "norm/",
+            r"^Transformer/encoderblock_": "blocks.",
+            r"/LayerNorm_0/": ".norm1/",
+            r"/LayerNorm_[12]/": ".norm2/",
+            r"/MlpBlock_\d/Dense_0/": ".mlp.fc1/",
+            r"/MlpBlock_\d/Dense_1/": ".mlp.fc2/",
+            r"/MultiHeadDotProductAttention_\d/out/": ".attn.proj/",
+            r"/MultiHeadDotProductAttention_\d/": ".attn.",
+            r"/(kernel|scale)$": ".weight",
+            r"/": ".",
+        },
+    ),
     "transformers": (
         "embeddings.patch_embeddings.",
         {
@@ -108,26 +126,25 @@ def to_timm_names(
         file_names: name without prefix: name in the file.
 
     Returns:
-        The library of the layout (``timm``, ``Flax``, ``SAM`` or one of :data:`_LIBRARIES`), and
-        the tensors.
+        The library of the layout (``timm``, ``SAM`` or one of :data:`_LIBRARIES`), and the tensors.
     """
     state = {name: (tensor, file_names[name]) for name, tensor in tensors.items()}
-    if "embedding/kernel" in tensors:
-        return "Flax", _stacked(_from_flax(state))
     for library, (mark, rules) in _LIBRARIES.items():
         if any(name.startswith(mark) for name in tensors):
-            renamed = {}
-            for name, entry in state.items():
-                for pattern, replacement in rules.items():
-                    name = re.sub(pattern, replacement, name)
-                renamed[name] = entry
-            return library, _stacked(renamed)
+            state = _from_flax(state) if library == "Flax" else state
+            return library, _stacked({_replaced(name, rules): state[name] for name in state})
     table = tensors.get("pos_embed")
     if table is not None and table.dim() == 4 and _SAM_MARKS & tensors.keys():
-        renamed = {re.sub(r"\.mlp\.lin([12])\.", r".mlp.fc\1.", n): e for n, e in state.items()}
-        renamed["pos_embed"] = (table.flatten(1, 2), file_names["pos_embed"])
-        return "SAM", renamed
+        state["pos_embed"] = (table.flatten(1, 2), file_names["pos_embed"])
+        rules = {r"\.mlp\.lin([12])\.": r".mlp.fc\1."}
+        return "SAM", {_replaced(name, rules): state[name] for name in state}
     return "timm", state
+
+
+def _replaced(name: str, rules: Mapping[str, str]) -> str:
+    for pattern, replacement in rules.items():
+        name = re.sub(pattern, replacement, name)
+    return name
 
 
 def _stacked(renamed: Renamed) -> Renamed:
@@ -136,18 +153,17 @@ def _stacked(renamed: Renamed) -> Renamed:
     for name in renamed:
         block, query, kind = name.partition(".attn.query.")
         names = [f"{block}.attn.{part}.{kind}" for part in ("query", "key", "value")]
-        if query and all(each in renamed for each in names):
+        if query and block.startswith("blocks.") and all(each in renamed for each in names):
             tensors, originals = zip(*(result.pop(each) for each in names), strict=True)
             result[f"{block}.attn.qkv.{kind}"] = (torch.cat(tensors), ", ".join(originals))
     return result
 
 
 def _from_flax(state: Renamed) -> Renamed:
-    """Rename and transpose the tensors of a Flax ViT.
+    """Bring a Flax ViT's tensors into PyTorch's shapes, and take stacked blocks apart.
 
     Kernels of linear layers are (in, out), of convolutions (rows, columns, in, out), of the
-    projections in attention (in, heads, channels of a head) and (heads, channels, out). Newer
-    files stack the blocks along a first dimension.
+    projections in attention (in, heads, channels of a head) and (heads, channels, out).
     """
     single: Renamed = {}
     for name, (tensor, original) in state.items():
@@ -156,51 +172,15 @@ def _from_flax(state: Renamed) -> Renamed:
             single[f"{before}Transformer/encoderblock_{i}/{part}"] = (tensor[i], f"{original}[{i}]")
         if not stacked:
             single[name] = (tensor, original)
-    renamed: Renamed = {}
-    for name, (tensor, original) in single.items():
-        for pattern, (replacement, change) in _FLAX.items():
-            new = re.sub(f"^{pattern}$", replacement, name)
-            if new != name:
-                renamed[new] = (change(tensor.float()).contiguous(), original)
-                break
-        else:
-            renamed[name.replace("/", ".")] = (tensor, original)
-    return renamed
+    return {name: (_of_pytorch(name, tensor), file) for name, (tensor, file) in single.items()}
 
 
-def _same(tensor: Tensor) -> Tensor:
-    return tensor
-
-
-def _transposed(kernel: Tensor) -> Tensor:
-    return kernel.T
-
-
-_BLOCK = r"Transformer/encoderblock_(\d+)/"
-_ATTENTION = _BLOCK + r"MultiHeadDotProductAttention_\d/"
-_FLAX: dict[str, tuple[str, Callable[[Tensor], Tensor]]] = {
-    "embedding/kernel": ("patch_embed.proj.weight", lambda kernel: kernel.permute(3, 2, 0, 1)),
-    "embedding/bias": ("patch_embed.proj.bias", _same),
-    "cls": ("cls_token", _same),
-    "(Transformer/posembed_input/)?pos_embedding": ("pos_embed", _same),
-    "Transformer/encoder_norm/scale": ("norm.weight", _same),
-    "Transformer/encoder_norm/bias": ("norm.bias", _same),
-    f"{_BLOCK}LayerNorm_0/scale": (r"blocks.\1.norm1.weight", _same),
-    f"{_BLOCK}LayerNorm_0/bias": (r"blocks.\1.norm1.bias", _same),
-    f"{_BLOCK}LayerNorm_[12]/scale": (r"blocks.\1.norm2.weight", _same),
-    f"{_BLOCK}LayerNorm_[12]/bias": (r"blocks.\1.norm2.bias", _same),
-    rf"{_BLOCK}MlpBlock_\d/Dense_0/kernel": (r"blocks.\1.mlp.fc1.weight", _transposed),
-    rf"{_BLOCK}MlpBlock_\d/Dense_0/bias": (r"blocks.\1.mlp.fc1.bias", _same),
-    rf"{_BLOCK}MlpBlock_\d/Dense_1/kernel": (r"blocks.\1.mlp.fc2.weight", _transposed),
-    rf"{_BLOCK}MlpBlock_\d/Dense_1/bias": (r"blocks.\1.mlp.fc2.bias", _same),
-    f"{_ATTENTION}(query|key|value)/kernel": (
-        r"blocks.\1.attn.\2.weight",
-        lambda kernel: kernel.flatten(1).T,
-    ),
-    f"{_ATTENTION}(query|key|value)/bias": (r"blocks.\1.attn.\2.bias", torch.flatten),
-    f"{_ATTENTION}out/kernel": (
-        r"blocks.\1.attn.proj.weight",
-        lambda kernel: kernel.flatten(0, 1).T,
-    ),
-    f"{_ATTENTION}out/bias": (r"blocks.\1.attn.proj.bias", _same),
-}
+def _of_pytorch(name: str, tensor: Tensor) -> Tensor:
+    tensor = tensor.float()
+    if name.endswith("/bias"):
+        return tensor.flatten()
+    if not name.endswith("/kernel"):
+        return tensor
+    if tensor.dim() == 4:
+        return tensor.permute(3, 2, 0, 1).contiguous()
+    return (tensor.flatten(0, 1) if "/out/" in name else tensor.flatten(1)).T.contiguous()

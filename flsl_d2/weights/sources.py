@@ -1,8 +1,8 @@
 """Kinds of files with an encoder's weights: one entry for each.
 
-An entry says how the kind is recognised, which tensors are left out and why, and what the
-source computes that no tensor tells: how positions are resampled, and the number of heads. The
-layouts are those of the projects' own code at the addresses that ``docs/CHECKPOINTS.md`` names.
+An entry says how the kind is recognised, which tensors are left out and why, and what no tensor
+tells: how the source resamples positions, and its number of heads. The layouts are those of the
+projects' own code at the addresses that ``docs/CHECKPOINTS.md`` names.
 """
 
 from __future__ import annotations
@@ -13,7 +13,6 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from flsl_d2.modeling.positions import sincos_positions
 from flsl_d2.weights.reading import ENCODER_FORMAT
@@ -34,9 +33,6 @@ _TIMM_POSITIONS = {"position_offset": 0.0, "position_antialias": True}
 # the further widths that timm's plain ViTs have. At 1536 they disagree.
 _HEADS = {192: 3, 384: 6, 768: 12, 1024: 16, 1280: 16, 1408: 16, 1664: 16}
 USUAL_HEADS = {**_HEADS, 256: 4, 320: 5, 512: 8, 640: 10, 832: 13, 896: 14, 1152: 16}
-# At this width timm's ViTs without class token disagree: 12 in SigLIP's, 16 in
-# ``vit_base_patch16_gap_224``.
-_GAP_HEADS: dict[int, int | None] = {**USUAL_HEADS, 768: None}
 
 _PIXELS = (
     "models of this kind differ in the pixels that they expect: most take ImageNet's mean and "
@@ -47,53 +43,12 @@ _HEAD = "the projection head serves pre-training only"
 
 
 @dataclass(frozen=True)
-class Candidate:
-    """The part of a file that entries look at.
-
-    Attributes:
-        content: outermost dict of the file.
-        chosen: the set of weights.
-        state: name in timm: tensor.
-        layout: library of the names.
-    """
-
-    content: Mapping[str, Any]
-    chosen: WeightSet
-    state: Mapping[str, Tensor]
-    layout: str
-
-    def has(self, *names: str) -> bool:
-        """Tell whether the set has one of the tensors."""
-        return any(name in self.state for name in names)
-
-    def is_in(self, *containers: str) -> bool:
-        """Tell whether the tensors lie in exactly these dicts, without a common prefix."""
-        return self.chosen.containers == containers and not self.chosen.prefix
-
-    def is_run(self, key: str = "") -> bool:
-        """Tell whether the file has student or teacher, and this key beside them."""
-        pair = {"teacher", "student"} & set(self.chosen.components)
-        return bool(pair) and (not key or key in self.content)
-
-    @property
-    def positions(self) -> Tensor | None:
-        """Table of positions (1, N, D), if there is one."""
-        table = self.state.get("pos_embed")
-        return table if table is not None and table.dim() == 3 else None
-
-    @property
-    def in_detector(self) -> bool:
-        """Whether the encoder sits in a detector as in ViTDet."""
-        return self.chosen.prefix.endswith("backbone.net.")
-
-
-@dataclass(frozen=True)
 class Source:
     """The layout of one kind of file.
 
     Attributes:
         name: name in reports.
-        fits: whether a candidate is of this source.
+        fits: whether a set of weights, by timm's names, is of this source.
         positions: arguments of ``FLSLViT`` for the source's way to resample positions.
         heads: width: number of heads; None where the models of that width disagree.
         dropped: pattern of names under the encoder's prefix that are left out: reason.
@@ -105,7 +60,7 @@ class Source:
     """
 
     name: str
-    fits: Callable[[Candidate], bool]
+    fits: Callable[[WeightSet], bool]
     positions: Mapping[str, Any] = field(default_factory=dict)
     heads: Mapping[int, int | None] = field(default_factory=dict)
     dropped: Mapping[str, str] = field(default_factory=dict)
@@ -116,39 +71,40 @@ class Source:
     note: str = ""
 
 
-def recognise(candidate: Candidate) -> tuple[Source, dict[str, Any]]:
+def recognise(weights: WeightSet) -> tuple[Source, dict[str, Any]]:
     """Find the first entry of :data:`SOURCES` that fits; the last one fits everything.
 
     Returns:
         The entry, and the arguments of ``FLSLViT`` that it gives for this file.
     """
-    source = next(source for source in SOURCES if source.fits(candidate))
+    source = next(source for source in SOURCES if source.fits(weights))
     architecture = dict(source.positions)
-    qkv = candidate.state.get("blocks.0.attn.qkv.weight")
+    qkv = weights.tensors.get("blocks.0.attn.qkv.weight")
     if qkv is not None and qkv.shape[-1] in source.heads:
         architecture["num_heads"] = source.heads[qkv.shape[-1]]
     if source.architecture_key:
-        architecture.update(candidate.content.get(source.architecture_key) or {})
+        architecture.update(weights.content.get(source.architecture_key) or {})
     return source, architecture
 
 
-def _is_rotary(file: Candidate) -> bool:
+def _is_rotary(file: WeightSet) -> bool:
     """Recognise timm's models with rotary positions: they alone call LayerScale ``gamma_1``."""
     options = file.content.get("args")
     names = [file.content.get("arch"), options.get("model") if isinstance(options, dict) else None]
+    if any("rope" in str(name) for name in names):
+        return True
     table = file.positions
-    from_timm = table is not None and math.isqrt(table.shape[1]) ** 2 == table.shape[1]
-    from_timm &= file.has("blocks.0.gamma_1") and file.has("cls_token")
-    says_so = any("rope" in str(name) for name in names)
-    return says_so or (from_timm and file.chosen.containers != ("model",))
+    from_timm = file.has("blocks.0.gamma_1") and file.has("cls_token") and table is not None
+    is_square = table is not None and math.isqrt(table.shape[1]) ** 2 == table.shape[1]
+    return from_timm and is_square and file.containers != ("model",)
 
 
-def _is_post_norm(file: Candidate) -> bool:
+def _is_post_norm(file: WeightSet) -> bool:
     plain = not file.has("blocks.0.attn.qkv.bias", "blocks.0.ls1.gamma", "cls_token")
     return plain and file.has("fc_norm.weight", "norm.weight") and not file.in_detector
 
 
-def _is_published_flsl(file: Candidate) -> bool:
+def _is_published_flsl(file: WeightSet) -> bool:
     """Tell whether a class token stands beside fixed positions that leave it no place."""
     table = file.positions
     if not file.has("cls_token") or table is None or table.is_meta or table.shape[-1] % 4:
@@ -159,19 +115,12 @@ def _is_published_flsl(file: Candidate) -> bool:
     return side**2 == table.shape[1] and torch.allclose(table.float(), fixed, atol=1e-3)
 
 
-def _is_own(file: Candidate) -> bool:
-    names = ("cls_token", "norm.weight", "fc_norm.weight", "reg_token", "register_tokens")
-    return not file.has(*names)
-
-
-def _is_dinov2(file: Candidate) -> bool:
+def _is_dinov2(file: WeightSet) -> bool:
     return file.has("mask_token") and file.has("blocks.0.ls1.gamma")
 
 
-def _is_timm(file: Candidate) -> bool:
-    """Tell whether the file has what DINO's own backbones never have."""
-    marks = ("head.weight", "fc_norm.weight", "reg_token", "blocks.0.ls1.gamma")
-    return not file.has("cls_token") or file.has(*marks)
+def _of_layout(layout: str) -> Callable[[WeightSet], bool]:
+    return lambda file: file.layout == layout
 
 
 _DINO: dict[str, Any] = {"positions": _DINO_POSITIONS, "heads": _HEADS}
@@ -217,7 +166,7 @@ SOURCES = (
     ),
     Source(
         "SelfPatch checkpoint",
-        lambda file: any(name.startswith("ca_head.") for name in file.chosen.outside),
+        lambda file: any(name.startswith("ca_head.") for name in file.outside),
         norm=None,
         **_DINO,
     ),
@@ -229,13 +178,13 @@ SOURCES = (
         _TIMM_POSITIONS,
         _HEADS,
     ),
-    Source("transformers", lambda file: file.layout == "transformers", note=_PIXELS, **_SIZED),
-    Source("OpenMMLab", lambda file: file.layout == "OpenMMLab", **_SIZED),
-    Source("torchvision", lambda file: file.layout == "torchvision", **_SIZED),
-    Source("Flax", lambda file: file.layout == "Flax", **_TIMM),
+    Source("transformers", _of_layout("transformers"), note=_PIXELS, **_SIZED),
+    Source("OpenMMLab", _of_layout("OpenMMLab"), **_SIZED),
+    Source("torchvision", _of_layout("torchvision"), **_SIZED),
+    Source("Flax", _of_layout("Flax"), **_TIMM),
     Source(
         "image encoder of Segment Anything",
-        lambda file: file.layout == "SAM",
+        _of_layout("SAM"),
         _TIMM_POSITIONS,
         dropped={r"neck\.": "the neck follows after the encoder"},
         dropped_outside={r"(prompt_encoder|mask_decoder)\.": "belongs to prompts and masks"},
@@ -245,7 +194,7 @@ SOURCES = (
     ),
     Source(
         "MoCo v3 checkpoint",
-        lambda file: bool({"base_encoder", "momentum_encoder"} & set(file.chosen.components)),
+        lambda file: bool({"base_encoder", "momentum_encoder"} & set(file.components)),
         _SIZED_POSITIONS,
         {**_HEADS, 384: 12},
         dropped={r"head\.": _HEAD},
@@ -265,7 +214,14 @@ SOURCES = (
         **_DETECTOR,
     ),
     Source("Detectron2's ViTDet", lambda file: file.in_detector, **_SIZED, **_DETECTOR),
-    Source("state dict of an FLSLViT", _is_own),
+    Source(
+        "state dict of an FLSLViT",
+        lambda file: (
+            not file.has(
+                *("cls_token", "norm.weight", "fc_norm.weight", "reg_token", "register_tokens")
+            )
+        ),
+    ),
     Source(
         "timm's ViT with residual post-norm",
         _is_post_norm,
@@ -278,7 +234,7 @@ SOURCES = (
             not file.has("cls_token", "reg_token", "attn_pool.latent", "blocks.0.ls1.gamma")
         ),
         _TIMM_POSITIONS,
-        _GAP_HEADS,
+        {**USUAL_HEADS, 768: None},  # 12 in SigLIP's, 16 in vit_base_patch16_gap_224
         note=_PIXELS,
     ),
     Source(
@@ -299,7 +255,14 @@ SOURCES = (
     ),
     Source("timm checkpoint", lambda file: "arch" in file.content, **_TIMM),
     Source("iBOT backbone", lambda file: file.is_in("state_dict"), **_DINO),
-    Source("timm", _is_timm, **_TIMM),
+    Source(
+        "timm",  # has what DINO's own backbones never have
+        lambda file: (
+            not file.has("cls_token")
+            or file.has("head.weight", "fc_norm.weight", "reg_token", "blocks.0.ls1.gamma")
+        ),
+        **_TIMM,
+    ),
     Source(
         "DINO backbone or timm",
         lambda file: True,

@@ -30,11 +30,11 @@ _PATCH_EMBEDDING = re.compile(
 # taken where nobody asks for one. It is that of the sources' own evaluations: the base encoder of
 # MoCo v3 and BYOL's online network, else the teacher (DINO) or target (I-JEPA), else the model
 # whose moving average lies beside it.
-_ROLES: dict[str, tuple[str, int]] = {
-    **dict.fromkeys(("base encoder", "online", "encoder q"), ("student", 0)),
-    **dict.fromkeys(("teacher", "target"), ("teacher", 1)),
-    **dict.fromkeys(("ema", "momentum", "averaged", "encoder k"), ("teacher", 3)),
-    "student": ("student", 4),
+_ROLES: dict[str, tuple[int, str]] = {
+    **dict.fromkeys(("base encoder", "online", "encoder q"), (0, "student")),
+    **dict.fromkeys(("teacher", "target"), (1, "teacher")),
+    **dict.fromkeys(("ema", "momentum", "averaged", "encoder k"), (3, "teacher")),
+    "student": (4, "student"),
 }
 _RANK_WITHOUT_ROLE = 2
 # Dicts whose tensors have the names of weights and are something else.
@@ -44,24 +44,27 @@ _MAX_NESTING = 6
 
 @dataclass(frozen=True)
 class WeightSet:
-    """The weights of one encoder.
+    """The weights of one encoder in a file.
 
     Attributes:
-        label: name by which ``which`` takes the set; empty for the only set of a file.
+        content: outermost dict of the file.
         containers: keys of the nested dicts that lead to the tensors.
         prefix: beginning of the encoder's names, without wrappers.
-        tensors: name without prefix and wrappers: tensor.
-        file_names: name in ``tensors``: name in the file.
-        outside: name without wrappers: name in the file, of what lies in the same dict under
-            another prefix.
+        tensors: name without prefix and wrappers, later timm's name: tensor.
+        file_names: name in ``tensors``: name or names in the file.
+        outside: name without wrappers: name in the file, of what lies beside the prefix.
+        label: name by which ``which`` takes the set; empty for the only set of a file.
+        layout: library of the names in the file.
     """
 
-    label: str
+    content: Mapping[str, Any]
     containers: tuple[str, ...]
     prefix: str
     tensors: dict[str, Tensor]
     file_names: dict[str, str]
     outside: dict[str, str]
+    label: str = ""
+    layout: str = "timm"
 
     @property
     def components(self) -> list[str]:
@@ -75,11 +78,34 @@ class WeightSet:
         return " / ".join([*self.containers, *([f"{self.prefix}*"] if self.prefix else [])])
 
     @property
-    def roles(self) -> list[tuple[str, int]]:
-        """Entries of :data:`_ROLES` for the words of the set's name, in the order of preference."""
+    def roles(self) -> list[tuple[int, str]]:
+        """Order of preference and role of the words in the set's name, the preferred first."""
         names = [f" {' '.join(words(part))} " for part in self.components]
-        found = [role for key, role in _ROLES.items() if any(f" {key} " in name for name in names)]
-        return sorted(found, key=lambda role: role[1])
+        return sorted(role for key, role in _ROLES.items() if any(f" {key} " in n for n in names))
+
+    @property
+    def positions(self) -> Tensor | None:
+        """Table of positions (1, N, D), if there is one."""
+        table = self.tensors.get("pos_embed")
+        return table if table is not None and table.dim() == 3 else None
+
+    @property
+    def in_detector(self) -> bool:
+        """Whether the encoder sits in a detector as in ViTDet."""
+        return self.prefix.endswith("backbone.net.")
+
+    def has(self, *names: str) -> bool:
+        """Tell whether the set has one of the tensors."""
+        return any(name in self.tensors for name in names)
+
+    def is_in(self, *containers: str) -> bool:
+        """Tell whether the tensors lie in exactly these dicts, without a common prefix."""
+        return self.containers == containers and not self.prefix
+
+    def is_run(self, key: str = "") -> bool:
+        """Tell whether the file has student or teacher, and this key beside them."""
+        pair = {"teacher", "student"} & set(self.components)
+        return bool(pair) and (not key or key in self.content)
 
 
 def words(name: str) -> list[str]:
@@ -100,12 +126,10 @@ def find_weight_sets(content: Mapping[str, Any]) -> list[WeightSet]:
         names = _without_wrappers(mapping)
         matches = (_PATCH_EMBEDDING.match(name) for name in names)
         for prefix in dict.fromkeys(match[0] for match in matches if match):
-            inside = {
-                n[len(prefix) :]: original for n, original in names.items() if n.startswith(prefix)
-            }
-            outside = {n: original for n, original in names.items() if not n.startswith(prefix)}
+            inside = {n[len(prefix) :]: o for n, o in names.items() if n.startswith(prefix)}
+            outside = {n: o for n, o in names.items() if not n.startswith(prefix)}
             tensors = {n: mapping[original] for n, original in inside.items()}
-            found.append(WeightSet("", containers, prefix, tensors, inside, outside))
+            found.append(WeightSet(content, containers, prefix, tensors, inside, outside))
     if len(found) < 2:
         return found
     shared = set.intersection(*(set(each.components) for each in found))
@@ -126,8 +150,8 @@ def choose_set(sets: list[WeightSet], which: str | None, path: str) -> WeightSet
     """
     labels = ", ".join(each.label for each in sets)
     if which is None:
-        order = [min((rank for _, rank in each.roles), default=_RANK_WITHOUT_ROLE) for each in sets]
-        chosen = [each for each, rank in zip(sets, order, strict=True) if rank == min(order)]
+        ranks = [each.roles[0][0] if each.roles else _RANK_WITHOUT_ROLE for each in sets]
+        chosen = [each for each, rank in zip(sets, ranks, strict=True) if rank == min(ranks)]
         if len(chosen) == 1:
             return chosen[0]
         raise InputError(
@@ -135,19 +159,17 @@ def choose_set(sets: list[WeightSet], which: str | None, path: str) -> WeightSet
             f"says which is the teacher or a moving average; choose one by which=NAME, e.g. "
             f"{path.split('?')[0]}?which={chosen[0].label}."
         )
-    for matches in (
-        lambda each: which == each.label,
-        lambda each: which in each.components,
-        lambda each: which in (role for role, _ in each.roles),
+    for names_of in (
+        lambda each: [each.label],
+        lambda each: each.components,
+        lambda each: [role for _, role in each.roles],
     ):
-        chosen = [each for each in sets if matches(each)]
+        chosen = [each for each in sets if which in names_of(each)]
         if len(chosen) == 1:
             return chosen[0]
-    remedy = (
-        f"use which=NAME with one of {labels}"
-        if len(sets) > 1
-        else f"leave which={which} out to take the one set that they have"
-    )
+    remedy = f"leave which={which} out to take the one set that they have"
+    if len(sets) > 1:
+        remedy = f"use which=NAME with one of {labels}"
     raise InputError(f"weights {path!r} hold no set of encoder weights {which!r}; {remedy}.")
 
 
