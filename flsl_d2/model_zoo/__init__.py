@@ -19,7 +19,7 @@ from flsl_d2.engine.config_files import (
     resolve_config_path,
 )
 from flsl_d2.errors import InputError
-from flsl_d2.weights.shipped import PREFIX, shipped_encoders
+from flsl_d2.weights.reading import SHIPPED_PREFIX, shipped_encoders
 
 __all__ = ["configs_folder", "get_checkpoint_url", "get_config", "get_config_file"]
 
@@ -46,7 +46,7 @@ def get_checkpoint_url(name: str) -> str:
     The address is for ``train.init_checkpoint``, ``MODEL.WEIGHTS``, ``--weights`` and
     :func:`flsl_d2.weights.build_encoder`.
     """
-    address = f"{PREFIX}{Path(name).stem}.safetensors"
+    address = f"{SHIPPED_PREFIX}{Path(name).stem}.safetensors"
     if address not in shipped_encoders():
         raise InputError(
             f"there are no weights of {name!r}; the package ships {', '.join(shipped_encoders())}."

@@ -38,8 +38,7 @@ def remove_unfinished(folder: str | Path) -> None:
 def checkpoint_files(folder: str | Path) -> list[Path]:
     """List the checkpoints of a run: the one that ``last_checkpoint`` names, then the newest first.
 
-    The list is empty for a folder without any, and for the empty name. :data:`BEST_WEIGHTS` is
-    none: a run cannot go on from it.
+    :data:`BEST_WEIGHTS` is none: a run cannot go on from it. The empty name has none.
     """
     if not folder:
         return []
@@ -55,10 +54,7 @@ def checkpoint_files(folder: str | Path) -> list[Path]:
 
 
 def checkpoint_damage(path: str | Path) -> str:
-    """Say what is wrong with a file of ``torch.save``; empty for nothing.
-
-    All checksums are compared, which PyTorch's readers do not do.
-    """
+    """Say what is wrong with a file of ``torch.save`` by all its checksums; empty for nothing."""
     try:
         with zipfile.ZipFile(path) as archive:
             damaged = archive.testzip()
@@ -140,11 +136,8 @@ class SafeCheckpointer(DetectionCheckpointer):
         Raises:
             InputError: there are checkpoints, and none can be read; or loading fails.
         """
-        if resume and self.has_checkpoint():
-            return self.load(self._newest_whole())
-        return self.load(path, checkpointables=[])
-
-    def _newest_whole(self) -> str:
+        if not (resume and self.has_checkpoint()):
+            return self.load(path, checkpointables=[])
         # One process decides for all: they must not resume from different steps.
         chosen, refused = decided_by_main(self._choose)
         if not chosen:
@@ -153,7 +146,7 @@ class SafeCheckpointer(DetectionCheckpointer):
                 "one from a copy, or start anew in another output folder."
             )
         checked_by_all(lambda: _check_readable(chosen))
-        return chosen
+        return self.load(chosen)
 
     def _choose(self) -> tuple[str, list[str]]:
         refused: list[str] = []
@@ -181,12 +174,9 @@ def _check_readable(path: str) -> None:
 class FLSLCheckpointer(SafeCheckpointer):
     """Loads encoders, detectors and whole runs; saves as :class:`SafeCheckpointer` does.
 
-    A file that holds an encoder (``teacher_backbone.pth``, or a layout of
-    :data:`flsl_d2.weights.sources.SOURCES`) goes into every ``FLSLViT`` of the model by exact
-    name, with one line that says how many weights matched. Any other file is a checkpoint of the
-    model itself. Every file is read by :func:`flsl_d2.weights.read_weights` and checked by
-    :func:`flsl_d2.modeling.encoder_state.fit_encoder_state`. A path may end in ``?which=NAME`` to
-    take one of several sets of encoder weights in a file.
+    A file that holds an encoder (:data:`flsl_d2.weights.sources.SOURCES`) goes into every
+    ``FLSLViT`` of the model by exact name. Any other file is a checkpoint of the model itself.
+    A path may end in ``?which=NAME`` to take one of several sets of encoder weights in a file.
 
     Attributes:
         require_whole: refuse encoders, and checkpoints that do not cover the whole model, as
@@ -196,13 +186,7 @@ class FLSLCheckpointer(SafeCheckpointer):
     require_whole = False
 
     def load(self, path: str, *args: Any, **kwargs: Any) -> dict[str, Any]:
-        """Load a file as the class describes.
-
-        Args:
-            path: file or URL; empty for none.
-
-        Returns:
-            The rest of the file's content.
+        """Load a file or URL as the class describes; return the rest of its content.
 
         Raises:
             InputError: the file cannot be read, or its weights do not cover the encoder (with
@@ -230,8 +214,8 @@ class FLSLCheckpointer(SafeCheckpointer):
     def _load_file(self, filename: str) -> dict[str, Any]:
         content = read_weights(filename)
         if "blobs" in content or "conv1_w" in content:  # Caffe2's, whose weights have other names
-            blobs = _tensors(content.get("blobs", content))
-            blobs = {name: blobs[name] for name in blobs if not name.endswith("_momentum")}
+            found = content.get("blobs", content).items()
+            blobs = {n: t for n, t in found if isinstance(t, Tensor) and n[-9:] != "_momentum"}
             return {"model": blobs, "__author__": "Caffe2", "matching_heuristics": True}
         encoders = encoders_of(self.model)
         prefix = encoders[0][0] if encoders else ""
@@ -248,41 +232,30 @@ class FLSLCheckpointer(SafeCheckpointer):
         raise InputError(unknown_layout(content, self._path))
 
     def _state_of_model(self, content: dict[str, Any], prefix: str) -> dict[str, Tensor] | None:
-        """Find the model's own tensors, in any container and behind any common prefix.
+        """Find the model's own tensors by its names, in any container and behind any common prefix.
 
-        Frameworks write a model as ``state_dict``, with ``model.`` before each name.
-
-        Args:
-            prefix: beginning of the names of the model's encoder; empty for a model without.
-
-        Returns:
-            The tensors by the model's names; None where the file holds none.
+        Frameworks write a model as ``state_dict``, with ``model.`` before each name. ``prefix``
+        is the beginning of the names of the model's encoder; empty for a model without.
         """
         own = set(self.model.state_dict())
-        anchor = next((n for n in own if n.startswith(prefix)), "")
-        if prefix:
-            anchor = f"{prefix}patch_embed.proj.weight"
+        anchor = f"{prefix}patch_embed.proj.weight" if prefix else next(iter(own), "")
         found = []
         for containers, tensors in tensor_dicts(content):
             plain = {plain_name(name): tensor for name, tensor in tensors.items()}
-            for name in plain:
-                if f".{name}".endswith(f".{anchor}"):
-                    before = name.removesuffix(anchor)
-                    state = {
-                        n.removeprefix(before): t for n, t in plain.items() if n.startswith(before)
-                    }
-                    found.append((containers, state))
+            for before in [n[: -len(anchor)] for n in plain if f".{n}".endswith(f".{anchor}")]:
+                state = {n[len(before) :]: t for n, t in plain.items() if n.startswith(before)}
+                found.append((containers, state))
         if self._which and found:
-            named = [state for containers, state in found if self._which in containers]
-            if not named:
+            found = [
+                (containers, state) for containers, state in found if self._which in containers
+            ]
+            if not found:
                 raise InputError(
                     f"weights {self._path!r} hold no set of this model's weights {self._which!r}; "
                     f"leave which={self._which} out to take the one that they have."
                 )
-            return named[0]
         whole = [state for containers, state in found if containers in ((), ("model",))]
-        states = whole or [state for _, state in found]
-        return states[0] if states else None
+        return next(iter([*whole, *(state for _, state in found)]), None)
 
     def _load_model(self, checkpoint: dict[str, Any]) -> Any:
         weights = checkpoint.pop("_encoder", None)
@@ -310,18 +283,10 @@ class FLSLCheckpointer(SafeCheckpointer):
         result = super()._load_model(checkpoint)
         if self.require_whole and result is not None:
             shapes = (name for name, *_ in result.incorrect_shapes)
-            self._refuse_missing([*result.missing_keys, *shapes, *new])
+            if missing := [*result.missing_keys, *shapes, *new]:
+                raise InputError(
+                    f"weights {self._path!r} cover {len(own) - len(missing)} of the model's "
+                    f"{len(own)} tensors; missing or of another shape are {listed(missing)}. "
+                    "Evaluate with the config that the checkpoint was trained with."
+                )
         return result
-
-    def _refuse_missing(self, missing: list[str]) -> None:
-        if missing:
-            total = len(self.model.state_dict())
-            raise InputError(
-                f"weights {self._path!r} cover {total - len(missing)} of the model's {total} "
-                f"tensors; missing or of another shape are {listed(missing)}. Evaluate with the "
-                "config that the checkpoint was trained with."
-            )
-
-
-def _tensors(state: dict[str, Any]) -> dict[str, Tensor]:
-    return {str(name): value for name, value in state.items() if isinstance(value, Tensor)}

@@ -86,17 +86,13 @@ def find_encoder_weights(
     local: str = "",
     given: Mapping[str, Any] | None = None,
 ) -> EncoderWeights | None:
-    """Find an encoder in the content of a file, in the names of ``FLSLViT``.
+    """Find an encoder in the content of a file; None where no set of weights is a transformer's.
 
     Args:
-        content: result of :func:`flsl_d2.weights.read_weights`.
         which: name of a set of weights, None for the default.
         path: name of the file, for messages.
         local: file on this machine; a ``config.json`` of transformers beside it is read.
         given: arguments of ``FLSLViT`` that the user knows better than the file.
-
-    Returns:
-        None where no set of weights is that of a vision transformer.
 
     Raises:
         InputError: there is no set of the name, nothing says which of several to take, or the set
@@ -213,15 +209,8 @@ def _check_whole(
         )
 
 
-def _stated_grid(
-    file: WeightSet, options: list[Mapping[str, Any]]
-) -> tuple[int, int, int] | None:
-    """Find the image size in the options that explains the rows of the position table.
-
-    Returns:
-        Rows and columns of patches, and the number of further rows before them, if any option
-        explains the table.
-    """
+def _stated_grid(file: WeightSet, options: list[Mapping[str, Any]]) -> tuple[int, int, int] | None:
+    """Find rows, columns and further rows of the position table by an image size in the options."""
     table, patches = file.positions, file.tensors.get("patch_embed.proj.weight")
     if table is None or patches is None or patches.dim() != 4:
         return None

@@ -32,8 +32,8 @@ def build_encoder(path: str, which: str | None = None, **changes: Any) -> FLSLVi
     Args:
         path: file or URL in any layout of :data:`flsl_d2.weights.sources.SOURCES`; it may end in
             ``?which=NAME``.
-        which: name of a set of weights (``student``, ``state_dict_ema``) in a file that has
-            several; None takes the one that the file's own project evaluates.
+        which: name of a set of weights (``student``, ``state_dict_ema``); None takes the one that
+            the file's own project evaluates.
         **changes: arguments of ``FLSLViT`` that differ from what the file says.
 
     Raises:
@@ -53,20 +53,12 @@ def open_encoder(path: str, which: str | None = None, **changes: Any) -> tuple[F
 
 
 def encoder_arguments(path: str) -> tuple[dict[str, Any], InputFormat]:
-    """Return the arguments of ``FLSLViT`` for the encoder in a file, and the pixels that it takes.
-
-    Raises:
-        InputError: see :func:`build_encoder`.
-    """
+    """Return the arguments of ``FLSLViT`` for a file's encoder, and the pixels that it takes."""
     return _described(path, None, {})[:2]
 
 
 def input_format(path: str) -> InputFormat:
-    """Return the pixels that the encoder in a weight file takes, or the default for its channels.
-
-    Raises:
-        InputError: see :func:`build_encoder`.
-    """
+    """Return the pixels that a file's encoder takes, or the default for its channels."""
     return encoder_arguments(path)[1]
 
 

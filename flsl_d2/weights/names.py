@@ -109,7 +109,6 @@ _FOREIGN_NETWORKS = {
 
 
 def foreign_network(names: list[str]) -> str:
-    """Name the network that tensors of these names belong to; empty where it is unknown."""
     for pattern, network in _FOREIGN_NETWORKS.items():
         if any(re.match(pattern, name) for name in names):
             return network
@@ -121,12 +120,9 @@ def to_timm_names(
 ) -> tuple[str, Renamed]:
     """Rename the tensors of one encoder as timm does; names that no rule covers stay as they are.
 
-    Args:
-        tensors: name without prefix: tensor.
-        file_names: name without prefix: name in the file.
-
     Returns:
-        The library of the layout (``timm``, ``SAM`` or one of :data:`_LIBRARIES`), and the tensors.
+        The library of the layout (``timm``, ``SAM`` or one of :data:`_LIBRARIES`), and the tensors
+        with their names in the file.
     """
     state = {name: (tensor, file_names[name]) for name, tensor in tensors.items()}
     for library, (mark, rules) in _LIBRARIES.items():

@@ -70,9 +70,7 @@ class _Storage(NamedTuple):
 class _DataType:
     """Stands for ``numpy.dtype`` until its state gives the byte order."""
 
-    def __init__(self, code: Any, *_: Any) -> None:
-        if not isinstance(code, str) or not re.fullmatch(r"[<>|=]?[biufc]\d+", code):
-            raise ValueError(f"arrays of the type {code!r}")
+    def __init__(self, code: str) -> None:
         self.numpy = np.dtype(code)
 
     def build(self, state: tuple[Any, ...]) -> None:
@@ -100,10 +98,8 @@ def _array(data: Any, dtype: Any, shape: tuple[int, ...], order: Any) -> _Array:
 
 
 def _data_type(code: Any, *_: Any) -> _DataType | Unread:
-    try:
-        return _DataType(code)
-    except ValueError:
-        return Unread()
+    known = isinstance(code, str) and re.fullmatch(r"[<>|=]?[biufc]\d+", code)
+    return _DataType(code) if known else Unread()
 
 
 def _scalar(dtype: Any, data: Any) -> Any:
@@ -277,7 +273,7 @@ def read_pickle(stream: Any) -> tuple[Any, set[str]]:
         data = stream.read(len(values))
         if len(data) < len(values):
             raise ValueError("the file ends within a tensor")
-        values.copy_(torch.frombuffer(bytearray(data), dtype=torch.uint8) if data else values)
+        values.copy_(_memory(data))
     return _finished(content), unpickler.unread
 
 
@@ -292,15 +288,17 @@ def read_archive(archive: zipfile.ZipFile) -> tuple[Any, set[str]]:
 
     def read(key: str, dtype: torch.dtype, _: int) -> _Storage:
         if key not in storages:
-            data = bytearray(archive.read(f"{root}data/{key}"))
-            empty = torch.empty(0, dtype=torch.uint8)
-            storages[key] = _Storage(
-                torch.frombuffer(data, dtype=torch.uint8) if data else empty, dtype
-            )
+            storages[key] = _Storage(_memory(archive.read(f"{root}data/{key}")), dtype)
         return storages[key]
 
     unpickler = _Unpickler(io.BytesIO(archive.read(main)), read)
     return _finished(unpickler.load()), unpickler.unread
+
+
+def _memory(data: bytes) -> Tensor:
+    if not data:  # frombuffer refuses it
+        return torch.empty(0, dtype=torch.uint8)
+    return torch.frombuffer(bytearray(data), dtype=torch.uint8)
 
 
 def _finished(content: Any, seen: dict[int, Any] | None = None) -> Any:

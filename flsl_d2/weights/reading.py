@@ -15,17 +15,19 @@ from urllib.parse import parse_qsl
 import numpy as np
 import torch
 from detectron2.utils.file_io import PathManager
+from iopath.common.file_io import PathHandler
 from safetensors import safe_open
 
 from flsl_d2.errors import InputError
 from flsl_d2.files import describe_content
-from flsl_d2.weights import shipped  # noqa: F401  (makes flsl_d2:// an address)
 from flsl_d2.weights.pickles import CommandError, read_archive, read_pickle_file
 
 logger = logging.getLogger(__name__)
 
 # Value of the key ``format`` in this project's encoder files.
 ENCODER_FORMAT = "flsl_d2 encoder"
+# Beginning of the addresses of the encoders that the package ships, wherever weights are named.
+SHIPPED_PREFIX = "flsl_d2://"
 # Files that stand for their folder, as Hugging Face's ``save_pretrained`` and a run write them.
 _IN_FOLDERS = (
     *("model.safetensors", "model.safetensors.index.json"),
@@ -33,15 +35,42 @@ _IN_FOLDERS = (
 )
 
 
+class _ShippedEncoders(PathHandler):
+    """Files of the package by the addresses of :func:`shipped_encoders`."""
+
+    folder = Path(__file__).with_name("encoders")
+
+    def _get_supported_prefixes(self) -> list[str]:
+        return [SHIPPED_PREFIX]
+
+    def _get_local_path(self, path: str, force: bool = False, **_: Any) -> str:
+        if path not in shipped_encoders():
+            raise ValueError(f"the package ships {', '.join(shipped_encoders())}")
+        return str(self.folder / path.removeprefix(SHIPPED_PREFIX))
+
+    def _isfile(self, path: str, **_: Any) -> bool:
+        return path in shipped_encoders()
+
+    _exists = _isfile
+
+    def _open(self, path: str, mode: str = "r", buffering: int = -1, **_: Any) -> Any:
+        return open(self._get_local_path(path), mode, buffering)
+
+
+def shipped_encoders() -> list[str]:
+    """List the encoders of the package, as ``flsl_d2://NAME.safetensors``."""
+    files = sorted(_ShippedEncoders.folder.glob("*.safetensors"))
+    return [SHIPPED_PREFIX + file.name for file in files]
+
+
+PathManager.register_handler(_ShippedEncoders(), allow_override=True)
+
+
 def split_weights_path(path: str) -> tuple[str, str | None]:
-    """Take the choice of a set of weights off a path: ``weights.pth?which=student``.
+    """Split ``weights.pth?which=student`` into the path, ``~`` expanded, and the name or None.
 
-    Args:
-        path: file or URL. ``matching_heuristics``, which Detectron2's paths have, is taken off as
-            well; any other query belongs to the URL.
-
-    Returns:
-        The path, with ``~`` replaced by the home folder, and the name of the set or None.
+    ``matching_heuristics``, which Detectron2's paths have, is taken off as well; any other query
+    belongs to the URL.
     """
     base, mark, query = path.rpartition("?")
     options = dict(parse_qsl(query))
@@ -100,9 +129,8 @@ def read_weights(path: str) -> dict[str, Any]:
     path, _ = split_weights_path(path)
     local = local_weights_path(path)
     _refuse_single_shard(path, Path(local))
-    unread: set[str] = set()
     try:
-        content = _read(local, path, unread)
+        content, unread = _read(local, path)
     except (InputError, MemoryError):
         raise
     except CommandError as error:
@@ -111,10 +139,11 @@ def read_weights(path: str) -> dict[str, Any]:
             "nothing was run, and you should not open this file with other programs."
         ) from error
     except Exception as error:  # damaged files fail in every layer of the readers
+        sentence = re.split(r"[\n:.]", str(error).strip(), maxsplit=1)[0]
+        reason = f"{type(error).__name__}{': ' * bool(sentence)}{sentence[:100]}"
         raise InputError(
-            f"weights {path!r} cannot be read ({_reason(error)}): the file is damaged, incomplete "
-            "or not written by torch.save, safetensors, NumPy or Detectron2; download or write it "
-            "again."
+            f"weights {path!r} cannot be read ({reason}): the file is damaged, incomplete or not "
+            "written by torch.save, safetensors, NumPy or Detectron2; download or write it again."
         ) from error
     if not isinstance(content, dict):
         raise InputError(
@@ -122,42 +151,34 @@ def read_weights(path: str) -> dict[str, Any]:
             "save model.state_dict()."
         )
     if unread:
-        logger.info(
-            "weights %r also hold objects of the classes %s, which were not built.",
-            path,
-            ", ".join(sorted(unread)),
-        )
+        classes = ", ".join(sorted(unread))
+        logger.info("weights %r also hold objects of %s, which were not built.", path, classes)
     return content
 
 
-def _read(local: str, path: str, unread: set[str]) -> Any:
+def _read(local: str, path: str) -> tuple[Any, set[str]]:
+    """Return a file's content, and the names of the classes in it that were not built."""
     with open(local, "rb") as file:
         start = file.read(256)
     if start.startswith(b"PK\x03\x04"):
         with zipfile.ZipFile(local) as archive:
             names = archive.namelist()
             if all(name.endswith(".npy") for name in names):
-                return _read_npz(local, path)
+                return _read_npz(local, path), set()
             if any(name.split("/")[1:2] == ["code"] for name in names):
                 raise InputError(
                     f"weights {path!r} are a TorchScript archive, which is a program; open it by "
                     "torch.jit.load and save its state_dict()."
                 )
-            if not any(name.split("/")[1:] == ["data.pkl"] for name in names):
-                raise InputError(
-                    f"weights {path!r} cannot be read: the file is {describe_content(start)}."
-                )
-            content, classes = read_archive(archive)
+            if any(name.split("/")[1:] == ["data.pkl"] for name in names):
+                return read_archive(archive)
     elif start[8:9] == b"{" and int.from_bytes(start[:8], "little") < os.path.getsize(local):
-        return _read_safetensors(local)
+        return _read_safetensors(local), set()
     elif start.lstrip()[:1] == b"{" and b'"' in start:
-        return _read_index(local, path)
-    elif described := describe_content(start):
+        return _read_index(local, path), set()
+    if described := describe_content(start):
         raise InputError(f"weights {path!r} cannot be read: the file is {described}.")
-    else:
-        content, classes = read_pickle_file(local)
-    unread |= classes
-    return content
+    return read_pickle_file(local)
 
 
 def _read_npz(local: str, path: str) -> dict[str, Any]:
@@ -204,8 +225,7 @@ def _read_index(local: str, path: str) -> dict[str, Any]:
         if "/" in name or "\\" in name:
             raise InputError(f"the index {path!r} names {name!r}, which is not beside it.")
         shard = f"{folder}/{name}" if folder else name
-        unread: set[str] = set()
-        state |= _read(local_weights_path(shard), shard, unread)
+        state |= _read(local_weights_path(shard), shard)[0]
     missing = [name for name in shards if name not in state]
     if missing:
         raise InputError(
@@ -216,11 +236,7 @@ def _read_index(local: str, path: str) -> dict[str, Any]:
 
 
 def _refuse_single_shard(path: str, local: Path) -> None:
-    """Refuse a file whose name, or an index beside it, says that it is one of several.
-
-    Raises:
-        InputError: it is.
-    """
+    """Refuse a file whose name, or an index beside it, says that it is one of several."""
     indexes = []
     for index in local.parent.glob("*.index.json"):
         try:
@@ -234,8 +250,3 @@ def _refuse_single_shard(path: str, local: Path) -> None:
     part = f"part {int(numbered[1])} of {int(numbered[2])}" if numbered else "one of several shards"
     remedy = indexes[0] if indexes else "the index (*.index.json) beside all parts"
     raise InputError(f"weights {path!r} are {part} of a model; give {remedy}.")
-
-
-def _reason(error: Exception) -> str:
-    sentence = re.split(r"[\n:.]", str(error).strip(), maxsplit=1)[0]
-    return f"{type(error).__name__}: {sentence[:100]}" if sentence else type(error).__name__

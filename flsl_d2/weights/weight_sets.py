@@ -114,11 +114,7 @@ def words(name: str) -> list[str]:
 
 
 def find_weight_sets(content: Mapping[str, Any]) -> list[WeightSet]:
-    """Find every set of encoder weights in the content of a file.
-
-    Raises:
-        InputError: two tensors have the same name once wrappers are taken off.
-    """
+    """Find every set of encoder weights in a file; raise InputError where two names become one."""
     found = []
     for containers, mapping in tensor_dicts(content):
         if any(word in _OTHER_TENSORS for key in containers for word in words(key)):
@@ -140,10 +136,9 @@ def find_weight_sets(content: Mapping[str, Any]) -> list[WeightSet]:
 
 
 def choose_set(sets: list[WeightSet], which: str | None, path: str) -> WeightSet:
-    """Choose the set that is asked for, or the one that the file's own project evaluates.
+    """Choose the set of a label, a part of it or a role (``student``, ``teacher``).
 
-    Args:
-        which: label, a part of it, or a role (``student``, ``teacher``).
+    Without one, the set that the file's own project evaluates.
 
     Raises:
         InputError: there is no such set, or nothing says which of several to take.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -39,10 +40,10 @@ def encoder_file(encoder: FLSLViT) -> dict[str, Any]:
 
 
 def write_encoder(encoder: FLSLViT, path: str | Path) -> None:
-    """Write an encoder by its bare names, with its architecture.
+    """Write an encoder by its bare names, with its architecture; the file is whole or not there.
 
     A ``.pth`` file is :func:`encoder_file`. A ``.safetensors`` file holds the tensors, and the
-    rest as metadata. The file is whole or not there.
+    rest as metadata.
 
     Raises:
         InputError: the suffix is another, or the file cannot be written.
@@ -70,7 +71,12 @@ def timm_state(encoder: FLSLViT) -> dict[str, Tensor]:
     Raises:
         InputError: the encoder has windows or relative positions.
     """
-    _refuse_windows(encoder)
+    found = [key for key in ("window_size", "use_rel_pos") if encoder.architecture.get(key)]
+    if found:
+        raise InputError(
+            f"the encoder has {' and '.join(found)}, which timm's ViT lacks; convert it to "
+            "another format."
+        )
     back = [(ours, theirs) for theirs, ours in TIMM_NAMES]
     state = {rename(name, back): tensor for name, tensor in encoder.state_dict().items()}
     prefix = state.pop("prefix_tokens", None)
@@ -92,45 +98,28 @@ def timm_arguments(encoder: FLSLViT) -> dict[str, Any]:
     known = encoder.architecture
     same = ("img_size", "patch_size", "in_chans", "embed_dim", "depth", "num_heads", "mlp_ratio")
     arguments: dict[str, Any] = {key: known[key] for key in (*same, "qkv_bias", "final_norm")}
-    arguments["init_values"] = known["layer_scale_init"]
-    arguments["num_classes"] = 0
+    arguments |= {"init_values": known["layer_scale_init"], "num_classes": 0}
     arguments["no_embed_class"] = True  # the prefix tokens have their positions in them
     if encoder.num_prefix_tokens:
-        arguments["reg_tokens"] = encoder.num_prefix_tokens - 1
-    else:
-        # timm would move the last norm behind the pooling.
-        arguments |= {"class_token": False, "global_pool": "avg", "fc_norm": False}
-    return arguments
+        return {**arguments, "reg_tokens": encoder.num_prefix_tokens - 1}
+    # Without fc_norm=False timm would move the last norm behind the pooling.
+    return {**arguments, "class_token": False, "global_pool": "avg", "fc_norm": False}
 
 
 def timm_call(encoder: FLSLViT, path: str | Path) -> str:
     """Return the Python code that loads a file of :func:`write_timm`."""
     arguments = ", ".join(f"{key}={value!r}" for key, value in timm_arguments(encoder).items())
-    reader = (
-        f"safetensors.torch.load_file({str(path)!r})"
-        if Path(path).suffix == ".safetensors"
-        else f"torch.load({str(path)!r}, weights_only=True)"
-    )
-    return (
-        f"model = timm.create_model({TIMM_MODEL!r}, {arguments})\nmodel.load_state_dict({reader})"
-    )
-
-
-def _refuse_windows(encoder: FLSLViT) -> None:
-    found = [key for key in ("window_size", "use_rel_pos") if encoder.architecture.get(key)]
-    if found:
-        raise InputError(
-            f"the encoder has {' and '.join(found)}, which timm's ViT lacks; convert it to "
-            "another format."
-        )
+    reader = f"torch.load({str(path)!r}, weights_only=True)"
+    if Path(path).suffix == ".safetensors":
+        reader = f"safetensors.torch.load_file({str(path)!r})"
+    model = f"timm.create_model({TIMM_MODEL!r}, {arguments})"
+    return f"model = {model}\nmodel.load_state_dict({reader})"
 
 
 def _write(
-    path: str | Path,
-    tensors: dict[str, Tensor],
-    metadata: dict[str, str],
-    torch_content: dict[str, Any],
+    path: str | Path, tensors: dict[str, Tensor], metadata: dict[str, str], content: dict[str, Any]
 ) -> None:
+    """Write ``content`` into a ``.pth`` file, or tensors and metadata into ``.safetensors``."""
     path = Path(path)
     if path.suffix not in (".pth", ".safetensors"):
         raise InputError(
@@ -142,7 +131,7 @@ def _write(
             if path.suffix == ".safetensors":
                 file.write(safetensors.torch.save(tensors, metadata))
             else:
-                torch.save(torch_content, file)
+                torch.save(content, file)
     except (OSError, RuntimeError) as error:
         reason = " ".join(str(error).split())
         raise InputError(f"{str(path)!r} cannot be written ({reason}); choose another.") from error
@@ -153,13 +142,9 @@ def _on_cpu(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def write_account(path: str, account: LoadReport) -> None:
-    """Write the account of every weight as JSON.
-
-    Raises:
-        InputError: the file cannot be written.
-    """
+    """Write the account of every weight as JSON; raise InputError if the file cannot be written."""
     try:
-        write_text(os.path.expanduser(path), json.dumps(account.as_dict(), indent=2) + "\n")
+        write_text(os.path.expanduser(path), json.dumps(asdict(account), indent=2) + "\n")
     except OSError as error:
         raise InputError(
             f"the report {path!r} cannot be written ({error.strerror}); choose another."

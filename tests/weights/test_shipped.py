@@ -12,7 +12,7 @@ from flsl_d2 import model_zoo
 from flsl_d2.errors import InputError
 from flsl_d2.modeling import FLSLViT
 from flsl_d2.weights import build_encoder
-from flsl_d2.weights.shipped import shipped_encoders
+from flsl_d2.weights.reading import shipped_encoders
 
 RECIPE = "pretrain/flsl_vit_mini_p8_small_data.py"
 
