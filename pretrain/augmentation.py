@@ -6,7 +6,8 @@ image, or on a GPU, batch by batch (``pretrain/device_views.py``).
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 import cv2
 import numpy as np
@@ -15,22 +16,22 @@ JITTERS = ("brightness", "contrast", "saturation", "hue")
 
 
 class Augmentation(NamedTuple):
-    """The draws for one view.
+    """The draws for one view, or arrays of those for a view of B images.
 
     Attributes:
         order: indexes of the :data:`JITTERS` in the order in which they are applied; empty for
-            none.
+            none. Of a batch (B, 4) int64, -1 for none.
         factors: factors of brightness, contrast and saturation, and the shift of the hue in turns.
         grey: whether the view is turned grey.
         sigma: standard deviation of the blur in pixels; 0 for none.
         solarise: whether values from 128 up are inverted.
     """
 
-    order: tuple[int, ...]
-    factors: tuple[float, float, float, float]
-    grey: bool
-    sigma: float
-    solarise: bool
+    order: Any
+    factors: Any
+    grey: Any
+    sigma: Any
+    solarise: Any
 
 
 def draw_augmentation(rng: np.random.Generator, strength: float = 1.0) -> Augmentation:
@@ -38,12 +39,8 @@ def draw_augmentation(rng: np.random.Generator, strength: float = 1.0) -> Augmen
 
     Colour jitter (p 0.8: brightness 0.4, contrast 0.4, saturation 0.2, hue 0.1, in random order),
     greyscale (p 0.2), then at even odds either blur (p 0.5) or blur (p 0.1) and solarise (p 0.2).
-    The blur's standard deviation is uniform in 0.1 to 2 pixels.
-
-    Args:
-        rng: source of randomness.
-        strength: factor of the colour jitter's deviations from 1 and of its hue, and of the
-            probabilities of greyscale and solarise, 0 to 1.
+    The blur's standard deviation is uniform in 0.1 to 2 pixels. ``strength``, 0 to 1, scales the
+    jitter's deviations from 1, its hue, and the probabilities of greyscale and solarise.
     """
     order: tuple[int, ...] = ()
     factors = (1.0, 1.0, 1.0, 0.0)
@@ -58,6 +55,23 @@ def draw_augmentation(rng: np.random.Generator, strength: float = 1.0) -> Augmen
     sigma = rng.uniform(0.1, 2.0) if blurred else 0.0
     solarise = not blur_only and rng.random() < 0.2 * strength
     return Augmentation(order, factors, grey, sigma, solarise)
+
+
+def stack_augmentations(drawn: Sequence[Augmentation]) -> Augmentation:
+    """Join the augmentations of B images into arrays, with an order of -1 for no jitter.
+
+    Arrays stay on the CPU, where the images of each operation are selected, and travel from the
+    workers without shared memory.
+    """
+    _, factors, grey, sigma, solarise = zip(*drawn, strict=True)
+    order = [each.order or (-1,) * len(JITTERS) for each in drawn]
+    return Augmentation(
+        np.array(order),
+        np.array(factors, np.float32),
+        np.array(grey),
+        np.array(sigma, np.float32),
+        np.array(solarise),
+    )
 
 
 def blur_radius(sigma: float) -> int:

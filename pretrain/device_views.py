@@ -10,7 +10,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from itertools import groupby
-from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -24,70 +23,42 @@ LUMA = (0.299, 0.587, 0.114)  # ITU-R BT.601, as opencv's and Pillow's grey
 MAX_SIGMA = 2.0
 
 
-class AugmentationBatch(NamedTuple):
-    """The :class:`Augmentation` of every image of a batch.
+def crop_batch(images: Tensor, regions: np.ndarray, size: int) -> Tensor:
+    """Resample a box of each image, bicubically and antialiased, and mirror it where the region is.
 
-    These are arrays on the CPU, where the images of each operation are selected; as arrays they
-    also travel from the workers without shared memory.
-
-    Attributes:
-        order: (B, 4) int64, the jitter at each position of the order; -1 for none.
-        factors: (B, 4) float32.
-        grey: (B,) bool.
-        sigma: (B,) float32, 0 for no blur.
-        solarise: (B,) bool.
-    """
-
-    order: np.ndarray
-    factors: np.ndarray
-    grey: np.ndarray
-    sigma: np.ndarray
-    solarise: np.ndarray
-
-
-def stack_augmentations(augmentations: Sequence[Augmentation]) -> AugmentationBatch:
-    """Stack the augmentations of one view of B images."""
-    none = (-1,) * len(JITTERS)
-    return AugmentationBatch(
-        np.array([a.order or none for a in augmentations], dtype=np.int64),
-        np.array([a.factors for a in augmentations], dtype=np.float32),
-        np.array([a.grey for a in augmentations], dtype=bool),
-        np.array([a.sigma for a in augmentations], dtype=np.float32),
-        np.array([a.solarise for a in augmentations], dtype=bool),
-    )
-
-
-def crop_batch(images: Tensor, boxes: Tensor, size: int) -> Tensor:
-    """Resample a box of each image, bicubically and antialiased.
-
-    Resampling is linear and separable: one matrix for the rows and one for the columns of each
-    box, so that a batch of different boxes is two batched matrix products.
+    Resampling is linear and separable: one matrix for the rows and one for the columns of each box,
+    so that a batch of different boxes is two batched matrix products.
 
     Args:
         images: (B, 3, H, W) in 0 to 255.
-        boxes: (B, 4) top, left, height, width in pixels, on the images' device.
+        regions: (B, 4) of ``StepInputs``.
         size: S, the side of the result in pixels.
 
     Returns:
         (B, 3, S, S) float32, in 0 to 255 and not rounded.
     """
-    top, left, height, width = boxes.float().unbind(1)
+    sides = np.array([images.shape[-2], images.shape[-1]] * 2)
+    boxes = (regions * sides).round().astype(np.float32)
+    mirrored = boxes[:, 3] < 0
+    boxes[mirrored, 1] += boxes[mirrored, 3]
+    top, left, height, width = to_device(np.abs(boxes), images.device).unbind(1)
     rows = _resampling_matrix(top, height, images.shape[-2], size)  # (B, S, H)
     columns = _resampling_matrix(left, width, images.shape[-1], size)  # (B, S, W)
     # In half precision the products would be off by more than a grey level.
     with torch.autocast(images.device.type, enabled=False):
         out = rows[:, None] @ images.float() @ columns[:, None].transpose(-2, -1)
-    return out.clamp_(0, 255)
+    out.clamp_(0, 255)
+    if mirrored.any():
+        flipped = to_device(mirrored, images.device).view(-1, 1, 1, 1)
+        out = torch.where(flipped, out.flip(-1), out)
+    return out
 
 
 def _resampling_matrix(start: Tensor, length: Tensor, pixels: int, size: int) -> Tensor:
-    """Weights of ``pixels`` input values for ``size`` output values of each interval.
+    """Weights (B, size, pixels) of input values for the output values of each interval.
 
     Keys' cubic kernel (a = -0.5), widened where the interval shrinks, cut off at its ends and
     normalised: what Pillow and PyTorch's antialiased interpolation compute.
-
-    Returns:
-        (B, size, pixels).
     """
     scale = (length / size)[:, None, None]
     place = torch.arange(size, device=start.device)[:, None] + 0.5
@@ -102,37 +73,26 @@ def _resampling_matrix(start: Tensor, length: Tensor, pixels: int, size: int) ->
     return weights / weights.sum(dim=-1, keepdim=True)
 
 
-def augment_views(views: Sequence[Tensor], batches: Sequence[AugmentationBatch]) -> list[Tensor]:
-    """Augment several views, each like :func:`augment_batch`.
+def augment_views(views: Sequence[Tensor], batches: Sequence[Augmentation]) -> list[Tensor]:
+    """Augment several views (B, 3, S, S) in 0 to 255, each like :func:`augment_batch`.
 
     Views of one size that follow each other are joined, because a GPU works off these operations
     faster than Python issues them.
-
-    Args:
-        views: (B, 3, S, S) in 0 to 255; S may differ between views.
-        batches: augmentations of each view.
     """
     done: list[Tensor] = []
     pairs = zip(views, batches, strict=True)
     for _, group in groupby(pairs, key=lambda pair: pair[0].shape[-1]):
         images, augmentations = zip(*group, strict=True)
-        together = AugmentationBatch(*map(np.concatenate, zip(*augmentations, strict=True)))
+        together = Augmentation(*map(np.concatenate, zip(*augmentations, strict=True)))
         done += augment_batch(torch.cat(images), together).split(len(images[0]))
     return done
 
 
-def augment_batch(images: Tensor, batch: AugmentationBatch) -> Tensor:
-    """Apply an augmentation to each image.
+def augment_batch(images: Tensor, batch: Augmentation) -> Tensor:
+    """Apply an augmentation to each image of (B, 3, S, S) in 0 to 255; the result is float32.
 
     Each operation runs over the images that it was drawn for; they are known on the CPU, so that
     nothing waits for the device.
-
-    Args:
-        images: (B, 3, S, S) in 0 to 255; left unchanged.
-        batch: augmentations of the images.
-
-    Returns:
-        (B, 3, S, S) float32 in 0 to 255.
     """
     images = images.float().clone()
     device = images.device

@@ -28,11 +28,9 @@ ABOVE_UNTRAINED = 0.1
 
 @dataclass(frozen=True)
 class Health:
-    """The state of a run.
+    """The state of a run, and the values that show it with what to do.
 
-    Attributes:
-        state: ``collapsing``, ``a map of places``, ``still at log K`` or ``learning``.
-        text: the values that show it, and what to do.
+    States are ``collapsing``, ``a map of places``, ``still at log K`` and ``learning``.
     """
 
     state: str
@@ -53,8 +51,7 @@ def judge_health(
         signs: signs of collapse from :func:`pretrain.monitor.collapse_signs`.
         cross_entropy: recent loss between views in nats; None for a method without.
         num_centroids: K; 0 for a method without centroids.
-        centroids_in_use: number of centroids that were the nearest of at least one query since the
-            last line of the log; None where it is not known.
+        centroids_in_use: see :class:`pretrain.monitor.Monitor`; None where it is not known.
         place: share of the variance of the encoder's tokens that their position explains; None
             where it cannot be measured.
         untrained_place: the same for the encoder before training.
@@ -100,17 +97,10 @@ def judge_health(
 class HealthReport(HookBase):
     """Log the health every ``period`` steps and after the last, and put ``position_r2`` beside it.
 
-    A few images are encoded by the exported encoder and, once, by an untrained one of its
-    architecture. The randomness of the run is unchanged. It is registered in the main process
-    alone, after the watch and the monitor and before the writers.
-
-    Args:
-        files: images of the data set; those measured are spread evenly over them.
-        watch: hook that judges collapse.
-        period: number of steps between two reports; 0 reports at the end only.
-        short_side: length in pixels of the shorter side of the images.
-        num_images: number of images.
-        window: number of steps whose median loss is judged.
+    A few images, spread evenly over ``files``, are encoded by the exported encoder and, once, by an
+    untrained one of its architecture. The randomness of the run is unchanged. It is registered in
+    the main process alone, after the watch and the monitor and before the writers. The median loss
+    of ``window`` steps is judged.
     """
 
     def __init__(

@@ -67,9 +67,6 @@ def save_teacher_backbone(method: Method, path: str | Path) -> None:
 
     The file of a timm model has timm's names: ``timm:NAME?weights=FILE`` and the key ``weights`` of
     :class:`flsl_d2.modeling.timm_backbone.TimmBackbone` load it.
-
-    Raises:
-        OSError: the file cannot be written; a file that was there before is unchanged.
     """
     write_content(_content(method.exported_encoder()), path)
 
@@ -87,16 +84,10 @@ def _content(encoder: FLSLViT | TimmBackbone) -> dict[str, Any]:
 
 
 class ExportTeacher(HookBase):
-    """Write ``teacher_backbone.pth`` every ``period`` steps and at the end.
+    """Write ``teacher_backbone.pth`` every ``period`` steps (0: never) and at the end.
 
-    Before the end, training goes on while the file is written from a copy.
-
-    Args:
-        path: path of the file.
-        period: number of steps between two exports; 0 exports only at the end.
-
-    Raises:
-        TrainingError: the file cannot be written at the end. Before the end, the log says so.
+    Before the end, training goes on while the file is written from a copy, and a failure is an
+    error in the log; at the end it is a TrainingError.
     """
 
     def __init__(self, path: Path, period: int = 0) -> None:
@@ -145,11 +136,7 @@ def interrupted_by(request: StopRequest | None) -> AbstractContextManager[None]:
 
 
 class TimeShare:
-    """Limit blocking work to a share of the run's time.
-
-    Args:
-        max_share: largest share of the time; work that comes too early is to be left out.
-    """
+    """Limit blocking work to a share of the run's time: work that comes too early is left out."""
 
     def __init__(self, max_share: float) -> None:
         self.max_share = max_share
@@ -174,29 +161,27 @@ class FeatureMeasures(HookBase):
     The scores go into the storage under their names, for example ``knn_segmentation/mIoU``, so that
     the writers registered after this hook put them beside the losses. The global generators and the
     training mode are restored, so that a run with this hook ends with the weights of a run without.
-    A measure that fails is a warning in the log with its reason, and training goes on.
+    A measure that fails is a warning in the log, and training goes on.
 
     Only the main process measures, and the other processes wait for it, so the hook must be
-    registered in all of them. The wait counts against the process group's timeout (30 minutes in
-    Detectron2's launch), so bound the work with ``max_images``.
+    registered in all of them. The wait counts against the process group's timeout of 30 minutes, so
+    bound the work with ``max_images``.
 
     Args:
-        train: name of the registered data set with labels to learn from.
-        val: name of the registered data set to score on.
+        train: name of the registered data set with labels to learn from; ``val`` is scored on.
         measures: names in :data:`flsl_d2.evaluation.measures.MEASURES`; None for all that fit the
             data.
-        period_iters: number of steps between two measurements; 0 measures after the last step
-            only.
+        period_iters: number of steps between two measurements; 0 for the last step only.
         max_images: largest number of images of each data set.
-        short_side: length in pixels that the shorter side of an image is resized to; the default
-            is the resolution of pre-training, a quarter of the work of the final evaluation.
+        short_side: length in pixels that the shorter side of an image is resized to; the default is
+            the resolution of pre-training, a quarter of the work of the final evaluation.
         max_share: see :class:`TimeShare`; scores after the last step are always taken.
         request: requests to stop, which end a measurement at once; a resumed run measures first.
         folder: output folder of the run.
         **options: fields of :class:`flsl_d2.evaluation.samples.Options`, such as ``side=224``.
 
     Raises:
-        InputError: data or names cannot be used; raised when the hook is made, before training.
+        InputError: data or names cannot be used; raised before training.
     """
 
     def __init__(
@@ -265,12 +250,7 @@ class FeatureMeasures(HookBase):
 
 
 class SampleImages:
-    """Some images of a data set, spread evenly over it.
-
-    Args:
-        files: images of the data set.
-        number: number of images.
-    """
+    """Some images of a data set, spread evenly over it."""
 
     def __init__(self, files: ImageStore | Sequence[str], number: int) -> None:
         places = np.linspace(0, len(files) - 1, min(number, len(files))).round().astype(int)
@@ -298,10 +278,8 @@ class EncoderPictures(HookBase):
     Args:
         files: images of the data set; those drawn are spread evenly over them.
         folder: folder of the PNG files.
-        period: number of steps between two pages; 0 draws none. A run of fewer steps has no page
-            at its end either.
-        short_side: length in pixels of the images' shorter side; the size of the views suits the
-            encoder.
+        period: number of steps between two pages; 0 draws none, and a run of fewer steps has none.
+        short_side: length in pixels of the images' shorter side.
         num_images: number of rows of a page.
         scale: scale of attention and clusters, times sqrt(D). It is larger than in training, where
             the modes of an image soon meet in one.

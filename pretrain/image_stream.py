@@ -16,18 +16,10 @@ def epoch_order(num_images: int, seed: int, epoch: int) -> np.ndarray:
 
 
 class ImageStream(Sampler[list[tuple[int, int]]]):
-    """Endless stream of shuffled epochs, divided among ranks, from any step on.
+    """Endless stream of shuffled epochs, divided among ranks, from step ``start_iter`` on.
 
     Step ``i`` of the run takes positions ``i * B`` to ``(i + 1) * B`` of the stream, B being the
     images of a step of all ranks, so the images of a step do not depend on the number of ranks.
-
-    Args:
-        num_images: number of images of the data set.
-        total_batch_size: B.
-        seed: seed of the shuffling.
-        rank: rank of this process.
-        world_size: number of processes; divides B.
-        start_iter: first step, for a run that is resumed.
 
     Raises:
         InputError: the processes do not divide the images of a step.

@@ -1,8 +1,4 @@
-"""A start from the weights of a trained encoder instead of random ones (``train.init_checkpoint``).
-
-Weights of DINO, DINOv2, iBOT, MAE, timm or an earlier run; whatever
-:func:`flsl_d2.weights.build_encoder` reads.
-"""
+"""A start from the weights of a trained encoder (``train.init_checkpoint``)."""
 
 from __future__ import annotations
 
@@ -23,13 +19,8 @@ def open_initial_encoder(cfg: DictConfig) -> FLSLViT | None:
     """Read ``train.init_checkpoint``, and give the config's encoder the file's architecture.
 
     The table of positions keeps the file's size, and is resampled for the views in each step, so
-    that the encoder loses nothing for larger images.
-
-    Args:
-        cfg: pre-training config, whose ``model.backbone`` is changed in place.
-
-    Returns:
-        None where the run starts from random weights.
+    that the encoder loses nothing for larger images. The result is None for a start from random
+    weights.
 
     Raises:
         InputError: the file holds no such encoder, or the config's encoder or images do not fit it.

@@ -1,8 +1,4 @@
-"""Numbers of the steps: throughput, unreadable images, indicators of collapse, the console.
-
-Order and timing are those of Detectron2's ``HookBase``: ``after_step`` runs in the order of
-registration, so :class:`Monitor` comes before the writers that print its values.
-"""
+"""Numbers of the steps: throughput, unreadable images, indicators of collapse, the console."""
 
 from __future__ import annotations
 
@@ -30,15 +26,12 @@ MIN_FEATURE_STD = 0.05
 
 
 def collapse_signs(assigned: Tensor, feature_std: float) -> list[str]:
-    """Describe the signs of collapse in the monitored values.
+    """Describe the signs of collapse in the monitored values, a phrase each.
 
     Args:
         assigned: (K,) number of queries that the teacher assigned to each centroid; empty for a
             method without centroids.
         feature_std: spread of the teacher's features, about 1 where they fill the space.
-
-    Returns:
-        A phrase for each sign; empty for a healthy run.
     """
     signs = []
     if len(assigned):
@@ -54,12 +47,7 @@ class CollapseWatch(HookBase):
     """Warn when two windows of steps in a row show signs of collapse; training goes on.
 
     It is registered on every rank. The warning is repeated after every tenth further window.
-
-    Args:
-        window: number of steps that are judged together.
-
-    Attributes:
-        signs: signs of collapse in the last window.
+    ``signs`` are those of the last window.
     """
 
     def __init__(self, window: int = 100) -> None:
@@ -113,17 +101,11 @@ class Monitor(HookBase):
     Puts into the storage: ``images_per_second``; ``unreadable_images`` so far; and, for a method
     with centroids, ``centroids_in_use``, the number of centroids that were the nearest of at least
     one query, and ``assignment_entropy``, the entropy of the mean assignment in nats (log K when
-    all centroids have equal shares, 0 when one has everything).
-
-    Args:
-        period: number of steps between two reports.
-        total_batch_size: number of images in a step, of all ranks.
-        log_file: path of the file in which each unreadable image is named once.
-        num_images: number of images of the data set.
-        max_failed_share: see :func:`pretrain.data.check_failed_share`.
+    all centroids have equal shares, 0 when one has everything). It comes before the writers.
+    ``log_file`` names each unreadable image once.
 
     Raises:
-        InputError: too many images cannot be read.
+        InputError: more than ``max_failed_share`` of the images cannot be read.
     """
 
     def __init__(
@@ -220,11 +202,8 @@ class Monitor(HookBase):
 class ConsoleProgress(EventWriter):
     """Print a line: time left, losses, schedules, throughput, indicators of collapse.
 
-    Args:
-        max_iter: number of steps of the run.
-        iters_per_epoch: number of steps in an epoch.
-        num_centroids: K; 0 for a method without centroids.
-        window: number of steps whose median loss and time are printed.
+    Losses and times are medians over ``window`` steps; ``num_centroids`` is K, 0 for a method
+    without.
     """
 
     def __init__(

@@ -1,8 +1,4 @@
-"""Views of an image that are cut independently of each other: global ones, then local ones.
-
-Most methods other than FLSL compare such views. Everything random comes from one
-``numpy.random.Generator`` for each image, as in ``pretrain/views.py``.
-"""
+"""Views of an image that are cut independently of each other: global ones, then local ones."""
 
 from __future__ import annotations
 
@@ -17,7 +13,8 @@ import torch
 from flsl_d2.errors import InputError
 from flsl_d2.images.reader import ImageFile
 from pretrain.augmentation import Augmentation, apply_augmentation
-from pretrain.views import DEVICE_WORK, Views, crop_box, resized_crop
+from pretrain.step_inputs import StepInputs
+from pretrain.views import DEVICE_WORK, check_sizes, crop_box, region_of_box, resized_crop
 
 SEGMENTS = ("none", "grid", "felzenszwalb")
 
@@ -30,12 +27,8 @@ class MultiCropViews:
 
     Args:
         patch_size: side of a patch in pixels; divides both sizes.
-        global_size: side in pixels of global views.
-        local_size: side in pixels of local views.
-        num_global: number of global views.
-        num_local: number of local views.
-        global_scale: share of the image's area that a global view covers, smallest and largest.
-        local_scale: share of the image's area that a local view covers.
+        global_size: side in pixels of ``num_global`` views that cover ``global_scale`` of the
+            image's area, smallest and largest share; the same for local views.
         flip: probability that a view is mirrored.
         jitter: largest change of brightness, contrast, saturation and hue (in turns).
         jitter_probability: probability of that colour jitter.
@@ -48,9 +41,6 @@ class MultiCropViews:
             IJCV 2004) by scikit-image, on the image with a shorter side of at most 224 pixels.
         segment_scale: scale of Felzenszwalb's segments; larger ones for a larger scale.
         segment_size: least number of pixels of Felzenszwalb's segments, in the whole image.
-
-    Raises:
-        InputError: an argument is out of range, or the patch does not divide a size.
     """
 
     # The views before augmentation are not kept; only FLSL's multi-stage training asks for them.
@@ -93,12 +83,7 @@ class MultiCropViews:
                 "one global view, and no negative number."
             )
         sizes = [("global_size", global_size), ("local_size", local_size)]
-        for name, size in sizes[: 2 if num_local else 1]:
-            if size < patch_size or size % patch_size:
-                raise InputError(
-                    f"views.{name} is {size} pixels, which patches of {patch_size} do not divide; "
-                    f"use a multiple of {patch_size}."
-                )
+        check_sizes(patch_size, sizes[: 2 if num_local else 1])
         probabilities: dict[str, Sequence[float]] = {
             "flip": [flip],
             "jitter_probability": [jitter_probability],
@@ -126,15 +111,11 @@ class MultiCropViews:
             for kind in kinds
         ]
 
-    def __call__(self, image: np.ndarray | ImageFile, rng: np.random.Generator) -> Views:
-        """Cut the views of an (H, W, 3) uint8 RGB image, or of a file.
-
-        Raises:
-            OSError: the file cannot be decoded; the text is the reason.
-        """
+    def __call__(self, image: np.ndarray | ImageFile, rng: np.random.Generator) -> StepInputs:
+        """Cut the views of an (H, W, 3) uint8 RGB image, or of a file; OSError if it is damaged."""
         pixels = image.pixels() if isinstance(image, ImageFile) else image
         height, width = pixels.shape[:2]
-        views = Views([], [], [], [], [], num_global=self.num_global)
+        views = StepInputs(num_global=self.num_global)
         labels = self._labels(pixels) if self.segments != "none" else None
         for size, (smallest, largest), blur, solarise in self.kinds:
             box = crop_box(rng, height, width, (smallest, largest))
@@ -146,7 +127,7 @@ class MultiCropViews:
                 view = apply_augmentation(view, drawn)
             else:
                 views.augmentations.append(drawn)
-            views.images.append(torch.from_numpy(view).permute(2, 0, 1))
+            views.views.append(torch.from_numpy(view).permute(2, 0, 1))
             views.regions.append(region_of_box(box, mirrored, height, width))
             if labels is not None:
                 region = views.regions[-1]
@@ -181,15 +162,10 @@ class MultiCropViews:
 
 
 def labels_of_tokens(labels: np.ndarray, region: np.ndarray, side: int) -> torch.Tensor:
-    """Labels at the centres of a view's patches.
+    """Labels (side * side,) int64 at the centres of a view's patches, row-major.
 
-    Args:
-        labels: (H, W), labels of an image of any size.
-        region: (4,) of :func:`region_of_box`.
-        side: number of tokens along each side of the view.
-
-    Returns:
-        (side * side,) int64, row-major.
+    ``labels`` (H, W) are those of the image at any size, ``region`` is the view's
+    :func:`region_of_box`.
     """
     top, left, rows, columns = region.astype(np.float64)
     centres = (np.arange(side) + 0.5) / side
@@ -207,23 +183,3 @@ def _segmentation() -> Any:
             f"views.segments=felzenszwalb needs the package scikit-image ({error}); install it "
             "with pip install 'flsl-d2[methods]', or set views.segments=grid."
         ) from None
-
-
-def region_of_box(
-    box: tuple[int, int, int, int], mirrored: bool, height: int, width: int
-) -> np.ndarray:
-    """Box of a view as shares of its image, as in :class:`pretrain.methods.protocol.StepInputs`.
-
-    Args:
-        box: top, left, height, width in pixels.
-        mirrored: whether the view is mirrored.
-        height: height of the image in pixels.
-        width: width of the image in pixels.
-
-    Returns:
-        (4,) float32.
-    """
-    top, left, rows, columns = box
-    if mirrored:
-        left, columns = left + columns, -columns
-    return np.array([top / height, left / width, rows / height, columns / width], np.float32)

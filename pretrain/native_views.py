@@ -1,8 +1,7 @@
 """Nested views that keep the aspect ratio of the image, within a number of tokens (NaViT).
 
 Views of a batch have several sizes, so each lies in the upper left corner of a square canvas, and
-its grid of tokens is given beside it. Everything random comes from one ``numpy.random.Generator``
-for each image, as in ``pretrain/views.py``.
+its grid of tokens is given beside it.
 """
 
 from __future__ import annotations
@@ -12,10 +11,10 @@ import math
 import numpy as np
 import torch
 
-from flsl_d2.errors import InputError
 from flsl_d2.images.reader import ImageFile
 from pretrain.augmentation import apply_augmentation, draw_augmentation
-from pretrain.views import Views, resized_crop
+from pretrain.step_inputs import StepInputs
+from pretrain.views import check_sizes, resized_crop
 
 MAX_ASPECT = 4.0  # of a grid; of a longer image a part is taken
 
@@ -24,19 +23,7 @@ class NativeViews:
     """The teacher's crop of an image, and the student's crops of that crop, none of them square.
 
     A view has at most as many tokens as a square of the given side, and no more pixels than it had
-    in the image.
-
-    Args:
-        patch_size: side of a patch in pixels; divides both sizes.
-        global_size: side in pixels of the square with as many tokens as a global view has at most.
-        local_size: the same of local views.
-        num_local: number of local views.
-        teacher_scale: share of the image's area that the teacher's crop covers.
-        global_scale: share of the teacher's crop that the global view covers.
-        local_scale: share of the teacher's crop that a local view covers.
-
-    Raises:
-        InputError: the patch does not divide a size.
+    in the image. The arguments are those of :class:`pretrain.views.NestedViews`.
     """
 
     # There are no views before augmentation to keep, and no square crops for a device.
@@ -52,12 +39,7 @@ class NativeViews:
         global_scale: tuple[float, float] = (0.5, 1.0),
         local_scale: tuple[float, float] = (0.05, 0.4),
     ) -> None:
-        for name, size in (("global_size", global_size), ("local_size", local_size)):
-            if size < patch_size or size % patch_size:
-                raise InputError(
-                    f"views.{name} is {size} pixels, which patches of {patch_size} do not divide; "
-                    f"use a multiple of {patch_size}."
-                )
+        check_sizes(patch_size, [("global_size", global_size), ("local_size", local_size)])
         self.patch_size, self.global_size = patch_size, global_size
         self.teacher_scale = tuple(teacher_scale)
         self.student_views = [(global_size, tuple(global_scale))]
@@ -68,15 +50,11 @@ class NativeViews:
         """Largest number of tokens of a view."""
         return (max(size for size, _ in self.student_views) // self.patch_size) ** 2
 
-    def __call__(self, image: np.ndarray | ImageFile, rng: np.random.Generator) -> Views:
-        """Cut the views of an (H, W, 3) uint8 RGB image, or of a file.
-
-        Raises:
-            OSError: the file cannot be decoded; the text is the reason.
-        """
+    def __call__(self, image: np.ndarray | ImageFile, rng: np.random.Generator) -> StepInputs:
+        """Cut the views of an (H, W, 3) uint8 RGB image, or of a file; OSError if it is damaged."""
         pixels = image.pixels() if isinstance(image, ImageFile) else image
         teacher = _cut(pixels, rng, self.teacher_scale)
-        views = Views([], [], [], [], [])
+        views = StepInputs()
         for size, scale in [(self.global_size, None), *self.student_views]:
             crop = teacher if scale is None else _cut(teacher, rng, scale)
             budget = (size // self.patch_size) ** 2
@@ -87,23 +65,16 @@ class NativeViews:
             side = _canvas(budget) * self.patch_size
             canvas = torch.zeros(3, side, side, dtype=torch.uint8)
             canvas[:, : shape[0], : shape[1]] = torch.from_numpy(view).permute(2, 0, 1)
-            views.images.append(canvas)
+            views.views.append(canvas)
             views.grids.append(np.array(grid))
         return views
 
 
 def native_grid(height: int, width: int, patch_size: int, budget: int) -> tuple[int, int]:
-    """Rows and columns of patches for an image, within a budget of tokens.
+    """Rows and columns of patches for an image of a size in pixels, within a budget of tokens.
 
-    Args:
-        height: height in pixels.
-        width: width in pixels.
-        patch_size: side of a patch in pixels.
-        budget: largest number of tokens.
-
-    Returns:
-        The grid of the image's aspect ratio, as far as whole patches allow: the largest within the
-        budget, or that of the image's own size where that is smaller.
+    It is the grid of the image's aspect ratio, as far as whole patches allow: the largest within
+    the budget, or that of the image's own size where that is smaller.
     """
     aspect = min(max(height / width, 1 / MAX_ASPECT), MAX_ASPECT)
     rows = min(math.sqrt(budget * aspect), height / patch_size)

@@ -31,19 +31,11 @@ def build_adamw(model: nn.Module, betas: tuple[float, float] = (0.9, 0.999)) -> 
 
 @torch.no_grad()
 def clip_gradients(gradients: list[Tensor], max_norm: float, mode: str = "per_tensor") -> Tensor:
-    """Scale gradients in place so that no norm exceeds ``max_norm``.
+    """Scale gradients in place so that no norm exceeds ``max_norm``, 3 in the published run.
 
-    Args:
-        gradients: gradients of all parameters that have one.
-        max_norm: largest norm; 3 in the published run.
-        mode: ``per_tensor`` clips each parameter's gradient by its own norm, as published;
-            ``global`` clips all by their common norm; ``none`` only measures.
-
-    Returns:
-        The common norm before clipping, a scalar tensor on the gradients' device.
-
-    Raises:
-        InputError: the mode is unknown.
+    ``per_tensor`` clips each parameter's gradient by its own norm, as published; ``global`` clips
+    all by their common norm; ``none`` only measures. Returns the common norm before clipping, a
+    scalar tensor on the gradients' device.
     """
     if mode not in CLIP_MODES:
         raise InputError(f"train.clip_mode is '{mode}'; use one of {', '.join(CLIP_MODES)}.")

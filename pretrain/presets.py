@@ -77,12 +77,7 @@ class Preset:
         return "\n".join([f"configs/{self.config} ({self.encoder}) with", *lines])
 
     def config_text(self, command: str, also: Sequence[str] = ()) -> str:
-        """Write the LazyConfig file that repeats the run.
-
-        Args:
-            command: command line that chose the preset.
-            also: overrides that were given beside it.
-        """
+        """Write the LazyConfig that repeats the run of a command with further overrides."""
         reasons = [*self.changes, *((text, "given on the command line") for text in also)]
         lines = "".join(f"        {text!r},  # {reason}\n" for text, reason in reasons)
         docstring = f"Pre-training of {self.encoder}, chosen by ``{command}``.".replace("\\", "/")
@@ -121,7 +116,6 @@ def choose_preset(
     Args:
         num_images: number N of images, at least 1.
         memory: memory of a GPU in GiB; 0 for a CPU.
-        num_processes: number of training processes.
         batch_size: number of images in a step that the user asks for; 0 for the rule's.
         channels: number of channels of images that RGB of 8 bits does not hold; 0 for others.
     """
@@ -196,13 +190,8 @@ def _power_of_two(number: float) -> int:
 def use_images(args: argparse.Namespace) -> None:
     """Put the images that ``--images`` names into the config; choose one where none is given.
 
-    A run that is resumed takes the preset that it was started with.
-
-    Args:
-        args: parsed command line; ``config_file``, ``opts`` and ``preset`` are changed.
-
-    Raises:
-        InputError: the images cannot be found, or the preset does not fit.
+    A run that is resumed takes the preset that it was started with. ``config_file``, ``opts`` and
+    ``preset`` of the command line are changed.
     """
     named = args.images in DatasetCatalog.list() and not Path(args.images).exists()
     place = args.images if named or "://" in args.images else os.path.abspath(args.images)

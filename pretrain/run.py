@@ -112,21 +112,18 @@ def run_pretraining(
     overwrite: bool = False,
     preset: str = "",
 ) -> None:
-    """Pre-train in this process, one of possibly several.
-
-    The input is checked before the first step.
+    """Pre-train in this process, one of possibly several, once the input is checked.
 
     Args:
         cfg: config like those in ``configs/pretrain/``.
         resume: whether to continue from the last checkpoint of the output folder, if there is one.
-        allow_changes: see :class:`flsl_d2.engine.run_folder.ResumeOptions`.
-        overwrite: see :class:`flsl_d2.engine.run_folder.ResumeOptions`.
+        allow_changes: see :class:`flsl_d2.engine.run_folder.ResumeOptions`; also ``overwrite``.
         preset: text of the config file that repeats the run, which the folder gets as well.
 
     Raises:
         InputError: the config, the images or the output folder cannot be used.
-        TrainingError: numbers are not finite, the folder can no longer be written, or the server
-            of the images stays away.
+        TrainingError: numbers are not finite, the folder can no longer be written, or the server of
+            the images stays away.
         SystemExit: the run was asked to stop; the status is 75.
     """
     with stop_requests() as request:

@@ -14,15 +14,7 @@ logger = logging.getLogger("pretrain")
 
 
 def set_run_length(cfg: DictConfig, num_images: int) -> int:
-    """Set the keys of ``cfg.schedules`` that depend on the length of the run.
-
-    Args:
-        cfg: pre-training config, changed in place.
-        num_images: number of images of the data set.
-
-    Returns:
-        Number of steps of the run: ``train.max_iter``, or that of ``train.epochs``.
-    """
+    """Set the keys of ``cfg.schedules`` that depend on the run's length; return its steps."""
     batch_size = cfg.dataloader.total_batch_size
     iters_per_epoch = num_images / batch_size
     total_iters = cfg.train.max_iter or round(cfg.train.epochs * iters_per_epoch)
@@ -56,17 +48,17 @@ class Schedules:
     defaults are the values of the published ViT-S/16 run.
 
     Args:
+        total_batch_size: number of images in a step, of all processes.
+        iters_per_epoch: number of steps in an epoch; may be fractional.
         base_lr: learning rate for 256 images a step; scaled linearly with the batch.
         final_lr: learning rate at the end.
         warmup_fraction: share of the run over which the learning rate rises linearly from 0.
-        weight_decay: start and end.
-        teacher_momentum: momentum of the moving average, start and end.
+        teacher_momentum: momentum of the moving average.
         teacher_temp: tau_t, linear from start to end over ``teacher_temp_epochs``.
-        teacher_temp_epochs: length of that rise.
-        intra_weight: v, start and end.
-        self_scale: s_sa times sqrt(D), start and end.
-        cross_scale: s_ca times sqrt(D), start and end. Training collapses where it lies below
-            ``self_scale``; a warning says so.
+        intra_weight: v.
+        self_scale: s_sa times sqrt(D).
+        cross_scale: s_ca times sqrt(D). Training collapses where it lies below ``self_scale``; a
+            warning says so.
         mixture_bias: share of the previous stage's attention at the end of multi-stage training;
             the share w of the teacher's own attention moves from 0 to ``1 - mixture_bias``. With
             the published default of 1 only the previous stage's attention counts.
@@ -74,12 +66,6 @@ class Schedules:
         frozen_encoder_fraction: share of the run, at its start, in which the encoder is not
             trained, so that a random head does not spoil an encoder that is trained already; the
             warm-up of the learning rate is then run through a second time.
-        total_batch_size: number of images in a step, of all processes.
-        iters_per_epoch: number of steps in an epoch; may be fractional.
-        total_iters: number of steps of the run.
-
-    Raises:
-        InputError: the run has no step, or a share lies outside 0 to 1.
     """
 
     def __init__(

@@ -26,13 +26,8 @@ _SHOWN_FILES = 3
 class StepNumbers:
     """Numbers of a step of all processes, which the device sends while Python goes on.
 
-    They are exchanged as one tensor.
-
-    Args:
-        iteration: number of the step, from 0.
-        values: scheduled values of the step.
-        scalars: numbers on the training device by name, the same names on each process.
-        counts: numbers of this process on the CPU, by name.
+    They are exchanged as one tensor: ``scalars`` on the training device, the same names on each
+    process, and ``counts`` of this process on the CPU.
     """
 
     def __init__(
@@ -60,11 +55,7 @@ class StepNumbers:
         self._numbers = numbers.view(-1, len(local))
 
     def read(self) -> tuple[list[dict[str, float]], dict[str, list[float]]]:
-        """Wait for the numbers.
-
-        Returns:
-            The scalars of each rank, and for each of the counts the values of all ranks.
-        """
+        """Wait for the numbers: the scalars of each rank, and each count of all ranks."""
         if self._arrived is not None:
             self._arrived.synchronize()
         rows = self._numbers.tolist()
@@ -79,7 +70,6 @@ class BadNumbersError(TrainingError):
     """A number of a step is not finite.
 
     Attributes:
-        iteration: number of the step, from 0.
         terms: for each rank, the values of the step by name.
         bad: ``(rank, name)`` of the values that are not finite.
     """
@@ -98,16 +88,7 @@ class BadNumbersError(TrainingError):
 def check_finite(
     iteration: int, terms: Sequence[Mapping[str, float]], exempt: Sequence[str] = ()
 ) -> None:
-    """Check that the values of a step are finite on every rank.
-
-    Args:
-        iteration: number of the step, from 0.
-        terms: for each rank, values by name.
-        exempt: names whose values are not checked.
-
-    Raises:
-        BadNumbersError: a value is not finite; the same error on every rank.
-    """
+    """Raise the same BadNumbersError on every rank where a value of a step is not finite."""
     bad = [
         (rank, name)
         for rank, values in enumerate(terms)
@@ -134,14 +115,9 @@ def write_bad_numbers(
 ) -> TrainingError:
     """Write ``bad_numbers.json``: the step, its values and its files, rank by rank.
 
-    Args:
-        error: the step and its values.
-        files: files of the step from :func:`step_files`. An image that cannot be read was replaced
-            by another one; ``unreadable_images.txt`` names it.
-        folder: output folder of the run.
-
-    Returns:
-        The error to raise, which names the written file and some of the images.
+    ``files`` are those of :func:`step_files`; an image that cannot be read was replaced by another
+    one, and ``unreadable_images.txt`` names it. The error to raise, which is returned, names the
+    written file and some of the images.
     """
     ranks = [
         {

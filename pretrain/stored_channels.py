@@ -90,11 +90,7 @@ def _check(cfg: DictConfig, files: ImageStore | Sequence[str], channels: int) ->
 def normalise_stored_values(
     method: Any, cfg: DictConfig, files: ImageStore | Sequence[str]
 ) -> None:
-    """Give a method the mean and the deviation of a completed config, and its encoders the format.
-
-    Args:
-        files: images, which tell the bits of a value.
-    """
+    """Give a method a completed config's mean and deviation, and its encoders the format."""
     channels = stored_channels(cfg)
     if not channels:
         return

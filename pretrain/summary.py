@@ -50,18 +50,7 @@ def describe_run(
     schedules: Schedules,
     precision: str,
 ) -> list[str]:
-    """Say in a few lines what a run is about to do.
-
-    Args:
-        cfg: config of the run, after its length is set.
-        files: the images.
-        method: the method, whose encoder is counted.
-        schedules: values of each step.
-        precision: resolved precision of the steps.
-
-    Raises:
-        InputError: none of the images that are tried can be read.
-    """
+    """Say in a few lines what a run is about to do; ``cfg`` has its length."""
     batch, world = cfg.dataloader.total_batch_size, comm.get_world_size()
     parameters = sum(p.numel() for p in method.exported_encoder().parameters())
     steps = schedules.total_iters

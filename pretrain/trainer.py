@@ -20,10 +20,10 @@ from torch import Tensor, nn
 
 from flsl_d2.engine.launch import has_native_bf16
 from flsl_d2.errors import InputError
-from pretrain.data import Batch
 from pretrain.methods.protocol import Losses, Method, Monitored
 from pretrain.optimizer import clip_gradients
 from pretrain.schedules import Schedules, StepValues
+from pretrain.step_inputs import StepInputs
 from pretrain.step_numbers import StepNumbers, check_finite
 
 # Modes of torch.compile.
@@ -57,13 +57,10 @@ def resolve_compile(
     Args:
         setting: ``train.compile``.
         mode: ``train.compile_mode``, one of :data:`COMPILE_MODES`.
-        device: training device.
-        encoder: the encoder.
         changing: name of the method where its shapes change from step to step; else empty.
 
     Raises:
-        InputError: the setting is none of ``auto``, True and False, the mode is unknown, it
-            records CUDA graphs and the device is a CPU, or the method's shapes change.
+        InputError: an unknown setting or mode, CUDA graphs on a CPU, or shapes that change.
     """
     text = str(setting).lower()  # an override of a key that holds text is text
     if text not in ("auto", "true", "false"):
@@ -100,21 +97,19 @@ def records_graphs(mode: str) -> bool:
 class PretrainTrainer(SimpleTrainer):
     """Trainer of a method: schedules, forward, backward, clipping, optimiser, teacher.
 
-    The state of the run at a step is the weights, the optimiser and the number of the step:
-    data and randomness of a step follow from the seed and that number alone.
+    The state of the run at a step is the weights, the optimiser and the number of the step: data
+    and randomness of a step follow from the seed and that number alone.
 
     Args:
         model: a :class:`pretrain.methods.Method`, or one wrapped for several processes.
-        data_loader: endless loader of :class:`Batch`.
+        data_loader: endless loader of :class:`StepInputs`.
         optimizer: optimiser of ``build_adamw``; its first group has weight decay.
-        schedules: values of each step.
         precision: ``fp32``, ``bf16`` or ``fp16``.
-        clip_norm: see :func:`clip_gradients`.
-        clip_mode: see :func:`clip_gradients`.
+        clip_norm: see :func:`clip_gradients`, as for ``clip_mode``.
         seed: seed of what the step draws: stochastic depth, and positions that are dropped.
         accumulation_steps: number of parts in which a process works off its images of a step, to
-            save memory. The gradients are those of the mean of the parts' losses; a term that
-            looks at the mean over a step, like FLSL's volume term, sees the mean of a part.
+            save memory. The gradients are those of the mean of the parts' losses; a term that looks
+            at the mean over a step, like FLSL's volume term, sees the mean of a part.
         records_graphs: whether compiled blocks are CUDA graphs, whose outputs of one forward and
             backward pass are overwritten by the next.
 
@@ -155,7 +150,7 @@ class PretrainTrainer(SimpleTrainer):
         self.dtype = PRECISIONS[precision]
         self.device = next(iter(model.parameters())).device
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=precision == "fp16")
-        self.last_batch: Batch | None = None
+        self.last_batch: StepInputs | None = None
         self.monitored: Monitored = {}
         self.stop_asked: Callable[[], bool] = lambda: False
         self.stop_agreed = False
@@ -168,7 +163,7 @@ class PretrainTrainer(SimpleTrainer):
     def run_step(self) -> None:
         """Run a step, and put its scalars into Detectron2's storage."""
         start = time.perf_counter()
-        batch: Batch = next(self._data_loader_iter)
+        batch: StepInputs = next(self._data_loader_iter)
         data_time = time.perf_counter() - start
         self.last_batch = batch
         values = self.schedules(self.iter)
@@ -191,7 +186,7 @@ class PretrainTrainer(SimpleTrainer):
         np.random.seed(seed)
         random.seed(seed)
 
-    def _accumulate(self, batch: Batch, values: StepValues) -> Losses:
+    def _accumulate(self, batch: StepInputs, values: StepValues) -> Losses:
         """Run forward and backward for every part of the batch; return the mean losses."""
         parts = batch.split(self.accumulation_steps)
         losses: list[Losses] = []
@@ -207,7 +202,7 @@ class PretrainTrainer(SimpleTrainer):
             self.monitored = {k: _combine([m[k] for m in monitored]) for k in monitored[0]}
         return {k: _combine([part[k].detach() for part in losses]) for k in losses[0]}
 
-    def _forward(self, batch: Batch, values: StepValues) -> Losses:
+    def _forward(self, batch: StepInputs, values: StepValues) -> Losses:
         if self.records_graphs:
             torch.compiler.cudagraph_mark_step_begin()
         inputs = batch.to_device(self.device)

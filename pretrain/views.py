@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable
-from dataclasses import dataclass, field
 from typing import Protocol
 
 import numpy as np
@@ -18,7 +17,8 @@ from torch import Tensor
 
 from flsl_d2.errors import InputError
 from flsl_d2.images.reader import ImageFile
-from pretrain.augmentation import Augmentation, apply_augmentation, draw_augmentation
+from pretrain.augmentation import apply_augmentation, draw_augmentation
+from pretrain.step_inputs import StepInputs
 
 ASPECT_RATIOS = (3 / 4, 4 / 3)
 _LOG_RATIOS = (math.log(ASPECT_RATIOS[0]), math.log(ASPECT_RATIOS[1]))
@@ -26,53 +26,15 @@ _LOG_RATIOS = (math.log(ASPECT_RATIOS[0]), math.log(ASPECT_RATIOS[1]))
 DEVICE_WORK = ("nothing", "augmentation", "crops")
 
 
-@dataclass
-class Views:
-    """The views of one image.
-
-    Attributes:
-        images: uint8 (3, S, S) RGB, the teacher's view first, then the student's. Where the
-            augmentation is left to the device, they are not augmented; where the crops are, the
-            teacher's is the only one.
-        queries: for each student view (N,) bool over its tokens, True = query.
-        boxes: for each student view its box in the teacher's view in pixels (top, left, height,
-            width).
-        flips: for each student view, whether it is mirrored.
-        sizes: side in pixels of each student view.
-        crops: the images before augmentation, where they are kept; else empty.
-        augmentations: for each view, where they are left to the device; else empty.
-        regions: for each view (4,) float32, its place in the image, where views are cut from the
-            whole image; else empty. See :class:`pretrain.methods.protocol.StepInputs`.
-        num_global: number of views, the first ones, that are global.
-        segments: for each view (N,) int64, the label of the segment at each token, where segments
-            are wanted; else empty.
-        grids: for each view (2,) its rows and columns of tokens, where it fills only the upper left
-            of its image; else empty.
-    """
-
-    images: list[Tensor]
-    queries: list[Tensor]
-    boxes: list[tuple[int, int, int, int]]
-    flips: list[bool]
-    sizes: list[int]
-    crops: list[Tensor] = field(default_factory=list)
-    augmentations: list[Augmentation] = field(default_factory=list)
-    regions: list[np.ndarray] = field(default_factory=list)
-    num_global: int = 1
-    segments: list[Tensor] = field(default_factory=list)
-    grids: list[np.ndarray] = field(default_factory=list)
-
-
 class CutViews(Protocol):
-    """An object that cuts the views of an image: NestedViews, or MultiCropViews.
+    """An object that cuts the views of an image, such as NestedViews or MultiCropViews.
 
-    Attributes:
-        keep_crops: whether the views before augmentation are returned as well.
+    ``keep_crops`` says whether the views before augmentation are returned as well.
     """
 
     keep_crops: bool
 
-    def __call__(self, image: np.ndarray | ImageFile, rng: np.random.Generator) -> Views:
+    def __call__(self, image: np.ndarray | ImageFile, rng: np.random.Generator) -> StepInputs:
         """Cut the views of an (H, W, 3) uint8 RGB image, or of a file, with draws from ``rng``."""
         ...
 
@@ -80,13 +42,10 @@ class CutViews(Protocol):
 def crop_box(
     rng: np.random.Generator, height: int, width: int, scale: tuple[float, float]
 ) -> tuple[int, int, int, int]:
-    """Draw the box of a random resized crop (arXiv 1409.4842).
+    """Draw the box of a random resized crop (arXiv 1409.4842): top, left, height, width in pixels.
 
     The area is uniform in ``scale`` of the image's, the aspect ratio log-uniform in 3/4 to 4/3.
     After ten boxes that do not fit, the largest central one of a permitted ratio is taken.
-
-    Returns:
-        top, left, height, width in pixels.
     """
     for _ in range(10):
         area = height * width * rng.uniform(*scale)
@@ -103,12 +62,9 @@ def crop_box(
 def resized_crop(
     image: np.ndarray, box: tuple[int, int, int, int], size: int | tuple[int, int]
 ) -> np.ndarray:
-    """Cut ``box`` out of an image and resample it bicubically, antialiased.
+    """Cut a box out of an image (H, W, 3) uint8 and resample it bicubically, antialiased.
 
-    Args:
-        image: (H, W, 3) uint8.
-        box: top, left, height, width.
-        size: side of a square result in pixels, or height and width.
+    ``size`` is the side of a square result in pixels, or height and width.
     """
     top, left, height, width = box
     shape = (size, size) if isinstance(size, int) else size
@@ -123,13 +79,8 @@ def resized_crop(
 def pooled_queries(rng: np.random.Generator, grid: int, window: int, random: bool) -> np.ndarray:
     """Random pooling: one query for each window of the token grid.
 
-    Windows that do not fill the grid leave a strip, on a random side along each axis.
-
-    Args:
-        rng: source of randomness.
-        grid: number of tokens along each side.
-        window: number of tokens along each side of a window.
-        random: whether the token of a window is drawn; otherwise it is the first.
+    Windows that do not fill the grid leave a strip, on a random side along each axis. ``random``
+    draws the token of a window; otherwise it is the first.
 
     Returns:
         (grid * grid,) bool, True = query; ``(grid // window) ** 2`` of them.
@@ -146,14 +97,33 @@ def pooled_queries(rng: np.random.Generator, grid: int, window: int, random: boo
     return mask
 
 
+def region_of_box(
+    box: tuple[int, int, int, int], mirrored: bool, height: int, width: int
+) -> np.ndarray:
+    """Return a view's box in an image as ``StepInputs.regions`` has it, (4,) float32."""
+    top, left, rows, columns = box
+    if mirrored:
+        left, columns = left + columns, -columns
+    return np.array([top / height, left / width, rows / height, columns / width], np.float32)
+
+
+def check_sizes(patch_size: int, sizes: Iterable[tuple[str, int]]) -> None:
+    """Raise an InputError where a patch does not divide a size, given with its key of ``views``."""
+    for name, size in sizes:
+        if size < patch_size or size % patch_size:
+            raise InputError(
+                f"views.{name} is {size} pixels, which patches of {patch_size} do not divide; "
+                f"use a multiple of {patch_size}."
+            )
+
+
 class NestedViews:
     """The teacher's crop of an image, and the student's crops of that crop.
 
     Args:
         patch_size: side of a patch in pixels; divides both sizes.
         global_size: side in pixels of the teacher's view and of the student's global view.
-        local_size: side of the student's local views.
-        num_local: number of local views.
+        local_size: side of the ``num_local`` local views of the student.
         teacher_scale: share of the image's area that the teacher's crop covers, smallest and
             largest.
         global_scale: share of the teacher's crop that the global view covers.
@@ -161,11 +131,10 @@ class NestedViews:
         global_window: number of tokens along each side of a pooling window in the global view.
         local_window: number of tokens along each side of a pooling window in local views.
         random_pooling: whether a window's query is drawn; otherwise it is its first token.
-        flip: probability that a view is mirrored horizontally, drawn for each view by itself.
-            With ``model.partner=place`` a token's place in its own view then says less about where
-            it lies in the teacher's.
-        photometry: strength of the photometric augmentation, 0 to 1; see
-            :func:`pretrain.augmentation.draw_augmentation`.
+        flip: probability that a view is mirrored, drawn for each view by itself. With
+            ``model.partner=place`` a token's place in its own view then says less about where it
+            lies in the teacher's.
+        photometry: strength of :func:`pretrain.augmentation.draw_augmentation`, 0 to 1.
         keep_crops: whether the views before augmentation are returned as well, which multi-stage
             training shows to the teacher of the previous stage.
         on_device: work that is left to the training device, one of :data:`DEVICE_WORK`; the draws
@@ -173,10 +142,6 @@ class NestedViews:
         reduced_decoding: whether a JPEG file is decoded at 1/2, 1/4 or 1/8 of its size where the
             teacher's crop stays at least as large as its view; the crop's corners are rounded to
             the reduced pixels.
-
-    Raises:
-        InputError: ``on_device`` is unknown, the patch does not divide a size, a window is larger
-            than the grid, or ``flip`` or ``photometry`` lies outside 0 to 1.
     """
 
     def __init__(
@@ -208,11 +173,7 @@ class NestedViews:
             ("global_size", global_size, global_window),
             ("local_size", local_size, local_window),
         ):
-            if size % patch_size:
-                raise InputError(
-                    f"views.{name} is {size} pixels, which patches of {patch_size} do not divide; "
-                    f"use a multiple of {patch_size}."
-                )
+            check_sizes(patch_size, [(name, size)])
             if not 1 <= window <= size // patch_size:
                 raise InputError(
                     f"the pooling window of views.{name} is {window} tokens, but that view is "
@@ -229,35 +190,35 @@ class NestedViews:
             (size, (smallest, largest), window) for size, (smallest, largest), window in views
         ]
 
-    def __call__(self, image: np.ndarray | ImageFile, rng: np.random.Generator) -> Views:
-        """Cut the views of an (H, W, 3) uint8 RGB image, or of a file.
-
-        Raises:
-            OSError: the file cannot be decoded; the text is the reason.
-        """
+    def __call__(self, image: np.ndarray | ImageFile, rng: np.random.Generator) -> StepInputs:
+        """Cut the views of an (H, W, 3) uint8 RGB image, or of a file; OSError if it is damaged."""
         teacher = self._teacher_crop(image, rng)
-        boxes, queries, augmentations = [], [], [draw_augmentation(rng, self.photometry)]
+        views = StepInputs()
+        boxes, augmentations = [], [draw_augmentation(rng, self.photometry)]
         for size, scale, window in self.student_views:
             boxes.append(crop_box(rng, self.global_size, self.global_size, scale))
             augmentations.append(draw_augmentation(rng, self.photometry))
             grid = size // self.patch_size
             mask = pooled_queries(rng, grid, window, self.random_pooling)
-            queries.append(torch.from_numpy(mask))
+            views.queries.append(torch.from_numpy(mask.nonzero()[0]))
         # Drawn last and whatever the probability, so that nothing else changes with it.
         flip_teacher, *flips = (rng.random(1 + len(boxes)) < self.flip).tolist()
         teacher = np.ascontiguousarray(teacher[:, ::-1]) if flip_teacher else teacher
-        sizes = [size for size, _, _ in self.student_views]
-        views = Views([], queries, boxes, flips, sizes)
+        side, sizes = self.global_size, [size for size, _, _ in self.student_views]
+        pairs = zip(boxes, flips, strict=True)
+        views.regions = [region_of_box(box, flip, side, side) for box, flip in pairs]
         crops = [teacher]
-        if self.on_device != "crops":
+        if self.on_device == "crops":
+            views.sizes = sizes
+        else:
             for box, flip, size in zip(boxes, flips, sizes, strict=True):
                 crop = resized_crop(teacher, box, size)
                 crops.append(np.ascontiguousarray(crop[:, ::-1]) if flip else crop)
         if self.on_device == "nothing":
-            views.images = _channels_first(map(apply_augmentation, crops, augmentations))
+            views.views = _channels_first(map(apply_augmentation, crops, augmentations))
             views.crops = _channels_first(crops * self.keep_crops)
         else:
-            views.images, views.augmentations = _channels_first(crops), augmentations
+            views.views, views.augmentations = _channels_first(crops), augmentations
         return views
 
     def _teacher_crop(self, image: np.ndarray | ImageFile, rng: np.random.Generator) -> np.ndarray:

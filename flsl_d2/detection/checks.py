@@ -83,7 +83,6 @@ def check_datasets(
     Runs on the first rank; the others wait for it.
 
     Args:
-        train: names of the training sets.
         test: names of the test sets; they need no annotations.
         num_classes: number of classes of the model; None where it has no such number.
         classes_key: the config key of that number, as an override begins.

@@ -164,12 +164,7 @@ def make_plan(
     """Choose the settings by the rules of this module, those that are 0.
 
     Args:
-        facts: facts of the training data.
-        device: device to train on.
         encoder: ``embed_dim``, ``depth`` and ``patch_size``.
-        max_iter: number of steps.
-        short_side: shorter side of the images in pixels.
-        batch_size: images of a step.
         num_processes: number of GPUs, each with the memory of the device, or of processes that
             share the memory of a CPU; the batch is a multiple of it.
     """

@@ -101,9 +101,7 @@ def write_report(
     ``detections.json`` (COCO's results format) and ``curves.png``.
 
     Args:
-        folder: output folder of the run.
         predictor: the detector, with a score threshold of 0.
-        json_file: annotations of the validation images in ``image_root``.
         summary: lines about the run.
         hints: reasons why the detector may find little, for the case that it does.
         commands: commands to go on with.

@@ -89,14 +89,8 @@ def start_run(run: Detection, options: ResumeOptions | None) -> None:
     """Keep config and environment in the output folder, and seed.
 
     With ``prepare_output`` it takes the place of Detectron2's ``default_setup``, which prints the
-    environment and the whole config to the console.
-
-    Args:
-        run: the run.
-        options: how a run in the folder is treated; None for an evaluation, which needs no check.
-
-    Raises:
-        InputError: the folder holds another run.
+    environment and the whole config to the console. ``options`` say how a run in the folder is
+    treated; an evaluation has none, and needs no check.
     """
     if options is not None:
         check_and_keep_run(run.cfg, run.output_dir, run.keys["output"], options, DETECTION_KEYS)

@@ -70,14 +70,7 @@ _KEYS = {
 
 
 def launch_detection(args: argparse.Namespace) -> None:
-    """Run the command line's request in as many processes as it asks for.
-
-    Args:
-        args: result of :func:`flsl_d2.engine.command_line.tool_argument_parser` with ``eval_only``.
-
-    Raises:
-        InputError: see :func:`run_lazy_detection`.
-    """
+    """Run a command line of ``tool_argument_parser`` in as many processes as it asks for."""
     cfg = _load(args)
     launch(
         run_detection,
@@ -119,12 +112,11 @@ def run_lazy_detection(
 ) -> dict[str, Any] | None:
     """Train, or only evaluate, in this process, one of possibly several.
 
-    Data sets are checked, and the loader and evaluator of each test set are tried, before
-    training starts.
+    Data sets are checked, and the loader and evaluator of each test set are tried, before training
+    starts.
 
     Args:
-        cfg: config with ``model``, ``dataloader``, ``optimizer``, ``lr_multiplier`` and ``train``,
-            as in ``configs/coco``.
+        cfg: config as in ``configs/coco``.
         resume: continue from the last checkpoint in the output folder, where there is one.
         eval_only: evaluate ``train.init_checkpoint`` (with ``resume``: the last checkpoint).
         *resume_options: ``allow_changes`` and ``overwrite`` of
@@ -132,7 +124,7 @@ def run_lazy_detection(
 
     Returns:
         The results on the first rank when only evaluating, by test set where there are several;
-        else None.
+            else None.
 
     Raises:
         InputError: the config, data, weights or output folder cannot be used.

@@ -29,14 +29,10 @@ def average_precision(
 ) -> float:
     """PASCAL VOC's average precision in percent; nan where there are no boxes to find.
 
-    It is that of 2010 and later, the area under the precision envelope. Detections are taken by
-    falling score. A detection is right if the box of its image that it overlaps most has an IoU of
-    at least the threshold and was not found before.
-
-    Args:
-        detections: boxes (N, 4) as x0 y0 x1 y1 and scores (N,), by image.
-        truth: boxes (M, 4) by image.
-        iou_threshold: smallest intersection over union of a right detection.
+    It is that of 2010 and later, the area under the precision envelope. Detections, boxes (N, 4)
+    and scores (N,) by image, are taken by falling score. One is right if the true box of its image
+    that it overlaps most has an IoU of at least the threshold and was not found before. Boxes are
+    x0 y0 x1 y1.
     """
     total = sum(len(boxes) for boxes in truth.values())
     if not total:

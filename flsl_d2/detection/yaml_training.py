@@ -44,10 +44,7 @@ _YAML_ERRORS = (
 def load_yaml_config(path: str, overrides: Sequence[str] = ()) -> CfgNode:
     """Load a YAML config over Detectron2's defaults and this project's nodes.
 
-    Args:
-        path: config file; see :func:`flsl_d2.engine.config_files.resolve_config_path`. Tags that
-            run code are refused.
-        overrides: ``[KEY, VALUE, KEY, VALUE, ...]``.
+    Tags that run code are refused; ``overrides`` are ``[KEY, VALUE, KEY, VALUE, ...]``.
 
     Raises:
         InputError: a missing or broken file, an unknown key, or a value of another type than the

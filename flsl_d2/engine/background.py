@@ -9,8 +9,7 @@ from collections.abc import Callable
 class Background:
     """A thread for one piece of work at a time.
 
-    Attributes:
-        done: whether a piece of work has ended whose result was not taken yet.
+    ``done`` says whether a piece of work has ended whose result was not taken yet.
     """
 
     def __init__(self) -> None:

@@ -44,14 +44,13 @@ logger = logging.getLogger(__name__)
 class Checkpoints(HookBase):
     """Write ``model_<step>.pth`` every ``period`` steps, and ``model_final.pth`` at the end.
 
-    The hook runs on every rank, after the hooks whose work of a step a resumed run must not
-    repeat. A checkpoint that cannot be written is an error in the log, and training goes on; the
-    last checkpoint of a run must succeed. A checkpoint that is written in the background is whole
-    or not there at all, like others; the next one, a stop and the end of training wait for it.
+    The hook runs on every rank, after the hooks whose work of a step a resumed run must not repeat.
+    A checkpoint that cannot be written is an error in the log, and training goes on; the last
+    checkpoint of a run must succeed. A checkpoint that is written in the background is whole or not
+    there at all, like others; the next one, a stop and the end of training wait for it.
 
     Args:
         checkpointer: checkpointer, which writes on the main process alone.
-        period: number of steps between two checkpoints.
         keep_last: number of newest checkpoints to keep; None keeps all.
         keep_every: number of steps whose multiples are kept for good; 0 for none.
         stop_agreed: function called after each step on every rank; True on all of them stops.
@@ -111,7 +110,7 @@ class Checkpoints(HookBase):
         raise SystemExit(STOPPED)
 
     def save_alone_and_leave(self) -> NoReturn:
-        """Write a checkpoint of this step on the main process, and exit without the others.
+        """Write a checkpoint on the main process, and exit without the others.
 
         Processes that were interrupted anywhere cannot wait for each other.
         """
@@ -196,13 +195,9 @@ class KeepBest(hooks.BestCheckpointer):
     """Keep the weights with the best value of an evaluation as ``model_best.pth``.
 
     The file has no state of training, and is never resumed from. ``best.json`` beside it has the
-    value, its step and the number of evaluations since; a resumed run goes on from it. Runs on
-    the main process, after the hook that evaluates.
-
-    Args:
-        eval_period: number of steps between two evaluations; 0 for one at the end.
-        checkpointer: checkpointer of the run.
-        metric: name of the value in ``metrics.json``, such as ``bbox/AP``; more is better.
+    value, its step and the number of evaluations since; a resumed run goes on from it. Runs on the
+    main process, after the hook that evaluates every ``eval_period`` steps (0: at the end).
+    ``metric`` is a name in ``metrics.json``, such as ``bbox/AP``; more is better.
     """
 
     best_metric: float | None
@@ -246,12 +241,6 @@ class StoppableEval(hooks.EvalHook):
     """Detectron2's evaluation, except that a request to stop ends it within seconds.
 
     The checkpoint of the step is written then, and a resumed run evaluates first.
-
-    Args:
-        eval_period: number of steps between two evaluations; 0 for one at the end.
-        evaluate: function that evaluates and returns scalars by name.
-        checkpoints: hook that writes the checkpoints.
-        request: requests to stop.
     """
 
     def __init__(
@@ -284,11 +273,7 @@ class StoppableEval(hooks.EvalHook):
 
 
 class EvaluationDue:
-    """File of a run's folder that says that a stopped run has an evaluation to do.
-
-    Args:
-        folder: output folder.
-    """
+    """File of a run's folder that says that a stopped run has an evaluation to do."""
 
     def __init__(self, folder: str | Path) -> None:
         self._file = Path(folder, "evaluation_due")
@@ -315,14 +300,8 @@ class EndedEarly(BaseException):
 class StopEarly(HookBase):
     """End training when several evaluations in a row brought no better value.
 
-    Args:
-        checkpoints: hook that writes the last checkpoint.
-        best: hook that counts the evaluations; None on all ranks but the first.
-        patience: number of evaluations without a better value after which training ends.
-        eval_period: number of steps between two evaluations.
-
-    Raises:
-        EndedEarly: training has ended, and its last checkpoint is written.
+    ``best`` counts the evaluations; it is None on all ranks but the first. Once the last checkpoint
+    is written, EndedEarly is raised.
     """
 
     def __init__(
@@ -350,9 +329,7 @@ class StopEarly(HookBase):
 class LeaveWhenAsked(HookBase):
     """Stop a run on request, as its last hook: after evaluation and logging of the step.
 
-    Args:
-        checkpoints: hook that writes the checkpoints of the run.
-        request: whether this process was asked to stop; all ranks leave after the same step.
+    All ranks leave after the same step.
     """
 
     def __init__(self, checkpoints: Checkpoints, request: StopRequest) -> None:

@@ -1,7 +1,6 @@
 """Options and exit statuses that all command-line tools share.
 
-A tool is a module with a ``main`` function, run by ``python -m`` or by a file in ``tools/``. An
-option that means the same in several tools is declared once, in :data:`SHARED_OPTIONS`.
+An option that means the same in several tools is declared once, in :data:`SHARED_OPTIONS`.
 """
 
 from __future__ import annotations
@@ -101,9 +100,7 @@ class _ToolParser(argparse.ArgumentParser):
 def described_parser(description: str, epilog: str = "") -> argparse.ArgumentParser:
     """Make a parser of a tool: help is printed as written, and options are not abbreviated.
 
-    Args:
-        description: purpose of the tool.
-        epilog: examples of complete commands.
+    The epilog has examples of complete commands.
     """
     for stream in (sys.stdout, sys.stderr):  # a console that lacks a character shows "?"
         if isinstance(stream, io.TextIOWrapper):
@@ -123,11 +120,7 @@ def described_parser(description: str, epilog: str = "") -> argparse.ArgumentPar
 
 
 def device_name(text: str) -> str:
-    """Name of a device that this machine has.
-
-    Raises:
-        argparse.ArgumentTypeError: an unknown device, or one that is not there.
-    """
+    """Name of a device that this machine has, for ``type`` of an option."""
     try:
         check_device(text)
     except InputError as error:
@@ -158,11 +151,7 @@ def comma_separated(text: str) -> list[str]:
 
 
 def seed_list(text: str) -> list[int]:
-    """Seeds of a list such as ``0,1``, each once.
-
-    Raises:
-        argparse.ArgumentTypeError: a part is not a whole number from 0 on.
-    """
+    """Seeds of a list such as ``0,1``, each once."""
     parts = comma_separated(text)
     if not parts or not all(part.isdecimal() for part in parts):
         raise argparse.ArgumentTypeError(
@@ -172,11 +161,7 @@ def seed_list(text: str) -> list[int]:
 
 
 def named_weights(text: str) -> tuple[str, str]:
-    """Name and source of ``NAME=FILE``; the name is empty where only a file is given.
-
-    Raises:
-        argparse.ArgumentTypeError: the name or the file is missing.
-    """
+    """Name and source of ``NAME=FILE``; the name is empty where only a file is given."""
     name, equals, source = text.partition("=")
     # A "=" behind a slash or a question mark is part of a path without a name.
     if not equals or "/" in name or "?" in name:
@@ -265,13 +250,7 @@ CONFIG_OPTIONS = {
 
 
 def add_option(parser: argparse.ArgumentParser, name: str, **changes: Any) -> None:
-    """Add an option of :data:`SHARED_OPTIONS` to a parser.
-
-    Args:
-        parser: parser of the tool.
-        name: name of the option.
-        changes: arguments of ``add_argument`` that differ for this tool.
-    """
+    """Add an option of :data:`SHARED_OPTIONS` to a parser, with changes for this tool."""
     parser.add_argument(name, **(SHARED_OPTIONS[name] | changes))
 
 
@@ -291,17 +270,7 @@ def add_overrides(parser: argparse.ArgumentParser, help_text: str) -> None:
 def tool_argument_parser(
     description: str, epilog: str = "", eval_only: bool = False, config_required: bool = True
 ) -> argparse.ArgumentParser:
-    """Make a parser with the options that pre-training and fine-tuning have in common.
-
-    Args:
-        description: purpose of the tool.
-        epilog: examples of complete commands.
-        eval_only: whether the tool has ``--eval-only``.
-        config_required: whether ``--config-file`` must be given.
-
-    Returns:
-        A parser for :func:`parse_tool_arguments`.
-    """
+    """Make a parser for :func:`parse_tool_arguments` with the options of all training tools."""
     parser = described_parser(description, epilog)
     add_option(parser, "--config-file", required=config_required)
     switches = {

@@ -27,10 +27,7 @@ CONFIGS_FOLDER = _SHIPPED if _SHIPPED.is_dir() else Path(__file__).parents[2] / 
 
 
 def resolve_config_path(path: str) -> str:
-    """Find a config file.
-
-    Args:
-        path: path of the file, or its name relative to the ``configs`` folder.
+    """Find a config file by its path, or by its name relative to the ``configs`` folder.
 
     Raises:
         InputError: there is no such file, or it is neither ``.py`` nor ``.yaml``.
@@ -63,10 +60,6 @@ def is_yaml(path: str) -> bool:
 
 def load_lazy_config(path: str, overrides: Iterable[str] = ()) -> DictConfig:
     """Load a LazyConfig file, apply overrides, and replace ``~`` at the start of paths.
-
-    Args:
-        path: config file; see :func:`resolve_config_path`.
-        overrides: ``key=value``; see :func:`flsl_d2.engine.overrides.apply_lazy_overrides`.
 
     Raises:
         InputError: a missing file, a syntax error in it, or an override that cannot be applied.

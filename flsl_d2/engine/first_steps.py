@@ -35,14 +35,9 @@ class FirstSteps(HookBase):
 
     On a terminal a bar of tqdm stands below the log. Elsewhere the log gets a line with the fifth
     step or after ten seconds, whichever is earlier, and then each minute in which the writers of
-    the run wrote none. A warning says after a minute that no batch has come, and why. It is
-    registered on the main process.
-
-    Args:
-        steps: number of steps after which the duration is logged.
-        left_out: work that is not counted in it.
-        logger: logger of the run.
-        log_period: number of steps between two lines of the run's writers.
+    the run, every ``log_period`` steps, wrote none. A warning says after a minute that no batch has
+    come, and why. The duration does not count the work named by ``left_out``. It is registered on
+    the main process.
     """
 
     def __init__(

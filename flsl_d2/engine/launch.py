@@ -66,11 +66,8 @@ def has_native_bf16() -> bool:
 def leave(status: int) -> NoReturn:
     """End a process of a group: run the functions registered with ``atexit``, then exit at once.
 
-    The interpreter is not finalised: a thread of gloo that frees a tensor meanwhile would abort
-    the process, and a run that had finished would count as failed (PyTorch issue 190489).
-
-    Args:
-        status: exit status of the process, 0 to 255.
+    The interpreter is not finalised: a thread of gloo that frees a tensor meanwhile would abort the
+    process, and a run that had finished would count as failed (PyTorch issue 190489).
     """
     atexit._run_exitfuncs()  # multiprocessing does the same before it ends a forked process
     sys.stdout.flush()
@@ -90,20 +87,18 @@ def launch(
     """Run ``main_func(*args)`` in every process, with Detectron2's ``comm`` set up.
 
     A single process is not started: the function runs in this one. Several GPU processes
-    communicate by NCCL, several CPU processes by gloo. Under torchrun the processes exist
-    already: none are started, the counts given here are ignored, and the program ends with
-    :func:`leave`. The same holds for several tasks of one ``srun``, where the counts are 1.
-    SIGTERM and SIGUSR1 are passed on to the processes; see :mod:`flsl_d2.engine.stopping`.
+    communicate by NCCL, several CPU processes by gloo. Under torchrun the processes exist already:
+    none are started, the counts given here are ignored, and the program ends with :func:`leave`.
+    The same holds for several tasks of one ``srun``, where the counts are 1. SIGTERM and SIGUSR1
+    are passed on to the processes; see :mod:`flsl_d2.engine.stopping`.
 
     Args:
         main_func: function at the top level of a module, which the workers import.
         num_processes_per_machine: number of GPUs, or of CPU processes, on each machine.
         num_machines: number of machines; each runs this same command.
-        machine_rank: number of this machine, from 0.
         dist_url: address where the processes meet, ``tcp://address:port``; ``auto`` takes a free
             local port.
         args: arguments of ``main_func``, which are pickled for the workers.
-        device: ``cuda`` or ``cpu``.
 
     Raises:
         InputError: this machine lacks the device or the count, or a worker raised the error.
@@ -175,14 +170,10 @@ def _wait(workers: ProcessContext, reports: Any, stop: StopRequest) -> None:
 
 
 def wrap_ddp(model: nn.Module, **ddp_options: Any) -> nn.Module:
-    """Wrap a model by Detectron2's ``create_ddp_model``, for CPU processes as well.
+    """Wrap a model on its device by Detectron2's ``create_ddp_model``, for CPU processes as well.
 
-    Args:
-        model: model on the device that it is trained on.
-        ddp_options: arguments of ``DistributedDataParallel``, and ``fp16_compression``.
-
-    Returns:
-        The wrapped model; the model itself where there is one process.
+    ``ddp_options`` are arguments of ``DistributedDataParallel``, and ``fp16_compression``. The
+    model of a single process is returned as it is.
     """
     device = next(model.parameters()).device
     # Not the local rank, which Detectron2 takes: a process may see one GPU only.
@@ -326,11 +317,7 @@ def _visible_gpu(local_rank: int, num_local: int, device: str) -> int:
 
 
 def _check_one_gpu_each(gpu: str) -> None:
-    """Check that no two processes have the same GPU, on which NCCL would fail with a code.
-
-    Args:
-        gpu: the unique number of this process's GPU.
-    """
+    """Check that no two processes have one GPU, on which NCCL would fail with a code."""
     gpus = comm.all_gather(gpu)
     for rank, other in enumerate(gpus):
         first = gpus.index(other)

@@ -26,16 +26,9 @@ def started_processes() -> int:
 
 
 def restart_store(variables: Mapping[str, str], timeout: timedelta) -> Store | None:
-    """Store in which ranks find each other, apart from that of the attempts before a restart.
+    """Rendezvous store, one for each restart attempt; None where PyTorch makes a store by itself.
 
     torchrun's own store outlives a restart, with the addresses of the ranks that died.
-
-    Args:
-        variables: environment.
-        timeout: time after which a rank gives up waiting for the others.
-
-    Returns:
-        None where PyTorch makes a store by itself.
 
     Raises:
         InputError: restarts on several machines, whose counts of restarts may differ.
@@ -58,8 +51,7 @@ def restart_store(variables: Mapping[str, str], timeout: timedelta) -> Store | N
 def slurm_variables(variables: Mapping[str, str]) -> dict[str, str]:
     """Variables of torchrun for a task of ``srun``; none where the step has a single task.
 
-    Args:
-        variables: environment of the task; MASTER_ADDR and MASTER_PORT in it are kept.
+    MASTER_ADDR and MASTER_PORT of the environment are kept.
 
     Raises:
         InputError: machines have different numbers of tasks.

@@ -30,13 +30,8 @@ _GRACE_SECONDS = 15.0
 class SignsOfLife:
     """Thread that tells other processes of this one, and ends it when one of them has failed.
 
-    A request to stop that a single process got is passed on to all.
-
-    Args:
-        store: store of the process group.
-        rank: rank of this process.
-        world_size: number of processes.
-        silent_seconds: time without a sign after which a process counts as lost.
+    A request to stop that a single process got is passed on to all. A process that gives no sign
+    for ``silent_seconds`` counts as lost.
     """
 
     def __init__(

@@ -54,8 +54,7 @@ def quiet_libraries() -> None:
 def start_log(folder: str, rank: int, names: Iterable[str]) -> None:
     """Send logs to a folder and, in the main process, to the console, and to nowhere else.
 
-    A second run in one process, as in a notebook, takes the place of the first, whose lines would
-    be doubled otherwise.
+    A second run in one process, as in a notebook, takes the place of the first.
     """
     quiet_libraries()
     setup_logger.cache_clear()

@@ -26,19 +26,14 @@ class _Override(NamedTuple):
 
 
 def apply_lazy_overrides(cfg: DictConfig, overrides: Iterable[str]) -> DictConfig:
-    """Set ``key=value`` overrides in place, in hydra's basic grammar.
+    """Set ``key=value`` overrides in place, in hydra's basic grammar; return the config.
 
-    Args:
-        cfg: loaded config.
-        overrides: texts such as ``train.max_iter=100``, ``optimizer.lr=1e-4``,
-            ``dataloader.train.dataset.names=[a,b]``; a leading ``+`` allows a key that is new.
-
-    Returns:
-        ``cfg``.
+    Texts are such as ``train.max_iter=100`` and ``dataloader.train.dataset.names=[a,b]``; a leading
+    ``+`` allows a key that is new.
 
     Raises:
-        InputError: a text that is not ``key=value``, unknown keys (all of them at once), or a
-            value of another type than the one it replaces.
+        InputError: a text that is not ``key=value``, unknown keys (all of them at once), or a value
+            of another type than the one it replaces.
     """
     parsed = [_parse(text) for text in overrides]
     named = []
@@ -66,10 +61,7 @@ def apply_lazy_overrides(cfg: DictConfig, overrides: Iterable[str]) -> DictConfi
 def unknown_keys_error(unknown: Iterable[str], known: list[str], remedy: str = "") -> InputError:
     """Make the error for keys that a config does not have; it names the closest ones.
 
-    Args:
-        unknown: dotted names of the unknown keys.
-        known: dotted names of all keys of the config.
-        remedy: text that continues the sentence.
+    Keys have dotted names; ``remedy`` continues the sentence.
     """
     named = []
     for key in dict.fromkeys(unknown):

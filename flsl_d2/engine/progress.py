@@ -24,12 +24,7 @@ logger = logging.getLogger(__name__)
 
 
 class Pace:
-    """The times at which progress is reported.
-
-    Args:
-        total: number of items; None where it is not known.
-        done: number of items that were done before.
-    """
+    """The times at which progress is reported, for a number of items that may be unknown."""
 
     def __init__(self, total: int | None, done: int = 0) -> None:
         self.total, self._first = total, done
@@ -64,13 +59,7 @@ def progress(
     """Yield the items of a long piece of work, and show how far it is and what is left.
 
     On a terminal a bar of tqdm stands below the log. Elsewhere lines go to the log, or to stderr
-    where none is set up.
-
-    Args:
-        items: items, each of which takes a while.
-        what: name of the work, such as ``predicting``.
-        total: number of items; by default their length, if they have one.
-        unit: name of an item.
+    where none is set up. ``what`` names the work, such as ``predicting``.
     """
     if total is None and isinstance(items, Sized):
         total = len(items)

@@ -45,11 +45,9 @@ logger = logging.getLogger(__name__)
 class NeutralKeys:
     """Config keys that do not change what a run learns, as patterns of ``fnmatch``.
 
-    Attributes:
-        no_effect: keys that change neither the weights nor the logged values; runs that differ in
-            them alone have the same result.
-        on_resume: further keys that may change when a run is resumed: they change how numbers are
-            rounded or how often they are logged, or they are compared in another way.
+    Runs that differ in ``no_effect`` alone have the same weights and logged values. Keys of
+    ``on_resume`` change how numbers are rounded or how often they are logged, or they are compared
+    in another way.
     """
 
     no_effect: tuple[str, ...]
@@ -102,12 +100,8 @@ DETECTION_KEYS = NeutralKeys(
 def prepare_output(folder: Path, key: str, loggers: list[str]) -> None:
     """Make the output folder, and send logs to it and to the console.
 
-    Only the main process logs to the console; the others write ``log.txt.rank1`` and so on.
-
-    Args:
-        folder: output folder.
-        key: the config key of the folder, for the message.
-        loggers: names of further loggers, besides those of Detectron2 and fvcore.
+    Only the main process logs to the console; the others write ``log.txt.rank1`` and so on. ``key``
+    is the config key of the folder, ``loggers`` are further ones than Detectron2's and fvcore's.
 
     Raises:
         InputError: the folder cannot be written.
@@ -152,13 +146,10 @@ def unlock(folder: str | Path) -> None:
 
 
 def trim_metrics(path: str | Path, num_steps: int) -> int:
-    """Remove the rows of a metrics file beyond the first ``num_steps`` steps.
+    """Remove the rows of a metrics file beyond the first ``num_steps`` steps; return their number.
 
     Those rows were logged after the checkpoint that a run is resumed from, and will be logged
     again. A half-written row is removed as well. The file is shortened in one operation.
-
-    Returns:
-        Number of lines removed.
     """
     path = Path(path)
     if not path.is_file():
@@ -196,10 +187,8 @@ class PeriodicWriter(hooks.PeriodicWriter):
 class ResumeOptions:
     """How to treat a run that the output folder already holds.
 
-    Attributes:
-        resume: continue the run.
-        allow_changes: continue the run even with other settings.
-        overwrite: delete the run's checkpoints and start anew.
+    ``resume`` continues it, with ``allow_changes`` even with other settings; ``overwrite`` deletes
+    its checkpoints and starts anew.
     """
 
     resume: bool = False
@@ -211,9 +200,6 @@ def flat_config(cfg: DictConfig | CfgNode) -> dict[str, str]:
     """Flatten a config to its full keys and their values as text, interpolations resolved.
 
     Functions and classes are named; any other object is named by its class.
-
-    Raises:
-        InputError: a key refers to one that is not there.
     """
     if isinstance(cfg, DictConfig):
         try:
@@ -241,10 +227,7 @@ def check_and_keep_run(
     checkpoint holds no run. Another number of processes is a warning.
 
     Args:
-        cfg: config of this run.
-        folder: output folder.
         key: the config key of the folder, for messages.
-        options: how a run in the folder is treated.
         neutral: keys that may differ.
         also: settings that decide the result and are not in the config.
 

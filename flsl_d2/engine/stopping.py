@@ -35,10 +35,6 @@ class StopRequest:
         signal_name: name of the first signal; empty if there was none.
         step: function that returns the number of the step that is run; None before training, when
             Ctrl-C ends the process as anywhere else.
-
-    Args:
-        on_first: function called with the number of the first signal.
-        on_second: function called with the number of a later signal.
     """
 
     def __init__(self, on_first: Callable[[int], None], on_second: Callable[[int], None]) -> None:
@@ -121,11 +117,7 @@ def signals_held() -> Iterator[None]:
 
 @contextmanager
 def forwarding(processes: Sequence[Any]) -> Iterator[StopRequest]:
-    """Pass the first request on to child processes, and kill them at the second.
-
-    Args:
-        processes: processes of ``multiprocessing``.
-    """
+    """Pass the first request on to child processes, and kill them at the second."""
 
     def send(number: int) -> None:
         for process in processes:

@@ -29,8 +29,7 @@ _LONGEST_VALUE = 500
 class ScalarWriter(EventWriter):
     """Send the scalars of the storage that are new since the last call; a failure is logged once.
 
-    Args:
-        folder: output folder of the run, whose name is that of the run.
+    The name of the run is that of its output folder.
     """
 
     name = ""
@@ -172,11 +171,6 @@ def build_trackers(
     names: Sequence[str], folder: str | Path, settings: Mapping[str, str]
 ) -> list[EventWriter]:
     """Start the trackers that ``train.trackers`` names; called in the main process alone.
-
-    Args:
-        names: keys of :data:`TRACKERS`.
-        folder: output folder of the run.
-        settings: settings of the run, by their full keys.
 
     Raises:
         InputError: a name is unknown, a package is missing, or a tracker cannot be started.

@@ -7,53 +7,23 @@ schedules, mixed precision, accumulation, clipping, the optimiser, checkpoints, 
 :class:`pretrain.methods.dino.DINO` is a short example. A config names the method under ``model``,
 and its constructor arguments are the keys of that node.
 
-Shape suffixes: B images, S side of a view in pixels, Q queries of a view, K centroids.
+Shape suffixes: K centroids.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass, field
 from typing import Any, Protocol, TypeAlias
 
-import numpy as np
 from torch import Tensor, nn
 
 from flsl_d2.modeling import FLSLViT
 from flsl_d2.modeling.timm_backbone import TimmBackbone
 from pretrain.schedules import StepValues
+from pretrain.step_inputs import StepInputs as StepInputs
 
 Losses: TypeAlias = dict[str, Tensor]
 Monitored: TypeAlias = dict[str, Tensor]
-
-
-@dataclass
-class StepInputs:
-    """The views of a process's share of a step, on the training device.
-
-    Attributes:
-        views: images (B, 3, S, S) in 0 to 255; of nested views the teacher's first, of others the
-            global ones first.
-        queries: for each student view of nested views (B, Q) int64, the tokens that are queries.
-        regions: (B, 4), top, left, height and width of a view's box as shares: of the teacher's
-            view, for each student view of nested views; of the image, for each view of others. A
-            mirrored view has its right side as ``left`` and a negative width, so that
-            ``left + x * width`` holds for every view.
-        crops: the views before augmentation, where the method needs them; else empty.
-        num_global: number of views, the first ones, that are global.
-        segments: for each view (B, N) int64, the label of the segment at each token, where the
-            views have segments; else empty. Labels of an image's views belong together.
-        grids: for each view (B, 2) int64 on the CPU, rows and columns of tokens, where images fill
-            only the upper left of their view; else empty.
-    """
-
-    views: list[Tensor]
-    queries: list[Tensor]
-    regions: list[Tensor] = field(default_factory=list)
-    crops: list[Tensor] = field(default_factory=list)
-    num_global: int = 1
-    segments: list[Tensor] = field(default_factory=list)
-    grids: list[np.ndarray] = field(default_factory=list)
 
 
 class Method(Protocol):

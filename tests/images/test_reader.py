@@ -246,7 +246,7 @@ def test_odd_images_are_converted(name: str, tmp_path: Path) -> None:
     assert pixels.flags.writeable
     assert pixels.flags.c_contiguous
     views = NestedViews(**SMALL_VIEWS)(pixels, np.random.default_rng(0))
-    assert [tuple(view.shape) for view in views.images] == [(3, 32, 32)] * 2 + [(3, 16, 16)] * 2
+    assert [tuple(view.shape) for view in views.views] == [(3, 32, 32)] * 2 + [(3, 16, 16)] * 2
 
 
 @pytest.mark.parametrize("name", GOOD)

@@ -111,7 +111,7 @@ def test_unreadable_images_are_replaced_and_named(folder):
     dataset = PretrainDataset(files, NestedViews(**SMALL_VIEWS))
     views, failed = dataset[0, files.index(str(broken))]
     assert failed[0].split("\t")[0] == str(broken)
-    assert len(views.images) == 4
+    assert len(views.views) == 4
     with pytest.raises(InputError, match=r"broken\.jpg"):
         PretrainDataset(files, NestedViews(**SMALL_VIEWS), on_error="raise")[
             0, files.index(str(broken))

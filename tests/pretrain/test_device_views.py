@@ -10,9 +10,14 @@ from hypothesis import strategies as st
 from PIL import Image
 from torchvision.transforms import functional as tvf
 
-from pretrain.augmentation import Augmentation, apply_augmentation, draw_augmentation
+from pretrain.augmentation import (
+    Augmentation,
+    apply_augmentation,
+    draw_augmentation,
+    stack_augmentations,
+)
 from pretrain.data import PretrainDataset, build_pretrain_loader
-from pretrain.device_views import augment_batch, crop_batch, stack_augmentations
+from pretrain.device_views import augment_batch, crop_batch
 from pretrain.views import NestedViews, resized_crop
 
 NONE = Augmentation((), (1.0, 1.0, 1.0, 0.0), False, 0.0, False)
@@ -86,7 +91,7 @@ def test_crops_equal_the_cpus(data, size, seed):
         data.draw(st.integers(3, side - left)),
     )
     image = pictures(1, side, seed)
-    ours = as_images(crop_batch(as_batch(image), torch.tensor([box]), size))[0]
+    ours = as_images(crop_batch(as_batch(image), np.array([box]) / side, size))[0]
     exact, bound = exact_crop(image[0], box, size)
     # float32: sums of up to 2 x 96 products of up to 255 are exact to 255 x 192 x 6e-8 = 0.003, and
     # a pixel at the end of the kernel may be in or out, where the kernel is below 1e-5.
@@ -97,7 +102,7 @@ def test_crops_equal_the_cpus(data, size, seed):
 
 def test_every_image_gets_its_own_box():
     images = pictures(3)
-    boxes = torch.tensor([[0, 0, 96, 96], [10, 20, 30, 40], [50, 3, 46, 20]])
+    boxes = np.array([[0, 0, 96, 96], [10, 20, 30, 40], [50, 3, 46, 20]]) / 96
     together = crop_batch(as_batch(images), boxes, 32)
     for i in range(3):
         alone = crop_batch(as_batch(images[i : i + 1]), boxes[i : i + 1], 32)
@@ -193,15 +198,17 @@ def test_the_device_makes_the_views_of_the_cpu(on_device, tmp_path):
         batches[where].to_device(torch.device("cpu")) for where in ("nothing", on_device)
     )
     assert torch.equal(finished.crops[0], on_cpu.crops[0])
-    boxes, flips = batches[on_device].boxes, batches[on_device].flips
+    regions = batches[on_device].regions
     crops = zip(finished.crops[1:], on_cpu.crops[1:], strict=True)
     for view, (ours, theirs) in enumerate(crops):
         if on_device == "augmentation":
             assert torch.equal(ours, theirs)
             continue
         for i, teacher in enumerate(as_images(on_cpu.crops[0])):
-            _, bound = exact_crop(teacher, tuple(boxes[view][i].tolist()), ours.shape[-1])
-            bound = bound[:, ::-1] if flips[view][i] else bound
+            top, left, height, width = (64 * regions[view][i]).round().astype(int).tolist()
+            box = (top, min(left, left + width), height, abs(width))
+            _, bound = exact_crop(teacher, box, ours.shape[-1])
+            bound = bound[:, ::-1] if width < 0 else bound
             difference = as_images((ours - theirs.float()).abs())[i]
             assert (difference <= bound + 0.01).all()  # 0.01 as for the crops above
     solarised = batches[on_device].augmentations
@@ -210,4 +217,4 @@ def test_the_device_makes_the_views_of_the_cpu(on_device, tmp_path):
         assert (ours.float() - theirs)[kept].abs().mean() < 1.5
     for name in ("queries", "regions"):
         assert all(map(torch.equal, getattr(finished, name), getattr(on_cpu, name)))
-    assert any(flips.any() and not flips.all() for flips in batches[on_device].flips)
+    assert len({bool(width < 0) for region in regions for width in region[:, 3]}) == 2

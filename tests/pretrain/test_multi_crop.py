@@ -10,9 +10,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from flsl_d2.errors import InputError
-from pretrain.data import collate
 from pretrain.multi_crop import MultiCropViews, labels_of_tokens
 from pretrain.native_views import MAX_ASPECT, NativeViews, native_grid
+from pretrain.step_inputs import collate
 
 PLAIN = {
     "jitter_probability": 0.0,
@@ -37,8 +37,8 @@ def test_places_tell_where_a_view_comes_from():
     )
     for seed in range(4):
         views = cut(ramps(), np.random.default_rng(seed))
-        assert [len(v[0]) for v in views.images] == [32, 32, 16, 16, 16]
-        for image, place in zip(views.images, views.regions, strict=True):
+        assert [len(v[0]) for v in views.views] == [32, 32, 16, 16, 16]
+        for image, place in zip(views.views, views.regions, strict=True):
             top, left, height, width = place.tolist()
             side = image.shape[-1]
             middle = image[:, side // 2 - 1 : side // 2 + 1, side // 2 - 1 : side // 2 + 1]
@@ -57,7 +57,7 @@ def test_views_follow_from_the_generator_and_keep_their_draws_with_other_probabi
     first = MultiCropViews(**settings)(ramps(), np.random.default_rng(3))
     again = MultiCropViews(**settings)(ramps(), np.random.default_rng(3))
     plain = MultiCropViews(**settings, **PLAIN)(ramps(), np.random.default_rng(3))
-    assert all(map(torch.equal, first.images, again.images))
+    assert all(map(torch.equal, first.views, again.views))
     assert all(map(np.array_equal, first.regions, plain.regions))
 
 
@@ -84,7 +84,7 @@ def test_segments_are_labelled_alike_in_all_views():
     for seed in range(3):
         views = cut(image, np.random.default_rng(seed))
         colours: dict[int, set[int]] = {}
-        for view, labels in zip(views.images, views.segments, strict=True):
+        for view, labels in zip(views.views, views.segments, strict=True):
             patches = F.avg_pool2d(view[:1].float(), 4).flatten()
             for colour, label in zip(patches.tolist(), labels.tolist(), strict=True):
                 if colour in (0, 120, 240):  # patches within one band
@@ -101,7 +101,7 @@ def test_labels_of_tokens_of_a_mirrored_view():
     image[..., 0] = np.arange(60) // 6
     image[..., 1] = np.arange(40)[:, None] // 4
     views = cut(image, np.random.default_rng(0))
-    for view, labels in zip(views.images, views.segments, strict=True):
+    for view, labels in zip(views.views, views.segments, strict=True):
         column, row = F.avg_pool2d(view[:2].float(), 4).flatten(1)
         assert (labels % 10 - column).abs().max() <= 1  # cells at a patch's centre and on average
         assert (labels // 10 - row).abs().max() <= 1

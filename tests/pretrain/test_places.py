@@ -19,15 +19,15 @@ from flsl_d2.modeling.projection_head import FLSLHead
 from flsl_d2.modeling.vit import gather_tokens
 from pretrain import views as views_module
 from pretrain.augmentation import Augmentation
-from pretrain.data import collate
 from pretrain.methods.flsl import FLSL
-from pretrain.methods.flsl_objective import FLSLLoss, query_indexes
+from pretrain.methods.flsl_objective import FLSLLoss
 from pretrain.methods.places import (
     VarianceBound,
     token_centres,
     tokens_at,
 )
 from pretrain.schedules import Schedules
+from pretrain.step_inputs import collate
 from pretrain.views import DEVICE_WORK, NestedViews
 
 NO_AUGMENTATION = Augmentation((), (1.0, 1.0, 1.0, 0.0), False, 0.0, False)
@@ -81,7 +81,7 @@ def test_a_query_and_its_place_show_the_same(monkeypatch, on_device, flip):
         inner = ((xy > 1 / 16) & (xy < 15 / 16)).all(dim=-1)
         assert inner.float().mean() > 0.5
         assert (seen - tokens_at(teacher, xy))[inner].abs().max() < 2.5
-    assert {flip for sample, _ in samples for flip in sample.flips} == {
+    assert {bool(region[3] < 0) for sample, _ in samples for region in sample.regions} == {
         0.0: {False},
         0.5: {False, True},
         1.0: {True},
@@ -202,11 +202,12 @@ def test_a_place_is_the_teachers_own_token_there():
         modes = [(0.9 / math.sqrt(8) * keys @ key).softmax(dim=0) @ keys for key in keys]
         logits = [model.teacher.head(mode) for mode in modes]
     expected = []
-    for (top, left, height, width), mask in zip(views.boxes, views.queries, strict=True):
-        side = math.isqrt(len(mask))
-        for index in query_indexes(mask[None])[0].tolist():
-            x = (left + (index % side + 0.5) / side * width) / 32 * 4 - 0.5
-            y = (top + (index // side + 0.5) / side * height) / 32 * 4 - 0.5
+    sides = [4, 2]
+    for side, region, queries in zip(sides, views.regions, views.queries, strict=True):
+        top, left, height, width = region.tolist()
+        for index in queries.tolist():
+            x = (left + (index % side + 0.5) / side * width) * 4 - 0.5
+            y = (top + (index // side + 0.5) / side * height) * 4 - 0.5
             x, y = min(max(x, 0), 3), min(max(y, 0), 3)
             mixed = torch.zeros(4)
             for r, c in itertools.product(range(4), range(4)):

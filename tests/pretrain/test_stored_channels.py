@@ -69,7 +69,7 @@ def test_a_folder_is_pretrained_without_a_config_and_its_encoder_loads(folder, t
 def test_views_hold_the_stored_values(folder):
     views = NestedViews(patch_size=8, global_size=40, local_size=16, photometry=0.0)
     dataset = PretrainDataset([str(folder / "0.tif")], views, channels=4)
-    images = dataset[(0, 0)][0].images
+    images = dataset[(0, 0)][0].views
     assert all(image.dtype == torch.float32 and image.shape[0] == 4 for image in images)
     # Blur and resampling keep the mean of noise, whose standard error here is below 3%.
     means = images[0].mean(dim=(1, 2)).numpy()

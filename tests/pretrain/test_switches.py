@@ -68,7 +68,7 @@ SWITCHES = {
     "model.loss.volume_weight=0.0": {"loss_volume", "loss", *LEARNT},
     "model.loss.student_temp=0.2": {"loss_inter", "loss_volume", "loss", *LEARNT},
     "model.loss.sinkhorn_steps=3": TARGETS,
-    "views.flip=1.0": {"views", "flips", *MODES},
+    "views.flip=1.0": {"views", "regions", *MODES},
     "views.photometry=0.5": {"views", *MODES},
     "model.partner=place": TARGETS,
     "model.position_drop=1.0": MODES,
@@ -133,7 +133,7 @@ def quantities(images: list[str], *overrides: str, at: int = 2) -> dict[str, obj
     }
     head = dict(model.student.head.last_layer.named_parameters())
     seen.update(views=batch.views, queries=batch.queries, crops=batch.crops)
-    seen.update(boxes=[b.tolist() for b in batch.boxes], flips=[f.tolist() for f in batch.flips])
+    seen.update(regions=[region.tolist() for region in batch.regions])
     seen["gradients"] = {
         name: p.grad for name, p in model.student.named_parameters() if "last_layer" not in name
     }

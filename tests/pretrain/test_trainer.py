@@ -12,13 +12,13 @@ from detectron2.utils.events import EventStorage
 from flsl_d2.errors import InputError
 from flsl_d2.modeling import FLSLViT
 from flsl_d2.modeling.projection_head import FLSLHead
-from pretrain.data import Batch
 from pretrain.hooks import save_teacher_backbone
 from pretrain.methods.flsl import FLSL
 from pretrain.methods.flsl_objective import FLSLLoss
 from pretrain.optimizer import build_adamw, clip_gradients
 from pretrain.run import ddp_options
 from pretrain.schedules import Schedules
+from pretrain.step_inputs import StepInputs
 from pretrain.step_numbers import BadNumbersError
 from pretrain.trainer import (
     PretrainTrainer,
@@ -35,7 +35,7 @@ def small_model(**options) -> FLSL:
     return FLSL(backbone, head, FLSLLoss(16), **options)
 
 
-def batches(count: int) -> list[Batch]:
+def batches(count: int) -> list[StepInputs]:
     generator = torch.Generator().manual_seed(1)
 
     def image(size: int) -> torch.Tensor:
@@ -45,10 +45,9 @@ def batches(count: int) -> list[Batch]:
         return torch.arange(0, tokens, 4).expand(4, -1)
 
     return [
-        Batch(
+        StepInputs(
             [image(32), image(32), image(16), image(16)],
             [every_fourth(16), every_fourth(4), every_fourth(4)],
-            [],
         )
         for _ in range(count)
     ]

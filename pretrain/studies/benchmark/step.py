@@ -17,15 +17,15 @@ from torch.utils.flop_counter import FlopCounterMode
 from flsl_d2.engine.config_files import load_lazy_config
 from flsl_d2.errors import InputError
 from pretrain.augmentation import draw_augmentation
-from pretrain.data import Batch, collate
 from pretrain.methods.flsl import FLSL
 from pretrain.optimizer import build_adamw
+from pretrain.step_inputs import StepInputs, collate
 from pretrain.studies.benchmark.measuring import stored_for_backward
 from pretrain.trainer import PretrainTrainer, records_graphs, resolve_compile, resolve_precision
 from pretrain.views import NestedViews
 
 
-def random_batch(views: NestedViews, batch_size: int, seed: int = 0) -> Batch:
+def random_batch(views: NestedViews, batch_size: int, seed: int = 0) -> StepInputs:
     """Make a batch of noise with views of the given sizes."""
     rng = np.random.default_rng(seed)
     image = rng.integers(0, 256, (views.global_size, views.global_size, 3), dtype=np.uint8)
@@ -38,7 +38,11 @@ def random_batch(views: NestedViews, batch_size: int, seed: int = 0) -> Batch:
 
 
 def build_trainer(
-    cfg: DictConfig, batch_size: int, device: torch.device, precision: str, batches: Iterable[Batch]
+    cfg: DictConfig,
+    batch_size: int,
+    device: torch.device,
+    precision: str,
+    batches: Iterable[StepInputs],
 ) -> PretrainTrainer:
     """Build the trainer of a real run, with schedules of a run that does not end.
 
