@@ -24,14 +24,10 @@ from flsl_d2.weights.reading import local_weights_path, split_weights_path
 
 @dataclass(frozen=True)
 class ComparedEncoder:
-    """One row of a comparison.
+    """One row of a comparison: a path or URL, ``timm:NAME``, or ``random``.
 
-    Attributes:
-        name: name of the row.
-        source: path or URL; ``timm:NAME``; ``random`` for an untrained encoder.
-        architecture: arguments of ``FLSLViT`` or of ``timm.create_model``.
-        sha256: checksum of the file, or of timm's weights; empty for untrained encoders.
-        failure: reason why it cannot be used; empty if it can.
+    ``architecture`` are arguments of ``FLSLViT`` or of ``timm.create_model``, ``sha256`` is empty
+    for untrained encoders, and ``failure`` is the reason why it cannot be used.
     """
 
     name: str

@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 from detectron2.config import instantiate
 from detectron2.data import DatasetCatalog
@@ -34,15 +34,10 @@ _DEFAULT_MEASURES = ("knn_segmentation", "cluster_quality")
 
 @dataclass(frozen=True)
 class EncoderFile:
-    """An encoder to evaluate.
+    """An encoder to evaluate, with the seed of the evaluation: k-means, heads, order of images.
 
-    Attributes:
-        label: description for people.
-        path: weight file, which may be the product of ``needs``; or ``timm:NAME``.
-        identity: what determines the weights: a checksum, or the settings of the run that makes
-            them.
-        needs: job that writes the file.
-        seed: seed of the evaluation: k-means, heads, order of images.
+    ``path`` is a weight file, which the job ``needs`` may write first, or ``timm:NAME``;
+    ``identity`` determines the weights: a checksum, or the settings of the run that makes them.
     """
 
     label: str
@@ -56,27 +51,13 @@ class EncoderFile:
         return Job(kind, self.label, settings, command, outcome, self.needs)
 
 
-class Evaluation(Protocol):
-    """Something that is measured of an encoder; its name starts the names of its measures.
-
-    ``shown_dataset`` is the registered data set whose images show what is evaluated, or empty.
-    """
-
-    @property
-    def name(self) -> str: ...
-    @property
-    def shown_dataset(self) -> str: ...
-
-    def check(self) -> None:
-        """Raise InputError for what cannot work with any encoder."""
-
-    def job(self, encoder: EncoderFile) -> Job:
-        """Make the job that evaluates an encoder."""
-
-
 @dataclass(frozen=True)
 class FeatureEvaluation:
-    """One measure of frozen features, by ``python -m flsl_d2.evaluation``."""
+    """One measure of frozen features, by ``python -m flsl_d2.evaluation``.
+
+    The name of an evaluation starts the names of its measures. ``shown_dataset`` is the registered
+    data set whose images show what is evaluated, or empty.
+    """
 
     name: str
     train: str
@@ -237,12 +218,8 @@ class DetectionTask:
 class DetectionEvaluation:
     """Fine-tuning a detector from the encoder, and its AP, by ``python -m flsl_d2.detection``.
 
-    The config's encoder takes the architecture of the weights; windows, stochastic depth and
-    everything else stay the config's.
-
-    Attributes:
-        detector: name of the detector, which those of other shares of labels have as well.
-        share: part of the labelled images to train on, or their number; None for all.
+    The config's encoder takes the architecture of the weights; everything else stays the config's.
+    ``share`` is the part of the labelled images to train on, or their number; None for all.
     """
 
     task: DetectionTask
@@ -320,6 +297,9 @@ class DetectionEvaluation:
         return encoder.job(self.name, settings, command, outcome)
 
 
+Evaluation = FeatureEvaluation | DavisEvaluation | DetectionEvaluation
+
+
 def _full_name(function: Callable[..., Any]) -> str:
     return f"{function.__module__}.{function.__qualname__}"
 
@@ -379,11 +359,7 @@ def add_evaluation_options(parser: argparse.ArgumentParser) -> None:
 
 
 def chosen_evaluations(args: argparse.Namespace, device: str) -> list[Evaluation]:
-    """Make and check the evaluations that a command line asks for.
-
-    Raises:
-        InputError: options that lack others, or what :meth:`Evaluation.check` refuses.
-    """
+    """Make and check the evaluations that a command line asks for; InputError if they cannot be."""
     if bool(args.train) != bool(args.val):
         raise InputError("--train and --val belong together; give both or neither.")
     if args.measures and not args.val:

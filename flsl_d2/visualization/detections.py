@@ -6,12 +6,12 @@ import json
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.structures import BoxMode
-from detectron2.utils.file_io import PathManager
 from PIL import Image, ImageDraw
 
 from flsl_d2.annotations import check_registered_dataset
@@ -95,18 +95,6 @@ def found_objects(
         classes=[contiguous[r["category_id"]] if contiguous else r["category_id"] for r in own],
         scores=[r["score"] for r in own],
     )
-
-
-def read_results(path: str | os.PathLike[str]) -> list[dict[str, Any]]:
-    """Read a JSON file of COCO results; InputError where it cannot be read."""
-    try:
-        with PathManager.open(os.fspath(path), "r") as stream:
-            return json.load(stream)
-    except (OSError, ValueError) as error:
-        raise InputError(
-            f"the detections {path} cannot be read ({error}): name the "
-            "coco_instances_results.json that an evaluation wrote."
-        ) from None
 
 
 def choose_records(records: list[dict[str, Any]], count: int) -> list[dict[str, Any]]:
@@ -213,7 +201,15 @@ def detections_beside_ground_truth(
     metadata = MetadataCatalog.get(dataset_name)
     class_names = list(metadata.get("thing_classes", []))
     contiguous = metadata.get("thing_dataset_id_to_contiguous_id")
-    found = read_results(results) if isinstance(results, (str, os.PathLike)) else results
+    found = results
+    if isinstance(found, (str, os.PathLike)):
+        try:
+            found = json.loads(Path(found).read_text())
+        except (OSError, ValueError) as error:
+            raise InputError(
+                f"the detections {results} cannot be read ({error}): name the "
+                "coco_instances_results.json that an evaluation wrote."
+            ) from None
     rows = []
     for record in records:
         image = read_image(record["file_name"])
