@@ -192,15 +192,23 @@ def sections_of(
         files = {label: folder / "metrics.json" for label, folder in folders.items()}
         overlaid_curves(files, _CURVES, curves, "Fine-tuning")
         title = f"{evaluation.name}: {evaluation.task.config_file}"
-        sections += [section(title, {"curves": curves}, 1150), section("Detections", pictures)]
+        sections += [
+            section(title, {"curves": curves}, 1150),
+            section("Detections", pictures, captions=True),
+        ]
     return sections
 
 
 def section(
-    title: str, pictures: Mapping[str, Path], width: int = 560, texts: Sequence[str] = ()
+    title: str,
+    pictures: Mapping[str, Path],
+    width: int = 560,
+    texts: Sequence[str] = (),
+    captions: bool = False,
 ) -> dict[str, Any]:
-    """Make a section of a page: pictures by caption, each up to a width in pixels."""
-    return {"title": title, "pictures": pictures, "width": width, "texts": texts}
+    """Make a section of a page: pictures by name, each up to a width in pixels."""
+    given = {"title": title, "pictures": pictures, "width": width}
+    return given | {"texts": texts, "captions": captions}
 
 
 def token_section(
@@ -223,8 +231,8 @@ def token_section(
     path = args.output / "pictures" / "tokens.png"
     points = [(i, 0.5, 0.5) for i in range(len(records))]
     comparison_figure(described, points, path, _SCALE, maps=("pca", "clusters"))
-    caption = "principal components as colours, and mean-shift clusters"
-    return [section(f"Tokens on {dataset}", {caption: path}, 1150)]
+    text = "Principal components as colours, and mean-shift clusters."
+    return [section(f"Tokens on {dataset}", {text: path}, 1150, [text])]
 
 
 def finish(

@@ -29,14 +29,14 @@ def plot_file(folder: Path, name: str) -> Path:
 
 
 def draw_measures(table: Table, folder: Path, axes: Sequence[str] = ()) -> dict[str, Path]:
-    """Draw each measure that any row has, except durations; return the files by measure.
+    """Draw each measure but durations and what is 0 in all rows; return the files by measure.
 
     ``axes`` are the label columns of a grid: from two on, heat maps are drawn instead of bars.
     """
     drawn = {}
     for measure in table.measures:
         timing = measure.name == "images/s" or measure.name.endswith(" seconds")
-        if timing or not any(row.cell(measure).values for row in table.rows):
+        if timing or not any(any(row.cell(measure).values) for row in table.rows):
             continue
         path = drawn[measure.name] = plot_file(folder, measure.name)
         if len(axes) >= 2:

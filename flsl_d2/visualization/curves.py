@@ -27,6 +27,7 @@ _NAMES = {
     "assignment_entropy": ("entropy of the mean assignment", "nats"),
     "feature_std": ("standard deviation of features", ""),
     "grad_norm": ("gradient norm", ""),
+    "position_r2": ("position R²: what positions predict", ""),
     "lr": ("learning rate", ""),
     "teacher_temp": ("teacher temperature", ""),
     "teacher_momentum": ("teacher momentum", ""),

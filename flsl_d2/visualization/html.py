@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
-from markupsafe import Markup
+from markupsafe import Markup, escape
 
 _PARTS = Path(__file__).parent / "page"
 
@@ -24,6 +24,11 @@ def data_uri(path: Path) -> str:
 def _source(name: str) -> Markup:
     """Return a style sheet or script of ``page/`` as it is."""
     return Markup((_PARTS / name).read_text(encoding="utf-8"))
+
+
+def _breakable(text: str) -> Markup:
+    """Let a browser break a name of a measure behind its slashes."""
+    return escape(text).replace("/", Markup("/<wbr>"))
 
 
 def _script(names: Sequence[str]) -> Markup:
@@ -52,7 +57,7 @@ def render(template: str, **values: Any) -> str:
         keep_trailing_newline=True,
     )
     environment.globals |= {"source": _source, "script": _script}
-    environment.filters |= {"data_uri": data_uri, "sha256": _sha256}
+    environment.filters |= {"data_uri": data_uri, "sha256": _sha256, "breakable": _breakable}
     text = environment.get_template(template).render(**values)
     # A lone surrogate, of a file name that is no UTF-8, cannot be written.
     return text.encode("utf-8", "replace").decode("utf-8")

@@ -15,6 +15,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from flsl_d2.studies.compare import section
 from flsl_d2.studies.jobs import Job, Outcome, Record
 from flsl_d2.studies.plots import bars, heat_maps, label_curves, overlaid_curves
 from flsl_d2.studies.table import Cell, Measure, Row, Subject, Table, cell_of, differ, results_table
@@ -203,7 +204,7 @@ def test_a_page_needs_nothing_but_itself(tmp_path):
         title=f'A "page" & {HOSTILE}',
         intro=[HOSTILE],
         table=hostile(),
-        sections=[{"title": HOSTILE, "pictures": pictures, "width": 400, "texts": [HOSTILE]}],
+        sections=[section(HOSTILE, pictures, 400, [HOSTILE], captions=True)],
         columns=["v", "folder"],
         rows=[[HOSTILE, "jobs/a"]],
         versions={"torch": "2", "timm": "1"},

@@ -96,7 +96,13 @@ def study(tmp_path_factory):
         rows.append(Row({"encoder": name}, {measure.name: cell for measure in measures}))
     cv2.imwrite(str(folder / "bars.png"), np.full((300, 900, 3), 255, np.uint8))
     pictures = dict.fromkeys(NAMES[:3], folder / "bars.png")
-    section = {"title": "x" * 90, "texts": NAMES, "pictures": pictures, "width": 1150}
+    section = {
+        "title": "x" * 90,
+        "texts": NAMES,
+        "pictures": pictures,
+        "width": 1150,
+        "captions": True,
+    }
     page = render(
         "study.html.j2", title=NAMES[3], table=Table(rows, measures), intro=NAMES,
         columns=["a", "b"], sections=[section], rows=[[name, "x" * 200] for name in NAMES],

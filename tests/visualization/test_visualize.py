@@ -19,7 +19,14 @@ from flsl_d2.evaluation import extract_tokens
 from flsl_d2.images.reader import read_rgb
 from flsl_d2.modeling import FLSLViT
 from flsl_d2.modeling.projection_head import FLSLHead
-from flsl_d2.visualization.__main__ import chosen_encoders, chosen_images, point, visualize
+from flsl_d2.visualization.__main__ import (
+    NamedEncoder,
+    chosen_encoders,
+    chosen_images,
+    fitting_side,
+    point,
+    visualize,
+)
 from flsl_d2.weights import FLSLCheckpointer, build_encoder
 from pretrain.methods.flsl import FLSL
 from pretrain.methods.flsl_objective import FLSLLoss
@@ -170,3 +177,29 @@ def test_the_command_line_reads_points_and_names_errors(photos):
     ran = run_tool("visualize", "--weights", "none.pth", "--images", str(photos))
     assert ran.returncode == 2
     assert ran.stderr.strip().splitlines()[-1].startswith("error: weights 'none.pth'")
+
+
+@pytest.mark.parametrize(
+    ("encoding", "pairs", "count", "side"),
+    [
+        (0.001, 0.0001, 8, 448),  # 8 x (0.001 x 4^2.5 + 0.0001 x 4^4) = 0.5 s
+        (0.1, 0.01, 8, 384),  # 46 s at 448 pixels, 29 s at 384
+        (1.0, 0.1, 8, 160),  # 48 s at 192 pixels, 23 s at 160
+        (9.0, 1.0, 8, 128),  # too long for every size: the smallest
+    ],
+)
+def test_the_size_that_takes_a_minute(monkeypatch, encoding, pairs, count, side):
+    """The time of a small image is known, and that of larger ones follows from it."""
+    clock = [0.0]
+
+    def taking(seconds: float):
+        def run(*_: object) -> None:
+            clock[0] += seconds
+
+        return run
+
+    for name, seconds in (("extract_tokens", encoding), ("describe_encoder", pairs)):
+        monkeypatch.setattr(f"flsl_d2.visualization.__main__.{name}", taking(seconds))
+    monkeypatch.setattr("flsl_d2.visualization.__main__.time.monotonic", lambda: clock[0])
+    encoder = NamedEncoder("a", FLSLViT(**TINY), None)
+    assert fitting_side([encoder], np.zeros((90, 120, 3), np.uint8), count, (1.0,)) == side
