@@ -126,7 +126,7 @@ class Monitor(HookBase):
         self.steps = 0
 
     def before_train(self) -> None:
-        """Read the names of unreadable images of a run that is resumed."""
+        """Read the names of unreadable images, of a run that is resumed or of other processes."""
         self.named: set[str] = set()
         if self.log_file.is_file():
             self.named.update(self.log_file.read_text(errors="surrogateescape").splitlines())
@@ -172,6 +172,8 @@ class Monitor(HookBase):
         self.mean_assignment = self.mean_assignment.to(mean.device) + mean
 
     def _note_failed(self, names: list[str]) -> None:
+        if not self.named.issuperset(names):
+            self.before_train()
         new = [name for name in dict.fromkeys(names) if name not in self.named]
         if new:
             self.named.update(new)

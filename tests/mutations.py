@@ -90,7 +90,7 @@ MUTATIONS = [
     ("adclr", "self.query_weight * loss_query", "loss_query", "tests/pretrain/test_method_losses.py -k adclr"),
     ("pretrain/multi_crop.py", "[2] * num_local]", "[1] * num_local]", CROPS),
     ("pretrain/multi_crop.py", "solarise[kind]", "solarise[0]", CROPS),
-    ("pretrain/multi_crop.py", "left, columns = left + columns, -columns", "left, columns = left, -columns", CROPS),
+    ("pretrain/views.py", "left, columns = left + columns, -columns", "left, columns = left, -columns", CROPS),
     ("pretrain/multi_crop.py", "labels[y][:, x]", "labels[x][:, y]", CROPS),
     ("flsl_d2/modeling/projection_head.py", "F.normalize(self.mlp(modes), dim=-1)", "self.mlp(modes)", f"{GOLDEN} -k dino"),
     ("flsl_d2/modeling/projection_head.py", "requires_grad=learn_scale", "requires_grad=False", f"{GOLDEN} -k dino"),

@@ -151,8 +151,7 @@ train = dict(
     accumulation_steps=1,
     # torch.compile for the transformer blocks: True, False, or "auto" on GPUs alone.
     compile="auto",
-    # Mode of torch.compile; "reduce-overhead" and "max-autotune" record CUDA graphs of blocks of
-    # fixed shape: the teacher's, and the student's with model.backbone.drop_path_rate=0.
+    # Mode of torch.compile; "reduce-overhead" and "max-autotune" record CUDA graphs of the blocks.
     compile_mode="default",
     # Products of float32 matrices in TF32 on GPUs that have it; for precision="fp32".
     tf32=False,

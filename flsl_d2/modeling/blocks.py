@@ -231,21 +231,13 @@ class Block(nn.Module):
     def compile_in_place(self, backend: str = "inductor", mode: str = "default") -> None:
         """Compile the block for its present mode (``torch.compile``).
 
-        In training with stochastic depth the two branches are compiled, for any number of images,
-        as it leaves images out; otherwise the whole block is, for fixed sizes.
-
-        Args:
-            backend: backend of ``torch.compile``.
-            mode: mode of ``torch.compile`` for blocks of fixed sizes. CUDA graphs are for fixed
-                sizes alone, so branches of any number of images have the default mode.
+        It is compiled once for all blocks, with any number of images where stochastic depth leaves
+        another number out in each block.
         """
         # PyTorch takes no mode for the backends that only debug.
         options = {"mode": mode} if mode != "default" else {}
-        if not (self.training and self.drop_path.probability):
-            self.compile(dynamic=False, backend=backend, **options)
-            return
-        for name in ("_attention_branch", "_mlp_branch"):
-            setattr(self, name, torch.compile(getattr(self, name), dynamic=True, backend=backend))
+        dynamic = bool(self.training and self.drop_path.probability)
+        self.compile(dynamic=dynamic, backend=backend, **options)
 
     def _attention_branch(self, tokens: Tensor, shapes: PackedShapes | None) -> Tensor:
         tokens = self.norm1(tokens)

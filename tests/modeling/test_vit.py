@@ -179,23 +179,19 @@ def test_compiled_blocks_share_their_code():
     assert len(graphs) == 1
 
 
-def test_only_blocks_of_fixed_shape_have_the_mode(monkeypatch):
+def test_blocks_under_stochastic_depth_are_compiled_for_any_number_of_images(monkeypatch):
     compiled = []
-    monkeypatch.setattr(
-        torch, "compile", lambda function, **options: compiled.append(options) or function
-    )
     monkeypatch.setattr(nn.Module, "compile", lambda _, **options: compiled.append(options))
     model = FLSLViT(img_size=64, patch_size=8, drop_path_rate=0.5, **SMALL)
     for training in (True, False):
         model.train(training).compile_blocks(mode="reduce-overhead")
-    fixed = {"dynamic": False, "backend": "inductor", "mode": "reduce-overhead"}
-    branches = {"dynamic": True, "backend": "inductor"}
-    # In training the first block drops nothing, and each of the others has two branches.
-    assert compiled == [fixed, *[branches] * 6, *[fixed] * 4]
+    assert all(each["mode"] == "reduce-overhead" for each in compiled)
+    # In training the first block drops nothing.
+    assert [each["dynamic"] for each in compiled] == [False, *[True] * 3, *[False] * 4]
 
 
 @pytest.mark.parametrize("packed", [False, True])
-def test_compiled_branches_see_any_number_of_images(packed):
+def test_compiled_blocks_see_any_number_of_images(packed):
     graphs, backend = recorded_graphs()
     torch.manual_seed(0)
     model = FLSLViT(img_size=64, patch_size=8, drop_path_rate=0.5, **{**SMALL, "depth": 6}).train()
@@ -208,7 +204,7 @@ def test_compiled_branches_see_any_number_of_images(packed):
             torch.manual_seed(seed)
             results.append(model.forward_packed(batches) if packed else model(batches[0]))
     torch.testing.assert_close(results[:8], results[8:])
-    assert len(graphs) == 2  # attention and MLP, for all blocks and all that was drawn
+    assert len(graphs) <= 2  # for all blocks; another where a block leaves out no image
 
 
 def test_what_is_dropped_is_not_computed():
