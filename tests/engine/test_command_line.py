@@ -7,7 +7,6 @@ import warnings
 from pathlib import Path
 
 import pytest
-from forked import run_forked
 
 from flsl_d2.engine.command_line import (
     add_option,
@@ -21,25 +20,16 @@ from flsl_d2.engine.launch import launch
 from flsl_d2.engine.stopping import STOPPED
 from flsl_d2.errors import InputError, TrainingError
 
-SCRIPT = """
-from flsl_d2.engine.command_line import run_tool
-from flsl_d2.engine.launch import launch
-from flsl_d2.errors import InputError
+ONE = (1, 1, 0, "auto", (), "cpu")
 
-def tool():
+
+def odd() -> None:
     raise InputError("the value 7 is odd.")
 
-if __name__ == "__main__":
-    run_tool(launch, tool, 2, 1, 0, "auto", (), "cpu")
-"""
 
-
-def test_input_error_of_two_processes_is_one_line_and_status_2(tmp_path, forked_workers):
-    path = tmp_path / "tool.py"
-    path.write_text(SCRIPT)
-    done = run_forked([sys.executable, path])
-    assert done.returncode == 2
-    assert done.stderr == "error: the value 7 is odd.\n"
+def test_input_error_of_two_processes_is_one_line_and_status_2(run_main, forked_workers):
+    ended = run_main(lambda _: run_tool(launch, odd, 2, *ONE[1:]))
+    assert ended == (2, "", "error: the value 7 is odd.\n")
 
 
 @pytest.mark.parametrize(
@@ -57,38 +47,27 @@ def test_how_a_tool_ends(run_main, raised, status, errors):
         if raised is not None:
             raise raised
 
-    ended = run_main(lambda _: run_tool(launch, tool, 1, 1, 0, "auto", (), "cpu"))
-    assert ended == (status, "", errors)
+    assert run_main(lambda _: run_tool(launch, tool, *ONE)) == (status, "", errors)
 
 
 def test_a_defect_keeps_its_traceback():
-    def tool() -> None:
-        raise ZeroDivisionError
-
     with pytest.raises(ZeroDivisionError), warnings.catch_warnings():
-        run_tool(launch, tool, 1, 1, 0, "auto", (), "cpu")
+        run_tool(launch, lambda: 1 / 0, *ONE)
 
 
 def test_options_and_overrides_in_any_order():
     parser = tool_argument_parser("x", eval_only=True)
-    line = ["train.a=1", "--config-file", "c.py", "b=2", "--eval-only", "--num-gpus", "2", "+c=-1"]
+    line = "train.a=1 --config-file c.py b=2 --eval-only --num-gpus 2 +c=-1".split()
     args = parse_tool_arguments(parser, line)
-    assert args.opts == ["train.a=1", "b=2", "+c=-1"]
-    assert args.eval_only
-    assert args.num_gpus == 2
-
-
-def test_negative_yaml_values():
-    parser = tool_argument_parser("x")
+    assert (args.opts, args.eval_only, args.num_gpus) == (["train.a=1", "b=2", "+c=-1"], True, 2)
     args = parse_tool_arguments(parser, ["--config-file", "c.yaml", "SEED", "-1"])
     assert args.opts == ["SEED", "-1"]
 
 
 def shared_parser() -> argparse.ArgumentParser:
     parser = described_parser("x")
-    for name in ("--output", "--seeds", "--short-side", "--json", "--device", "--score-threshold"):
-        add_option(parser, name)
-    add_option(parser, "--train")
+    for name in "output seeds short-side json device score-threshold train".split():
+        add_option(parser, f"--{name}")
     parser.add_argument("--hidden", help=argparse.SUPPRESS)
     add_option(parser, "--measures", nargs="+")
     add_option(parser, "--weights", type=named_weights, action="append")
@@ -125,21 +104,18 @@ def test_names_are_told_from_paths(text, pair):
     assert named_weights(text) == pair
 
 
-@pytest.mark.parametrize(
-    "arguments",
-    [
-        *(["--seeds", "0,x"], ["--weights", "=a"], ["--short-side", "x"], ["--short-side", "-1"]),
-        *(["--device", "gpu"], ["--device", "cuda:x"], ["--score-threshold", "50"], ["--absent"]),
-        ["--score-threshold", "nan"],
-    ],
-)
-def test_a_wrong_command_line_is_one_sentence(capsys, arguments):
+WRONG = "--seeds=0,x --weights==a --short-side=x --short-side=-1 --device=gpu --device=cuda:x"
+WRONG += " --score-threshold=50 --score-threshold=nan --absent"
+
+
+@pytest.mark.parametrize("argument", WRONG.split())
+def test_a_wrong_command_line_is_one_sentence(capsys, argument):
     with pytest.raises(SystemExit) as end:
-        shared_parser().parse_args(arguments)
+        shared_parser().parse_args([argument])
     assert end.value.code == 2
     errors = capsys.readouterr().err
     assert errors.startswith("error: ")
-    assert arguments[0] in errors
+    assert argument.partition("=")[0] in errors
     assert errors.count("\n") == 1
 
 
@@ -150,14 +126,16 @@ def test_a_typing_error_is_answered_with_the_closest_option(capsys):
     assert "--hidden" not in error, "hidden names are not offered"
 
 
-def test_options_of_training_are_short_for_keys():
-    parser = tool_argument_parser("x")
-    line = ["--config-file", "a.py", "--output", "o=1", "--device", "cpu", "b=2", "--max-iter", "3"]
-    given = ["train.output_dir=o=1", "train.device=cpu", "train.max_iter=3", "b=2"]
-    assert parse_tool_arguments(parser, line).opts == given
-    line[1] = "a.yaml"
-    given = [*("OUTPUT_DIR", "o=1", "MODEL.DEVICE", "cpu", "SOLVER.MAX_ITER", "3"), "b=2"]
-    assert parse_tool_arguments(parser, line).opts == given
+@pytest.mark.parametrize(
+    ("file", "given"),
+    [
+        ("a.py", "train.output_dir=o=1 train.device=cpu train.max_iter=3 b=2"),
+        ("a.yaml", "OUTPUT_DIR o=1 MODEL.DEVICE cpu SOLVER.MAX_ITER 3 b=2"),
+    ],
+)
+def test_options_of_training_are_short_for_keys(file, given):
+    line = f"--config-file {file} --output o=1 --device cpu b=2 --max-iter 3".split()
+    assert parse_tool_arguments(tool_argument_parser("x"), line).opts == given.split()
 
 
 def test_a_console_without_a_character_gets_another(monkeypatch):

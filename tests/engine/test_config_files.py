@@ -51,9 +51,8 @@ def test_a_syntax_error_names_file_and_line(write):
 
 def test_an_input_error_inside_a_config_is_kept_and_imports_still_work(write):
     original = builtins.__import__
-    path = write(
-        "a.py", "from flsl_d2.errors import InputError\nraise InputError('patch 7 is odd.')"
-    )
+    text = "from flsl_d2.errors import InputError\nraise InputError('patch 7 is odd.')"
+    path = write("a.py", text)
     assert refusal(load_lazy_config, path) == "patch 7 is odd."
     assert builtins.__import__ is original
 

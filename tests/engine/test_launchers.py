@@ -13,24 +13,17 @@ from flsl_d2.errors import InputError
 from pretrain.trainer import resolve_precision
 
 WAIT = timedelta(seconds=20)
-TASK = {
-    "SLURM_STEP_NUM_TASKS": "16",
-    "SLURM_PROCID": "11",
-    "SLURM_LOCALID": "3",
-    "SLURM_STEP_TASKS_PER_NODE": "8(x2)",
-    "SLURM_STEP_NODELIST": "node[07-09,12],other",
-    "SLURM_JOB_ID": "123456",
-    "SLURM_STEP_ID": "2",
-}
+TASK = """
+    SLURM_STEP_NUM_TASKS=16 SLURM_PROCID=11 SLURM_LOCALID=3 SLURM_STEP_TASKS_PER_NODE=8(x2)
+    SLURM_STEP_NODELIST=node[07-09,12],other SLURM_JOB_ID=123456 SLURM_STEP_ID=2
+"""
+TASK = dict(pair.split("=") for pair in TASK.split())
 
 
 def test_a_restarted_rank_reads_no_address_of_the_dead_attempt():
     server = dist.TCPStore("127.0.0.1", 0, is_master=True, timeout=WAIT)
-    variables = {
-        "TORCHELASTIC_USE_AGENT_STORE": "True",
-        "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": str(server.port),
-    }
+    variables = {"TORCHELASTIC_USE_AGENT_STORE": "True", "MASTER_ADDR": "127.0.0.1"}
+    variables["MASTER_PORT"] = str(server.port)
     first, second = (
         restart_store({**variables, "TORCHELASTIC_RESTART_COUNT": count}, WAIT) for count in "01"
     )
@@ -45,14 +38,9 @@ def test_a_restarted_rank_reads_no_address_of_the_dead_attempt():
 
 
 def test_tasks_of_slurm_are_ranks():
-    assert slurm_variables(TASK) == {
-        "RANK": "11",
-        "WORLD_SIZE": "16",
-        "LOCAL_RANK": "3",
-        "LOCAL_WORLD_SIZE": "8",
-        "MASTER_ADDR": "node07",
-        "MASTER_PORT": str(20000 + 123458 % 20000),
-    }
+    ranks = {"RANK": "11", "WORLD_SIZE": "16", "LOCAL_RANK": "3", "LOCAL_WORLD_SIZE": "8"}
+    port = str(20000 + 123458 % 20000)
+    assert slurm_variables(TASK) == {**ranks, "MASTER_ADDR": "node07", "MASTER_PORT": port}
     own = {"MASTER_ADDR": "10.0.0.1", "MASTER_PORT": "5"}
     assert own.items() <= slurm_variables({**TASK, **own}).items()
     assert slurm_variables({**TASK, "SLURM_STEP_NUM_TASKS": "1"}) == {}
@@ -122,9 +110,6 @@ def test_a_driver_that_pytorch_cannot_use_is_named(driver, cuda, expected, monke
 @pytest.mark.parametrize(("native", "expected"), [(False, "fp16"), (True, "bf16")])
 def test_emulated_bfloat16_is_not_chosen(native, expected, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(
-        torch.cuda,
-        "is_bf16_supported",
-        lambda including_emulation=True: including_emulation or native,
-    )
+    supported = lambda including_emulation=True: including_emulation or native  # noqa: E731
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", supported)
     assert resolve_precision("auto", "cuda") == expected

@@ -7,6 +7,7 @@ import sys
 import time
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from detectron2.engine import TrainerBase
@@ -15,17 +16,10 @@ from torch import nn
 
 from flsl_d2.engine import run_folder
 from flsl_d2.engine.checkpoints import Checkpoints, LeaveWhenAsked, StoppableEval
-from flsl_d2.engine.stopping import (
-    STOPPED,
-    StopRequest,
-    forwarding,
-    signals_held,
-    stop_requests,
-)
+from flsl_d2.engine.stopping import STOPPED, StopRequest, forwarding, signals_held, stop_requests
 from flsl_d2.errors import InputError
 from flsl_d2.weights import FLSLCheckpointer
 
-REPOSITORY = Path(__file__).parents[2]
 TRAINS = """
 import time
 from flsl_d2.engine.stopping import stop_requests
@@ -101,14 +95,6 @@ def test_a_second_request_ends_at_once(tmp_path):
     assert process.wait(60) == 128 + signal.SIGTERM
 
 
-def test_handlers_are_put_back():
-    before = [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGUSR1)]
-    with stop_requests() as request:
-        assert signal.getsignal(signal.SIGTERM) == request.note
-        assert not request
-    assert [signal.getsignal(n) for n in (signal.SIGTERM, signal.SIGUSR1)] == before
-
-
 def test_forked_workers_obey_their_parent_alone():
     with stop_requests():
         child = os.fork()
@@ -154,13 +140,8 @@ def test_an_evaluation_is_left_at_once_and_caught_up(tmp_path):
         checkpointer = FLSLCheckpointer(nn.Linear(1, 1), str(tmp_path))
         checkpoints = Checkpoints(checkpointer, 100)
         run = Steps()
-        run.register_hooks(
-            [
-                checkpoints,
-                StoppableEval(3, evaluate, checkpoints, request),
-                LeaveWhenAsked(checkpoints, request),
-            ]
-        )
+        evaluation = StoppableEval(3, evaluate, checkpoints, request)
+        run.register_hooks([checkpoints, evaluation, LeaveWhenAsked(checkpoints, request)])
         return run
 
     def asked() -> None:
@@ -176,14 +157,19 @@ def test_an_evaluation_is_left_at_once_and_caught_up(tmp_path):
     assert seen == [0, 1, 2, "evaluated", 3, 4, 5, "evaluated"]
 
 
-def test_ctrl_c_saves_once_training_has_begun():
+def test_ctrl_c_saves_once_training_has_begun_and_handlers_are_put_back():
+    numbers = (signal.SIGTERM, signal.SIGUSR1)
+    before = [signal.getsignal(number) for number in numbers]
     with stop_requests(), pytest.raises(KeyboardInterrupt):
         signal.raise_signal(signal.SIGINT)
     with stop_requests() as request:
+        assert signal.getsignal(signal.SIGTERM) == request.note
+        assert not request
         request.step = lambda: 31
         signal.raise_signal(signal.SIGINT)
         assert request.signal_name == "SIGINT"
     assert signal.getsignal(signal.SIGINT) == signal.default_int_handler
+    assert [signal.getsignal(number) for number in numbers] == before
 
 
 def test_two_runs_do_not_share_a_folder(tmp_path):
@@ -204,14 +190,6 @@ def test_two_runs_do_not_share_a_folder(tmp_path):
     assert (tmp_path / run_folder.LOCK_FILE).read_text() == ""
 
 
-class Process:
-    """Like one of multiprocessing's."""
-
-    def __init__(self, pid: int) -> None:
-        self.pid = pid
-        self.exitcode = None
-
-
 def test_held_signals_reach_a_child_that_was_not_ready():
     code = (
         "import signal; signal.signal(signal.SIGUSR1, lambda *a: print('got', flush=True))\n"
@@ -225,7 +203,7 @@ def test_held_signals_reach_a_child_that_was_not_ready():
         )
     assert child.stdout.readline() == "True\n"
     before = [(number, signal.getsignal(number)) for number in (signal.SIGTERM, signal.SIGUSR1)]
-    with forwarding([Process(child.pid)]) as stop:
+    with forwarding([SimpleNamespace(pid=child.pid, exitcode=None)]) as stop:
         os.kill(os.getpid(), signal.SIGUSR1)
         assert stop
     assert signal.getsignal(signal.SIGTERM) == signal.SIG_IGN  # leaving: an echo changes nothing
