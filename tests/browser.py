@@ -14,16 +14,11 @@ from typing import Any
 CHROMIUM = next(
     filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), ""
 )
-SWITCHES = (
-    *("--headless=new", "--no-sandbox", "--remote-debugging-pipe", "--disable-gpu", "--mute-audio"),
-    *(
-        "--disable-extensions",
-        "--disable-background-networking",
-        "--no-first-run",
-        "--no-proxy-server",
-    ),
-    *("--disable-component-update", "--disable-dev-shm-usage", "--renderer-process-limit=1"),
-)
+SWITCHES = """
+    headless=new no-sandbox remote-debugging-pipe disable-gpu mute-audio disable-extensions
+    disable-background-networking no-first-run no-proxy-server disable-component-update
+    disable-dev-shm-usage renderer-process-limit=1
+""".split()
 # Every visible text whose contrast with what lies behind it is below 4.5.
 CONTRAST = """
 (() => {
@@ -68,7 +63,8 @@ class Browser:
         piped = [
             (os.POSIX_SPAWN_DUP2, end, number) for end, number in zip(ends, (3, 4), strict=True)
         ]
-        command = [CHROMIUM, *SWITCHES, f"--user-data-dir={profile}", "about:blank"]
+        switches = [f"--{switch}" for switch in (*SWITCHES, f"user-data-dir={profile}")]
+        command = [CHROMIUM, *switches, "about:blank"]
         self._process = os.posix_spawn(CHROMIUM, command, os.environ, file_actions=silent + piped)
         for end in (*ends, to_child, from_child):
             os.close(end)
@@ -106,12 +102,9 @@ class Browser:
         method, content = event.get("method", ""), event.get("params", {})
         if method == "Runtime.exceptionThrown":
             self.errors.append(json.dumps(content["exceptionDetails"])[:600])
-        elif method == "Runtime.consoleAPICalled" and content["type"] in (
-            "error",
-            "warning",
-            "assert",
-        ):
-            self.errors.append(json.dumps(content["args"])[:300])
+        elif method == "Runtime.consoleAPICalled":
+            if content["type"] in ("error", "warning", "assert"):
+                self.errors.append(json.dumps(content["args"])[:300])
         elif method == "Log.entryAdded" and content["entry"]["level"] in ("error", "warning"):
             self.errors.append(content["entry"]["text"])
         elif method == "Network.requestWillBeSent":

@@ -1,11 +1,11 @@
-"""Settings of every test: folders of data, seeds, and how examples of property tests are drawn."""
+"""Settings of every test: folders of data, seeds, the order, examples of property tests."""
 
 from __future__ import annotations
 
+import itertools
+import json
 import logging
 import os
-import subprocess
-import sys
 import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -35,6 +35,11 @@ GOLDEN = Path(os.environ.get("FLSL_GOLDEN") or Path(__file__).parent / "golden")
 GOLDEN_FILES = sorted(GOLDEN.glob("*.npz"))
 if not GOLDEN_FILES:
     raise pytest.UsageError(f"FLSL_GOLDEN={GOLDEN} has no *.npz: name a folder of golden values")
+# Files that take the longest. With two workers, each starts with every other one of them.
+SLOW = """
+    demo notebook train_net methods golden measures cluster launch predictor compare finetune
+    install benchmark export_model processes stock_project trackers sweep pretrain_net every_config
+""".split()
 
 
 @pytest.fixture(scope="session")
@@ -47,32 +52,13 @@ def datasets_root() -> Path:
 
 
 @pytest.fixture(scope="session")
-def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Return the package's wheel, built from a copy so that the checkout gets no build folder."""
-    shipped = ("flsl_d2", "flsl_d2_cli.py", "pretrain", "configs")
-    listed = subprocess.run(
-        ["git", "-C", ROOT, "ls-files", "-co", "--exclude-standard", *shipped],
-        capture_output=True,
-        text=True,
-    )
-    if listed.returncode != 0:
-        pytest.skip("git does not know this tree, so which files belong to it is unknown")
-    folder = tmp_path_factory.mktemp("wheel")
-    named = ("setup.py", "pyproject.toml", "LICENSE", "MANIFEST.in", "README.md")
-    for name in (*listed.stdout.splitlines(), *named):
-        if (ROOT / name).is_file():
-            (folder / "tree" / name).parent.mkdir(parents=True, exist_ok=True)
-            (folder / "tree" / name).write_bytes((ROOT / name).read_bytes())
-    options = ["--no-deps", "--no-build-isolation", "--no-index", "-w", str(folder)]
-    done = subprocess.run(
-        [sys.executable, "-m", "pip", "wheel", *options, str(folder / "tree")],
-        capture_output=True,
-        text=True,
-    )
-    assert done.returncode == 0, done.stderr
-    assert not (folder / "tree" / "flsl_d2" / "model_zoo" / "configs").exists()
-    (file,) = folder.glob("*.whl")
-    return file
+def scenes_root(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Folder of data sets that holds ``flsl_scenes``: 8 pictures to train on, 4 to validate."""
+    from flsl_d2.scenes import make_scenes
+
+    root = tmp_path_factory.mktemp("datasets")
+    make_scenes(root / "flsl_scenes", num_train=8, num_val=4, image_size=(96, 96))
+    return root
 
 
 @pytest.fixture(scope="session")
@@ -83,6 +69,18 @@ def browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Browser]:
     started = Browser(tmp_path_factory.mktemp("profile"))
     yield started
     started.close()
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Start slow files first: xdist gives each of two workers one half of the list."""
+    if not config.getoption("random_order_bucket", "default:").startswith("default:"):
+        return
+    slow = [[item for item in items if item.path.stem == f"test_{name}"] for name in SLOW]
+    fast = [item for item in items if item.path.stem.removeprefix("test_") not in SLOW]
+    front, middle = (list(itertools.chain(*files)) for files in (slow[::2], slow[1::2]))
+    before = max(0, len(items) // 2 - len(front))
+    items[:] = [*front, *fast[:before], *middle, *fast[before:]]
 
 
 @pytest.fixture(autouse=True)
@@ -115,3 +113,51 @@ def run_main(monkeypatch, capsys) -> Callable[..., tuple[int, str, str]]:
         return end.value.code, *capsys.readouterr()
 
     return run
+
+
+@pytest.fixture
+def run_study(scenes_root, monkeypatch, run_main) -> Callable[..., tuple[int, str, str]]:
+    """Run a tool of studies on the scenes in this process, and its jobs in forked ones."""
+    from forked import FORKED_SUBPROCESS
+
+    from flsl_d2.annotations import register_scenes
+
+    monkeypatch.setattr("flsl_d2.studies.machine.subprocess", FORKED_SUBPROCESS)
+    register_scenes(scenes_root / "flsl_scenes")
+    monkeypatch.chdir(ROOT)
+    monkeypatch.setenv("DETECTRON2_DATASETS", str(scenes_root))
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    return run_main
+
+
+@pytest.fixture(scope="session")
+def few_images(datasets_root, tmp_path_factory) -> Callable[..., Path]:
+    """Make a folder of data sets with the first annotated images of real ones, under their names.
+
+    Every split is the training split where ``same`` is true.
+    """
+
+    def make(*names: str, count: int = 4, same: bool = False) -> Path:
+        root = tmp_path_factory.mktemp("datasets")
+        for name in names:
+            source, folder = datasets_root / name, root / name / "annotations"
+            if not source.is_dir():
+                pytest.skip(f"DETECTRON2_DATASETS has no {name}")
+            folder.mkdir(parents=True)
+            for images in source.iterdir():
+                if images.name != "annotations":
+                    (root / name / images.name).symlink_to(images)
+            year = "2017" if name == "coco" else ""
+            for split in ("train", "val"):
+                read = "train" if same else split
+                file = source / "annotations" / f"instances_{read}{year}.json"
+                content = json.loads(file.read_text())
+                annotated = {a["image_id"] for a in content["annotations"]}
+                kept = [i for i in content["images"] if i["id"] in annotated][:count]
+                ids = {image["id"] for image in kept}
+                found = [a for a in content["annotations"] if a["image_id"] in ids]
+                content |= {"images": kept, "annotations": found}
+                (folder / f"instances_{split}{year}.json").write_text(json.dumps(content))
+        return root
+
+    return make

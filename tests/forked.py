@@ -40,9 +40,7 @@ def run_forked(
 ) -> subprocess.CompletedProcess[str]:
     """Run ``python -m MODULE`` or ``python FILE`` to its end, like ``subprocess.run``.
 
-    Args:
-        command: interpreter, which is ignored, and its arguments.
-        before: function that the process calls first.
+    The process calls the function ``before`` first.
     """
     command = [*map(str, command)]
     with TemporaryDirectory() as folder:
@@ -68,6 +66,14 @@ def run_tool(
     """Run a file of ``tools/`` in the checkout, like ``python tools/NAME.py ARGUMENTS``."""
     command = [sys.executable, ROOT / "tools" / f"{tool}.py", *arguments]
     return run_forked(command, env=environment, timeout=timeout)
+
+
+def assert_refused(status: int, errors: str, part: str, arguments: object = ()) -> None:
+    """Check that a tool has ended with one sentence about bad input."""
+    assert status == 2, (arguments, status, errors)
+    assert errors.startswith("error: "), (arguments, errors)
+    assert part in errors, (arguments, errors)
+    assert errors.count("\n") == 1, (arguments, errors)
 
 
 class ForkedJob:
@@ -104,15 +110,10 @@ class ForkedJob:
         return self._process.exitcode
 
     def poll(self) -> int | None:
-        """Return the exit status; None while the process runs."""
         return self.returncode
 
     def wait(self, timeout: float | None = None) -> int:
-        """Wait for the end.
-
-        Raises:
-            subprocess.TimeoutExpired: the process still runs after ``timeout`` seconds.
-        """
+        """Wait for the end; subprocess.TimeoutExpired after ``timeout`` seconds."""
         self._process.join(timeout)
         if self.returncode is None:
             raise subprocess.TimeoutExpired(str(self.pid), timeout)
@@ -124,13 +125,9 @@ class ForkedJob:
 
 
 # The parts of the module ``subprocess`` that jobs and the demo use.
-FORKED_SUBPROCESS = SimpleNamespace(
-    Popen=ForkedJob,
-    PIPE=subprocess.PIPE,
-    DEVNULL=subprocess.DEVNULL,
-    STDOUT=subprocess.STDOUT,
-    TimeoutExpired=subprocess.TimeoutExpired,
-)
+FORKED_SUBPROCESS = SimpleNamespace(Popen=ForkedJob)
+for _name in ("PIPE", "DEVNULL", "STDOUT", "TimeoutExpired"):
+    setattr(FORKED_SUBPROCESS, _name, getattr(subprocess, _name))
 
 
 def start_forked(
@@ -142,8 +139,7 @@ def start_forked(
 ) -> Any:
     """Start workers like PyTorch's ``start_processes``, by forking whatever is asked for.
 
-    Raises:
-        pickle.PicklingError: the function or its arguments would not reach a fresh process.
+    pickle.PicklingError where the function or its arguments would not reach a fresh process.
     """
     *plain, _reports, given = args
     pickle.dumps((function, plain, given))
@@ -163,15 +159,9 @@ def run_elastic(
     Agent, store, variables and restarts are those of the command ``torchrun``.
     """
     config = LaunchConfig(
-        min_nodes=1,
-        max_nodes=1,
-        nproc_per_node=processes,
-        run_id="test",
-        rdzv_backend="c10d",
-        rdzv_endpoint="localhost:0",
-        max_restarts=restarts,
-        start_method="fork",
-    )
+        min_nodes=1, max_nodes=1, nproc_per_node=processes, max_restarts=restarts, run_id="test",
+        rdzv_backend="c10d", rdzv_endpoint="localhost:0", start_method="fork",
+    )  # fmt: skip
 
     def rank() -> None:
         _forget_exit_functions()

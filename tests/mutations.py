@@ -1,10 +1,8 @@
 #!/usr/bin/env python3
 """Change the code of the methods in one place at a time, and see whether their tests notice.
 
-Usage: ``python tests/mutations.py [--minutes N] [--anew]``. A copy of the checkout is changed,
-never the checkout itself. Results are kept in ``output/mutations.json``, so that a run goes on
-where an earlier one stopped. Every mutation runs its own tests only, in a process that has the
-libraries.
+``python tests/mutations.py [--minutes N] [--anew]`` changes a copy of the checkout. A run goes on
+where the one before stopped, by ``output/mutations.json``. A mutation runs its own tests only.
 """
 
 from __future__ import annotations
@@ -102,22 +100,16 @@ MUTATIONS = [
 ]  # fmt: skip
 
 
-def path_of(file: str) -> str:
-    """Return the path of a mutation's file, which is a method where it has no folder."""
-    return file if "/" in file else f"pretrain/methods/{file}.py"
-
-
 def caught(folder: Path, mutation: tuple[str, str, str, str]) -> bool:
     """Change a copy of the checkout, run the tests in a fork, and undo the change.
 
-    Raises:
-        ValueError: the old text is not there exactly once.
+    ValueError where the old text is not there exactly once, or the tests do not run.
     """
     file, old, new, tests = mutation
-    path = folder / path_of(file)
+    path = folder / (file if "/" in file else f"pretrain/methods/{file}.py")
     text = path.read_text()
     if text.count(old) != 1:
-        raise ValueError(f"{path_of(file)} has {text.count(old)} times {old!r}")
+        raise ValueError(f"{path} has {text.count(old)} times {old!r}")
     path.write_text(text.replace(old, new))
     child = os.fork()
     if child == 0:
@@ -164,9 +156,7 @@ def main() -> None:
             results[name] = caught(Path(folder), mutation)
             record.write_text(json.dumps(results, indent=1))
     survivors = [name for name, found in results.items() if not found]
-    print(
-        f"{len(results)} of {len(MUTATIONS)} mutations run, {len(results) - len(survivors)} caught"
-    )
+    print(f"{len(survivors)} survivors of {len(results)} mutations; there are {len(MUTATIONS)}")
     print("\n".join(f"survived: {name}" for name in survivors))
 
 

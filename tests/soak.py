@@ -29,26 +29,14 @@ import torch
 
 ROOT = Path(__file__).resolve().parents[1]
 STOPPED = 75
-TINY = [
-    "train.device=cpu",
-    "dataloader.num_workers=1",
-    "dataloader.total_batch_size=4",
-    "views.global_size=64",
-    "views.local_size=32",
-    "model.backbone.embed_dim=48",
-    "model.backbone.depth=2",
-    "model.backbone.num_heads=3",
-    "model.backbone.drop_path_rate=0.3",
-    "model.head.num_centroids=32",
-    "model.head.hidden_dim=64",
-    "model.head.bottleneck_dim=16",
-    "model.loss.sinkhorn_steps=3",
-    "model.partner=place",
-    "model.position_drop=0.5",
-    "views.flip=0.5",
-    "train.log_period=3",
-    "train.checkpoint_keep=2",
-]
+TINY = """
+    train.device=cpu train.log_period=3 train.checkpoint_keep=2 dataloader.num_workers=1
+    dataloader.total_batch_size=4 views.global_size=64 views.local_size=32 views.flip=0.5
+    model.backbone.embed_dim=48 model.backbone.depth=2 model.backbone.num_heads=3
+    model.backbone.drop_path_rate=0.3 model.head.num_centroids=32 model.head.hidden_dim=64
+    model.head.bottleneck_dim=16 model.loss.sinkhorn_steps=3 model.partner=place
+    model.position_drop=0.5
+""".split()
 # Logged values that depend on time; all others must be equal.
 TIMINGS = {"time", "data_time", "eta_seconds", "images_per_second"}
 
@@ -141,32 +129,23 @@ def soak(kills: int, steps: int, processes: int, seed: int, folder: Path) -> lis
         except subprocess.TimeoutExpired:
             os.killpg(process.pid, number)
             status = process.wait(120)
-            expected = (
-                {-number, STOPPED, 128 + number, 0} if number == signal.SIGTERM else {-number}
-            )
-            if status not in expected:
+            by_itself = {STOPPED, 128 + number, 0} if number == signal.SIGTERM else set()
+            if status not in {-number, *by_itself}:
                 raise SystemExit(f"status {status} after {number.name}; see {log}") from None
             done += 1
-            print(f"{done:3d}  {number.name} after {moment:5.1f} s: {_progress(parts)}", flush=True)
+            last = parts / "last_checkpoint"
+            progress = last.read_text() if last.exists() else "no checkpoint yet"
+            print(f"{done:3d}  {number.name} after {moment:5.1f} s: {progress}", flush=True)
         else:
             # The run ended before it got enough signals, so it is compared and starts again.
             found = [f"status {status} without a signal"] if status else differences(whole, parts)
             if found:
                 return found
-            print(
-                f"     finished and equal; again from the start, {kills - done} to go", flush=True
-            )
+            print(f"     finished and equal; again, {kills - done} to go", flush=True)
             shutil.rmtree(parts)
     if start(resumed, log).wait():
         raise SystemExit(f"the last resumption failed; see {log}")
     return differences(whole, parts)
-
-
-def _progress(output: Path) -> str:
-    try:
-        return (output / "last_checkpoint").read_text()
-    except FileNotFoundError:
-        return "no checkpoint yet"
 
 
 def main() -> None:

@@ -27,17 +27,11 @@ from pretrain.studies.benchmark.step import Step
 
 CPU = torch.device("cpu")
 CONFIG = "pretrain/flsl_vit_small_p16_in1k.py"
-TINY = [
-    "views.global_size=64",
-    "views.local_size=32",
-    "model.backbone.patch_size=8",
-    "model.backbone.embed_dim=48",
-    "model.backbone.depth=2",
-    "model.backbone.num_heads=2",
-    "model.head.num_centroids=64",
-    "model.head.hidden_dim=32",
-    "model.head.bottleneck_dim=16",
-]
+TINY = """
+    views.global_size=64 views.local_size=32 model.backbone.patch_size=8 model.backbone.embed_dim=48
+    model.backbone.depth=2 model.backbone.num_heads=2 model.head.num_centroids=64
+    model.head.hidden_dim=32 model.head.bottleneck_dim=16
+""".split()
 
 
 def test_the_published_step_costs_what_was_counted_elsewhere():
@@ -126,10 +120,11 @@ def test_memory_is_of_each_alone_and_what_does_not_fit_leaves_the_others_alone(m
 
 
 def test_variants_can_be_joined():
-    overrides = overrides_of("eager+compiled+packed")
-    cfg = load_lazy_config(CONFIG, overrides)
+    cfg = load_lazy_config(CONFIG, overrides_of("eager+compiled+packed"))
     assert cfg.train.compile
     assert cfg.model.pack_views
+    with pytest.raises(InputError, match="--variants has fast; known are"):
+        overrides_of("eager+fast")
 
 
 def test_reference_module(tmp_path):
@@ -141,33 +136,42 @@ def test_reference_module(tmp_path):
             reference_function(str(file), name)
 
 
-def test_the_tool_compares_and_writes(run_main, tmp_path):
+@pytest.fixture
+def measure(tmp_path, run_main):
+    """Run a benchmark on the CPU, and return what it writes."""
+
+    def run(kind: str, *options: str) -> dict:
+        file = tmp_path / "out.json"
+        common = ("--device", "cpu", "--precision", "fp32", "--json", str(file))
+        status, output, errors = run_main(main, kind, *common, *options)
+        assert status == 0, output + errors
+        return json.loads(file.read_text()) | {"output": output}
+
+    return run
+
+
+def test_the_tool_compares_and_writes(measure, tmp_path):
     reference = tmp_path / "theirs.py"
     reference.write_text(
         "import torch\n"
         "def make_step(batch_size, device, precision):\n"
         "    return lambda: torch.randn(100, 100) @ torch.randn(100, 100)\n"
     )
-    out = tmp_path / "step.json"
-    status, output, errors = run_main(
-        main, "pretrain-step", "--device", "cpu", "--repeats", "2", "--warmup", "1",
-        "--batch-size", "2", "--variants", "eager,packed,cropped on device",
-        "--reference-module", str(reference), "--json", str(out),
-        *TINY,
-    )  # fmt: skip
-    assert status == 0, errors
-    assert "ratio to reference" in output
-    written = json.loads(out.read_text())
-    assert [row["step"] for row in written["rows"]] == [
-        "reference", "eager", "packed", "cropped on device",
-    ]  # fmt: skip
+    options = "--repeats 2 --warmup 1 --batch-size 2 --reference-module".split()
+    variants = ("--variants", "eager,packed,cropped on device")
+    written = measure("pretrain-step", *options, str(reference), *variants, *TINY)
+    assert "ratio to reference" in written["output"]
+    steps = ["reference", "eager", "packed", "cropped on device"]
+    assert [row["step"] for row in written["rows"]] == steps
     assert all(len(seconds) == 2 for seconds in written["seconds"].values())
     assert written["machine"]["torch"] == torch.__version__
 
 
-def test_a_run_from_files_starts_and_ends_its_own_workers(run_main, tmp_path):
+def test_a_run_from_files_starts_and_ends_its_own_workers(measure, tmp_path):
+    images = tmp_path / "images"
+    images.mkdir()
     for i in range(6):
-        Image.new("RGB", (90, 70), (40 * i, 9, 99)).save(tmp_path / f"{i}.jpg")
+        Image.new("RGB", (90, 70), (40 * i, 9, 99)).save(images / f"{i}.jpg")
     reference = tmp_path / "theirs.py"
     reference.write_text(
         "import multiprocessing, time\n"
@@ -175,73 +179,45 @@ def test_a_run_from_files_starts_and_ends_its_own_workers(run_main, tmp_path):
         "    assert len(files) == 6 and not multiprocessing.active_children()\n"
         "    return lambda: time.sleep(0.01)\n"
     )
-    out = tmp_path / "run.json"
-    status, _, errors = run_main(
-        main, "end-to-end", "--images", str(tmp_path), "--device", "cpu", "--repeats", "2",
-        "--warmup", "1", "--rounds", "1",
-        "--batch-size", "2", "--workers", "1", "--reference-module", str(reference),
-        "--json", str(out), *TINY,
-    )  # fmt: skip
-    assert status == 0, errors
-    rows = json.loads(out.read_text())["rows"]
+    options = "--repeats 2 --warmup 1 --rounds 1 --batch-size 2 --workers 1 --images".split()
+    more = (str(images), "--reference-module", str(reference))
+    rows = measure("end-to-end", *options, *more, *TINY)["rows"]
     assert [row["run"] for row in rows] == ["reference", "flsl_d2", "flsl_d2, a batch in memory"]
     assert [0 <= row["data wait"] < 1 for row in rows if row["data wait"] is not None] == [True]
 
 
-FEW_PROPOSALS = [
-    "model.proposal_generator.post_nms_topk=[50,20]",
-    "model.roi_heads.batch_size_per_image=16",
-    "model.roi_heads.box_head.conv_dims=[32]",
-    "model.roi_heads.mask_head.conv_dims=[32,32]",
-]
-ONCE = ("--device", "cpu", "--repeats", "1", "--warmup", "0", "--precision", "fp32")
+FEW_PROPOSALS = """
+    model.proposal_generator.post_nms_topk=[50,20] model.roi_heads.batch_size_per_image=16
+    model.roi_heads.box_head.conv_dims=[32] model.roi_heads.mask_head.conv_dims=[32,32]
+""".split()
+ONCE = ("--repeats", "1", "--warmup", "0", "--batch-size")
 
 
-def test_detectors_are_compared(tmp_path, monkeypatch, run_main):
+def test_detectors_are_compared(measure, monkeypatch):
     def small(name: str, _: list[str]) -> DictConfig:
         return load_lazy_config(name, FEW_PROPOSALS)
 
     monkeypatch.setattr("pretrain.studies.benchmark.__main__.load_lazy_config", small)
-    what = [
-        "--json",
-        str(tmp_path / "out.json"),
-        *["--model", "s", "--size", "64", "--batch-size", "1"],
-    ]
-    status, _, errors = run_main(main, "detection", *ONCE, *what, "--rel-pos")
-    assert status == 0, errors
-    rows = {row["what"]: row for row in json.loads((tmp_path / "out.json").read_text())["rows"]}
+    written = measure("detection", *ONCE, "1", "--model", "s", "--size", "64", "--rel-pos")
+    rows = {row["what"]: row for row in written["rows"]}
     assert all(row["images/s"] > 0 for row in rows.values())
     kept = "GiB/image kept for backward"
     assert 0 < rows["flsl_d2, training"][kept] < rows["detectron2, training"][kept]
 
 
-def test_growth_is_measured(tmp_path, monkeypatch, run_main):
+def test_growth_is_measured(measure, monkeypatch):
     growth = {"views.num_local": (0, 2)}
     monkeypatch.setattr("pretrain.studies.benchmark.__main__.GROWTH", growth)
-    sizes = ("--batch-size", "2", "--batches", "2,3", "--json", str(tmp_path / "out.json"))
-    status, _, errors = run_main(main, "scaling", *ONCE, *sizes, *TINY)
-    assert status == 0, errors
-    rows = json.loads((tmp_path / "out.json").read_text())["rows"]
+    rows = measure("scaling", *ONCE, "2", "--batches", "2,3", *TINY)["rows"]
     assert [row["value"] for row in rows] == [2, 3, 0, 2]
     assert all(row["MiB kept for backward"] > 0 for row in rows)
 
 
-def test_a_step_of_processes_is_measured(tmp_path, run_main):
-    file = tmp_path / "row.json"
-    status, out, _ = run_main(
-        main, "processes", *ONCE, "--batch-size", "2", "--json", str(file), *TINY
-    )
-    assert status == 0, out
-    (row,) = json.loads(file.read_text())["rows"]
+def test_a_step_of_processes_is_measured(measure):
+    (row,) = measure("processes", *ONCE, "2", *TINY)["rows"]
     assert row["images/s"] == pytest.approx(2 / row["s/step"])
     assert 0 <= row["share of gradients"] < 1
     assert 0 < row["share of numbers"] < 1
-
-
-def test_unknown_variants_are_refused(run_main):
-    status, _, errors = run_main(main, "pretrain-step", "--variants", "eager,packed+fast")
-    assert status == 2
-    assert errors.startswith("error: --variants has fast; known are")
 
 
 def stand_in(folder: Path, code: str) -> list[str]:

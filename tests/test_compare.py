@@ -1,47 +1,28 @@
-"""Comparisons as commands: a failing cell, continued runs, bad input, and an installed wheel."""
+"""Comparisons as commands: a failing cell, continued runs and bad input."""
 
 from __future__ import annotations
 
 import csv
-import os
 import re
-import subprocess
-import sys
 from pathlib import Path
 
 import cv2
 import pytest
 import torch
-from forked import FORKED_SUBPROCESS
+from forked import assert_refused
 
-from flsl_d2.annotations import register_scenes
 from flsl_d2.modeling import FLSLViT
-from flsl_d2.scenes import make_scenes
 from flsl_d2.studies.compare import main
 from flsl_d2.weights import write_encoder
 
-ROOT = Path(__file__).resolve().parents[1]
 DATA = ["--train", "flsl_scenes_train", "--val", "flsl_scenes_val", "--max-images", "4"]
 DATA += ["--short-side", "96"]
 DETECTION = "configs/demo/mask_rcnn_flsl_vit_scenes.py"
 
 
-@pytest.fixture(scope="module")
-def datasets(tmp_path_factory) -> Path:
-    root = tmp_path_factory.mktemp("datasets")
-    make_scenes(root / "flsl_scenes", num_train=8, num_val=4, image_size=(96, 96))
-    return root
-
-
 @pytest.fixture
-def compare(datasets, monkeypatch, run_main):
-    """Run the tool in this process, and its jobs in forked ones."""
-    monkeypatch.setattr("flsl_d2.studies.machine.subprocess", FORKED_SUBPROCESS)
-    register_scenes(datasets / "flsl_scenes")
-    monkeypatch.chdir(ROOT)
-    monkeypatch.setenv("DETECTRON2_DATASETS", str(datasets))
-    monkeypatch.setenv("OMP_NUM_THREADS", "1")
-    return lambda *arguments: run_main(main, "--device", "cpu", *arguments)
+def compare(run_study):
+    return lambda *arguments: run_study(main, "--device", "cpu", *arguments)
 
 
 @pytest.fixture(scope="module")
@@ -152,69 +133,5 @@ def test_bad_input_is_one_sentence_before_any_run(compare, encoder_file, tmp_pat
     ]
     for arguments, part in cases:
         status, _, errors = compare("--output", str(tmp_path / "out"), *arguments)
-        assert status == 2, (arguments, status, errors)
-        assert errors.startswith("error: "), (arguments, errors)
-        assert part in errors, (arguments, errors)
-        assert errors.count("\n") == 1, (arguments, errors)
+        assert_refused(status, errors, part, arguments)
     assert not (tmp_path / "out").exists()
-
-
-@pytest.fixture(scope="module")
-def installed(wheel, tmp_path_factory) -> Path:
-    """Folder with the package as its wheel installs it."""
-    target = tmp_path_factory.mktemp("installed")
-    pip = [sys.executable, "-m", "pip", "--quiet", "--disable-pip-version-check"]
-    subprocess.run([*pip, "install", "--no-deps", "--target", str(target), str(wheel)], check=True)
-    return target
-
-
-INSTALLED = """
-import sys, flsl_d2, flsl_d2.model_zoo as zoo
-from flsl_d2.studies.compare import main
-print(flsl_d2.__file__)
-for path in sorted(zoo.configs_folder().rglob("*.*")):
-    name = path.relative_to(zoo.configs_folder())
-    # Those of pre-training need the checkout.
-    if not {"common", "pretrain", "demo", "__pycache__"} & set(name.parts):
-        cfg = zoo.get_config(str(name))
-        built = "ROI_HEADS" in cfg.MODEL if name.suffix == ".yaml" else cfg.train.max_iter > 0
-        print("recipe" if built else "unreadable", name)
-main(sys.argv[1:])
-"""
-
-
-def test_installed_wheel_reads_recipes_and_compares_in_an_empty_folder(
-    installed, datasets, encoder_file, tmp_path
-):
-    """Every process runs from the installed files, without the checkout."""
-    folder = tmp_path / "empty"
-    folder.mkdir()
-    command = [
-        *(sys.executable, "-c", INSTALLED, "--device", "cpu", "--output", "out", *DATA),
-        *("--weights", f"one={encoder_file}"),
-        *("--measures", "knn_segmentation", "--pictures", "1"),
-    ]
-    settings = {"DETECTRON2_DATASETS": str(datasets), "PYTHONPATH": str(installed)}
-    result = subprocess.run(
-        command,
-        cwd=folder,
-        env=os.environ | settings | {"OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-    )
-    assert result.returncode == 0, result.stdout + result.stderr
-    assert result.stdout.splitlines()[0] == str(installed / "flsl_d2" / "__init__.py")
-    shipped = {line[7:] for line in result.stdout.splitlines() if line.startswith("recipe ")}
-    files = [path.relative_to(ROOT / "configs") for path in (ROOT / "configs").rglob("*.*")]
-    assert shipped == {
-        str(name)
-        for name in files
-        if name.suffix in (".py", ".yaml") and not {"common", "pretrain", "demo"} & set(name.parts)
-    }
-    assert {"lvis", "objects365", "uavdt", "ade20k", "coco"} == {Path(n).parts[0] for n in shipped}
-    (one,) = rows(folder / "out")
-    assert float(one["knn_segmentation/mIoU"]) > 0
-    (log,) = (file.read_text() for file in (folder / "out").glob("jobs/*/console.txt"))
-    assert " -m flsl_d2.evaluation " in log
-    assert not any(str(ROOT / part) in log for part in ("tools", "flsl_d2"))
-    assert "</html>" in (folder / "out" / "index.html").read_text()

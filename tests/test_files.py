@@ -42,20 +42,13 @@ def test_text_makes_its_folders(tmp_path: Path) -> None:
     assert (tmp_path / "a" / "b" / "text").read_bytes() == "größer\n".encode()
 
 
-def test_a_folder_is_made_and_left_empty(tmp_path: Path) -> None:
+@pytest.mark.parametrize("path", ["/proc/no", "file/below"])
+def test_a_folder_is_made_or_refused(tmp_path: Path, monkeypatch, path: str) -> None:
     assert writable_folder(tmp_path / "a" / "b") == tmp_path / "a" / "b"
     assert not list((tmp_path / "a" / "b").iterdir())
-
-
-@pytest.mark.parametrize("path", ["/proc/no", "file/below"])
-def test_a_folder_that_cannot_be_made(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, path: str
-) -> None:
     monkeypatch.chdir(tmp_path)
     (tmp_path / "file").touch()
-    with pytest.raises(
-        InputError, match=f"^'{path}' cannot be written .*folder that you may write"
-    ):
+    with pytest.raises(InputError, match=f"^'{path}' cannot be written"):
         writable_folder(path)
     with pytest.raises(InputError, match=f"^--output is '{path}', which cannot be written"):
         writable_folder(path, "--output")

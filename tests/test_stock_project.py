@@ -1,20 +1,14 @@
-"""A Detectron2 project of its own, in a process of its own, that only adds `import flsl_d2`.
-
-Its config is the model zoo's Mask R-CNN with the backbone's name changed; its trainer and
-checkpointer are Detectron2's.
-"""
+"""A Detectron2 project of its own, with Detectron2's trainer, that only adds `import flsl_d2`."""
 
 from __future__ import annotations
 
-import json
-import os
 import subprocess
 import sys
 
-import pytest
-import torch
+from forked import run_forked
 
 from flsl_d2.modeling import FLSLViT
+from flsl_d2.weights import write_encoder
 
 ENCODER = {"embed_dim": 48, "depth": 2, "num_heads": 3}
 
@@ -29,7 +23,7 @@ from detectron2.engine import DefaultTrainer
 import flsl_d2
 
 weights, root, output = sys.argv[1:]
-register_coco_instances("few", {}, f"{root}/few.json", f"{root}/images")
+register_coco_instances("few", {}, f"{root}/annotations/instances_train.json", f"{root}/images")
 
 cfg = get_cfg()
 flsl_d2.add_flsl_config(cfg)
@@ -63,50 +57,24 @@ print("TRAINED")
 """
 
 
-@pytest.fixture(scope="module")
-def few(datasets_root, tmp_path_factory):
-    source = datasets_root / "pennfudan"
-    if not source.is_dir():
-        pytest.skip("DETECTRON2_DATASETS has no pennfudan")
-    root = tmp_path_factory.mktemp("few")
-    (root / "images").symlink_to(source / "images")
-    content = json.loads((source / "annotations" / "instances_train.json").read_text())
-    content["images"] = content["images"][:4]
-    ids = {image["id"] for image in content["images"]}
-    content["annotations"] = [a for a in content["annotations"] if a["image_id"] in ids]
-    (root / "few.json").write_text(json.dumps(content))
-    return root
-
-
-def run(few, tmp_path, **encoder) -> subprocess.CompletedProcess:
-    torch.manual_seed(0)
-    teacher = FLSLViT(**encoder)
-    weights = tmp_path / "teacher_backbone.pth"
-    content = {"model": teacher.state_dict(), "encoder": teacher.architecture}
-    torch.save({**content, "format": "flsl_d2 encoder", "matching_heuristics": True}, weights)
-    script = tmp_path / "train_net.py"
+def run(few_images, tmp_path, **encoder) -> subprocess.CompletedProcess:
+    weights, script = tmp_path / "teacher_backbone.pth", tmp_path / "train_net.py"
+    write_encoder(FLSLViT(**encoder), weights)
     script.write_text(PROJECT)
-    return subprocess.run(
-        [sys.executable, str(script), str(weights), str(few), str(tmp_path / "output")],
-        cwd=tmp_path,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        timeout=300,
-        check=False,
-    )
+    root = few_images("pennfudan") / "pennfudan"
+    return run_forked([sys.executable, script, weights, root, tmp_path / "output"], cwd=tmp_path)
 
 
-def test_a_stock_project_trains_from_the_encoder_and_says_how_much_it_loaded(few, tmp_path):
-    done = run(few, tmp_path, **ENCODER)
+def test_a_stock_project_trains_from_the_encoder_and_says_how_much_it_loaded(few_images, tmp_path):
+    done = run(few_images, tmp_path, **ENCODER)
     assert done.returncode == 0, done.stdout + done.stderr
     assert "TRAINED" in done.stdout
     count = len(FLSLViT(**ENCODER).state_dict())
     assert f"encoder weights: {count} of {count} matched" in done.stdout
 
 
-def test_a_stock_project_stops_at_an_encoder_of_another_width(few, tmp_path):
-    done = run(few, tmp_path, **{**ENCODER, "embed_dim": 96})
+def test_a_stock_project_stops_at_an_encoder_of_another_width(few_images, tmp_path):
+    done = run(few_images, tmp_path, **{**ENCODER, "embed_dim": 96})
     assert done.returncode != 0
     assert "have no tensor that fits the encoder" in done.stderr
     assert "TRAINED" not in done.stdout

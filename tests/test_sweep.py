@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import csv
 import json
-import multiprocessing
 import os
 import re
 import signal
@@ -15,40 +14,22 @@ from pathlib import Path
 import cv2
 import pytest
 import torch
-from forked import FORKED_SUBPROCESS
+from forked import FORK, assert_refused
 
-from flsl_d2.annotations import register_scenes
-from flsl_d2.scenes import make_scenes
 from flsl_d2.visualization.curves import read_metrics
 from pretrain.run import run_pretraining
 from pretrain.studies.sweep import Axis, grid_points, main
 
-ROOT = Path(__file__).resolve().parents[1]
 CONFIG = "configs/demo/flsl_vit_scenes.py"
-TINY = [
-    "train.max_iter=3",
-    "train.log_period=1",
-    "dataloader.total_batch_size=4",
-    "views.global_size=48",
-    "views.local_size=32",
-    "model.backbone.embed_dim=32",
-    "model.backbone.depth=1",
-    "model.backbone.num_heads=2",
-    "model.head.num_centroids=16",
-    "model.head.hidden_dim=32",
-    "model.head.bottleneck_dim=16",
-]
+TINY = """
+    train.max_iter=3 train.log_period=1 dataloader.total_batch_size=4 views.global_size=48
+    views.local_size=32 model.backbone.embed_dim=32 model.backbone.depth=1 model.head.hidden_dim=32
+    model.backbone.num_heads=2 model.head.num_centroids=16 model.head.bottleneck_dim=16
+""".split()
 GRID = ["--grid", "schedules.intra_weight=0.01,0.3", "--grid", "model.loss.volume_weight=1,5"]
 LOW = "schedules.intra_weight=[0.01,0.01]"
 # What is measured in seconds differs from run to run.
 TIMES = ("images/s", "pretrain seconds", "folder")
-
-
-@pytest.fixture(scope="module")
-def datasets(tmp_path_factory) -> Path:
-    root = tmp_path_factory.mktemp("datasets")
-    make_scenes(root / "flsl_scenes", num_train=8, num_val=4, image_size=(96, 96))
-    return root
 
 
 def arguments_of(output: Path, *arguments: str) -> list[str]:
@@ -56,14 +37,8 @@ def arguments_of(output: Path, *arguments: str) -> list[str]:
 
 
 @pytest.fixture
-def sweep(datasets, monkeypatch, run_main):
-    """Run the tool in this process, and its jobs in forked ones."""
-    monkeypatch.setattr("flsl_d2.studies.machine.subprocess", FORKED_SUBPROCESS)
-    register_scenes(datasets / "flsl_scenes")
-    monkeypatch.chdir(ROOT)
-    monkeypatch.setenv("DETECTRON2_DATASETS", str(datasets))
-    monkeypatch.setenv("OMP_NUM_THREADS", "1")
-    return lambda *arguments: run_main(main, *arguments)
+def sweep(run_study):
+    return lambda *arguments: run_study(main, *arguments)
 
 
 def rows(file: Path) -> list[dict[str, str]]:
@@ -78,10 +53,7 @@ def records(output: Path) -> dict[Path, dict]:
 
 def interrupt_in_the_second_run(sweep, output: Path) -> None:
     """Start a grid in a process of its own, and send SIGINT in its second run."""
-    # Forked, because importing PyTorch again takes seconds.
-    process = multiprocessing.get_context("fork").Process(
-        target=lambda: sys.exit(sweep(*arguments_of(output, *GRID))[0])
-    )
+    process = FORK.Process(target=lambda: sys.exit(sweep(*arguments_of(output, *GRID))[0]))
     process.start()
     end = time.monotonic() + 200
     while len(list(output.glob("jobs/*/metrics.json"))) < 2:
@@ -122,9 +94,7 @@ def test_interrupted_grid_goes_on_to_the_table_of_an_uninterrupted_one(sweep, tm
     # What the setting that was cut off gives without interruption and without the sweep.
     points = grid_points(CONFIG, [Axis("model.loss.volume_weight", ("5",))], [*TINY, LOW], [])
     points[0].cfg.train.output_dir = str(tmp_path / "whole")
-    process = multiprocessing.get_context("fork").Process(
-        target=run_pretraining, args=(points[0].cfg, False)
-    )
+    process = FORK.Process(target=run_pretraining, args=(points[0].cfg, False))
     process.start()
     process.join(120)
     assert process.exitcode == 0
@@ -183,8 +153,5 @@ def test_bad_input_is_one_sentence_before_any_run(sweep, tmp_path):
         cases.append(([*grid, "train.device=cuda"], "train.device=cpu"))
     for arguments, part in cases:
         status, _, errors = sweep(*arguments_of(tmp_path / "out", *arguments))
-        assert status == 2, (arguments, status, errors)
-        assert errors.startswith("error: "), (arguments, errors)
-        assert part in errors, (arguments, errors)
-        assert errors.count("\n") == 1, (arguments, errors)
+        assert_refused(status, errors, part, arguments)
     assert not (tmp_path / "out").exists()

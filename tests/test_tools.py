@@ -55,10 +55,7 @@ def test_a_tool_runs_the_main_of_a_module(tool):
     path = ROOT / "tools" / f"{tool}.py"
     assert MODULES[tool] in imported(path)
     assert len(path.read_text().splitlines()) < 15
-    spec = find_spec(MODULES[tool])
-    assert spec is not None
-    functions = [n.name for n in tree(Path(spec.origin)).body if isinstance(n, ast.FunctionDef)]
-    assert "main" in functions
+    assert "main" in functions_of(MODULES[tool])
 
 
 def test_the_package_needs_no_checkout():
@@ -71,24 +68,22 @@ def test_shared_options_are_declared_once():
     """No tool spells out an option that :data:`SHARED_OPTIONS` has."""
     for path in [*(ROOT / "flsl_d2").rglob("*.py"), *(ROOT / "pretrain").rglob("*.py")]:
         for node in ast.walk(tree(path)):
-            if not isinstance(node, ast.Call) or not isinstance(
-                node.func, ast.Attribute | ast.Name
-            ):
-                continue
-            name = node.func.id if isinstance(node.func, ast.Name) else node.func.attr
-            if name in ("add", "add_argument"):
+            called = getattr(node, "func", None)
+            if getattr(called, "attr", getattr(called, "id", "")) in ("add", "add_argument"):
                 options = {a.value for a in node.args if isinstance(a, ast.Constant)}
                 assert not options & set(SHARED_OPTIONS), (path, node.lineno)
 
 
+def functions_of(module: str) -> set[str]:
+    return {
+        node.name for node in tree(Path(find_spec(module).origin)).body if hasattr(node, "name")
+    }
+
+
 def test_every_command_is_the_main_of_a_module():
-    for name, (module, text) in flsl_d2_cli.COMMANDS.items():
+    for module, text in flsl_d2_cli.COMMANDS.values():
         assert text
-        if module:
-            functions = [
-                n.name for n in tree(Path(find_spec(module).origin)).body if hasattr(n, "name")
-            ]
-            assert "main" in functions, name
+        assert not module or "main" in functions_of(module), module
     assert {module for module, _ in flsl_d2_cli.COMMANDS.values()} >= {
         MODULES[tool] for tool in MODULES if tool != "convert_checkpoint"
     }
@@ -134,15 +129,12 @@ def test_the_same_option_has_the_same_name_everywhere(monkeypatch, capsys):
     """An option that only one tool has, or that all spell alike, is no synonym of another."""
     found = {}
     for name, (module, _) in flsl_d2_cli.COMMANDS.items():
-        if module.startswith(("flsl_d2.", "pretrain.")) and name not in (
-            "doctor",
-            "install-detectron2",
-        ):
+        if module.startswith(("flsl_d2.", "pretrain.")) and not name.startswith(("doc", "inst")):
             with pytest.raises(SystemExit):
                 importlib.import_module(module).main(["--help"])
             found[name] = set(re.findall(r"(?<![\w-])--[a-z][\w-]*", capsys.readouterr().out))
-    synonyms = {"--out", "--output-dir", "--out-dir", "--iters", "--steps", "--max-iters"}
-    synonyms |= {"--img-size", "--gpu", "--gpus", "--threshold", "--model-weights", "--checkpoint"}
+    synonyms = "out output-dir out-dir iters steps max-iters img-size gpu gpus threshold"
+    synonyms = {f"--{word}" for word in f"{synonyms} model-weights checkpoint".split()}
     assert not [(n, bad) for n, options in found.items() if (bad := options & synonyms)]
     for name in ("pretrain", "train", "finetune"):
         assert {"--output", "--max-iter", "--device", "--num-gpus"} <= found[name], name

@@ -9,15 +9,12 @@ from detectron2.data import DatasetMapper
 from detectron2.engine import DefaultTrainer
 from detectron2.modeling import build_model
 from omegaconf import OmegaConf
+from recipes import LONG, ONE_X, YAML, recipe
 
 from flsl_d2.detection.solver import build_yaml_optimizer, layer_decay
 from flsl_d2.detection.yaml_training import load_yaml_config
 from flsl_d2.engine.config_files import load_lazy_config
 from flsl_d2.modeling import FLSLViT
-
-ONE_X = "coco/mask_rcnn_flsl_vit_s16_1x.py"
-LONG = "coco/mask_rcnn_flsl_vit_s16_100ep.py"
-YAML = "coco/mask_rcnn_flsl_vit_s16_1x.yaml"
 
 
 @pytest.fixture(scope="module")
@@ -66,6 +63,7 @@ def test_yaml_and_lazy_config_build_the_same_detector(lazy, yaml_model):
         detector.eval()
         detector.roi_heads.box_predictor.test_score_thresh = 0.0
         detector.roi_heads.box_predictor.test_topk_per_image = 5
+        detector.proposal_generator.post_nms_topk[False] = 20  # 1000 take long
     with torch.no_grad():
         a, b = model(inputs)[0]["instances"], yaml_model(inputs)[0]["instances"]
     assert len(a) == 5
@@ -116,7 +114,7 @@ def test_yaml_and_lazy_config_see_the_same_images(lazy, yaml):
 
 
 def test_the_long_recipe_is_vitdets():
-    cfg = load_lazy_config(LONG)
+    cfg = recipe(LONG)
     multiplier = instantiate(cfg.lr_multiplier)
     iters = cfg.train.max_iter
     steps = {0: 0.001, 250: 1.0, 163888: 1.0, 163889: 0.1, 177545: 0.1, 177546: 0.01}

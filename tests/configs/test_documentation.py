@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import contextlib
+import copy
 import importlib
 import io
 import pkgutil
@@ -17,48 +18,30 @@ from functools import cache
 from pathlib import Path
 
 import pytest
+from recipes import FLSL, ONE_X, PRETRAINING, TEXTS, YAML, recipe
 
 import flsl_d2_cli
 from flsl_d2.detection.yaml_training import load_yaml_config
-from flsl_d2.engine.config_files import CONFIGS_FOLDER, load_lazy_config
+from flsl_d2.engine.config_files import CONFIGS_FOLDER
 from flsl_d2.engine.run_folder import DETECTION_KEYS, PRETRAINING_KEYS, flat_config
 from pretrain.schedules import set_run_length
 
-PRETRAINING = "pretrain/flsl_vit_small_p16_in1k.py"
-DETECTION = "coco/mask_rcnn_flsl_vit_s16_1x.py"
-YAML = "coco/mask_rcnn_flsl_vit_s16_1x.yaml"
-
 ROOT = CONFIGS_FOLDER.parent
 TEXT = (ROOT / "docs" / "CONFIGS.md").read_text()
-OTHER_METHODS = [
-    f"pretrain/{file.name}"
-    for file in sorted((CONFIGS_FOLDER / "pretrain").glob("*.py"))
-    if not file.name.startswith("flsl")
-]
+OTHER_METHODS = [name for name in PRETRAINING if "/flsl" not in name]
 GUIDES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *(ROOT / "docs").glob("*.md")]
 CHANGELOG = ROOT / "CHANGELOG.md"  # names what is gone, so only its links are tested
 DOCUMENTS = [*GUIDES, *(ROOT / "docs" / "records").glob("*.md"), ROOT / "tests/golden/README.md"]
 TOOLS = sorted(path.stem for path in (ROOT / "tools").glob("*.py"))
 EARLIER_KEYS = {"train.sharding"}  # of runs of earlier versions, which may be resumed
 # What a run and its tools write, by names that look like keys of configs.
-FILE_ENDINGS = (
-    *(".csv", ".html", ".json", ".md", ".npz", ".pkl", ".png", ".pth", ".py", ".safetensors"),
-    *(".txt", ".yaml"),
-)
+FILE_ENDINGS = (*".csv .html .json .md .npz .pkl .png .pth .py .safetensors .txt .yaml".split(),)
 
 
 def test_all_recipes_are_listed_and_all_listed_are_there():
-    recipes = {
-        str(path.relative_to(CONFIGS_FOLDER))
-        for path in CONFIGS_FOLDER.rglob("*.py")
-        if "common" not in path.parts
-    }
     tables = "\n".join(line for line in TEXT.splitlines() if line.startswith("|"))
-    listed = {
-        name if "/" in name else f"pretrain/{name}"
-        for name in re.findall(r"`(?!tools/)([\w/]+\.py)`", tables)
-    }
-    assert listed == recipes
+    listed = re.findall(r"`(?!tools/)([\w/]+\.py)`", tables)
+    assert {name if "/" in name else f"pretrain/{name}" for name in listed} == TEXTS.keys()
 
 
 def test_the_keys_that_may_differ_are_those_of_the_engine():
@@ -73,16 +56,10 @@ def test_the_keys_that_may_differ_are_those_of_the_engine():
 
 
 def test_every_key_that_may_differ_is_a_key_of_a_recipe():
-    pretraining = flat_config(_with_length(load_lazy_config(PRETRAINING)))
-    detection = flat_config(load_lazy_config(DETECTION)) | flat_config(load_yaml_config(YAML))
-    for neutral, keys in ((PRETRAINING_KEYS, pretraining), (DETECTION_KEYS, detection)):
+    pairs = (PRETRAINING_KEYS, _keys(FLSL)), (DETECTION_KEYS, _keys(ONE_X) | _keys(YAML))
+    for neutral, keys in pairs:
         for pattern in {*neutral.no_effect, *neutral.on_resume} - EARLIER_KEYS:
             assert any(fnmatchcase(key, pattern) for key in keys), pattern
-
-
-def _with_length(cfg):
-    set_run_length(cfg, 1000)
-    return cfg
 
 
 def _name(path: Path) -> str:
@@ -117,9 +94,9 @@ def _options(text: str) -> set[str]:
 def _commands() -> Iterator[tuple[str, str, str]]:
     """Place, tool and arguments of every command in documents, recipes and examples of tools."""
     texts = {_name(path): list(_code(path.read_text())) for path in DOCUMENTS}
-    for path in CONFIGS_FOLDER.rglob("*.py"):
-        header = ast.get_docstring(ast.parse(path.read_text())) or ""
-        texts[_name(path)] = header.replace("\\\n", " ").splitlines()
+    for name, text in TEXTS.items():
+        header = ast.get_docstring(ast.parse(text)) or ""
+        texts[f"configs/{name}"] = header.replace("\\\n", " ").splitlines()
     for tool in TOOLS:
         texts[f"tools/{tool}.py --help"] = _help(tool).replace("\\\n", " ").splitlines()
     for place, lines in texts.items():
@@ -175,9 +152,8 @@ def test_commands_are_accepted_by_their_tools(monkeypatch):
     for path in GUIDES:
         fenced = re.findall(r"^```\w*\n(.*?)^```", path.read_text(), re.M | re.S)
         for line in "\n".join(fenced).replace("\\\n", " ").splitlines():
-            found = re.search(
-                r"(?:python tools/(\w+)\.py|^flsl-d2 ([\w-]+))(.*)", line.partition(" #")[0]
-            )
+            command_line = r"(?:python tools/(\w+)\.py|^flsl-d2 ([\w-]+))(.*)"
+            found = re.search(command_line, line.partition(" #")[0])
             if found is None or "..." in line or "$head" in line:
                 continue
             tool, command, arguments = found.groups()
@@ -208,7 +184,7 @@ def test_overrides_in_commands_are_keys_of_the_named_config():
 
 @pytest.mark.parametrize("path", GUIDES, ids=_name)
 def test_keys_in_the_text_are_keys_of_a_recipe(path):
-    known = _keys(PRETRAINING) | _keys(DETECTION) | _keys(YAML)
+    known = _keys(FLSL) | _keys(ONE_X) | _keys(YAML)
     if path.name == "METHODS.md":
         known = known.union(*map(_keys, OTHER_METHODS))
     roots = "dataset|views|dataloader|model|schedules|train|optimizer|lr_multiplier"
@@ -222,9 +198,8 @@ def test_keys_in_the_text_are_keys_of_a_recipe(path):
 @cache
 def _keys(config: str) -> frozenset[str]:
     """Every key of a config, those of whole nodes included."""
-    cfg = load_yaml_config(config) if config.endswith(".yaml") else load_lazy_config(config)
-    if config.startswith(("pretrain/", "demo/flsl")):
-        cfg = _with_length(cfg)
-    flat = flat_config(cfg)
-    parts = (key.split(".") for key in flat)
+    cfg = load_yaml_config(config) if config.endswith(".yaml") else recipe(config)
+    if config in PRETRAINING:
+        set_run_length(cfg := copy.deepcopy(cfg), 1000)
+    parts = (key.split(".") for key in flat_config(cfg))
     return frozenset(".".join(part[:end]) for part in parts for end in range(1, len(part) + 1))

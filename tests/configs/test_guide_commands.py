@@ -8,6 +8,7 @@ import shlex
 import shutil
 import sys
 import tarfile
+from collections.abc import Iterator
 from pathlib import Path
 
 import cv2
@@ -41,23 +42,20 @@ ELSEWHERE = {
     "configs/pretrain/dino": "tests/pretrain/test_methods.py trains every recipe",
     "previous_stage": "tests/pretrain/test_previous_stage.py trains in stages",
 }
-PRETRAIN = [
-    *("train.device=cpu", "train.max_iter=1", "train.pictures_period=0"),
-    *("dataloader.total_batch_size=2", "dataloader.num_workers=0", "model.backbone.depth=1"),
-    *("model.backbone.embed_dim=48", "model.backbone.num_heads=3"),
-    *("views.global_size=32", "views.local_size=16", "views.global_window=1"),
-    *("views.local_window=1", "model.head.hidden_dim=16", "model.head.bottleneck_dim=8"),
-]
-DETECTION = [
-    *(f"model.backbone.net.{key}={value}" for key, value in ENCODER.items()),
-    "model.proposal_generator.post_nms_topk=[20,10]",
-    *("model.roi_heads.batch_size_per_image=8", "model.roi_heads.box_head.conv_dims=[16]"),
-    *("model.roi_heads.mask_head.conv_dims=[16]", "train.device=cpu", "train.max_iter=1"),
-    "dataloader.train.mapper.augmentations.0.short_edge_length=[64]",
-    "dataloader.test.mapper.augmentations.0.short_edge_length=64",
-    *("dataloader.train.total_batch_size=1", "dataloader.train.num_workers=0"),
-    *("dataloader.test.num_workers=0", "--num-gpus", "1"),
-]
+PRETRAIN = """
+    train.device=cpu train.max_iter=1 train.pictures_period=0 dataloader.total_batch_size=2
+    dataloader.num_workers=0 model.backbone.depth=1 model.backbone.embed_dim=48
+    model.backbone.num_heads=3 views.global_size=32 views.local_size=16 views.global_window=1
+    views.local_window=1 model.head.hidden_dim=16 model.head.bottleneck_dim=8 --num-gpus 1
+""".split()
+DETECTION = """
+    model.proposal_generator.post_nms_topk=[20,10] model.roi_heads.batch_size_per_image=8
+    model.roi_heads.box_head.conv_dims=[16] model.roi_heads.mask_head.conv_dims=[16]
+    train.device=cpu train.max_iter=1 dataloader.train.mapper.augmentations.0.short_edge_length=[64]
+    dataloader.test.mapper.augmentations.0.short_edge_length=64
+    dataloader.train.total_batch_size=1 dataloader.train.num_workers=0 dataloader.test.num_workers=0
+""".split()
+DETECTION += [f"model.backbone.net.{key}={value}" for key, value in ENCODER.items()]
 OWN_DATA = [
     f"dataloader.{part}.dataset.{key}"
     for part, file in (("train", "train"), ("test", "val"))
@@ -65,15 +63,15 @@ OWN_DATA = [
 ]
 # What makes a command of each tool small.
 REDUCED = {
-    "eval_davis": ["--short-side", "64", "--device", "cpu"],
-    "eval_features": ["--measures", "knn_segmentation", "--short-side", "64", "--device", "cpu"],
+    "eval_davis": "--short-side 64 --device cpu".split(),
+    "eval_features": "--measures knn_segmentation --short-side 64 --device cpu".split(),
     "export_model": [],
-    "finetune": ["--max-iter", "1", "--short-side", "64", "--task", "boxes", "--device", "cpu"],
+    "finetune": "--max-iter 1 --short-side 64 --task boxes --device cpu".split(),
     "make_shards": [],
     "predict": ["--device", "cpu"],
-    "pretrain_net": [*PRETRAIN, "--num-gpus", "1"],
-    "train_net": DETECTION,
-    "visualize": ["--short-side", "64", "--max-images", "1", "--device", "cpu"],
+    "pretrain_net": PRETRAIN,
+    "train_net": [*DETECTION, "--num-gpus", "1"],
+    "visualize": "--short-side 64 --max-images 1 --device cpu".split(),
 }
 # Tools whose first command alone is part of the default run, because each takes seconds.
 ONCE = ("pretrain_net", "train_net", "predict", "export_model")
@@ -100,16 +98,13 @@ def _tool(text: str) -> str:
     return re.search(r"tools/(\w+)\.py", text)[1]
 
 
-def _parameters() -> list:
+def _parameters() -> Iterator:
     seen: set[str] = set()
-    parameters = []
-    for text in RUN:
+    for number, text in enumerate(RUN):
         tool = _tool(text)
-        again = tool in ONCE and tool in seen
+        slow = tool in SLOW or (tool in ONCE and tool in seen)
+        yield pytest.param(text, marks=[pytest.mark.slow] if slow else [], id=f"{tool}_{number}")
         seen.add(tool)
-        marks = [pytest.mark.slow] if again or tool in SLOW else []
-        parameters.append(pytest.param(text, marks=marks, id=f"{tool}_{len(parameters)}"))
-    return parameters
 
 
 @pytest.fixture(scope="module")
@@ -179,7 +174,7 @@ def _write_weights(root: Path) -> None:
     torch.save(dino.state_dict(), root / "dino_deitsmall16_pretrain.pth")
     detector = root / "output" / "mask_rcnn_flsl_vit_s16_1x"
     detector.mkdir()
-    cfg = load_lazy_config("coco/mask_rcnn_flsl_vit_s16_1x.py", [*DETECTION[:-2]])
+    cfg = load_lazy_config("coco/mask_rcnn_flsl_vit_s16_1x.py", DETECTION)
     torch.save({"model": instantiate(cfg.model).state_dict()}, detector / "model_final.pth")
     LazyConfig.save(cfg, str(detector / "config.yaml"))
     write_description(cfg, detector)

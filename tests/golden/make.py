@@ -38,15 +38,26 @@ STEPS: dict[str, dict[str, Any]] = {
 }  # fmt: skip
 
 
+def on_the_cpu() -> Any:
+    """Patch PyTorch: the published step moves its tensors to a GPU."""
+    return mock.patch.object(Tensor, "cuda", lambda tensor, *_, **__: tensor)
+
+
+def windows(sides: list[int], meta: dict[str, Any], sizes: tuple[int, ...]) -> list[Tensor]:
+    """Draw the queries of all views but the first, as the published augmentation does."""
+    import main_flsl
+
+    sampler = main_flsl.DataAugmentationFLSL(random_sampling=True)._sampling_mask
+    pairs = zip(sides[1:], sizes, strict=True)
+    drawn = [[sampler(side // meta["p"], n) for _ in range(meta["B"])] for side, n in pairs]
+    return [torch.empty(0), *map(torch.stack, drawn)]
+
+
 def build_network(meta: dict[str, Any], generator: torch.Generator) -> nn.Module:
     """Build an encoder with a head from the published classes and give it random weights.
 
     No weight is zero and no norm is the identity, so that each changes the result. Weights are
     multiples of 1/128, so that the files are small.
-
-    Args:
-        meta: sizes of :data:`STEPS`.
-        generator: source of the weights.
     """
     import utils
     import vision_transformer as vits
@@ -62,21 +73,16 @@ def build_network(meta: dict[str, Any], generator: torch.Generator) -> nn.Module
         if name.endswith("weight_g"):  # the published code keeps this scale at 1
             continue
         noise = torch.randn(parameter.shape, generator=generator)
-        if parameter.dim() > 1:
-            values = noise / parameter[0].numel() ** 0.5
-        else:
-            values = 0.2 * noise + (1.0 if "norm" in name and name.endswith("weight") else 0.0)
+        shift = 1.0 if "norm" in name and name.endswith("weight") else 0.0
+        wide = parameter.dim() > 1
+        values = noise / parameter[0].numel() ** 0.5 if wide else 0.2 * noise + shift
         parameter.data.copy_((128 * values).round() / 128)
     vits.make_vit_noclass(vit, positions, hook={"norm": "norm"}, post_layernorm=True)
     return network
 
 
 def run_step(meta: dict[str, Any]) -> dict[str, np.ndarray]:
-    """Run one training step of the published code; return everything that tests compare.
-
-    Args:
-        meta: sizes of :data:`STEPS`.
-    """
+    """Run one training step of the published code; return everything that tests compare."""
     import main_flsl
     import utils
 
@@ -88,18 +94,13 @@ def run_step(meta: dict[str, Any]) -> dict[str, np.ndarray]:
     batch, sides = meta["B"], [meta["img"], meta["img"], meta["loc"], meta["loc"]]
     views = [torch.randn(batch, 3, side, side, generator=generator) for side in sides]
     views = [(16 * view).round() / 16 for view in views]
-    sampler = main_flsl.DataAugmentationFLSL(random_sampling=True)._sampling_mask
-    windows = [meta["wg"], meta["wl"], meta["wl"]]
-    masks = [torch.empty(0)]
-    for side, window in zip(sides[1:], windows, strict=True):
-        masks.append(torch.stack([sampler(side // meta["p"], window) for _ in range(batch)]))
+    masks = windows(sides, meta, (meta["wg"], meta["wl"], meta["wl"]))
 
     loss = main_flsl.FLSLLoss(
         meta["student_temp"], [meta["teacher_temp"]], utils.NonEmptyPriorKL(meta["K"]),
         coefficients=meta["coefficients"],
     )  # fmt: skip
-    # The published step moves its tensors to a GPU.
-    with mock.patch.object(torch.Tensor, "cuda", lambda tensor, *_, **__: tensor):
+    with on_the_cpu():
         total, (intra, inter, volume) = main_flsl.train_one_batch(
             0, 0, student, teacher, loss, views, masks, [2, 4],
             sa_temp_schedule=[meta["sa"]], ca_temp_schedule=[meta["ca"]], autocast=False,
@@ -142,14 +143,11 @@ def run_three_steps() -> dict[str, np.ndarray]:
 
     meta = dict(STEPS["step_patch12"], d=8, h=2, hid=8, bot=8, K=12, B=2, seed=3, clip=0.05)
     epochs, steps = 4, 5  # steps of an epoch
-    schedules = {
-        "lr": utils.cosine_scheduler(0.01, 1e-6, epochs, steps, warmup_epochs=1),
-        "weight_decay": utils.cosine_scheduler(0.04, 0.4, epochs, steps),
-        "momentum": utils.cosine_scheduler(0.9, 1.0, epochs, steps),
-        "intra": utils.cosine_scheduler(0.3, 0.03, epochs, steps),
-        "self": utils.cosine_scheduler(0.1 / 8**0.5, 0.2 / 8**0.5, epochs, steps),
-        "cross": utils.cosine_scheduler(0.5 / 8**0.5, 0.7 / 8**0.5, epochs, steps),
-    }
+    ends = {"weight_decay": (0.04, 0.4), "momentum": (0.9, 1.0), "intra": (0.3, 0.03)}
+    ends |= {"self": (0.1 / 8**0.5, 0.2 / 8**0.5), "cross": (0.5 / 8**0.5, 0.7 / 8**0.5)}
+    schedules = {"lr": utils.cosine_scheduler(0.01, 1e-6, epochs, steps, warmup_epochs=1)}
+    for name, values in ends.items():
+        schedules[name] = utils.cosine_scheduler(*values, epochs, steps)
     generator = torch.Generator().manual_seed(meta["seed"])
     random.seed(meta["seed"])
     student, teacher = build_network(meta, generator), build_network(meta, generator)
@@ -162,7 +160,6 @@ def run_three_steps() -> dict[str, np.ndarray]:
         coefficients=list(meta["coefficients"]),
     )  # fmt: skip
     optimizer = torch.optim.AdamW(utils.get_params_groups(student))
-    sampler = main_flsl.DataAugmentationFLSL(random_sampling=True)._sampling_mask
     sides = [meta["img"], meta["img"], meta["loc"], meta["loc"]]
     for number, at in enumerate((5, 6, 7)):
         optimizer.param_groups[0]["weight_decay"] = schedules["weight_decay"][at]
@@ -171,10 +168,8 @@ def run_three_steps() -> dict[str, np.ndarray]:
         loss.coefficients[0] = schedules["intra"][at]
         views = [torch.randn(meta["B"], 3, side, side, generator=generator) for side in sides]
         views = [view.round() for view in views]
-        masks = [torch.empty(0)]
-        for side, window in zip(sides[1:], (2, 3, 3), strict=True):
-            masks.append(torch.stack([sampler(side // 12, window) for _ in range(meta["B"])]))
-        with mock.patch.object(torch.Tensor, "cuda", lambda tensor, *_, **__: tensor):
+        masks = windows(sides, meta, (2, 3, 3))
+        with on_the_cpu():
             total, _ = main_flsl.train_one_batch(
                 at, 1, student, teacher, loss, views, masks, [2, 4],
                 sa_temp_schedule=schedules["self"], ca_temp_schedule=schedules["cross"],

@@ -57,6 +57,7 @@ SOURCES = {
 }
 MOMENTUM, TEMPERATURE, BATCH = 0.9, 0.05, 3
 WIDTH, HIDDEN, OUTPUTS = 8, 8, 6
+VIT = dict(img_size=[16], patch_size=4, embed_dim=WIDTH, depth=1, num_heads=2, qkv_bias=True)
 MEAN, STD = ([123.675, 116.28, 103.53], [58.395, 57.12, 57.375])
 EPS6 = partial(nn.LayerNorm, eps=1e-6)
 OFFICIAL = Path()
@@ -65,43 +66,27 @@ random_weights = torch.Generator()
 
 @dataclass
 class Case:
-    """Two steps of a method.
+    """Two steps of a method; names of tensors and modules are this project's."""
 
-    Attributes:
-        groups: trained tensors by the name that this project has for their module, in the order of
-            its parameters.
-        step: function from the number of the step to its losses; it records what it draws.
-        sizes: side of each view in pixels.
-        after: function that is called after the optimiser's step.
-        start: tensors of the start that are not trained, by this project's names.
-        buffers: function that returns the buffers after a step, by this project's names.
-        batch: number of images.
-        learning_rate: of the plain gradient descent between the steps. It is smaller where a step
-            would magnify rounding errors.
-        rows: order of the rows of a group's last two tensors here, where the authors' differs.
-        meta: further overrides of the tiny recipe, and other constants.
-    """
-
-    groups: dict[str, Iterable[Tensor]]
-    step: Callable[[list[Tensor], int], dict[str, Tensor]]
-    sizes: list[int] = field(default_factory=lambda: [16, 16])
-    after: Callable[[], None] = lambda: None
-    start: dict[str, Iterable[Tensor]] = field(default_factory=dict)
-    buffers: Callable[[], dict[str, Tensor]] = dict
+    groups: dict[str, Iterable[Tensor]]  # trained, in the order of the module's parameters
+    step: Callable[[list[Tensor], int], dict[str, Tensor]]  # number of the step to its losses
+    sizes: list[int] = field(default_factory=lambda: [16, 16])  # sides of the views in pixels
+    after: Callable[[], None] = lambda: None  # called after the optimiser's step
+    start: dict[str, Iterable[Tensor]] = field(default_factory=dict)  # what is not trained
+    buffers: Callable[[], dict[str, Tensor]] = dict  # called after a step
     draws: dict[str, Tensor] = field(default_factory=dict)
+    # Order of the rows of a group's last two tensors here, where the authors' differs.
     rows: dict[str, Tensor] = field(default_factory=dict)
     batch: int = BATCH
+    # Of plain gradient descent; smaller where a step would magnify rounding errors.
     learning_rate: float = 0.1
-    meta: dict[str, Any] = field(default_factory=dict)
+    meta: dict[str, Any] = field(default_factory=dict)  # overrides and values of the tiny recipe
 
 
 def take(path: str, *names: str, **others: Any) -> Any:
-    """Execute the classes and functions of an official file, all or those named.
+    """Execute the classes and functions of an official file, all or those of these names.
 
-    Args:
-        path: file below the folder of checkouts.
-        names: names of the definitions.
-        others: further names that they use.
+    ``others`` are further names that they use.
     """
     space: dict[str, Any] = {
         **dict(torch=torch, nn=nn, F=F, np=np, math=math, random=random, dist=dist, time=time),
@@ -110,13 +95,10 @@ def take(path: str, *names: str, **others: Any) -> Any:
         **dict(PatchEmbed=timm_vit.PatchEmbed, Block=_timm_block),
         **others,
     }
+    nodes = ast.parse((OFFICIAL / path).read_text()).body
     wanted = (ast.ClassDef, ast.FunctionDef)
-    body = [
-        node
-        for node in ast.parse((OFFICIAL / path).read_text()).body
-        if isinstance(node, wanted) and (not names or node.name in names)
-    ]
-    exec(compile(ast.Module(body, []), path, "exec"), space)
+    nodes = [n for n in nodes if isinstance(n, wanted) and (not names or n.name in names)]
+    exec(compile(ast.Module(nodes, []), path, "exec"), space)
     return SimpleNamespace(**space)
 
 
@@ -132,7 +114,6 @@ class WithoutToken(nn.Module):
         self.block = block
 
     def forward(self, x: Tensor, *args: Any, **options: Any) -> Tensor:
-        """Apply the block to (B, 1 + N, D)."""
         return torch.cat([x[:, :1], self.block(x[:, 1:], *args, **options)], dim=1)
 
 
@@ -140,7 +121,6 @@ class MeanToken(WithoutToken):
     """A norm behind which the first token is the mean of the others."""
 
     def forward(self, x: Tensor, *args: Any, **options: Any) -> Tensor:
-        """Apply the norm to (B, 1 + N, D)."""
         x = self.block(x[:, 1:])
         return torch.cat([x.mean(dim=1, keepdim=True), x], dim=1)
 
@@ -185,8 +165,7 @@ nn.BatchNorm1d.affine_ = property(lambda norm: norm.affine)  # type: ignore[attr
 
 def dino_vit(**options: Any) -> nn.Module:
     """Build DINO's ViT in toy size."""
-    sizes = dict(img_size=[16], patch_size=4, embed_dim=WIDTH, depth=1, num_heads=2)
-    options = {**sizes, "qkv_bias": True, "norm_layer": EPS6, **options}
+    options = {**VIT, "norm_layer": EPS6, **options}
     return take("dino/vision_transformer.py").VisionTransformer(**options)
 
 
@@ -205,8 +184,13 @@ class Pooled(nn.Module):
         return self.vit.norm(x)[:, 1:]
 
     def forward(self, images: Tensor) -> Tensor:
-        """Images (B, 3, S, S) to their mean tokens (B, D)."""
         return self.tokens(images).mean(dim=1)
+
+
+def two_layers(outputs: int, bias: bool = False) -> nn.Sequential:
+    """Build a head of PyTorch's layers."""
+    layers = [nn.Linear(WIDTH, HIDDEN, False), nn.BatchNorm1d(HIDDEN), nn.ReLU()]
+    return nn.Sequential(*layers, nn.Linear(HIDDEN, outputs, bias))
 
 
 def trained(*modules: nn.Module) -> list[Tensor]:
@@ -256,14 +240,8 @@ def dino() -> Case:
             targets = teacher(views[:2])
         return {"loss": loss(student(views), targets, 0)}
 
-    return Case(
-        groups,
-        step,
-        [16, 16, 8, 8],
-        lambda: follow(teacher.parameters(), student.parameters()),
-        start,
-        lambda: {"loss.center": loss.center},
-    )
+    after = partial(follow, [*teacher.parameters()], [*student.parameters()])
+    return Case(groups, step, [16, 16, 8, 8], after, start, lambda: {"loss.center": loss.center})
 
 
 def ibot_masks(side: int) -> Callable[[], Tensor]:
@@ -291,8 +269,7 @@ def ibot() -> Case:
         bottleneck_dim=HIDDEN, shared_head=True, norm_last_layer=False,
     )  # fmt: skip
     wrapper = take("ibot/utils.py", "MultiCropWrapper").MultiCropWrapper
-    sizes = dict(img_size=[16], patch_size=4, embed_dim=WIDTH, depth=1, num_heads=2, qkv_bias=True)
-    build = partial(vits.VisionTransformer, **sizes, return_all_tokens=True)
+    build = partial(vits.VisionTransformer, **VIT, return_all_tokens=True)
     student = prepare(wrapper(build(masked_im_modeling=True), head()))
     teacher = prepare(wrapper(build(), head()))
     temperatures = [TEMPERATURE] * 4
@@ -303,8 +280,7 @@ def ibot() -> Case:
     token = student.backbone.masked_embed
     groups["student.backbone"] = [p for p in groups["student.backbone"] if p is not token]
     groups["student.mask_token"] = [token]
-    draw = ibot_masks(4)
-    large = ibot_masks(14)
+    draw, large = ibot_masks(4), ibot_masks(14)
 
     def step(views: list[Tensor], number: int) -> dict[str, Tensor]:
         random.seed(number)
@@ -323,16 +299,12 @@ def ibot() -> Case:
         follow(start["teacher.head"], groups["student.head"])
 
     random.seed(7)
+    masks = torch.stack([large() for _ in range(40)])
     return Case(
-        groups,
-        step,
-        [16, 16, 8],
-        after,
-        start,
+        groups, step, [16, 16, 8], after, start,
         lambda: {"loss.center": loss.center, "patch_loss.center": loss.center2},
-        {"masks": torch.stack([large() for _ in range(40)])},
-        meta={"overrides": ["model.patch_weight=0.7"]},
-    )
+        {"masks": masks}, meta={"overrides": ["model.patch_weight=0.7"]},
+    )  # fmt: skip
 
 
 def mae() -> Case:
@@ -351,16 +323,20 @@ def mae() -> Case:
         torch.manual_seed(number)
         return {"loss": model(views[0], 0.75)[0]}
 
-    encoder = trained(model.patch_embed, model.blocks, model.norm)
-    decoder = [model.decoder_embed, model.decoder_blocks, model.decoder_norm, model.decoder_pred]
     # The authors have a patch's colours last, and this project first.
     rows = torch.arange(48).view(16, 3).T.flatten()
-    groups = {
-        "student.backbone": encoder,
-        "mask_token": [model.mask_token],
+    groups = encoder_and_decoder(model, mask_token=model.mask_token)
+    return Case(groups, step, [16], rows={"decoder": rows})
+
+
+def encoder_and_decoder(model: Any, **token: Tensor) -> dict[str, Iterable[Tensor]]:
+    """Groups of a model with a decoder and a learned token."""
+    decoder = [model.decoder_embed, model.decoder_blocks, model.decoder_norm, model.decoder_pred]
+    return {
+        "student.backbone": trained(model.patch_embed, model.blocks, model.norm),
+        **{name: [tensor] for name, tensor in token.items()},
         "decoder": trained(*decoder),
     }
-    return Case(groups, step, [16], rows={"decoder": rows})
 
 
 def droppos() -> Case:
@@ -382,12 +358,7 @@ def droppos() -> Case:
         torch.manual_seed(number)
         return {"loss": model(views[0], 0.5, 0.5, target)[1]}
 
-    decoder = [model.decoder_embed, model.decoder_blocks, model.decoder_norm, model.decoder_pred]
-    groups = {
-        "student.backbone": trained(model.patch_embed, model.blocks, model.norm),
-        "dropped_position": [model.mask_pos_token],
-        "decoder": trained(*decoder),
-    }
+    groups = encoder_and_decoder(model, dropped_position=model.mask_pos_token)
     return Case(groups, step, [16], meta={"values": {"progress": 0.25}})
 
 
@@ -416,9 +387,8 @@ def beit() -> Case:
         labels = draws["codes"][number][mask.flatten()]
         return {"loss": nn.CrossEntropyLoss()(model(views[0], mask), labels)}
 
-    encoder = trained(model.patch_embed, model.blocks, model.norm)
     groups = {
-        "student.backbone": encoder,
+        "student.backbone": trained(model.patch_embed, model.blocks, model.norm),
         "student.mask_token": [model.mask_token],
         "student.head": trained(model.lm_head),
     }
@@ -435,19 +405,16 @@ def maskfeat() -> Case:
     masked patches in the same way, and the loss is the mean squared error.
     """
     vits = take("ibot/models/vision_transformer.py")
-    sizes = dict(img_size=[16], patch_size=4, embed_dim=WIDTH, depth=1, num_heads=2, qkv_bias=True)
-    model = prepare(
-        vits.VisionTransformer(**sizes, return_all_tokens=True, masked_im_modeling=True)
-    )
+    options = dict(return_all_tokens=True, masked_im_modeling=True)
+    model = prepare(vits.VisionTransformer(**VIT, **options))
     head = prepare(nn.Linear(WIDTH, 3 * 9 * 4))
     hog = take("SlowFast/slowfast/models/operators.py", "HOGLayerC").HOGLayerC(9, 2)
     source = ast.parse((OFFICIAL / "SlowFast/slowfast/models/masked.py").read_text())
     functions = [n for n in ast.walk(source) if getattr(n, "name", "") == "_get_hog_label_2d"]
     space: dict[str, Any] = {"torch": torch}
     exec(compile(ast.Module(functions[:1], []), "masked.py", "exec"), space)
-    stub = SimpleNamespace(
-        pretrain_depth=[0], feat_size=[[4]], hogs=[hog], pred_hog_wt=1.0, hog_loss="mse"
-    )
+    stub = SimpleNamespace(pretrain_depth=[0], feat_size=[[4]], hogs=[hog], pred_hog_wt=1.0)
+    stub.hog_loss = "mse"
     generator = take("SlowFast/slowfast/datasets/transform.py", "MaskingGenerator").MaskingGenerator
     draw = generator(4, 6, min_num_patches=6)
 
@@ -495,8 +462,7 @@ def simclr() -> Case:
     encoder = prepare(Pooled())
     last = nn.BatchNorm1d(OUTPUTS)
     last.register_parameter("bias", None)
-    layers = [nn.Linear(WIDTH, HIDDEN, False), nn.BatchNorm1d(HIDDEN), nn.ReLU()]
-    head = prepare(nn.Sequential(*layers, nn.Linear(HIDDEN, OUTPUTS, False), last))
+    head = prepare(nn.Sequential(*two_layers(OUTPUTS), last))
     objective = take("simclr/tf2/objective.py", "add_contrastive_loss", tf=_tensorflow(),
                      LARGE_NUM=1e9)  # fmt: skip
 
@@ -523,31 +489,17 @@ def moco_v3() -> Case:
 
     model = take("moco-v3/moco/builder.py").MoCo_ViT(Encoder, OUTPUTS, HIDDEN, 0.2)
     prepare(model)
-    follow_all = list(zip(*(m.parameters() for m in (model.momentum_encoder, model.base_encoder)),
-                          strict=True))  # fmt: skip
-    for kept, new in follow_all:
-        kept.data.copy_(new)
+    model.momentum_encoder.load_state_dict(model.base_encoder.state_dict())
     model.base_encoder.vit.patch_embed.requires_grad_(False)
     groups, start = both(
         model.base_encoder, model.momentum_encoder, {"backbone": "vit", "head": "head"}
     )
     groups["predictor"] = trained(model.predictor)
 
-    def step(views: list[Tensor], _: int) -> dict[str, Tensor]:
-        return {"loss": model(*views, MOMENTUM)}
-
-    return Case(
-        groups,
-        step,
-        start=start,
-        buffers=lambda: statistics(
-            student__head=model.base_encoder.head,
-            teacher__head=model.momentum_encoder.head,
-            predictor=model.predictor,
-        ),
-        batch=6,
-        learning_rate=0.02,
-    )
+    heads = dict(student__head=model.base_encoder.head, teacher__head=model.momentum_encoder.head)
+    buffers = partial(statistics, **heads, predictor=model.predictor)
+    step = lambda views, _: {"loss": model(*views, MOMENTUM)}  # noqa: E731
+    return Case(groups, step, start=start, buffers=buffers, batch=6, learning_rate=0.02)
 
 
 def swav() -> Case:
@@ -564,8 +516,7 @@ def swav() -> Case:
     net = resnet.__new__(resnet)
     nn.Module.__init__(net)
     # As in the constructor, which cannot be so narrow.
-    layers = [nn.Linear(WIDTH, HIDDEN, False), nn.BatchNorm1d(HIDDEN), nn.ReLU()]
-    net.projection_head = nn.Sequential(*layers, nn.Linear(HIDDEN, OUTPUTS))
+    net.projection_head = two_layers(OUTPUTS, bias=True)
     net.prototypes, net.l2norm = nn.Linear(OUTPUTS, 7, bias=False), True
     net.encoder = Pooled()
     net.forward_backbone = net.encoder.forward
@@ -581,19 +532,12 @@ def swav() -> Case:
         taken["loss"] = loss
         raise Loss
 
-    class Model(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.module = net
-
-        def forward(self, views: list[Tensor]) -> Any:
-            return net(views)
-
+    network = mock.Mock(side_effect=net, module=net)
     optimizer = mock.Mock(param_groups=[{}])
 
     def step(views: list[Tensor], _: int) -> dict[str, Tensor]:
         with mock.patch.object(Tensor, "backward", backward), suppress(Loss):
-            main.train([views], Model(), optimizer, 0, [0.0], None)
+            main.train([views], network, optimizer, 0, [0.0], None)
         return {"loss": taken["loss"]}
 
     groups = {
@@ -603,14 +547,6 @@ def swav() -> Case:
     }
     return Case(groups, step, [16, 16, 8, 8],
                 buffers=lambda: statistics(student__head=net.projection_head))  # fmt: skip
-
-
-def _narrow_biases(layers: nn.Sequential) -> nn.Sequential:
-    """Take off biases before batch norm, which subtracts them."""
-    for layer, after in pairwise(layers):
-        if isinstance(after, nn.BatchNorm1d):
-            layer.register_parameter("bias", None)
-    return layers
 
 
 def vicreg() -> Case:
@@ -623,15 +559,15 @@ def vicreg() -> Case:
     optimiser = SimpleNamespace(Optimizer=torch.optim.Optimizer)
     main = take("vicreg/main_vicreg.py", resnet=resnet, optim=optimiser)
     model = main.VICReg(arguments)
-    _narrow_biases(model.projector)
+    for layer, after in pairwise(model.projector):
+        if isinstance(after, nn.BatchNorm1d):  # it subtracts the bias before it
+            layer.register_parameter("bias", None)
     prepare(model)
 
-    def step(views: list[Tensor], _: int) -> dict[str, Tensor]:
-        return {"loss": model(*views)}
-
     groups = {"student.backbone": trained(model.backbone), "student.head": trained(model.projector)}
-    statistics_ = partial(statistics, student__head=model.projector)
-    return Case(groups, step, buffers=statistics_, batch=6, learning_rate=1e-3)
+    buffers = partial(statistics, student__head=model.projector)
+    step = lambda views, _: {"loss": model(*views)}  # noqa: E731
+    return Case(groups, step, buffers=buffers, batch=6, learning_rate=1e-3)
 
 
 def vicregl() -> Case:
@@ -656,10 +592,8 @@ def vicregl() -> Case:
     def centres(box: Tensor, side: int) -> Tensor:
         shares = (torch.arange(side) + 0.5) / side
         top, left, height, width = box[:, :, None].unbind(1)
-        x, y = left + shares * width, top + shares * height
-        grid = torch.empty(len(box), side, side, 2)
-        grid[..., 0], grid[..., 1] = x[:, None, :], y[:, :, None]
-        return grid
+        x, y = (left + shares * width)[:, None, :], (top + shares * height)[:, :, None]
+        return torch.stack(torch.broadcast_tensors(x, y), dim=-1)
 
     def step(views: list[Tensor], number: int) -> dict[str, Tensor]:
         tokens = [model.encoder.tokens(view) for view in views]
@@ -690,17 +624,12 @@ def densecl() -> Case:
             return [self.tokens(images).mT.unflatten(2, (4, 4))]
 
     registry = SimpleNamespace(register_module=lambda cls: cls)
+    unused = ("constant_init", "kaiming_init", "normal_init")
     neck = take(
-        "DenseCL/openselfsup/models/necks.py",
-        "DenseCLNeck",
-        "_init_weights",
-        NECKS=registry,
-        constant_init=mock.Mock(),
-        kaiming_init=mock.Mock(),
-        normal_init=mock.Mock(),
-        _BatchNorm=nn.BatchNorm2d,
-        _InstanceNorm=nn.InstanceNorm2d,
-    )
+        "DenseCL/openselfsup/models/necks.py", "DenseCLNeck", "_init_weights", NECKS=registry,
+        _BatchNorm=nn.BatchNorm2d, _InstanceNorm=nn.InstanceNorm2d,
+        **dict.fromkeys(unused, mock.Mock()),
+    )  # fmt: skip
     head = take("DenseCL/openselfsup/models/heads/contrastive_head.py", HEADS=registry)
     builder = SimpleNamespace(
         build_backbone=lambda _: Backbone(),
@@ -711,9 +640,8 @@ def densecl() -> Case:
     model = main.DenseCL(None, queue_len=6, feat_dim=OUTPUTS, momentum=MOMENTUM, loss_lambda=0.3)
     prepare(model.encoder_q)
     prepare(model.encoder_k)
-    for kept, new in zip(model.encoder_k.parameters(), model.encoder_q.parameters(), strict=True):
-        kept.data.copy_(new)
-        kept.requires_grad_(False)
+    model.encoder_k.load_state_dict(model.encoder_q.state_dict())
+    model.encoder_k.requires_grad_(False)
 
     def step(views: list[Tensor], _: int) -> dict[str, Tensor]:
         losses = model.forward_train(torch.stack(views, dim=1))
@@ -722,13 +650,10 @@ def densecl() -> Case:
 
     names = {"backbone": "0.vit", "head": "1.mlp", "dense_head": "1.mlp2"}
     groups, start = both(model.encoder_q, model.encoder_k, names)
-    buffers = {"queue.keys": model.queue.T, "dense_queue.keys": model.queue2.T}
-    start |= {name: [tensor] for name, tensor in buffers.items()}
-    return Case(
-        groups, step, start=start,
-        buffers=lambda: {"queue.keys": model.queue.T, "dense_queue.keys": model.queue2.T},
-        meta={"overrides": ["model.dense_weight=0.3"]},
-    )  # fmt: skip
+    buffers = lambda: {"queue.keys": model.queue.T, "dense_queue.keys": model.queue2.T}  # noqa: E731
+    start |= {name: [tensor] for name, tensor in buffers().items()}
+    meta = {"overrides": ["model.dense_weight=0.3"]}
+    return Case(groups, step, start=start, buffers=buffers, meta=meta)
 
 
 def _jax() -> Any:
@@ -760,14 +685,10 @@ def detcon() -> Case:
     helpers = SimpleNamespace(l2_normalize=lambda x, axis: F.normalize(x, dim=axis))
     main = take("detcon/utils/losses.py", jnp=_jax(), jax=jax, hk=haiku, helpers=helpers)
 
-    def head() -> nn.Sequential:
-        layers = [nn.Linear(WIDTH, HIDDEN, False), nn.BatchNorm1d(HIDDEN), nn.ReLU()]
-        return nn.Sequential(*layers, nn.Linear(HIDDEN, WIDTH, False))
-
     student, teacher = (
-        prepare(nn.ModuleDict({"backbone": Pooled(), "head": head()})) for _ in range(2)
+        prepare(nn.ModuleDict({"backbone": Pooled(), "head": two_layers(WIDTH)})) for _ in range(2)
     )
-    predictor = prepare(head())
+    predictor = prepare(two_layers(WIDTH))
     labels = torch.randint(4, (2, 2, BATCH, 16), generator=random_weights)
     at = torch.randint(16, (2, 2, BATCH, 3), generator=random_weights)
     drawn = labels.gather(-1, at)
@@ -789,17 +710,12 @@ def detcon() -> Case:
 
     groups, start = both(student, teacher, {"backbone": "backbone", "head": "head"})
     groups["predictor"] = trained(predictor)
+    heads = dict(student__head=student["head"], teacher__head=teacher["head"])
     return Case(
-        groups,
-        step,
-        after=lambda: follow(teacher.parameters(), student.parameters()),
-        start=start,
-        buffers=lambda: statistics(
-            student__head=student["head"], teacher__head=teacher["head"], predictor=predictor
-        ),
-        draws={"labels": labels, "drawn": drawn},
-        meta={"overrides": ["model.output_dim=8"]},
-    )
+        groups, step, after=lambda: follow(teacher.parameters(), student.parameters()), start=start,
+        buffers=partial(statistics, **heads, predictor=predictor),
+        draws={"labels": labels, "drawn": drawn}, meta={"overrides": ["model.output_dim=8"]},
+    )  # fmt: skip
 
 
 def selfpatch() -> Case:
@@ -809,7 +725,7 @@ def selfpatch() -> Case:
     """
     vits = take("SelfPatch/selfpatch_vision_transformer.py")
     head = partial(vits.DINOHead, WIDTH, OUTPUTS, hidden_dim=HIDDEN, bottleneck_dim=HIDDEN)
-    sizes = dict(img_size=[28], patch_size=2, embed_dim=WIDTH, depth=1, num_heads=2, qkv_bias=True)
+    sizes = {**VIT, "img_size": [28], "patch_size": 2}
     main = take("SelfPatch/main_selfpatch.py", "MultiCropWrapper", "DINOLoss")
 
     def network() -> nn.Module:
@@ -837,14 +753,11 @@ def selfpatch() -> Case:
     sizes = ["patch_size=2", "img_size=28"]
     overrides = [*(f"model.backbone.{size}" for size in sizes), "views.local_size=12"]
     return Case(
-        *(named[0], step, [28, 28, 12]),
-        after=lambda: follow(teacher.parameters(), student.parameters()),
-        start=named[1],
+        named[0], step, [28, 28, 12], lambda: follow(teacher.parameters(), student.parameters()),
+        start=named[1], batch=2, learning_rate=0.02,
         buffers=lambda: {"loss.center": loss.center, "patch_loss.center": loss.patch_center},
-        batch=2,
-        learning_rate=0.02,
         meta={"overrides": [*overrides, "views.global_size=28", "model.aggregation_depth=2"]},
-    )
+    )  # fmt: skip
 
 
 def run(method: str) -> dict[str, np.ndarray]:
