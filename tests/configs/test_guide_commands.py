@@ -180,7 +180,7 @@ def _write_weights(root: Path) -> None:
     write_description(cfg, detector)
 
 
-@pytest.mark.parametrize("text", _parameters())
+@pytest.mark.parametrize("text", [*_parameters()])
 def test_a_command_of_the_guides_runs(text, workshop, tmp_path):
     tool = _tool(text)
     arguments = shlex.split(text.partition(f"tools/{tool}.py")[2])

@@ -164,6 +164,8 @@ def test_an_evaluation_is_left_at_once_and_caught_up(tmp_path):
 
 
 def test_ctrl_c_saves_once_training_has_begun_and_handlers_are_put_back():
+    # A shell starts jobs in the background with SIGINT ignored.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     numbers = (signal.SIGTERM, signal.SIGUSR1)
     before = [signal.getsignal(number) for number in numbers]
     with stop_requests(), pytest.raises(KeyboardInterrupt):
