@@ -25,7 +25,6 @@ and MODEL.WEIGHTS of any Detectron2 project load."""
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Pre-train as a command line describes."""
     parser = tool_argument_parser(DESCRIPTION, EXAMPLES, config_required=False)
     parser.add_argument(
         "--images",

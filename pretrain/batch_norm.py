@@ -21,7 +21,6 @@ class SynchronisedBatchNorm(nn.modules.batchnorm._BatchNorm):
     """
 
     def forward(self, x: Tensor) -> Tensor:
-        """Normalise (B, C) or (B, C, H, W)."""
         together = dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
         if not (self.training and together):
             return super().forward(x)

@@ -118,7 +118,6 @@ class HealthReport(HookBase):
         self._untrained: float | None = None
 
     def after_step(self) -> None:
-        """Judge when due."""
         done = self.trainer.iter + 1
         if done >= self.trainer.max_iter or (self.period and done % self.period == 0):
             self._report(done)
@@ -164,7 +163,6 @@ class HealthReport(HookBase):
 
 
 def _untrained(encoder: Encoder) -> FLSLViT | None:
-    """Return a new encoder of the same architecture, on the same device."""
     if not isinstance(encoder, FLSLViT):
         return None
     with untouched_generators():

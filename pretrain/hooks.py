@@ -7,7 +7,7 @@ import math
 import random
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from pathlib import Path
 from typing import Any
 
@@ -72,7 +72,6 @@ def save_teacher_backbone(method: Method, path: str | Path) -> None:
 
 
 def write_content(content: dict[str, Any], path: str | Path) -> None:
-    """Write the content of an encoder's file; see :func:`save_teacher_backbone`."""
     with replaced_file(path) as file:
         torch.save(content, file)
 
@@ -95,7 +94,6 @@ class ExportTeacher(HookBase):
         self._writing = Background()
 
     def after_step(self) -> None:
-        """Export when due."""
         if self._writing.done:
             self._log_failure()
         if self.period and (self.trainer.iter + 1) % self.period == 0:
@@ -104,7 +102,6 @@ class ExportTeacher(HookBase):
             self._writing.start(lambda: write_content(content, self.path))
 
     def after_train(self) -> None:
-        """Export the encoder of a run that is complete."""
         self._log_failure()
         # After a step that raised an exception, even the last one, the number is lower.
         if self.trainer.iter < self.trainer.max_iter:
@@ -143,12 +140,10 @@ class TimeShare:
         self._next_time = -math.inf
 
     def allows(self) -> bool:
-        """Whether the work may be done now."""
         return time.monotonic() >= self._next_time
 
     @contextmanager
     def taking(self) -> Iterator[None]:
-        """Context of the work, whose time is taken."""
         start = time.monotonic()
         yield
         end = time.monotonic()
@@ -216,20 +211,14 @@ class FeatureMeasures(HookBase):
             comm.synchronize()
 
     def after_step(self) -> None:
-        """Measure when due."""
         done = self.trainer.iter + 1
-        due = self.period and done % self.period == 0
-        if due or done >= self.trainer.max_iter:
-            if comm.is_main_process():
-                self._measure_within_share()
+        last = done >= self.trainer.max_iter
+        if last or (self.period and done % self.period == 0):
+            # The other processes wait, so that this one can decide by its clock.
+            if comm.is_main_process() and (last or self.share.allows()):
+                with self.share.taking():
+                    self._measure(self.trainer.method.exported_encoder())
             comm.synchronize()
-
-    def _measure_within_share(self) -> None:
-        # The other processes wait, so that this one can decide by its clock.
-        if self.trainer.iter + 1 < self.trainer.max_iter and not self.share.allows():
-            return
-        with self.share.taking():
-            self._measure(self.trainer.method.exported_encoder())
 
     def _measure(self, encoder: FLSLViT | TimmBackbone) -> None:
         assert self.data is not None, "only the main process measures"
@@ -308,26 +297,20 @@ class EncoderPictures(HookBase):
         self._has_failed = False
 
     def after_step(self) -> None:
-        """Draw when due; a failure is logged once."""
         done = self.trainer.iter + 1
         last = self.trainer.max_iter
         if not self.period or last < self.period or (done % self.period and done < last):
             return
         if done < last and not self.share.allows():
             return
-        with self.share.taking():
-            self._draw_or_log()
-
-    def _draw_or_log(self) -> None:
-        try:
-            with beside_training(self.trainer), interrupted_by(self.request):
-                self._draw()
-        except Interrupted:
-            return
-        except Exception:
-            if not self._has_failed:
-                logger.warning("Pictures cannot be drawn; the run goes on.", exc_info=True)
-            self._has_failed = True
+        with self.share.taking(), suppress(Interrupted):
+            try:
+                with beside_training(self.trainer), interrupted_by(self.request):
+                    self._draw()
+            except Exception:
+                if not self._has_failed:
+                    logger.warning("Pictures cannot be drawn; the run goes on.", exc_info=True)
+                self._has_failed = True
 
     def _draw(self) -> None:
         features = self.samples.features(self.trainer.method.exported_encoder(), self.short_side)

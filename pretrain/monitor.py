@@ -43,6 +43,12 @@ def collapse_signs(assigned: Tensor, feature_std: float) -> list[str]:
     return signs
 
 
+def _add_to(sums: dict[str, Tensor], values: dict[str, Tensor]) -> None:
+    for name, value in values.items():
+        before = sums.get(name, torch.zeros_like(value))
+        sums[name] = before.to(value.device) + value
+
+
 class CollapseWatch(HookBase):
     """Warn when two windows of steps in a row show signs of collapse; training goes on.
 
@@ -57,26 +63,20 @@ class CollapseWatch(HookBase):
         self._reset()
 
     def _reset(self) -> None:
-        self.assigned: Tensor | None = None
-        self.feature_std: Tensor | None = None
+        self.sums: dict[str, Tensor] = {}
         self.steps = 0
 
     def after_step(self) -> None:
-        """Accumulate on the device; judge at the end of each window."""
         monitored: Monitored = self.trainer.monitored
         if "feature_std" not in monitored:
             return
         # A method without centroids is judged by its features alone.
         assigned = monitored.get("assigned", torch.zeros(0, dtype=torch.int64))
-        if self.assigned is None or self.feature_std is None:
-            self.assigned = torch.zeros_like(assigned)
-            self.feature_std = torch.zeros_like(monitored["feature_std"])
-        self.assigned += assigned
-        self.feature_std += monitored["feature_std"]
+        _add_to(self.sums, {"assigned": assigned, "feature_std": monitored["feature_std"]})
         self.steps += 1
         if (self.trainer.iter + 1) % self.window == 0:
             if self.steps == self.window:  # fewer where the run was resumed within the window
-                self._judge(self.assigned, self.feature_std)
+                self._judge(**self.sums)
             self._reset()
 
     def _judge(self, assigned: Tensor, feature_std: Tensor) -> None:
@@ -121,8 +121,7 @@ class Monitor(HookBase):
         self._reset()
 
     def _reset(self) -> None:
-        self.assigned: Tensor | None = None
-        self.mean_assignment: Tensor | None = None
+        self.sums: dict[str, Tensor] = {}
         self.steps = 0
 
     def before_train(self) -> None:
@@ -132,7 +131,6 @@ class Monitor(HookBase):
             self.named.update(self.log_file.read_text(errors="surrogateescape").splitlines())
 
     def after_step(self) -> None:
-        """Accumulate on the device; report at the end of each period."""
         self._add(self.trainer.monitored)
         self._note_failed(self.trainer.last_batch.failed)
         done = self.trainer.iter + 1
@@ -142,34 +140,26 @@ class Monitor(HookBase):
     def gather(self) -> None:
         """Bring the sums of all ranks to the main process, whose checkpoint holds them."""
         if dist.is_initialized() and comm.get_world_size() > 1:
-            for total in (self.assigned, self.mean_assignment):
-                if total is not None:
-                    dist.all_reduce(total)
-                    if not comm.is_main_process():
-                        total.zero_()
+            for total in self.sums.values():
+                dist.all_reduce(total)
+                if not comm.is_main_process():
+                    total.zero_()
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the sums of a period that is not over."""
-        if self.assigned is None or self.mean_assignment is None:
-            return {"steps": 0}
-        sums = {"assigned": self.assigned.cpu(), "mean_assignment": self.mean_assignment.cpu()}
-        return {"steps": self.steps, **sums}
+        sums = {name: total.cpu() for name, total in self.sums.items()}
+        return {"steps": self.steps if sums else 0, **sums}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Restore :meth:`state_dict`; the main process continues the sums of all."""
         self.steps = state["steps"]
         if self.steps and comm.is_main_process():
-            self.assigned, self.mean_assignment = state["assigned"], state["mean_assignment"]
+            self.sums = {name: total for name, total in state.items() if name != "steps"}
 
     def _add(self, monitored: Monitored) -> None:
         self.steps += 1
-        if "assigned" not in monitored:
-            return
-        assigned, mean = monitored["assigned"], monitored["mean_assignment"].double()
-        if self.assigned is None or self.mean_assignment is None:
-            self.assigned, self.mean_assignment = torch.zeros_like(assigned), torch.zeros_like(mean)
-        self.assigned = self.assigned.to(assigned.device) + assigned
-        self.mean_assignment = self.mean_assignment.to(mean.device) + mean
+        if "assigned" in monitored:
+            mean = monitored["mean_assignment"].double()
+            _add_to(self.sums, {"assigned": monitored["assigned"], "mean_assignment": mean})
 
     def _note_failed(self, names: list[str]) -> None:
         if not self.named.issuperset(names):
@@ -188,9 +178,9 @@ class Monitor(HookBase):
     def _report(self) -> None:
         self.gather()
         scalars: dict[str, float] = {"unreadable_images": self.trainer.num_failed}
-        if self.assigned is not None and self.mean_assignment is not None:
-            shares = self.mean_assignment / self.mean_assignment.sum()
-            scalars["centroids_in_use"] = int((self.assigned > 0).sum())
+        if self.sums:
+            shares = self.sums["mean_assignment"] / self.sums["mean_assignment"].sum()
+            scalars["centroids_in_use"] = int((self.sums["assigned"] > 0).sum())
             scalars["assignment_entropy"] = float(torch.special.entr(shares).sum())
         storage = self.trainer.storage
         storage.put_scalars(smoothing_hint=False, **scalars)
@@ -215,7 +205,6 @@ class ConsoleProgress(EventWriter):
         self.num_centroids, self.window = num_centroids, window
 
     def write(self) -> None:
-        """Print the latest values of the storage."""
         storage = get_event_storage()
         histories = storage.histories()
         done = storage.iter + 1

@@ -47,7 +47,6 @@ class NativeViews:
 
     @property
     def most_tokens(self) -> int:
-        """Largest number of tokens of a view."""
         return (max(size for size, _ in self.student_views) // self.patch_size) ** 2
 
     def __call__(self, image: np.ndarray | ImageFile, rng: np.random.Generator) -> StepInputs:

@@ -67,11 +67,9 @@ class Preset:
 
     @property
     def overrides(self) -> list[str]:
-        """The changes without their reasons."""
         return [change for change, _ in self.changes]
 
     def table(self) -> str:
-        """Write the changes and their reasons as lines."""
         width = max(len(change) for change, _ in self.changes)
         lines = [f"  {change:<{width}}  {reason}" for change, reason in self.changes]
         return "\n".join([f"configs/{self.config} ({self.encoder}) with", *lines])
@@ -183,7 +181,6 @@ def _epochs(num_images: int, batch: int, epochs: int, steps: tuple[int, int]) ->
 
 
 def _power_of_two(number: float) -> int:
-    """Largest power of two that does not exceed a number, at least 1."""
     return 1 << (max(math.floor(number), 1).bit_length() - 1)
 
 

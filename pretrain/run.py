@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import errno
 import logging
-from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 
@@ -48,7 +47,7 @@ from pretrain.optimizer import build_adamw
 from pretrain.presets import PRESET_FILE, use_images
 from pretrain.schedules import Schedules, set_run_length
 from pretrain.sharding import check_sharding
-from pretrain.step_numbers import BadNumbersError, step_files, write_bad_numbers
+from pretrain.step_numbers import BadNumbersError, write_bad_numbers
 from pretrain.stored_channels import (
     normalise_stored_values,
     stored_channels,
@@ -156,7 +155,9 @@ def _run(cfg: DictConfig, options: ResumeOptions, request: StopRequest, preset: 
     normalise_stored_values(method, cfg, files)
     compile_mode = cfg.train.get("compile_mode", "default")
     encoder, changing = method.exported_encoder(), type(method).__name__
-    if not getattr(method, "changes_shapes", False):
+    if getattr(method, "changes_shapes", False):
+        torch.backends.cuda.enable_cudnn_sdp(False)  # it would plan anew for each shape
+    else:
         changing = ""
     mode = resolve_compile(cfg.train.compile, compile_mode, cfg.train.device, encoder, changing)
     check_sharding(cfg.train.get("sharding", "none"))
@@ -216,9 +217,9 @@ def _run(cfg: DictConfig, options: ResumeOptions, request: StopRequest, preset: 
     try:
         trainer.train(start_iter, max_iter)
     except BadNumbersError as error:
-        bad_step = error
         # All processes are here; one of them writes the file, and all raise the same error.
-        raise decided_by_main(lambda: _bad_numbers(bad_step, cfg, files)) from error
+        found = partial(write_bad_numbers, error, files, batch_size, cfg.train.seed, str(output))
+        raise decided_by_main(found) from error
     except SystemExit:
         _raise_data_error(trainer)
         raise
@@ -263,20 +264,12 @@ def _raise_data_error(trainer: PretrainTrainer) -> None:
         )
 
 
-def _bad_numbers(error: BadNumbersError, cfg: DictConfig, files: Sequence[str]) -> TrainingError:
-    """Write ``bad_numbers.json`` and return the error to raise."""
-    batch_size, world_size = cfg.dataloader.total_batch_size, comm.get_world_size()
-    at = step_files(files, batch_size, cfg.train.seed, error.iteration, world_size)
-    return write_bad_numbers(error, at, cfg.train.output_dir)
-
-
 def _resume(
     checkpointer: FLSLCheckpointer,
     trainer: PretrainTrainer,
     options: ResumeOptions,
     output: Path,
 ) -> int:
-    """Load the last checkpoint, if asked to; return the step to start from."""
     start_iter = 0
     if options.resume and checkpointer.has_checkpoint():
         checkpointer.resume_or_load("", resume=True)

@@ -26,8 +26,6 @@ def set_run_length(cfg: DictConfig, num_images: int) -> int:
 
 @dataclass(frozen=True)
 class StepValues:
-    """The scheduled values of one step."""
-
     lr: float
     weight_decay: float
     teacher_momentum: float
@@ -125,7 +123,6 @@ class Schedules:
         }
 
     def __call__(self, iteration: int) -> StepValues:
-        """Return the values of step ``iteration``, counted from 0."""
         where = min(iteration / self.total_iters, 1.0)
         cosines = {name: schedule(where) for name, schedule in self._cosines.items()}
         return StepValues(

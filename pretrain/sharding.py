@@ -22,5 +22,4 @@ def check_sharding(sharding: str, *_settings: Any) -> bool:
 
 
 def shard(_method: Any) -> None:
-    """Refuse to shard a method."""
     check_sharding("fsdp2")

@@ -16,7 +16,7 @@ from flsl_d2.errors import TrainingError
 from flsl_d2.files import write_text
 from flsl_d2.images.opening import printable
 from flsl_d2.modeling.transfer import to_device
-from pretrain.image_stream import ImageStream
+from pretrain.data import ImageStream
 from pretrain.schedules import StepValues
 
 BAD_NUMBERS_FILE = "bad_numbers.json"
@@ -99,32 +99,26 @@ def check_finite(
         raise BadNumbersError(iteration, terms, bad)
 
 
-def step_files(
-    files: Sequence[str], total_batch_size: int, seed: int, iteration: int, world_size: int
-) -> list[list[str]]:
-    """List the files of a step's images, for each rank in the order of its batch."""
-    streams = (
-        ImageStream(len(files), total_batch_size, seed, rank, world_size, iteration)
-        for rank in range(world_size)
-    )
-    return [[files[index] for _, index in next(iter(stream))] for stream in streams]
-
-
 def write_bad_numbers(
-    error: BadNumbersError, files: Sequence[Sequence[str]], folder: str | Path
+    error: BadNumbersError, names: Sequence[str], total_batch_size: int, seed: int, folder: str
 ) -> TrainingError:
     """Write ``bad_numbers.json``: the step, its values and its files, rank by rank.
 
-    ``files`` are those of :func:`step_files`; an image that cannot be read was replaced by another
-    one, and ``unreadable_images.txt`` names it. The error to raise, which is returned, names the
-    written file and some of the images.
+    An image that cannot be read was replaced by another one, and ``unreadable_images.txt`` names
+    it. The error to raise, which is returned, names the written file and some of the images.
     """
+    world = len(error.terms)
+    streams = (
+        ImageStream(len(names), total_batch_size, seed, rank, world, error.iteration)
+        for rank in range(world)
+    )
+    files = [[printable(names[index]) for _, index in next(iter(each))] for each in streams]
     ranks = [
         {
             "not_finite": [name for bad_rank, name in error.bad if bad_rank == rank],
             # JSON has no name for infinity.
             "values": {name: repr(value) for name, value in values.items()},
-            "files": [printable(file) for file in rank_files],
+            "files": rank_files,
         }
         for rank, (values, rank_files) in enumerate(zip(error.terms, files, strict=True))
     ]
@@ -134,10 +128,10 @@ def write_bad_numbers(
         written = f"all values and files are in {path}"
     except OSError as failure:
         written = f"{path}, for all values and files, cannot be written ({failure.strerror})"
-    first = [printable(file) for file in files[error.bad[0][0]]]
-    names = ", ".join(first[:_SHOWN_FILES]) + (", ..." if len(first) > _SHOWN_FILES else "")
+    first = files[error.bad[0][0]]
+    shown = ", ".join(first[:_SHOWN_FILES]) + (", ..." if len(first) > _SHOWN_FILES else "")
     return TrainingError(
-        f"{error}; its images are {names}; {written}, and the checkpoints before are untouched. "
+        f"{error}; its images are {shown}; {written}, and the checkpoints before are untouched. "
         " Lower schedules.base_lr or use another train.precision, then "
         "continue with --resume --allow-changes."
     )

@@ -90,7 +90,6 @@ def resolve_compile(
 
 
 def records_graphs(mode: str) -> bool:
-    """Whether a mode of ``torch.compile`` records CUDA graphs."""
     return mode in ("reduce-overhead", "max-autotune")
 
 
@@ -161,7 +160,6 @@ class PretrainTrainer(SimpleTrainer):
         self.loss_scale = self.scaler.get_scale()
 
     def run_step(self) -> None:
-        """Run a step, and put its scalars into Detectron2's storage."""
         start = time.perf_counter()
         batch: StepInputs = next(self._data_loader_iter)
         data_time = time.perf_counter() - start
@@ -270,12 +268,10 @@ class PretrainTrainer(SimpleTrainer):
         self.storage.iter = self.iter
 
     def state_dict(self) -> dict[str, Any]:
-        """Return iteration, hooks, optimiser, gradient scaler and counts."""
         counts = {"num_failed": self.num_failed, "num_overflows": self.num_overflows}
         return {**super().state_dict(), "scaler": self.scaler.state_dict(), "counts": counts}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Restore what :meth:`state_dict` returned."""
         super().load_state_dict(state_dict)
         self.scaler.load_state_dict(state_dict["scaler"])
         self.loss_scale = self.scaler.get_scale()

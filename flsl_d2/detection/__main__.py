@@ -35,7 +35,6 @@ COCO lies in $DETECTRON2_DATASETS/coco, as Detectron2 expects it."""
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Train or evaluate the detector that a command line describes."""
     parser = tool_argument_parser(DESCRIPTION, EXAMPLES, eval_only=True)
     run_tool(launch_detection, parse_tool_arguments(parser, arguments))
 

@@ -59,7 +59,6 @@ class MaskCrops(Sequence[np.ndarray]):
 
     @property
     def shape(self) -> tuple[int, int, int]:
-        """Shape of all masks as one array."""
         return len(self), *self.size
 
     def __len__(self) -> int:
@@ -76,7 +75,6 @@ class MaskCrops(Sequence[np.ndarray]):
         return stacked.astype(dtype) if dtype else stacked
 
     def chosen(self, indexes: np.ndarray) -> MaskCrops:
-        """Return the masks of some indexes."""
         return MaskCrops([self.crops[i] for i in indexes.tolist()], self.size)
 
     def moved(self, left: int, top: int, size: tuple[int, int]) -> MaskCrops:
@@ -145,7 +143,6 @@ class Detections:
         return [known[c] if c < len(known) else str(c) for c in self.classes.tolist()]
 
     def at_least(self, score: float) -> Detections:
-        """Return the objects with this score or a higher one."""
         return self[self.scores >= score]
 
     def drawn_on(self, image: np.ndarray) -> np.ndarray:

@@ -137,7 +137,6 @@ def _check_options(args: argparse.Namespace, output: Path) -> None:
 
 
 def _prepare(args: argparse.Namespace, output: Path) -> None:
-    """Write the output folder, once all checks have passed."""
     with TemporaryDirectory() as name:
         staging = Path(name)
         try:
@@ -292,14 +291,12 @@ def _report(output: Path, cfg: Any) -> None:
 
 
 def _command(file: str, module: str, options: str) -> str:
-    """Return a command, spelled as this tool was called."""
     tool = Path(sys.argv[0])
     called = tool.name == "finetune.py" and tool.parent.name == "tools"
     return f"python {tool.with_name(file) if called else f'-m {module}'} {options}"
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Fine-tune the detector that a command line describes."""
     parser = described_parser(
         "Train a detector on annotations of your own: check and split the data, choose the "
         "settings, train, keep the best weights, and report.",

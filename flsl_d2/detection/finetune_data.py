@@ -210,7 +210,6 @@ def prepare_encoder(
 
 
 def _adapted(encoder: FLSLViT, patch: int, channels: int) -> FLSLViT:
-    """Give an encoder patches of another side and images of another number of channels."""
     architecture: dict[str, Any] = dict(encoder.architecture)
     grid = architecture["img_size"] // encoder.patch_size
     changed = {"patch_size": patch, "in_chans": channels, "img_size": grid * patch}

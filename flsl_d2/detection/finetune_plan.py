@@ -57,12 +57,10 @@ class Device:
 
     @property
     def is_gpu(self) -> bool:
-        """Whether it is a GPU."""
         return not self.name.startswith("cpu")
 
 
 def find_device(name: str) -> Device:
-    """Return the device of a name with its memory."""
     if name.startswith("cuda") and torch.cuda.is_available():
         memory = torch.cuda.get_device_properties(torch.device(name)).total_memory
     else:
@@ -142,13 +140,11 @@ class Plan:
 
     @property
     def train_sides(self) -> list[int]:
-        """Shorter sides of the images in training, in pixels."""
         first = max(32, round(0.6 * self.short_side / 32) * 32)
         return [*range(first, self.short_side, 32), self.short_side]
 
     @property
     def warmup_steps(self) -> int:
-        """Number of steps in which the learning rate rises."""
         return int(self.warmup_length * self.max_iter)
 
 

@@ -104,7 +104,6 @@ def find_weights(folder: Path | None, cfg: DictConfig | CfgNode) -> str:
 
 
 def build_detector(cfg: DictConfig | CfgNode, device: str) -> nn.Module:
-    """Build the detector of a config on a device."""
     if isinstance(cfg, CfgNode):
         cfg.MODEL.DEVICE = device
         return build_model(cfg)

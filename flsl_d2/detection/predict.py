@@ -216,7 +216,6 @@ def _predict(args: argparse.Namespace) -> None:
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Detect as a command line describes."""
     parser = described_parser(
         "Detect objects in images, folders of images or videos, and draw them.", EXAMPLES
     )

@@ -115,7 +115,9 @@ def seed_run(seed: int, start_iter: int = 0) -> None:
     beginning and would repeat the images of the first steps.
     """
     seed_all_rng(None if seed < 0 else seed + comm.get_rank() + 1000 * start_iter)
-    torch.backends.cudnn.benchmark = False  # images of many sizes
+    # Images have many sizes, and cuDNN's attention would plan anew for each of them.
+    torch.backends.cudnn.benchmark = False
+    torch.backends.cuda.enable_cudnn_sdp(False)
 
 
 def keep_classes(folder: str, dataset: str) -> None:

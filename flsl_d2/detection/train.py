@@ -188,7 +188,6 @@ def _lazy_detection(cfg: DictConfig, eval_only: bool) -> Detection:
 
 
 def _amp_dtype(cfg: DictConfig) -> torch.dtype | None:
-    """Return the data type of mixed precision; None for float32."""
     if not cfg.train.amp.enabled:
         return None
     name = OmegaConf.select(cfg, "train.amp.dtype", default="float16")

@@ -97,11 +97,9 @@ class UAVDTEvaluator(DatasetEvaluator):
         self.reset()
 
     def reset(self) -> None:
-        """Forget all detections."""
         self._detections: list[tuple[int, np.ndarray, np.ndarray, np.ndarray]] = []
 
     def process(self, inputs: list[dict[str, Any]], outputs: list[dict[str, Any]]) -> None:
-        """Store the detections of a batch."""
         for image, output in zip(inputs, outputs, strict=True):
             instances = output["instances"].to("cpu")
             boxes, keep = instances.pred_boxes, slice(None)

@@ -21,7 +21,6 @@ class Background:
         return self._thread is not None and not self._thread.is_alive()
 
     def start(self, function: Callable[[], object]) -> None:
-        """Start a piece of work; the one before must have been waited for."""
         assert self._thread is None, "the result of the piece before was not taken"
         self._thread = threading.Thread(target=self._run, args=(function,))
         self._thread.start()

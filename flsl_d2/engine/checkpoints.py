@@ -85,7 +85,6 @@ class Checkpoints(HookBase):
             remove_unfinished(self.checkpointer.save_dir)
 
     def after_step(self) -> None:
-        """Write a checkpoint when it is due, and stop on request."""
         done = self.trainer.iter + 1
         stop = self.stop_agreed()
         if self._writing.done:
@@ -160,7 +159,6 @@ class Checkpoints(HookBase):
             self._remove_old()
 
     def _take_result(self) -> None:
-        """Wait for the checkpoint that is being written, if any, and log its failure."""
         error = self._writing.wait()
         if isinstance(error, OSError):
             self._log(self._sentence(self._written, error))
@@ -279,12 +277,10 @@ class EvaluationDue:
         self._file = Path(folder, "evaluation_due")
 
     def note(self) -> None:
-        """Note on the main process that an evaluation was left."""
         if comm.is_main_process():
             write_text(self._file, "The run was stopped in an evaluation; --resume evaluates.\n")
 
     def clear(self) -> None:
-        """Note that it is done."""
         if comm.is_main_process():
             self._file.unlink(missing_ok=True)
 
@@ -311,7 +307,6 @@ class StopEarly(HookBase):
         self.patience, self.eval_period = patience, eval_period
 
     def after_step(self) -> None:
-        """End training on all ranks when patience is exhausted."""
         if self.eval_period < 1 or (self.trainer.iter + 1) % self.eval_period:
             return
         exhausted = self.best is not None and self.best.without_gain >= self.patience
@@ -337,7 +332,6 @@ class LeaveWhenAsked(HookBase):
         self._agreement = SlowAgreement()
 
     def before_train(self) -> None:
-        """Tell the request which step is run."""
         self.request.step = lambda: self.trainer.iter + 1
 
     def after_step(self) -> None:

@@ -79,14 +79,12 @@ class _ToolParser(argparse.ArgumentParser):
     """Parser that expands ``~`` in paths, and reports an error in one sentence."""
 
     def parse_known_args(self, args=None, namespace=None):  # type: ignore[no-untyped-def]
-        """Parse as ``ArgumentParser`` does, then replace ``~``; see :func:`expand_home`."""
         found, rest = super().parse_known_args(args, namespace)
         for name, value in vars(found).items():
             setattr(found, name, expand_home(value))
         return found, rest
 
     def error(self, message: str) -> NoReturn:
-        """Report a wrong command line, and exit with status 2."""
         words = re.findall(r"(?<=\s)--[a-z][\w-]*", message.partition("unrecognized")[2])
         close = [find for w in words for find in get_close_matches(w, self._option_strings(), n=1)]
         hint = f": did you mean {', '.join(dict.fromkeys(close))}?" if close else ";"
@@ -146,12 +144,10 @@ def number(kind: type[float], low: float, high: float = math.inf) -> Callable[[s
 
 
 def comma_separated(text: str) -> list[str]:
-    """Items of a list such as ``a,b``, each once."""
     return list(dict.fromkeys(part.strip() for part in text.split(",") if part.strip()))
 
 
 def seed_list(text: str) -> list[int]:
-    """Seeds of a list such as ``0,1``, each once."""
     parts = comma_separated(text)
     if not parts or not all(part.isdecimal() for part in parts):
         raise argparse.ArgumentTypeError(
@@ -250,7 +246,6 @@ CONFIG_OPTIONS = {
 
 
 def add_option(parser: argparse.ArgumentParser, name: str, **changes: Any) -> None:
-    """Add an option of :data:`SHARED_OPTIONS` to a parser, with changes for this tool."""
     parser.add_argument(name, **(SHARED_OPTIONS[name] | changes))
 
 

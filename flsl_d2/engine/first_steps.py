@@ -49,7 +49,6 @@ class FirstSteps(HookBase):
         self._bar: Any = None
 
     def before_train(self) -> None:
-        """Start the bar, and the watch for the first batch."""
         self._pace = Pace(self.trainer.max_iter, self.trainer.start_iter)
         self._watch = threading.Timer(_PATIENCE_SECONDS, self._warn)
         self._watch.daemon = True
@@ -67,7 +66,6 @@ class FirstSteps(HookBase):
             )
 
     def after_step(self) -> None:
-        """Show the step, and log the expected duration when the steps are done."""
         self._watch.cancel()
         done = self.trainer.iter + 1
         if self._bar is not None:
@@ -80,7 +78,6 @@ class FirstSteps(HookBase):
             self._log_duration()
 
     def after_train(self) -> None:
-        """Take the bar away."""
         self._watch.cancel()
         self._context.close()
 

@@ -97,7 +97,6 @@ def unusable_driver() -> str:
 
 
 def _driver() -> str | None:
-    """Version of NVIDIA's driver, or None where there is none."""
     if shutil.which("nvidia-smi") is None:
         return None
     command = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]

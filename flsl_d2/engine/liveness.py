@@ -49,7 +49,6 @@ class SignsOfLife:
         self._thread.start()
 
     def fail(self, reason: str) -> None:
-        """Tell the other processes that this one has failed."""
         with suppress(RuntimeError):  # where the store is gone, so are the others
             self._store.set("failed", f"rank {self.rank} failed: {reason}")
 

@@ -108,7 +108,6 @@ def _select(cfg: DictConfig, key: str) -> Any:
 
 
 def _keys_of(node: Any, lists: bool = True) -> Iterator[str]:
-    """Dotted keys below a plain value; without those of items of lists where not asked for."""
     items = enumerate(node) if lists and isinstance(node, list) else ()
     for key, child in node.items() if isinstance(node, Mapping) else items:
         yield str(key)

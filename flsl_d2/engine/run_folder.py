@@ -54,7 +54,6 @@ class NeutralKeys:
     on_resume: tuple[str, ...]
 
     def may_differ(self, key: str) -> bool:
-        """Whether a resumed run may have another value of a key."""
         return any(fnmatchcase(key, pattern) for pattern in (*self.no_effect, *self.on_resume))
 
 
@@ -175,7 +174,6 @@ class PeriodicWriter(hooks.PeriodicWriter):
     """Detectron2's writer, except that a run that ends early adds no row of its own."""
 
     def after_train(self) -> None:
-        """Write the last row of a finished run; close the files of any other."""
         if self.trainer.iter >= self.trainer.max_iter:
             super().after_train()
             return
@@ -235,37 +233,32 @@ def check_and_keep_run(
         InputError: the folder holds a run and ``resume`` was not given, or a run of other settings,
             or another process writes to it; raised on all processes.
     """
-    settings = {**flat_config(cfg), **(also or {})}
+    settings, folder = {**flat_config(cfg), **(also or {})}, Path(folder)
+
+    def check_and_keep() -> None:
+        _lock(folder, key)
+        files = checkpoint_files(folder)
+        if files and not options.resume and not options.overwrite:
+            raise InputError(
+                f"{key} is '{folder}', which holds the checkpoints of a run; continue it with "
+                f"--resume, set another {key}, or start anew over it with --overwrite."
+            )
+        if files and options.resume:
+            before = _read(folder / RUN_FILE)
+            if before:
+                changes = _changes(before["settings"], settings, neutral)
+                _judge_changes(changes, folder, key, options.allow_changes)
+                _compare_processes(before.get("processes"))
+        elif files:
+            logger.warning("Deleting the run's checkpoints in %s, as --overwrite asks.", folder)
+            for file in [*files, folder / "last_checkpoint", folder / BEST_WEIGHTS]:
+                file.unlink(missing_ok=True)
+        keep_config(cfg, folder)
+        content = {"processes": comm.get_world_size(), "settings": settings}
+        write_text(folder / RUN_FILE, json.dumps(content, indent=1))
+
     # Other machines may see another folder, so one process looks and decides for all.
-    decided_by_main(lambda: _check_and_keep(cfg, Path(folder), key, options, neutral, settings))
-
-
-def _check_and_keep(
-    cfg: DictConfig | CfgNode,
-    folder: Path,
-    key: str,
-    options: ResumeOptions,
-    neutral: NeutralKeys,
-    settings: Mapping[str, str],
-) -> None:
-    _lock(folder, key)
-    files = checkpoint_files(folder)
-    if files and not options.resume and not options.overwrite:
-        raise InputError(
-            f"{key} is '{folder}', which holds the checkpoints of a run; continue it with "
-            f"--resume, set another {key}, or start anew over it with --overwrite."
-        )
-    if files and options.resume:
-        before = _read(folder / RUN_FILE)
-        _compare(before.get("settings"), settings, folder, key, neutral, options.allow_changes)
-        _compare_processes(before.get("processes"))
-    if files and not options.resume:
-        logger.warning("Deleting the checkpoints of the run in %s, as --overwrite asks.", folder)
-        for file in [*files, folder / "last_checkpoint", folder / BEST_WEIGHTS]:
-            file.unlink(missing_ok=True)
-    keep_config(cfg, folder)
-    content = {"processes": comm.get_world_size(), "settings": settings}
-    write_text(folder / RUN_FILE, json.dumps(content, indent=1))
+    decided_by_main(check_and_keep)
 
 
 def keep_config(cfg: DictConfig | CfgNode, folder: str | Path) -> None:
@@ -279,50 +272,40 @@ def keep_config(cfg: DictConfig | CfgNode, folder: str | Path) -> None:
 
 def _read(file: Path) -> dict[str, Any]:
     try:
-        content = json.loads(file.read_text())
-    except FileNotFoundError:
-        logger.warning("There is no %s, so the config cannot be compared with the run's.", file)
+        content: dict[str, Any] = json.loads(file.read_text())
+        return content if content["settings"].keys() else {}
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        reason = f"{type(error).__name__}: {error}"
+        logger.warning("%s cannot be read (%s), so the config is not compared.", file, reason)
         return {}
-    except (OSError, ValueError) as error:
-        logger.warning("%s cannot be read (%s), so the config is not compared.", file, error)
-        return {}
-    if not isinstance(content, dict) or not isinstance(content.get("settings"), dict):
-        logger.warning("%s holds no settings, so the config is not compared.", file)
-        return {}
-    return content
 
 
-def _compare(
-    before: Mapping[str, str] | None,
-    now: Mapping[str, str],
-    folder: Path,
-    key: str,
-    neutral: NeutralKeys,
-    allow_changes: bool,
-) -> None:
-    if not before:
-        return
-    differing = [
-        name
-        for name in sorted({*before, *now})
+def _changes(
+    before: Mapping[str, str], now: Mapping[str, str], neutral: NeutralKeys
+) -> dict[bool, list[str]]:
+    """Describe the settings that differ, by whether they may."""
+    changes: dict[bool, list[str]] = {True: [], False: []}
+    for name in sorted({*before, *now}):
         # A key that the run's version did not know changes nothing where it is off or a default.
-        if before.get(name) != now.get(name)
-        and (name in before or now[name] not in (*_OFF, _default(name, now)))
-    ]
-    harmless = [name for name in differing if neutral.may_differ(name)]
-    serious = [name for name in differing if name not in harmless]
-    changes = {
-        name: f"{name}: {before.get(name, 'absent')} -> {now.get(name, 'absent')}"
-        for name in differing
-    }
+        known = name in before or now[name] not in (*_OFF, _default(name, now))
+        if known and before.get(name) != now.get(name):
+            values = f"{before.get(name, 'absent')} -> {now.get(name, 'absent')}"
+            changes[neutral.may_differ(name)].append(f"{name}: {values}")
+    return changes
+
+
+def _judge_changes(
+    changes: dict[bool, list[str]], folder: Path, key: str, allow_changes: bool
+) -> None:
+    harmless, serious = changes[True], changes[False]
     if harmless:
         logger.info(
             "Settings that differ from the run so far without changing what it learns: %s",
-            "; ".join(changes[n] for n in harmless),
+            "; ".join(harmless),
         )
     if not serious:
         return
-    shown = "; ".join(changes[name] for name in serious[:_SHOWN])
+    shown = "; ".join(serious[:_SHOWN])
     if len(serious) > _SHOWN:
         shown += f"; and {len(serious) - _SHOWN} more"
     if not allow_changes:

@@ -70,7 +70,6 @@ class StopRequest:
             self._interrupts = False
 
     def note(self, number: int, _frame: Any = None) -> None:
-        """Handle a signal."""
         if self._unclaimed.acquire(blocking=False):
             self.signal_name, self._since = signal.Signals(number).name, time.monotonic()
             self._on_first(number)
@@ -164,7 +163,6 @@ def _end_at_once(number: int) -> None:
 
 
 def command_to_resume() -> str:
-    """Return the command line of this process with ``--resume``."""
     spec = getattr(sys.modules["__main__"], "__spec__", None)
     module = ["-m", spec.name.removesuffix(".__main__")] if spec else [sys.argv[0]]
     rest = [text for text in sys.argv[1:] if text not in ("--resume", "--overwrite")]

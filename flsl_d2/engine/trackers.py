@@ -40,7 +40,6 @@ class ScalarWriter(EventWriter):
         self._has_failed = False
 
     def write(self) -> None:
-        """Send what is new; training goes on where the tracker fails."""
         latest = get_event_storage().latest_with_smoothing_hint(_WINDOW)
         new = {name: (float(v), step) for name, (v, step) in latest.items()}
         new = {name: pair for name, pair in new.items() if pair[1] > self._last_step}
@@ -55,7 +54,6 @@ class ScalarWriter(EventWriter):
             self._has_failed = True
 
     def send(self, scalars: Mapping[str, tuple[float, int]]) -> None:
-        """Send values and their steps."""
         raise NotImplementedError
 
     def _ids(self) -> dict[str, str]:
@@ -65,11 +63,9 @@ class ScalarWriter(EventWriter):
             return {}
 
     def kept_id(self) -> str | None:
-        """Id of the run that the folder's earlier start had."""
         return self._ids().get(self.name)
 
     def keep_id(self, run: str) -> None:
-        """Keep the id of the run for a later start."""
         write_text(self.folder / IDS_FILE, json.dumps({**self._ids(), self.name: run}))
 
 
@@ -99,12 +95,10 @@ class WandbWriter(ScalarWriter):
         self.keep_id(self.run.id)
 
     def send(self, scalars: Mapping[str, tuple[float, int]]) -> None:
-        """Send values; those of one step go together."""
         for step in sorted({step for _, step in scalars.values()}):
             self.run.log({n: v for n, (v, own) in scalars.items() if own == step}, step=step)
 
     def close(self) -> None:
-        """Finish the run."""
         self.run.finish()
 
 
@@ -136,18 +130,15 @@ class MlflowWriter(ScalarWriter):
         return run
 
     def send(self, scalars: Mapping[str, tuple[float, int]]) -> None:
-        """Send values with the time of now."""
         metric, now = self._entities.Metric, int(1000 * time.time())
         metrics = [metric(_allowed(n), v, now, step) for n, (v, step) in scalars.items()]
         self.client.log_batch(self.run, metrics=metrics)
 
     def close(self) -> None:
-        """Mark the run as over."""
         self.client.set_terminated(self.run)
 
 
 def _allowed(name: str) -> str:
-    """Replace the characters that MLflow refuses in names."""
     return re.sub(r"[^\w\-. /:]", "_", name)
 
 

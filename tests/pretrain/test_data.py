@@ -15,8 +15,13 @@ from flsl_d2.errors import InputError, TrainingError
 from flsl_d2.images.listing import find_images, image_files
 from flsl_d2.images.reader import read_rgb
 from flsl_d2.images.store import ImageStore
-from pretrain.data import PretrainDataset, build_pretrain_loader, check_failed_share
-from pretrain.image_stream import ImageStream, epoch_order
+from pretrain.data import (
+    ImageStream,
+    PretrainDataset,
+    build_pretrain_loader,
+    check_failed_share,
+    epoch_order,
+)
 from pretrain.views import NestedViews
 
 SMALL_VIEWS = {"patch_size": 8, "global_size": 32, "local_size": 16}
