@@ -11,12 +11,12 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from detectron2.utils.logger import setup_logger
 from PIL import Image
 
 from flsl_d2.detection.detections import Detections
 from flsl_d2.detection.predictor import Predictor
 from flsl_d2.engine.command_line import add_defaults, add_option, described_parser, run_tool
+from flsl_d2.engine.log_lines import start_log
 from flsl_d2.engine.progress import progress
 from flsl_d2.errors import InputError
 from flsl_d2.files import OutputNames, write_text
@@ -191,7 +191,7 @@ def _predict(args: argparse.Namespace) -> None:
     ):
         if value < least:
             raise InputError(f"{name} is {value}; give {least} or more.")
-    setup_logger(name="flsl_d2")
+    start_log(None, 0, ["flsl_d2"])
     files, videos = _inputs(args.input)
     for video in videos:  # before the model is loaded and anything is written
         Video(video)

@@ -51,8 +51,8 @@ def quiet_libraries() -> None:
     logging.getLogger("torch.fx._symbolic_trace").addFilter(_FX)
 
 
-def start_log(folder: str, rank: int, names: Iterable[str]) -> None:
-    """Send logs to a folder and, in the main process, to the console, and to nowhere else.
+def start_log(folder: str | None, rank: int, names: Iterable[str]) -> None:
+    """Send logs to a folder, if any, and in the main process to the console, and nowhere else.
 
     A second run in one process, as in a notebook, takes the place of the first.
     """

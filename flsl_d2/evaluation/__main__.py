@@ -4,9 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from detectron2.utils.logger import setup_logger
-
 from flsl_d2.engine.command_line import add_defaults, add_option, described_parser, run_tool
+from flsl_d2.engine.log_lines import start_log
 from flsl_d2.evaluation.measures import MEASURES, read_options, report_features
 
 DESCRIPTION = "Measure an encoder's frozen tokens: k-NN, probes, clusters, objects, key points."
@@ -43,7 +42,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--option", action="append", default=[], metavar="KEY=VALUE", help=text)
     add_defaults(parser, ("--seed", 0, "seed of all draws"))
     args = parser.parse_args(arguments)
-    setup_logger(name="flsl_d2", abbrev_name="flsl_d2")
+    start_log(None, 0, ["flsl_d2"])
     settings = vars(args)
     settings["json_file"], texts = settings.pop("json"), settings.pop("option")
     run_tool(lambda: report_features(**settings, **read_options(texts)))

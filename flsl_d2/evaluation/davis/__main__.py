@@ -7,9 +7,8 @@ from collections.abc import Sequence
 from dataclasses import fields
 from pathlib import Path
 
-from detectron2.utils.logger import setup_logger
-
 from flsl_d2.engine.command_line import add_defaults, add_option, described_parser, run_tool
+from flsl_d2.engine.log_lines import start_log
 from flsl_d2.evaluation.davis.propagation import Propagation
 from flsl_d2.evaluation.davis.run import DavisRun, run_davis
 
@@ -58,7 +57,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     given = {name: settings.pop(name) for name in ("weights", "device", "json", "seed")}
     kinds = {name: settings.pop(name) for name in names}
     root, masks_only = settings.pop("davis_root"), settings.pop("masks_only")
-    setup_logger()
+    start_log(None, 0, ["detectron2", "flsl_d2"])
 
     def run() -> None:
         propagation = Propagation(**kinds)
