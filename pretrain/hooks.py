@@ -16,8 +16,7 @@ import torch
 from detectron2.engine import HookBase
 from detectron2.utils import comm
 
-from flsl_d2.engine.background import Background
-from flsl_d2.engine.checkpoints import EvaluationDue
+from flsl_d2.engine.checkpoints import Background, EvaluationDue
 from flsl_d2.engine.stopping import Interrupted, StopRequest
 from flsl_d2.errors import TrainingError
 from flsl_d2.evaluation import TokenFeatures, extract_tokens

@@ -19,8 +19,8 @@ from omegaconf import DictConfig
 from flsl_d2.agreement import decided_by_main
 from flsl_d2.engine.checkpoints import Checkpoints
 from flsl_d2.engine.config_files import load_lazy_config
-from flsl_d2.engine.first_steps import FirstSteps
 from flsl_d2.engine.launch import launch, wrap_ddp
+from flsl_d2.engine.progress import FirstSteps
 from flsl_d2.engine.run_folder import (
     PRETRAINING_KEYS,
     PeriodicWriter,

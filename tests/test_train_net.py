@@ -11,7 +11,7 @@ import torch
 from detectron2.config import LazyConfig
 from forked import assert_refused, run_tool
 
-from flsl_d2.detection.description import read_description
+from flsl_d2.detection.model_folder import read_description
 from flsl_d2.modeling import FLSLViT
 from flsl_d2.weights import write_encoder
 

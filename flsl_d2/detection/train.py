@@ -31,7 +31,7 @@ from flsl_d2.detection.checks import (
     reason_of,
     use_own_data,
 )
-from flsl_d2.detection.description import write_description
+from flsl_d2.detection.model_folder import write_description
 from flsl_d2.detection.setup import Detection, keep_classes, seed_run, start_run
 from flsl_d2.detection.yaml_training import load_yaml_config, yaml_detection
 from flsl_d2.engine.checkpoints import (
@@ -43,8 +43,8 @@ from flsl_d2.engine.checkpoints import (
     StoppableEval,
 )
 from flsl_d2.engine.config_files import is_yaml, load_lazy_config
-from flsl_d2.engine.first_steps import FirstSteps
 from flsl_d2.engine.launch import has_native_bf16, launch, wrap_ddp
+from flsl_d2.engine.progress import FirstSteps
 from flsl_d2.engine.run_folder import (
     PeriodicWriter,
     ResumeOptions,

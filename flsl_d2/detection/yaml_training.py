@@ -23,8 +23,7 @@ from flsl_d2.detection.checks import CheckedMapper
 from flsl_d2.detection.coco_evaluator import FLSLCOCOEvaluator
 from flsl_d2.detection.setup import Detection
 from flsl_d2.detection.solver import add_solver_config, build_yaml_optimizer
-from flsl_d2.engine.config_files import resolve_config_path
-from flsl_d2.engine.overrides import unknown_keys_error
+from flsl_d2.engine.config_files import resolve_config_path, unknown_keys_error
 from flsl_d2.errors import InputError
 from flsl_d2.files import expand_home
 from flsl_d2.modeling import add_flsl_config

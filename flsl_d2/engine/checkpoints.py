@@ -6,6 +6,7 @@ import json
 import logging
 import os
 import re
+import threading
 import time
 from collections.abc import Callable
 from contextlib import suppress
@@ -16,7 +17,6 @@ from detectron2.engine import HookBase, hooks
 from detectron2.utils import comm
 
 from flsl_d2.agreement import SlowAgreement, decided_by_main
-from flsl_d2.engine.background import Background
 from flsl_d2.engine.launch import leave
 from flsl_d2.engine.run_folder import unlock
 from flsl_d2.engine.stopping import (
@@ -39,6 +39,39 @@ BEST_FILE = "best.json"
 _TIME_FOR_MAIN = 15
 
 logger = logging.getLogger(__name__)
+
+
+class Background:
+    """A thread for one piece of work at a time.
+
+    ``done`` says whether a piece of work has ended whose result was not taken yet.
+    """
+
+    def __init__(self) -> None:
+        self._thread: threading.Thread | None = None
+        self._error: BaseException | None = None
+
+    @property
+    def done(self) -> bool:
+        return self._thread is not None and not self._thread.is_alive()
+
+    def start(self, function: Callable[[], object]) -> None:
+        assert self._thread is None, "the result of the piece before was not taken"
+        self._thread = threading.Thread(target=self._run, args=(function,))
+        self._thread.start()
+
+    def wait(self) -> BaseException | None:
+        """Wait for the piece of work, if there is one; return the exception that it raised."""
+        if self._thread is not None:
+            self._thread.join()
+        error, self._thread, self._error = self._error, None, None
+        return error
+
+    def _run(self, function: Callable[[], object]) -> None:
+        try:
+            function()
+        except BaseException as error:  # some of PyTorch's are no Exception
+            self._error = error
 
 
 class Checkpoints(HookBase):

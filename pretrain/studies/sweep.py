@@ -28,8 +28,7 @@ from flsl_d2.engine.command_line import (
     parse_tool_arguments,
     run_tool,
 )
-from flsl_d2.engine.config_files import load_lazy_config
-from flsl_d2.engine.overrides import apply_lazy_overrides
+from flsl_d2.engine.config_files import apply_lazy_overrides, load_lazy_config
 from flsl_d2.engine.run_folder import PRETRAINING_KEYS
 from flsl_d2.errors import InputError
 from flsl_d2.files import file_sha256, write_text

@@ -20,7 +20,7 @@ from detectron2.config import LazyConfig, instantiate
 from detectron2.data.datasets.builtin_meta import COCO_CATEGORIES
 from forked import ROOT, run_forked
 
-from flsl_d2.detection.description import write_description
+from flsl_d2.detection.model_folder import write_description
 from flsl_d2.engine.config_files import load_lazy_config
 from flsl_d2.images.shards import make_shards
 from flsl_d2.modeling import FLSLViT

@@ -9,8 +9,8 @@ import pytest
 from detectron2.config import instantiate
 from omegaconf import OmegaConf
 
-from flsl_d2.detection.description import MODEL_FILE, read_description, write_description
 from flsl_d2.detection.finetune_plan import config_text
+from flsl_d2.detection.model_folder import MODEL_FILE, read_description, write_description
 from flsl_d2.engine.config_files import load_lazy_config
 from flsl_d2.errors import InputError
 from flsl_d2.model_zoo import get_config

@@ -21,8 +21,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from flsl_d2.detection.description import MODEL_FILE, write_description
 from flsl_d2.detection.detections import Detections, MaskCrops
+from flsl_d2.detection.model_folder import MODEL_FILE, write_description
 from flsl_d2.detection.predict import main, predict_video
 from flsl_d2.detection.predictor import Predictor, corners
 from flsl_d2.detection.setup import CLASSES_FILE

@@ -8,8 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from omegaconf import DictConfig, OmegaConf
 
-from flsl_d2.engine.config_files import load_lazy_config, resolve_config_path
-from flsl_d2.engine.overrides import apply_lazy_overrides
+from flsl_d2.engine.config_files import apply_lazy_overrides, load_lazy_config, resolve_config_path
 from flsl_d2.errors import InputError
 
 

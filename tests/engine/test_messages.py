@@ -8,11 +8,10 @@ from types import SimpleNamespace
 
 import pytest
 
-from flsl_d2.engine import first_steps, gpus
+from flsl_d2.engine import gpus
 from flsl_d2.engine import progress as module
-from flsl_d2.engine.first_steps import FirstSteps
 from flsl_d2.engine.log_lines import start_log
-from flsl_d2.engine.progress import progress
+from flsl_d2.engine.progress import FirstSteps, progress
 from flsl_d2.errors import InputError
 
 LOGGER = logging.getLogger("test_first_steps")
@@ -90,7 +89,7 @@ def test_progress_then_the_writers_lines_then_the_duration(caplog):
 
 
 def test_a_first_batch_that_does_not_come_is_explained(caplog, monkeypatch):
-    monkeypatch.setattr(first_steps, "_PATIENCE_SECONDS", 0.1)
+    monkeypatch.setattr(module, "_PATIENCE_SECONDS", 0.1)
     worker = multiprocessing.get_context("fork").Process(target=time.sleep, args=(60,))
     worker.start()
     hook = FirstSteps(8, "pictures", LOGGER)

@@ -13,7 +13,7 @@ import torch
 from detectron2.config import LazyConfig, instantiate
 from hostile import HOSTILE, SURROGATES
 
-from flsl_d2.detection.description import write_description
+from flsl_d2.detection.model_folder import write_description
 from flsl_d2.engine.config_files import load_lazy_config
 from flsl_d2.errors import InputError
 from flsl_d2.export import formats
