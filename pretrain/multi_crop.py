@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib
-from collections.abc import Sequence
 from typing import Any
 
 import cv2
@@ -84,14 +83,9 @@ class MultiCropViews:
             )
         sizes = [("global_size", global_size), ("local_size", local_size)]
         check_sizes(patch_size, sizes[: 2 if num_local else 1])
-        probabilities: dict[str, Sequence[float]] = {
-            "flip": [flip],
-            "jitter_probability": [jitter_probability],
-            "grey": [grey],
-            "blur": blur,
-            "solarise": solarise,
-        }
-        for name, values in probabilities.items():
+        single = {"flip": flip, "jitter_probability": jitter_probability, "grey": grey}
+        probabilities = {name: (value,) for name, value in single.items()}
+        for name, values in {**probabilities, "blur": blur, "solarise": solarise}.items():
             if not all(0 <= value <= 1 for value in values):
                 raise InputError(
                     f"views.{name} is {', '.join(map(str, values))}; use probabilities, 0 to 1."

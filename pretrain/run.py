@@ -130,75 +130,61 @@ def run_pretraining(
 
 
 def _run(cfg: DictConfig, options: ResumeOptions, request: StopRequest, preset: str) -> None:
-    output = Path(cfg.train.output_dir)
+    train, data, output = cfg.train, cfg.dataset, Path(cfg.train.output_dir)
     prepare_output(output, "train.output_dir", ["pretrain", "flsl_d2"])
-    files = open_images(**{key: cfg.dataset[key] for key in _IMAGE_KEYS if key in cfg.dataset})
+    files = open_images(**{key: data[key] for key in _IMAGE_KEYS if key in data})
     use_stored_channels(cfg, files)
     initial = open_initial_encoder(cfg)
     also = {"images": files.names.digest}
     check_and_keep_run(cfg, output, "train.output_dir", options, PRETRAINING_KEYS, also)
     if preset and comm.is_main_process():
         write_text(output / PRESET_FILE, preset)
-    precision = resolve_precision(cfg.train.precision, cfg.train.device)
-    batch_size = cfg.dataloader.total_batch_size
+    precision = resolve_precision(train.precision, train.device)
+    batch_size, world_size = cfg.dataloader.total_batch_size, comm.get_world_size()
     max_iter = set_run_length(cfg, len(files))
     schedules: Schedules = instantiate(cfg.schedules)
     views: CutViews = instantiate(cfg.views)
-    seed_all_rng(cfg.train.seed)
-    torch.set_float32_matmul_precision("high" if cfg.train.get("tf32") else "highest")
-    model = instantiate(cfg.model).to(cfg.train.device)
-    if cfg.train.get("sync_bn") and comm.get_world_size() > 1:
+    seed_all_rng(train.seed)
+    torch.set_float32_matmul_precision("high" if train.get("tf32") else "highest")
+    model = instantiate(cfg.model).to(train.device)
+    if train.get("sync_bn") and world_size > 1:
         synchronise_batch_norm(model)
     method: Method = model
     if initial is not None:
         method.start_from(initial)
     normalise_stored_values(method, cfg, files)
-    compile_mode = cfg.train.get("compile_mode", "default")
+    compile_mode = train.get("compile_mode", "default")
     encoder, changing = method.exported_encoder(), type(method).__name__
     if getattr(method, "changes_shapes", False):
         torch.backends.cuda.enable_cudnn_sdp(False)  # it would plan anew for each shape
     else:
         changing = ""
-    mode = resolve_compile(cfg.train.compile, compile_mode, cfg.train.device, encoder, changing)
-    check_sharding(cfg.train.get("sharding", "none"))
+    mode = resolve_compile(train.compile, compile_mode, train.device, encoder, changing)
+    check_sharding(train.get("sharding", "none"))
     if mode:
         method.compile_blocks(mode=mode)
-    method.check_run(
-        views, batch_size // comm.get_world_size() // max(cfg.train.accumulation_steps, 1)
-    )
+    method.check_run(views, batch_size // world_size // max(train.accumulation_steps, 1))
     views.keep_crops = method.needs_crops
-    dataset = PretrainDataset(
-        files,
-        views,
-        cfg.train.seed,
-        cfg.dataset.on_error,
-        cfg.dataset.max_pixels,
-        stored_channels(cfg),
-    )
+    channels = stored_channels(cfg)
+    dataset = PretrainDataset(files, views, train.seed, data.on_error, data.max_pixels, channels)
     for line in describe_run(cfg, files, method, schedules, precision):
         logger.info("%s", line)
-    accumulation_steps = cfg.train.accumulation_steps
     trainer = PretrainTrainer(
-        wrap_ddp(model, **ddp_options(accumulation_steps)),
+        wrap_ddp(model, **ddp_options(train.accumulation_steps)),
         None,
-        build_adamw(model, cfg.train.get("betas", (0.9, 0.999))),
+        build_adamw(model, train.get("betas", (0.9, 0.999))),
         schedules,
         precision,
-        cfg.train.clip_norm,
-        cfg.train.clip_mode,
-        cfg.train.seed,
-        accumulation_steps,
+        train.clip_norm,
+        train.clip_mode,
+        train.seed,
+        train.accumulation_steps,
         records_graphs(mode),
     )
     trainer.stop_asked = lambda: bool(request)
     trainer.reads_now = partial(_reads_now, cfg, max_iter)
-    monitor = Monitor(
-        cfg.train.log_period,
-        batch_size,
-        output / "unreadable_images.txt",
-        len(files),
-        cfg.dataset.max_failed_share,
-    )
+    named = output / "unreadable_images.txt"
+    monitor = Monitor(train.log_period, batch_size, named, len(files), data.max_failed_share)
     trainer.register_hooks([hooks.IterationTimer(), monitor])  # before their state is loaded
     checkpointer = FLSLCheckpointer(trainer.model, str(output), trainer=trainer)
     start_iter = _resume(checkpointer, trainer, options, output)
@@ -207,10 +193,10 @@ def _run(cfg: DictConfig, options: ResumeOptions, request: StopRequest, preset: 
         batch_size,
         cfg.dataloader.num_workers,
         comm.get_rank(),
-        comm.get_world_size(),
+        world_size,
         start_iter,
         cfg.dataloader.get("prefetch_factor", 2),
-        cfg.train.device,
+        train.device,
     )
     trainer.register_hooks(_hooks(cfg, checkpointer, trainer, monitor, files, request, start_iter))
     request.step = lambda: trainer.iter + 1
@@ -218,7 +204,7 @@ def _run(cfg: DictConfig, options: ResumeOptions, request: StopRequest, preset: 
         trainer.train(start_iter, max_iter)
     except BadNumbersError as error:
         # All processes are here; one of them writes the file, and all raise the same error.
-        found = partial(write_bad_numbers, error, files, batch_size, cfg.train.seed, str(output))
+        found = partial(write_bad_numbers, error, files, batch_size, train.seed, str(output))
         raise decided_by_main(found) from error
     except SystemExit:
         _raise_data_error(trainer)
@@ -295,15 +281,14 @@ def _hooks(
     start_iter: int,
 ) -> list[HookBase]:
     """Return the hooks in the order in which they run: a step is logged before it is saved."""
-    max_iter = trainer.schedules.total_iters
-    output, period = Path(cfg.train.output_dir), cfg.train.log_period
-    num_centroids = trainer.method.num_centroids
-    watch = CollapseWatch()
+    train, side, max_iter = cfg.train, cfg.views.global_size, trainer.schedules.total_iters
+    output, period = Path(train.output_dir), train.log_period
+    num_centroids, watch = trainer.method.num_centroids, CollapseWatch()
     registered: list[HookBase] = [watch]
     if comm.is_main_process():
         registered.append(FirstSteps(FIRST_STEPS, "pictures and scores", logger, period))
-    if cfg.train.measures.val:
-        registered.append(FeatureMeasures(**cfg.train.measures, request=request, folder=output))
+    if train.measures.val:
+        registered.append(FeatureMeasures(**train.measures, request=request, folder=output))
     if comm.is_main_process():
         writers = [
             ConsoleProgress(max_iter, len(files) / monitor.total_batch_size, num_centroids),
@@ -311,34 +296,30 @@ def _hooks(
             JSONWriter(str(output / "metrics.json"), window_size=1),
             # TensorBoard hides the steps that were logged after the checkpoint.
             TensorboardXWriter(str(output), purge_step=start_iter),
-            *build_trackers(cfg.train.trackers, output, flat_config(cfg)),
+            *build_trackers(train.trackers, output, flat_config(cfg)),
         ]
         registered += [
             EncoderPictures(
                 files,
                 output / "pictures",
-                cfg.train.pictures_period,
-                cfg.views.global_size,
-                max_share=cfg.train.get("pictures_max_share", 1.0),
+                train.pictures_period,
+                side,
+                max_share=train.get("pictures_max_share", 1.0),
                 request=request,
             ),
             HealthReport(
-                files,
-                watch,
-                cfg.train.health_period,
-                cfg.views.global_size,
-                num_images=0 if stored_channels(cfg) else 12,
+                files, watch, train.health_period, side, 0 if stored_channels(cfg) else 12
             ),
             PeriodicWriter(writers, period),
-            ExportTeacher(output / "teacher_backbone.pth", cfg.train.checkpoint_period),
+            ExportTeacher(output / "teacher_backbone.pth", train.checkpoint_period),
         ]
     checkpoints = Checkpoints(
         checkpointer,
-        cfg.train.checkpoint_period,
-        cfg.train.checkpoint_keep,
-        cfg.train.checkpoint_keep_every,
+        train.checkpoint_period,
+        train.checkpoint_keep,
+        train.checkpoint_keep_every,
         stop_agreed=lambda: trainer.stop_agreed,
         prepare=monitor.gather,
-        background=cfg.train.get("checkpoint_async", False),
+        background=train.get("checkpoint_async", False),
     )
     return [*registered, checkpoints]

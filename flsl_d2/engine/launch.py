@@ -50,6 +50,7 @@ _MOST_TMPDIR = 70
 _TIMEOUT = timedelta(minutes=30)
 # Start of the address of a store that the parent of the workers holds.
 _STORE = "store://"
+_STOPS = [number.name for number in STOP_SIGNALS]
 # Exceptions of workers that keep their type in the parent.
 _PLAIN = {"InputError": InputError, "TrainingError": TrainingError}
 
@@ -154,7 +155,7 @@ def _wait(workers: ProcessContext, reports: Any, stop: StopRequest) -> None:
             pass
     except (ProcessRaisedException, ProcessExitedException) as failure:
         ended_by = getattr(failure, "signal_name", None)
-        if getattr(failure, "exit_code", None) == STOPPED or (stop and ended_by in _names()):
+        if getattr(failure, "exit_code", None) == STOPPED or (stop and ended_by in _STOPS):
             raise SystemExit(STOPPED) from None
         if reports.empty() or ended_by in _KILLED:
             raise WorkerError(f"{failure} (SIGKILL: most often, memory ran out)") from None
@@ -181,10 +182,6 @@ def wrap_ddp(model: nn.Module, **ddp_options: Any) -> nn.Module:
     if device.type != "cuda":
         ddp_options["fp16_compression"] = False  # a CUDA-only communication hook
     return create_ddp_model(model, **ddp_options)
-
-
-def _names() -> list[str]:
-    return [number.name for number in STOP_SIGNALS]
 
 
 def _is_cuda(device: str) -> bool:
