@@ -117,6 +117,7 @@ def launch(
     if num_processes_per_machine * num_machines == 1:
         main_func(*args)
         return
+    store = None
     if dist_url == "auto":
         # This process holds the port: one that is only looked up may be taken before it is used.
         store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
@@ -125,17 +126,22 @@ def launch(
     logging.getLogger("torch.multiprocessing.spawn").setLevel(logging.CRITICAL)
     reports = mp.get_context("spawn").SimpleQueue()
     world = (num_processes_per_machine, num_machines, machine_rank, dist_url, device)
-    with signals_held():  # until this process and the workers have their handlers
-        workers = start_processes(
-            _worker,
-            (*world, main_func, reports, args),
-            num_processes_per_machine,
-            join=False,
-            start_method="spawn",
-        )
-        with forwarding(workers.processes) as stop:
-            signal.pthread_sigmask(signal.SIG_UNBLOCK, STOP_SIGNALS)
-            _wait(workers, reports, stop)
+    try:
+        with signals_held():  # until this process and the workers have their handlers
+            workers = start_processes(
+                _worker,
+                (*world, main_func, reports, args),
+                num_processes_per_machine,
+                join=False,
+                start_method="spawn",
+            )
+            with forwarding(workers.processes) as stop:
+                signal.pthread_sigmask(signal.SIG_UNBLOCK, STOP_SIGNALS)
+                _wait(workers, reports, stop)
+    finally:
+        # An exception would keep it, and a forked process that collects it waits without end for
+        # the store's thread, which it does not have.
+        del store
 
 
 def use_short_sockets() -> None:
