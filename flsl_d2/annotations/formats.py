@@ -8,9 +8,9 @@ findings to add to; a file that cannot be parsed is a fault.
 from __future__ import annotations
 
 import base64
-import io
 import math
 import re
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
@@ -19,7 +19,6 @@ from xml.etree import ElementTree
 from xml.etree.ElementTree import Element
 
 import numpy as np
-from PIL import Image
 
 from flsl_d2.annotations.coco_file import read_json
 from flsl_d2.annotations.findings import Findings
@@ -38,6 +37,13 @@ from flsl_d2.annotations.objects import (
 )
 from flsl_d2.annotations.shapes import encode_part
 from flsl_d2.errors import InputError
+from flsl_d2.images.opening import open_picture
+
+# Parts of an object in Pascal VOC that are read, or say nothing about it.
+_VOC_PARTS = {
+    *("name", "bndbox", "robndbox", "polygon", "part", "difficult", "truncated", "occluded"),
+    *("pose", "type"),
+}
 
 
 def xml_root(path: Path) -> str:
@@ -125,6 +131,12 @@ def _voc_object(
             findings.remark(f"objects marked {name}, used like others", place)
     for _ in node.iter("part"):
         findings.remark("parts of objects, not used", place)
+    counts = Counter(child.tag for child in node)
+    boxes = counts["bndbox"] + counts["robndbox"]
+    if boxes > 1:
+        findings.remark("objects with several boxes, of which the first is used", place)
+    for tag in counts.keys() - _VOC_PARTS:
+        findings.remark(f"objects with {tag}, which is not used", place)
     made = AnnotatedObject(place, label_of(node.findtext("name")), (0, 0, 0, 0))
     for outline in node.findall("polygon"):
         points = {child.tag: number(child.text) for child in outline}
@@ -188,7 +200,7 @@ def _labelme_object(
         return AnnotatedObject(place, label, box, [outline])
     if kind == "mask":
         data = base64.b64decode(shape["mask"])
-        part = np.asarray(Image.open(io.BytesIO(data)).convert("L")) > 0
+        part = np.asarray(open_picture(data).convert("L")) > 0
         if picture.size is None:
             raise ValueError("a mask, and no imageHeight and imageWidth")
         box, mask = encode_part(part, round(points[0][0]), round(points[0][1]), picture.size)

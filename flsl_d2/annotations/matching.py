@@ -48,6 +48,7 @@ def match_names(
         that may be meant.
     """
     below = [_split(f"{root}/x").telling for root in roots]
+    entries = [[*names, *_unquoted(names)] for names in entries]
     wanted_of = [[_split(str(name), below[0]) for name in names] for names in entries]
     paths = {file: _split(file, below[1]) for file in files}
     known = [*(_split(str(file), below[0]) for file in others), *chain(*wanted_of)]
@@ -163,7 +164,7 @@ def find_files(names: Sequence[str], root: str) -> tuple[dict[str, str], dict[st
         return found, {}
     taken = set(found.values())
     files = [file for file in _walked(root) if file not in taken]
-    claimed, failures = match_names([[name, unquote(name)] for name in rest], files)
+    claimed, failures = match_names([[name] for name in rest], files)
     meant = {rest[i]: options[0] for i, (_, options) in failures.items() if options}
     for file, i in claimed.items():
         if not all(_difference(_split(unquote(rest[i])), _split(file))):
@@ -213,6 +214,11 @@ def _split(path: str, root: Sequence[str] = ()) -> _Path:
     telling = [folder for folder in folders if folder not in _NEUTRAL]
     inside = telling[: len(root)] == [*root]
     return _Path(telling[len(root) :] if inside else None, telling, folders, last)
+
+
+def _unquoted(names: Sequence[str | Path]) -> list[str | Path]:
+    """Names that are quoted as in a URL, without the quotation."""
+    return [type(name)(unquote(str(name))) for name in names if unquote(str(name)) != str(name)]
 
 
 def _difference(first: _Path, second: _Path) -> tuple[str, str]:

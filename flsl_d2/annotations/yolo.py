@@ -54,7 +54,7 @@ def read_yolo(
     classes, settings, names_file = _class_names(path, files, names_file)
     shape = settings.get("kpt_shape")
     try:
-        key_points = 0 if shape is None else int(shape[0]) * int(shape[1])
+        key_points = 0 if not shape else int(shape[0]) * int(shape[1])
     except (TypeError, ValueError, LookupError):
         raise InputError(
             f"'{names_file}' has the kpt_shape {shape!r}; give two numbers, such as [17, 3]."
@@ -102,8 +102,8 @@ def read_yolo(
     for name, count in Counter(classes.values()).items():
         if count > 1:
             findings.remark("class names that several numbers have, learned as one class", name)
-    if settings.get("nc", len(classes)) != len(classes):
-        sentence = f"'{names_file}' has nc {settings['nc']!r} and {len(classes)} names"
+    if settings.get("nc", str(len(classes))) != str(len(classes)):
+        sentence = f"'{names_file}' has nc {settings['nc']} and {len(classes)} names"
         findings.whole_file("remark", sentence)
     if corners == {4}:
         findings.whole_file(
@@ -146,7 +146,8 @@ def _class_names(
     path: Path, files: Sequence[Path], given: Path | None
 ) -> tuple[dict[int, str], dict[str, Any], Path]:
     """Names by number, the settings of a YAML file, and the file."""
-    folders = [path, path.parent, *dict.fromkeys(file.parent for file in files)]
+    # The file lies beside labels/train in the layout of Ultralytics: two folders further up.
+    folders = [path, path.parent, path.parent.parent, *dict.fromkeys(f.parent for f in files)]
     candidates = [folder / name for name in NAME_FILES for folder in folders]
     for file in [given] if given else filter(Path.is_file, candidates):
         text = read_text(file)
@@ -154,7 +155,7 @@ def _class_names(
             lines = [line.strip() for line in text.rstrip().splitlines()]
             return dict(enumerate(lines)), {}, file
         try:
-            settings = yaml.safe_load(text)
+            settings = yaml.load(text, yaml.BaseLoader)  # of texts: a class may be called no
             names = settings["names"]
             if isinstance(names, str):
                 raise TypeError("names is one text")

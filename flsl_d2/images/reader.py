@@ -311,6 +311,8 @@ def _check_mode(image: Image.Image) -> None:
     sixteen_bits = image.mode == "I" and image.format in ("PNG", "PPM")
     if image.mode in ("I", "F") and not sixteen_bits:
         raise OSError("32-bit pixels have no defined white level; convert to 8 or 16 bits")
+    if image.mode == "LAB":  # Pillow would take its third band for transparency
+        raise OSError("colours of the kind LAB; convert to RGB")
 
 
 def _convert(image: Image.Image) -> np.ndarray:

@@ -185,6 +185,8 @@ def eight_bits(values: np.ndarray, significant: int, path: str = "") -> np.ndarr
         significant: bits that count; 0 takes the smallest usual number that holds all values.
         path: file, for the log.
     """
+    if values.min(initial=0) < 0:
+        raise OSError("negative values have no defined black level; add an offset to all of them")
     most = int(values.max(initial=0))
     bits = significant or next(b for b in _USUAL_BITS if most < 2**b)
     if bits < 16 and not significant:

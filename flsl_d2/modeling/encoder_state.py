@@ -278,7 +278,7 @@ def check_values(tensor: Tensor, name: str, report: LoadReport) -> None:
     Raises:
         InputError: its values are integers, infinite or NaN.
     """
-    if not tensor.is_floating_point():
+    if not tensor.is_floating_point() or tensor.element_size() < 2:
         raise InputError(
             f"{report.subject} hold {name} as {tensor.dtype}, as quantised networks do; give the "
             "floating-point weights."

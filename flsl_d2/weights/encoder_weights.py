@@ -15,11 +15,16 @@ from torch import Tensor
 from torch.nn.functional import normalize
 
 from flsl_d2.errors import InputError
-from flsl_d2.modeling.encoder_state import LoadReport, listed
+from flsl_d2.modeling.encoder_state import LoadReport, check_values, listed
 from flsl_d2.modeling.positions import num_leading_positions
 from flsl_d2.weights.names import foreign_network, to_timm_names
 from flsl_d2.weights.sources import KNOWN_LAYOUTS, Source, recognise
-from flsl_d2.weights.weight_sets import WeightSet, choose_set, find_weight_sets, tensor_dicts
+from flsl_d2.weights.weight_sets import (
+    WeightSet,
+    choose_set,
+    find_weight_sets,
+    tensor_dicts,
+)
 
 # The name of the last norm in timm, and the one here; reversed, the pair exports.
 TIMM_NAMES = (("norm.", "final_norm."),)
@@ -119,7 +124,9 @@ def find_encoder_weights(
     if isinstance(heads, int):
         stated["num_heads"] = heads
     needs_norm = source.norm and not source.refusal and given.get("final_norm") is not False
-    _check_whole(file.tensors, options, bool(needs_norm), report)
+    depths = [o.get(key) for o in options for key in ("num_hidden_layers", "depth", "num_layers")]
+    depth = max((each for each in depths if isinstance(each, int)), default=0)
+    _check_whole(file.tensors, 0 if "depth" in given else depth, bool(needs_norm), report)
     grid = _stated_grid(file, options)
     weights = EncoderWeights(*_sorted(file, source, report), stated, report)
     _fold_prefix_tokens(weights, grid)
@@ -173,10 +180,7 @@ def _options(file: WeightSet, local: str) -> Iterator[Mapping[str, Any]]:
 
 
 def _check_whole(
-    state: Mapping[str, Tensor],
-    options: list[Mapping[str, Any]],
-    needs_norm: bool,
-    report: LoadReport,
+    state: Mapping[str, Tensor], depth: int, needs_norm: bool, report: LoadReport
 ) -> None:
     """Refuse a part of an encoder, by evidence other than the shapes that are read off it."""
     empty = [name for name, tensor in state.items() if not tensor.numel()]
@@ -193,13 +197,13 @@ def _check_whole(
             "other weights, or use the model as timm:NAME."
         )
     numbers = {int(match[1]) for n in state if (match := re.match(r"blocks\.(\d+)\.", n))}
-    depths = [o["num_hidden_layers"] for o in options if "num_hidden_layers" in o]
-    depth = max(max(numbers, default=-1) + 1, *(d for d in depths if isinstance(d, int)), 0)
+    depth = max(max(numbers, default=-1) + 1, depth)
     missing = sorted(set(range(depth)) - numbers)
     if missing:
         raise InputError(
             f"{report.subject} lack the blocks {listed(map(str, missing))} of {depth}, so they are "
-            "a part of an encoder; give all parts, by their index if there is one."
+            "a part of an encoder; give all parts, by their index if there is one, or depth=N for "
+            "an encoder that ends there."
         )
     if needs_norm and not any(name in state for name in _LAST_NORMS):
         raise InputError(
@@ -297,9 +301,17 @@ def _fold_prefix_tokens(weights: EncoderWeights, grid: tuple[int, int, int] | No
     """Make one tensor of class tokens and registers, each with its position if it has one."""
     tensors, file_names = weights.tensors, weights.file_names
     names = [n for n in _PREFIX_TOKENS if n in tensors and tensors[n].dim() == 3]
+    table, leading = tensors.get("pos_embed"), 0
+    added = [name for name in (*names, "pos_embed") if name in tensors]
+    for name in added:
+        check_values(tensors[name], file_names[name], weights.report)
+    if len({tensors[name].shape[-1] for name in added}) > 1:
+        raise InputError(
+            f"{weights.report.subject} have tokens and positions of several widths, so they are of "
+            "several models; give one whole encoder."
+        )
     tokens = [tensors.pop(name) for name in names]
     most = max(sum(token.shape[1] for token in tokens), 1)
-    table, leading = tensors.get("pos_embed"), 0
     if table is not None and table.dim() == 3:
         stated = grid is not None and grid[2] <= most
         leading = grid[2] if grid and stated else num_leading_positions(table.shape[1], most)

@@ -258,3 +258,47 @@ def test_a_size_of_another_picture_is_found(tmp_path):
     (tmp_path / "all.json").write_text(json.dumps(coco))
     with pytest.raises(InputError, match="another size"):
         check_coco_files(tmp_path / "all.json", images, open_pictures=True)
+
+
+def test_class_names_that_yaml_takes_for_truth_values_and_a_file_two_folders_up(tmp_path):
+    images = flat(tmp_path, "train/a.png")
+    (tmp_path / "labels" / "train").mkdir(parents=True)
+    (tmp_path / "data.yaml").write_text("names: [yes, no, null, 1]\nnc: 4\nkpt_shape:\n")
+    lines = [f"{i} 0.5 0.5 0.{i + 1} 0.2\n" for i in range(4)]
+    (tmp_path / "labels" / "train" / "a.txt").write_text("".join(lines))
+    coco, account = converted(tmp_path / "labels" / "train", images)
+    assert {each["name"] for each in coco["categories"]} == {"yes", "no", "null", "1"}
+    assert "has nc" not in account
+
+
+def test_parts_of_a_voc_object_that_are_not_used_are_counted(images, tmp_path):
+    labels = voc(tmp_path)
+    for file in labels.rglob("*.xml"):
+        box = "<bndbox><xmin>1</xmin><ymin>1</ymin><xmax>3</xmax><ymax>3</ymax></bndbox>"
+        extra = f"{box}<keypoints>1</keypoints></object>"
+        file.write_text(file.read_text().replace("</object>", extra))
+    coco, account = converted(labels, images)
+    assert [a["bbox"] for a in coco["annotations"]] == [BOX, BOX]
+    assert "2 x objects with several boxes" in account
+    assert "2 x objects with keypoints, which is not used" in account
+
+
+def test_names_that_are_quoted_as_in_a_url(tmp_path):
+    images = flat(tmp_path, "my pic.png")
+    (tmp_path / "a.xml").write_text(
+        f'<annotations><image name="my%20pic.png" width="{WIDTH}" height="{HEIGHT}">'
+        '<box label="nut" xtl="1" ytl="1" xbr="9" ybr="9"/></image></annotations>'
+    )
+    assert len(converted(tmp_path / "a.xml", images)[0]["annotations"]) == 1
+
+
+def test_a_mask_is_opened_as_a_picture_of_a_known_format_alone(tmp_path):
+    # Pillow hands PostScript to another program.
+    images = flat(tmp_path, "a.png")
+    program = base64.b64encode(b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 4 4\n").decode()
+    shape = {"label": "m", "shape_type": "mask", "points": [[1, 1], [4, 4]], "mask": program}
+    content = {"shapes": [shape], "imagePath": "a.png", "imageHeight": 48, "imageWidth": 64}
+    (tmp_path / "m").mkdir()
+    (tmp_path / "m" / "a.json").write_text(json.dumps(content))
+    with pytest.raises(InputError, match="not an image of a known format"):
+        converted(tmp_path / "m", images)

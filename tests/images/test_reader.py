@@ -200,6 +200,8 @@ def bad_files() -> dict[str, bytes]:
         "bomb.ppm": b"P6 100000 100000 255\n" + bytes(100),
         "bomb.bmp": bmp[:18] + struct.pack("<ii", 60_000, 60_000) + bmp[26:],
         "lying.png": png_of_size(900, 900),
+        "signed.tif": encoded(Image.fromarray(rgb[..., 0].astype(np.int16) - 300), "TIFF"),
+        "lab.tif": encoded(Image.fromarray(rgb, "LAB"), "TIFF"),
         "floats.tif": encoded(Image.fromarray(rgb[..., 0].astype(np.float32)), "TIFF"),
     }
     contents = {

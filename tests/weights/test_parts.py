@@ -37,6 +37,19 @@ def test_missing_blocks_and_a_missing_tail(tmp_path):
     assert not built.architecture["final_norm"]
 
 
+def test_blocks_that_the_options_promise(tmp_path):
+    options = argparse.Namespace(depth=12)
+    content = {"model": timm_vit(depth=3).state_dict(), "args": options}
+    assert "lack the blocks 3, 4" in refusal(content, tmp_path)
+    assert build_encoder(str(tmp_path / "a.pth"), depth=3).depth == 3
+
+
+@pytest.mark.parametrize("change", [lambda t: t.to(torch.float8_e4m3fn), lambda t: t[..., :64]])
+def test_positions_that_cannot_be_added_to_tokens(change, tmp_path):
+    state = timm_vit().state_dict()
+    refusal({**state, "pos_embed": change(state["pos_embed"])}, tmp_path)
+
+
 def test_shares_of_processes_and_patches_that_are_not_square(tmp_path):
     state = timm_vit().state_dict()
     assert "DeepSpeed" in refusal({"module": {n: torch.empty(0) for n in state}}, tmp_path)
