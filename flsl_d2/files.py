@@ -52,11 +52,8 @@ _MACHINE_ERRORS = {
 def machine_errors(path: str = "") -> Iterator[None]:
     """Raise errors that are the machine's and not the file's as :class:`MachineError`.
 
-    Args:
-        path: file that is read, for the message; empty for the file that the error names.
-
-    Raises:
-        MachineError: too many open files, no permission, a lost mount, or no memory.
+    They are too many open files, no permission, a lost mount, and no memory. ``path`` is the file
+    that is read, for the message; empty for the file that the error names.
     """
     try:
         yield
@@ -77,10 +74,7 @@ def expand_home(value: Any) -> Any:
     """Replace a leading ``~`` by the home folder, in one path, in lists and in ``name=~/path``.
 
     A shell expands ``~`` only at the start of a word, so ``--weights=~/a.pth`` and ``key=~/a.pth``
-    arrive as they were typed.
-
-    Args:
-        value: text, a path, or a list of either; anything else is returned unchanged.
+    arrive as they were typed. Other values than texts and paths are returned unchanged.
     """
     if isinstance(value, list):
         return [expand_home(each) for each in value]
@@ -144,11 +138,7 @@ def replaced_file(path: str | Path) -> Iterator[BinaryIO]:
 
 
 def write_text(path: str | Path, text: str) -> None:
-    """Write a text file and its parent folders; a reader finds the old or the new content.
-
-    Raises:
-        OSError: the file cannot be written.
-    """
+    """Write a text file and its parent folders; a reader finds the old or the new content."""
     Path(path).parent.mkdir(parents=True, exist_ok=True)
     with replaced_file(path) as file:
         file.write(text.encode("utf-8"))
@@ -164,15 +154,7 @@ def file_sha256(path: str | Path) -> str:
 
 
 def writable_folder(path: str | Path, name: str = "") -> Path:
-    """Make a folder and check that files can be written to it.
-
-    Args:
-        path: the folder.
-        name: the option or config key that gave the path, for the message.
-
-    Raises:
-        InputError: the folder cannot be made or written.
-    """
+    """Make a folder, or raise an InputError with the option or key ``name`` that gave it."""
     folder = Path(path)
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -211,12 +193,7 @@ class OutputNames:
         self._taken: set[str] = set()
 
     def free(self, stem: str, suffix: str = "") -> str:
-        """Return a name for a stem that comes from a user's file; the suffix is left out again.
-
-        Args:
-            stem: name without suffix, of any characters and length.
-            suffix: suffix that the file will have.
-        """
+        """Return a name without suffix for a stem of any characters and length."""
         shown = "".join(c if c.isprintable() else "_" for c in stem)
         plain = _UNSAFE.sub("_", shown).strip(" .") or "unnamed"
         plain = plain.encode("utf-8", "replace")[:_MAX_NAME].decode("utf-8", "ignore").rstrip(" .")

@@ -39,11 +39,7 @@ JPEG_REDUCTIONS = (8, 4, 2, 1)
 
 
 def read_rgb(path: str, max_pixels: int = MAX_PIXELS) -> np.ndarray:
-    """Decode an image file to (H, W, 3) uint8 RGB; see :class:`ImageFile`.
-
-    Raises:
-        OSError: not readable, not an image, or one that lacks a part; the text is the reason.
-    """
+    """Decode an image file to (H, W, 3) uint8 RGB; see :class:`ImageFile`."""
     return ImageFile(path, max_pixels).pixels()
 
 
@@ -58,9 +54,6 @@ def read_image(path: str, channels: str = "RGB", max_pixels: int = MAX_PIXELS_LI
 
     Returns:
         The image (H, W, channels), uint8 in 0 to 255; floats for YUV and for stored values.
-
-    Raises:
-        InputError: the file cannot be read; the file and the reason are named.
     """
     local, count = PathManager.get_local_path(path), channels_of(channels)
     try:
@@ -80,10 +73,8 @@ def read_channels(path: str, count: int = 0, max_pixels: int = MAX_PIXELS_LIMIT)
     """Read the stored values of an image file, without changing their range.
 
     Args:
-        path: path of a regular file.
         count: number of channels that the file must have; 0 takes any. Where it is 1, of colours
             whose channels are equal one is taken.
-        max_pixels: images of more are refused.
 
     Returns:
         (H, W, C) float32, upright; colours in the order red, green, blue.
@@ -127,12 +118,6 @@ def preview(image: str | np.ndarray) -> np.ndarray:
 
     Of more than three channels the first three are shown, of two the first. Values of more than 8
     bits are scaled from their first to their 99th percentile.
-
-    Args:
-        image: file, or (H, W, C) array.
-
-    Raises:
-        InputError: the file cannot be read.
     """
     try:
         if isinstance(image, str):

@@ -34,14 +34,9 @@ _COPIES_IN_A_FOLDER = 1000
 
 
 class Server:
-    """Files below a URL. A request that fails or gets no answer is repeated for some time.
+    """Files below a URL. A request that fails or gets no answer is repeated.
 
-    Args:
-        url: URL of a folder.
-        patience: seconds from the start of a request to its last repetition.
-
-    Raises:
-        InputError: fsspec or the package of the protocol is missing.
+    ``patience`` is the time in seconds from the start of a request to its last repetition.
     """
 
     def __init__(self, url: str, patience: float) -> None:
@@ -67,22 +62,14 @@ class Server:
         return {**self.__dict__, "_opened": None}
 
     def read_file(self, name: str) -> bytes:
-        """Read a whole file.
-
-        Raises:
-            FileNotFoundError: there is no such file.
-            TrainingError: the server does not answer.
-        """
+        """Read a whole file; one that is not there is a FileNotFoundError."""
         (content,) = self.read([(name, None, None)])
         if isinstance(content, OSError):
             raise content
         return content
 
     def read(self, ranges: Sequence[Range]) -> list[bytes | OSError]:
-        """Read ranges of bytes at once.
-
-        Returns:
-            The content of each range, or an error for one that cannot be had.
+        """Return the content of each range of bytes, or an error for one that cannot be had.
 
         Raises:
             TrainingError: the server does not answer.
@@ -113,11 +100,7 @@ class Server:
         return [answers[i] for i in range(len(ranges))]
 
     def list_files(self) -> dict[str, int | None]:
-        """Return the names of all files below the folder, and their sizes where they are known.
-
-        Raises:
-            TrainingError: the server does not answer.
-        """
+        """Return the names of all files below the folder, and their sizes where they are known."""
 
         def ask() -> dict[str, int | None]:
             files, root = self._connection()

@@ -47,11 +47,6 @@ def make_shards(images: str, output: str | Path, images_per_shard: int = 10_000)
     Each shard is read back after it is written. The index holds the names below the images' common
     folder, so a run on the images can be resumed on the shards.
 
-    Args:
-        images: folder, pattern or list of images.
-        output: folder of the shards.
-        images_per_shard: number of images of each shard but the last.
-
     Returns:
         Number of shards that were written now.
 
@@ -89,14 +84,7 @@ def make_shards(images: str, output: str | Path, images_per_shard: int = 10_000)
 
 
 def index_shards(folder: str | Path) -> int:
-    """Write the index of tar files that another program made.
-
-    Returns:
-        Number of images.
-
-    Raises:
-        InputError: there are no tar files, or no images in them.
-    """
+    """Write the index of tar files that another program made; return the number of images."""
     shards = [(path, _members(path)) for path in sorted(Path(folder).glob("*.tar"))]
     names = [f"{path.name}/{name}" for path, members in shards for name, *_ in members]
     if not names:
@@ -106,14 +94,7 @@ def index_shards(folder: str | Path) -> int:
 
 
 def check_shards(folder: str | Path) -> list[str]:
-    """Compare every image of the shards with its checksum.
-
-    Returns:
-        A line for each image that differs or cannot be read.
-
-    Raises:
-        InputError: there is no index.
-    """
+    """Return a line for each image that differs from its checksum or cannot be read."""
     store = ShardStore(str(folder), ShardIndex.read(Path(folder, SHARDS_INDEX)))
     faults = []
     for index in range(len(store)):

@@ -27,14 +27,10 @@ SHARDS_INDEX = "images.index"
 
 
 class ImageNames(Sequence[str]):
-    r"""Names packed into bytes, from which a string is made when it is asked for.
+    r"""Names packed into bytes: the common folder with a slash, and the rest of each with ``\0``.
 
     A list of 1.3 million strings takes 150 MB, and every data worker gets a copy of its own as soon
     as it counts references to them. Bytes are shared after a fork.
-
-    Args:
-        prefix: common folder of all names, with a slash at its end.
-        text: what follows the prefix in each name, in UTF-8 with ``\0`` behind it.
     """
 
     def __init__(self, prefix: str, text: bytes) -> None:
@@ -71,11 +67,7 @@ class ImageNames(Sequence[str]):
 
 
 class ImageStore(Sequence[str]):
-    """Images of a tree of files.
-
-    Args:
-        names: paths of the files; a list is packed.
-    """
+    """Images of a tree of files, by their paths."""
 
     def __init__(self, names: Sequence[str]) -> None:
         self.names = names if isinstance(names, ImageNames) else ImageNames.from_list(names)
@@ -109,18 +101,13 @@ def as_store(images: ImageStore | Sequence[str]) -> ImageStore:
 
 
 class ShardIndex:
-    """Where each image begins in tar files.
+    """Where each image begins in tar files, by the arrays of :func:`write_index`.
 
     Attributes:
-        names: names of the images.
-        shards: name of each tar file.
         numbers: (N,) number of each image's shard.
         starts: (N,) its first byte in the shard.
         sizes: (N,) its number of bytes.
         checksums: (N,) its CRC-32.
-
-    Args:
-        arrays: arrays of these names; texts are UTF-8 bytes with a NUL behind each.
     """
 
     def __init__(self, arrays: Mapping[str, np.ndarray]) -> None:
@@ -131,11 +118,7 @@ class ShardIndex:
 
     @classmethod
     def read(cls, source: Path | bytes) -> ShardIndex:
-        """Read a file of :func:`write_index`, or its content.
-
-        Raises:
-            InputError: it cannot be read.
-        """
+        """Read a file of :func:`write_index`, or its content."""
         try:
             file = io.BytesIO(source) if isinstance(source, bytes) else source
             with np.load(file, allow_pickle=False) as arrays:
@@ -149,13 +132,9 @@ class ShardIndex:
 
 
 def write_index(path: Path, names: Sequence[str], shards: Sequence[str], rows: np.ndarray) -> None:
-    """Write the index of shards.
+    """Write the index of shards; names are written without their common folder.
 
-    Args:
-        path: file to write.
-        names: names of the images, of which the common folder is left out.
-        shards: names of the tar files.
-        rows: (N, 4), number of the shard, first byte, bytes and CRC-32 of each image.
+    ``rows`` (N, 4) are number of the shard, first byte, bytes and CRC-32 of each image.
     """
     numbers, starts, sizes, checksums = np.asarray(rows, np.uint64).reshape(-1, 4).T
     text = "".join(f"{shard}\0" for shard in shards).encode()
@@ -172,12 +151,7 @@ def write_index(path: Path, names: Sequence[str], shards: Sequence[str], rows: n
 
 
 class ShardStore(ImageStore):
-    """Images in tar files of this machine, by the range of bytes of each.
-
-    Args:
-        root: folder of the files.
-        index: place of each image in them.
-    """
+    """Images in tar files of a folder, by the range of bytes of each."""
 
     def __init__(self, root: str, index: ShardIndex) -> None:
         super().__init__(index.names)
@@ -202,25 +176,14 @@ class ShardStore(ImageStore):
         return shard, start, start + int(self.places.sizes[index])
 
     def checked(self, index: int, content: bytes) -> bytes:
-        """Return the content of an image.
-
-        Raises:
-            OSError: its checksum is not that of the index.
-        """
+        """Return the content of an image; raise OSError for another checksum than the index's."""
         if zlib.crc32(content) != self.places.checksums[index]:
             raise OSError("its bytes in the shard are damaged")
         return content
 
 
 class RemoteStore(ImageStore):
-    """Images of a server: files, or ranges of bytes of shards.
-
-    Args:
-        server: the server.
-        names: names of the images.
-        shards: their places in shards; None for files.
-        copies: those that the local disk keeps; None for none.
-    """
+    """Images of a server: files, or ranges of bytes of ``shards``; ``copies`` stay on the disk."""
 
     def __init__(
         self,

@@ -11,11 +11,11 @@ from __future__ import annotations
 import io
 import logging
 import struct
-from functools import cache
 from typing import BinaryIO, NamedTuple
 
 import cv2
 import numpy as np
+from detectron2.utils.logger import log_first_n
 from PIL import Image, TiffImagePlugin
 
 from flsl_d2.images.opening import (
@@ -33,8 +33,6 @@ _PNG_START = 4096  # bytes in which a chunk before the pixels is looked for
 # Channels by colour type (PNG specification, 11.2.1): grey, RGB, palette, grey and RGB with alpha.
 _PNG_CHANNELS = {0: 1, 2: 3, 3: 3, 4: 2, 6: 4}
 _USUAL_BITS = (8, 10, 12, 14, 16)
-
-logger = logging.getLogger(__name__)
 
 
 class StoredFormat(NamedTuple):
@@ -58,11 +56,7 @@ class StoredFormat(NamedTuple):
 
 
 def stored_format_of(file: BinaryIO) -> StoredFormat | None:
-    """Read the header of an open file; None for other formats than PNG and TIFF.
-
-    Raises:
-        Exception: the header is damaged.
-    """
+    """Read the header of an open file; None for other formats than PNG and TIFF."""
     start = file.read(_PNG_START)
     if start.startswith(b"\x89PNG") and len(start) > 26:
         width, height = struct.unpack(">II", start[16:24])
@@ -110,18 +104,9 @@ def stored_format(path: str) -> tuple[int, int]:
 def stored_pixels(
     data: bytes, stored: StoredFormat, max_pixels: int = MAX_PIXELS_LIMIT
 ) -> np.ndarray:
-    """Decode the stored values of a PNG or TIFF file, upright.
+    """Decode the stored values of a PNG or TIFF file, upright, (H, W, C) of the file's own type.
 
-    Args:
-        data: content of the file.
-        stored: its format.
-        max_pixels: images of more are refused.
-
-    Returns:
-        (H, W, C) of the file's own type; colours in the order red, green, blue.
-
-    Raises:
-        Exception: it cannot be decoded, or needs ``tifffile``.
+    Colours are red, green, blue. A file that cannot be decoded raises nearly any exception.
     """
     check_size(*stored.size, max_pixels)
     if not stored.is_plain:
@@ -180,35 +165,18 @@ def _read_tiff(data: bytes) -> np.ndarray:
 def eight_bits(values: np.ndarray, significant: int, path: str = "") -> np.ndarray:
     """Return the upper 8 of the bits that count, uint8.
 
-    Args:
-        values: of 16 bits.
-        significant: bits that count; 0 takes the smallest usual number that holds all values.
-        path: file, for the log.
+    ``significant`` of 0 takes the smallest usual number of bits that holds all values.
     """
     if values.min(initial=0) < 0:
         raise OSError("negative values have no defined black level; add an offset to all of them")
     most = int(values.max(initial=0))
     bits = significant or next(b for b in _USUAL_BITS if most < 2**b)
     if bits < 16 and not significant:
-        _say_bits(bits, most, path)
+        text = (
+            f"'{printable(path)}' has values of 16 bits that end at {most}, so it is read as one "
+            f"of {bits} bits; so is every such picture, each by its own largest value (PNG's sBIT "
+            "or TIFF's MaxSampleValue states the bits of a file)."
+        )
+        log_first_n(logging.WARNING, text, name=__name__)
     shifted = values >> (bits - 8)
     return np.minimum(shifted, 255).astype(np.uint8)
-
-
-@cache
-def _say_once() -> list[int]:
-    return []
-
-
-def _say_bits(bits: int, most: int, path: str) -> None:
-    if _say_once():
-        return
-    _say_once().append(bits)
-    logger.warning(
-        "'%s' has values of 16 bits that end at %d, so it is read as one of %d bits; so is every "
-        "such picture, each by its own largest value (PNG's sBIT or TIFF's MaxSampleValue states "
-        "the bits of a file).",
-        printable(path),
-        most,
-        bits,
-    )

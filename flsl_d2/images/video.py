@@ -37,12 +37,6 @@ class Video:
         rate: average number of frames a second, for a progress bar and a missing time.
         total: number of frames as the file states it; 0 where it does not.
         damaged: number of packets that could not be decoded, and of frames that lack a part.
-
-    Args:
-        path: file that FFmpeg can decode.
-
-    Raises:
-        InputError: PyAV is missing, or the file cannot be decoded.
     """
 
     def __init__(self, path: str | Path) -> None:
@@ -108,15 +102,9 @@ def is_video(path: str) -> bool:
 
 
 class VideoWriter:
-    """An MP4 file that gets frames with their times.
+    """An MP4 file that gets frames of one size with their times.
 
-    Args:
-        path: file to write.
-        size: height and width of the frames; an odd side loses a row or column.
-        rate: usual number of frames a second.
-
-    Raises:
-        InputError: this FFmpeg cannot encode MP4.
+    An odd height or width loses a row or column. ``rate`` is the usual number of frames a second.
     """
 
     def __init__(self, path: Path, size: tuple[int, ...], rate: float) -> None:

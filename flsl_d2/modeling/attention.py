@@ -132,12 +132,13 @@ class Attention(nn.Module):
         a plain attention, and no (N, N) bias is ever stored.
         """
         height, width = grid
-        biases = []
         by_place = q.unflatten(2, grid)  # (B, h, H, W, C)
         rows = _relative_table(self.rel_pos_h, height)  # (H, H, C)
         columns = _relative_table(self.rel_pos_w, width)  # (W, W, C)
-        biases.append(torch.einsum("bnhwc,hkc->bnhwk", by_place, rows))
-        biases.append(torch.einsum("bnhwc,wkc->bnhwk", by_place, columns))
+        biases = [
+            torch.einsum("bnhwc,hkc->bnhwk", by_place, rows),
+            torch.einsum("bnhwc,wkc->bnhwk", by_place, columns),
+        ]
         # Fused attention on GPUs takes multiples of 8 channels in half precision.
         spare = -(q.shape[-1] + height + width) % 8
         biases.append(by_place.new_zeros(*by_place.shape[:-1], spare))
@@ -151,14 +152,7 @@ class Attention(nn.Module):
 
 
 def _relative_table(table: Tensor, size: int) -> Tensor:
-    """Rows of a relative position table for every (query, key) offset along one axis.
-
-    Args:
-        table: (2 * G - 1, C), made for G tokens; resampled linearly where G is not ``size``.
-
-    Returns:
-        (size, size, C).
-    """
+    """Rows (size, size, C) of a table (2 G - 1, C) for every (query, key) offset along one axis."""
     wanted = 2 * size - 1
     if len(table) != wanted:
         table = F.interpolate(table.T[None], size=wanted, mode="linear")[0].T

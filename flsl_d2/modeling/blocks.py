@@ -95,11 +95,7 @@ class StochasticDepth(nn.Module):
     ) -> Tensor:
         """``tokens + branch(tokens, shapes)``: tokens (B, H, W, D), or packed (T, D).
 
-        Args:
-            branch: the residual branch.
-            tokens: its input.
-            shapes: see :class:`Block`.
-            kept: images of :func:`draw_kept_images`; None to draw them here.
+        ``kept`` are images of :func:`draw_kept_images`; None to draw them here.
         """
         if not (self.training and self.probability):
             return tokens + branch(tokens, shapes)

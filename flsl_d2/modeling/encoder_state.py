@@ -8,7 +8,7 @@ every loading path passes, a stock project's included.
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 import torch.nn.functional as F
@@ -103,10 +103,6 @@ class LoadReport:
             ("encoder", ", ".join(f"{key}={value!r}" for key, value in self.encoder.items())),
         ]
         return "\n".join(f"{name:<10} {value}" for name, value in rows if value)
-
-    def as_dict(self) -> dict[str, Any]:
-        """Return plain containers, for JSON."""
-        return asdict(self)
 
     def _dropped_by_reason(self) -> list[tuple[str, list[str]]]:
         reasons = dict.fromkeys(self.dropped.values())
@@ -246,11 +242,7 @@ def _relative_positions(tensors: Mapping[str, Tensor], known: Mapping[str, Any])
 
 
 def _compare(own: Mapping[str, Any], stated: Mapping[str, Any], report: LoadReport) -> None:
-    """Compare what the weights were made for with the encoder.
-
-    Raises:
-        InputError: values that differ, each named.
-    """
+    """Raise an InputError that names each value in which weights and encoder differ."""
     differing = [key for key in _COMPARED if stated.get(key) not in (None, own[key])]
     # These add or need weights. The reverse of some is fine: windows cannot hold prefix tokens,
     # new relative positions start at zero, and a last norm may be left out.
@@ -273,11 +265,7 @@ def _compare(own: Mapping[str, Any], stated: Mapping[str, Any], report: LoadRepo
 
 
 def check_values(tensor: Tensor, name: str, report: LoadReport) -> None:
-    """Check that a tensor of a file can be a trained weight.
-
-    Raises:
-        InputError: its values are integers, infinite or NaN.
-    """
+    """Raise an InputError where values are quantised, infinite or NaN."""
     if not tensor.is_floating_point() or tensor.element_size() < 2:
         raise InputError(
             f"{report.subject} hold {name} as {tensor.dtype}, as quantised networks do; give the "
@@ -291,10 +279,7 @@ def check_values(tensor: Tensor, name: str, report: LoadReport) -> None:
 
 
 def _drop_tokens(part: dict[str, Tensor], prefix: str, report: LoadReport) -> None:
-    """Leave out tokens beside the patches and their positions, which the encoder has no place for.
-
-    Windows need ``num_prefix_tokens=0``.
-    """
+    """Leave out tokens beside the patches, for which windows have no place, and their positions."""
     table = part.get("pos_embed")
     if table is not None and table.dim() == 3 and num_leading_positions(table.shape[1]):
         part["pos_embed"] = table[:, 1:]

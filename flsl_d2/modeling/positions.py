@@ -33,15 +33,9 @@ def sincos_positions(embed_dim: int, grid_size: int) -> Tensor:
 
 
 def sincos_at(rows: Tensor, columns: Tensor, embed_dim: int) -> Tensor:
-    """Sine-cosine positions of :func:`sincos_positions` at any coordinates.
+    """Sine-cosine positions (..., H, W, D) of :func:`sincos_positions` at any coordinates.
 
-    Args:
-        rows: (..., H) coordinates, in steps of the grid.
-        columns: (..., W) coordinates.
-        embed_dim: width D, a multiple of 4.
-
-    Returns:
-        (..., H, W, D).
+    ``rows`` (..., H) and ``columns`` (..., W) are in steps of the grid.
     """
     quarter = embed_dim // 4
     exponent = torch.arange(quarter, dtype=rows.dtype, device=rows.device) / quarter
@@ -127,14 +121,9 @@ def resample_positions(
 
 
 def _bicubic_by_matrices(square: Tensor, grid: tuple[int, int], offset: float) -> Tensor:
-    """:func:`resample_positions` as two matrix products, for graphs that take images of any size.
+    """:func:`resample_positions` of (1, G, G, D) as two matrix products, for exported graphs.
 
     Where ``F.interpolate`` needs numbers, the sizes may be symbols here.
-
-    Args:
-        square: (1, G, G, D).
-        grid: rows and columns of the result.
-        offset: see :func:`resample_positions`.
     """
     samples = [torch.arange(n, device=square.device, dtype=torch.float32) for n in grid]
     counts = [each[-1] + 1 for each in samples]

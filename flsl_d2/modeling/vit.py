@@ -25,10 +25,7 @@ from flsl_d2.modeling.blocks import Block, KeptImages, draw_kept_images
 from flsl_d2.modeling.encoder import VIT_SIZES
 from flsl_d2.modeling.encoder_state import fit_encoder_state
 from flsl_d2.modeling.pixels import InputFormat, PixelAdapter
-from flsl_d2.modeling.positions import (
-    resample_positions,
-    sincos_positions,
-)
+from flsl_d2.modeling.positions import resample_positions, sincos_positions
 
 # Positions that a pass may add to the patches: those of the table, or none.
 POSITIONS = ("own", "none")
@@ -348,24 +345,14 @@ class FLSLViT(Backbone):
         )
 
     def forward_embedded(self, tokens: Tensor, num_blocks: int | None = None) -> Tensor:
-        """Run the blocks on tokens that are embedded already, of which some may be left out.
+        """Run the blocks on tokens (B, N, D) of :meth:`embed`, of which some may be left out.
 
-        Args:
-            tokens: (B, N, D) of :meth:`embed`. Global attention does not depend on their places.
-            num_blocks: see :meth:`forward_tokens`.
-
-        Returns:
-            (B, N, D).
+        Global attention does not depend on their places.
         """
         return self._run_blocks(tokens[:, None], num_blocks)[:, 0]
 
     def compile_blocks(self, backend: str = "inductor", mode: str = "default") -> None:
-        """Compile the blocks in place; see :meth:`flsl_d2.modeling.blocks.Block.compile_in_place`.
-
-        Args:
-            backend: backend of ``torch.compile``.
-            mode: its mode, for blocks of fixed sizes.
-        """
+        """Compile the blocks in place; see :meth:`.Block.compile_in_place`."""
         for block in self._typed_blocks():
             block.compile_in_place(backend, mode)
 

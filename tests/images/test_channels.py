@@ -10,10 +10,10 @@ from pathlib import Path
 import cv2
 import numpy as np
 import pytest
+from detectron2.utils import logger as detectron2_logger
 from PIL import Image
 
 from flsl_d2.errors import InputError
-from flsl_d2.images import stored_format as stored_format_module
 from flsl_d2.images.reader import (
     channels_format,
     channels_of,
@@ -125,7 +125,7 @@ def test_bits_that_count_become_the_whole_range(bits, channels, suffix, tmp_path
     path = tmp_path / f"a.{suffix}"
     cv2.imwrite(str(path), values[..., ::-1])
     caplog.clear()
-    stored_format_module._say_once.cache_clear()
+    detectron2_logger._LOG_COUNTER.clear()
     for _ in range(2):
         found = read_rgb(str(path))
     np.testing.assert_array_equal(found, np.broadcast_to(values >> (bits - 8), found.shape))
