@@ -17,12 +17,7 @@ T = TypeVar("T")
 
 
 def decided_by_main(function: Callable[[], T]) -> T:
-    """Run a function on the main process alone, and return its result on all.
-
-    Raises:
-        InputError: the function raised it; all processes raise it.
-        TrainingError: likewise.
-    """
+    """Run a function on the main process alone; return its result, or raise its error, on all."""
     is_main = comm.is_main_process()
     result, error = _outcome(function) if is_main else (None, None)
     result, error = comm.all_gather((result, error))[0]
@@ -34,11 +29,8 @@ def decided_by_main(function: Callable[[], T]) -> T:
 def checked_by_all(function: Callable[[], T]) -> T:
     """Run a function on every process; an error of one is raised on all.
 
-    A process that raises an error alone would leave the others waiting for it.
-
-    Raises:
-        InputError: the function raised it on some process; the first process's is raised on all.
-        TrainingError: likewise.
+    A process that raises an error alone would leave the others waiting for it. Of several errors
+    that of the first process is raised.
     """
     result, error = _outcome(function)
     error = next((e for e in comm.all_gather(error) if e is not None), None)
@@ -73,16 +65,7 @@ class SlowAgreement:
 
 
 def check_equal(value: str, what: str, remedy: str) -> None:
-    """Check that all processes have the same value.
-
-    Args:
-        value: the value of this process.
-        what: name of the value, the beginning of the message.
-        remedy: what to do, its end.
-
-    Raises:
-        InputError: values differ; raised on all processes.
-    """
+    """Raise an InputError on all processes, ``what`` ... ``remedy``, where their values differ."""
     all_values = comm.all_gather((platform.node(), value))
     for rank, (machine, other) in enumerate(all_values):
         first_machine, first = all_values[0]

@@ -58,11 +58,7 @@ def read_labels(
 
 
 def indexed_pixels(path: str) -> tuple[np.ndarray, bool]:
-    """Read numbers (H, W) of an image file, and whether it has a palette; see :func:`read_labels`.
-
-    Raises:
-        InputError: the file cannot be read, or its pixels are colours.
-    """
+    """Read numbers (H, W) as :func:`read_labels` does, and whether the file has a palette."""
     local = PathManager.get_local_path(path)
     try:
         with decoder_errors(local), open_regular(local) as file:
@@ -103,20 +99,11 @@ def _one_channel(pixels: np.ndarray, image: Image.Image, path: str) -> np.ndarra
 
 
 def check_label_images(name: str) -> int:
-    """Check that pictures and label images are there, and that labels are in range.
+    """Check that pictures and label images are there and labels in range; return the class count.
 
     The first label images are read, because images that were not prepared have other numbers, which
-    would train wrong classes without an error.
-
-    Args:
-        name: registered data set whose metadata has ``stuff_classes``, and for Detectron2's own
-            ones ``image_root`` and ``sem_seg_root``.
-
-    Returns:
-        The number of classes.
-
-    Raises:
-        InputError: a folder, picture or label image is missing or wrong.
+    would train wrong classes without an error. The metadata of the data set have ``stuff_classes``,
+    and for Detectron2's own ones ``image_root`` and ``sem_seg_root``.
     """
     metadata = MetadataCatalog.get(name)
     for key in ("image_root", "sem_seg_root"):

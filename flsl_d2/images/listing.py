@@ -114,11 +114,7 @@ def named_like_an_image(place: str, names: Sequence[str]) -> list[str]:
 
 
 def find_images(root: str | Path) -> list[str]:
-    """List the files of :func:`search_images`; a warning counts those that are left out.
-
-    Raises:
-        InputError: there is no such folder, list or match, or no image in it.
-    """
+    """List the files of :func:`search_images`; a warning counts those that are left out."""
     found = search_images(root)
     if left_out := found.left_out():
         logger.warning("%s: %d images; %s.", root, len(found.files), left_out)
@@ -259,16 +255,9 @@ def _is_hidden(path: str) -> bool:
 
 
 def image_files(root: str = "", name: str = "") -> list[str]:
-    """Files of the data set: of the registered ``name`` where given, else of ``root``.
-
-    Args:
-        root: folder, pattern or text file; see :func:`search_images`.
-        name: name of a registered data set.
+    """Files of the registered data set ``name`` where given, else of :func:`search_images`.
 
     Labels of a registered data set are not looked at, and need not be there.
-
-    Raises:
-        InputError: there are no images, or the data set cannot be used.
     """
     if not name:
         return find_images(root)

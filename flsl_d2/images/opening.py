@@ -38,11 +38,8 @@ TURNED = range(5, 9)  # orientations with rows and columns exchanged
 
 @functools.cache
 def _quiet_pillow() -> None:
-    """Ignore Pillow's warnings of files that are odd and still readable, from the first one on.
-
-    The filter is set once and not around each call, because entering catch_warnings makes Python
-    forget which warnings it has shown already.
-    """
+    """Ignore Pillow's warnings of files that are odd and still readable, from the first one on."""
+    # Once and not around each call: catch_warnings makes Python forget which it has shown.
     warnings.filterwarnings("ignore", module=r"PIL\.")
 
 
@@ -99,11 +96,7 @@ def holds_image(path: str) -> bool:
 
 
 def read_bytes(path: str, max_pixels: int) -> bytes:
-    """Read a whole image file.
-
-    Raises:
-        OSError: it is no regular file, or larger than an image of ``max_pixels`` can be.
-    """
+    """Read a whole image file; one larger than ``max_pixels`` can be is an OSError."""
     with open_regular(path) as file:
         size = os.fstat(file.fileno()).st_size
         if size > 8 * max_pixels + 2**20:  # 16-bit RGBA without compression

@@ -63,11 +63,7 @@ def stored_bits(files: Sequence[str]) -> int:
 
 
 def channel_statistics(files: Sequence[str], channels: int) -> tuple[list[float], list[float]]:
-    """Mean and standard deviation of each channel over some images, spread evenly.
-
-    Raises:
-        InputError: an image cannot be read, or has another number of channels.
-    """
+    """Mean and standard deviation of each channel over some images, spread evenly."""
     sums = np.zeros((3, channels))
     for file in _spread(files, _STATISTICS_IMAGES):
         try:

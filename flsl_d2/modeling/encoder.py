@@ -39,9 +39,7 @@ class Encoder(Protocol):
     def forward_tokens(self, images: Tensor) -> Tensor:
         """Encode images (B, C, H, W) to tokens (B, N, D), row-major.
 
-        Args:
-            images: images of ``input_format``, normalised with its mean and standard deviation,
-                whose sides are multiples of ``patch_size``.
+        Images are normalised as ``input_format`` says; sides are multiples of ``patch_size``.
         """
         ...
 

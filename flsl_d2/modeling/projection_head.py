@@ -44,12 +44,7 @@ class WeightNormLinear(nn.Module):
 class FLSLHead(nn.Module):
     """Projection g: MLP D -> hidden -> hidden -> bottleneck with GELU, L2 norm, K centroids.
 
-    Args:
-        in_dim: D.
-        num_centroids: K.
-        hidden_dim: width of the hidden layers.
-        bottleneck_dim: width of the space in which the centroids live.
-        learn_scale: see :class:`WeightNormLinear`.
+    ``bottleneck_dim`` is the width of the space in which the centroids live.
     """
 
     def __init__(

@@ -115,13 +115,9 @@ class TimmBackbone(Backbone):
         return super().train(mode and not self.frozen)
 
     def layer_factors(self, decay_rate: float) -> dict[str, float]:
-        """Learning rate factor of each weight by depth, as timm groups the model's layers.
+        """Learning rate factor of each weight by its name, as timm groups the model's layers.
 
-        Args:
-            decay_rate: factor from one layer to the one before it (BEiT, arXiv 2106.08254).
-
-        Returns:
-            Factor by the weight's name in this module; 1 for the last layer.
+        It is 1 for the last layer; ``decay_rate`` leads to the one before (BEiT, arXiv 2106.08254).
         """
         matcher = self.model.group_matcher(coarse=False)
         layers = timm.models.group_parameters(self.model, matcher, reverse=True)
@@ -148,14 +144,7 @@ class TimmBackbone(Backbone):
         return {"size_divisibility": max(self._out_feature_strides.values())}
 
     def forward(self, images: Tensor) -> dict[str, Tensor]:
-        """Encode images.
-
-        Args:
-            images: (B, 3, H, W), normalised with ``pixel_mean`` and ``pixel_std``.
-
-        Returns:
-            Map (B, C, H / stride, W / stride) of each output.
-        """
+        """Images (B, 3, H, W) to the map (B, C, H / stride, W / stride) of each output."""
         return dict(zip(self._out_features, self._maps(images), strict=True))
 
     def forward_tokens(self, images: Tensor) -> Tensor:
@@ -217,12 +206,6 @@ def parse_timm_name(text: str) -> tuple[str, dict[str, Any]]:
     """Split ``timm:NAME?key=value&key=value`` into the name and the arguments.
 
     Values are Python literals (``img_size=224``), ``true`` and ``false``, or text.
-
-    Returns:
-        timm's name, and arguments of :class:`TimmBackbone`.
-
-    Raises:
-        InputError: a part without ``=``.
     """
     name, _, options = text.removeprefix(TIMM_PREFIX).partition("?")
     arguments: dict[str, Any] = {}
@@ -307,11 +290,7 @@ def _create(name: str, pretrained: bool, model_args: dict[str, Any]) -> nn.Modul
 
 
 def _check_network(name: str) -> None:
-    """Ask once for the Hugging Face Hub, which timm and its library ask for most of a minute.
-
-    Raises:
-        InputError: there is no answer, and the weights are not in this machine's cache.
-    """
+    """Ask once for the Hugging Face Hub, which timm and its library ask for most of a minute."""
     config = timm.get_pretrained_cfg(name) if timm.is_model(name.split(".")[0]) else None
     repository = config.hf_hub_id if config else re.sub("^hf[-_]hub:", "", name)
     if not repository or name.startswith("local-dir:"):

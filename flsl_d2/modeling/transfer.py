@@ -17,12 +17,7 @@ def needs_pinning(device: torch.device) -> bool:
 
 
 def to_device(data: Tensor | np.ndarray, device: torch.device) -> Tensor:
-    """Copy data to a device behind the work it has been given, without waiting for that work.
-
-    Args:
-        data: tensor or array; it is pinned first where it is not yet.
-        device: where to.
-    """
+    """Copy data to a device behind the work it has been given, without waiting for that work."""
     tensor = torch.from_numpy(data) if isinstance(data, np.ndarray) else data
     if needs_pinning(device) and tensor.device.type == "cpu" and not tensor.is_pinned():
         tensor = tensor.pin_memory()
