@@ -46,9 +46,6 @@ class ADCLR(BaseMethod):
     One head serves both. There are no other local views, which the original has.
 
     Args:
-        backbone: encoder of the student.
-        head: projection head of the student.
-        query_weight: weight of the query term.
         student_temp: tau_s.
         center_momentum: momentum of the running means.
     """
@@ -122,7 +119,6 @@ def encode_with_queries(backbone: FLSLViT, views: Tensor, crops: Tensor) -> tupl
     """Encode views with query tokens that attend to the view's tokens and to themselves.
 
     Args:
-        backbone: a plain ViT.
         views: (V * B, 3, S, S), normalised.
         crops: (B, Q, 3, P, P), normalised crops of the size of a patch.
 

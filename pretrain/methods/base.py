@@ -31,7 +31,6 @@ class Networks(nn.Module):
     """An encoder and the modules that are trained with it, as student or teacher.
 
     Args:
-        backbone: the encoder.
         head: module behind the encoder; None for a method without one.
     """
 
@@ -103,7 +102,6 @@ class BaseMethod(nn.Module):
         """Check that views and batch fit the method, before the run starts.
 
         Args:
-            views: object that cuts the views.
             images: number of images that a process works off at a time.
 
         Raises:
@@ -234,7 +232,6 @@ def encode_views(
     """Encode views of several sizes, in one pass where the encoder can pack them.
 
     Args:
-        backbone: the encoder.
         views: normalised images (B, 3, S, S); views of the same size follow each other.
         apart: whether batch norm in the encoder sees each view by itself; otherwise it sees those
             of one size that follow each other together.

@@ -31,7 +31,6 @@ class PatchTokens(nn.Module):
 
     Args:
         num_codes: K.
-        width: number of values of a patch.
     """
 
     def __init__(self, num_codes: int, width: int) -> None:
@@ -86,7 +85,6 @@ class BEiT(BaseMethod):
     sphere. That encoder is frozen. Its weights stay in their file and are in no checkpoint.
 
     Args:
-        backbone: the encoder.
         num_codes: K.
         mask_share: share of the tokens that is masked, in rectangles.
         tokenizer: file or URL of an encoder's weights, or ``timm:NAME``; empty for pixels.

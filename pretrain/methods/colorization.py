@@ -30,9 +30,6 @@ class Colorization(BaseMethod):
 
     The original predicts a quarter of the resolution, spreads a colour over near bins and gives
     rare colours more weight; here a patch has one bin and all have the same weight.
-
-    Args:
-        backbone: the encoder.
     """
 
     def __init__(self, backbone: FLSLViT) -> None:

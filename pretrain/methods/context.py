@@ -29,10 +29,6 @@ class Context(TileMethod):
 
     The original drops two colour channels of each tile against chromatic aberration, which this
     one does not.
-
-    Args:
-        backbone: the encoder.
-        hidden_dim: width of the head's hidden layer.
     """
 
     def __init__(self, backbone: FLSLViT, hidden_dim: int = 4096) -> None:

@@ -71,8 +71,6 @@ class DenseCL(BaseMethod):
     A convolution of 1 x 1 is a linear layer on tokens.
 
     Args:
-        backbone: encoder of the student.
-        hidden_dim: width of the heads' hidden layer.
         output_dim: F.
         queue_length: L.
         temperature: tau.

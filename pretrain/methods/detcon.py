@@ -40,9 +40,6 @@ class DetCon(BaseMethod):
     Batch norm sees each view by itself. The loss is lightly's.
 
     Args:
-        backbone: encoder of the student.
-        hidden_dim: width of the heads' hidden layer.
-        output_dim: width of the outputs.
         num_segments: M.
         temperature: tau.
     """

@@ -75,8 +75,6 @@ class DINO(BaseMethod):
     are in the schedules.
 
     Args:
-        backbone: encoder of the student.
-        head: projection head of the student.
         student_temp: tau_s.
         center_momentum: momentum of the running mean c.
     """
@@ -116,7 +114,6 @@ def assignments(logits: Tensor, temperature: float) -> Monitored:
 
     Args:
         logits: (..., K) of the teacher.
-        temperature: temperature of their softmax.
 
     Returns:
         ``assigned`` and ``mean_assignment`` of :class:`pretrain.methods.protocol.Method`.

@@ -35,14 +35,10 @@ class DropPos(BaseMethod):
     authors' code (github.com/Haochen-Wang409/DropPos), A weighs tokens and not places.
 
     Args:
-        backbone: the encoder.
         mask_share: share of the patches that the encoder does not see.
         drop_share: share of the visible patches whose position is dropped.
         smoothing: sigma at the start, in tokens.
         attention_temp: tau; 0 for the same weight everywhere.
-        decoder_dim: width of the decoder.
-        decoder_depth: number of blocks of the decoder.
-        decoder_heads: number of attention heads of the decoder.
     """
 
     masks_tokens = True

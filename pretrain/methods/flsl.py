@@ -32,7 +32,6 @@ class EncoderWithHead(nn.Module):
     """An encoder with its projection head, as student or teacher.
 
     Args:
-        backbone: the encoder.
         head: the head, which maps modes to centroids.
     """
 
@@ -59,8 +58,6 @@ class FLSL(BaseMethod):
 
     Args:
         backbone: encoder of the student; the teacher is a copy without stochastic depth.
-        head: projection head of the student.
-        loss: the objective.
         previous_stage: teacher of an earlier run, whose attention is mixed into the teacher's;
             None for training in one stage.
         pack_views: whether student views of all sizes are encoded in one pass; see
@@ -156,7 +153,6 @@ class FLSL(BaseMethod):
         Args:
             inputs: the views; student views of the same size that follow each other are encoded
                 together.
-            values: the scheduled values of the step.
 
         Returns:
             The losses of :class:`FLSLLoss`, and what is monitored.

@@ -38,7 +38,6 @@ class IBOT(BaseMethod):
     not. Each global view is masked with a probability of a half, in rectangles.
 
     Args:
-        backbone: encoder of the student.
         head: projection head of the student, for global outputs and patches.
         student_temp: tau_s.
         center_momentum: momentum of the running means.

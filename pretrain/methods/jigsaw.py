@@ -25,9 +25,6 @@ class TileMethod(BaseMethod):
 
     Each tile lies at a random place in its cell, so that edges of neighbours do not continue each
     other. Its side is the largest multiple of the patch that fits into a cell.
-
-    Args:
-        student: the encoder and a head.
     """
 
     def check_run(self, views: object, images: int) -> None:
@@ -69,9 +66,7 @@ class Jigsaw(TileMethod):
             loss -= log_softmax(head(z))[r[b]] / B
 
     Args:
-        backbone: the encoder.
         num_permutations: R.
-        hidden_dim: width of the head's hidden layer.
     """
 
     def __init__(

@@ -23,12 +23,8 @@ class MAE(BaseMethod):
     the masked patches, each patch normalised by its own mean and variance.
 
     Args:
-        backbone: the encoder.
         mask_share: share of the tokens that is masked.
         normalise_pixels: whether a patch's pixels are normalised by its own mean and variance.
-        decoder_dim: width of the decoder.
-        decoder_depth: number of blocks of the decoder.
-        decoder_heads: number of attention heads of the decoder.
     """
 
     masks_tokens = True

@@ -29,7 +29,6 @@ class MaskFeat(BaseMethod):
     patch.
 
     Args:
-        backbone: the encoder.
         mask_share: share of the tokens that is masked, in rectangles.
         num_orientations: number of bins of a histogram.
         cell_size: side of a cell in pixels; divides the patch.

@@ -26,12 +26,7 @@ from pretrain.methods.base import Networks
 
 
 class MaskedNetworks(Networks):
-    """Networks whose encoder takes masked patches, each replaced by one learned token.
-
-    Args:
-        backbone: the encoder.
-        head: module behind the encoder.
-    """
+    """Networks whose encoder takes masked patches, each replaced by one learned token."""
 
     def __init__(self, backbone: FLSLViT, head: nn.Module | None = None) -> None:
         super().__init__(backbone, head)
@@ -60,10 +55,7 @@ class TokenDecoder(nn.Module):
 
     Args:
         in_dim: width of the encoder.
-        num_outputs: number of outputs for each token.
         dim: width; a multiple of 4 and of ``num_heads``.
-        depth: number of blocks.
-        num_heads: number of attention heads.
     """
 
     def __init__(
@@ -168,10 +160,8 @@ def random_split(
     """Split the tokens of each image at random.
 
     Args:
-        num_images: B.
         num_tokens: N.
         share: share of the tokens in the second part.
-        device: device of the results.
 
     Returns:
         Indexes (B, N - M) and (B, M); each part has at least one token.

@@ -36,8 +36,6 @@ class MoCoV3(BaseMethod):
     last one of each head has no weights.
 
     Args:
-        backbone: encoder of the student.
-        hidden_dim: width of the heads' hidden layers.
         output_dim: F.
         temperature: tau.
         freeze_patches: whether the projection of patches keeps its random start, for stability.

@@ -44,9 +44,6 @@ class NaViT(FLSL):
     grid; the original's are factorised and learned.
 
     Args:
-        backbone: encoder of the student.
-        head: projection head of the student.
-        loss: the objective.
         pack_tokens: largest number of tokens that are encoded in one pass.
         global_window: number of tokens along each side of a pooling window in the global view.
         local_window: the same in local views.
@@ -135,7 +132,6 @@ def encode_packed(networks: EncoderWithHead, images: Sequence[Tensor], budget: i
     """Encode images of any sizes in passes of at most ``budget`` tokens.
 
     Args:
-        networks: the encoder.
         images: (3, H, W), normalised; the sides are multiples of the patch.
         budget: largest number of tokens of a pass; each image has at most as many.
 
@@ -171,7 +167,6 @@ def pooled_indexes(rng: np.random.Generator, grid: np.ndarray, window: int) -> T
     never larger than the grid.
 
     Args:
-        rng: source of randomness.
         grid: (2,), rows and columns of tokens.
         window: number of tokens along each side of a window.
 

@@ -84,7 +84,6 @@ class VarianceBound(nn.Module):
         num_centroids: K.
         position_share: largest share of place, above 0; 1 for no bound.
         image_share: largest share of the image, above 0; 1 for no bound.
-        momentum: momentum of the running averages.
     """
 
     def __init__(

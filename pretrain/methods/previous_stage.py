@@ -22,7 +22,6 @@ class PreviousStage:
     processes, nor written into this run's checkpoints: they are in the file they came from.
 
     Args:
-        encoder: the earlier teacher.
         num_blocks: number of blocks after which its features are taken, without the final norm;
             None is all blocks but the last.
         scale: s_prev times sqrt(D).
@@ -89,9 +88,6 @@ def load_previous_stage(
     Args:
         weights: path of a file that :func:`flsl_d2.weights.build_encoder` reads, most often the
             ``teacher_backbone.pth`` of the earlier run; empty for training in one stage.
-        num_blocks: see :class:`PreviousStage`.
-        scale: see :class:`PreviousStage`.
-        sharpness: see :class:`PreviousStage`.
     """
     if not weights:
         return None

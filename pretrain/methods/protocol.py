@@ -42,7 +42,6 @@ class Method(Protocol):
         """Check that views and batch fit the method, before the run starts.
 
         Args:
-            views: object that cuts the views.
             images: number of images that a process works off at a time.
 
         Raises:
@@ -52,10 +51,6 @@ class Method(Protocol):
 
     def __call__(self, inputs: StepInputs, values: StepValues) -> tuple[Losses, Monitored]:
         """Compute the losses of a step.
-
-        Args:
-            inputs: the views.
-            values: the scheduled values of the step.
 
         Returns:
             The losses: ``loss`` is what is minimised, other names (``loss_...``) are its terms,

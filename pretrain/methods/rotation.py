@@ -23,9 +23,6 @@ class Rotation(BaseMethod):
         for b in range(B):
             for turns in range(4):
                 loss -= log_softmax(head(f(rotate(x[b], 90 * turns))))[turns] / (4 * B)
-
-    Args:
-        backbone: the encoder.
     """
 
     def __init__(self, backbone: FLSLViT) -> None:

@@ -82,12 +82,8 @@ class SelfPatch(BaseMethod):
     grid is a torus: a border's neighbours lie at the opposite border.
 
     Args:
-        backbone: encoder of the student.
-        head: projection head of global outputs.
-        patch_head: projection head of patches.
         num_neighbours: k.
         aggregation_depth: number of attention blocks of h.
-        patch_weight: weight of the patches' term.
         student_temp: tau_s.
         center_momentum: momentum of the running means.
     """

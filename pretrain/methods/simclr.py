@@ -50,9 +50,6 @@ class SimCLR(TwoViewMethod):
     follows both layers of the head, behind the last one without a bias.
 
     Args:
-        backbone: the encoder.
-        hidden_dim: width of the head's hidden layer.
-        output_dim: width of the outputs.
         temperature: tau.
     """
 

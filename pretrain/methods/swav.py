@@ -40,9 +40,7 @@ class SwAV(BaseMethod):
     small batches.
 
     Args:
-        backbone: the encoder.
         num_prototypes: K.
-        hidden_dim: width of the head's hidden layer.
         output_dim: F.
         temperature: tau.
         epsilon: temperature of the assignments.

@@ -31,13 +31,7 @@ from pretrain.schedules import StepValues
 
 
 class VICRegLoss(nn.Module):
-    """The weighted sum of the terms of VICReg.
-
-    Args:
-        invariance_weight: weight of the invariance.
-        variance_weight: weight of the variance.
-        covariance_weight: weight of the covariance.
-    """
+    """The weighted sum of the terms of VICReg."""
 
     def __init__(
         self,
@@ -80,12 +74,7 @@ class VICReg(TwoViewMethod):
     The batch is that of all processes; batch norm sees each view by itself.
 
     Args:
-        backbone: the encoder.
-        hidden_dim: width of the expander's hidden layers.
         output_dim: F.
-        invariance_weight: weight of the invariance.
-        variance_weight: weight of the variance.
-        covariance_weight: weight of the covariance.
     """
 
     views_apart = True
@@ -124,10 +113,6 @@ class VICRegL(BaseMethod):
     the authors have pixels.
 
     Args:
-        backbone: the encoder.
-        hidden_dim: width of the global expander's hidden layers.
-        output_dim: width of the global outputs.
-        local_dim: width of the local expander.
         alpha: weight of the global term.
         num_matches: number M of matches by place from the first to the second view, and back.
         all_by_feature: whether all tokens are matched by feature; otherwise M, as by place.

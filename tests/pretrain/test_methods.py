@@ -140,13 +140,30 @@ def test_the_last_layer_is_frozen_at_first(name):
     assert not list(method.frozen_parameters(replace(VALUES, last_layer_frozen=False)))
 
 
-def test_views_that_do_not_fit_are_refused(images):
-    with pytest.raises(InputError, match="num_global is 1, and DINO compares 2"):
-        build(tiny_config("dino", "views.num_global=1"), images)
-    cfg = tiny_config("dino")
-    cfg.views = tiny_config("flsl_resnet50").views
-    with pytest.raises(InputError, match="DINO takes the views of MultiCropViews"):
-        build(cfg, images)
+@pytest.mark.parametrize(
+    ("name", "option", "views", "images", "message"),
+    [
+        ("dino", "views.num_global=1", "", 4, "num_global is 1, and DINO compares 2"),
+        ("dino", "", "flsl_resnet50", 4, "DINO takes the views of MultiCropViews"),
+        ("simclr", "", "", 1, "works off 1 image"),
+        ("densecl", "model.queue_length=3", "", 4, "queue_length is 3, less than the 4 images"),
+        (
+            "droppos",
+            "model.backbone.img_size=32",
+            "",
+            4,
+            "global_size is 16, 16 tokens, and DropPos",
+        ),
+        ("detcon", "", "dino", 4, r"views\.segments is 'none'"),
+        ("adclr", "", "dino", 4, "query crops have the size of a patch"),
+        ("navit", "model.pack_tokens=15", "", 4, "pack_tokens is 15, less than the 16 tokens"),
+    ],
+)
+def test_views_and_batches_that_do_not_fit_are_refused(name, option, views, images, message):
+    cfg = tiny_config(name, *filter(None, [option]))
+    cut = instantiate(tiny_config(views).views if views else cfg.views)
+    with pytest.raises(InputError, match=message):
+        instantiate(cfg.model).check_run(cut, images)
 
 
 def test_masked_tokens_on_a_cnn_are_refused():
@@ -181,12 +198,6 @@ def test_a_key_that_refers_to_none_is_named():
     cfg.model.backbone = {"name": "resnet18"}
     with pytest.raises(InputError, match=r"views\.patch_size refers to .*; set views\.patch_size"):
         flat_config(cfg)
-
-
-def test_a_batch_without_other_images_is_refused():
-    cfg = tiny_config("simclr")
-    with pytest.raises(InputError, match="works off 1 image"):
-        instantiate(cfg.model).check_run(instantiate(cfg.views), 1)
 
 
 def test_a_package_that_is_missing_is_named():
