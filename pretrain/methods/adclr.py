@@ -118,13 +118,8 @@ class ADCLR(BaseMethod):
 def encode_with_queries(backbone: FLSLViT, views: Tensor, crops: Tensor) -> tuple[Tensor, Tensor]:
     """Encode views with query tokens that attend to the view's tokens and to themselves.
 
-    Args:
-        views: (V * B, 3, S, S), normalised.
-        crops: (B, Q, 3, P, P), normalised crops of the size of a patch.
-
-    Returns:
-        The views' tokens (V * B, N, D), which are those without queries, and the queries'
-        (V * B, Q, D).
+    Views (V * B, 3, S, S) and crops (B, Q, 3, P, P) of the size of a patch are normalised. The
+    views' tokens (V * B, N, D) are those without queries; the queries' are (V * B, Q, D).
     """
     patches = backbone.embed(views).flatten(1, 2)
     queries = backbone.embed(crops.flatten(0, 1), "none").view(*crops.shape[:2], -1)

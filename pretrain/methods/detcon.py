@@ -105,13 +105,8 @@ class DetCon(BaseMethod):
 def segment_means(tokens: Tensor, drawn: Tensor, labels: Tensor) -> Tensor:
     """Mean of the tokens of segments.
 
-    Args:
-        tokens: (B, N, D).
-        drawn: (B, M), labels of the segments.
-        labels: (B, N), label of each token.
-
-    Returns:
-        (B, M, D); each segment has a token.
+    Tokens are (B, N, D), ``drawn`` (B, M) the segments' labels and ``labels`` (B, N) each token's;
+    the means are (B, M, D). Each segment has a token.
     """
     inside = (drawn[:, :, None] == labels[:, None, :]).to(tokens.dtype)
     return inside @ tokens / inside.sum(dim=-1, keepdim=True)

@@ -112,11 +112,8 @@ class DINO(BaseMethod):
 def assignments(logits: Tensor, temperature: float) -> Monitored:
     """Summarise assignments for the indicators of collapse.
 
-    Args:
-        logits: (..., K) of the teacher.
-
-    Returns:
-        ``assigned`` and ``mean_assignment`` of :class:`pretrain.methods.protocol.Method`.
+    Logits are the teacher's (..., K); the values are ``assigned`` and ``mean_assignment`` of
+    :class:`pretrain.methods.protocol.Method`.
     """
     logits = logits.float().flatten(0, -2)
     labels = logits.argmax(dim=-1)

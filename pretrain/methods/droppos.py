@@ -113,13 +113,8 @@ class DropPos(BaseMethod):
 def smoothed_places(places: Tensor, num_places: int, sigma: float) -> Tensor:
     """Distribution over places around each place, ``exp(-distance ** 2 / sigma ** 2)`` normalised.
 
-    Args:
-        places: (B, M) int64, indexes in a square grid.
-        num_places: N, number of places of the grid.
-        sigma: width in steps of the grid; 0 gives all weight to the place itself.
-
-    Returns:
-        (B, M, N) float32.
+    Places (B, M) are indexes in a square grid of N, and targets (B, M, N) float32. ``sigma`` is in
+    steps of the grid; 0 gives all weight to the place itself.
     """
     if sigma <= 0:
         return F.one_hot(places, num_places).float()

@@ -23,11 +23,8 @@ def query_indexes(mask: Tensor) -> Tensor:
     Selecting by a mask would make the GPU wait, because the size of the result depends on values;
     so the indexes are computed on the CPU, where the mask comes from.
 
-    Args:
-        mask: (B, N) bool, True = query; every image has the same number of queries.
-
-    Returns:
-        (B, Q) int64, ascending.
+    The mask (B, N) is True at a query; every image has the same number Q of them. The indexes
+    (B, Q) are ascending.
     """
     return mask.nonzero()[:, 1].view(len(mask), -1)
 
@@ -37,9 +34,7 @@ def intra_view_loss(queries: Tensor, modes: Tensor) -> Tensor:
 
     The gradient flows through both.
 
-    Args:
-        queries: (Q, D).
-        modes: (Q, D), the modes of the queries in the same view.
+    Both are (Q, D); the modes are those of the queries in the same view.
     """
     return 2 - 2 * F.cosine_similarity(queries.float(), modes.float(), dim=-1, eps=1e-12).mean()
 

@@ -34,14 +34,9 @@ class MaskedNetworks(Networks):
         nn.init.trunc_normal_(self.mask_token, std=0.02)
 
     def masked_tokens(self, images: Tensor, mask: Tensor) -> Tensor:
-        """Encode images of which patches are masked; these keep their positions.
+        """Encode normalised images (B, 3, H, W) to (B, N, D); masked patches keep their positions.
 
-        Args:
-            images: (B, 3, H, W), normalised.
-            mask: (B, rows, columns) bool, True = masked.
-
-        Returns:
-            (B, N, D).
+        The mask (B, rows, columns) is True where a patch is masked.
         """
         patches = self.backbone.embed(images, "none")
         # A gradient reaches the token even where nothing is masked, which several processes need.

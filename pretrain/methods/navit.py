@@ -131,12 +131,8 @@ class NaViT(FLSL):
 def encode_packed(networks: EncoderWithHead, images: Sequence[Tensor], budget: int) -> list[Tensor]:
     """Encode images of any sizes in passes of at most ``budget`` tokens.
 
-    Args:
-        images: (3, H, W), normalised; the sides are multiples of the patch.
-        budget: largest number of tokens of a pass; each image has at most as many.
-
-    Returns:
-        Tokens (N, D) of each image, row-major.
+    Images (3, H, W) are normalised, and their sides are multiples of the patch. A pass has at most
+    ``budget`` tokens, and so has each image. Each image's tokens (N, D) are row-major.
     """
     patch = networks.backbone.patch_size
     packs: list[list[int]] = []
@@ -166,12 +162,8 @@ def pooled_indexes(rng: np.random.Generator, grid: np.ndarray, window: int) -> T
     Windows that do not fill the grid leave a strip, on a random side along each axis; a window is
     never larger than the grid.
 
-    Args:
-        grid: (2,), rows and columns of tokens.
-        window: number of tokens along each side of a window.
-
-    Returns:
-        (Q,) int64, indexes of tokens.
+    ``grid`` is rows and columns of tokens, ``window`` a window's side in tokens; the indexes are
+    (Q,) int64.
     """
     rows, columns = grid.tolist()
     high, wide = min(window, rows), min(window, columns)

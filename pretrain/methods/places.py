@@ -22,12 +22,8 @@ def token_centres(num_tokens: int, boxes: Tensor) -> Tensor:
     width and ``(floor(n / G) + 1/2) / G`` of its height; the view's box takes that into the
     teacher's view.
 
-    Args:
-        num_tokens: number N of tokens of the view, G * G.
-        boxes: (B, 4), ``regions`` of :class:`pretrain.methods.protocol.StepInputs`.
-
-    Returns:
-        (B, N, 2): x and y as shares.
+    Boxes (B, 4) are ``regions`` of :class:`pretrain.methods.protocol.StepInputs`; the centres
+    (B, N, 2) are x and y as shares.
     """
     side = math.isqrt(num_tokens)
     indexes = torch.arange(num_tokens, device=boxes.device)
@@ -40,13 +36,8 @@ def token_centres(num_tokens: int, boxes: Tensor) -> Tensor:
 def tokens_at(tokens: Tensor, xy: Tensor) -> Tensor:
     """Tokens at any places, interpolated bilinearly between the centres of their patches.
 
-    Args:
-        tokens: (B, N, D), row-major.
-        xy: (B, Q, 2), x and y as shares of the view. Places outside the outermost centres get the
-            value at the border.
-
-    Returns:
-        (B, Q, D) float32.
+    Tokens (B, N, D) are row-major, and ``xy`` (B, Q, 2) are x and y as shares of the view; the
+    result (B, Q, D) is float32. Places outside the outermost centres get the value at the border.
     """
     side = math.isqrt(tokens.shape[1])
     grid = tokens.float().transpose(1, 2).unflatten(2, (side, side))

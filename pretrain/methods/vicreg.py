@@ -181,12 +181,8 @@ def _mean(terms: Sequence[Tensor]) -> Tensor:
 def nearest_pairs(distances: Tensor, limit: int | None) -> tuple[Tensor, Tensor]:
     """Match each token of one view with the nearest of another, and keep the nearest pairs.
 
-    Args:
-        distances: (B, N, N') between the tokens of both views.
-        limit: number M of pairs; None for all N.
-
-    Returns:
-        Indexes (B, M) in the first view, ascending, and (B, M) in the second.
+    Distances are (B, N, N'); ``limit`` is the number M of pairs, None for all N. The indexes
+    (B, M) in the first view are ascending.
     """
     smallest, nearest = distances.min(dim=-1)
     count = distances.shape[1] if limit is None else limit

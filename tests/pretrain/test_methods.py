@@ -95,7 +95,8 @@ def test_method(name, images, tmp_path):
     torch.testing.assert_close(loaded.forward_tokens(pictures), expected)
 
 
-@pytest.mark.parametrize("name", sorted(RECIPES.keys() - {"densecl_resnet50"}))
+# One method with a ResNet is enough.
+@pytest.mark.parametrize("name", sorted(RECIPES.keys() - {"densecl_resnet50", "simclr_resnet50"}))
 def test_losses_keep_full_precision_beside_an_encoder_in_bf16(name, images):
     losses: list[torch.Tensor] = []
     for dtype in (None, torch.bfloat16):
