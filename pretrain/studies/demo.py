@@ -92,6 +92,7 @@ def run_demo(
         *("--train", "flsl_scenes_train", "--val", "flsl_scenes_val", "--max-images", "100"),
         *("--measures", "knn_segmentation", "--short-side", str(IMAGE_SIZE[0]), "--device", "cpu"),
         *("--frozen-detection", DETECTION_CONFIG, f"train.max_iter={detection_iters}"),
+        "dataloader.train.total_batch_size=4",
         *("--num-gpus", str(processes), "--output", str(folder)),
     ]
     _show("flsl_d2.studies.compare", command)
@@ -106,7 +107,7 @@ def run_demo(
             section("The encoder in this package on a photograph", {"": picture}, 1150),
             section(
                 "What the pre-trained encoder groups in scenes",
-                {"cluster of the marked token, and all clusters": clusters, "pre-training": curves},
+                {"mode and clusters": clusters, "pre-training": curves},
                 1150,
             ),
         ],
@@ -183,9 +184,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     add_defaults(
         parser,
         ("--train-scenes", 600, "scenes to train on"),
-        ("--val-scenes", 100, "scenes to evaluate on"),
-        ("--pretrain-iters", 200, "steps of pre-training"),
-        ("--detection-iters", 100, "steps of each detector"),
+        ("--val-scenes", 50, "scenes to evaluate on"),
+        ("--pretrain-iters", 140, "steps of pre-training"),
+        ("--detection-iters", 90, "steps of each detector"),
     )
     args = parser.parse_args(arguments)
     sizes = (args.train_scenes, args.val_scenes, args.pretrain_iters, args.detection_iters)
