@@ -22,7 +22,6 @@ from flsl_d2.errors import InputError, TrainingError
 from flsl_d2.weights.checkpointer import SafeCheckpointer
 from pretrain import step_numbers
 from pretrain.batch_norm import synchronise_batch_norm
-from pretrain.run import _bad_numbers
 
 
 def own_folder(folder: Path) -> Path:
@@ -38,16 +37,11 @@ def check_bad_numbers_have_one_writer(folder: Path) -> None:
         Path(path).write_text(text)
 
     step_numbers.write_text = count
-    cfg = OmegaConf.create(
-        {
-            "train": {"seed": 0, "output_dir": str(folder)},
-            "dataloader": {"total_batch_size": 4},
-        }
-    )
     terms = [{"loss": 1.0}, {"loss": float("nan")}]
     error = step_numbers.BadNumbersError(7, terms, [(1, "loss")])
+    files = [f"{i}.jpg" for i in range(9)]
     raised = agreement.decided_by_main(
-        lambda: _bad_numbers(error, cfg, [f"{i}.jpg" for i in range(9)])
+        lambda: step_numbers.write_bad_numbers(error, files, 4, 0, str(folder))
     )
     assert isinstance(raised, TrainingError)
     assert len(set(comm.all_gather(str(raised)))) == 1
