@@ -82,8 +82,7 @@ def blur_radius(sigma: float) -> int:
 def apply_augmentation(image: np.ndarray, augmentation: Augmentation) -> np.ndarray:
     """Apply an augmentation to an (S, S, 3) uint8 RGB image.
 
-    Of the augmentation of stored values, (S, S, C) float32, brightness, contrast and blur are
-    applied; the rest is defined for RGB.
+    Stored values, (S, S, C) float32, get brightness, contrast and blur; the rest is for RGB alone.
     """
     if image.dtype != np.uint8:
         return _augment_stored_values(image, augmentation)

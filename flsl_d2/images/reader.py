@@ -116,8 +116,8 @@ def channels_of(image_format: str) -> int:
 def preview(image: str | np.ndarray) -> np.ndarray:
     """Show any image as (H, W, 3) uint8 RGB.
 
-    Of more than three channels the first three are shown, of two the first. Values of more than 8
-    bits are scaled from their first to their 99th percentile.
+    An image of more than three channels shows its first three, one of two its first. Values of more
+    than 8 bits are scaled from their first to their 99th percentile.
     """
     try:
         if isinstance(image, str):

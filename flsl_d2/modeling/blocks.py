@@ -73,9 +73,9 @@ class KeptImages(NamedTuple):
 class StochasticDepth(nn.Module):
     """Per-sample stochastic depth (arXiv 1603.09382) of a fixed number of images.
 
-    Of B images ``ceil(B * keep)`` are computed, as in DINOv2 (arXiv 2304.07193), so that no shape
-    changes from step to step. One of them counts only sometimes, so that every image keeps its
-    branch with exactly the probability ``keep``.
+    The block computes ``ceil(B * keep)`` of B images, as DINOv2 does (arXiv 2304.07193), so that no
+    shape changes from step to step. One of them counts only sometimes, so that every image keeps
+    its branch with exactly the probability ``keep``.
 
     Args:
         probability: probability of leaving a branch out in training; the other branches are
